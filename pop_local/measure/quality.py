@@ -1,9 +1,9 @@
-"""Measure the loss from pruning: score texts after a pruned context, and compare the full model.
+"""Measure the loss from pruning by comparing the pruned model's scores with the full model's.
 
-A window consists of a context and a continuation. The context is read pruned or in full. The
-continuation runs all layers and is teacher-forced over the context's K/V. For each of its tokens,
-the predicted distributions are compared. The context's last token predicts the continuation's first
-token.
+A window consists of a context and a continuation. The context is read either with pruning or in
+full. The continuation runs through all layers, teacher-forced over the context's K/V. For each
+continuation token, the two models' predicted distributions are compared. The context's last token
+predicts the continuation's first token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,7 +44,7 @@ _LEAST_INDUCTION = 0.1
 
 @dataclass(frozen=True)
 class QualitySettings:
-    """Settings of a measurement: the number of windows, their lengths in tokens, and the draws.
+    """Settings for a measurement: the windows, their lengths in tokens, and the random draws.
 
     `n_draws`: the number of random token sequences for the induction probe.
     """
@@ -58,16 +58,16 @@ class QualitySettings:
 
 @dataclass(frozen=True)
 class Quality:
-    """The loss from pruning at one boundary, compared with the full model.
+    """The loss from pruning at one boundary, relative to the full model.
 
-    kl_*: KL(full || pruned) in nats over the continuation's tokens (kl_first: over its first
-    token). ppl_*: the continuation's perplexity. top1_agreement: the share of tokens for which both
-    models have the same first choice. copy_*: figures for a repeated passage of the context.
-    copy_top1: the share of this passage's tokens that the model predicts as its first choice.
-    induction_*: figures for repeated random tokens. delta_nll: the NLL that pruning adds to the
-    second occurrence. retention: the share of the full model's gain over the first occurrence that
-    pruning retains (None if the full model has no gain). n_pruned: the number of context tokens in
-    all windows that stopped at the boundary, counted by the backend.
+    kl_*: KL(full || pruned) in nats over the continuation's tokens (kl_first: over the first token
+    only). ppl_*: the continuation's perplexity. top1_agreement: the fraction of tokens for which
+    both models' top predictions agree. copy_*: results for a repeated passage from the context.
+    copy_top1: the fraction of the repeated tokens that the model ranks first. induction_*: results
+    for repeated random tokens. delta_nll: the increase in NLL on the repetition due to pruning.
+    retention: the fraction of the full model's gain from the repetition that pruning retains (None
+    if the full model shows no gain). n_pruned: the number of context tokens that stopped at the
+    boundary, counted by the backend over all windows.
     """
 
     boundary: int
@@ -92,7 +92,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Window:
-    """The tokens of a context, of its continuation, and of a context passage to repeat."""
+    """A window's tokens: a context, its continuation, and a passage from the context to repeat."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -101,9 +101,9 @@ class Window:
 
 @dataclass(frozen=True)
 class FullScores:
-    """The full model's scores of a window.
+    """The full model's scores for a window.
 
-    `predicted`: the predictions of the continuation's tokens.
+    `predicted`: the model's predictions for the continuation's tokens.
     """
 
     predicted: Predictions
@@ -113,7 +113,7 @@ class FullScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """A window's scores with pruning, together with the full model's scores."""
+    """The pruned model's scores for a window, together with the full model's scores."""
 
     divergence: Divergence
     full: Likelihood
@@ -125,9 +125,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class QualityReference:
-    """The full model's scores of windows and of repeated random tokens.
+    """The full model's scores for windows of text and for repeated random tokens.
 
-    The result of `read_reference` takes 2 * n_windows * n_continuation * n_vocab bytes.
+    A reference takes up 2 * n_windows * n_continuation * n_vocab bytes of memory.
     """
 
     settings: QualitySettings
@@ -143,12 +143,12 @@ def measure_pruning(
     pruning: Pruning,
     on_progress: Progress,
 ) -> Quality:
-    """Measure the loss from pruning, compared with the full model.
+    """Measure the loss from pruning relative to the full model.
 
-    A file's fitted projections apply only to the file's boundary. `text_tokens`: a token sequence
-    for each part of the text, without BOS. `on_progress` counts windows and draws. The measurement
-    takes 8 * n_continuation * n_vocab bytes of memory. Raises PopError if the text is too short, if
-    no token would be pruned, or if the counters differ from the plan.
+    A file's fitted projections are used only at the file's boundary. `text_tokens`: one token
+    sequence per part of the text, without BOS. `on_progress` reports progress in windows and draws.
+    The measurement takes 8 * n_continuation * n_vocab bytes of memory. Raises PopError if the text
+    is too short, if no token would be pruned, or if the backend's counters differ from the plan.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
@@ -165,11 +165,11 @@ def read_reference(
     on_progress: Progress,
     known: list[FullScores] | None = None,
 ) -> QualityReference:
-    """Run the full model over windows and random tokens.
+    """Run the full model on windows of text and on random tokens.
 
-    `known` contains the scores of the first windows. This function adds the remaining scores to
-    `known`, so that a further call can continue after a stop. `on_progress` counts windows and
-    draws. Raises PopError if the text is too short, or if no token would be pruned.
+    `known` contains the scores already computed. This function appends the remaining scores to
+    `known`, so a later call can resume an interrupted run. `on_progress` reports progress in
+    windows and draws. Raises PopError if the text is too short, or if no token would be pruned.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
@@ -188,10 +188,10 @@ def measure_against(
     on_progress: Progress,
     known: list[Scores] | None = None,
 ) -> Quality:
-    """Measure pruning on the reference's model, with the loaded file's projections.
+    """Measure pruning against a reference, using the loaded file's projections.
 
-    `known` contains the scores of the first windows, as in `read_reference`. `on_progress` counts
-    windows and draws. Raises the errors of `measure_pruning`.
+    `known` contains the scores already computed, as in `read_reference`. `on_progress` reports
+    progress in windows and draws. Raises the same errors as `measure_pruning`.
     """
     known = [] if known is None else known
     with forced(model) as reader:
@@ -249,7 +249,7 @@ def choose_windows(
 def _summarize(
     pruning: Pruning, reference: QualityReference, scores: Sequence[Scores], repeated_nll: Floats
 ) -> Quality:
-    """Summarize all windows' scores; `repeated_nll`: `measure_induction`'s result [n_draws]."""
+    """Summarize all windows' scores; `repeated_nll` [n_draws]: from `measure_induction`."""
     settings, repeated = reference.settings, reference.repeated
     kl = np.stack([score.divergence.kl for score in scores])
     full, pruned = _nll(s.full for s in scores), _nll(s.pruned for s in scores)
@@ -281,9 +281,9 @@ def _nll(scores: Iterable[Likelihood]) -> Floats:
 
 
 def retention(repeated: Repeated, pruned: Floats) -> Estimate | None:
-    """Return the share of the full model's gain over the first occurrence that pruning retains.
+    """Return the fraction of the full model's gain from the repetition that pruning retains.
 
-    The result is None if the full model has hardly any gain. `pruned`: NLL [n_draws] in nats.
+    Returns None if the full model shows almost no gain. `pruned`: the NLL [n_draws] in nats.
     """
     gain = repeated.first - repeated.full
     if gain.mean() < _LEAST_INDUCTION * repeated.first.mean():

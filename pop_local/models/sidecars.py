@@ -1,4 +1,4 @@
-"""Find a model's sidecar: in its folder, among the files of online calibration, or shipped."""
+"""Find a model's sidecar in its folder, among the learned files, or among the shipped sidecars."""
 
 import glob
 import importlib.resources
@@ -58,14 +58,14 @@ def learned_files() -> list[LearnedFiles]:
 
 
 def sidecar_of(base: Source) -> Path | None:
-    """Return a model's sidecar, None for a converted or unpruned model. Raises FormatError."""
+    """Return a model's sidecar, or None for a converted or unpruned model. Raises FormatError."""
     if pop_meta(base.first) is not None:
         return None
     return existing_sidecar(base) or _learned(base) or _shipped(base)
 
 
 def _learned(base: Source) -> Path | None:
-    """Return the model's learned sidecar, None if the file is missing or damaged."""
+    """Return the model's learned sidecar, or None if the file is missing or damaged."""
     path = LearnedFiles.of(base).sidecar
     with suppress(FormatError):
         if path.is_file():
@@ -80,7 +80,7 @@ def is_learned(sidecar: Path) -> bool:
 
 
 def is_shipped(sidecar: Path) -> bool:
-    """Return True if this package ships the sidecar."""
+    """Return True if the sidecar ships with this package."""
     return sidecar.parent == SHIPPED
 
 

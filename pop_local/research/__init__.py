@@ -1,1 +1,1 @@
-"""Analyses and training, which commands import on demand, since some modules need torch."""
+"""Analyses and training, imported on demand because some modules need torch."""

@@ -1,4 +1,4 @@
-"""Plot an analysis: the loss in quality at each boundary against the speed-up."""
+"""Plot an analysis: the quality loss at each boundary against the speed-up."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +14,7 @@ _FORMATS = (".png", ".svg", ".pdf")
 
 
 def require_plot(path: Path, model: str, *, force: bool) -> None:
-    """Raise PopError, before hours of measuring, if the plot cannot be drawn or written."""
+    """Raise PopError if the plot cannot be drawn or written, before hours are spent measuring."""
     if path.suffix.lower() not in ("", *_FORMATS):
         raise PopError(
             f"{path} has an unknown plot format (supported formats: {', '.join(_FORMATS)})",
@@ -35,7 +35,7 @@ def require_plot(path: Path, model: str, *, force: bool) -> None:
 def plot_analysis(found: Analysis, path: Path, *, force: bool) -> None:
     """Plot the KL at each measured boundary against its speed-up limit.
 
-    The plot shows the budget's limit, and a labelled point with an error bar for each boundary.
+    The plot shows the budget's limit and, for each boundary, a labeled point with an error bar.
     """
     from matplotlib.figure import Figure
 
@@ -55,7 +55,7 @@ def plot_analysis(found: Analysis, path: Path, *, force: bool) -> None:
         label = f"{budget.quality}: boundary {found.chosen.boundary} (estimate)"
         axes.axvline(found.chosen.speedup_limit, color="tab:green", lw=1, label=label)
     axes.set(
-        xlabel="speed-up limit (times)", ylabel="KL to the full model (nats/token)", yscale="log"
+        xlabel="speed-up limit (times)", ylabel="KL from the full model (nats/token)", yscale="log"
     )
     axes.set_title(
         "labels: boundary; red: the model can no longer copy from its prompt", fontsize="medium"

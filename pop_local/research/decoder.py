@@ -1,4 +1,4 @@
-"""A dense decoder in torch, which loads a GGUF's weights layer by layer to compute gradients.
+"""A dense decoder in torch that loads a GGUF file layer by layer to compute gradients.
 
 The decoder computes the same function as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma2,
 gemma3), in float32 by default. Since llama.cpp rounds activations and the KV cache, its predictions
@@ -25,7 +25,7 @@ class Decoder:
     """A dense model whose LM head stays in memory and whose layers are loaded on demand.
 
     `matrices`: the data type for storing and multiplying matrices (default: the states' type).
-    Raises UnsupportedArchitectureError, and FormatError for an invalid file.
+    Raises UnsupportedArchitectureError, or FormatError if the file is invalid.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Decoder:
     def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Return the logits [..., n_vocab] for the last layer's output [..., n_embd].
 
-        `tokens` [n]: the tokens whose logits [..., n] to return, computed in the states' type
-        (None: all tokens).
+        `tokens` [n]: the tokens for which to return logits [..., n] (None: all tokens), which are
+        then computed in the states' type.
         """
         normed = _rms_norm(states, self._output_norm, self.hyper.eps)
         head = self._head if tokens is None else self._head[tokens].to(normed.dtype)
@@ -81,7 +81,7 @@ class Decoder:
 class StoredKv:
     """Cached keys and values, with the `positions` [n_rows] of their rows.
 
-    `k` [n_windows, n_rows, n_k]: K before norm and RoPE. `v`: V, in the corresponding shape.
+    `k` [n_windows, n_rows, n_k]: K before norm and RoPE. `v`: V, with the corresponding shape.
     """
 
     k: Tensor
@@ -102,7 +102,7 @@ class DecoderLayer:
     def __call__(
         self, states: Tensor, positions: Tensor | None = None, stored: StoredKv | None = None
     ) -> Tensor:
-        """Return the layer's output for states [n_windows, n_rows, n_embd], in the same shape.
+        """Return the layer's output for states [n_windows, n_rows, n_embd], with the same shape.
 
         `positions` [n_rows]: the rows' positions (default: 0, 1, ...). `stored`: K and V of other
         rows that these rows also attend to.
@@ -143,7 +143,7 @@ class DecoderLayer:
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """Return the attention output [n_windows, n_head, n_rows, dim_v].
 
-        `hidden` [n_rows, n_keys] is True for the keys that a row must not see.
+        `hidden` [n_rows, n_keys] is True for the keys that a row must not attend to.
         """
         # Query heads that share a key head are adjacent.
         n_sharing = q.shape[1] // k.shape[1]

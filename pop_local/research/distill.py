@@ -1,14 +1,14 @@
 """Distill fitted K/V projections by training them on the full model's predictions.
 
 Least squares (pop_converter.fit.least_squares) approximates each layer's K and V without regard to
-the effect on later layers. Distilling runs the skipped layers as in a pruned prompt: context rows
-after the sinks stop at the boundary, and answer rows run all layers and attend to the projected K
-and V. The loss is KL(full || pruned) over the answer rows. Adam updates the projections with the
-loss's gradient through the skipped layers, while the model's weights stay unchanged (knowledge
-distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980).
+the effect on later layers. Distillation runs the skipped layers as for a pruned prompt: context
+rows after the sinks stop at the boundary, while answer rows run through all layers and attend to
+the projected K and V. The loss is KL(full || pruned) over the answer rows. Adam updates the
+projections with the gradient of the loss through the skipped layers, while the model's weights stay
+frozen (knowledge distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980).
 
-Some windows end by repeating a passage of their context, since copying is the first ability that
-pruning damages.
+Some windows end by repeating a passage from their context, because copying is the first ability
+that pruning damages.
 """
 
 from collections.abc import Mapping
@@ -57,10 +57,10 @@ _N_LIKELY = 64
 
 @dataclass(frozen=True)
 class InitialFit:
-    """The fit that distilling starts from: projections for all skipped layers except the first.
+    """The fit from which distillation starts: projections for all skipped layers except the first.
 
     `wide`: the parameters of the projections' wider input (None: no wider input). `n_sink`: the
-    number of rows at the prompt's start that are never pruned, up to a quarter of a window.
+    number of rows at the start of the prompt that are never pruned (at most a quarter of a window).
     """
 
     boundary: int
@@ -71,13 +71,13 @@ class InitialFit:
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """The full model's states on the text's windows and on windows with a repeated passage.
+    """The full model's states for the text's windows and for windows with a repeated passage.
 
     `first`: the shallowest boundary whose fits can be distilled. `states` [n_all, n_tokens,
-    n_embd]: the inputs of layer `first`. `last`: the outputs of the last layer, in the same shape.
-    `likely` [n_all, n_tokens, n_likely]: the likeliest tokens after each row that can be an answer
-    row (0 for all other rows). `weights` [n_all, n_tokens]: each row's weight in the loss. All
-    tensors are in main memory.
+    n_embd]: the inputs of layer `first`. `last`: the outputs of the last layer, with the same
+    shape. `likely` [n_all, n_tokens, n_likely]: the most likely next tokens for each row that can
+    be an answer row (0 for all other rows). `weights` [n_all, n_tokens]: each row's weight in the
+    loss. All tensors are in main memory.
     """
 
     text: DistillText
@@ -92,11 +92,11 @@ class TeacherStates:
 def read(
     decoder: Decoder, first: int, text: DistillText, *, seed: int, on_progress: Progress
 ) -> TeacherStates:
-    """Run the full model on a text's windows, and on copies of some with a repeated passage.
+    """Run the full model on a text's windows and on copies of some windows with a repeated passage.
 
     `first`: the shallowest boundary whose fits can be distilled. `seed`: the seed for choosing the
-    passages. `on_progress(done, total)` counts windows times layers, and may raise an exception to
-    stop.
+    passages. `on_progress(done, total)` counts windows times layers and may raise an exception to
+    stop the run.
     """
     copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])
@@ -138,9 +138,9 @@ def distill(
     """Train a fit's projections on the full model's states, and return the trained projections.
 
     The fit's boundary must be `reference.first` or deeper. `on_progress(done, total)` counts
-    windows times layers, forward and backward, and may raise an exception to stop. The seed
-    determines the order of the windows and the lengths of their contexts. Raises FitError if
-    trained weights are not finite.
+    windows times layers, forward and backward, and may raise an exception to stop the training. The
+    seed determines the order of the windows and the lengths of their contexts. Raises FitError if
+    any trained weight is not finite.
     """
     rng = np.random.default_rng(seed)
     n_windows, n_tokens = reference.states.shape[:2]
@@ -172,7 +172,7 @@ def distill(
 
 
 def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
-    """Copy some windows [n, n_tokens], and end each copy with a passage of its context."""
+    """Copy some windows [n, n_tokens], and repeat a passage from its context at each copy's end."""
     n_windows, n_tokens = windows.shape
     made = windows[rng.permutation(n_windows)[: round(_COPIES * n_windows)]].copy()
     for window in made:
@@ -241,10 +241,10 @@ class _Student:
         return (self.kl(chosen, n_context) * weights).sum() / weights.sum()
 
     def kl(self, chosen: list[int], n_context: int) -> Tensor:
-        """Return KL(full || pruned) in nats for the answer rows of some windows, [n, n_answer].
+        """Return KL(full || pruned) [n, n_answer] in nats for the chosen windows' answer rows.
 
         The KL covers only tokens that are likely in one of these rows. With a large vocabulary,
-        computing all logits would take most of the time.
+        computing all logits would dominate the run time.
         """
         reference, device = self._reference, self._decoder.device
         tokens = torch.unique(reference.likely[chosen][:, n_context:]).to(device)
@@ -299,11 +299,11 @@ class _Student:
 
 
 def _units(rows: Tensor, weights: Tensor) -> Tensor:
-    """Return the units [n_out, n_in] of a projection's changes, given inputs [n_rows, n_in].
+    """Return the units [n_out, n_in] for changes to a projection with inputs [n_rows, n_in].
 
-    A change of 1 unit moves an output by the output's spread divided by n_in. The power of weak
-    inputs is raised to a minimum, since large weights would increase the quantization error of
-    their blocks.
+    A change of 1 unit moves an output by the output's spread divided by n_in. Weak inputs are
+    assigned a minimum power, because large weights would increase the quantization error of their
+    blocks.
     """
     spread = (rows @ weights.T).std(0)
     power = rows.square().mean(0).sqrt()
@@ -322,8 +322,8 @@ def memory(
 ) -> tuple[int, int, int]:
     """Return the memory needed to distill on windows [n_windows, n_tokens] and on their copies.
 
-    The result is the main memory for the result of `read`, the main memory for `distill`, and the
-    device memory, all in bytes. `matrices`: the data type of the skipped layers' matrices.
+    Returns three sizes in bytes: main memory for the result of `read`, main memory for `distill`,
+    and device memory. `matrices`: the data type of the skipped layers' matrices.
     """
     shape, n_inputs = plan.shape, plan.shape.n_wide(plan.boundary, plan.projection)
     n_inputs += shape.n_embd + 1

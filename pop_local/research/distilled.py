@@ -1,4 +1,4 @@
-"""Distillation during a conversion: check the requirements, read the text, train the fit."""
+"""Distillation during a conversion: check the requirements, read the text, and train the fit."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from pop_local.workflows.hardware import Hardware
 if TYPE_CHECKING:
     from pop_local.research.distill import InitialFit, TeacherStates
 
-_HINT = "close other programs, or convert without distilling"
+_HINT = "close other programs or convert without distilling"
 
 
 @dataclass
 class Distiller:
-    """Distiller of one model's fits (see pop_local.workflows.conversion.fits).
+    """A distiller for one model's fits (see pop_local.workflows.conversion.fits).
 
-    `reference`: the full model's states on the text, kept for further fits (about 0.5 GB for states
-    of 500 dimensions).
+    `reference`: the full model's states for the text, kept for later fits (about 0.5 GB for states
+    with 500 dimensions).
     """
 
     source: Source
@@ -44,7 +44,7 @@ class Distiller:
     reference: TeacherStates | None = None
 
     def require(self, plan: Plan) -> TorchDevice:
-        """Return the device for distilling the plan's fit. Raises PopError if it is impossible."""
+        """Return the device for distilling a plan's fit. Raises PopError if no device can do so."""
         cannot, why = "the fit cannot be distilled", ""
         try:
             hyper = read_hyper(self.source)
@@ -73,8 +73,8 @@ class Distiller:
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
         """Train the fit on `text`, and return the trained fit. Raises PopError, StoppedError.
 
-        The full model first reads the text, unless an earlier call read it for this boundary.
-        `n_deeper`: the number of deeper boundaries whose fits will need the same states.
+        The full model first reads the text, unless an earlier call already read the text for this
+        boundary. `n_deeper`: the number of deeper boundaries whose fits will need the same states.
         """
         device = self.require(plan)
         reference = self.reference
@@ -91,11 +91,11 @@ class Distiller:
         return self.trained(plan, fitted, reference, device)
 
     def read(self, first: int, text: DistillText, device: TorchDevice) -> TeacherStates:
-        """Run the full model on a text's windows, for distilling at boundary `first` and deeper."""
+        """Run the full model on a text's windows, to distill at `first` and deeper boundaries."""
         from pop_local.research.decoder import Decoder
         from pop_local.research.distill import read
 
-        stage = self.watch.stage("Reading text for distilling")
+        stage = self.watch.stage("Reading text for distillation")
         with computing("distilling", _HINT, cause="no-memory-to-distill"):
             decoder = Decoder(self.source, device.name, device.matrices)
             return read(decoder, first, text, seed=SEED, on_progress=stage)
@@ -119,7 +119,7 @@ class Distiller:
 
 
 def start_of(plan: Plan, source: Source, fitted: Fitted) -> InitialFit:
-    """Return a fit's projections in the form that `distill` trains. Raises FormatError."""
+    """Return a fit's projections in the form that `distill` expects. Raises FormatError."""
     from pop_local.research.distill import InitialFit
 
     shape, weights = source_shape(source), Weights(source)

@@ -1,14 +1,14 @@
-"""Virtual gates: the importance of each layer, separately for context and answer rows.
+"""Virtual gates: each layer's importance, measured separately for context and answer rows.
 
-This module implements the importance analysis of arXiv 2602.03295 (see docs/analysis.md).
-A gate g_l = 1 multiplies layer l's contribution to the residual stream. Each layer has one gate for
-the context rows of a window and one gate for the answer rows. The loss L has one target for each
-answer row, drawn from the model's predictions, so that dL/dg_l has expectation zero and I_l =
+This module implements the importance analysis of arXiv 2602.03295 (see docs/analysis.md). A gate
+g_l = 1 multiplies layer l's contribution to the residual stream. Each layer has one gate for the
+context rows of a window and one gate for the answer rows. The loss L has one target for each answer
+row, sampled from the model's predictions, so dL/dg_l has expectation zero, and the importance I_l =
 E[(dL/dg_l)^2] grows with the number of rows.
 
-The last context row predicts the first answer token. It counts as an answer row, since it runs all
-layers even in a pruned prompt. Each window yields one sample of each square, with a relative
-standard deviation of sqrt(2) or more.
+The last context row counts as an answer row, because it predicts the first answer token and runs
+through all layers even in a pruned prompt. Each window yields one sample of each squared gradient,
+with a relative standard deviation of sqrt(2) or more.
 """
 
 import numpy as np
@@ -86,7 +86,7 @@ def _batch(
 
 
 def _loss_gradient(decoder: Decoder, states: Tensor, generator: torch.Generator) -> Tensor:
-    """Return dL/dh of the last layer's output at the answer rows, [n_answer, n_embd]."""
+    """Return dL/dh [n_answer, n_embd] for the last layer's output h at the answer rows."""
     states = states.detach().requires_grad_()
     log_p = decoder.logits(states).log_softmax(-1)
     targets = torch.multinomial(log_p.detach().exp(), 1, generator=generator)

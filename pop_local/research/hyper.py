@@ -43,9 +43,9 @@ class Rope:
 class Hyper:
     """A decoder's hyperparameters.
 
-    `interleaved`: whether RoPE rotates pairs of adjacent elements (llama) instead of pairs from
-    both halves. A cap of 0 means that values are not capped. `ropes` and `windows` have one entry
-    per layer. A window is the number of visible positions (0: all positions).
+    `interleaved`: True if RoPE rotates pairs of adjacent elements (llama), False for pairs with one
+    element from each half. A cap of 0 means that values are not capped. `ropes` and `windows` have
+    one entry per layer. A window is the number of visible positions (0: all positions).
     """
 
     n_layer: int
@@ -66,8 +66,8 @@ class Hyper:
 def read_hyper(source: Source) -> Hyper:
     """Read a model's hyperparameters.
 
-    Raises FormatError for an invalid file, and UnsupportedArchitectureError for a model that the
-    decoder cannot compute.
+    Raises FormatError for an invalid file, or UnsupportedArchitectureError for a model that the
+    decoder does not support.
     """
     header, shape = source.first, source_shape(source)
     arch = shape.arch
@@ -82,7 +82,7 @@ def read_hyper(source: Source) -> Hyper:
     dim_v = int(_number(header, "attention.value_length", dim))
     if min(n_head, dim_k, dim_v) < 1:
         raise FormatError(
-            f"{header.path} has {n_head} heads of {dim_k} and {dim_v} values",
+            f"{header.path} has {n_head} heads with {dim_k} K and {dim_v} V values each",
             "download the model again",
         )
     gemma = arch in GEMMAS
@@ -107,7 +107,7 @@ def read_hyper(source: Source) -> Hyper:
 def _unsupported(header: Header, what: str) -> UnsupportedArchitectureError:
     return UnsupportedArchitectureError(
         f"{header.path}: gradients are not supported for {what}",
-        f"use a dense model of {', '.join(ARCHITECTURES)}",
+        f"use a dense model of one of the architectures {', '.join(ARCHITECTURES)}",
     )
 
 
@@ -137,7 +137,7 @@ def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
 
 
 def _number(header: Header, name: str, default: float | None = None) -> float:
-    """Return a key's number, or the first layer's if the key has one number per layer."""
+    """Return a key's number, or the first layer's number if the key has one per layer."""
     value = header.of_arch(name)
     if value is None and default is not None:
         return default
@@ -145,4 +145,4 @@ def _number(header: Header, name: str, default: float | None = None) -> float:
         value = value[0]
     if isinstance(value, int | float):
         return value
-    raise FormatError(f"{header.path} has no number {name}")
+    raise FormatError(f"{header.path} has no numeric value for the key {name}")

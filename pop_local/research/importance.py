@@ -21,16 +21,16 @@ from pop_local.workflows.hardware import Hardware
 Windows = Sequence[Sequence[int]]
 # Windows per batch. On a CPU, larger batches are no faster.
 _N_BATCH = 4
-_HINT = "use shorter windows, or close other programs"
+_HINT = "use shorter windows or close other programs"
 
 
 @dataclass(frozen=True)
 class StageImportance:
     """The importance I_l of each layer in squared nats, summed over a window's answer rows.
 
-    The last third of the layers and the other layers are each summarized by median and mean, since
-    a few layers dominate the mean. `median_ratio`: the median of the last third divided by the
-    median of the other layers (None if the latter is zero).
+    The last third of the layers and the other layers are each summarized by a median and a mean,
+    since a few layers dominate the mean. `median_ratio`: the last third's median divided by the
+    other layers' median (None if the other layers' median is zero).
     """
 
     layers: tuple[Estimate, ...]
@@ -55,12 +55,12 @@ class Importance:
 def gates_device(
     source: Source, n_windows: int, n_context: int, n_answer: int, hardware: Hardware, watch: Watch
 ) -> TorchDevice | None:
-    """Return the device for the gates, or warn and return None if they cannot be computed.
+    """Return the device for the gates, or warn and return None if the gates cannot be computed.
 
-    Raises PopError if too little memory is free for windows of `n_context` + `n_answer` tokens.
+    Raises PopError if windows of `n_context` + `n_answer` tokens do not fit in memory.
     """
     try:
-        device = torch_device(hardware, "the layers' importance is not measured")
+        device = torch_device(hardware, "layer importance cannot be measured")
     except PopError as error:
         watch.on_warning(error)
         return None
@@ -68,7 +68,7 @@ def gates_device(
         hyper = read_hyper(source)
     except UnsupportedArchitectureError as error:
         watch.on_warning(
-            PopError(f"the layers' importance is not measured: {error.message}", error.hint)
+            PopError(f"layer importance cannot be measured: {error.message}", error.hint)
         )
         return None
     from pop_local.research.gates import needed_bytes

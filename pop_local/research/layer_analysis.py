@@ -1,9 +1,9 @@
 """Analysis of a model: each layer's importance, and each boundary's loss and speed-up.
 
-Repeated random tokens show how well the model still copies at each boundary in its deeper half with
-the layers' own projections. Fits hardly change this result. At boundaries where the model still
-copies, a few windows of prose are then measured for the KL and the copy ratio, with fitted
-projections if possible.
+At each boundary in the model's deeper half, repeated random tokens show how well the model still
+copies with the layers' own projections. Fitting hardly changes this result. At boundaries where the
+model still copies, the KL and the copy ratio are then measured on a few windows of prose, with
+fitted projections if possible.
 """
 
 import os
@@ -68,7 +68,7 @@ _GATES_COST = 4
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """Options of an analysis; `text`: the text file to measure on (default: the shipped prose).
+    """Options for an analysis; `text`: the text file to measure on (default: the shipped prose).
 
     Each window has `n_context` + `n_answer` tokens. `n_gated`: the number of windows for the gates.
     `fit_tokens`: the number of tokens for fitting (default: a quarter of convert's default).
@@ -91,9 +91,9 @@ class DepthCost:
     """The loss and the speed-up at one boundary.
 
     `retention`: the `induction_retention` of `Quality` with the layers' own projections.
-    `lost_retention`: the share of the full model's gain that skipping the boundary layer loses in
-    addition. Both are None if the full model has no gain. `quality` and `projection` are None if
-    the boundary was not measured on prose.
+    `lost_retention`: the additional share of the full model's gain that is lost by skipping the
+    boundary layer. Both fields are None if the full model shows no gain. `quality` and `projection`
+    are None if the boundary was not measured on prose.
     """
 
     boundary: int
@@ -129,7 +129,7 @@ class Analysis:
 
     @property
     def cliff(self) -> tuple[DepthCost, ...]:
-        """The boundaries whose layers carry much of the model's ability to copy."""
+        """The boundaries whose layers account for much of the model's ability to copy."""
         return tuple(depth for depth in self.depths if depth.is_cliff)
 
 
@@ -142,15 +142,15 @@ def analyze(
 ) -> Analysis:
     """Measure each layer's importance, and each boundary's loss and speed-up.
 
-    `model`: the path or name of an unconverted model. Without torch, or for an unsupported
-    architecture, the layers' importance is not measured, and a warning states the reason. Raises
+    `model`: the path or name of an unconverted model. If torch is missing or the architecture is
+    not supported, layer importance is not measured, and a warning gives the reason. Raises
     PopError, StoppedError.
     """
     source = read_source(base_file(os.fspath(model), watch))
     if pop_of(source, None) is not None:
         raise PopError(
-            f"{source.first.path} is converted already",
-            "analyze the original model, which strip restores",
+            f"{source.first.path} is already converted",
+            "analyze the original model; `pop-local strip` restores it",
             cause="analyze-converted",
             path=source.first.path,
         )
@@ -159,7 +159,7 @@ def analyze(
     run = _Run(source, text, options, hardware, watch)
     require_passage(options.n_context, RowRule(run.last.sink_tokens, run.last.tail_tokens))
     if run.needs:
-        needed_bytes, hint = run.needs.total_bytes, "fit on fewer tokens, or close other programs"
+        needed_bytes, hint = run.needs.total_bytes, "fit on fewer tokens or close other programs"
         needed_bytes += source.size_bytes
         memory.require_memory("the fit needs", needed_bytes, hint, cause="no-memory-for-fit")
     device = gates_device(
@@ -198,7 +198,7 @@ class _Run:
 
     @cached_property
     def plans(self) -> dict[int, Plan]:
-        """The plan for each boundary, with the same full rows as a conversion."""
+        """The plan for each boundary, with the same full rows as in a conversion."""
         shape, macs = source_shape(self.source), GraphMacs(self.source.first.path)
         return {
             boundary: make_plan(shape, boundary=boundary, projection=Projection.FITTED, macs=macs)
@@ -241,7 +241,7 @@ class _Run:
             fit = memory.fit_work(self._fitted, self._fit_options, self.needs)
         return (
             PlannedStage("Running the full model", probes),
-            PlannedStage("Measuring copying by boundary", n_tried * draws),
+            PlannedStage("Measuring copying at each boundary", n_tried * draws),
             *fit_stages(fit),
             PlannedStage("Measuring boundary", probes, n_tried),
             *([PlannedStage("Virtual gates", gates)] if n_gated else []),
@@ -264,14 +264,14 @@ class _Run:
             advance = self.watch.stage("Running the full model")
             reference = read_reference(model, tokens, settings, advance)
             depths = measure_cliff(
-                model, reference, self.watch.stage("Measuring copying by boundary")
+                model, reference, self.watch.stage("Measuring copying at each boundary")
             )
         return depths, reference, [[*start, *text] for text in texts]
 
     def measured(
         self, reference: QualityReference, tried: Sequence[DepthCost]
     ) -> tuple[list[DepthCost], Calibration | None]:
-        """Fit the boundaries `tried` in one pass, and measure their quality on prose."""
+        """Fit all boundaries in `tried` in one pass, and measure each one's quality on prose."""
         runner = TrialRunner(self.source, self.hardware, self.watch)
         plans = [self.plans[depth.boundary] for depth in tried]
         runner.require_room(plans, self._fit_options.kv_type)
@@ -290,7 +290,7 @@ class _Run:
 def measure_cliff(
     model: PopModel, reference: QualityReference, on_progress: Progress
 ) -> tuple[DepthCost, ...]:
-    """Measure the retention at each boundary, and how much of it skipping each layer loses.
+    """Measure the retention at each boundary, and the retention lost by skipping each layer.
 
     The speed-up limits apply to prompts of LIMIT_PROMPT tokens. `on_progress` counts draws.
     """

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TorchDevice:
-    """A torch device's name, and the data type in which it multiplies matrices fastest."""
+    """A torch device's name, and the data type in which the device multiplies matrices fastest."""
 
     name: str
     matrices: torch.dtype
 
 
 def torch_device(hardware: Hardware, what: str) -> TorchDevice:
-    """Choose the device, and set torch's number of threads.
+    """Choose the device and set torch's number of threads.
 
-    Raises PopError if torch is missing. `what`: the consequence, for the error message.
+    Raises PopError if torch is missing. `what`: what fails without torch, for the error message.
     """
     try:
         import torch

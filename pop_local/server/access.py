@@ -34,9 +34,9 @@ _MAX_LOGGED_NAME = 80  # characters
 class AccessRules:
     """The rules for accepting requests.
 
-    With an `api_key`, the server accepts requests that carry the key. Without a key (""), the
-    server accepts requests to loopback names and to `host`, the address that it listens on. It also
-    accepts requests from web pages of the listed `origins`, which are in lower case.
+    If `api_key` is set, the server accepts requests that carry the key. Otherwise (""), the server
+    accepts requests to loopback names and to `host`, its listening address. The server also accepts
+    requests from web pages with one of the `origins`, which are in lower case.
     """
 
     api_key: str = ""
@@ -45,13 +45,13 @@ class AccessRules:
 
 
 def parse_origin(text: str) -> str:
-    """Return a web page's origin as browsers send it. Raises PopError."""
+    """Return a web page's origin in the form that browsers send. Raises PopError."""
     origin = text.strip().removesuffix("/").lower()
     if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
         raise PopError(
             f"{text!r} is not the origin of a web page",
-            "pass scheme, host and port, for example https://example.org:8443, or use --api-key,"
-            " which allows all origins",
+            "pass the scheme, host, and port, for example https://example.org:8443, or use"
+            " --api-key, which allows all origins",
         )
     return origin
 
@@ -62,8 +62,8 @@ class AccessMiddleware:
 
     The metrics count requests to each of `paths` separately. Handlers use the scope's state: `note`
     is appended to the log line, `client_gone` marks an aborted stream, and `held` is closed after
-    the response. If the requested model does not exist, `requested` is its name and `answering` is
-    the name of the model that answers instead.
+    the response. If the requested model does not exist, `requested` is the name in the request, and
+    `answering` is the name of the model that answers instead.
     """
 
     app: ASGIApp
@@ -117,11 +117,11 @@ class AccessMiddleware:
 
 
 def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
-    """Return the error for a request that the rules refuse, or None.
+    """Return the error for a request that the rules reject, or None if they accept the request.
 
     Without a key, the Host header must name this machine, which blocks DNS rebinding, and the
     server refuses web pages from other origins. A server that listens on 0.0.0.0 accepts any IP
-    address as Host, because DNS cannot rebind an address.
+    address in the Host header, because DNS cannot rebind an address.
     """
     headers = Headers(scope=scope)
     if rules.api_key:
@@ -151,7 +151,7 @@ def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
         return None
     if _host_name(origin) not in (*LOOPBACK, name):
         message = (
-            f"requests from web pages of {origin!r} are refused; start the server with"
+            f"requests from web pages at {origin!r} are refused; start the server with"
             " --cors ORIGIN or --api-key to allow them"
         )
         return ApiError(403, message, code="foreign_origin")
@@ -159,7 +159,7 @@ def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
 
 
 def _host_name(url: str) -> str:
-    """Return a URL's host name, or "" if the URL has more than a scheme, a name and a port."""
+    """Return a URL's host name, or "" if the URL has more than a scheme, a name, and a port."""
     try:
         parts = urlsplit(url)
         is_more = "@" in parts.netloc or parts.netloc != url.partition("//")[2]

@@ -63,7 +63,7 @@ class Api:
     async def read(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
         """Read and validate a request's body.
 
-        Raises ApiError if the body is too large, and ValidationError if the body is invalid.
+        Raises ApiError if the body is too large, or ValidationError if the body is invalid.
         """
         raw = bytearray()
         async for piece in request.stream():
@@ -77,14 +77,14 @@ class Api:
             )
             raise ApiError(413, message, code="request_too_large")
         if is_full:
-            message = f"the images of a request are limited to {MAX_BYTES >> 20} MiB"
+            message = f"the images in a request are limited to a total of {MAX_BYTES >> 20} MiB"
             raise ApiError(413, message, code="request_too_large")
         body = kind.model_validate_json(raw)
         if _MAYBE_NO_NUMBER.search(raw):  # Pydantic accepts NaN and infinity within JSON schemas
             try:
                 json.dumps(json.loads(raw), allow_nan=False)
             except ValueError as error:
-                message = "JSON cannot contain NaN, Infinity or numbers beyond 1e308"
+                message = "JSON cannot contain NaN, Infinity, or numbers beyond 1e308"
                 raise ApiError(400, message) from error
         return body
 
@@ -153,7 +153,7 @@ class Api:
     ) -> Response:
         """Run a request's tasks in order and return the response.
 
-        Other requests may run between two tasks.
+        Other requests may run between tasks.
         """
         served, gone = await self.served(request, body.model), self._disconnected(request)
         form = reply(served, body)
@@ -176,7 +176,7 @@ class Api:
     def route(
         self, path: str, kind: type[AnyBody], make: MakeTasks[AnyBody], reply: MakeReply[AnyBody]
     ) -> Route:
-        """Return a route that reads a body of type `kind` and answers the tasks built by `make`."""
+        """Return a route that reads a body of type `kind` and runs the tasks built by `make`."""
 
         async def handle(request: Request) -> Response:
             return await self.answer(request, await self.read(request, kind), make, reply)

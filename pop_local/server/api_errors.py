@@ -62,9 +62,9 @@ def stopping() -> ApiError:
 def bad_request(
     param: str | None = None, code: str | None = None, *, grammar_param: str | None = None
 ) -> Iterator[None]:
-    """Convert the block's PopError to an ApiError 400 that names `param`.
+    """Convert a PopError raised in the `with` block to an ApiError 400 that names `param`.
 
-    A GrammarError has the code "invalid_grammar" and names the field `grammar_param`, if any.
+    A GrammarError becomes an ApiError with the code "invalid_grammar" that names `grammar_param`.
     """
     try:
         yield

@@ -36,7 +36,7 @@ _BACKLOG = 128
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _LARGE_BYTES = 1 << 20
 _BIND_HINTS = {
-    errno.EADDRINUSE: "another program uses this port; pass --port 0 to use any free port",
+    errno.EADDRINUSE: "another program is using this port; pass --port 0 to use any free port",
     errno.EADDRNOTAVAIL: "pass an address of this machine, or 0.0.0.0 for all networks",
     errno.EACCES: "ports below 1024 are reserved; pass a larger port, for example --port 8080",
 }
@@ -47,7 +47,7 @@ log = logging.getLogger("pop_local.server")
 def bind(host: str, port: int) -> socket.socket:
     """Return a bound socket (port 0: any free port). Raises PopError.
 
-    The caller binds before it opens a model, so that a busy port is reported at once.
+    The caller binds the socket before opening a model, so a busy port is reported immediately.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -76,7 +76,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> PopError:
 def serve_models(
     pool: ModelPool, listening: socket.socket, rules: AccessRules, on_ready: Callable[[str], None]
 ) -> None:
-    """Serve models until a signal arrives, and then close the pool and the socket.
+    """Serve models until a signal arrives, then close the pool and the socket.
 
     `on_ready` is called with the server's URL once clients can connect. Raises PopError.
     """
@@ -103,7 +103,7 @@ def log_to_stderr() -> None:
 
 
 def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
-    """Return the application of a model pool, whose workers run during the app's lifespan."""
+    """Return the ASGI app for a model pool, whose workers run during the app's lifespan."""
     api = Api(models)
 
     async def health(request: Request) -> Response:
@@ -162,7 +162,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         def end() -> None:
-            log.error("the model hangs: killed the process")
+            log.error("the model is hanging: killing the process")
             os._exit(128 + sig)
 
         self.models.stop()
@@ -179,7 +179,7 @@ class _Server(uvicorn.Server):
 def run_app(app: Starlette, listening: socket.socket) -> None:
     """Serve an app until a signal arrives.
 
-    Returns or raises KeyboardInterrupt once no thread uses a model.
+    Returns, or raises KeyboardInterrupt, once no thread is using a model.
     """
     # Make glibc return freed blocks of 1 MiB and more to the system. By default, glibc raises this
     # threshold to up to 32 MiB and allocates smaller blocks from heaps. Fragmentation by cached

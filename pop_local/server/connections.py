@@ -14,7 +14,7 @@ _SPARE = 32  # file descriptors for connections in transition and for child proc
 
 
 def max_connections() -> int:
-    """Return how many connections fit within this process's limit on file descriptors."""
+    """Return how many connections this process's file-descriptor limit allows."""
     if sys.platform == "win32":
         return _MAX_CONNECTIONS
     import resource
@@ -29,7 +29,7 @@ def max_connections() -> int:
 class Connection(H11Protocol):
     """An HTTP connection with a time limit for receiving each request.
 
-    At the connection limit, a new connection replaces the longest idle connection.
+    At the connection limit, a new connection replaces the one that has been idle the longest.
     """
 
     _deadline: asyncio.TimerHandle | None = None

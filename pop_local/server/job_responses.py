@@ -1,4 +1,4 @@
-"""Build complete and streamed responses from the chunks of jobs."""
+"""Build complete and streamed responses from jobs' chunks."""
 
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -103,7 +103,7 @@ class _AnswerParser:
         return [(piece, ()) for piece in rest]
 
     def end(self, state: State, job: Job, last: Chunk) -> AnswerEnd:
-        """Return the reason and the usage of a finished answer.
+        """Return a finished answer's finish reason and usage.
 
         Raises ApiError if the answer was interrupted.
         """

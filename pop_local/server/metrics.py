@@ -22,7 +22,7 @@ class Metrics:
         prompt = counter("pop_prompt_tokens", kinds, ["kind"])
         statuses = "Requests by path and HTTP status (499: the client disconnected)"
         self.requests = counter("pop_requests", statuses, ["path", "status"])
-        catching_up = "Cached tokens that ran the skipped layers between requests"
+        catching_up = "Cached tokens that were run through the skipped layers between requests"
         self.refilled = counter("pop_refilled_tokens", catching_up)
         self._of_answers = {  # keys are fields of TurnStats
             "n_pruned": prompt.labels("pruned"),
@@ -30,25 +30,25 @@ class Metrics:
             "n_full": prompt.labels("full"),
             "n_cached": prompt.labels("cached"),
             "n_stale": counter(
-                "pop_stale_tokens", "Cached tokens whose K/V are from before an edit"
+                "pop_stale_tokens", "Cached tokens whose K/V were computed before an edit"
             ),
             "n_image": counter(
                 "pop_image_tokens", "Image tokens in prompts, including cached tokens"
             ),
             "encode_s": counter("pop_encode_seconds", "Time spent encoding images"),
-            "n_deep": counter("pop_deep_tokens", "Prompt tokens that ran all layers as deep rows"),
+            "n_deep": counter("pop_deep_tokens", "Prompt tokens that were run as deep rows"),
             "n_decoded": counter("pop_decoded_tokens", "Generated tokens"),
         }
         self.queue = gauge("pop_queue_length", "Queued requests")
         self.open = gauge("pop_models_open", "Models in memory")
         self.unread = gauge(
-            "pop_unread_tokens", "Tokens of running prompts that have not been prefilled"
+            "pop_unread_tokens", "Tokens in running prompts that have not been prefilled yet"
         )
-        not_refilled = "Cached tokens that have not run the skipped layers"
+        not_refilled = "Cached tokens that have not been run through the skipped layers yet"
         self.refillable = gauge("pop_refillable_tokens", not_refilled)
 
     def answered(self, stats: TurnStats) -> None:
-        """Count the work of an answer, which may have been interrupted."""
+        """Add the work done for an answer, which may have been interrupted, to the metrics."""
         for name, metric in self._of_answers.items():
             metric.inc(getattr(stats, name))
         if stats.n_decoded:

@@ -1,4 +1,4 @@
-"""Find a server's models by name, and describe them from their file headers."""
+"""Find a server's models by name, and describe the models based on their file headers."""
 
 import os
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ _LATEST = ":latest"  # Ollama's default tag, which its clients append
 
 
 class ModelFile(NamedTuple):
-    """A model's name in the APIs and its file."""
+    """A model's file, and the model's name in the APIs."""
 
     name: str
     path: Path
@@ -91,7 +91,7 @@ class ModelInfo:
 
     @property
     def needed_bytes(self) -> int:
-        """The open model's estimated memory in bytes: file, F16 K/V and F32 boundary states."""
+        """Estimated memory in bytes of the open model: file, F16 K/V, and F32 boundary states."""
         n_bytes, n_cells = self.source.size_bytes, self.n_ctx * self.n_parallel
         with suppress(PopError):
             shape = source_shape(self.source)

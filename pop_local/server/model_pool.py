@@ -30,17 +30,17 @@ log = logging.getLogger("pop_local.server")
 
 @dataclass(frozen=True)
 class ModelRegistry:
-    """The models that a server can open, and the limits and defaults for serving them.
+    """The models that a server can open, with the limits and defaults for serving them.
 
     `files` returns the current model files by name. `open` opens a file and may raise PopError.
-    `make_fitter` returns an open model's fitter, or None if the model does not learn. `n_ctx` is
-    each model's context length (None: the model's default), and `n_parallel` its number of
-    sequences. `can_see` is true if at least one model may be able to read images.
+    `make_fitter` returns an open model's fitter, or None if learning is off for the model. `n_ctx`
+    is each model's context length (None: the model's default), and `n_parallel` is each model's
+    number of sequences. `can_see` is true if at least one model may be able to read images.
 
-    `max_waiting` is the maximum queue length. `repeatable` is the default for requests without this
-    field. `ram_bytes` limits the memory of all open models. A model that needs more memory is
-    opened alone. With `strict_model`, requests for unknown models are refused. Without it, the
-    default model answers such requests.
+    `max_waiting` is the maximum queue length. `repeatable` is the default for requests that do not
+    set this field. `ram_bytes` limits the total memory of all open models. A model that needs more
+    than `ram_bytes` is opened alone. If `strict_model` is set, requests for unknown models are
+    refused. Otherwise, the default model answers such requests.
     """
 
     files: Callable[[], Mapping[str, Path]]
@@ -85,7 +85,7 @@ class ServedModel:
 
 @dataclass(eq=False)
 class Lease:
-    """A request's claim to a model, which stays open between the calls to `grant` and `end`."""
+    """A request's claim on a model, which stays open from the call to `grant` until `end`."""
 
     file: ModelFile
     needed_bytes: int
@@ -98,7 +98,7 @@ class Lease:
         self.served.set_result(served)
 
     def refuse(self, error: ApiError) -> None:
-        """Fail the waiting request with an error, unless the lease has been granted."""
+        """Fail the waiting request with an error, unless the lease has already been granted."""
         if not self.served.done():
             self.served.set_exception(error)
 
@@ -114,10 +114,10 @@ class ModelPool:
     """
 
     def __init__(self, registry: ModelRegistry, default: str = "") -> None:
-        """Create a pool without open models.
+        """Create a pool with no open models.
 
-        `default` names the model that answers requests without a model name ("": the last requested
-        model, and before any request the first model).
+        `default` names the model that answers requests without a model name ("": the most recently
+        requested model or, before any request, the first model).
         """
         self.registry, self._default = registry, default
         self.metrics = Metrics()
@@ -142,7 +142,7 @@ class ModelPool:
         make_fitter: Callable[[PopModel], Fitter | None],
         **options: Any,
     ) -> "ModelPool":
-        """Create a pool of one open model. `options`: fields of ModelRegistry with defaults."""
+        """Create a pool with one open model. `options`: any optional fields of ModelRegistry."""
         files, engine = {file.name: file.path}, model.engine
         can_see, n = engine.prompter.can_see, len(engine.sequences)
         registry = ModelRegistry(
@@ -154,7 +154,7 @@ class ModelPool:
 
     @classmethod
     def of_folder(cls, folder: Path, registry: ModelRegistry, model: str) -> "ModelPool":
-        """Create a pool of a folder's models, with `model` open ("": no model is open).
+        """Create a pool for a folder's models, with `model` open ("": no model is open).
 
         Raises PopError if the folder does not contain the model, or if the model cannot be opened.
         """
@@ -252,7 +252,7 @@ class ModelPool:
         return [lease for lease in self._waiting if not lease.served.done()]
 
     def n_waiting(self) -> int:
-        """Return the number of requests that wait for a slot or for a closed model."""
+        """Return the number of requests waiting for a slot or for a closed model to open."""
         return len(self._still_waiting()) + self._total(Worker.n_waiting)
 
     def _total(self, figure: Callable[[Worker], int]) -> int:
@@ -287,7 +287,7 @@ class ModelPool:
         return [one for one in self._still_waiting() if one.file.path == lease.file.path]
 
     def _to_close(self, needed_bytes: int) -> list[ServedModel] | None:
-        """Return the idle models to close, or None while busy models leave too little memory."""
+        """Return the idle models to close, or None if busy models leave too little memory."""
         limit = self.registry.ram_bytes
         n_bytes = needed_bytes + sum(served.needed_bytes for served in self.loaded)
         idle: list[ServedModel] = []
@@ -360,13 +360,13 @@ class ModelPool:
     # Life cycle
 
     def start(self) -> None:
-        """Start the open models' workers. Must be called in the event loop."""
+        """Start the open models' workers. Must be called from the event loop."""
         self._loop = asyncio.get_running_loop()
         for served in self.loaded:
             served.worker.start()
 
     def stop(self) -> None:
-        """Stop answers and loading, and refuse waiting requests. Any thread may call this."""
+        """Stop answers and loading, and refuse waiting requests. May be called from any thread."""
         self._stopping.set()
         for served in self.loaded:
             served.worker.stop()
@@ -384,7 +384,7 @@ class ModelPool:
         return max((served.worker.hung_s() for served in in_memory), default=0.0)
 
     def join(self) -> None:
-        """Wait until no thread uses a model. Must be called after `stop`."""
+        """Wait until no thread is using a model. Must be called after `stop`."""
         if (change := self._change) is not None:
             change.join()
         for served in self.loaded:

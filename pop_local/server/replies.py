@@ -1,4 +1,4 @@
-"""Replies in OpenAI's format, and base classes for the replies of other APIs."""
+"""Replies in OpenAI's format, and base classes for other APIs' replies."""
 
 import json
 import time
@@ -29,9 +29,9 @@ _TIMES = ("ttft_s", "encode_s", "prefill_s", "decode_s")
 class AnswerEnd:
     """The end of an answer.
 
-    `reason` is OpenAI's finish reason, `stop` the matched stop string ("" for none), and `usage`
-    the result of `usage()`. `embedding`: see Chunk. `pieces` and `logprobs` contain the whole
-    answer, and are empty at the end of a stream.
+    `reason` is OpenAI's finish reason, `stop` is the matched stop string ("" if none matched), and
+    `usage` is the result of `usage()`. `embedding`: see Chunk. `pieces` and `logprobs` contain the
+    whole answer, and are empty at the end of a stream.
     """
 
     reason: str
@@ -51,10 +51,10 @@ def reasoning_of(pieces: Sequence[Piece]) -> str:
 
 
 def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequence[str]) -> Json:
-    """Return OpenAI's `usage`, whose field `pop` has TurnStats' counters and times in seconds.
+    """Return OpenAI's `usage` with an added field `pop`: TurnStats' counters and times in seconds.
 
     `pop.reason` explains why the prompt was read in full (null: it was pruned). `pop.reading` is
-    null if no row was prefilled. `pop.ignored` lists the JSON schema's keywords that were not
+    null if no rows were prefilled. `pop.ignored` lists the JSON schema's keywords that were not
     enforced.
     """
     times = {"queued_s": queued_s} | {name: getattr(stats, name) for name in _TIMES}
@@ -75,7 +75,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
 
 
 def total(ends: Sequence[AnswerEnd]) -> Json:
-    """Sum the usage of several answers. Other fields are those of the last answer."""
+    """Sum the usage of several answers. All other fields come from the last answer."""
     return reduce(_sum, (end.usage for end in ends))
 
 
@@ -189,7 +189,7 @@ class ChatReply(Reply):
 
 
 class OtherApiReply(Reply):
-    """A formatter whose streams end with a complete answer's fields, but without its text."""
+    """A formatter whose streams end with all fields of a complete answer except the text."""
 
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
         return (self.whole(end),)
@@ -209,7 +209,7 @@ class EventReply(OtherApiReply):
 
 
 def arguments_of(text: str) -> Any:
-    """Return a call's arguments as an object, or None if the token limit cut them off."""
+    """Return a call's arguments as an object, or None if the token limit truncated them."""
     try:
         return json.loads(text)
     except ValueError:
@@ -225,7 +225,7 @@ def call_json(call: ToolCall) -> Json:
 
 
 def _top(token: TokenLogprob) -> Json | None:
-    """Return the log probabilities of this token and the most likely tokens, by token text."""
+    """Return log probabilities, keyed by token text, of the token and the most likely tokens."""
     if token.logprob is None:
         return None
     # If two tokens have the same text, the more likely token counts.

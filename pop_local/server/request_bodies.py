@@ -1,7 +1,7 @@
 """Request bodies. Unknown fields are ignored, but requests with unsupported fields are refused.
 
-Validation blocks the event loop, so lists have a maximum length, and their validation stops at the
-first invalid entry.
+Validation blocks the event loop, so lists have a maximum length, and validation stops at the first
+invalid entry of a list.
 """
 
 import json
@@ -79,7 +79,7 @@ class ResponseFormat(LenientBody):
 
 
 class FormatOptions(LenientBody):
-    """The answer options of OpenAI's Responses API (`text`) and Anthropic's (`output_config`)."""
+    """The answer options in the APIs of OpenAI (`text`) and Anthropic (`output_config`)."""
 
     format: ResponseFormat | None = None
 
@@ -111,16 +111,16 @@ def _as_parts(content: Any) -> Any:
         return [{"type": "text", "text": content}]
     if content is None or isinstance(content, list):
         return content
-    raise ValueError("the content must be a text or a list of parts")
+    raise ValueError("the content must be a string or a list of parts")
 
 
 def replace(sent: Any, meant: Any) -> BeforeValidator:
-    """Return a validator that replaces one value, which some clients send, with another value."""
+    """Return a validator that replaces the value `sent` by some clients with the value `meant`."""
     return BeforeValidator(lambda value: meant if value == sent else value)
 
 
 def wrap_text(wrap: Callable[[str], Any]) -> BeforeValidator:
-    """Return a validator that replaces a text with a list of one item, `wrap(text)`."""
+    """Return a validator that replaces a string with a one-item list, `[wrap(string)]`."""
     return BeforeValidator(lambda value: [wrap(value)] if isinstance(value, str) else value)
 
 
@@ -141,7 +141,7 @@ class ChatToolCall(LenientBody):
 
 
 class FunctionSpec(LenientBody):
-    """A function that the model may call. Its schema is always enforced, even without `strict`."""
+    """A function that the model may call. The schema is enforced even without `strict`."""
 
     name: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")]
     description: str | None = None
@@ -154,7 +154,7 @@ class ChatTool(LenientBody):
 
 
 def keep_tool_types(*types: str | None) -> BeforeValidator:
-    """Return a validator that drops tools of other types, which the vendor would run."""
+    """Return a validator that drops tools of all other types, which the vendor would run."""
 
     def kept(tools: Any) -> Any:
         if not isinstance(tools, list):
@@ -184,7 +184,7 @@ class ChatMessage(LenientBody):
 
     @property
     def image_urls(self) -> list[tuple[int, str]]:
-        """Each image's offset in the text, and its URL."""
+        """The offset in the text and the URL of each image."""
         found: list[tuple[int, str]] = []
         offset = n_texts = 0
         for part in self.content or ():
@@ -239,7 +239,7 @@ class GenerationBody(ModelRequest, SamplingFields):
 
     @property
     def limit(self) -> int | None:
-        """Maximum number of generated tokens, from the first of three fields that is set."""
+        """The maximum number of generated tokens, from the first of three fields that is set."""
         given = (self.n_predict, self.max_completion_tokens, self.max_tokens)
         return next((limit for limit in given if limit is not None), None)
 
@@ -318,7 +318,7 @@ def _check_prompts(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return handler(prompt)
     except ValidationError:
         raise ValueError(
-            f"send a text, a list of token ids, or a list of up to {MAX_TEXTS} texts or token lists"
+            f"send a string, a list of token ids, or a list with up to {MAX_TEXTS} of either"
         ) from None
 
 
@@ -332,7 +332,7 @@ Prompts = Annotated[
 
 
 def as_prompts(prompt: Any) -> list[str] | list[list[int]]:
-    """Return one or several prompts as a list of texts or token lists."""
+    """Return one or more prompts as a list of strings or token lists."""
     is_one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
     return [prompt] if is_one else prompt
 
@@ -340,7 +340,7 @@ def as_prompts(prompt: Any) -> list[str] | list[list[int]]:
 class EmbeddingsBody(GenerationBody):
     """A request for embeddings.
 
-    `stream` is ignored, and `dimensions` must equal the model's width.
+    `stream` is ignored, and `dimensions` must equal the model's embedding size.
     """
 
     stream: Annotated[None, BeforeValidator(lambda sent: None)] = None

@@ -32,14 +32,14 @@ def n_image_bytes(body: bytes | bytearray) -> int:
 def parse_images(urls: Sequence[str]) -> list[Picture]:
     """Decode the images in `data:` URLs, and check each image's header.
 
-    Raises ApiError for other URLs, invalid base64, unknown formats, and large images.
+    Raises ApiError for other URLs, invalid base64, unknown formats, or images that are too large.
     """
     if len(urls) > MAX_IMAGES:
         raise _refused(f"the request has {len(urls)} images; the limit is {MAX_IMAGES}")
     found = [_image(url, f"image {number}") for number, url in enumerate(urls, start=1)]
     if sum(image.width * image.height for image in found) > MAX_REQUEST_PIXELS:
         limit = MAX_REQUEST_PIXELS // 10**6
-        raise _refused(f"the images of a request are limited to {limit} million pixels")
+        raise _refused(f"the images in a request are limited to a total of {limit} million pixels")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Convert validated request bodies to tasks for a model's worker."""
+"""Convert validated request bodies into tasks for a model's worker."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,7 +32,7 @@ class TaskFactory:
     """A factory for a model's tasks, which rejects invalid requests before they are queued.
 
     Several threads may use the factory, even while the model decodes. `repeatable` is the default
-    for requests without this field.
+    for requests that do not set this field.
     """
 
     def __init__(self, model: PopModel, *, repeatable: bool = False) -> None:
@@ -75,7 +75,7 @@ class TaskFactory:
         reason = self._full_reason(body.pop)
         n_prompt_logprobs = body.logprobs if body.echo else None
         if n_prompt_logprobs is not None:
-            reason = "log probabilities of the prompt need every layer"
+            reason = "prompt log probabilities require all layers"
         tasks: list[Task] = []
         for tokens in prompts:
             echo = self.text(tokens) if body.echo else ""
@@ -90,7 +90,7 @@ class TaskFactory:
         with bad_request():
             require_pooling(self.model.engine.cache)
         prompts = map(Prompt, self._tokens(bodies.as_prompts(body.input), "input"))
-        reason = "embeddings need every layer"
+        reason = "embeddings require all layers"
         return [Task(prompt, TurnOptions(), reason, embeds=True) for prompt in prompts]
 
     def _full_reason(self, pop: bool | None) -> str | None:
@@ -109,7 +109,7 @@ class TaskFactory:
     ) -> list[list[int]]:
         """Return each prompt's tokens.
 
-        Raises ApiError for unknown tokens and for prompts that exceed the context.
+        Raises ApiError for unknown tokens or for prompts that exceed the context.
         """
         found: list[list[int]] = []
         for prompt in prompts:
@@ -148,8 +148,8 @@ class TaskFactory:
             if not 0 < context.files.n_positions < larger:
                 hint = f"shorten the prompt, or restart the server with --ctx {larger}"
             message = (
-                f"the context is too small: the prompt has {n_prompt} tokens, but prompt and answer"
-                f" are limited to {context.n_ctx}; {hint}"
+                f"the context is too small: the prompt has {n_prompt} tokens, but the prompt"
+                f" and the answer together are limited to {context.n_ctx}; {hint}"
             )
             raise ApiError(400, message, code="context_length_exceeded", param=param)
 
@@ -158,7 +158,7 @@ class TaskFactory:
     ) -> TurnOptions:
         """Return a request's options.
 
-        Missing options default to the model's recommended values, or else to the engine's values.
+        Missing options default to the model's recommended values or, failing that, to the engine's.
         """
         given = body.model_dump(include=set(bodies.SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
@@ -167,7 +167,7 @@ class TaskFactory:
             given["seed"] = body.seed % (MOST_SEED + 1)
         repeatable = self._repeatable if body.repeatable is None else body.repeatable
         if repeatable and len(self.model.engine.sequences) > 1:
-            message = "repeatable answers need one slot: restart the server with --parallel 1"
+            message = "repeatable answers require one slot: restart the server with --parallel 1"
             raise ApiError(400, message, param="repeatable")
         return TurnOptions(
             max_tokens=max_tokens,
@@ -219,7 +219,7 @@ def _tools(body: bodies.ChatBody) -> Tools:
     if isinstance(choice, bodies.NamedToolChoice):
         callable_ = tuple(tool for tool in listed if tool.name == choice.function.name)
         if not callable_:
-            message = f"tool_choice names {choice.function.name!r}, which is missing in tools"
+            message = f"tool_choice names {choice.function.name!r}, which is missing from tools"
             raise ApiError(400, message, param="tool_choice")
     must_call = choice not in (None, "auto")
     # A small model that must call a tool would otherwise keep calling tools.

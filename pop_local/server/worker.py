@@ -52,8 +52,8 @@ class Task:
 class Job:
     """A queued or running task, whose answer a worker thread writes and the event loop reads.
 
-    `queued_s` is 0 until the task runs. `read` contains the number of prefilled rows and the number
-    of all rows of the prompt. `place` returns a job's position in the queue.
+    `queued_s` is 0 until the task runs. `read` contains the number of prefilled rows and the
+    prompt's total number of rows. `place` returns a job's position in the queue.
     """
 
     def __init__(self, task: Task, place: Callable[["Job"], int] = lambda _: 0) -> None:
@@ -69,9 +69,9 @@ class Job:
         self._is_awaited = False
 
     def cancel(self) -> None:
-        """End a queued job immediately, or a running job soon.
+        """End a queued job immediately, or a running job as soon as possible.
 
-        Must be called in the event loop.
+        Must be called from the event loop.
         """
         self.cancelled.set()
         if not self.queued_s:
@@ -79,7 +79,7 @@ class Job:
             self._wake()
 
     def put(self, item: Chunk | Exception) -> None:
-        """Append a chunk, or the error that ends the answer. Must be called in a worker thread."""
+        """Append a chunk, or the error that ends the answer. Must be called by a worker thread."""
         self._arrived.append(item)
         if self._is_awaited or isinstance(item, Exception) or item.stats is not None:
             with suppress(RuntimeError):  # the event loop and its reader have ended
@@ -87,7 +87,7 @@ class Job:
 
     @property
     def progress(self) -> str:
-        """The progress as text for a stream's comments ("" while decoding)."""
+        """The job's progress, as text for a stream's comments ("" while decoding)."""
         if place := self._place(self):
             return f"queued {place}"
         n_read, n_rows = self.read
@@ -107,8 +107,8 @@ class Job:
         """Yield chunks that arrived together, or an empty list after `idle_s` without a chunk.
 
         Raises the exception that ended the answer, if any. For `pause_s` after a batch, only the
-        answer's end wakes this coroutine: on a busy core, wake-ups cost 5% of a small model's
-        decode time.
+        answer's end wakes this coroutine, because wake-ups on a busy core cost 5% of a small
+        model's decode time.
         """
         while True:
             self._is_awaited = True
@@ -154,7 +154,7 @@ class Worker(threading.Thread):
         self.stopping = threading.Event()
 
     def stop(self) -> None:
-        """Stop running answers and refuse queued jobs. Any thread may call this method."""
+        """Stop running answers and refuse queued jobs. May be called from any thread."""
         self.stopping.set()
         self._calls.put(None)
 
@@ -175,7 +175,7 @@ class Worker(threading.Thread):
             return len(self._still_waiting())
 
     def n_unread(self) -> int:
-        """Return the number of rows still to prefill in all running prompts."""
+        """Return the number of rows not yet prefilled, summed over all running prompts."""
         return sum(job.read[1] - job.read[0] for job in self._seen_s.copy())
 
     def n_refillable(self) -> int:

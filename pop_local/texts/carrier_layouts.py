@@ -1,4 +1,4 @@
-"""Layouts of look-up documents: records as lines, CSV, JSON, log entries and other formats."""
+"""Layouts for look-up documents: records as lines, CSV, JSON, log entries and other formats."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from pop_local.texts.carrier_values import Use
 
 @dataclass(frozen=True)
 class Block:
-    """Records with the same fields: pairs of an entity and its values, one for each field."""
+    """Records with the same fields: each has an entity and the entity's values, one per field."""
 
     noun: str
     fields: tuple[str, ...]
@@ -18,9 +18,9 @@ class Block:
 class Layout:
     """The format strings for a block.
 
-    `records`: the formats of consecutive records, which repeat from the first one. `pair`: the
-    format of a field and its value. Pairs are joined by `separator`, and records by `between`.
-    `subject`: a phrase that identifies one value.
+    `records`: the formats of consecutive records, which are used in rotation. `pair`: the format of
+    a field and its value. Pairs are joined by `separator`, and records by `between`. `subject`: a
+    phrase that identifies one value.
     """
 
     records: tuple[str, ...]

@@ -23,8 +23,8 @@ class Use(Enum):
 class Words:
     """The word lists for the documents of one use.
 
-    `fields` maps each kind of value to field names. Names of entities and families consist of a
-    start and an end. `phone`, `date` and `amount` are format strings.
+    `fields` maps each kind of value to field names. The names of entities and families are built
+    from a start and an end. `phone`, `date` and `amount` are format strings.
     """
 
     nouns: list[str]
@@ -45,7 +45,7 @@ class Words:
 
 @cache
 def words(use: Use) -> Words:
-    """Return the word lists for one use, from carrier_words.json."""
+    """Return the word lists for the given use, from carrier_words.json."""
     text = Path(__file__).with_name("carrier_words.json").read_text("utf-8")
     return Words(**json.loads(text)[use.value])
 

@@ -1,8 +1,8 @@
 """Carriers: synthetic documents of prose and random values, with questions about the values.
 
 A model cannot guess a value, so it must copy the answer from the document. Half of the layouts and
-words are for fitting and training (`Use.FITTING`), and the other half only for measurement
-(`Use.HELD_OUT`). The random generator, the prose and the token counter determine each document.
+words are for fitting and training (`Use.FITTING`), and the other half are for measurement only
+(`Use.HELD_OUT`). The random generator, the prose, and the token counter determine each document.
 """
 
 from collections import Counter
@@ -49,7 +49,7 @@ class LookupQuestion:
 
 @dataclass(frozen=True)
 class Carrier:
-    """A document, with questions about its values."""
+    """A document with questions about its values."""
 
     text: str
     questions: tuple[LookupQuestion, ...]
@@ -66,8 +66,8 @@ def make_carrier(
 ) -> Carrier:
     """Build a document of about `n_tokens` tokens: blocks in the use's layouts, and prose.
 
-    The prose, which starts at a random sentence of `prose`, surrounds the blocks. `count` returns a
-    text's length in tokens. The document has one question for each value, up to `n_questions`.
+    The blocks are surrounded by prose that starts at a random sentence of `prose`. `count` returns
+    a text's length in tokens. The document has one question for each value, up to `n_questions`.
     Raises PopError if the blocks leave no room for prose.
     """
     # Seed with the use, so that one seed yields different values for both uses.
@@ -84,7 +84,7 @@ def make_carrier(
     if n_prose <= 0:
         raise PopError(
             f"a document of {n_tokens} tokens has no room for a look-up",
-            "increase the documents' length",
+            "increase the document length",
             cause="documents-too-short",
         )
     between = _paragraphs(rng, sentences, len(blocks) + 1, n_prose, count)
@@ -146,7 +146,7 @@ def _paragraphs(
 
 
 class _Writer:
-    """Writer of one document's blocks, which never repeats an entity or a value."""
+    """A writer for one document's blocks that never repeats an entity or a value."""
 
     def __init__(self, rng: np.random.Generator, use: Use) -> None:
         self._rng, self._words = rng, words(use)
@@ -160,7 +160,7 @@ class _Writer:
     def block(self, n_tokens: float, count: CountTokens) -> tuple[str, list[LookupQuestion]]:
         """Return the text of a block, and questions about it.
 
-        The block has up to `n_tokens` tokens, or only one record.
+        The block has up to `n_tokens` tokens, or more if it contains only one record.
         """
         name, layout = next(self._layouts)
         kinds: list[str] = []

@@ -185,7 +185,7 @@ def test_a_converted_file_is_refused(tmp_path, projection):
     done = analyze(paired(base, tmp_path, projection, boundary=3).single)
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
-    assert "is converted already" in message
+    assert "is already converted" in message
     assert "pop-local strip" in message
 
 

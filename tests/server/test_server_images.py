@@ -226,7 +226,7 @@ def test_image_allowance_covers_only_images(client):
 def test_oversized_image_request_is_413(client, monkeypatch):
     response = post(client, image("data:image/png;base64," + "A" * (50 * 2**20)), text("a"))
     assert response.status_code == 413
-    assert "images of a request are limited to 32 MiB" in response.text
+    assert "images in a request are limited to a total of 32 MiB" in response.text
     half = b'{"url": "data:image/png;base64,AAAA'
     assert request_images.n_image_bytes(half) == len(half) - 8, (
         "a large image must be refused before its last byte arrives"

@@ -72,7 +72,7 @@ app._KILL_S = 0.5
         server.send_signal(signal.SIGTERM)
         _, log = server.communicate(timeout=30)
         assert server.returncode == 128 + signal.SIGTERM
-        assert "killed the process" in log
+        assert "killing the process" in log
         asked.join()
 
 

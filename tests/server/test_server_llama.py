@@ -89,7 +89,7 @@ def test_llama_cpp_field_names(client):
     [
         ("completion", {"prompt": "a", "return_tokens": True}, "return_tokens is not supported"),
         ("completion", {"prompt": "a", "samplers": ["top_k"]}, "samplers is not supported"),
-        ("completion", {"prompt": {"prompt_string": "a"}}, "send a text, a list of token ids"),
+        ("completion", {"prompt": {"prompt_string": "a"}}, "send a string, a list of token ids"),
         ("completion", {}, "prompt"),
         ("tokenize", {}, "content"),
         ("tokenize", {"content": [1, "a"]}, "content"),

@@ -139,7 +139,7 @@ def test_count_tokens(client):
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "messages.0"),
         ({"mcp_servers": [{}]}, "mcp_servers is not supported"),
         ({"tool_choice": {"type": "any"}}, "tool_choice requires tools"),
-        (FORCED | {"tool_choice": {"type": "tool", "name": "x"}}, "missing in tools"),
+        (FORCED | {"tool_choice": {"type": "tool", "name": "x"}}, "missing from tools"),
         ({"temperature": -1}, "temperature"),
     ],
 )

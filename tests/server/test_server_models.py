@@ -294,7 +294,7 @@ def test_signal_aborts_loading(folder):
         assert time.monotonic() - begun_s < 6  # loading would take 16 s
         assert waiting.result().status_code == 503
         assert "the server is stopping" in waiting.result().text
-        assert "Traceback" not in server.log and "killed the process" not in server.log
+        assert "Traceback" not in server.log and "killing the process" not in server.log
 
 
 class Endless:

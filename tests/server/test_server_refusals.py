@@ -53,7 +53,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         ),
         (
             {"messages": [{"role": "user", "content": 5}]},
-            "messages.0.content: the content must be a text or a list of parts",
+            "messages.0.content: the content must be a string or a list of parts",
         ),
         (HELLO | {"n": 0}, "n: Input should be greater"),
         (HELLO | {"add_generation_prompt": False}, "add_generation_prompt must be true"),
@@ -113,9 +113,9 @@ def test_invalid_chats_are_400(client, body, reason):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ({"prompt": 5}, "prompt: send a text, a list of token ids"),
-        ({"prompt": ["a", 1]}, "prompt: send a text, a list of token ids"),
-        ({"prompt": ["a", [1]]}, "prompt: send a text, a list of token ids"),
+        ({"prompt": 5}, "prompt: send a string, a list of token ids"),
+        ({"prompt": ["a", 1]}, "prompt: send a string, a list of token ids"),
+        ({"prompt": ["a", [1]]}, "prompt: send a string, a list of token ids"),
         ({"prompt": ["a"] * 64, "n": 3}, "must not exceed 128"),
         ({"prompt": "a", "n": 129}, "n: Input should be less"),
         ({"prompt": [[1], []]}, "empty"),

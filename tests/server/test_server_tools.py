@@ -161,7 +161,7 @@ def test_usage_lists_ignored_tool_keywords(client):
         ({"tools": [WEATHER] * 257}, "tools"),
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
-            "'x', which is missing in tools",
+            "'x', which is missing from tools",
         ),
         ({"tools": TOOLS, "tool_choice": "some"}, "tool_choice"),
         (

@@ -1,1 +1,1 @@
-"""The HTTP APIs. Each module converts its requests to the classes of `request_bodies`."""
+"""The HTTP APIs. Each module converts its requests to the classes in `request_bodies`."""

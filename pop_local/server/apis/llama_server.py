@@ -32,7 +32,7 @@ _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 class LlamaBody(bodies.CompletionBody):
     """A request to /completion, whose field names differ from OpenAI's.
 
-    If `n_predict` is 0, this server generates one token, while llama-server only fills its cache.
+    If `n_predict` is 0, this server generates a token, whereas llama-server only fills its cache.
     """
 
     unsupported = (*bodies.CompletionBody.unsupported, "return_tokens", "post_sampling_probs")

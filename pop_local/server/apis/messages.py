@@ -140,7 +140,7 @@ class MessagesBody(CountTokensBody):
 
 
 class MessagesReply(replies.EventReply):
-    """A formatter for Anthropic messages and their stream events, without reasoning."""
+    """A formatter for Anthropic messages and their stream events, which omits reasoning."""
 
     id_prefix = "msg"
 

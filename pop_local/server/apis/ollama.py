@@ -1,4 +1,4 @@
-"""Ollama's API, as documented in docs/api.md of its repository."""
+"""Ollama's API, as documented in docs/api.md in Ollama's repository."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -78,7 +78,7 @@ class OllamaBody(bodies.ModelRequest):
 
     @property
     def common_fields(self) -> Json:
-        """The request's fields under the names of OpenAI and llama-server."""
+        """The request's fields, keyed by the names that OpenAI and llama-server use."""
         options = self.options or {}
         found = {name: options[name] for name in _OPTIONS if name in options}
         limit = options.get("num_predict", -1)
@@ -295,7 +295,7 @@ def _details(info: ModelInfo) -> Json:
 
 
 def _cards(listed: Sequence[ModelInfo]) -> list[Json]:
-    """Return descriptions of the models, except those with unreadable files."""
+    """Return descriptions of the models, skipping any whose file cannot be read."""
     cards: list[Json] = []
     for info in listed:
         tagged = info.name if ":" in info.name else f"{info.name}:latest"

@@ -124,7 +124,7 @@ class ResponsesBody(bodies.ModelRequest):
     text: bodies.FormatOptions | None = None
 
     def chat(self, earlier: Sequence[Json]) -> bodies.ChatBody:
-        """Return the request as a chat that continues the messages `earlier`."""
+        """Return the request as a chat that continues from the messages in `earlier`."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         choice: Any = self.tool_choice
         if isinstance(choice, ToolChoice):
@@ -143,7 +143,7 @@ class ResponsesBody(bodies.ModelRequest):
     def messages(self) -> list[Json]:
         """Return the input as chat messages.
 
-        Function calls join the preceding assistant message.
+        Function calls are merged into the preceding assistant message.
         """
         found: list[Json] = []
         for item in self.input:
@@ -178,7 +178,7 @@ class ConversationStore:
         if name not in self._stored:
             raise ApiError(
                 400,
-                f"response {name!r} is not stored: send all messages of the conversation",
+                f"response {name!r} is not stored: send all messages in the conversation",
                 code="previous_response_not_found",
                 param="previous_response_id",
             )
@@ -195,7 +195,7 @@ class ConversationStore:
 
 
 class ResponsesReply(EventReply):
-    """A formatter for OpenAI's responses and their stream events, without reasoning."""
+    """A formatter for OpenAI's responses and their stream events, which omits reasoning."""
 
     id_prefix = "resp"
 
@@ -236,7 +236,7 @@ class ResponsesReply(EventReply):
             yield self._of_item("output_text.delta", **text)
 
     def _open(self, id_prefix: str, kind: str, fields: Json) -> Iterator[Json]:
-        """Start an output item, and yield the events that end the last item and start this one."""
+        """Start an output item: yield the events that end the last item and start the new one."""
         yield from self._close()
         item = {"type": kind, "id": f"{id_prefix}_{uuid.uuid4().hex}", "status": "in_progress"}
         self._output.append(item | fields)
@@ -244,7 +244,7 @@ class ResponsesReply(EventReply):
         yield self._event("output_item.added", output_index=index, item=deepcopy(item | fields))
 
     def _close(self) -> Iterator[Json]:
-        """Yield the events that end the last output item, if it is open."""
+        """Yield the events that end the last output item, if that item is still open."""
         if not self._output or self._output[-1]["status"] == "completed":
             return
         item = self._output[-1]

@@ -1,1 +1,1 @@
-"""The web page at /, with a chat and a reader of uploaded files."""
+"""The web page at /, which offers a chat and reads uploaded files."""

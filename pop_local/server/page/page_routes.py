@@ -1,7 +1,7 @@
 """The web page's files, and the endpoint that reads uploaded files.
 
-`/page/file?name=NAME` receives a file's bytes and content type. The response contains a document's
-`text`, or an image's data `url`.
+`/page/file?name=NAME` receives a file's bytes and content type. The response contains either a
+document's `text` or an image's `url` (a data URL).
 """
 
 import re
@@ -107,7 +107,7 @@ async def _file(limit: anyio.CapacityLimiter, request: Request) -> Response:
 
 
 async def _receive(request: Request, path: Path, max_bytes: int, name: str) -> None:
-    """Write a request's body to a file. Raises ApiError if the body has more than `max_bytes`."""
+    """Write a request's body to a file. Raises ApiError if it exceeds `max_bytes`."""
     message = f"{name} is too large: the limit is {max_bytes:,} bytes"
     too_large = ApiError(413, message, code="request_too_large")
     if int(request.headers.get("content-length", 0)) > max_bytes:

@@ -29,7 +29,7 @@ def test_prose_is_judged_by_perplexity_and_its_error(ratio, error, expected) -> 
     [
         (200, 190, 0, "none of 190 lost"),
         (200, 190, 1, "1 of 190 lost"),
-        (200, 0, 0, "the full model answers none of the 200 questions"),
+        (200, 0, 0, "the full model answers none of the 200 questions correctly"),
     ],
 )
 def test_lost_strings_are_counted_among_those_answered_in_full(n, full, lost, expected) -> None:
@@ -40,9 +40,9 @@ def test_lost_strings_are_counted_among_those_answered_in_full(n, full, lost, ex
 @pytest.mark.parametrize(
     ("only_full", "only_pruned", "p", "expected"),
     [
-        (0, 0, 1.0, "none of 18 right ones lost"),
-        (3, 1, 0.6, "3 of 18 right ones lost, 1 gained, which may be chance"),
-        (9, 0, 0.004, "9 of 18 right ones lost, which is more than chance"),
+        (0, 0, 1.0, "none of 18 correct answers lost"),
+        (3, 1, 0.6, "3 of 18 correct answers lost, 1 gained, which may be chance"),
+        (9, 0, 0.004, "9 of 18 correct answers lost, which chance does not explain"),
     ],
 )
 def test_a_comparison_counts_lost_right_answers(only_full, only_pruned, p, expected) -> None:
