@@ -62,7 +62,9 @@ def test_a_malformed_skip_is_refused(text):
 
 @pytest.mark.parametrize("boundary", [0, 8])
 def test_a_boundary_must_leave_both_kinds_of_layers(tiny, boundary):
-    with pytest.raises(PlanError, match=f"boundary {boundary} is impossible for 8 layers"):
+    with pytest.raises(
+        PlanError, match=f"boundary {boundary} is invalid for a model with 8 layers"
+    ):
         make_plan(read_shape(tiny), boundary=boundary)
 
 

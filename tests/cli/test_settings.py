@@ -120,7 +120,7 @@ def test_a_file_that_cannot_be_read(file):
 def test_a_file_without_an_end_a_pipe_and_a_large_file(file, monkeypatch):
     monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
     os.mkfifo(file)
-    with pytest.raises(PopError, match="no process writes to the pipe"):
+    with pytest.raises(PopError, match="no process is writing to the pipe"):
         load()
     file.unlink()
     file.write_bytes(b"#" * (settings._MOST_BYTES + 1))

@@ -111,7 +111,7 @@ def test_elsewhere_it_has_to_be_named(base, tmp_path):
 
 
 def test_the_model_itself_is_never_the_output(base):
-    assert "is the input file" in convert(base, base, "--force").stderr
+    assert "is also the input file" in convert(base, base, "--force").stderr
 
 
 def test_parts_have_one_sidecar(tmp_path):

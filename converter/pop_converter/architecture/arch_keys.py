@@ -33,7 +33,7 @@ def trained_ctx(header: Header) -> int | None:
         return None
     if type(value) is not int or not 0 <= value <= _MAX_CTX:
         raise FormatError(
-            f"{header.path} has an impossible context length: {value}", "download the file again"
+            f"{header.path} has an invalid context length: {value}", "download the file again"
         )
     return value
 
@@ -85,7 +85,7 @@ def require_loadable(header: Header) -> None:
     for name in filter(wrong.__getitem__, wrong):
         key, found = f"{arch}.{name}", ", ".join(map(str, numbers(name))) or "empty"
         raise FormatError(
-            f"{header.path} cannot be opened: the key {key} is {found}",
+            f"{header.path} cannot be opened: the key {key} has an invalid value ({found})",
             "download the file again",
         )
 
@@ -115,7 +115,7 @@ class ArchKeys:
         return FormatError(f"{self.header.path}: {problem}", "download the file again")
 
     def number(self, name: str, default: int | None = None) -> int:
-        """Return an integer or flag, or the first item of an array. Raises FormatError."""
+        """Return a key's integer or flag, or the first item of its array. Raises FormatError."""
         value = self.header.of_arch(name)
         if isinstance(value, tuple):
             value = value[0] if value else None
@@ -136,7 +136,7 @@ class ArchKeys:
         return len(items) == 2 and all(isinstance(item, int) and item > 0 for item in items)
 
     def windows(self, n_layer: int) -> tuple[int, ...]:
-        """Return each layer's attention window in tokens, or 0 for unlimited attention."""
+        """Return each layer's attention window in tokens (0: unlimited attention)."""
         tokens = self.number("attention.sliding_window", WINDOWS.get(self.arch, 0))
         name = "attention.sliding_window_pattern"
         pattern = self.header.of_arch(name)

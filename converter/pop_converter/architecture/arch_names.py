@@ -18,11 +18,11 @@ REFUSED = {
             "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert"
             " gemma-embedding llama-embed t5encoder"
         ),
-        "the model is an encoder, which generates no text",
+        "the model is an encoder, which does not generate text",
     ),
     **dict.fromkeys(
         _names("dream llada llada-moe rnd1"),
-        "the model is a diffusion model, which reads the whole text in every step",
+        "the model is a diffusion model, which reads the whole text at every step",
     ),
     **dict.fromkeys(
         _names("eagle3 dflash gemma4-assistant"), "the model is a draft model for another model"
@@ -30,7 +30,7 @@ REFUSED = {
     "t5": "the model has an encoder and a decoder",
     "clip": "the model is an image encoder",
     "wavtokenizer-dec": "the model is an audio decoder",
-    "chameleon": "llama.cpp cannot read the model's prompts without logits",
+    "chameleon": "llama.cpp cannot read the model's prompts without computing logits",
 }
 LOOPS_KEY = "num_loops"
 # Architectures whose later layers reuse the tensors of earlier layers.

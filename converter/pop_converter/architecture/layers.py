@@ -24,7 +24,7 @@ class LayerTensors(dict[str, TensorInfo]):
         return self[name].dims[0] if self.rows(name) else 0
 
     def attention(self, dim_k: int, dim_v: int) -> tuple[int, int, int]:
-        """Return the number of Q, K and V rows, each 0 if the projection is missing."""
+        """Return the numbers of Q, K, and V rows (0 for a missing projection)."""
         # KDA convolves K inside its recurrence, so the cache has no K.
         if self.is_recurrent and ("attn_k" not in self or "ssm_conv1d_k" in self):
             return 0, 0, 0
@@ -43,7 +43,7 @@ class LayerTensors(dict[str, TensorInfo]):
 
     @property
     def no_refill(self) -> str:
-        """The reason that rows cannot run the layer later, or "" if they can."""
+        """The reason that the layer cannot be run later, or "" if it can."""
         if self.is_recurrent:
             return "the recurrent layers keep one state for all rows"
         if any(name.startswith("indexer") for name in self):
@@ -58,7 +58,7 @@ class LayerTensors(dict[str, TensorInfo]):
 
     @property
     def n_neurons(self) -> int:
-        """The number of neurons in a dense gated FFN, whose `ffn_up` may include the gate."""
+        """The number of neurons in a dense gated FFN. Its `ffn_up` tensor may include the gate."""
         n_up, n_down = self.rows("ffn_up"), self.inputs("ffn_down")
         is_gated = n_up == 2 * n_down if "ffn_gate" not in self else n_up == n_down
         return n_down if is_gated and "ffn_norm" in self else 0
@@ -72,8 +72,8 @@ class LayerTensors(dict[str, TensorInfo]):
 def read_layers(source: Source, n_layer: int, *, repeat: bool) -> list[LayerTensors]:
     """Return a model's layers, excluding the tensors that a conversion added.
 
-    With `repeat`, layers without tensors reuse the tensors of earlier layers. Raises FormatError if
-    a layer has no tensors.
+    If `repeat` is set, layers without tensors reuse the tensors of earlier layers. Raises
+    FormatError if a layer has no tensors.
     """
     path, layers = source.first.path, [LayerTensors() for _ in range(n_layer)]
     if not source.tensors:

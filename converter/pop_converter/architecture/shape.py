@@ -22,12 +22,12 @@ class ModelShape:
     `n_q`, `n_k` and `n_v` are the row counts of the attention projections. MLA layers have K rows
     but no V rows, and layers that compute no K/V have neither. `n_heads_out` is the width of the
     heads' output. `n_neurons` is the number of neurons in a dense gated FFN, or 0 for other FFNs.
-    `n_weights` is the number of matrix elements. `windows` are the attention windows in tokens, 0
-    if unlimited. `is_recurrent` marks layers with a state that rows cannot overwrite. `is_fittable`
-    marks layers whose K and V can be fitted. `is_fused` marks layers with a single tensor for Q, K
-    and V.
+    `n_weights` is the number of matrix elements. `windows` contains the attention windows in tokens
+    (0: unlimited). `is_recurrent` marks layers with a recurrent state, which cannot be overwritten
+    row by row. `is_fittable` marks layers whose K and V can be fitted. `is_fused` marks layers with
+    a single tensor for Q, K and V.
 
-    `no_refill` is the reason that rows cannot run the skipped layers later, or "" if they can.
+    `no_refill` is the reason that the skipped layers cannot be run later, or "" if they can.
     `exact` is the first layer that reads K/V computed by an earlier layer, or 0 if no layer does.
     The first `n_deepstack` layers add image features to the state.
     """
@@ -51,17 +51,17 @@ class ModelShape:
     no_refill: str = ""
 
     def n_kv(self, layer: int) -> int:
-        """Return the number of K and V values of one token in a layer."""
+        """Return the number of K and V values per token in a layer."""
         return self.n_k[layer] + self.n_v[layer]
 
     def fits(self, boundary: int) -> bool:
-        """Return True if `boundary` skips two or more layers, all of them fittable."""
+        """Return True if `boundary` skips two or more layers and all of them can be fitted."""
         return boundary < self.n_layer - 1 and all(self.is_fittable[boundary:])
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:
-        """Return the number of previous-token values and of neurons in a wide fit (fit/wide.py).
+        """Return the numbers of previous-token values and neurons in a wide fit (fit/wide.py).
 
-        They are up to a quarter and a half of the state's size, rounded to quantization blocks.
+        The numbers are up to a quarter and half of the state's size, in whole quantization blocks.
         """
         n_prev = max(self.n_embd // 4 // _BLOCK_SIZE, 1) * _BLOCK_SIZE
         n_most = min(self.n_embd // 2, self.n_neurons[boundary])
@@ -87,7 +87,7 @@ def source_shape(source: Source) -> ModelShape:
     if (n_embd := keys.number("embedding_length")) < 1:
         raise keys.wrong("the embedding length is 0")
     if (n_deepstack := keys.number("n_deepstack_layers", 0)) >= n_layer:
-        raise keys.wrong(f"image features are added to {n_deepstack} of {n_layer} layers")
+        raise keys.wrong(f"image features cannot be added to {n_deepstack} of {n_layer} layers")
     n_shared = n_layer - GEMMA3N_KV_LAYERS if keys.arch == "gemma3n" else 0
     exact = n_layer - keys.number("attention.shared_kv_layers", max(n_shared, 0))
     if exact < 1:

@@ -1,8 +1,8 @@
-"""The speed-up limit: the ratio of multiply-accumulates without and with pruning.
+"""The speed-up limit: the ratio of multiply-accumulates without pruning to those with pruning.
 
 The caller counts a prompt's multiply-accumulates in llama.cpp's graph, from an empty cache to the
 last token's logits. The limit covers only matrix products, and assumes that products with few rows
-are as efficient as large ones.
+are as efficient as products with many rows.
 
 Fitted projections cost as much as the layers' own projections, or less if the layers' own K and V
 are fused with Q. A *wide* fit (fit/wide.py) also computes extra inputs once per row, and multiplies
@@ -26,7 +26,7 @@ Macs = Callable[[int, int | None, int], int]
 
 
 def uncounted(n_prompt: int, boundary: int | None, n_full: int) -> int:
-    """Raise PopError: the default `macs` of a plan."""
+    """Raise PopError. Plans use this function as `macs` by default."""
     raise PopError(
         "the plan has no function for counting multiply-accumulates", "pass macs to make_plan"
     )
@@ -49,7 +49,7 @@ def wide_weights(shape: ModelShape, boundary: int, projection: Projection) -> in
 
 
 def fit_macs(shape: ModelShape, boundary: int, projection: Projection, n_prompt: int) -> int:
-    """Return the multiply-accumulates that a fit adds (negative if it replaces a fused QKV)."""
+    """Return the multiply-accumulates that a fit adds (negative if it replaces a fused product)."""
     n_unfused = sum(compress(shape.n_q[boundary + 1 :], shape.is_fused[boundary + 1 :]))
     saved = 0 if projection == Projection.OWN else n_unfused * shape.n_embd
     return n_prompt * (wide_weights(shape, boundary, projection) - saved)
@@ -58,8 +58,8 @@ def fit_macs(shape: ModelShape, boundary: int, projection: Projection, n_prompt:
 def left_share(macs: Macs, boundary: int, n_prompt: int = LIMIT_PROMPT) -> float | None:
     """Return the share of the skipped layers' work that remains for context rows.
 
-    Full rows do this work twice, since their true K/V replace projected K/V. The share is computed
-    from this difference. Return None if full rows run separately, as with recurrent states.
+    Full rows compute K/V twice, because true K/V replace projected K/V. The share is computed from
+    the extra work. Return None if full rows run in separate batches.
     """
     full = macs(n_prompt, None, n_prompt)
     left = macs(n_prompt, boundary, n_prompt - 1) - full

@@ -1,4 +1,4 @@
-"""Error types that both packages raise, with a message, a hint and a cause."""
+"""Error types raised by both packages, each with a message, a hint, and a cause."""
 
 import zlib
 from tokenize import TokenError
@@ -23,8 +23,8 @@ DAMAGED_ARCHIVE = (
 class PopError(Exception):
     """An error with a message for users.
 
-    `hint` tells callers of the library what to do, in terms of parameters instead of commands (""
-    for no hint). Programs that show their own hints identify the error by `cause` ("" for most
+    `hint` describes what callers of the library can do, in terms of parameters instead of commands
+    ("" for no hint). Programs that show their own hints identify the error by `cause` ("" for most
     errors), and take numbers, names and paths from `fields`.
     """
 
@@ -39,7 +39,7 @@ class PopError(Exception):
 
 
 class StoppedError(Exception):
-    """Error for work that the caller's `should_stop` stopped."""
+    """Error raised when the caller's `should_stop` stops the work."""
 
 
 class FormatError(PopError):
@@ -51,7 +51,7 @@ class TruncatedError(FormatError):
 
 
 class UnsupportedArchitectureError(PopError):
-    """Error for an architecture that cannot be pruned, or that this build lacks."""
+    """Error for an architecture that cannot be pruned, or that this build does not support."""
 
 
 class PlanError(PopError):

@@ -1,4 +1,4 @@
-"""Read a file or pipe by path, with a limit on the wait for a pipe's writer."""
+"""Read a file or pipe by path, waiting only a limited time for a pipe's writer."""
 
 import os
 import stat
@@ -12,7 +12,7 @@ _PATIENCE_S = 5.0
 
 
 def read_file(path: Path, most: int = -1) -> bytes:
-    """Read up to `most` bytes (-1: all) of a file or pipe. Raises OSError.
+    """Read up to `most` bytes (-1: all) from a file or pipe. Raises OSError.
 
     Raises PopError for a folder, a device, or a pipe without a writer.
     """
@@ -41,4 +41,4 @@ def _first_of(path: Path, pipe: int) -> bytes:
         except BlockingIOError:
             return b""
         time.sleep(0.01)
-    raise PopError(f"no process writes to the pipe {path}", "pass a file")
+    raise PopError(f"no process is writing to the pipe {path}", "pass a file")

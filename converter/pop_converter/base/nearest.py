@@ -1,4 +1,4 @@
-"""Suggest a similar known name for an unknown name."""
+"""Suggest the known name most similar to an unknown name."""
 
 import difflib
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ _CUTOFF = 0.5
 def nearest_hint(wanted: str, known: Mapping[str, str], listed: str = "") -> str:
     """Return a hint that suggests the known name most similar to `wanted`, followed by `listed`.
 
-    If no name is similar, the hint is only `listed`. `known` maps names to the texts shown to the
+    If no name is similar, the hint is `listed` alone. `known` maps names to the texts shown to the
     user. Case is ignored.
     """
     shown = {name.lower(): text for name, text in known.items()}

@@ -27,21 +27,21 @@ def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: b
     if disk.total and disk.free < n_bytes:
         raise WriteError(
             f"the disk is too full: {dst} needs {n_bytes:,} bytes, but only {disk.free:,} are free",
-            "free some space, or write to another disk",
+            "free some space, or write to a different disk",
         )
 
 
 def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
     if not dst.parent.is_dir():
         raise WriteError(
-            f"the folder {dst.parent} does not exist", "create the folder, or choose another folder"
+            f"the folder {dst.parent} does not exist", "create the folder or choose a different one"
         )
     if dst.is_dir():
         raise WriteError(f"{dst} is a folder", "choose a file name")
     if not dst.exists():
         return
     if any(dst.samefile(source) for source in sources):
-        raise WriteError(f"the output file {dst} is the input file", "choose another name")
+        raise WriteError(f"the output file {dst} is also the input file", "choose a different name")
     if not force:
         raise _exists(f"{dst} exists")
 
@@ -52,8 +52,8 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
 
     If the block raises an exception, the temporary file is removed. If the process is killed, the
     next call for `dst` removes the temporary file. The data is not synced to disk. Raises
-    OutputExistsError if another process created `dst` in the meantime and `force` is false, and
-    WriteError for an I/O error.
+    OutputExistsError if another process created `dst` in the meantime and `force` is false, or
+    WriteError if an I/O error occurs.
     """
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}{_SUFFIX}")
     remove_leftovers(dst.parent, dst.name)
@@ -71,19 +71,19 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
 
 
 def make_private(folder: Path) -> None:
-    """Create a folder and missing parents with mode 0700, whatever the umask. Raises OSError."""
+    """Create a folder and its missing parents with mode 0700 despite the umask. Raises OSError."""
     for missing in [each for each in (folder, *folder.parents) if not each.exists()][::-1]:
         missing.mkdir(mode=0o700, exist_ok=True)
         missing.chmod(0o700)
 
 
 def _exists(message: str) -> OutputExistsError:
-    hint = "choose another name, or pass force=True to replace the file"
+    hint = "choose a different name, or pass force=True to replace the file"
     return OutputExistsError(message, hint, cause="output-exists")
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove temporary files left by ended processes, for one output or for all outputs ("")."""
+    """Remove temporary files left by exited processes, for one output or for all outputs ("")."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
             stem, _, pid = path.name.removesuffix(_SUFFIX).rpartition(".")

@@ -9,7 +9,7 @@ Ran = Callable[[int], None]
 
 
 def counting(total: int, on_progress: Progress) -> Ran:
-    """Return a function that adds up step sizes and reports them to `on_progress`.
+    """Return a function that adds up step sizes and reports the sum to `on_progress`.
 
     `on_progress(0, total)` is called immediately.
     """

@@ -1,14 +1,14 @@
 """Least-squares fits of skipped layers' K/V projections to the full model's K and V.
 
-The fit is a weighted least-squares solution in float64, with a ridge toward the layer's own
-projections. It needs only Gram matrices. In the formula, x is the normalized boundary state, X =
-[x, 1], Y is the full model's K and V, D holds the token weights, and W0 is the layer's own
+The fit is a weighted least-squares solution in float64, with a ridge penalty toward the layer's own
+projections. The fit needs only Gram matrices. In the formula, x is the normalized boundary state, X
+= [x, 1], Y is the full model's K and V, D holds the token weights, and W0 is the layer's own
 projections:
 
     W = W0 + (X'DX + ridge)^-1 X'D (Y - X W0)
 
-The stored weight is W / gain, because it is multiplied by gain * x. The ridge is proportional to
-diag(X'DX), so the gain does not affect the solution.
+The stored weight is W / gain, because the backend multiplies it by gain * x. The ridge is
+proportional to diag(X'DX), so the gain does not affect the solution.
 
 A wide fit (fit/wide.py) has more inputs: X = [x, z, 1]. The ridge pulls the weights of z toward
 zero. A wide fit's sums include the plain fit's sums.
@@ -44,11 +44,11 @@ LEAST_WEIGHT = 0.2
 _MOST_ATTENTION = 50.0
 # The diagonal is scaled to 1, so smaller pivots are rounding errors.
 _LEAST_PIVOT = 1e-12
-DAMAGED_HINT = "the model file may be damaged: check that the model answers a prompt"
+DAMAGED_HINT = "the model file may be damaged: check that the model can answer a prompt"
 
 
 class FitError(PopError):
-    """Error for activations that admit no fit."""
+    """Error for activations to which no projection can be fitted."""
 
 
 class KvType(str, Enum):
@@ -69,7 +69,7 @@ class Gram:
     """Sums that determine all fits at one boundary.
 
     `xx` is X'DX [n_inputs + 1, n_inputs + 1]. `xy` maps layers to X'DY [n_inputs + 1, n_k + n_v].
-    The last input is constant. `n_rows` is the number of summed rows. The sums are in float32,
+    The last input is constant. `n_rows` is the number of rows in the sums. The sums are in float32,
     since the ridge far exceeds the rounding error.
     """
 
@@ -79,7 +79,7 @@ class Gram:
 
     @classmethod
     def empty(cls, n_inputs: int, n_kv: Mapping[int, int]) -> "Gram":
-        """Return sums without any rows. `n_kv` maps layers to n_k + n_v."""
+        """Return empty sums. `n_kv` maps layers to n_k + n_v."""
         n = n_inputs + 1
         xy = {layer: np.zeros((n, width), np.float32) for layer, width in n_kv.items()}
         return cls(np.zeros((n, n), np.float32), xy)
@@ -87,7 +87,7 @@ class Gram:
     def add(self, x: Floats, y: Mapping[int, Floats], weights: Floats) -> None:
         """Add a window's rows: inputs `x` [n, n_inputs + 1] from `with_bias`, and `weights` [n].
 
-        `y` maps the layers, and possibly others, to K and V [n, n_k + n_v].
+        `y` maps the layers in `xy`, and possibly other layers, to K and V [n, n_k + n_v].
         """
         root = np.sqrt(weights)[:, None]
         weighted = x * root
@@ -100,7 +100,7 @@ class Gram:
     def merge(self, other: "Gram") -> None:
         """Add the sums of newer rows, which must have the same inputs and layers.
 
-        Beyond ROWS_KEPT rows per input, each newer row scales the older sums down.
+        If there are more than ROWS_KEPT rows per input, each newer row scales the older sums down.
         """
         n_kept = ROWS_KEPT * len(self.xx)
         is_full = self.n_rows + other.n_rows > n_kept
@@ -146,12 +146,12 @@ def normalised(state: Floats, eps: float) -> Floats:
 
 
 def with_bias(*inputs: Floats) -> Floats:
-    """Join inputs [n, n_i] and append a column of ones."""
+    """Concatenate inputs [n, n_i] and append a column of ones."""
     return np.hstack([*inputs, np.ones((len(inputs[0]), 1), np.float32)])
 
 
 def token_weights(mass: Floats) -> Floats:
-    """Return token weights [n] for the attention `mass` [n] that later tokens pay to each one."""
+    """Return token weights [n] for the attention `mass` [n] that later tokens pay to each token."""
     mean = float(mass.mean())
     if mean <= 0:
         return np.ones_like(mass)
@@ -184,13 +184,13 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
     wide = np.ascontiguousarray(own_wide + delta[n_embd:-1].T, np.float32)
     if not all(np.isfinite(part).all() for part in (weight, wide, bias)):
         raise FitError(
-            f"the fit of layer {layer} is not finite", "fit on more text, or on different text"
+            f"the fit for layer {layer} is not finite", "fit on more text, or on different text"
         )
     return replace(own, weight=weight, bias=bias, wide=wide if n_wide else None)
 
 
 def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
-    """Return the ridge of each input, relative to its diagonal element in X'DX."""
+    """Return the ridge for each input, relative to its diagonal element in X'DX."""
     seen = gain**2 * xx.diagonal()[: gain.size]
     weak = _WEAK_INPUT * seen.mean()
     raised = np.maximum(1, weak / np.maximum(seen, 1e-30 * weak + 1e-300))
@@ -234,7 +234,7 @@ def _solve_triangles(lower: Doubles, x: Doubles) -> None:
 
 
 def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, ...]:
-    """Encode a layer's fit as four tensors, or as six for a wide fit."""
+    """Encode a layer's fit as four tensors, or as six tensors for a wide fit."""
     tensors = []
     for part, rows in (("k", slice(fitted.n_k)), ("v", slice(fitted.n_k, None))):
         name = f"blk.{layer}.pop_attn_{part}"
@@ -247,7 +247,7 @@ def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, .
 
 
 def decode(layer: int, tensors: Mapping[str, NewTensor], own: KvProjection) -> KvProjection:
-    """Decode the tensors that `encode` returned. `own` is the layer's own projections."""
+    """Decode the tensors that `encode` returned. `own` contains the layer's own projections."""
     parts = [f"blk.{layer}.pop_attn_{part}" for part in "kv"]
     biases = [np.frombuffer(tensors[f"{name}.bias"].data, np.float32) for name in parts]
     weights = [decode_weight(tensors[f"{name}.weight"]) for name in parts]
@@ -268,6 +268,6 @@ def decode_weight(tensor: NewTensor) -> Floats:
 
 
 def encode_weight(name: str, weight: Floats, kind: KvType) -> NewTensor:
-    """Encode a matrix [n_out, n_in] in a storage type."""
+    """Encode a matrix [n_out, n_in] with the given storage type."""
     data = quantize(weight, kind.ggml).tobytes()
     return NewTensor(name, weight.shape[::-1], kind.ggml, data)

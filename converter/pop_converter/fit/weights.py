@@ -19,7 +19,7 @@ class KvProjection:
     """A layer's own or fitted K/V projections, with K's rows first.
 
     `weight` [n_k + n_v, n_embd] is multiplied by gain * x, where x is the normalized input and
-    `gain` [n_embd] belongs to attn_norm. `bias` is [n_k + n_v]. `wide` [n_k + n_v, n_wide] is
+    `gain` [n_embd] is the weight of attn_norm. `bias` is [n_k + n_v]. `wide` [n_k + n_v, n_wide] is
     multiplied by a wide fit's extra inputs (fit/wide.py), and is None for other projections.
     """
 
@@ -33,7 +33,7 @@ class KvProjection:
 class Weights:
     """A source's tensors by name, dequantized to float32 on access.
 
-    Access raises FormatError if the tensor is missing or its type cannot be dequantized.
+    Accessing a tensor raises FormatError if it is missing or its type cannot be dequantized.
     """
 
     def __init__(self, source: Source) -> None:
@@ -52,7 +52,7 @@ class Weights:
         return tuple(name[len(prefix) :] for name in self._places if name.startswith(prefix))
 
     def rows(self, name: str, numbers: NDArray[np.integer[Any]] | slice) -> Floats:
-        """Return some rows [len(numbers), n] of a matrix."""
+        """Return the given rows [len(numbers), n] of a matrix."""
         if name not in self._places:
             raise FormatError(f"the model has no tensor {name}", "download the file again")
         part, tensor = self._places[name]
@@ -68,13 +68,13 @@ class Weights:
         except (ValueError, NotImplementedError) as error:
             raise FormatError(
                 f"{part.path}: tensor {name} has a type that cannot be dequantized",
-                "convert with the model's own projections, or use another quantization",
+                "convert with the model's own projections, or use a different quantization",
                 cause="unreadable-tensor",
             ) from error
         return np.asarray(values, np.float32)
 
     def require_readable(self, layer: int) -> None:
-        """Raise FormatError if the type of the layer's K or V cannot be dequantized."""
+        """Raise FormatError if the type of the layer's K or V weights cannot be dequantized."""
         for part in ("qkv", "k", "v"):
             if (name := f"blk.{layer}.attn_{part}.weight") in self:
                 self.rows(name, slice(1))

@@ -3,7 +3,7 @@
 In addition to x, the normalized boundary state, the projections of later layers read z = [p, a]:
 
 - p is the previous token's x, reduced to a quarter of its size by PCA. Attention in the skipped
-  layers copies information from the previous token (induction), and the token's own state lacks it.
+  layers copies information from the previous token (induction), which the token's own state lacks.
 - a is the output up * act(gate) of the strongest neurons in the boundary layer's FFN, applied to x.
   A neuron's strength is the power that it adds to the layer's output. Neurons are scaled to unit
   variance and clamped, since outliers would ruin the results of some windows. For a mixture of
@@ -37,7 +37,7 @@ class Neurons:
     is_gelu: bool
 
     def __call__(self, x: Floats) -> Floats:
-        """Return up * act(gate) [n_rows, n] of normalized states [n_rows, n_embd]."""
+        """Return up * act(gate) [n_rows, n] for normalized states [n_rows, n_embd]."""
         inner = x * self.gain
         gate = inner @ self.gate.T
         if self.is_gelu:
@@ -49,7 +49,7 @@ class Neurons:
 
 @dataclass(frozen=True)
 class WideInput:
-    """The function from x to z: PCA axes `previous` [n_prev, n_embd] and scaled neurons."""
+    """The function that maps x to z: PCA axes `previous` [n_prev, n_embd] and scaled neurons."""
 
     previous: Floats
     neurons: Neurons | None

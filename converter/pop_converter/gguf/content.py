@@ -1,6 +1,6 @@
 """Content of a GGUF file to write: a new header, and data copied from other files.
 
-Keys, tensor tables and data of the source are copied byte for byte.
+The source's keys, tensor tables and data are copied byte for byte.
 """
 
 import hashlib
@@ -52,11 +52,11 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Content:
-    """The content of a file to write, by default without keys and tensors.
+    """The content of a file to write. By default, it has no keys or tensors.
 
-    `keys` and `tensors` are the raw bytes of the two tables. `ranges` is the copied data.
-    `data_end` is the end of its last tensor, in bytes from the start of the data. `added` is the
-    padding and the new tensors that follow the copied data.
+    `keys` and `tensors` are the raw bytes of the two tables. `ranges` are the byte ranges to copy.
+    `data_end` is the end of the last copied tensor, in bytes from the start of the data. `added` is
+    the padding and the new tensors that follow the copied data.
     """
 
     version: int = VERSIONS[-1]
@@ -78,7 +78,7 @@ class Content:
 
     @property
     def data_bytes(self) -> int:
-        """The number of bytes copied from other files, including zeros."""
+        """The number of bytes copied from other files, including the zeros after each range."""
         return sum(source_range.size_bytes + source_range.n_zeros for source_range in self.ranges)
 
     @property
@@ -99,7 +99,7 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
     gap = offset - content.data_bytes
     if gap < 0:
         raise FormatError(
-            "no tensor can be added, since the model's file has bytes after its last tensor",
+            "no tensors can be added, because the model file has bytes after its last tensor",
             "rewrite the file with llama-quantize (type COPY), or use the model's own projections",
             cause="no-room-for-tensors",
         )
@@ -119,7 +119,7 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
 def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: int) -> Content:
     """Return the content without `tensors`, which must be the last rows of the table.
 
-    `size_bytes` is the file's size without these tensors. Raises FormatError if it is impossible.
+    `size_bytes` is the file's size without `tensors`. Raises FormatError if the removal fails.
     """
     n_row_bytes = sum(len(_encode_tensor(tensor, 0)) for tensor in tensors)
     shorter = replace(
@@ -128,7 +128,7 @@ def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: in
         tensors=content.tensors[:-n_row_bytes],
     )
     if len(content.ranges) != 1:
-        raise FormatError("a split fitted model cannot be restored", "join the model's parts first")
+        raise FormatError("cannot restore a fitted split model", "join the model's parts first")
     [source_range] = content.ranges
     n_data_bytes = size_bytes - len(shorter.header)
     if not 0 <= n_data_bytes <= source_range.size_bytes:
@@ -190,8 +190,8 @@ def _encode_tensor(tensor: TensorInfo | NewTensor, offset: int) -> bytes:
 def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran) -> str:
     """Pass the copied data to `write`, and return the sha256 of `hashed_header` and the data.
 
-    The sha256 is in hex. `advance` is called with the number of bytes in each step. Raises
-    FormatError if a source cannot be read, and any error that `write` raises.
+    The sha256 is a hex string. `advance` is called with the number of bytes in each step. Raises
+    FormatError if a source cannot be read, and propagates any error that `write` raises.
     """
     digest, buffer = hashlib.sha256(hashed_header), memoryview(bytearray(CHUNK_BYTES))
     for source_range in content.ranges:

@@ -1,8 +1,8 @@
 """Scan the header of a GGUF file, which contains the keys and the tensor table.
 
 `gguf.GGUFReader` builds two numpy arrays for each vocabulary entry, which takes too much time and
-memory (Gemma-3-270M: 12 s, 680 MB). A file consists of a magic, a version, counts, keys, tensors,
-padding and data, in this order (ggml/docs/gguf.md).
+memory (Gemma-3-270M: 12 s, 680 MB). A GGUF file consists of a magic number, a version, counts,
+keys, tensors, padding and data, in this order (ggml/docs/gguf.md).
 """
 
 import math
@@ -94,7 +94,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A GGUF file without its data. Positions are in bytes from the start of the file."""
+    """A GGUF file without tensor data. Positions are in bytes from the start of the file."""
 
     path: Path
     version: int
@@ -112,14 +112,14 @@ class Header:
         return None if key is None else key.value
 
     def of_arch(self, name: str) -> Scalar | Array | None:
-        """Return the value of the key `ARCH.name`, for example of llama.context_length."""
+        """Return the value of the key `ARCH.name`, such as llama.context_length."""
         return self.get(f"{self.get('general.architecture')}.{name}")
 
 
 class _Cursor:
     """Reader for little-endian values.
 
-    Methods raise FormatError at the end of the file, and beyond the size limit of headers.
+    Methods raise FormatError for a read beyond the end of the file or the header's size limit.
     """
 
     def __init__(self, view: mmap.mmap, path: Path) -> None:
@@ -129,7 +129,7 @@ class _Cursor:
         self.end = min(len(view), MAX_HEADER_BYTES)
 
     def skip(self, n_bytes: int) -> int:
-        """Move forward by `n_bytes`, and return the previous position."""
+        """Advance by `n_bytes`, and return the previous position."""
         start = self.at
         if n_bytes > self.end - start:
             raise self._too_short()
@@ -149,10 +149,10 @@ class _Cursor:
         return struct.unpack_from(layout, self.view, self.skip(struct.calcsize(layout)))
 
     def count(self, most: int, what: str) -> int:
-        """Read a 64-bit count. Raises FormatError if it exceeds `most`."""
+        """Read a 64-bit count. Raises FormatError if the count exceeds `most`."""
         found = self.number("Q")
         if found > most:
-            raise corrupt(self.path, f"the file has {found:,} {what}")
+            raise corrupt(self.path, f"the number of {what} ({found:,}) exceeds {most:,}")
         return found
 
     def text(self) -> str:
@@ -160,7 +160,7 @@ class _Cursor:
         try:
             return self.view[start : self.at].decode()
         except UnicodeDecodeError as error:
-            raise corrupt(self.path, "a name is not UTF-8 text") from error
+            raise corrupt(self.path, "a name is not valid UTF-8") from error
 
     def value(self, kind: int) -> Scalar | Array:
         length, is_array = 1, kind == GGUFValueType.ARRAY
@@ -211,7 +211,7 @@ def align(position: int, alignment: int) -> int:
 def read_header(path: Path) -> Header:
     """Read the keys and the tensor table of a little-endian GGUF file (version 2 or 3).
 
-    Raises FormatError for any other file, and for an incomplete file.
+    Raises FormatError if the file has a different format or is incomplete.
     """
     try:
         mode = path.stat().st_mode
@@ -241,7 +241,7 @@ def _check_magic(path: Path, start: bytes) -> None:
         raise FormatError(
             f"{path} has GGUF version {version}, but pop-local supports only versions"
             f" {' and '.join(map(str, VERSIONS))}",
-            "convert the model again with a current llama.cpp",
+            "convert the model again with a current version of llama.cpp",
         )
 
 
@@ -287,12 +287,12 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
     name = cursor.text()
     n_dims = cursor.number("I")
     if n_dims > _MAX_DIMS:
-        raise corrupt(cursor.path, f"tensor {name} has {n_dims} dimensions")
+        raise corrupt(cursor.path, f"tensor {name} has too many dimensions ({n_dims})")
     *dims, kind, offset = cursor.numbers(f"{n_dims}QIQ")
     if kind not in BLOCK_SIZES:
         raise FormatError(
             f"{cursor.path}: tensor {name} has the unknown type {kind}",
-            "use a newer pop-local, or another quantization",
+            "use a newer version of pop-local, or a different quantization",
         )
     if kind in _WITHOUT_PRODUCT:
         raise FormatError(
@@ -302,7 +302,7 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
         )
     n_elements = math.prod(dims)
     if n_elements >= 1 << 63:
-        raise corrupt(cursor.path, f"tensor {name} has {n_elements:,} elements")
+        raise corrupt(cursor.path, f"tensor {name} has too many elements ({n_elements:,})")
     elements, size = BLOCK_SIZES[kind]
     return TensorInfo(name, tuple(dims), kind, offset, n_elements // elements * size)
 
@@ -316,13 +316,13 @@ def _alignment(path: Path, keys: Mapping[str, HeaderKey]) -> int:
         raise corrupt(path, "the alignment is not a power of two")
     if not MIN_ALIGNMENT <= value <= MAX_ALIGNMENT:
         raise corrupt(
-            path, f"the alignment {value:,} is not from {MIN_ALIGNMENT} to {MAX_ALIGNMENT:,}"
+            path, f"the alignment {value:,} is not between {MIN_ALIGNMENT} and {MAX_ALIGNMENT:,}"
         )
     return value
 
 
 def _check_data(header: Header) -> None:
-    """Raise FormatError unless the tensors are contiguous and inside the file, as in llama.cpp."""
+    """Raise FormatError unless the tensors are contiguous and inside the file (as in llama.cpp)."""
     expected = 0
     for tensor in header.tensors:
         if tensor.offset != expected:
@@ -332,4 +332,4 @@ def _check_data(header: Header) -> None:
         last = header.tensors[-1]
         needed = header.data_start + last.offset + last.size_bytes
         if needed > header.size_bytes:
-            raise truncated(header.path, f"the file has {header.size_bytes:,} of {needed:,} bytes")
+            raise truncated(header.path, f"only {header.size_bytes:,} of {needed:,} bytes present")

@@ -56,7 +56,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The model's file name. For a split model, the name of the joined file."""
+        """The model's file name, or the name of the joined file for a split model."""
         part = part_of(self.first.path.name) if self.is_split else None
         return f"{part.stem}.gguf" if part else self.first.path.name
 
@@ -73,7 +73,7 @@ class Source:
 def read_source(path: Path) -> Source:
     """Read a model's header, or the headers of all parts if `path` is the first part.
 
-    Raises FormatError if a part is missing or belongs to another model, and if `path` is a later
+    Raises FormatError if a part is missing or belongs to a different model, or if `path` is a later
     part or a sidecar.
     """
     first = read_header(path)
@@ -102,7 +102,7 @@ def read_source(path: Path) -> Source:
     if missing:
         raise FormatError(
             f"{len(missing)} of {count} parts are missing next to {path}: {', '.join(missing)}",
-            "put all parts into one folder",
+            "put all parts in one folder",
         )
     source = Source((first, *map(read_header, paths[1:])))
     _check_parts(source)
@@ -110,7 +110,7 @@ def read_source(path: Path) -> Source:
 
 
 def sampled_sha256(source: Source) -> str:
-    """Return a hash (hex) of headers and tensor starts, which tells fine-tunes apart."""
+    """Return a hex hash of the headers and each tensor's start, which differs among fine-tunes."""
     digest = hashlib.sha256()
     for header in source.parts:
         with header.path.open("rb") as file:

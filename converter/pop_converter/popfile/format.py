@@ -1,6 +1,6 @@
-"""The POP file format: keys `pop.*` in a GGUF file.
+"""The POP file format: `pop.*` keys in a GGUF file.
 
-Stock llama.cpp ignores unknown keys, so it opens POP files without added tensors.
+Stock llama.cpp ignores unknown keys, so it can open POP files that have no added tensors.
 """
 
 import re
@@ -27,10 +27,10 @@ NO_LIMIT = 1e9
 
 
 class DeepRows(str, Enum):
-    """Rules for words in the context whose tokens run all layers, to preserve their spelling.
+    """Rules that select context words whose tokens run through all layers, to preserve spelling.
 
-    `SPELLING` selects words with a digit, an inner capital, or a sign between letters. `NAMES` also
-    selects words that are capitalized in the middle of a sentence.
+    `SPELLING` selects words with a digit, an internal capital, or a symbol between letters. `NAMES`
+    also selects words that are capitalized in the middle of a sentence.
     """
 
     NONE = "none"
@@ -52,8 +52,8 @@ class Calibration:
     """The text on which a fit was computed.
 
     `sha256` is the hash of the text, or of its tokens if the model generated some of them.
-    `weighting` is the kind of token weights, "attention" for the attention that a token receives.
-    `n_distilled` is the number of tokens on which the fit was trained end to end, 0 if it was not.
+    `weighting` is the kind of token weights ("attention": weighted by the attention received).
+    `n_distilled` is the number of tokens used to train the fit end to end (0: no such training).
     """
 
     name: str
@@ -68,11 +68,11 @@ class Calibration:
 class Measured:
     """Quality after pruned prefill, compared with full prefill on held-out text. KL is in nats.
 
-    `lookups_n` is the number of look-ups, 0 if they were not measured. `lookups_full` and
+    `lookups_n` is the number of look-ups, or 0 if look-ups were not measured. `lookups_full` and
     `lookups_pruned` are the numbers of correct answers after full and pruned prefill.
-    `lookups_lost` counts answers that are correct only after full prefill, `lookups_gained` answers
-    that are correct only after pruned prefill. `lookups_logprob_lost` is the decrease in the
-    log-probability of the correct string, in nats per string.
+    `lookups_lost` counts answers that are correct only after full prefill, and `lookups_gained`
+    counts answers that are correct only after pruned prefill. `lookups_logprob_lost` is the
+    decrease in the log-probability of the correct string, in nats per string.
     """
 
     kl_mean: float = 0.0
@@ -97,11 +97,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Budget:
-    """The quality limits within which the search chose a boundary. `quality` is their name.
+    """The quality limits within which the search chose a boundary. `quality` names the limits.
 
     The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio of Measured, and to the share of the
-    full model's correct look-ups that are lost. `tried` lists the measured boundaries with their
-    verdicts.
+    full model's correct look-ups that are lost. `tried` lists the measured boundaries and the
+    verdict on each one.
     """
 
     quality: str
@@ -124,12 +124,12 @@ class Binding:
 class PopMeta:
     """The POP keys of a converted file or sidecar, with defaults for missing keys.
 
-    `schedule` has one letter per layer: F runs for every token, S is skipped by context tokens. The
-    first `sink_tokens` and the last `tail_tokens` tokens of a prompt run all layers, and so do
-    prompts shorter than `min_prompt` tokens. `deep_rows` is the rule for words in the context that
-    run all layers. `source_sha256` is the hash of the file that `strip` restores, or of a sidecar's
-    base model, with the parts of a split model joined. `source_bytes` is the size of this file if
-    the conversion added tensors, otherwise 0.
+    `schedule` has one letter per layer: F for layers that every token runs through, S for layers
+    that context tokens skip. A prompt's first `sink_tokens` and last `tail_tokens` tokens run
+    through all layers, as do all tokens of prompts shorter than `min_prompt`. `deep_rows` is the
+    rule for context words that run through all layers. `source_sha256` is the hash of the file that
+    `strip` restores, or of a sidecar's base model, with the parts of a split model joined.
+    `source_bytes` is the size of the restored file if the conversion added tensors, or 0 otherwise.
     """
 
     schedule: str
@@ -193,7 +193,7 @@ _SIZE = "_bytes"
 
 
 def pop_meta(header: Header) -> PopMeta | None:
-    """Return a header's POP keys, or None if it has none.
+    """Return a header's POP keys, or None if the header has none.
 
     Raises FormatError if the keys contradict each other or the model.
     """
@@ -257,7 +257,7 @@ def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None
 
 
 def _in_range(header: Header, name: str, value: Any) -> Any:
-    """Return a key's value. Raises FormatError if it is out of range."""
+    """Return a key's value. Raises FormatError if the value is out of range."""
     most = _MAX_FILE_NAME if name == "pop.source.name" else _MAX_TEXT
     if isinstance(value, str) and len(value.encode(errors="replace")) > most:
         raise FormatError(f"{header.path}: {name} has more than {most:,} bytes", CONVERT_AGAIN)
@@ -270,7 +270,7 @@ def _in_range(header: Header, name: str, value: Any) -> Any:
 def _check_schedule(meta: PopMeta, header: Header) -> None:
     if not re.fullmatch("F+S+", meta.schedule):
         raise FormatError(
-            f"schedule {meta.schedule!r} must have one or more F's, then one or more S's",
+            f"schedule {meta.schedule!r} must be one or more F's followed by one or more S's",
             CONVERT_AGAIN,
         )
     n_layer, n_nextn = header.of_arch("block_count"), header.of_arch("nextn_predict_layers") or 0
@@ -284,7 +284,7 @@ def _check_schedule(meta: PopMeta, header: Header) -> None:
 
 
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
-    """Encode a converted file's keys, one bytes object per key."""
+    """Encode a converted file's keys as one bytes object per key."""
     keys = [
         _encode_key(name, value)
         for name, field, _ in _KEYS
@@ -297,7 +297,7 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
 
 
 def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
-    """Encode a sidecar's keys, one bytes object per key."""
+    """Encode a sidecar's keys as one bytes object per key."""
     return (
         _encode_key("general.architecture", SIDECAR_ARCH),
         *encode_keys(meta),

@@ -1,4 +1,4 @@
-"""Conversion plans: the layers that context tokens skip, and the tokens that run all layers."""
+"""Conversion plans: the layers that context tokens skip, and the tokens that skip no layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,10 +25,10 @@ Share = Fraction | int
 class Plan:
     """A planned conversion: context tokens skip the layers from `boundary` on.
 
-    `deep_rows` is the rule for context rows that run all layers. `deep_share` is the share of such
-    rows in ordinary text, 0 while unknown. `budget` has the limits within which the search chose
-    the boundary, or is None if the user chose it. `is_distilled` is true if the fit is also trained
-    end to end. `macs` counts the model's multiply-accumulates.
+    `deep_rows` is the rule for context rows that run through all layers. `deep_share` is the share
+    of such rows in ordinary text, or 0 if unknown. `budget` contains the limits within which the
+    search chose the boundary, or is None if the user chose it. `is_distilled` is true if the fit is
+    also trained end to end. `macs` counts the model's multiply-accumulates.
     """
 
     shape: ModelShape
@@ -62,13 +62,13 @@ class Plan:
 
     @property
     def fitted_layers(self) -> range:
-        """The layers with fitted K/V projections. The boundary layer needs none."""
+        """The layers with fitted K/V projections. The boundary layer needs no fit."""
         first = self.shape.n_layer if self.projection == Projection.OWN else self.boundary + 1
         return range(first, self.shape.n_layer)
 
 
 def parse_skip(text: str) -> Share:
-    """Parse a share of the layers ('1/3', '0.33') or their number ('10'). Raises PlanError."""
+    """Parse a share ('1/3', '0.33') or a number of layers ('10'). Raises PlanError."""
     try:
         skip: Share = int(text) if text.strip().isdecimal() else Fraction(text)
     except (ValueError, ZeroDivisionError):
@@ -84,14 +84,14 @@ def parse_skip(text: str) -> Share:
 def boundary_of(shape: ModelShape, skip: Share) -> int:
     """Return the boundary for a number or share of skipped layers.
 
-    A share is rounded to one layer or more. Raises PlanError if no layer would remain.
+    A share is rounded to at least one layer. Raises PlanError if no layer would remain.
     """
     if isinstance(skip, Fraction):
         skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
     if skip >= shape.n_layer:
         raise PlanError(
-            f"{skip} of {shape.n_layer} layers cannot be skipped: at least one layer must remain",
-            f"skip up to {shape.n_layer - 1}" if shape.n_layer > 1 else "",
+            f"{skip} of {shape.n_layer} layers cannot be skipped; at least one layer must remain",
+            f"skip up to {shape.n_layer - 1} layers" if shape.n_layer > 1 else "",
         )
     return shape.n_layer - skip
 
@@ -112,16 +112,16 @@ def make_plan(
     `min_prompt` is the length in tokens of the shortest prompt to prune (None: twice the number of
     full rows, a length at which pruning saves half as much as for a long prompt). The plan falls
     back from `projection` to OWN if a skipped layer cannot be fitted, or if only one layer is
-    skipped, because its own projections are exact.
+    skipped, because that layer's own projections are exact.
 
-    Raises PlanError for an impossible boundary or token count. Raises UnsupportedArchitectureError
-    if context tokens already skip these layers without loss.
+    Raises PlanError for an invalid boundary or token count. Raises UnsupportedArchitectureError if
+    context tokens already skip these layers without loss.
     """
     if boundary is None:
         boundary = boundary_of(shape, DEFAULT_SKIP)
     if not 0 < boundary < shape.n_layer:
         raise PlanError(
-            f"boundary {boundary} is impossible for {shape.n_layer} layers",
+            f"boundary {boundary} is invalid for a model with {shape.n_layer} layers",
             f"choose a boundary from 1 to {shape.n_layer - 1}",
         )
     if shape.exact and boundary > shape.exact - 2:
@@ -158,7 +158,7 @@ def require_prunable(shape: ModelShape) -> None:
 
 
 def require_fit(plans: Sequence[Plan]) -> None:
-    """Raise PlanError if none of the plans can be fitted, but one of them needs a fit."""
+    """Raise PlanError if none of the plans can be fitted although one of them needs a fit."""
     if all(plan.projection == Projection.OWN for plan in plans) and any(
         plan.n_skipped > 1 for plan in plans
     ):

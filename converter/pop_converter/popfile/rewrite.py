@@ -61,7 +61,7 @@ class FileSizes:
 
 
 def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return a conversion's sizes, without padding and the keys for measured quality.
+    """Return a conversion's sizes, excluding padding and the keys for measured quality.
 
     Raises FormatError for an invalid source.
     """
@@ -74,7 +74,7 @@ def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
 
 
 def stored_bytes(plan: Plan, kind: KvType) -> int:
-    """Return the size in bytes of a plan's fitted weights and biases, or 0 without a fit."""
+    """Return the size of a plan's fitted weights and biases in bytes, or 0 if it has no fit."""
     if plan.projection == Projection.OWN:
         return 0
     n_rows = sum(map(plan.shape.n_kv, plan.fitted_layers))
@@ -104,8 +104,8 @@ def convert(
     written and compared. `fitted` is required if the plan has fitted projections. `examine`
     measures the written file. Return the written keys.
 
-    Raises FormatError, PlanError, OutputExistsError, WriteError, and any error of `examine`. After
-    an error, an existing `dst` is unchanged and no temporary file remains.
+    Raises FormatError, PlanError, OutputExistsError, WriteError, and any error that `examine`
+    raises. After an error, an existing `dst` is unchanged and no temporary file remains.
     """
     source = planned_source(plan, src, fitted)
     content = read_content(source, without=PREFIX)
@@ -134,7 +134,7 @@ def finish(
     examine: Examine | None,
     encode: Callable[[PopMeta], tuple[bytes, ...]],
 ) -> PopMeta:
-    """Append the added tensors, measure the file, and write the measurement to its header."""
+    """Append the added tensors, measure the file, and write the measurement to the header."""
     file.writelines(whole.added)
     file.flush()
     if examine:
@@ -148,11 +148,11 @@ def finish(
 def strip(
     src: Path, dst: Path, *, progress: Progress = lambda done, total: None, force: bool = False
 ) -> PopMeta:
-    """Restore the original of the converted file `src` to `dst`, with the parts joined.
+    """Write the original of the converted file `src` to `dst`, with split parts joined.
 
-    Return the keys of `src`. Raises FormatError if the restored file's hash is not
-    `pop.source.sha256`, OutputExistsError and WriteError. After an error, an existing `dst` is
-    unchanged and no temporary file remains.
+    Return the keys of `src`. Raises FormatError if the restored file's hash differs from
+    `pop.source.sha256`, or OutputExistsError or WriteError if `dst` cannot be written. After an
+    error, an existing `dst` is unchanged and no temporary file remains.
     """
     source = read_source(src)
     meta = pop_meta(source.first)
@@ -195,7 +195,7 @@ def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
     if source_shape(source) != plan.shape:
         raise PlanError(f"the plan is for a different model than {src}")
     if (plan.projection != Projection.OWN) != (fitted is not None):
-        raise PlanError("pass `fitted` if, and only if, the plan has fitted projections")
+        raise PlanError("pass `fitted` if and only if the plan has fitted projections")
     return source
 
 
@@ -230,12 +230,12 @@ def draft_meta(
 
 
 def unconverted(src: Path) -> Source:
-    """Read an unconverted model. Raises FormatError if it is already converted."""
+    """Read an unconverted model. Raises FormatError if the model is already converted."""
     source = read_source(src)
     if pop_meta(source.first) is not None:
         raise FormatError(
             f"{src} is already converted",
-            "restore the original with strip first",
+            "first restore the original with strip",
             cause="converted-already",
         )
     return source

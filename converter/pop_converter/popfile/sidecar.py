@@ -91,7 +91,7 @@ def bind(base: Source) -> Binding:
 def read_sidecar(path: Path, base: Source) -> PopMeta:
     """Read the POP keys of the sidecar at `path`, which must belong to the model `base`.
 
-    Raises FormatError if it does not or has the wrong tensors, and if `base` is converted.
+    Raises FormatError for a different model's sidecar, wrong tensors, or a converted `base`.
     """
     header = read_header(path)
     meta = sidecar_meta(header)
@@ -105,7 +105,7 @@ def read_sidecar(path: Path, base: Source) -> PopMeta:
     if binding != bind(base):
         raise FormatError(
             f"{path} does not belong to {base.first.path}, but to "
-            f"{meta.source_name} of {binding.base_bytes:,} bytes",
+            f"{meta.source_name} ({binding.base_bytes:,} bytes)",
             "create a sidecar for this model",
             cause="foreign-sidecar",
             model=base.first.path,
@@ -115,7 +115,7 @@ def read_sidecar(path: Path, base: Source) -> PopMeta:
 
 
 def sidecar_meta(header: Header) -> PopMeta:
-    """Return a sidecar's POP keys, whatever its model. Raises FormatError for other files."""
+    """Return a sidecar's POP keys, for any model. Raises FormatError for other files."""
     meta = pop_meta(header)
     if meta is None:
         raise FormatError(
@@ -148,12 +148,12 @@ def fitted_tensors(path: Path) -> dict[str, NewTensor]:
 
 
 def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:
-    """Return the POP keys of the sidecar if given, otherwise the model's. Raises FormatError."""
+    """Return the sidecar's POP keys, or the model's if `sidecar` is None. Raises FormatError."""
     return pop_meta(base.first) if sidecar is None else read_sidecar(sidecar, base)
 
 
 def _check_tensors(header: Header, meta: PopMeta) -> None:
-    """Check the names of the tensors. llama.cpp checks their shapes and types at load time."""
+    """Check the tensors' names. llama.cpp checks the shapes and types when it loads the tensors."""
     layers = range(meta.boundary + 1, meta.n_layer) if meta.is_fitted else ()
     is_wide = meta.projection == Projection.WIDE
     kinds = (".weight", ".bias", *(("_wide.weight",) if is_wide else ()))
@@ -179,7 +179,7 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
 
 
 def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return the sizes of the model and of its future sidecar, as `rewrite.measure` does."""
+    """Return the sizes of the model and its future sidecar, like `rewrite.measure`."""
     source = unconverted(src)
     binding = Binding(source.size_bytes, UNKNOWN_SHA256)
     header = _EMPTY.with_keys(encode_sidecar_keys(draft_meta(plan, source), binding)).header
@@ -198,8 +198,8 @@ def write_sidecar(
 ) -> PopMeta:
     """Write a sidecar of `src` to `dst`, with the keys of `plan` and the tensors of `fitted`.
 
-    `src` is read once for its hash, and `progress` counts the bytes read. Other parameters, result
-    and errors are those of `rewrite.convert`.
+    `src` is read once for its hash, and `progress` counts the bytes read. The other parameters, the
+    result, and the errors are the same as for `rewrite.convert`.
     """
     source = planned_source(plan, src, fitted)
     original = read_content(source, without=PREFIX)

@@ -158,7 +158,7 @@ def test_sparse_file_is_not_read_to_its_end(tiny, tmp_path, at):
     bad = _damaged(tiny, tmp_path, at, struct.pack("<Q", 2**40))
     with bad.open("r+b") as file:
         file.truncate(1 << 40)
-    with pytest.raises(FormatError, match="not a valid GGUF file: the file has 1,099"):
+    with pytest.raises(FormatError, match=r"valid GGUF file: the number of .* \(1,099.* exceeds"):
         read_header(bad)
 
 
@@ -205,7 +205,7 @@ def test_context_length_has_a_range(tiny, tmp_path, n_ctx):
     data = tiny.read_bytes()
     end = read_header(tiny).keys["llama.context_length"].end
     path.write_bytes(data[: end - 4] + struct.pack("<I", n_ctx) + data[end:])
-    with pytest.raises(FormatError, match=f"impossible context length: {n_ctx}"):
+    with pytest.raises(FormatError, match=f"invalid context length: {n_ctx}"):
         PopModel(EngineOptions.of(path, n_ctx=64))
 
 

@@ -79,7 +79,7 @@ def test_unused_window_is_ignored(tmp_path):
 
 def test_too_many_deepstack_layers_are_refused(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "qwen3vl", n_deepstack=8)
-    with pytest.raises(FormatError, match="image features are added to 8 of 8 layers"):
+    with pytest.raises(FormatError, match="image features cannot be added to 8 of 8 layers"):
         read_shape(path)
 
 
@@ -189,7 +189,7 @@ def test_numbers_that_abort_llama_cpp_are_refused(tmp_path, arch, key, kind, val
     require_loadable(read_header(path))
     end, data = read_header(path).keys[f"{arch}.{key}"].end, path.read_bytes()
     path.write_bytes(data[: end - 4] + struct.pack(kind, value) + data[end:])
-    named = "expert" if "expert" in key else f"{key} is"
+    named = "expert" if "expert" in key else f"{key} has"
     with pytest.raises(FormatError, match=f"cannot be opened: the key {arch}.{named}"):
         require_loadable(read_header(path))
 

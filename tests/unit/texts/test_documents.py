@@ -162,7 +162,7 @@ def test_pipe_without_writer_is_refused(tmp_path, monkeypatch, read):
     # If the thread blocks anyway, this test must still end.
     rescue = threading.Timer(10, path.write_bytes, (b"",))
     rescue.start()
-    with pytest.raises(PopError, match="no process writes to the pipe"):
+    with pytest.raises(PopError, match="no process is writing to the pipe"):
         read(path)
     rescue.cancel()
 
