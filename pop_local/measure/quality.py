@@ -44,7 +44,7 @@ _LEAST_INDUCTION = 0.1
 
 @dataclass(frozen=True)
 class QualitySettings:
-    """Settings for a measurement: the windows, their lengths in tokens, and the random draws.
+    """Settings for a measurement: the number of windows, window lengths in tokens, and draws.
 
     `n_draws`: the number of random token sequences for the induction probe.
     """

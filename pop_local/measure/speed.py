@@ -3,7 +3,7 @@
 Each round runs both modes in the same process and with the same weights. Ratios are computed within
 a round, so a temporary slowdown affects both modes. The order of the runs is reversed after each
 round. Each run starts with an empty KV cache. The measured time includes prefill and sampling the
-first token; decode is measured separately. Every run raises PopError unless the backend's row
+first token; decode is measured separately. Each run raises PopError unless the backend's row
 counters show that all prompt tokens were evaluated and pruned as planned.
 
 The speed-up limit is also measured: each round includes a run without full rows.
@@ -56,9 +56,9 @@ class SpeedRow:
     """Speed measurements for one prompt length. Times are in seconds.
 
     `speedup`: the TTFT in full mode divided by the TTFT in pruned mode. `limit`: the speed-up of a
-    run without full rows. `of_limit`: the median of `speedup` divided by `limit`. `n_deep`: the
-    number of the prompt's deep rows. `n_skipped_exact`: the number of rows that skipped layers
-    without loss. `upstream_ttft_s`: the TTFT of llama.cpp without our kernels (None: not measured).
+    run without full rows. `of_limit`: the median speed-up divided by `limit`. `n_deep`: the number
+    of the prompt's deep rows. `n_skipped_exact`: the number of rows that skipped layers without
+    loss. `upstream_ttft_s`: the TTFT of llama.cpp without our kernels (None: not measured).
     `kernels_speedup`: the ratio of `upstream_ttft_s` to the full TTFT (None: not measured).
     """
 

@@ -46,5 +46,5 @@ def comparison_in_words(found: "Comparison") -> str:
         lost += f", {found.n_only_pruned} gained"
     if found.n_only_full + found.n_only_pruned:
         is_chance = found.p_value >= _LEAST_P
-        lost += ", which may be chance" if is_chance else ", which chance does not explain"
+        lost += ", which may be chance" if is_chance else ", which is unlikely to be chance"
     return f"Answers: {lost}."

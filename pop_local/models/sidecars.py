@@ -20,7 +20,7 @@ SHIPPED = Path(str(importlib.resources.files("pop_local") / "data" / "sidecars")
 
 @dataclass(frozen=True)
 class LearnedFiles:
-    """Paths of one model's learned files, which may not exist. `name` contains a hash."""
+    """Paths to one model's learned files, which may not exist. `name` contains a hash."""
 
     name: str
 

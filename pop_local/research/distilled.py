@@ -71,7 +71,7 @@ class Distiller:
         return device
 
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
-        """Train the fit on `text`, and return the trained fit. Raises PopError, StoppedError.
+        """Train the fit on `text`, and return the trained fit. Raises PopError or StoppedError.
 
         The full model first reads the text, unless an earlier call already read the text for this
         boundary. `n_deeper`: the number of deeper boundaries whose fits will need the same states.

@@ -107,7 +107,7 @@ def read_hyper(source: Source) -> Hyper:
 def _unsupported(header: Header, what: str) -> UnsupportedArchitectureError:
     return UnsupportedArchitectureError(
         f"{header.path}: gradients are not supported for {what}",
-        f"use a dense model of one of the architectures {', '.join(ARCHITECTURES)}",
+        f"use a dense model with one of these architectures: {', '.join(ARCHITECTURES)}",
     )
 
 

@@ -86,7 +86,7 @@ def importance(
     """Measure the importance of each layer on windows of equal length.
 
     If the model has a BOS token, the windows must start with it. `n_context`: the number of context
-    tokens per window. Raises PopError, StoppedError.
+    tokens per window. Raises PopError or StoppedError.
     """
     from pop_local.research.decoder import Decoder
     from pop_local.research.gates import gate_gradients

@@ -143,8 +143,8 @@ def analyze(
     """Measure each layer's importance, and each boundary's loss and speed-up.
 
     `model`: the path or name of an unconverted model. If torch is missing or the architecture is
-    not supported, layer importance is not measured, and a warning gives the reason. Raises
-    PopError, StoppedError.
+    not supported, layer importance is not measured, and a warning gives the reason. Raises PopError
+    or StoppedError.
     """
     source = read_source(base_file(os.fspath(model), watch))
     if pop_of(source, None) is not None:
@@ -292,7 +292,7 @@ def measure_cliff(
 ) -> tuple[DepthCost, ...]:
     """Measure the retention at each boundary, and the retention lost by skipping each layer.
 
-    The speed-up limits apply to prompts of LIMIT_PROMPT tokens. `on_progress` counts draws.
+    The speed-up limits apply to prompts of LIMIT_PROMPT tokens. `on_progress` reports the draws.
     """
     context, rule = model.engine.context, model.engine.rule
     tried, retentions = boundaries(context.files.shape), []

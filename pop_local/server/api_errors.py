@@ -64,7 +64,7 @@ def bad_request(
 ) -> Iterator[None]:
     """Convert a PopError raised in the `with` block to an ApiError 400 that names `param`.
 
-    A GrammarError becomes an ApiError with the code "invalid_grammar" that names `grammar_param`.
+    For a GrammarError, the code is "invalid_grammar", and `grammar_param` is named if it is set.
     """
     try:
         yield

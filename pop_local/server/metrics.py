@@ -18,7 +18,7 @@ class Metrics:
         gauge = partial(Gauge, registry=self.registry)
         self._ttft = seconds("pop_ttft_seconds", "Time from prefill start to the first token")
         self.queued = seconds("pop_queue_seconds", "Time that requests spent in the queue")
-        kinds = "Prompt tokens by kind: pruned, skipped exactly, read in full, or cached"
+        kinds = "Prompt tokens by kind: pruned, skipped without loss, read in full, or cached"
         prompt = counter("pop_prompt_tokens", kinds, ["kind"])
         statuses = "Requests by path and HTTP status (499: the client disconnected)"
         self.requests = counter("pop_requests", statuses, ["path", "status"])

@@ -341,7 +341,7 @@ class ModelPool:
             log.info("opened %s", lease.file.name)
             if 0 < self.registry.ram_bytes < lease.needed_bytes:
                 needed, limit = size(lease.needed_bytes), size(self.registry.ram_bytes)
-                message = "%s needs about %s of memory, but --ram allows %s"
+                message = "%s needs about %s of memory, but --ram allows only %s"
                 log.warning(message, lease.file.name, needed, limit)
         else:
             for each in self._for_the_same(lease):
@@ -366,7 +366,7 @@ class ModelPool:
             served.worker.start()
 
     def stop(self) -> None:
-        """Stop answers and loading, and refuse waiting requests. May be called from any thread."""
+        """Abort answers and loading, and refuse waiting requests. May be called from any thread."""
         self._stopping.set()
         for served in self.loaded:
             served.worker.stop()

@@ -54,7 +54,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
     """Return OpenAI's `usage` with an added field `pop`: TurnStats' counters and times in seconds.
 
     `pop.reason` explains why the prompt was read in full (null: it was pruned). `pop.reading` is
-    null if no rows were prefilled. `pop.ignored` lists the JSON schema's keywords that were not
+    null if no rows were prefilled. `pop.ignored` lists the JSON schema keywords that were not
     enforced.
     """
     times = {"queued_s": queued_s} | {name: getattr(stats, name) for name in _TIMES}
@@ -217,7 +217,7 @@ def arguments_of(text: str) -> Any:
 
 
 def call_json(call: ToolCall) -> Json:
-    """Format a tool call or a part of one. Only the first part has an id and a name."""
+    """Format a tool call, or part of one. Only the first part has an id and a name."""
     function = {"arguments": call.arguments}
     if not call.name:
         return {"function": function}

@@ -101,7 +101,7 @@ class TaskFactory:
                 raise ApiError(400, f"pop must not be true: {no_keys}", param="pop")
             return no_keys
         if pop is None and self._is_full:
-            return "the server runs with --full"
+            return "the server was started with --full"
         return "the request disables pruning" if pop is False else None
 
     def _tokens(

@@ -64,7 +64,7 @@ def make_carrier(
     n_tokens: int,
     n_questions: int,
 ) -> Carrier:
-    """Build a document of about `n_tokens` tokens: blocks in the use's layouts, and prose.
+    """Build a document of about `n_tokens` tokens from blocks in the use's layouts and from prose.
 
     The blocks are surrounded by prose that starts at a random sentence of `prose`. `count` returns
     a text's length in tokens. The document has one question for each value, up to `n_questions`.

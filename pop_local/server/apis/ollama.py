@@ -213,7 +213,7 @@ class OllamaEmbedReply(replies.OtherApiReply):
 
 
 class OllamaTextBody(bodies.EmbeddingsBody):
-    """A request to /api/embeddings, Ollama's older endpoint."""
+    """A request to /api/embeddings, Ollama's older embeddings endpoint."""
 
     input: str = Field(alias="prompt")
 

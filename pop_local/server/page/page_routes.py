@@ -107,7 +107,7 @@ async def _file(limit: anyio.CapacityLimiter, request: Request) -> Response:
 
 
 async def _receive(request: Request, path: Path, max_bytes: int, name: str) -> None:
-    """Write a request's body to a file. Raises ApiError if it exceeds `max_bytes`."""
+    """Write a request's body to a file. Raises ApiError if the body exceeds `max_bytes`."""
     message = f"{name} is too large: the limit is {max_bytes:,} bytes"
     too_large = ApiError(413, message, code="request_too_large")
     if int(request.headers.get("content-length", 0)) > max_bytes:
