@@ -64,7 +64,7 @@ class Quality:
     only). ppl_*: the continuation's perplexity. top1_agreement: the fraction of tokens for which
     both models' top predictions agree. copy_*: results for a repeated passage from the context.
     copy_top1: the fraction of the repeated tokens that the model ranks first. induction_*: results
-    for repeated random tokens. delta_nll: the increase in NLL on the repetition due to pruning.
+    for repeated random tokens. delta_nll: the increase in the repetition's NLL due to pruning.
     retention: the fraction of the full model's gain from the repetition that pruning retains (None
     if the full model shows no gain). n_pruned: the number of context tokens that stopped at the
     boundary, counted by the backend over all windows.
@@ -249,7 +249,7 @@ def choose_windows(
 def _summarize(
     pruning: Pruning, reference: QualityReference, scores: Sequence[Scores], repeated_nll: Floats
 ) -> Quality:
-    """Summarize all windows' scores; `repeated_nll` [n_draws]: from `measure_induction`."""
+    """Summarize all windows' scores; `repeated_nll` [n_draws]: see `measure_induction`."""
     settings, repeated = reference.settings, reference.repeated
     kl = np.stack([score.divergence.kl for score in scores])
     full, pruned = _nll(s.full for s in scores), _nll(s.pruned for s in scores)

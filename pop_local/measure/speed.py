@@ -146,7 +146,7 @@ def _row(
 def run_rounds(
     ways: Sequence[Callable[[], Run]], n_rounds: int, ran: Callable[[], None] = lambda: None
 ) -> list[list[Run]]:
-    """Run every function once per round, following a warm-up round, and return each one's runs.
+    """Run each function once per round, following a warm-up round, and return each function's runs.
 
     The order of the functions is reversed after each round. `ran` is called after each run.
     """

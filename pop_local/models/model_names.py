@@ -228,7 +228,7 @@ def resolve(model: str, *, base: bool = False) -> Path:
 def _not_there(model: str) -> PopError:
     """Return the error for a model that is neither a file nor a known name."""
     if Path(model).is_dir():
-        return PopError(f"{model} is a folder", "pass a GGUF file in this folder")
+        return PopError(f"{model} is a folder", "pass a GGUF file from that folder")
     if Path(model).exists():
         return PopError(f"{model} is a pipe or a device, not a file", "pass a GGUF file")
     if hub_name(model):

@@ -59,8 +59,8 @@ class Decoder:
     def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Return the logits [..., n_vocab] for the last layer's output [..., n_embd].
 
-        `tokens` [n]: the tokens for which to return logits [..., n] (None: all tokens), which are
-        then computed in the states' type.
+        `tokens` [n]: the tokens for which to return logits [..., n], computed in the states' type
+        (None: all tokens).
         """
         normed = _rms_norm(states, self._output_norm, self.hyper.eps)
         head = self._head if tokens is None else self._head[tokens].to(normed.dtype)

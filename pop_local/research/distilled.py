@@ -44,14 +44,14 @@ class Distiller:
     reference: TeacherStates | None = None
 
     def require(self, plan: Plan) -> TorchDevice:
-        """Return the device for distilling a plan's fit. Raises PopError if no device can do so."""
+        """Return the device to distill on. Raises PopError if the plan's fit cannot be trained."""
         cannot, why = "the fit cannot be distilled", ""
         try:
             hyper = read_hyper(self.source)
         except UnsupportedArchitectureError as error:
             why = f"{error.message}; {error.hint}"
         if plan.projection == Projection.OWN:
-            why = "a single skipped layer has no fitted projections"
+            why = "with only one skipped layer, there are no fitted projections"
         if why:
             raise PopError(f"{cannot}: {why}", "convert without distilling", cause="not-distilled")
         device = torch_device(self.hardware, cannot)

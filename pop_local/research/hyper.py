@@ -43,9 +43,9 @@ class Rope:
 class Hyper:
     """A decoder's hyperparameters.
 
-    `interleaved`: True if RoPE rotates pairs of adjacent elements (llama), False for pairs with one
-    element from each half. A cap of 0 means that values are not capped. `ropes` and `windows` have
-    one entry per layer. A window is the number of visible positions (0: all positions).
+    `interleaved`: True if RoPE rotates pairs of adjacent elements (llama), False if each pair has
+    one element from each half. A cap of 0 means that values are not capped. `ropes` and `windows`
+    have one entry per layer. A window is the number of visible positions (0: all positions).
     """
 
     n_layer: int

@@ -292,7 +292,7 @@ def measure_cliff(
 ) -> tuple[DepthCost, ...]:
     """Measure the retention at each boundary, and the retention lost by skipping each layer.
 
-    The speed-up limits apply to prompts of LIMIT_PROMPT tokens. `on_progress` reports the draws.
+    The speed-up limits apply to prompts of LIMIT_PROMPT tokens. `on_progress` reports each draw.
     """
     context, rule = model.engine.context, model.engine.rule
     tried, retentions = boundaries(context.files.shape), []

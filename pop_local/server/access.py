@@ -34,9 +34,9 @@ _MAX_LOGGED_NAME = 80  # characters
 class AccessRules:
     """The rules for accepting requests.
 
-    If `api_key` is set, the server accepts requests that carry the key. Otherwise (""), the server
+    If `api_key` is set, the server accepts requests that carry the key. If `api_key` is "", it
     accepts requests to loopback names and to `host`, its listening address. The server also accepts
-    requests from web pages with one of the `origins`, which are in lower case.
+    requests from web pages whose origin is in `origins` (in lower case).
     """
 
     api_key: str = ""

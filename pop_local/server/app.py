@@ -38,7 +38,7 @@ _LARGE_BYTES = 1 << 20
 _BIND_HINTS = {
     errno.EADDRINUSE: "another program is using this port; pass --port 0 to use any free port",
     errno.EADDRNOTAVAIL: "pass an address of this machine, or 0.0.0.0 for all networks",
-    errno.EACCES: "ports below 1024 are reserved; pass a larger port, for example --port 8080",
+    errno.EACCES: "ports below 1024 are reserved; pass a higher port, for example --port 8080",
 }
 
 log = logging.getLogger("pop_local.server")

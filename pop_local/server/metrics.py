@@ -36,7 +36,7 @@ class Metrics:
                 "pop_image_tokens", "Image tokens in prompts, including cached tokens"
             ),
             "encode_s": counter("pop_encode_seconds", "Time spent encoding images"),
-            "n_deep": counter("pop_deep_tokens", "Prompt tokens that were run as deep rows"),
+            "n_deep": counter("pop_deep_tokens", "Prompt tokens processed as deep rows"),
             "n_decoded": counter("pop_decoded_tokens", "Generated tokens"),
         }
         self.queue = gauge("pop_queue_length", "Queued requests")
@@ -48,7 +48,7 @@ class Metrics:
         self.refillable = gauge("pop_refillable_tokens", not_refilled)
 
     def answered(self, stats: TurnStats) -> None:
-        """Add the work done for an answer, which may have been interrupted, to the metrics."""
+        """Update the metrics for an answer, even if the answer was interrupted."""
         for name, metric in self._of_answers.items():
             metric.inc(getattr(stats, name))
         if stats.n_decoded:

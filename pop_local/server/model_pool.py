@@ -40,7 +40,7 @@ class ModelRegistry:
     `max_waiting` is the maximum queue length. `repeatable` is the default for requests that do not
     set this field. `ram_bytes` limits the total memory of all open models. A model that needs more
     than `ram_bytes` is opened alone. If `strict_model` is set, requests for unknown models are
-    refused. Otherwise, the default model answers such requests.
+    refused. Otherwise, the default model answers requests for unknown models.
     """
 
     files: Callable[[], Mapping[str, Path]]

@@ -225,7 +225,7 @@ def call_json(call: ToolCall) -> Json:
 
 
 def _top(token: TokenLogprob) -> Json | None:
-    """Return log probabilities, keyed by token text, of the token and the most likely tokens."""
+    """Return the log probabilities of the token and the most likely tokens, keyed by token text."""
     if token.logprob is None:
         return None
     # If two tokens have the same text, the more likely token counts.

@@ -184,7 +184,7 @@ class ChatMessage(LenientBody):
 
     @property
     def image_urls(self) -> list[tuple[int, str]]:
-        """The offset in the text and the URL of each image."""
+        """Each image's offset in the text and its URL."""
         found: list[tuple[int, str]] = []
         offset = n_texts = 0
         for part in self.content or ():

@@ -158,7 +158,7 @@ class TaskFactory:
     ) -> TurnOptions:
         """Return a request's options.
 
-        Missing options default to the model's recommended values or, failing that, to the engine's.
+        Missing options use the model's recommended values or, failing that, the engine's defaults.
         """
         given = body.model_dump(include=set(bodies.SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _MIN_TEMPERATURE:

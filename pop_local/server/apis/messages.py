@@ -140,7 +140,7 @@ class MessagesBody(CountTokensBody):
 
 
 class MessagesReply(replies.EventReply):
-    """A formatter for Anthropic messages and their stream events, which omits reasoning."""
+    """A formatter for Anthropic messages and their stream events; reasoning is omitted."""
 
     id_prefix = "msg"
 

@@ -195,7 +195,7 @@ class ConversationStore:
 
 
 class ResponsesReply(EventReply):
-    """A formatter for OpenAI's responses and their stream events, which omits reasoning."""
+    """A formatter for OpenAI's responses and their stream events; reasoning is omitted."""
 
     id_prefix = "resp"
 
