@@ -26,7 +26,7 @@ def sub_app(**how: Any) -> typer.Typer:
 
 
 def imported(package: str, name: str) -> Any:
-    """Import a command's module, and return its function or Typer app of the same name."""
+    """Import a command's module, and return the function or Typer app with the same name."""
     word = name.replace("-", "_")
     return getattr(importlib.import_module(f"{package}.{word}"), word)
 

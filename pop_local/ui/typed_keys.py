@@ -32,7 +32,7 @@ def unechoed_keys() -> Iterator[None]:
 
 
 def echo_again() -> None:
-    """Undo `unechoed_keys` if the terminal still belongs to this process."""
+    """Undo `unechoed_keys` if this process still controls the terminal."""
     if sys.platform != "win32" and _before and _is_in_foreground():
         with suppress(termios.error):
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, _before.pop())

@@ -26,7 +26,7 @@ def compare_answers(
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Comparison:
-    """Answer a file's prompts (see `read_prompts`) with and without pruning, and compare.
+    """Compare answers to a file's prompts (see `read_prompts`) with and without pruning.
 
     The model must be converted. A prefix that consecutive prompts share is prefilled only once.
     `max_tokens`: the maximum length of each answer. `n_ctx`: the context length in tokens (default:

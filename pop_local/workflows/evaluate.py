@@ -100,7 +100,7 @@ def evaluate(
     text = shipped_text() if options.text is None else given_text(options.text)
     if meta is not None and meta.is_fitted and boundary != meta.boundary:
         raise PopError(
-            f"{files.sidecar or files.path} has projections for boundary {meta.boundary} only",
+            f"{files.sidecar or files.path} has projections only for boundary {meta.boundary}",
             f"measure other boundaries on the original model, {meta.source_name}",
             cause="projections-for-one-boundary",
             model=meta.source_name,

@@ -95,7 +95,7 @@ class Watch:
 
     `on_stages(stages)` announces the planned stages in order. `on_stage(name, unit)` announces the
     start of a stage, and `on_progress(done, total)` reports the stage's progress in `unit`.
-    `on_note(text)` receives information for the user. `on_warning(error)` receives a problem that
+    `on_note(text)` receives information for the user. `on_warning(error)` receives an error that
     did not stop the work. Workflows call `should_stop` at each progress report and while llama.cpp
     computes. If `should_stop` returns True, the workflow raises StoppedError and leaves no files.
     `may(question)` returns whether the user allows a download.

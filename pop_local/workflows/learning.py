@@ -1,4 +1,4 @@
-"""Fit sidecars from the sums learned from the user's prompts, and measure their loss."""
+"""Create sidecars from the sums learned from the user's prompts, and measure the sidecars' loss."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -195,5 +195,5 @@ class OnlineCalibration:
         return chosen.quality.kl_mean.value < before.kl_mean.value
 
     def _later(self, n_rows: int) -> float:
-        """Return the number of rows that triggers the next attempt after one at `n_rows` rows."""
+        """Return the number of rows for the next attempt after an attempt at `n_rows` rows."""
         return n_rows + min(n_rows, ROWS_KEPT * self._model.engine.context.files.shape.n_embd) / 2

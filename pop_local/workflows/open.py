@@ -42,8 +42,8 @@ def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
     """Open a model by name or path (see `model_files`).
 
     If `options.full` is set, a sidecar for a different model is ignored with a warning. If the
-    model cannot learn, a note states the reason. If `options.context.n_parallel` is None, the model
-    gets two sequences if memory and the model allow it. Raises PopError or StoppedError.
+    model cannot learn, a note states the reason. `options.context.n_parallel` defaults to 2 if
+    memory and the model allow it, otherwise to 1. Raises PopError or StoppedError.
     """
     files = _fitting_files(options, watch)
     options = replace(

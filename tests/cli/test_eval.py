@@ -159,5 +159,5 @@ def test_a_fitted_file_has_projections_for_its_own_boundary_only(plain, tmp_path
     for given in ((pair.single,), (pair.base, "--sidecar", pair.sidecar)):
         done = evaluate(*given, "--skip", 2)
         assert done.exit_code == 1
-        assert "has projections for boundary 4 only" in done.stderr
+        assert "has projections only for boundary 4" in done.stderr
         assert "measure other boundaries on the original model" in done.stderr

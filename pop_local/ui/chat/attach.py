@@ -93,7 +93,7 @@ def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Mapping[str, str]) -
 
 
 def given_path(path: str) -> Path:
-    """Return a path without the quotes or backslashes that terminals add on drag and drop."""
+    """Return a path without the quotes or backslashes that terminals add to a dropped path."""
     if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
         return expanded(path[1:-1])
     if os.sep == "/" and not expanded(path).exists():

@@ -69,7 +69,7 @@ class Dialogue:
     # The model
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
-        """Replace the model or its context. If this fails, the current model stays open."""
+        """Replace the model or its context. If opening fails, the current model stays open."""
         name = name or self._name
         opened = self._open_model(name, n_ctx)
         self._name = name
@@ -123,7 +123,7 @@ class Dialogue:
         self.answer(ask)
 
     def answer(self, ask: Ask) -> None:
-        """Show an answer. After Ctrl-C or a failure, the conversation keeps the part shown so far.
+        """Show an answer. After Ctrl-C or a failure, the conversation keeps the text shown so far.
 
         Raises KeyboardInterrupt after Ctrl-C if the input is piped.
         """
@@ -218,7 +218,7 @@ def pruning_state(model: PopModel) -> str:
     pruning = model.engine.pruning
     is_off = pruning.mode is Mode.OFF
     if pruning.exact and is_off:
-        return "Exact skipping is off: prompt tokens run all layers, with the same result."
+        return "Exact skipping is off: prompt tokens run through all layers, with the same result."
     if pruning.exact:
         return (
             f"Exact skipping is on: prompt tokens skip layers {pruning.exact} and up. Answers are"
@@ -227,7 +227,7 @@ def pruning_state(model: PopModel) -> str:
     if not pruning.boundary:
         return "Fast reading is not available because this model is not converted."
     if is_off:
-        return "Fast reading is off: prompt tokens run all layers (/full off enables it)."
+        return "Fast reading is off: prompt tokens run through all layers (/full off enables it)."
     n_layer = model.engine.context.files.shape.n_layer
     return (
         f"Fast reading is on: prompt tokens skip the last {n_layer - pruning.boundary} of {n_layer}"

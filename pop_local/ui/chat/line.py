@@ -42,8 +42,8 @@ def line_reader(
 ) -> LineReader:
     """Return a function that reads a line from stdin.
 
-    `commands` maps slash commands to functions that return completions for their arguments.
-    `status` returns the text below the line. If the text is empty at first, nothing is shown.
+    `commands` maps slash commands to functions that complete their arguments. `status` returns the
+    text below the line. If the text is empty when a line starts, nothing is shown.
     """
     if not sys.stdin.isatty():
         return piped_line

@@ -1,7 +1,7 @@
 """Render streamed answers as Markdown in a terminal, and as plain text elsewhere.
 
 Each finished Markdown block is printed once. The last block is redrawn while it grows, up to the
-screen's height. Lines that have scrolled off the screen never change.
+screen's height. Lines that have scrolled off the screen are never redrawn.
 """
 
 import time
@@ -55,7 +55,7 @@ class ThinkingSplitter:
         self._at: Literal["beginning", "thought", "gap", "answer"] = "beginning"
 
     def push(self, text: str, *, is_last: bool = False) -> Iterator[Piece]:
-        """Yield the next pieces. Hold back text that may belong to a tag, unless `is_last`."""
+        """Yield the next pieces. Hold back possible tags unless `is_last` is set."""
         self._held += text
         if self._at == "beginning":
             begun = self._held.lstrip()

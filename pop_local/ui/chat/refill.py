@@ -21,7 +21,7 @@ def _learn(chat: Dialogue, should_stop: Callable[[], bool]) -> LearnedFit | None
 
 @contextmanager
 def idling(chat: Dialogue) -> Iterator[None]:
-    """Refill the cache and learn in another thread until the end of the block."""
+    """Refill the cache and learn in another thread until the block ends."""
     stop = threading.Event()
     fits: list[LearnedFit] = []
     failures: list[Exception] = []

@@ -39,7 +39,7 @@ class Screen:
         error_output.show(error)
 
     def reading(self, what: str = "Reading the prompt") -> AbstractContextManager[Advance]:
-        """Show a progress bar in tokens during a prefill or refill."""
+        """Show a progress bar that counts tokens during a prefill or refill."""
         return prefill_progress(what)
 
     @property
@@ -50,8 +50,8 @@ class Screen:
     def choose(self, question: str, choices: Mapping[str, str]) -> str | None:
         """Return the key that the user chooses, or None if there is no choice or no terminal.
 
-        `choices` maps keys to texts. The last choice must have no effect, because the user is not
-        asked if it is the only choice.
+        `choices` maps keys to descriptions. The last choice must have no effect, because the user
+        is not asked if it is the only choice.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:

@@ -178,14 +178,14 @@ class Command:
 _ALL = (
     Command("/help", "show this list", _help),
     Command("/full on|off", "read prompts with all layers, or skip layers", _full, _FULL.keys),
-    Command("/stats", "show statistics of the last answer and of all answers", _stats),
+    Command("/stats", "show statistics for the last answer and for all answers", _stats),
     Command("/file PATH", "attach a file to the next question", attach.attach_file),
     Command("/image PATH", "attach a picture to the next question", attach.attach_image),
     Command("/retry", "answer the last question again", _retry),
     Command("/undo", "drop the last question and its answer", _undo),
     Command("/clear", "drop the conversation but keep the system prompt", _clear),
     Command("/system TEXT", "set or show the system prompt", _system),
-    Command("/set PARAM VALUE", "set a sampling parameter, or show all", _set, _PARAMS.keys),
+    Command("/set PARAM VALUE", "set or list sampling parameters", _set, _PARAMS.keys),
     Command("/model NAME", "switch to another model, or show the current model", _model),
     Command("/save NAME", "save the session", sessions.save, lambda: sessions.saved().names()),
     Command(

@@ -71,7 +71,7 @@ def show_trials(trials: Sequence[Trial]) -> None:
 
 
 def trial_json(trial: Trial) -> dict[str, Any]:
-    """Return a candidate as a JSON object that includes the figures that a budget limits."""
+    """Return a candidate as a JSON object, including the figures that a budget limits."""
     plan, found = trial.plan, figures(trial.quality)
     return {
         **fields_of(plan, "boundary", "n_skipped", "projection"),
@@ -243,7 +243,7 @@ def skipping_facts(found: SkippableLayers, work: SkippingGain | None = None) -> 
         if work.left_share is not None:
             left = f"{left} ({work.left_share:.1%} of the skipped layers' work)"
         limit = f"up to {work.speedup_limit:.2f}x for {LIMIT_PROMPT:,} tokens"
-        left = f"{left}; the speed-up from layer {work.boundary} on is {limit}"
+        left = f"{left}; skipping from layer {work.boundary} on speeds up reading {limit}"
     projections = f"own only: {found.no_fit}"
     if found.fits_from is not None:
         projections = "fitted or own"

@@ -111,7 +111,7 @@ class Conversion:
 
     @cached_property
     def needs(self) -> costs.FitNeeds | None:
-        """Return the memory and work of all fits, or None if there is nothing to fit or count."""
+        """Return the memory and work of all fits (None: no fit, or the work cannot be counted)."""
         if self.fit is None or not self._fitted or self.not_counted:
             return None
         return costs.fit_needs(self._fitted, self.source, self.fit)
@@ -169,7 +169,7 @@ class Conversion:
 def plan_conversion(
     model: str | os.PathLike[str], out: str | os.PathLike[str] | None, options: ConvertOptions
 ) -> Conversion:
-    """Plan a conversion without opening the model. Raises PopError if it cannot succeed."""
+    """Plan a conversion without opening the model. Raises PopError if conversion is impossible."""
     source = read_source(resolve(os.fspath(model), base=True))
     shape, fit = source_shape(source), options.fit
     default = source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")

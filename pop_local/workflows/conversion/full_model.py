@@ -24,7 +24,7 @@ class FullModel:
 
     `settings`: the measurement's settings, including the maximum number of windows. `text`: the
     tokens to score (default: the shipped held-out text). The first use computes the scores, and
-    raises PopError or StoppedError if this fails. After a stop, the next use continues the
+    raises PopError or StoppedError if this fails. After a stop, the next use resumes the
     computation.
     """
 

@@ -17,12 +17,12 @@ LEAST_DIVISOR = 3
 
 @dataclass(frozen=True)
 class Skip:
-    """A share of the layers to skip ("1/3", "0.33"), or their number ("10")."""
+    """The layers to skip, as a share ("1/3", "0.33") or as a number ("10")."""
 
     share: str
 
     def plan(self, shape: ModelShape, **rows: Any) -> Plan:
-        """Return a model's plan; `rows`: keyword arguments for make_plan. Raises PlanError."""
+        """Return a model's plan. `rows`: keyword arguments for make_plan. Raises PlanError."""
         return make_plan(shape, boundary=boundary_of(shape, parse_skip(self.share)), **rows)
 
 
@@ -33,7 +33,7 @@ class Boundary:
     layer: int
 
     def plan(self, shape: ModelShape, **rows: Any) -> Plan:
-        """Return a model's plan; `rows`: keyword arguments for make_plan. Raises PlanError."""
+        """Return a model's plan. `rows`: keyword arguments for make_plan. Raises PlanError."""
         return make_plan(shape, boundary=self.layer, **rows)
 
 

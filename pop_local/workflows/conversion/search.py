@@ -52,7 +52,7 @@ class Candidate:
     """A plan that a search may choose, and the plan's fit and measurements so far.
 
     `fitted`: the fit (None before fitting, and always None for `Projection.OWN`). `start`: the fit
-    from which distilling starts. `is_inside`: whether the budget currently accepts the candidate
+    that distillation starts from. `is_inside`: whether the candidate is currently within the budget
     (None before the first measurement). A stopped search resumes from `scores` and `answers`.
     """
 

@@ -1,4 +1,4 @@
-"""A conversion's planned stages with their work, for estimating the remaining time."""
+"""A conversion's planned stages and the work in each stage, for estimating the remaining time."""
 
 from pop_local.calibration.needs import FitWork, reading_work
 from pop_local.measure.lookups import LookupSettings

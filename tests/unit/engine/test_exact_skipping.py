@@ -163,7 +163,7 @@ def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
         "# Exact skipping is on: prompt tokens skip layers 15 and up. Answers are identical"
         " to the full model's."
     )
-    off = "# Exact skipping is off: prompt tokens run all layers, with the same result."
+    off = "# Exact skipping is off: prompt tokens run through all layers, with the same result."
     assert said[1] == on
     assert any("983 left at layer 15, exactly) · TTFT" in line for line in said)
     assert any(

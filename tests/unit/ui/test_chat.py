@@ -54,7 +54,7 @@ def test_pop_is_switched_and_shown():
         "> /full",
         "# Fast reading is on: prompt tokens skip the last 10 of 30 layers (/full on disables it).",
         "> /full on",
-        "# Fast reading is off: prompt tokens run all layers (/full off enables it).",
+        "# Fast reading is off: prompt tokens run through all layers (/full off enables it).",
         "> /FULL OFF",
         "# Fast reading is on: prompt tokens skip the last 10 of 30 layers (/full on disables it).",
         "> /full maybe",
