@@ -1,6 +1,6 @@
-"""Apply unified diffs to a tree of files, with exact context, at any offset, and with LF or CRLF.
+"""Apply unified diffs (exact context, any offset) to files with LF or CRLF line endings.
 
-Windows has no `patch`, and `git apply` silently does nothing inside another repository.
+Windows has no `patch` command, and `git apply` silently does nothing inside another repository.
 """
 
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ _HINT = "patches/README.md explains how to port a hook to another version of lla
 
 @dataclass(frozen=True)
 class _Text:
-    """A file's lines, and their terminators in `ends`. The last terminator may be ""."""
+    """A file's lines and, in `ends`, their line terminators. The last terminator may be empty."""
 
     lines: tuple[str, ...]
     ends: tuple[str, ...]
 
     @property
     def end(self) -> str:
-        """The terminator of most lines."""
+        """The most common line terminator."""
         return "\r\n" if self.ends.count("\r\n") > len(self.ends) / 2 else "\n"
 
 
 def apply_patch(patch: Path, tree: Path) -> tuple[str, ...]:
-    """Apply the whole patch, or nothing, and return the changed paths.
+    """Apply the whole patch or none of it, and return the paths of the changed files.
 
-    Raises BuildError, which names the file and hunk, if the patch does not fit or was already
-    applied.
+    Raises BuildError, which names the file and hunk, if the patch does not apply or has already
+    been applied.
     """
     diffs = parse(_read(patch), patch.name)
     texts = {diff.path: _patched(diff, tree, patch.name) for diff in diffs}
@@ -39,7 +39,7 @@ def apply_patch(patch: Path, tree: Path) -> tuple[str, ...]:
         _write(target, text)
     for diff in diffs:
         if not _is_applied(diff, tree):
-            raise BuildError(f"After patching, {diff.path} does not contain {patch.name}.", _HINT)
+            raise BuildError(f"After patching, {diff.path} lacks changes from {patch.name}.", _HINT)
     return tuple(texts)
 
 
@@ -47,15 +47,15 @@ def _patched(diff: FileDiff, tree: Path, name: str) -> _Text:
     target = tree / diff.path
     if _is_applied(diff, tree):
         raise BuildError(
-            f"{name} was already applied to {diff.path}.",
-            "Extract the source distribution again, and patch the new tree.",
+            f"{name} has already been applied to {diff.path}.",
+            "Extract the source distribution again and patch the new tree.",
         )
     if diff.creates:
         if target.exists():
-            raise BuildError(f"{name} creates {diff.path}, but the file exists.", _HINT)
+            raise BuildError(f"{name} creates {diff.path}, but the file already exists.", _HINT)
         text = _Text((), ())
     elif not target.is_file():
-        raise BuildError(f"{name} changes {diff.path}, but the file is missing.", _HINT)
+        raise BuildError(f"{name} changes {diff.path}, but the file does not exist.", _HINT)
     else:
         text = _split(_read(target))
     floor = shift = 0
@@ -94,7 +94,7 @@ def _matches(text: _Text, lines: tuple[str, ...], floor: int) -> list[int]:
 
 
 def _locate(text: _Text, lines: tuple[str, ...], expected: int, floor: int) -> int | None:
-    """Return the index of `lines`: the expected index, else the only match, else None."""
+    """Return the index of `lines`: `expected` if it matches, else the only match, or else None."""
     if not lines:
         return 0 if not text.lines else None
     places = _matches(text, lines, floor)
@@ -124,13 +124,13 @@ def _replace(text: _Text, hunk: Hunk, at: int) -> _Text:
 def _misfit(
     name: str, diff: FileDiff, where: str, text: _Text, hunk: Hunk, expected: int, floor: int
 ) -> str:
-    head = f"{name} does not fit {diff.path}: {where}"
+    head = f"{name} does not apply to {diff.path}: {where}"
     if not hunk.before:
         return f"{head} has no context lines, so its position is unknown."
     places = _matches(text, hunk.before, floor)
     if len(places) > 1:
         lines = ", ".join(str(at + 1) for at in places)
-        return f"{head} fits at lines {lines}, but not at the expected line {expected + 1}."
+        return f"{head} matches at lines {lines}, but not at the expected line {expected + 1}."
     at = max(
         range(max(len(text.lines), 1)),
         key=lambda at: (_agreement(text, hunk, at), -abs(at - expected)),
@@ -140,7 +140,7 @@ def _misfit(
         if found != expected_line:
             seen = "the file ends" if found is None else f"found    {found!r}"
             return f"{head}, line {at + i + 1}:\n     expected {expected_line!r}\n     {seen}"
-    return f"{head} fits only at line {at + 1}, before the preceding hunk."
+    return f"{head} matches only at line {at + 1}, which is before the preceding hunk."
 
 
 def _agreement(text: _Text, hunk: Hunk, at: int) -> int:

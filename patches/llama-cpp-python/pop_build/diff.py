@@ -13,7 +13,7 @@ _NO_NEWLINE = "\\ No newline"
 
 @dataclass(frozen=True)
 class Hunk:
-    """A hunk: its lines before and after the change, without terminators.
+    """A hunk's lines before and after the change, without line terminators.
 
     `old_start` counts from 1. `after_open` is true if the new file ends without a newline.
     """
@@ -27,7 +27,7 @@ class Hunk:
 
 @dataclass(frozen=True)
 class FileDiff:
-    """A file's hunks. `creates` is true if the old path is /dev/null."""
+    """The hunks for one file. `creates` is true if the diff's old path is /dev/null."""
 
     path: str
     creates: bool
@@ -35,7 +35,7 @@ class FileDiff:
 
 
 def parse(text: str, name: str) -> tuple[FileDiff, ...]:
-    """Parse a diff whose paths start with a/ and b/, ignoring prose around the files' hunks."""
+    """Parse a diff whose paths start with a/ and b/, ignoring any text outside the hunks."""
     return _Reader(text.replace("\r\n", "\n").split("\n"), name).files()
 
 
@@ -55,7 +55,7 @@ class _Reader:
             if self._at_file():
                 found.append(self._file())
             elif _HUNK.match(self._here()):
-                raise self._error("a hunk is outside any file")
+                raise self._error("a hunk is not preceded by a file header")
             else:
                 self.at += 1
         if not found:
@@ -83,7 +83,7 @@ class _Reader:
         if not hunks:
             raise self._error(f"the patch changes nothing in {new}")
         if old == "/dev/null" and (len(hunks) > 1 or hunks[0].before):
-            raise self._error(f"the patch creates {new}, but expects existing lines")
+            raise self._error(f"the patch creates {new}, but its hunks expect existing lines")
         return FileDiff(self._path(new), old == "/dev/null", tuple(hunks))
 
     def _path(self, new: str) -> str:
@@ -104,7 +104,7 @@ class _Reader:
             # Some editors remove the space of an empty context line.
             sign, line = (self._here() or " ")[0], self._here()[1:]
             if self.at >= len(self.lines) or sign not in " +-\\":
-                raise self._error(f"the patch ends inside the hunk {header}")
+                raise self._error(f"the patch ends in the middle of the hunk {header}")
             if sign == "\\":
                 after_open |= previous in " +"
             if sign in " -":
@@ -116,11 +116,11 @@ class _Reader:
             previous = sign
             self.at += 1
         if old_left or new_left:
-            raise self._error(f"the hunk does not match the line counts in {header}")
+            raise self._error(f"the hunk does not match the line counts in its header, {header}")
         return Hunk(header, old_start, tuple(before), tuple(after), after_open)
 
     def _error(self, problem: str) -> BuildError:
         return BuildError(
             f"{self.name}, line {self.at + 1}: {problem}.",
-            "Recreate the patch with `diff -u` or `git diff`, as patches/README.md describes.",
+            "Recreate the patch with `diff -u` or `git diff`, as described in patches/README.md.",
         )

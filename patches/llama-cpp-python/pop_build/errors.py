@@ -1,8 +1,8 @@
-"""The build's error type."""
+"""The error type for build failures."""
 
 
 class BuildError(Exception):
-    """A failure that the user can fix, with a remedy as `hint`."""
+    """A build failure that the user can fix. `hint` describes the remedy."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Download the pinned source distribution with pip, cache it, and verify its hash on each use."""
+"""Download the pinned source distribution with pip, cache it, and verify the hash on each use."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ _PIN = re.compile(r"^([A-Za-z0-9_-]+)==(\S+) --hash=sha256:([0-9a-f]{64})$", re.
 
 @dataclass(frozen=True)
 class Pin:
-    """The pinned upstream release: the pip requirement in upstream.txt, with its hash."""
+    """The pinned upstream release, as given by the pip requirement and hash in upstream.txt."""
 
     name: str
     version: str
@@ -34,13 +34,13 @@ def read_pin(requirement: Path) -> Pin:
     if match is None:
         raise BuildError(
             f"{requirement.name} does not pin a release.",
-            "Write one line into this file: NAME==VERSION --hash=sha256:DIGEST.",
+            "Add this line to the file: NAME==VERSION --hash=sha256:DIGEST",
         )
     return Pin(match[1], match[2], match[3], requirement)
 
 
 def cache_folder() -> Path:
-    """Return the platform's cache folder for source distributions."""
+    """Return the cache folder for source distributions on this platform."""
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
@@ -51,7 +51,7 @@ def cache_folder() -> Path:
 
 
 def fetch_or_keep(pin: Pin, instead: Path) -> Path:
-    """Return the pinned source distribution in the user's cache, or in the folder `instead`."""
+    """Return the sdist in the user's cache or, if the cache is unusable, in `instead`."""
     try:
         return fetch(pin, cache_folder())
     except (OSError, RuntimeError):  # no home folder, or no permission to write there
@@ -59,7 +59,7 @@ def fetch_or_keep(pin: Pin, instead: Path) -> Path:
 
 
 def fetch(pin: Pin, folder: Path) -> Path:
-    """Return the pinned source distribution in `folder`, downloading it if necessary."""
+    """Return the path of the source distribution in `folder`, downloading it if necessary."""
     kept = folder / pin.sdist
     if kept.is_file() and _sha256(kept) == pin.sha256:
         return kept
@@ -73,7 +73,7 @@ def fetch(pin: Pin, folder: Path) -> Path:
 
 def check(pin: Pin, sdist: Path) -> None:
     if not sdist.is_file():
-        raise BuildError(f"pip did not download {pin.sdist}.", _hint())
+        raise BuildError(f"pip succeeded, but did not download {pin.sdist}.", _hint())
     found = _sha256(sdist)
     if found != pin.sha256:
         raise _other_file(pin, f"its sha256 is {found}")
@@ -110,8 +110,8 @@ def _download(pin: Pin, folder: Path) -> None:
 
 def _hint() -> str:
     return (
-        "Check the network and pip's index settings (`pip config list`, PIP_INDEX_URL), or set"
-        f" {SOURCE_VARIABLE} to a local source distribution or extracted tree."
+        "Check the network and pip's index settings (`pip config list` and PIP_INDEX_URL), or set"
+        f" {SOURCE_VARIABLE} to a local source distribution or an extracted tree."
     )
 
 

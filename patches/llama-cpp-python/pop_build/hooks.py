@@ -1,4 +1,4 @@
-"""The build backend (PEP 517): prepare the patched tree, and run scikit-build-core in it."""
+"""The PEP 517 build backend: prepare the patched tree and run scikit-build-core in the tree."""
 
 import os
 import shutil
@@ -74,7 +74,7 @@ def get_requires_for_build_sdist(config_settings: Settings = None) -> list[str]:
 
 
 def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
-    """Build an sdist of this package, with the patches and without upstream's sources."""
+    """Build an sdist that contains this package and the patches, but not upstream's sources."""
     with _short_errors():
         hooks = find_hooks(PACKAGE)
         own = recipe(PACKAGE, os.environ)
@@ -98,16 +98,16 @@ def build_editable(
     with _short_errors():
         raise BuildError(
             "The patched llama-cpp-python does not support editable installs.",
-            "Run `pip install ./patches/llama-cpp-python`, and again after changing a patch.",
+            "Run `pip install ./patches/llama-cpp-python` now and after each change to a patch.",
         )
     raise AssertionError
 
 
 @contextmanager
 def _prepared(config_settings: Settings) -> Iterator[Settings]:
-    """Enter the patched tree, and yield the user's settings with our defaults.
+    """Change to the patched tree, and yield the user's settings combined with our defaults.
 
-    A lock allows one build at a time, since builds with the same key share CMake's folder.
+    A lock prevents concurrent builds with the same key, because they share the CMake folder.
     """
     with _short_errors():
         missing.check_architecture(os.environ)
@@ -138,13 +138,13 @@ def _configured(folder: Path, config_settings: Settings) -> Iterator[Settings]:
 
 
 def defines(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the default CMake defines for this environment, which CMAKE_ARGS can override."""
+    """Return the default CMake definitions for this environment. CMAKE_ARGS overrides them."""
     portable = _PORTABLE_DEFINES if env.get(PORTABLE_VARIABLE) else {}
     return _DEFINES | portable | launchers(env)
 
 
 def launchers(env: Mapping[str, str]) -> dict[str, str]:
-    """Return CMake defines for ccache or sccache, unless the user configured a launcher.
+    """Return CMake definitions for ccache or sccache unless the user configured a launcher.
 
     llama.cpp's own detection fails if it finds a launcher outside PATH.
     """
@@ -172,7 +172,7 @@ def _in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _short_errors() -> Iterator[None]:
-    """Exit with a BuildError's message, since frontends would show a traceback."""
+    """Exit with a BuildError's message, because build frontends would show a traceback."""
     try:
         yield
     except BuildError as error:

@@ -1,4 +1,4 @@
-"""Explain failed GPU builds, since CMake's messages do not name the missing packages."""
+"""Explain why a GPU build failed, because CMake does not name the missing packages."""
 
 import ctypes
 import re
@@ -12,15 +12,15 @@ from .tree import PORTABLE_VARIABLE
 # Required entries of CMakeCache.txt by ggml option, and the packages that provide them.
 _REQUIRED = {
     "GGML_CUDA": {
-        "CUDAToolkit_NVCC_EXECUTABLE": "nvcc of the CUDA toolkit (on PATH, or CUDACXX=.../nvcc)",
+        "CUDAToolkit_NVCC_EXECUTABLE": "nvcc from the CUDA toolkit (on PATH or in CUDACXX)",
         "CUDA_cublas_LIBRARY": "cuBLAS and its headers (libcublas-dev-...)",
-        "CUDA_cuda_driver_LIBRARY": "the driver's stub, libcuda.so (cuda-driver-dev-..., or"
+        "CUDA_cuda_driver_LIBRARY": "the driver stub library, libcuda.so (cuda-driver-dev-..., or"
         " -DGGML_CUDA_NO_VMM=ON in CMAKE_ARGS)",
     },
     "GGML_VULKAN": {
         "Vulkan_INCLUDE_DIR": "Vulkan's headers (libvulkan-dev)",
         "Vulkan_LIBRARY": "Vulkan's loader (libvulkan-dev)",
-        "Vulkan_GLSLC_EXECUTABLE": "glslc, which compiles shaders (glslc)",
+        "Vulkan_GLSLC_EXECUTABLE": "the shader compiler glslc (glslc)",
         "SPIRV-Headers_DIR": "SPIR-V's headers (spirv-headers)",
     },
 }
@@ -47,16 +47,16 @@ def explain(cache: Path) -> None:
         ]
         if is_on(option) and lacks:
             raise BuildError(
-                f"CMake did not find the requirements of {option}: {'; '.join(lacks)}.",
-                "Install these requirements (brackets contain Debian's and NVIDIA's package names)"
+                f"CMake did not find the following requirements of {option}: {'; '.join(lacks)}.",
+                "Install these requirements (Debian and NVIDIA package names are in parentheses)"
                 " and build again, or build for the CPU without CMAKE_ARGS.",
             )
 
 
 def check_architecture(env: Mapping[str, str]) -> None:
-    """Raise BuildError if a CUDA build has no target GPU.
+    """Raise BuildError if the target GPU of a CUDA build is unknown.
 
-    nvcc would compile for its oldest architecture and warn, but pip hides warnings.
+    Without a target, nvcc compiles for its oldest architecture and warns, but pip hides warnings.
     """
     given = {name: value.lower() for name, value in _DEFINE.findall(env.get("CMAKE_ARGS", ""))}
     # A portable build covers every architecture.
@@ -65,7 +65,7 @@ def check_architecture(env: Mapping[str, str]) -> None:
         raise BuildError(
             "No NVIDIA GPU is visible, so the target GPU of the CUDA build is unknown.",
             "Set CUDAARCHS to 80 (A100), 86 (RTX 30), 89 (RTX 40), 90 (H100) or 120 (RTX 50)."
-            " To build for all GPUs, which takes long, add -DGGML_NATIVE=OFF to CMAKE_ARGS.",
+            " To build for all GPUs, which takes a long time, add -DGGML_NATIVE=OFF to CMAKE_ARGS.",
         )
 
 

@@ -1,4 +1,4 @@
-"""Prepare the patched source tree: compute its key, extract it, and apply the patches."""
+"""Prepare the patched source tree: compute the build's key, extract the source, and patch it."""
 
 import hashlib
 import os
@@ -39,7 +39,7 @@ _MAX_TREES = 4
 class Recipe:
     """A build's inputs.
 
-    `hooks` is None if unpatched, and `source` is None for the pinned release.
+    `hooks` is None for an unpatched build, and `source` is None for the pinned release.
     """
 
     package: Path
@@ -53,12 +53,12 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The name of this package and of its wheel."""
+        """The name of this package and its wheel."""
         return self._own("name")
 
     @property
     def version(self) -> str:
-        """The version of this package and of its wheel."""
+        """The version of this package and its wheel."""
         return self._own("version")
 
     def _own(self, field: str) -> str:
@@ -69,11 +69,11 @@ class Recipe:
 
 
 def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
-    """Return the recipe for this package and environment. Raises BuildError."""
+    """Return the recipe for this package and environment. Raises BuildError on bad settings."""
     source = Path(env[SOURCE_VARIABLE]).expanduser() if env.get(SOURCE_VARIABLE) else None
     if source is not None and not source.is_absolute():
         raise BuildError(
-            f"{SOURCE_VARIABLE} is the relative path {source}, but pip builds in another folder.",
+            f"{SOURCE_VARIABLE} is relative ({source}), but pip builds in a different folder.",
             f"Set {SOURCE_VARIABLE} to an absolute path.",
         )
     if source is not None and not source.exists():
@@ -89,19 +89,19 @@ def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
 
 
 def find_hooks(package: Path) -> Path:
-    """Return the folder of llama.cpp's patches: next to the package, or inside it in an sdist."""
+    """Return the folder with llama.cpp's patches (in an sdist, it is inside the package)."""
     for folder in (package / "llama.cpp", package.parent / "llama.cpp"):
         if any(folder.glob("*.patch")):
             return folder
     raise BuildError(
         f"The patches for llama.cpp are missing next to {package}.",
-        "Build from a whole clone, with pip 21.3 or newer (`python -m pip install --upgrade pip`):"
-        " older versions copy the package without the folders next to it.",
+        "Build from a complete clone with pip 21.3 or newer (`python -m pip install -U pip`),"
+        " because older versions copy the package without its sibling folders.",
     )
 
 
 def hook_files(hooks: Path) -> tuple[Path, ...]:
-    """Return the patches and the files that they add, sorted by path."""
+    """Return the patches and the files to add to llama.cpp, sorted by path."""
     found = (path for path in hooks.rglob("*") if path.suffix in _HOOK_SUFFIXES)
     return tuple(sorted(path for path in found if path.is_file()))
 
@@ -111,7 +111,7 @@ def package_files(package: Path) -> tuple[Path, ...]:
 
 
 def key(recipe: Recipe) -> str:
-    """Return a build's key: the pinned version and hashes of the patches and compiler flags."""
+    """Return the build key: the pinned version and hashes of the patches and compiler flags."""
     patches = hashlib.sha256()
     for folder, files in (
         (recipe.package, package_files(recipe.package)),
@@ -129,7 +129,7 @@ def key(recipe: Recipe) -> str:
 
 
 def prepare(recipe: Recipe) -> Path:
-    """Return the build's folder, with the patched tree in `src`; an intact tree is reused."""
+    """Return the build folder with the patched tree in `src`, reusing an intact existing tree."""
     builds = recipe.package / "build"
     folder = builds / key(recipe)
     stamp = folder / "tree.sha256"
@@ -166,7 +166,7 @@ def _extract(recipe: Recipe, scratch: Path) -> Path:
         (tree,) = scratch.iterdir()
     if not (tree / "llama_cpp" / "__init__.py").is_file() or not (tree / _LLAMA_CPP).is_dir():
         raise BuildError(
-            f"{source} is not a source tree of llama-cpp-python.",
+            f"{source} is not a llama-cpp-python source tree.",
             f"It must contain llama_cpp/__init__.py and the submodule {_LLAMA_CPP.as_posix()}.",
         )
     return tree
@@ -177,7 +177,7 @@ def _safe(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         parts = Path(member.name).parts
         if not (member.isfile() or member.isdir()) or ".." in parts or Path(member.name).anchor:
             raise BuildError(
-                f"The archive has an unsafe member: {member.name}.", "Use a trusted archive."
+                f"The archive contains an unsafe path: {member.name}.", "Use a trusted archive."
             )
         inside = Path(*parts[1:])
         is_kept = any(inside.is_relative_to(_LLAMA_CPP / folder) for folder in _KEPT)
@@ -201,8 +201,8 @@ def _patch(recipe: Recipe, tree: Path) -> None:
 def _add(file: Path, target: Path) -> None:
     if target.exists():
         raise BuildError(
-            f"llama.cpp already has a file {target.name}.",
-            "Rename our file in patches/llama.cpp, and in the patches that refer to it.",
+            f"llama.cpp already contains a file named {target.name}.",
+            "Rename our file in patches/llama.cpp and in the patches that refer to this file.",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, target)
@@ -213,14 +213,14 @@ def _set(path: Path, field: str, value: str) -> None:
     text, n = pattern.subn(f'{field} = "{value}"', path.read_text(encoding="utf-8"))
     if n != 1:
         raise BuildError(
-            f'{path.name} has no line {field} = "...".',
-            "Change pop_build/tree.py to read the name and version from their new place upstream.",
+            f'{path.name} does not contain exactly one line of the form {field} = "...".',
+            "Change pop_build/tree.py so that it sets the field in the new location upstream.",
         )
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _fingerprint(source: Path) -> str:
-    """Hash the files' names, sizes and times, since hashing 200 MB of content would take long."""
+    """Hash the files' names, sizes and times, because hashing 200 MB of content is slow."""
     digest = hashlib.sha256()
     for path in _files(source):
         stat = path.lstat()

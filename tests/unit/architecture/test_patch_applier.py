@@ -62,14 +62,14 @@ def test_diff_creates_a_file(tree, tmp_path):
     apply_patch(patch_of(tmp_path, diff), tree)
     assert read(tree / "src/new/b.h") == "#pragma once\nint b;\n"
     write(tree / "src/new/b.h", "something else\n")
-    with pytest.raises(BuildError, match=r"creates src/new/b.h, but the file exists"):
+    with pytest.raises(BuildError, match=r"creates src/new/b.h, but the file already exists"):
         apply_patch(tmp_path / "0001-hook.patch", tree)
 
 
 def test_second_application_is_refused(tree, tmp_path):
     patch = patch_of(tmp_path, DIFF)
     apply_patch(patch, tree)
-    with pytest.raises(BuildError, match=r"0001-hook.patch was already applied to src/a.cpp"):
+    with pytest.raises(BuildError, match=r"0001-hook.patch has already been applied to src/a.cpp"):
         apply_patch(patch, tree)
     assert read(tree / "src/a.cpp") == "\n".join(PATCHED) + "\n"
 
@@ -82,7 +82,7 @@ def test_failing_hunk_is_reported_and_writes_no_file(tree, tmp_path):
     with pytest.raises(BuildError) as caught:
         apply_patch(patch_of(tmp_path, first + DIFF), tree)
     message = caught.value.message
-    assert "0001-hook.patch does not fit src/a.cpp: hunk 2 of 2 (@@ -15,3 +16,4 @@)" in message
+    assert "0001-hook.patch does not apply to src/a.cpp: hunk 2 of 2 (@@ -15,3 +16,4 @@)" in message
     # The line number includes the line that the first hunk adds.
     assert "line 17:" in message
     assert "expected 'line 16'" in message
@@ -95,14 +95,14 @@ def test_failing_hunk_is_reported_and_writes_no_file(tree, tmp_path):
 def test_ambiguous_hunk_is_refused(tree, tmp_path):
     twice = ["begin", *LINES, "middle", *LINES]
     write(tree / "src/a.cpp", "\n".join(twice) + "\n")
-    with pytest.raises(BuildError, match="fits at lines 4, 25, but not at"):
+    with pytest.raises(BuildError, match="matches at lines 4, 25, but not at"):
         apply_patch(patch_of(tmp_path, DIFF), tree)
 
 
 def test_hunk_that_fits_before_the_previous_one_is_refused(tree, tmp_path):
     first, second = DIFF.index("@@ -3"), DIFF.index("@@ -15")
     swapped = DIFF[:first] + DIFF[second:] + DIFF[first:second]
-    with pytest.raises(BuildError, match="fits only at line"):
+    with pytest.raises(BuildError, match="matches only at line"):
         apply_patch(patch_of(tmp_path, swapped), tree)
 
 
@@ -112,11 +112,11 @@ def test_hunk_that_fits_before_the_previous_one_is_refused(tree, tmp_path):
         ("nothing here\n", "contains no diff"),
         (DIFF.replace("b/src/a.cpp", "b/../a.cpp"), "outside the tree"),
         (DIFF.replace("b/src/a.cpp", "/etc/a.cpp"), "outside the tree"),
-        (DIFF.replace("-15,3", "-15,9"), "ends inside the hunk"),
+        (DIFF.replace("-15,3", "-15,9"), "ends in the middle of the hunk"),
         (DIFF.replace("-3,4", "-3,2"), "does not match the line counts"),
         (DIFF.replace("b/src/a.cpp", "/dev/null"), "deletes a/src/a.cpp"),
         ("rename from src/a.cpp\n" + DIFF, "is not part of a text diff"),
-        (DIFF.replace("src/a.cpp", "src/z.cpp"), "but the file is missing"),
+        (DIFF.replace("src/a.cpp", "src/z.cpp"), "but the file does not exist"),
         ("--- a/src/a.cpp\n+++ b/src/a.cpp\n@@ -4,0 +5 @@\n+x\n", "no context lines"),
     ],
 )
