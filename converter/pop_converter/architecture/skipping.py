@@ -57,4 +57,4 @@ def _no_fit(shape: ModelShape) -> str:
         return "the recurrent layers have no K and V"
     if not any(shape.n_v):
         return "K and V are compressed"
-    return "K and V do not follow an RMS norm without bias"
+    return "K and V are not computed from an RMS norm without bias"

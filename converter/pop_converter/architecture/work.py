@@ -1,8 +1,8 @@
 """The speed-up limit: the ratio of multiply-accumulates without pruning to those with pruning.
 
 The caller counts a prompt's multiply-accumulates in llama.cpp's graph, from an empty cache to the
-last token's logits. The limit covers only matrix products, and assumes that products with few rows
-are as efficient as products with many rows.
+last token's logits. The limit covers only matrix products, as if products with few rows were as
+efficient as products with many rows.
 
 Fitted projections cost as much as the layers' own projections, or less if the layers' own K and V
 are fused with Q. A *wide* fit (fit/wide.py) also computes extra inputs once per row, and multiplies

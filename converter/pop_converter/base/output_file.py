@@ -16,7 +16,7 @@ _SUFFIX = ".partial"
 
 
 def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: bool) -> None:
-    """Raise OutputExistsError or WriteError if `dst` cannot or must not be written."""
+    """Raise OutputExistsError or WriteError if `dst` cannot be written or must not be replaced."""
     try:
         _check_name(dst, sources, force=force)
         TemporaryFile(dir=dst.parent).close()

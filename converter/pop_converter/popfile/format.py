@@ -51,7 +51,7 @@ class DeepRows(str, Enum):
 class Calibration:
     """The text on which a fit was computed.
 
-    `sha256` is the hash of the text, or of its tokens if the model generated some of them.
+    `sha256` is the hash of the text, or of the tokens if the model generated some of the text.
     `weighting` is the kind of token weights ("attention": weighted by the attention received).
     `n_distilled` is the number of tokens used to train the fit end to end (0: no such training).
     """
@@ -230,7 +230,7 @@ def read_binding(header: Header) -> Binding:
     """Return the identity of a sidecar's base model. Raises FormatError."""
     binding = _read_group(header, _BINDING, Binding)
     if binding is None:
-        raise FormatError(f"{header.path} lacks the keys of its base model", CONVERT_AGAIN)
+        raise FormatError(f"{header.path} does not identify its base model", CONVERT_AGAIN)
     return binding
 
 

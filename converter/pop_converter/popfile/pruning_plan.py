@@ -150,9 +150,9 @@ def require_prunable(shape: ModelShape) -> None:
     if shape.exact:
         earlier = f", or choose a boundary from 1 to {shape.exact - 2}" if shape.exact > 2 else ""
         raise UnsupportedArchitectureError(
-            f"this {shape.arch} model needs no conversion: context tokens skip layers {shape.exact}"
-            f" and up (of {shape.n_layer}) without any loss, because these layers reuse the K/V of"
-            " earlier layers",
+            f"this {shape.arch} model needs no conversion: context tokens already skip layers"
+            f" {shape.exact} and up (of {shape.n_layer}) without any loss, because these layers"
+            " reuse the K/V of earlier layers",
             f"use the file unchanged{earlier}",
         )
 
