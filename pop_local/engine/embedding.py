@@ -17,7 +17,7 @@ _MAX_ROWS = 512
 def require_pooling(cache: KvCache) -> gguf.PoolingType:
     """Return the file's pooling type (default: mean).
 
-    Raises PopError for types other than mean and last row.
+    Raises PopError for a type other than mean or last row.
     """
     kind = cache.context.files.header.of_arch("pooling_type")
     if kind in (None, gguf.PoolingType.NONE, gguf.PoolingType.MEAN):
@@ -25,7 +25,7 @@ def require_pooling(cache: KvCache) -> gguf.PoolingType:
     if kind == gguf.PoolingType.LAST:
         return gguf.PoolingType.LAST
     raise PopError(
-        "the model's pooling type is not supported", "use a model that pools by mean or last row"
+        "the model's pooling type is not supported", "use a model with mean or last-row pooling"
     )
 
 
@@ -33,7 +33,7 @@ def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     """Return a text's normalized embedding, float32 [n_embd] (llama_get_embeddings_ith).
 
     All rows run in full, and the KV cache is empty afterwards. Raises PopError if the text cannot
-    be decoded, and StoppedError or the signal handler's exception if interrupted.
+    be decoded, or StoppedError or the signal handler's exception if decoding is interrupted.
     """
     pooling = require_pooling(cache)
     context, api = cache.context, backend.bindings()

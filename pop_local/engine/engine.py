@@ -1,4 +1,4 @@
-"""The parts of an open model: they read prompts and generate answers."""
+"""The parts of an open model, which read prompts and generate answers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class EngineOwner(Protocol):
-    """A handle of a model. Its engine may be replaced while the model is open."""
+    """A model handle whose engine may be replaced while the model is open."""
 
     @property
     def engine(self) -> Engine: ...
@@ -53,7 +53,7 @@ class EngineOwner(Protocol):
 class Engine:
     """The parts of an open model.
 
-    Pruning is initially on if the model is converted. `sequences`: one for each concurrent prompt.
+    Pruning is initially on if the model is converted. `sequences`: one per concurrent prompt.
     `vision`: the vision encoder, if the model has an mmproj. `calibrator`: learns from full rows,
     if learning is on.
     """
@@ -68,7 +68,7 @@ class Engine:
 
     @classmethod
     def open(cls, options: EngineOptions) -> Engine:
-        """Load a model. Raises PopError with llama.cpp's reason if that fails."""
+        """Load a model. Raises PopError with llama.cpp's reason if loading fails."""
         backend.require_patched()
         source = read_source(options.path)
         if "tokenizer.chat_template" in source.first.keys:
@@ -106,7 +106,7 @@ class Engine:
         return engine
 
     def close(self) -> None:
-        """Free the model, after stopping any prompt that this thread reads."""
+        """Free the model after stopping any prompt that this thread is reading."""
         try:
             if self.calibrator is not None:
                 self.calibrator.detach()
@@ -145,14 +145,14 @@ class Engine:
             sequence.set_mode(mode)
 
     def set_boundary(self, layer: int) -> None:
-        """Prune from another layer without fitted projections (0: the file's boundary)."""
+        """Prune from a different layer without fitted projections (0: the file's boundary)."""
         for sequence in self.sequences:
             sequence.set_boundary(layer)
 
     def set_refill(self, is_on: bool) -> None:
-        """Turn refilling on or off. Boundary states are stored while it is on, and then dropped.
+        """Turn refilling on or off. Boundary states are stored only while refilling is on.
 
-        Has no effect on a model that cannot be refilled.
+        Has no effect if the model's rows cannot be refilled.
         """
         self.context.interrupt.require_idle()
         for sequence in self.sequences:
@@ -164,7 +164,7 @@ class Engine:
 
     @cached_property
     def recommended(self) -> dict[str, float]:
-        """Sampling options that the model's file recommends, by field of TurnOptions."""
+        """Sampling options recommended by the model's file, keyed by TurnOptions field."""
         return recommended(self.context.files.header)
 
     def answer(
@@ -175,9 +175,9 @@ class Engine:
     ) -> Answering:
         """Answer a prompt. The last chunk contains the statistics.
 
-        `prompt`: a prompt, or a function that renders one; its time counts towards TTFT.
-        `sequence`: the sequence to use (default: the first). The engine stays usable after the
-        iterator is closed or raises. Raises PopError if the prompt exceeds the context.
+        `prompt`: a prompt, or a function to render one (the time counts toward TTFT). `sequence`:
+        the sequence to use (default: the first). The engine stays usable after the iterator is
+        closed or raises an error. Raises PopError if the prompt exceeds the context.
         """
         render = prompt if callable(prompt) else lambda: prompt
         return answer(
@@ -185,12 +185,12 @@ class Engine:
         )
 
     def sampled(self, options: TurnOptions) -> Generator[int]:
-        """Yield tokens that continue the first sequence's cached rows, without end."""
+        """Endlessly yield tokens that continue the first sequence's cached rows."""
         sequence = self.sequences[0]
         return sequence.sampled(Sampler(sequence.cache.slot, options, self.constraint(options)))
 
     def constraint(self, options: TurnOptions) -> Allowed | None:
-        """Return the constraint of the options' tool calls or grammar, or None without either."""
+        """Return the constraint for the options' tool calls or grammar (None if neither is set)."""
         grammar, calls = options.grammar, options.calls
         if calls is not None:
             pieces = Pieces(self.context.vocabulary, calls.shown)
@@ -202,7 +202,7 @@ class Engine:
 
 
 def _rule(options: EngineOptions, meta: PopMeta | None) -> RowRule:
-    """Return the file's rule for full rows, with the options' changes."""
+    """Return the file's rule for full rows, with the options' overrides applied."""
     changes: dict[str, Any] = {"reuse": options.reuse} | {
         name: value
         for name in ("sink_tokens", "tail_tokens", "deep_rows")

@@ -1,4 +1,4 @@
-"""Options for opening a model, built once by the command line, the server or Python."""
+"""Options for opening a model, built once by the CLI, the server, or the Python API."""
 
 import os
 from collections.abc import Mapping
@@ -18,12 +18,13 @@ class EngineOptions:
 
     `model`: the GGUF file, or a name that the caller resolves before opening. `sidecar`: a file
     with the model's POP keys and tensors. `mmproj`: the vision encoder, loaded with the first
-    image. `image_tokens`: maximum tokens per image. `sink_tokens`, `tail_tokens`: number of full
+    image. `image_tokens`: maximum tokens per image. `sink_tokens`, `tail_tokens`: numbers of full
     rows at the start and at the end of a prompt (default: the file's). `deep_rows`: criterion for
-    deep rows (default: the file's). `reuse`: cached rows that a prompt may reuse. `keep_states`:
-    keep boundary states for refilling. `parse_special`: parse special tokens in messages and
-    documents, which lets a document inject turns. `full`: start with pruning off. `learn`: see
-    PopModel.learn. `prompt_cache`: a store for the KV caches of earlier prompts.
+    deep rows (default: the file's). `reuse`: which cached rows a prompt may reuse. `keep_states`:
+    whether to keep boundary states for refilling. `parse_special`: whether to parse special tokens
+    in messages and documents, which lets a document inject turns. `full`: whether to start with
+    pruning off. `learn`: see PopModel.learn. `prompt_cache`: a store for the KV caches of earlier
+    prompts.
     """
 
     model: str
@@ -47,9 +48,9 @@ class EngineOptions:
 
     @classmethod
     def of(cls, model: str | os.PathLike[str], **options: Any) -> "EngineOptions":
-        """Build options from keywords: fields of this class, ContextOptions or llama.cpp's params.
+        """Build options from keywords: fields of this class, ContextOptions, or llama.cpp's params.
 
-        Raises TypeError for an unknown keyword.
+        Raises TypeError if a keyword is unknown.
         """
         known = {each.name for each in fields(cls)}
         own = {name: value for name, value in options.items() if name in known}

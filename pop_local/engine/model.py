@@ -1,4 +1,4 @@
-"""The Python API's handle of an open model."""
+"""The Python API's handle to an open model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class PopModel:
-    """An open model. Its parts are in `engine`."""
+    """An open model, whose parts are in `engine`."""
 
     def __init__(self, options: EngineOptions) -> None:
         self._engine = Engine.open(options)
@@ -57,9 +57,9 @@ class PopModel:
     ) -> Self:
         """Open a GGUF file, or a local model by name, without downloading or converting.
 
-        `sidecar` (default: the file next to the model, or the shipped one). `mmproj` (default: the
-        file next to the model). `options`: fields of EngineOptions, of ContextOptions and of
-        llama.cpp's parameters. Raises PopError if the model cannot be opened.
+        `sidecar`: a path (default: the file next to the model, or else the shipped one). `mmproj`:
+        a path (default: the file next to the model). `options`: fields of EngineOptions,
+        ContextOptions, and llama.cpp's parameters. Raises PopError if the model cannot be opened.
         """
         path = model_names.resolve(os.fspath(model))
         return cls(
@@ -87,17 +87,17 @@ class PopModel:
         self._engine.close()
 
     def swap_sidecar(self, sidecar: Path) -> None:
-        """Prune with another sidecar from now on. The cache is kept if all rows are exact.
+        """Prune with a different sidecar from now on. The cache is kept if all its rows are exact.
 
-        Raises PopError and changes nothing if opening fails, or if the model has an mmproj.
+        Raises PopError and changes nothing if opening fails or the model has an mmproj.
         """
         with self._lock:
             before = self._engine
             before.context.interrupt.require_idle()
             if before.vision is not None:
                 raise PopError(
-                    "a model with an mmproj cannot change its sidecar while it is open",
-                    "close the model and open it with the new sidecar",
+                    "the sidecar of an open model with an mmproj cannot be changed",
+                    "close the model and reopen it with the new sidecar",
                 )
             cache = before.cache
             state = before.states.save() if 0 < cache.n_tokens == cache.n_exact else None
@@ -122,8 +122,8 @@ class PopModel:
     def learn(self, memory_bytes: int | None = None) -> None:
         """Start learning from rows that run in full (docs/learning.md).
 
-        `memory_bytes`: memory limit for sums and queued rows (default: see OnlineCalibrator).
-        Raises PopError if no fit can prune the model.
+        `memory_bytes`: memory limit for the sums and the queued rows (default: see
+        OnlineCalibrator). Raises PopError if the model cannot be fitted.
         """
         with self._lock:
             calibrator = OnlineCalibrator(self._engine.cache, memory_bytes)
@@ -133,8 +133,8 @@ class PopModel:
     def pruning(self) -> bool:
         """True if prompts are pruned.
 
-        A change empties the KV cache unless all rows are exact. Setting True raises PopError for an
-        unconverted model.
+        Changing the value empties the KV cache unless all rows are exact. Setting it to True raises
+        PopError if the model is not converted.
         """
         return self._engine.pruning.mode is not Mode.OFF
 
@@ -161,7 +161,7 @@ class PopModel:
         return ChatSession(self, Conversation(system))
 
     def load_session(self, path: str | os.PathLike[str]) -> ChatSession:
-        """Load a conversation that ChatSession.save or the chat has written."""
+        """Load a conversation that was saved by ChatSession.save or the `chat` command."""
         return load_session(self, path)
 
     def read(self, prompt: Prompt, on_prefill: Callable[[int, int], None] | None = None) -> Read:
@@ -171,8 +171,8 @@ class PopModel:
     def ask(self, messages: Sequence[Message], **options: Any) -> Answering:
         """Stream chunks of the answer to the last message.
 
-        A base model, which has no chat template, continues the messages' text if they have no
-        pictures. `options`: fields of TurnOptions (default: the file's recommendation). Raises
+        A base model, which has no chat template, continues the messages' text if the messages have
+        no pictures. `options`: fields of TurnOptions (default: the file's recommendation). Raises
         PopError if the template rejects the conversation, or if the prompt cannot be read.
         """
         prompter = self._engine.prompter

@@ -126,7 +126,7 @@ def test_what_an_uninstall_of_llama_cpp_python_leaves_is_explained(monkeypatch):
     backend.bindings.cache_clear()
     assert doctor().exit_code == 1
     assert checks()["backend"]["found"].startswith("pop-local-llama-cpp cannot be imported")
-    assert "uninstalling llama-cpp-python removes its files" in checks()["backend"]["to_do"]
+    assert "uninstalling llama-cpp-python also removes" in checks()["backend"]["to_do"]
 
 
 def test_the_variant_of_the_cpu_is_named(install):

@@ -41,7 +41,7 @@ def path(tmp_path) -> Path:
     ("name", "reason"),
     [
         (b"<0x41>", "two tokens have the same text"),
-        (b"<0x", "the text cannot be split into tokens: the vocabulary is damaged"),
+        (b"<0x", "the text cannot be tokenized: the vocabulary is damaged"),
     ],
 )
 def test_a_damaged_vocabulary_is_an_error(tmp_path, name, reason):

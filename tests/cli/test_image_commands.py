@@ -65,7 +65,7 @@ def test_run_refuses_in_one_line(path, tmp_path):
     assert done.returncode == 1 and "is not an mmproj" in done.stderr
     wide = make_mmproj(tmp_path / "wide.gguf", replace(MMPROJS["qwen2vl"], n_text=256))
     done = called("run", path, "--mmproj", wide, "what?", *OPTIONS)
-    assert done.returncode == 1 and "does not fit this model" in done.stderr
+    assert done.returncode == 1 and "does not match this model" in done.stderr
     alone = make_gguf(tmp_path / "alone.gguf", "llama")
     done = called("run", alone, "--image", path.parent / "a.png", "what?")
     assert done.returncode == 1 and "--mmproj FILE" in done.stderr

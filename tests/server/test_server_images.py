@@ -134,7 +134,7 @@ BOMB = encoded(Image.new("1", (12_000, 12_000)), "PNG")
             "is not a readable picture",
         ),
         (data_url(png(3)[:3000]), "is not a readable picture"),
-        (data_url(encoded(Image.new("1", (4000, 2)), "PNG")), "is a strip"),
+        (data_url(encoded(Image.new("1", (4000, 2)), "PNG")), "is too elongated"),
         (data_url(BOMB), "more than 50 million pixels"),
     ],
     ids=lambda value: value[:32],

@@ -1,1 +1,1 @@
-"""Decoding: sampling under grammars, log probabilities and streamed text."""
+"""Decoding: constrained sampling, log probabilities, and streamed text."""

@@ -1,8 +1,8 @@
 """Translate llama.cpp's GBNF into llguidance's Lark.
 
-llguidance's own converter turns whole words and classes into lexemes, and its lexer matches the
-longest lexeme. With `"a" "b" | "ab" "c"` the lexer rejects "ab". In this translation, each
-character is a lexeme, and a grammar without recursion becomes a single regular expression.
+llguidance's own converter turns strings and classes into lexemes, and its lexer matches the longest
+lexeme. The lexer wrongly rejects "ab" for `"a" "b" | "ab" "c"`. In this module, each character is a
+lexeme, and a grammar without recursion becomes a single regular expression.
 """
 
 import re
@@ -27,9 +27,9 @@ _CONTROL = {"t": 9, "n": 10, "r": 13}
 
 
 def lark_of(text: str, instead: Mapping[str, str]) -> str:
-    """Translate a GBNF grammar into Lark. Raises ValueError for an invalid grammar.
+    """Translate a GBNF grammar into Lark. Raises ValueError if the grammar is invalid.
 
-    `instead`: Lark bodies that replace some rules. Rules that only those rules used are dropped.
+    `instead`: replacement Lark bodies by rule name. Rules used only by replaced rules are dropped.
     """
     rules: dict[str, list[re.Match[str]]] = {}
     body: list[re.Match[str]] | None = None
@@ -37,19 +37,19 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
     while at < len(text):
         token = _TOKEN.match(text, at)
         if token is None:
-            raise ValueError(f"{text[at : at + 20]!r} does not start with a GBNF token")
+            raise ValueError(f"invalid syntax at {text[at : at + 20]!r}")
         at = token.end()
         depth += {"(": 1, ")": -1}.get(token["mark"] or "", 0)
         if token["rule"]:
             if token["rule"] in rules or body is not None:
-                raise ValueError(f"rule {token['rule']} is defined twice, or inside a rule")
+                raise ValueError(f"rule {token['rule']} is defined twice or inside another rule")
             body = rules[token["rule"]] = []
         elif token["space"]:
             # A line break ends a complete rule.
             if "\n" in token["space"] and body and not depth and body[-1]["mark"] != "|":
                 body = None
         elif body is None:
-            raise ValueError(f"{token[0]} is outside of a rule")
+            raise ValueError(f"{token[0]} is outside any rule")
         else:
             body.append(token)
     rules = {name: _looped(name, body) for name, body in rules.items()}
@@ -62,7 +62,7 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
         named = {name: named[name] for name in used if name in named}
         rules = {name: rules[name] for name in named}
     if missing := {"root"}.union(*named.values()) - rules.keys():
-        raise ValueError(f"the rule {min(missing)} is missing")
+        raise ValueError(f"rule {min(missing)} is not defined")
     # Lark compiles names in capitals to regular expressions, which cannot be recursive.
     flat: set[str] = set()
     while more := {name for name in named.keys() - flat - instead.keys() if named[name] <= flat}:
@@ -77,7 +77,7 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
 
 
 def _looped(name: str, body: list[re.Match[str]]) -> list[re.Match[str]]:
-    """Rewrite `r ::= a r | b` as `(a)* (b)`, because recursion slows down each token."""
+    """Rewrite `r ::= a r | b` as `(a)* (b)`, because recursion slows down decoding."""
     several: list[list[re.Match[str]]] = [[]]
     depth = 0
     for token in body:
@@ -130,10 +130,10 @@ def _class(members: str) -> str:
 
 
 def _whole(pattern: re.Pattern[str], text: str) -> list[str]:
-    """Split a text into matches. Raises ValueError for an escape that GBNF does not define."""
+    """Split a text into the pattern's matches. Raises ValueError for an undefined GBNF escape."""
     found = [match[0] for match in pattern.finditer(text)]
     if "".join(found) != text:
-        raise ValueError(f"{text!r} has an escape that GBNF does not define")
+        raise ValueError(f"{text!r} contains an escape that GBNF does not define")
     return found
 
 

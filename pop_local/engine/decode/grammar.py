@@ -1,4 +1,4 @@
-"""Grammars for llguidance: JSON schemas, GBNF and regular expressions."""
+"""Grammars for llguidance: JSON schemas, GBNF, and regular expressions."""
 
 import json
 import re
@@ -54,21 +54,21 @@ _child = KeptProcess(grammar_child.GrammarCompiler, limit_s=LIMIT_S, limit_bytes
 
 @dataclass(frozen=True)
 class JsonRule:
-    """A JSON schema as the body of a Lark rule. `ignored`: keywords without effect."""
+    """A JSON schema as a Lark rule body. `ignored`: schema keywords that have no effect."""
 
     text: str
     ignored: tuple[str, ...]
 
 
 class GrammarError(PopError):
-    """An unusable grammar or JSON schema, or a grammar that allows no next token."""
+    """A grammar or JSON schema is unusable, or the grammar allows no next token."""
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """A grammar that compiles within the limits on time and memory.
+    """A grammar that compiles within the time and memory limits.
 
-    `text`: the grammar in llguidance's format. `ignored`: a JSON schema's keywords without effect.
+    `text`: the grammar in llguidance's format. `ignored`: JSON Schema keywords that have no effect.
     """
 
     text: str
@@ -78,14 +78,14 @@ class Grammar:
     def of_schema(cls, schema: Any) -> "Grammar":
         """Allow JSON that matches a schema (draft 2020-12), with properties in the schema's order.
 
-        Raises GrammarError if the schema is invalid, unsatisfiable or not supported.
+        Raises GrammarError if the schema is invalid, unsatisfiable, or unsupported.
         """
         rule = json_rule(schema)
         return cls.of_lark(f"start: {rule.text}", "the JSON schema", rule.ignored)
 
     @classmethod
     def of_lark(cls, lark: str, noun: str, ignored: Sequence[str] = ()) -> "Grammar":
-        """Compile a Lark grammar in the child process. `noun` names the grammar in messages.
+        """Compile a Lark grammar in the child process. `noun`: the grammar's name in messages.
 
         Raises GrammarError if the grammar is invalid or exceeds the limits.
         """
@@ -103,9 +103,9 @@ class Grammar:
 
     @classmethod
     def of_gbnf(cls, gbnf: str, instead: Mapping[str, "JsonRule"] | None = None) -> "Grammar":
-        """Allow text that matches the rule `root` of a grammar in llama.cpp's GBNF.
+        """Allow text that matches the `root` rule of a grammar in llama.cpp's GBNF format.
 
-        `instead`: JSON schemas that replace some rules. Raises GrammarError for an invalid grammar.
+        `instead`: replacement JSON schemas by rule name. Raises GrammarError for invalid GBNF.
         """
         rules = instead or {}
         try:
@@ -114,22 +114,22 @@ class Grammar:
         except ValueError as error:
             raise GrammarError(
                 f"the grammar is not valid GBNF: {error}",
-                "write each rule as NAME ::= ..., and name one rule root",
+                "write each rule as NAME ::= ..., and name one of the rules root",
             ) from error
         ignored = [name for rule in rules.values() for name in rule.ignored]
         return cls.of_lark(text, "a tool's schema" if rules else "the grammar", ignored)
 
     @classmethod
     def of_regex(cls, pattern: str) -> "Grammar":
-        """Allow text that a regular expression (Rust's `regex`) matches as a whole.
+        """Allow text that a regular expression (in Rust `regex` syntax) matches in full.
 
-        Raises GrammarError for an invalid expression.
+        Raises GrammarError if the expression is invalid.
         """
         return cls.of_lark(f"start: /{regex_to_lark(pattern)}/", "the regular expression")
 
 
 def json_rule(schema: Any) -> JsonRule:
-    """Translate a JSON schema into Lark. Raises GrammarError for an invalid schema."""
+    """Translate a JSON schema into Lark. Raises GrammarError if the schema is invalid."""
     try:
         # The copy has only JSON's types, and _prepared changes the copy.
         given = {"allOf": [schema]} if isinstance(schema, bool) else schema
@@ -144,19 +144,19 @@ def json_rule(schema: Any) -> JsonRule:
 
 
 def unchecked(lark: str) -> Grammar:
-    """Return a grammar without compiling it. Its parts must already be checked."""
+    """Return a grammar without compiling it. The grammar's parts must already have been checked."""
     return Grammar(LLMatcher.grammar_from_lark(f"{_HEAD}{lark}"))
 
 
 def short(message: str) -> str:
-    """Return llguidance's message on one line, in JSON Schema terms."""
+    """Return an llguidance message as a single line, worded in JSON Schema terms."""
     text = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", message)
     text = re.split(r"\n<|\n +\d+ \| ", text)[0]
     return " ".join(text.split()).replace("regex", "pattern")[:_MAX_MESSAGE]
 
 
 def _named(warning: str) -> list[str]:
-    """Return the keywords that one of llguidance's warnings names."""
+    """Return the keywords named in an llguidance warning."""
     head, _, tail = warning.partition(": ")
     if head == "Unimplemented keys":
         return [str(key) for key in json.loads(tail)]
@@ -180,16 +180,16 @@ def _schemas(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _prepared(schema: dict[str, Any]) -> list[str]:
-    """Add constraints that llguidance lacks. Return keywords that it enforces only partly.
+    """Add constraints that llguidance lacks, and return the keywords that it only partly enforces.
 
     Raises GrammarError for values that llguidance would confuse with other values.
     """
     for name in _VALUES:
         for value in _leaves(schema.get(name)):
             if isinstance(value, int) and abs(value) > _MAX_INTEGER:
-                raise GrammarError(f"the JSON schema's {name} {value} is beyond 2^53")
+                raise GrammarError(f"the JSON schema's {name} {value} is outside ±2^53")
             if isinstance(value, str) and _UNWRITABLE.search(value):
-                raise GrammarError(f"the JSON schema's {name} {value!r} has a control character")
+                raise GrammarError(f"the JSON schema's {name} {value!r} has control characters")
     patterns = _STRICTER.get(str(schema.get("format")), [])
     if patterns and isinstance(schema.setdefault("allOf", []), list):
         schema["allOf"] += [{"pattern": each} for each in patterns]

@@ -1,7 +1,7 @@
-"""Child process that compiles grammars first, so that a hostile grammar cannot crash the parent.
+"""A child process that compiles grammars first, so that a hostile grammar cannot crash the parent.
 
-llguidance limits each step of its compiler, but not their total. A chain of 1,000 `$ref` overflows
-the stack. A `multipleOf` of six digits takes half a minute, and so do 10,000 optional properties.
+llguidance limits each compilation step, but not the total. 1,000 chained `$ref` keywords overflow
+the stack. A six-digit `multipleOf` takes half a minute, as do 10,000 optional properties.
 """
 
 import threading
@@ -17,14 +17,14 @@ _STACK_BYTES = 4 << 20
 
 
 class GrammarCompiler:
-    """The methods that the parent process calls."""
+    """Methods that the parent process calls in the child process."""
 
     def __init__(self) -> None:
         self._tokenizer = LLTokenizer("byte")
         threading.stack_size(_STACK_BYTES)
 
     def warnings(self, grammar: str) -> list[str]:
-        """Compile a grammar and return its warnings. Raises ValueError for an invalid grammar."""
+        """Compile a grammar and return its warnings. Raises ValueError for invalid grammars."""
         with ThreadPoolExecutor(1) as thread:  # a thread's stack is limited
             made = thread.submit(
                 LLMatcher, self._tokenizer, grammar, log_level=0, limits=LIMITS

@@ -15,7 +15,7 @@ from pop_local.engine.llama.vocabulary import Pieces, Vocabulary
 class _TokenBytes:
     """A llama.cpp vocabulary behind the interface that llguidance expects (`TokenizerWrapper`).
 
-    Pieces provides each token's bytes. Control tokens have no bytes, so they are never allowed.
+    `Pieces` provides each token's bytes. Control tokens have no bytes, so they are never allowed.
     """
 
     is_tokenizer_wrapper = True
@@ -28,7 +28,7 @@ class _TokenBytes:
         self.special_token_ids = ends
 
     def __call__(self, text: str) -> list[int]:
-        raise NotImplementedError("unused: no_forcing leaves the tokens to the model")
+        raise NotImplementedError("not used: with no_forcing, the model chooses every token")
 
 
 class TokenTries:
@@ -39,23 +39,23 @@ class TokenTries:
         self._tries: dict[frozenset[int], LLTokenizer] = {}
 
     def get(self, shown: frozenset[int] = frozenset()) -> LLTokenizer:
-        """Return a trie. `shown`: special tokens that appear in answers as text.
+        """Return the trie for `shown`, the special tokens that appear in answers as text.
 
-        Building a trie takes a second or more. Raises GrammarError without an end token.
+        Building a trie takes a second or more. Raises GrammarError if the model has no end token.
         """
         if shown not in self._tries:
             every = range(self._vocabulary.n_tokens)
             ends = [token for token in every if self._vocabulary.is_end(token)]
             if not ends:
                 hint = "use a model with an end token"
-                raise GrammarError("the model has no end token, which grammars need", hint)
+                raise GrammarError("the model has no end token, which grammars require", hint)
             wrapper: Any = _TokenBytes(self._vocabulary, ends, shown)
             self._tries[shown] = LLTokenizer(wrapper, eos_token=ends)
         return self._tries[shown]
 
 
 class Constraint:
-    """An answer's state in a grammar (not thread-safe).
+    """An answer's parsing state under a grammar (not thread-safe).
 
     Raises GrammarError if the grammar exceeds llguidance's limits.
     """
@@ -86,4 +86,4 @@ class Constraint:
             reason = short(self._matcher.get_error())
             if reason.startswith("NoExtension"):
                 raise GrammarError("the grammar allows no token here")
-            raise GrammarError(f"the grammar exceeds its limits: {reason}", "simplify it")
+            raise GrammarError(f"the grammar exceeds the limits: {reason}", "simplify it")

@@ -16,7 +16,7 @@ _MAX_ROWS = 64
 
 
 class Logprobs:
-    """Log probabilities of sampled tokens, before temperature, penalties and grammar."""
+    """Log probabilities of sampled tokens, before applying temperature, penalties, and grammar."""
 
     def __init__(self, slot: Slot, n_top: int) -> None:
         self._slot = slot
@@ -27,22 +27,22 @@ class Logprobs:
         self._pending: list[tuple[int, TokenLogprob]] = []
 
     def push(self, token: int) -> None:
-        """Store a token's log probability. The next decode overwrites the logits."""
+        """Store a token's log probability before the next decode overwrites the logits."""
         logprob = _of_token(self._pieces, self._slot.logits, token, self._n_top)
         self._pending.append((self._end, logprob))
         self._end += len(logprob.text)
 
     def take(self, n_shown: float) -> tuple[TokenLogprob, ...]:
-        """Remove and return log probabilities of tokens that start before byte `n_shown`."""
+        """Remove and return the log probabilities of tokens that start before byte `n_shown`."""
         taken = tuple(logprob for start, logprob in self._pending if start < n_shown)
         self._pending = self._pending[len(taken) :]
         return taken
 
 
 def prompt_logprobs(cache: KvCache, tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:
-    """Return each prompt token's log probability, None for the first token.
+    """Return each prompt token's log probability (None for the first token).
 
-    All rows compute logits, so all rows run all layers and replace the cached rows.
+    Logits are computed for all rows, so all rows run all layers and replace the cached rows.
     """
     pieces = Pieces(cache.context.vocabulary, range(cache.context.vocabulary.n_tokens))
     found = [TokenLogprob(pieces[tokens[0]], None)]

@@ -1,4 +1,4 @@
-"""Detect answers that repeat a block of tokens forever."""
+"""Detect answers that are stuck repeating a block of tokens."""
 
 import re
 from collections import deque
@@ -13,7 +13,7 @@ _SENTENCE_END = re.compile(r"[.!?…][\"'”»*]?\s")
 
 
 class Repeats:
-    """Detector of an answer that repeats itself."""
+    """A detector for answers that repeat themselves."""
 
     def __init__(self) -> None:
         self._last: deque[tuple[int, bytes]] = deque(maxlen=_LONGEST + 1)
@@ -21,7 +21,7 @@ class Repeats:
         self._n_equal = [0] * (_LONGEST + 1)
 
     def push(self, token: int, piece: bytes) -> bool:
-        """Add a token. Return whether the answer repeats a block forever."""
+        """Add a token. Return whether the answer is stuck repeating a block."""
         self._last.append((token, piece))
         for length in range(1, len(self._last)):
             is_equal = self._last[-1 - length][0] == token

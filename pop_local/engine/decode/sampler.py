@@ -1,7 +1,7 @@
-"""Sample with llama.cpp's samplers, in the order of llama_cpp's chain.
+"""Sample with llama.cpp's samplers, in the same order as llama_cpp's chain.
 
-Greedy sampling uses the largest logit directly. A chain would choose the same token, but would
-first fill a list with {id, logit, p} for the whole vocabulary.
+Greedy sampling picks the token with the largest logit directly. A sampler chain would choose the
+same token, but would first fill an array with {id, logit, p} for the whole vocabulary.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ _RECOMMENDED = {
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """Sampling parameters. A temperature of 0 is greedy. `seed`: None for a random seed."""
+    """Sampling parameters. Temperature 0 means greedy sampling. `seed`: None for a random seed."""
 
     temperature: float = 0.8
     top_k: int = 40
@@ -42,7 +42,7 @@ class SamplerOptions:
 
 
 def recommended(header: Header) -> dict[str, float]:
-    """Return the options that the publisher recommends, except negative and non-finite values."""
+    """Return the publisher's recommended options, except negative or non-finite values."""
     found: dict[str, float] = {}
     for key, (option, kind) in _RECOMMENDED.items():
         value = header.get(key)
@@ -55,14 +55,14 @@ class Allowed(Protocol):
     """A constraint on the next token."""
 
     def allowed(self) -> np.ndarray | None:
-        """Return the allowed token ids in order (None: all). Raises PopError if none is allowed."""
+        """Return allowed token ids in order (None: all). Raises PopError if no token is allowed."""
 
     def accept(self, token: int) -> None:
-        """Add a sampled token."""
+        """Advance the constraint past a sampled token."""
 
 
 class Sampler:
-    """Samples one answer's tokens from the slot's last logits."""
+    """Samples one answer's tokens from the slot's most recent logits."""
 
     def __init__(
         self, slot: Slot, options: SamplerOptions, constraint: Allowed | None = None
@@ -98,7 +98,7 @@ class Sampler:
         return chain
 
     def sample(self) -> int:
-        """Choose the next token. Raises PopError if the constraint allows none."""
+        """Choose the next token. Raises PopError if the constraint allows no token."""
         ids = None if self._constraint is None else self._constraint.allowed()
         logits = self._slot.logits if ids is None else self._slot.logits[ids]
         if self._chain is not None:

@@ -1,13 +1,13 @@
-"""Decode sampled tokens to text, in whole characters and without stop strings."""
+"""Decode sampled tokens into text that has only complete characters and no stop strings."""
 
 import codecs
 from collections.abc import Sequence
 
 
 class TextStream:
-    """Decoder of bytes that arrive in pieces.
+    """A decoder for bytes that arrive in pieces.
 
-    An incomplete character is held back, and so is text that may be the start of a stop string.
+    An incomplete character is held back, as is text that may be the start of a stop string.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -33,7 +33,7 @@ class TextStream:
         self._stops = ()
 
     def flush(self) -> str:
-        """Return the text held back at the end of an answer, without an incomplete character."""
+        """Return the text held back when an answer ends, except for an incomplete character."""
         shown, self._held = self._held, ""
         return shown
 

@@ -1,1 +1,1 @@
-"""Rows that run all layers: deep rows, chosen by token, and refilled rows."""
+"""Rows that run all layers: deep rows, which are chosen by token, and refilled rows."""

@@ -1,7 +1,7 @@
-"""Deep rows by token: prompt rows that run all layers because they spell a name or a number.
+"""Deep rows: prompt rows that run all layers because their tokens spell a name or a number.
 
-The choice depends only on the prompt's tokens, so later questions can reuse the cached rows with
-any batch size and number of sequences.
+Deep rows depend only on the prompt's tokens, so later questions can reuse the cached rows
+regardless of the batch size and the number of sequences.
 """
 
 import re
@@ -22,11 +22,11 @@ _SPELLED = re.compile(rb"\d|[a-z][A-Z]|/|\w[@_\\#=+~-]+\w")
 
 
 def find_deep_rows(context: Context, tokens: np.ndarray, criterion: DeepRows) -> NDArray[np.bool_]:
-    """Return the rows that run all layers because of their words: bool [n_tokens].
+    """Return a mask of the rows that run all layers because of their words, bool [n_tokens].
 
-    `tokens`: int [n_tokens], from the prompt's start, negative for rows of images. All rows of a
+    `tokens`: int [n_tokens], from the start of the prompt, negative for image rows. All rows of a
     deep word are deep. Control tokens and images separate words. A recurrent model has no deep
-    rows: its rows run in order, so scattered deep rows would split batches.
+    rows, because its rows run in order and scattered deep rows would split batches.
     """
     found = np.zeros(len(tokens), bool)
     if criterion is DeepRows.NONE or not len(tokens) or context.is_recurrent:
@@ -45,7 +45,7 @@ def find_deep_rows(context: Context, tokens: np.ndarray, criterion: DeepRows) ->
 
 
 def _is_name(text: bytes, word: re.Match[bytes]) -> bool:
-    """Return whether a word is capitalised, but does not start a sentence or line."""
+    """Return whether a word is capitalized but does not start a sentence or line."""
     if not (word[0][:1].isupper() and len(word[0]) > 1):
         return False
     before = text[max(0, word.start() - _LOOK_BACK) : word.start()].rstrip(b" \"'`(*")

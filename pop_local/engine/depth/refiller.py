@@ -19,7 +19,7 @@ _FIRST_CHUNK = 64
 
 
 class Refiller:
-    """Refills a cache's pruned rows from their boundary states, and decodes stale rows again."""
+    """Refills a cache's pruned rows from their boundary states, and re-decodes stale rows."""
 
     def __init__(self, cache: KvCache) -> None:
         self._cache = cache
@@ -47,12 +47,11 @@ class Refiller:
         should_stop: Callable[[], bool] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Make the cached rows exact, in order. Deep passes refill pruned rows.
+        """Make the cached rows exact, in order: refill pruned rows, and re-decode stale rows.
 
-        Stale rows are decoded again. Returns the number of refilled rows, or 0 if a pruned row
-        lacks its boundary state.
-        `should_stop` is called during and after each chunk. `on_progress` gets
-        (done_rows, total_rows).
+        Deep passes refill the pruned rows. Returns the number of rows made exact, or 0 if a pruned
+        row lacks its boundary state. `should_stop` is called during and after each chunk.
+        `on_progress` is called with (done_rows, total_rows).
         """
         cache = self._cache
         cache.slot.require_idle()
@@ -91,7 +90,7 @@ class Refiller:
         self._adapt(len(rows), time.perf_counter() - started_s)
 
     def _decode_again(self, rows: range) -> None:
-        """Decode stale rows again in full, in place. If stopped, the remaining rows stay stale."""
+        """Re-decode stale rows in full, in place. If interrupted, the remaining rows stay stale."""
         slot = self._cache.slot
         slot.begin_prefill()
         slot.set_full(0, 0)

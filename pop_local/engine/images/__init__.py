@@ -1,1 +1,1 @@
-"""Pictures in prompts: Pillow decodes them, and libmtmd splits and encodes them."""
+"""Pictures in prompts, decoded by Pillow and then split and encoded by libmtmd."""

@@ -53,11 +53,11 @@ _NODES_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class ImageChunk:
-    """An image: a whole picture, or a part of it if the model splits pictures.
+    """An image: a whole picture, or one part of a picture if the model splits pictures.
 
     `number`: index among libmtmd's chunks of the picture. `key`: identifies the image's rows.
-    `n_pos`: number of positions that the rows take up. `is_mutual`: every row attends to all rows
-    of the image, which must therefore be decoded in one batch.
+    `n_pos`: number of positions that the image's rows occupy. `is_mutual`: whether every row
+    attends to all rows of the image, so that the image must be decoded in one batch.
     """
 
     picture: Picture
@@ -72,7 +72,7 @@ class ImageChunk:
 class TokenizedPicture:
     """A picture's tokens: NO_TOKEN for each image row, and the text tokens around the images.
 
-    `images`: images by the offset of their first row in `tokens`.
+    `images`: the images, keyed by the offset of their first row in `tokens`.
     """
 
     tokens: tuple[int, ...]
@@ -84,7 +84,7 @@ _Pixels = tuple[int, int, bytes]
 
 
 class _Cut:
-    """libmtmd's chunks of a picture, freed with this object. They hold megabytes of pixels."""
+    """libmtmd's chunks of a picture, freed with this object. Chunks hold megabytes of pixels."""
 
     def __init__(self, mtmd: Any, picture: Picture) -> None:
         self.sha256 = picture.sha256
@@ -102,8 +102,8 @@ class _Cut:
 class Mmproj:
     """A model's mmproj file, which `open` loads.
 
-    `key` identifies the file. `is_fixed`: the projector ignores `max_tokens`. Several threads may
-    call `see` while another thread decodes.
+    `key`: identifies the file. `is_fixed`: whether the projector ignores `max_tokens`. Several
+    threads may call `see` while another thread is decoding.
     """
 
     def __init__(
@@ -116,14 +116,14 @@ class Mmproj:
     ) -> None:
         """`max_tokens`: maximum tokens per image (None: the projector's default).
 
-        `should_stop` is called while an image is encoded. Raises PopError for an invalid mmproj.
+        `should_stop` is called while an image is encoded. Raises PopError if the mmproj is invalid.
         """
         if not path.is_file():
             raise PopError(f"the mmproj {path} does not exist", "check the path")
         source = read_source(path)
         header = source.first
         if header.get("general.architecture") != ARCHITECTURE:
-            raise PopError(f"{path} is not an mmproj", "use the file with mmproj in its name")
+            raise PopError(f"{path} is not an mmproj", "use the file whose name contains mmproj")
         _require_layers(path, [tensor.name for tensor in source.tensors])
         self.path = path
         self.max_tokens = max_tokens
@@ -147,7 +147,7 @@ class Mmproj:
     def open(self, model: Any, n_threads: int) -> "Self":
         """Load the file on first use. `model`: a llama_model pointer.
 
-        Raises PopError if the file does not fit the model, or if Pillow is not installed.
+        Raises PopError if the file does not match the model, or if Pillow is not installed.
         """
         with self._lock:
             if self._ctx is None:
@@ -160,7 +160,7 @@ class Mmproj:
             import llama_cpp.mtmd_cpp as mtmd
         except (AttributeError, ImportError, OSError, RuntimeError) as error:
             raise PopError(
-                f"llama.cpp's library for images cannot be loaded: {error}", INSTALL_HINT
+                f"llama.cpp's image library cannot be loaded: {error}", INSTALL_HINT
             ) from error
         logs.take_over_images(mtmd)
         self._mtmd: Any = mtmd
@@ -180,11 +180,11 @@ class Mmproj:
         self.close()
         if self.max_tokens and "image_max_pixels" in reason:
             raise PopError(
-                f"no picture fits into {self.max_tokens} tokens with {self.path}",
+                f"no picture fits in {self.max_tokens} tokens with {self.path}",
                 "allow more tokens per picture",
             )
         raise PopError(
-            f"{self.path} does not fit this model{reason}",
+            f"{self.path} does not match this model{reason}",
             "use the mmproj that was published with the model",
         )
 
@@ -204,9 +204,9 @@ class Mmproj:
         return known
 
     def decode(self, slot: Slot, image: ImageChunk, first: int) -> float:
-        """Encode an image and decode its rows from position `first` on.
+        """Encode an image, and decode its rows starting at position `first`.
 
-        Returns the encoding time in seconds. Raises PopError if encoding or decoding fails, and
+        Returns the encoding time in seconds. Raises PopError if encoding or decoding fails, or
         StoppedError or the signal handler's exception if interrupted.
         """
         ctx, n_batch = slot.context.ctx, slot.context.n_batch
@@ -232,7 +232,7 @@ class Mmproj:
     def embedded(self, image: ImageChunk) -> np.ndarray:
         """Return an image's embeddings, float32 [n_rows, n_embd_inp].
 
-        Raises PopError if the encoder fails, and StoppedError if `should_stop` stops the encoder.
+        Raises PopError if the encoder fails, or StoppedError if `should_stop` stops the encoder.
         """
         cut = self._cut_up(image.picture)
         with self._lock:
@@ -263,7 +263,7 @@ class Mmproj:
         return np.array([[p.t, p.y, p.x, p.z] for p in rows], np.int32).T
 
     def close(self) -> None:
-        """Free the encoder and everything cached. `open` loads it again."""
+        """Free the encoder and all cached data. `open` reloads the encoder."""
         with self._lock:
             if self._ctx:
                 self._mtmd.mtmd_free(self._ctx)
@@ -278,8 +278,8 @@ class Mmproj:
     def _on_node(self, _tensor: int, is_query: bool, _data: object) -> bool:
         """Handle a node of the encoder's graph (ggml_backend_sched_eval_callback).
 
-        With `is_query`, returns whether to call again after the node was computed. That second
-        call returns False to stop the encoder, which still reports success. So `_stop_error`
+        If `is_query` is set, returns whether to call again after the node is computed. The second
+        call returns False to stop the encoder. The encoder still reports success, so `_stop_error`
         stores the reason.
         """
         if is_query:
@@ -295,8 +295,8 @@ class Mmproj:
     def _cut_up(self, picture: Picture) -> _Cut:
         """Return a picture's chunks, which are cached until the next picture.
 
-        Decoding pixels takes seconds, so it runs without the lock. The pixels are kept until the
-        picture's rows are encoded, so that each request decodes them only once.
+        Decoding the pixels takes seconds, so it runs without holding the lock. The pixels are kept
+        until the picture's rows are encoded, so that each request decodes the pixels only once.
         """
         if (last := self._last) is not None and last.sha256 == picture.sha256:
             return last
@@ -306,7 +306,7 @@ class Mmproj:
         pixels = self._kept.get(picture.sha256) or picture.rgb(n_pixels)
         with self._lock:
             if self._ctx is None:
-                raise PopError(f"{self.path} is closed", "open the model with its mmproj again")
+                raise PopError(f"{self.path} is closed", "reopen the model with its mmproj")
             self._last = self._newly_cut(picture, *pixels)
             self._kept[picture.sha256] = pixels
             while sum(len(rgb) for *_, rgb in self._kept.values()) > _KEPT_BYTES:
@@ -324,7 +324,7 @@ class Mmproj:
         try:
             if mtmd.mtmd_tokenize_from_parts(self._ctx, cut.chunks, parts, 1, False) != 0:
                 raise PopError(
-                    f"{picture.name} cannot be shown to this model: {logs.first_error()}"
+                    f"{picture.name} cannot be used with this model: {logs.first_error()}"
                 )
         finally:
             mtmd.mtmd_bitmap_free(bitmap)
@@ -343,7 +343,7 @@ class Mmproj:
                 tokens += words[: n.value]
                 if min(words[: n.value], default=0) < 0:
                     raise PopError(
-                        f"the model lacks tokens that {self.path} puts around images",
+                        f"the model lacks tokens that {self.path} places around images",
                         "use the mmproj that was published with the model",
                     )
                 continue
@@ -362,7 +362,7 @@ class Mmproj:
 
 
 def _require_layers(path: Path, names: Sequence[str]) -> None:
-    """Raise PopError if a layer lacks a tensor: libmtmd would dereference a null pointer."""
+    """Raise PopError if a layer lacks a tensor, since libmtmd would dereference a null pointer."""
     found = [match for name in names if (match := _PART.fullmatch(name))]
     parts = {(match[1], match[2]) for match in found}
     for layer, part in product({match[1] for match in found}, {match[2] for match in found}):

@@ -1,8 +1,8 @@
-"""Read pictures from files, and decode them within limits.
+"""Read picture files, and decode them within limits on size, time, and memory.
 
 Pillow decodes pictures, because libmtmd's decoder is not meant for untrusted files, does not
-support WebP and ignores the EXIF orientation. Large WebPs are decoded in a child process, because
-Pillow blocks all threads while it decodes a WebP.
+support WebP, and ignores the EXIF orientation. Large WebP files are decoded in a child process,
+because Pillow blocks all threads while it decodes a WebP.
 """
 
 import base64
@@ -49,10 +49,10 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file, whose header `picture_of` has checked.
+    """A picture file whose header has been checked by `picture_of`.
 
-    `name` appears in messages. `width`, `height`: size in pixels after EXIF rotation. Pictures are
-    equal if their files are.
+    `name` appears in messages. `width`, `height`: size in pixels after EXIF rotation. Two pictures
+    are equal if their files are identical.
     """
 
     name: str = field(compare=False)
@@ -65,10 +65,10 @@ class Picture:
         return hashlib.sha256(self.content).hexdigest()
 
     def rgb(self, most: int = MAX_SHOWN) -> tuple[int, int, bytes]:
-        """Decode the first frame. Returns its width, its height and its pixels as RGB bytes.
+        """Decode the first frame, and return its width, its height, and its pixels as RGB bytes.
 
-        The frame is rotated upright, drawn on white if transparent, and scaled down to about
-        `most` pixels. Raises PopError for a damaged file.
+        The frame is rotated upright, drawn on white if transparent, and scaled down to about `most`
+        pixels. Raises PopError if the file is damaged.
         """
         is_webp = self.content[8:12] == b"WEBP"
         if not is_webp or self.width * self.height <= _MAX_INLINE:
@@ -77,7 +77,7 @@ class Picture:
         try:
             width, height, pixels = _decoder.call("rgb", content, self.name, most)
         except BeyondLimitsError as error:
-            message = f"{self.name} takes {_decoder.limits} to decode"
+            message = f"decoding {self.name} takes {_decoder.limits}"
             raise PopError(message, "scale the picture down") from error
         return width, height, base64.b64decode(pixels)
 
@@ -85,15 +85,15 @@ class Picture:
 def read_picture(path: str | os.PathLike[str]) -> Picture:
     """Read a picture from a file or a pipe.
 
-    Raises PopError if the file is not a picture, and OSError if it cannot be read.
+    Raises PopError if the file is not a picture, or OSError if the file cannot be read.
     """
     return picture_of(read_file(Path(path), MAX_BYTES + 1), str(path))
 
 
 def picture_of(content: bytes, name: str) -> Picture:
-    """Return a picture from a file's bytes. Decodes only the header.
+    """Create a picture from a file's bytes, decoding only the header.
 
-    Raises PopError if the bytes are not a picture, or exceed MAX_BYTES, MAX_PIXELS or MAX_ASPECT.
+    Raises PopError if the bytes are not a picture or exceed MAX_BYTES, MAX_PIXELS, or MAX_ASPECT.
     """
     if len(content) > MAX_BYTES:
         raise PopError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", "scale the picture down")
@@ -136,7 +136,7 @@ class PictureDecoder:
 
     @staticmethod
     def rgb(content: str, name: str, most: int) -> tuple[int, int, str]:
-        """Decode a picture as Picture.rgb does, with base64 instead of bytes."""
+        """Decode a picture like Picture.rgb, but with base64 strings instead of bytes."""
         width, height, pixels = _rgb(base64.b64decode(content), name, most)
         return width, height, base64.b64encode(pixels).decode()
 
@@ -152,12 +152,12 @@ def require_pillow() -> None:
     """Raise PopError if Pillow is not installed."""
     if not has_pillow():
         raise PopError(
-            "reading pictures needs Pillow", "install it with: pip install 'pop-local[images]'"
+            "reading pictures requires Pillow", "install it with: pip install 'pop-local[images]'"
         )
 
 
 def _orientation(opened: "Image") -> object:
-    """Return the EXIF orientation in the header. `getexif` of a PNG would decode all pixels."""
+    """Return the header's EXIF orientation. For a PNG, `opened.getexif` would decode all pixels."""
     from PIL import Image
 
     return Image.Image.getexif(opened).get(0x0112)
@@ -179,7 +179,7 @@ def _opened(content: bytes, name: str) -> "Iterator[Image]":
                     raise _too_large(f"{name}, a WebP,", MAX_WEBP_PIXELS)
                 if max(opened.size) > MAX_ASPECT * min(opened.size):
                     raise PopError(
-                        f"{name} is a strip of {opened.width} x {opened.height} pixels",
+                        f"{name} is too elongated: {opened.width} x {opened.height} pixels",
                         "crop the picture",
                     )
                 yield opened

@@ -1,7 +1,7 @@
 """Online calibration: learn from rows that run all layers anyway.
 
-Full prompts provide rows for several boundaries, refilled rows only for the current boundary.
-Prefill queues the rows, and the calibrator adds them to the sums while the model is idle.
+Full prompts provide rows for several boundaries, but refills only for the current boundary. Prefill
+queues the rows, and the calibrator adds them to the sums while the model is idle.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def _require_learnable(cache: KvCache) -> None:
         or pop_meta(context.files.source.first) is not None
     ):
         message = (
-            "learning does not support this model: the file itself is converted, or the model skips"
-            " layers exactly, or its rows have several positions"
+            "learning does not support this model: the file itself is converted, the model skips"
+            " layers exactly, or its rows have several positions each"
         )
     elif not N_WINDOW <= context.n_ubatch == context.n_batch:
-        message = f"learning requires equal batch and ubatch sizes of {N_WINDOW} tokens or more"
+        message = f"learning requires equal batch and ubatch sizes of at least {N_WINDOW} tokens"
     else:
         return
     raise PopError(message, hint, cause="cannot-learn")
@@ -72,7 +72,7 @@ def _require_learnable(cache: KvCache) -> None:
 
 @dataclass(frozen=True)
 class LearnedFit:
-    """A sidecar learned from `n_rows` tokens; `speedup_limit`: the maximum prefill speed-up."""
+    """A sidecar learned from `n_rows` tokens. `speedup_limit`: the maximum prefill speed-up."""
 
     sidecar: Path
     boundary: int
@@ -81,7 +81,7 @@ class LearnedFit:
 
     def __str__(self) -> str:
         return (
-            f"Learned from {self.n_rows:,} tokens of your prompts: prompts are read up to"
+            f"Learned from {self.n_rows:,} tokens of your prompts. Prompts are read up to"
             f" {self.speedup_limit:.1f} times as fast from now on."
         )
 
@@ -91,7 +91,7 @@ class Fitter(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """Return True if `idle` has work."""
+        """Return True if `idle` has work to do."""
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
         """Work until a fit is ready, no work is left, or a stop is requested. Raises PopError."""
@@ -99,7 +99,7 @@ class Fitter(Protocol):
 
 @dataclass(frozen=True)
 class HeldOutChunk:
-    """A held-out prompt chunk, with its first row and its tokens."""
+    """A held-out prompt chunk: its first row and its tokens."""
 
     start: int
     tokens: np.ndarray
@@ -126,7 +126,7 @@ class OnlineCalibrator:
         """`memory_bytes`: the memory limit for the sums and the queued rows together.
 
         By default, the limit is a sixth of the free memory, but at most 2 GiB. Raises PopError if
-        no fit can prune the model.
+        the model cannot be fitted.
         """
         _require_learnable(cache)
         if not memory_bytes:
@@ -180,7 +180,7 @@ class OnlineCalibrator:
             log.warning("cannot save the learned sums: %s", error)
 
     def _candidates(self, memory_bytes: int) -> tuple[int, ...]:
-        """Choose from the file's boundaries, or the defaults, those whose sums fit into memory."""
+        """Choose the file's boundaries, or else the default ones, whose sums fit in memory."""
         n = self._shape.n_layer
         known = sorted(self._known.n_rows)
         wanted = known or [n - max(1, round(n * share)) for share in _SHARES]
@@ -206,7 +206,7 @@ class OnlineCalibrator:
     # While a prompt is read
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
-        """Record that a prompt chunk was prefilled from row `start` on, in any mode."""
+        """Record that a prompt chunk starting at row `start` was prefilled, in any mode."""
         if len(tokens) < N_WINDOW or _key(tokens) in self._seen:
             return
         self._n_chunks += 1
@@ -262,7 +262,7 @@ class OnlineCalibrator:
                 self.save()
 
     def save(self) -> None:
-        """Add the new sums to the file. If this fails, raise PopError and keep them in memory."""
+        """Add the new sums to the file. On failure, raise PopError and keep the sums in memory."""
         if self._n_new >= LEAST_SAVED:
             kinds = {each: list(self.summing.projections[each]) for each in self._new.grams}
             self.file.add(self._new, kinds)
@@ -320,7 +320,7 @@ class OnlineCalibrator:
 
 def _insufficient_memory() -> PopError:
     return PopError(
-        "too little memory is free for learning, or the model cannot be fitted",
+        "there is not enough free memory for learning, or the model cannot be fitted",
         "open the model without learning, or convert it",
         cause="cannot-learn",
     )

@@ -1,8 +1,8 @@
-"""Sums for fitting projections at some boundaries, and the file that stores a model's sums.
+"""Sums for fitting projections at given boundaries, and the file that stores a model's sums.
 
-`convert` adds rows of text windows, and online_calibrator.py adds rows of prompts. Both get the
-same sums from the same rows. A file contains sums of products over thousands of rows, but no single
-row or token. Only the folder's owner can read the folder (docs/learning.md).
+`convert` adds rows from text windows, online_calibrator.py adds rows from prompts, and both compute
+the same sums from the same rows. A sums file contains sums of products over thousands of rows, but
+no single row or token. Sums files are in a folder that only its owner can read (docs/learning.md).
 """
 
 import json
@@ -41,7 +41,7 @@ N_WEIGHING = 4
 
 @dataclass
 class Sums:
-    """Gram sums by boundary. `wides`: the parameters of each boundary's wider input, if any."""
+    """Gram sums by boundary. `wides`: parameters of each boundary's wider input, if any."""
 
     wides: dict[int, WideInput] = field(default_factory=dict)
     grams: dict[int, Gram] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Sums:
         return same_width and bool(np.array_equal(ours.previous, theirs.previous))
 
     def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return a JSON header and the arrays by name; `of` is the inverse function."""
+        """Convert the sums to a JSON header and named arrays (inverse: `of`)."""
         head = {
             "grams": [
                 (boundary, list(gram.xy), gram.n_rows) for boundary, gram in self.grams.items()
@@ -78,7 +78,7 @@ class Sums:
 
     @classmethod
     def of(cls, head: Any, arrays: Any) -> "Sums":
-        """Return the sums that `arrays` converted."""
+        """Rebuild sums from the results of `arrays`."""
         sums = cls(stored_inputs(head, arrays))
         for boundary, layers, n_rows in head["grams"]:
             xy = {layer: arrays[f"xy.{boundary}.{layer}"] for layer in layers}
@@ -100,7 +100,7 @@ def stored_inputs(head: Any, arrays: Any) -> dict[int, WideInput]:
 
 @dataclass(frozen=True)
 class Known:
-    """The header of a file of sums, and the wider inputs of each boundary."""
+    """A sums file's header, and each boundary's wider input."""
 
     head: Any
     wides: dict[int, WideInput]
@@ -116,18 +116,18 @@ class Known:
 
 @dataclass(frozen=True)
 class SumsFile:
-    """A model's file of sums, to which several processes add sums. `model`: the model's hash."""
+    """A model's sums file, to which several processes may add sums. `model`: the model's hash."""
 
     path: Path
     model: str
 
     @classmethod
     def of(cls, source: Source) -> "SumsFile":
-        """Return a model's file of sums, which may not exist yet."""
+        """Return a model's sums file, which may not exist yet."""
         return cls(LearnedFiles.of(source).sums, sampled_sha256(source))
 
     def load(self) -> Sums:
-        """Return the stored sums, empty without a file. A damaged file is renamed to *.damaged."""
+        """Return the stored sums (empty if none). A damaged file is renamed to *.damaged."""
         return self._read(Sums.of) or Sums()
 
     def known(self) -> Known:
@@ -141,21 +141,21 @@ class SumsFile:
                 head = json.loads(str(arrays["head"]))
                 if (head["version"], head["model"]) == (_VERSION, self.model):
                     return take(head, arrays)
-                log.warning("%s belongs to another model or version; learning restarts", self.path)
+                log.warning("%s is for another model or version; learning starts over", self.path)
         except FileNotFoundError:
             return None
         except DAMAGED_ARCHIVE as error:
             # After a system error, which has an errno, the file may be intact. Errors from numpy
             # have no errno.
             if isinstance(error, MemoryError) or getattr(error, "errno", None):
-                raise PopError(f"{self.path} cannot be read now: {error}") from error
-            log.warning("%s is damaged; learning restarts: %s", self.path, error)
+                raise PopError(f"{self.path} cannot be read at the moment: {error}") from error
+            log.warning("%s is damaged, so learning starts over: %s", self.path, error)
         with suppress(OSError):
             self.path.replace(self.path.with_suffix(".damaged"))
         return None
 
     def rows(self) -> dict[int, int]:
-        """Return each boundary's row count in any model's file, or {} if the file is unreadable."""
+        """Return each boundary's row count, whichever model the file is for ({} if unreadable)."""
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
                 head = json.loads(str(arrays["head"]))
@@ -164,7 +164,7 @@ class SumsFile:
             return {}
 
     def add(self, sums: Sums, kinds: dict[int, list[Projection]]) -> None:
-        """Add sums for some projection kinds to the file. Raises PopError if writing fails.
+        """Add sums for the given projection kinds to the file. Raises PopError if writing fails.
 
         If the file has a different wider input for a boundary, the boundary's new sums are dropped,
         because sums over different inputs cannot be added.
@@ -196,7 +196,7 @@ class SumsFile:
 
 
 class Summing:
-    """Adds up a model's rows, and solves for its fits."""
+    """Accumulates sums over a model's rows, and solves for the model's fits."""
 
     def __init__(
         self,
@@ -205,10 +205,10 @@ class Summing:
         projections: Mapping[int, Sequence[Projection]],
         start: Mapping[str, NewTensor] | None = None,
     ) -> None:
-        """`projections`: the kinds of fit at each boundary, without `Projection.OWN`.
+        """`projections`: the kinds of fit at each boundary, excluding `Projection.OWN`.
 
-        `start`: tensors of an earlier fit, toward which the ridge pulls (None: the layers' own
-        projections).
+        `start`: tensors of an earlier fit, toward which the ridge penalty pulls (None: the layers'
+        own projections).
         """
         self.shape, self.projections = shape, projections
         self._start = start or {}
@@ -220,7 +220,7 @@ class Summing:
         return range(boundary + 1, self.shape.n_layer)
 
     def wanted(self, boundaries: Iterable[int]) -> TapRequest:
-        """Return the tensors to tap for the sums of these boundaries."""
+        """Return the tensors to tap for the sums at the given boundaries."""
         at = tuple(sorted(boundaries))
         layers = tuple(self.layers(at[0]))
         # All boundaries share the same weighting layers, so that a fit does not depend on the other
@@ -233,7 +233,7 @@ class Summing:
         return Projection.WIDE in self.projections[boundary]
 
     def state(self, boundary: int, tapped: Tapped) -> Rows:
-        """Return the normalized state [n_rows, n_embd]. Raises FitError for infinity and NaN."""
+        """Return the normalized state [n_rows, n_embd]. Raises FitError for inf or NaN values."""
         state = tapped.states[boundary]
         if not np.isfinite(state).all():
             raise FitError(
@@ -248,7 +248,7 @@ class Summing:
         return decode_input(self.shape, self._weights, boundary, self._start)
 
     def choose_input(self, boundary: int, windows: Sequence[Rows]) -> WideInput:
-        """Choose a boundary's wider input from the normalized states of some windows."""
+        """Choose a boundary's wider input from the normalized states of the given windows."""
         return wide_input(self.shape, self._weights, boundary, windows)
 
     def empty(self, boundary: int, layers: Iterable[int]) -> Gram:
@@ -258,11 +258,11 @@ class Summing:
         return Gram.empty(max(self._n_inputs(boundary, kind) for kind in kinds), widths)
 
     def add(self, sums: Sums, tapped: Tapped) -> None:
-        """Add all rows except the first row, which has no predecessor or always runs in full.
+        """Add all rows except the first, which either has no predecessor or always runs in full.
 
         All layers share the same row weights, which are the mean over the last N_WEIGHING layers. A
-        deep pass computes no state at shallower layers, so it adds nothing to the sums of
-        shallower boundaries.
+        deep pass computes no state at shallower layers, so it adds nothing to the sums at shallower
+        boundaries.
         """
         y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
         weights = [fit.token_weights(mass[1:]) for mass in tapped.mass.values()]

@@ -1,1 +1,1 @@
-"""Child processes with limits on time and memory, for untrusted input."""
+"""Child processes with time and memory limits, for handling untrusted input."""

@@ -1,4 +1,4 @@
-"""The child's side of a limited process. Each call and each result is one line of JSON."""
+"""The child side of a limited process. Each call and each result is one line of JSON."""
 
 import faulthandler
 import importlib
@@ -12,11 +12,11 @@ from pop_converter.base.errors import PopError
 
 
 def main(module: str, worker: str, limit_s: float, limit_bytes: int) -> None:
-    """Read method calls of class `worker` from standard input, and run them until it is closed.
+    """Read calls to class `worker`'s methods from standard input, and run them until it is closed.
 
-    A call that takes longer than `limit_s` seconds ends this process. On Linux, calls may use
-    `limit_bytes` more memory than the process uses at the start. If a method raises an exception,
-    the caller gets a RefusedError.
+    A call that takes longer than `limit_s` seconds terminates this process. On Linux, a call may
+    use up to `limit_bytes` more memory than the process used at startup. If a method raises an
+    exception, the caller gets a RefusedError.
     """
     work = getattr(importlib.import_module(module), worker)()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C

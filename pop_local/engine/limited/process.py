@@ -1,4 +1,4 @@
-"""The parent's side of a child process with limits on time and memory."""
+"""The parent side of a child process with time and memory limits."""
 
 import atexit
 import json
@@ -19,11 +19,11 @@ _START = (
 
 
 class RefusedError(PopError, ValueError):
-    """The called method raised an exception, whose message and hint this error has."""
+    """The called method raised an exception with this error's message and hint."""
 
 
 class NoChildError(PopError):
-    """The child process could not be started, which is unrelated to the call."""
+    """The child process could not be started, for reasons unrelated to the call."""
 
 
 class BeyondLimitsError(PopError):
@@ -35,17 +35,17 @@ def _python() -> str:
     python = os.fsdecode(get_executable())
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
-            "a frozen application has no interpreter for templates, grammars and large pictures",
+            "a frozen application has no Python to process templates, grammars, and large pictures",
             "call multiprocessing.set_executable with a Python that has the same packages",
         )
     return python
 
 
 class KeptProcess:
-    """A child process that runs a worker's methods. After it has ended, a call starts a new one.
+    """A child process that runs a worker's methods. If the process has ended, a call restarts it.
 
-    The class is thread-safe: calls run one at a time. An interrupted call, or a call that exceeds
-    the limits, ends the child.
+    The class is thread-safe: calls run one at a time. A call that is interrupted or exceeds the
+    limits ends the child process.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class KeptProcess:
     ) -> None:
         """`worker`: the class whose methods the child runs.
 
-        `takes`, `hint`: start of the message, and hint, of BeyondLimitsError.
+        `takes`: the start of BeyondLimitsError's message. `hint`: the error's hint.
         """
         self.limit_s, self.limit_bytes = limit_s, limit_bytes
         self._place = (worker.__module__, worker.__qualname__)
@@ -72,10 +72,10 @@ class KeptProcess:
 
     @property
     def limits(self) -> str:
-        return f"more than {self.limit_s:g} s, or more than {self.limit_bytes >> 20} MiB"
+        return f"more than {self.limit_s:g} s or {self.limit_bytes >> 20} MiB"
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Start the child, unless it is running. Starting takes a fraction of a second."""
+        """Start the child process unless it is running. Startup takes a fraction of a second."""
         with self._lock:
             child = self._child
             # After a fork, the child still belongs to the forking process.
@@ -112,7 +112,7 @@ class KeptProcess:
             if not line.endswith(b"\n"):
                 self.close()
                 if not self._is_ready:
-                    raise NoChildError("a child process ended before its first call")
+                    raise NoChildError("a child process exited before its first call")
                 raise BeyondLimitsError(f"{self._takes} {self.limits}", self._hint)
         answer = json.loads(line)
         if "refused" in answer:
@@ -120,7 +120,7 @@ class KeptProcess:
         return answer["result"]
 
     def close(self) -> None:
-        """End the child, unless another process started it."""
+        """End the child process, unless a different process started it."""
         child, self._child = self._child, None
         if child is None or self._owner != os.getpid():
             return

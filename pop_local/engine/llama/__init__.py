@@ -1,1 +1,1 @@
-"""Bindings of the patched llama.cpp."""
+"""Bindings for the patched llama.cpp."""

@@ -1,4 +1,4 @@
-"""Bindings of the C ABI in llama-pop.h, in the library that llama_cpp has loaded.
+"""Bindings for the C ABI in llama-pop.h, using the library that llama_cpp has loaded.
 
 Setters raise PopError if the library rejects a value. `ctx`: a llama_context pointer.
 """
@@ -30,10 +30,10 @@ SPINS = "1000"
 
 
 class Reading(IntEnum):
-    """The prompt rows in a batch.
+    """The kind of prompt rows in a batch.
 
-    NONE: the batch has no prompt rows. SOME: prompt rows may be full. CONTEXT: all prompt rows are
-    context rows, so full rows belong to answers.
+    NONE: the batch has no prompt rows. SOME: the prompt rows may include full rows. CONTEXT: all
+    prompt rows are context rows, so full rows belong to answers.
     """
 
     NONE = 0
@@ -42,10 +42,10 @@ class Reading(IntEnum):
 
 
 class Mode(IntEnum):
-    """Pruning mode of a context.
+    """A context's pruning mode.
 
     OFF: every row is full. CONTEXT: context rows are pruned, or skip layers exactly if the model
-    allows it. ALWAYS: every row is pruned.
+    supports it. ALWAYS: every row is pruned.
     """
 
     OFF = 0
@@ -55,11 +55,11 @@ class Mode(IntEnum):
 
 @dataclass(frozen=True)
 class Counters:
-    """Numbers of rows computed since the last reset.
+    """Counts of rows computed since the last reset.
 
     `n_context` rows stopped at the boundary, and `n_full` rows ran all layers. `n_exact` rows
-    skipped layers exactly: all of these layers share the K/V of earlier layers. `n_deep`: the rows
-    in `n_full` that `set_deep_rows` selected (llama_pop_counters: n_marked).
+    skipped layers exactly, because all of the skipped layers share earlier layers' K/V. `n_deep`:
+    the `n_full` rows that `set_deep_rows` selected (llama_pop_counters: n_marked).
     """
 
     n_context: int
@@ -113,9 +113,9 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 
 @functools.cache
 def bindings() -> ModuleType:
-    """Import and return llama_cpp's low-level module, with its log redirected.
+    """Import and return llama_cpp's low-level module, after redirecting llama.cpp's log.
 
-    Raises PopError if the module is missing, or if another distribution installs the same files.
+    Raises PopError if the module is missing or has been overwritten by another distribution.
     """
     ours = find_spec("llama_cpp")
     used = ours and ours.origin and Path(ours.origin).resolve()
@@ -124,8 +124,8 @@ def bindings() -> ModuleType:
         if used and Path(str(other.locate_file("llama_cpp/__init__.py"))).resolve() != used:
             continue
         raise PopError(
-            f"{OTHER} {other.version} is installed and overwrites files of {OURS}",
-            f"run pip uninstall {OTHER}, which removes files of both, then {INSTALL_HINT}",
+            f"{OTHER} {other.version} is installed and overwrites {OURS}'s files",
+            f"run pip uninstall {OTHER}, which removes both packages' files, then {INSTALL_HINT}",
         )
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
@@ -134,7 +134,7 @@ def bindings() -> ModuleType:
     except ImportError as error:
         raise PopError(
             f"{OURS} cannot be imported: {error}",
-            f"{INSTALL_HINT}; uninstalling {OTHER} removes its files, too",
+            f"{INSTALL_HINT}; uninstalling {OTHER} also removes {OURS}'s files",
         ) from error
     except (AttributeError, OSError, RuntimeError) as error:
         raise PopError(f"llama.cpp's library cannot be loaded: {error}", INSTALL_HINT) from error
@@ -156,7 +156,7 @@ def version() -> str:
 
 
 def library_abi() -> int | None:
-    """Return the loaded library's C ABI version, or None if it is unpatched."""
+    """Return the loaded library's C ABI version, or None if the library is unpatched."""
     function = getattr(bindings()._lib, "llama_pop_abi", None)
     if function is None:
         return None
@@ -166,15 +166,15 @@ def library_abi() -> int | None:
 
 @functools.cache
 def require_patched() -> ctypes.CDLL:
-    """Return the library with the argument types of the ABI's functions.
+    """Return the library, with the ABI functions' argument types set.
 
-    Raises PopError if the library is unpatched or has another ABI.
+    Raises PopError if the library is unpatched or has a different ABI version.
     """
     abi = library_abi()
     if abi is None:
-        raise PopError("the installed llama.cpp cannot prune: it is unpatched", INSTALL_HINT)
+        raise PopError("the installed llama.cpp cannot prune because it is unpatched", INSTALL_HINT)
     if abi != ABI:
-        raise PopError(f"the backend has ABI {abi}, pop-local needs ABI {ABI}", INSTALL_HINT)
+        raise PopError(f"the backend has ABI {abi}, but pop-local needs ABI {ABI}", INSTALL_HINT)
     library: ctypes.CDLL = bindings()._lib
     for name, (argument_types, result_type) in _SIGNATURES.items():
         function = getattr(library, name)
@@ -206,12 +206,12 @@ def set_boundary(ctx: Any, layer: int) -> None:
 
 
 def set_full_from(ctx: Any, sequence: int, position: int) -> None:
-    """Run a sequence's rows from a position on in full (-1: no rows)."""
+    """Run a sequence's rows in full from a position on (-1: no rows)."""
     call("llama_pop_set_full_from", ctx, sequence, position)
 
 
 def set_deep_rows(ctx: Any, sequence: int, positions: np.ndarray) -> None:
-    """Run a sequence's rows at these ascending positions in full. Replaces the last call's."""
+    """Replace the list of ascending positions at which a sequence's rows run in full."""
     pointed = np.ascontiguousarray(positions, np.int32)
     pointer = pointed.ctypes.data_as(_POINTER)
     call("llama_pop_set_deep_rows", ctx, sequence, pointer, len(pointed))
@@ -226,7 +226,7 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
     """Run the layers from the boundary on for up to one ubatch of a sequence's rows.
 
     `positions`: int32, ascending. Computes no logits. Returns False if the abort callback stopped
-    the pass, so that the caller must repeat it. Raises PopError with the backend's reason.
+    the pass, which the caller must then repeat. Raises PopError with the backend's reason.
     """
     logs.forget_errors()
     pointer = positions.ctypes.data_as(_POINTER)
@@ -237,7 +237,7 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
 
 
 def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
-    """Replace a sequence's rows from position `start` on with rows of an edited prompt.
+    """Replace a sequence's rows from position `start` on with an edited prompt's rows.
 
     `sources`: int32 [n], the position from which each row's K/V are copied, or -1 for rows that
     must be decoded in place (see `set_overwrite`) before later rows attend to them. `tokens`:
@@ -249,15 +249,15 @@ def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: 
 
 
 def set_overwrite(ctx: Any, is_on: bool) -> None:
-    """Let batches of one sequence overwrite rows that have cells.
+    """Let batches of one sequence overwrite rows that already have cells.
 
-    A row attends to rows up to its position. A failed batch leaves its rows partly overwritten.
+    A row attends to rows up to its own position. A failed batch leaves its rows partly overwritten.
     """
     call("llama_pop_set_overwrite", ctx, is_on)
 
 
 def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
-    """Return the multiply-accumulates of a prompt with `n_full` full rows in the context's mode.
+    """Count the multiply-accumulates for a prompt with `n_full` full rows in the context's mode.
 
     The count assumes an empty cache, and includes the last row's logits. Raises PopError if the
     backend cannot build the graph.
@@ -265,16 +265,16 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
     logs.forget_errors()
     found = int(require_patched().llama_pop_count_macs(ctx, n_tokens, n_full))
     if found < 0:
-        raise PopError(logs.first_error() or f"cannot count the work of {n_tokens} tokens")
+        raise PopError(logs.first_error() or f"cannot count MACs for {n_tokens} tokens")
     return found
 
 
 def set_reading(ctx: Any, reading: Reading) -> None:
-    """Declare the prompt rows of the following batches.
+    """Declare the kind of prompt rows in the following batches.
 
-    With flash attention and pop-local's kernels, results then do not depend on the batch size: the
-    kernels compute even the smallest prompt batch. In decode, the kernels compute only the
-    operations that they speed up.
+    With flash attention and pop-local's kernels, results then do not depend on the batch size,
+    because the kernels compute even the smallest prompt batch. In decode, the kernels compute only
+    the operations that they speed up.
     """
     call("llama_pop_set_reading", ctx, reading)
 
@@ -291,7 +291,7 @@ def reset_counters(ctx: Any) -> None:
 
 
 def call(name: str, ctx: Any, *values: Any) -> None:
-    """Call a function that returns 0 on success. Raises PopError if it fails."""
+    """Call a function that returns 0 on success. Raises PopError if the function fails."""
     logs.forget_errors()
     if getattr(require_patched(), name)(ctx, *values) != 0:
         raise PopError(logs.first_error() or f"{name}{values} was refused")

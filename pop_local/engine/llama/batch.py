@@ -12,7 +12,7 @@ Tokens = Sequence[int] | np.ndarray
 
 
 class Outputs(Enum):
-    """The rows of a batch for which logits are computed."""
+    """The rows in a batch for which logits are computed."""
 
     NONE = "none"
     LAST = "last"
@@ -27,10 +27,10 @@ def decode_rows(
     sequence: int = 0,
     is_mutual: bool = False,
 ) -> int:
-    """Decode rows of embeddings without logits. Returns llama_decode's code.
+    """Decode rows of embeddings without computing logits. Returns llama_decode's code.
 
-    `rows`: float32 [n, n_embd_inp]. `positions`: int32 [n_pos, n]. `is_mutual`: every row attends
-    to all rows.
+    `rows`: float32 [n, n_embd_inp]. `positions`: int32 [n_pos, n]. `is_mutual`: whether every row
+    attends to all rows.
     """
     api = bindings()
     rows, positions = np.ascontiguousarray(rows), np.ascontiguousarray(positions)
@@ -81,7 +81,7 @@ class TokenBatch:
         sequences: Tokens,
         wants_logits: Sequence[bool] | np.ndarray,
     ) -> int:
-        """Decode tokens of any sequences. Returns llama_decode's code (0: success)."""
+        """Decode tokens from any number of sequences. Returns llama_decode's code (0: success)."""
         n = len(tokens)
         self._batch.n_tokens = n
         self._token[:n], self._pos[:n], self._logits[:n] = tokens, positions, wants_logits

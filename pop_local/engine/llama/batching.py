@@ -1,7 +1,7 @@
-"""Continuous batching: the rows of several sequences of one context share batches.
+"""Continuous batching: rows from several sequences of one context share batches.
 
 Each sequence has its own thread, which blocks in `decode`. A batch runs once all working sequences
-have queued a request. It contains one row for each answer, and rows of at most one prompt.
+have queued a request. A batch contains one row per answer and rows of at most one prompt.
 """
 
 import threading
@@ -25,7 +25,7 @@ from pop_local.engine.llama.slot import Slot
 
 @dataclass(eq=False)
 class _Request:
-    """Rows of a sequence to decode. The first `n_done` rows have been decoded."""
+    """A request to decode rows of a sequence. The first `n_done` rows have been decoded."""
 
     slot: "BatchedSlot"
     tokens: Sequence[int]
@@ -49,12 +49,12 @@ class _Request:
         return self.error is not None or self.n_left == 0
 
     def gives_logits(self, n: int) -> bool:
-        """Return whether the last of the next `n` rows has logits."""
+        """Return whether logits are computed for the last of the next `n` rows."""
         return self.outputs is Outputs.LAST and n == self.n_left
 
 
 class Batcher:
-    """A queue of decode requests. One of the waiting threads runs them as shared batches.
+    """A queue of decode requests, which one of the waiting threads runs as shared batches.
 
     `holder`: the thread that has locked the context (0: none).
     """
@@ -90,7 +90,7 @@ class Batcher:
                 self.holder = before
 
     def decode(self, request: _Request) -> None:
-        """Queue a request and block until it is decoded. Raises its error."""
+        """Queue a request and block until it is decoded. Raises the request's error."""
         with self._turn:
             self._queue.append(request)
             while not request.is_over:
@@ -103,7 +103,7 @@ class Batcher:
             raise request.error
 
     def _compute(self) -> None:
-        """Decode a batch of queued rows, with rows of at most one prompt."""
+        """Decode a batch of queued rows, including rows of at most one prompt."""
         for request in self._queue:
             try:
                 if request.should_stop():
@@ -144,7 +144,7 @@ class Batcher:
             one.slot._add_counters(before)
 
     def _run(self, parts: list[tuple[_Request, int]]) -> None:
-        """Decode the next `n` rows of each request, and copy the logits of those that are over."""
+        """Decode each request's next `n` rows, and copy the logits of completed requests."""
 
         def should_stop(_: object = None) -> bool:
             return all(one.should_stop() for one, _ in parts)
@@ -228,7 +228,7 @@ class BatchedSlot(Slot):
             raise StoppedError
 
     def require_idle(self) -> None:
-        """Do nothing: callbacks run only in the batch's thread, so no caller is within a batch."""
+        """Do nothing, because callbacks run only in the batch's thread."""
 
     @property
     def mode(self) -> Mode:
@@ -236,7 +236,7 @@ class BatchedSlot(Slot):
 
     def set_mode(self, mode: Mode) -> None:
         if mode not in (Mode.OFF, backend.get_mode(self.context.ctx)):
-            raise PopError(f"a context of several sequences cannot switch to mode {mode.name}")
+            raise PopError(f"a context with several sequences cannot switch to mode {mode.name}")
         self._mode = mode
 
     def begin_prefill(self) -> None:
@@ -251,7 +251,7 @@ class BatchedSlot(Slot):
         return self._counted
 
     def _add_counters(self, before: Counters) -> None:
-        """Add the rows that the context has computed since it returned `before`."""
+        """Add the counts of rows that the context has computed since `before`."""
         now = backend.get_counters(self.context.ctx)
         fields = zip(astuple(self._counted), astuple(now), astuple(before), strict=True)
         self._counted = Counters(*(known + new - old for known, new, old in fields))
@@ -268,7 +268,7 @@ class BatchedSlot(Slot):
             super().set_deep_rows(positions)
 
     def _is_context(self, first: int, n: int) -> bool:
-        """Return whether no row of [first, first + n) is full by position or token."""
+        """Return whether all rows in [first, first + n) are context rows by position and token."""
         if not (self._context_rows.start <= first and first + n <= self._context_rows.stop):
             return False
         start, end = np.searchsorted(self._deep_rows, (first, first + n))
@@ -301,13 +301,13 @@ class BatchedSlot(Slot):
 
 
 def batched_slots(context: Context, n: int) -> list[BatchedSlot]:
-    """Return the slots of a context that can have several sequences, else raise PopError."""
+    """Return a context's slots. Raises PopError if the context cannot have several sequences."""
     # Even with swa_full, llama.cpp gives cells that have left a sequence's window to other
     # sequences. The sequence then cannot be truncated or refilled.
     if context.is_recurrent or backend.bindings().llama_model_n_swa(context.model):
         raise PopError(
-            "a model with recurrent layers or sliding windows reads one prompt at a time",
-            "open it with n_parallel=1",
+            "a model with recurrent layers or sliding windows can read only one prompt at a time",
+            "open the model with n_parallel=1",
             cause="one-sequence",
         )
     if context.n_batch < 2 * n:

@@ -21,7 +21,7 @@ class Cells:
     """
 
     def __init__(self, context: Context, sequence: int = 0, locked: Lock = nullcontext) -> None:
-        """`locked` must keep other threads from changing the cells while its context is active."""
+        """`locked`: returns a context manager that keeps other threads from changing the cells."""
         self._context, self._sequence, self._locked = context, sequence, locked
         self._api = backend.bindings()
 
@@ -48,7 +48,7 @@ class Cells:
             return int(self._api.llama_memory_seq_pos_min(self._memory, self._sequence))
 
     def truncate(self, position: int) -> bool:
-        """Drop the cells from a position on. Returns False if the memory type cannot do this."""
+        """Drop the cells from a position on. Returns False if the memory type cannot drop cells."""
         with self._locked():
             if self.end <= position:
                 return True
@@ -60,12 +60,12 @@ class Cells:
             self._api.llama_memory_clear(memory, True)
 
     def share(self, other: "Cells", n_positions: int) -> None:
-        """Share another sequence's first cells (llama_memory_seq_cp)."""
+        """Share the first `n_positions` cells of another sequence (llama_memory_seq_cp)."""
         copy = self._api.llama_memory_seq_cp
         copy(self._memory, other._sequence, self._sequence, 0, n_positions)
 
     def move(self, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
-        """Replace the cells from position `start` on by an edited prompt's (backend.move_rows)."""
+        """Replace the cells from `start` on with those of an edited prompt (backend.move_rows)."""
         with self._locked():
             backend.move_rows(self._ctx, self._sequence, start, sources, tokens)
 
@@ -75,17 +75,17 @@ class Cells:
             return self._state("get_size")
 
     def state(self) -> bytes:
-        """Return the cells in llama.cpp's format."""
+        """Return the state of the cells in llama.cpp's format."""
         with self._locked():
             buffer = np.empty(self._state("get_size"), dtype=np.uint8)
             n_read = self._state("get_data", _address(buffer), buffer.size)
             return buffer[:n_read].tobytes()
 
     def restore(self, state: bytes) -> bool:
-        """Replace the cells with a saved state, or return False if the state does not fit.
+        """Restore the cells from a saved state. Returns False if the state cannot be restored.
 
-        After False, the content of the cells is undefined. An empty state is rejected here because
-        llama.cpp would accept it.
+        If False is returned, the cells' contents are undefined. An empty state is rejected here
+        because llama.cpp would accept it.
         """
         if not state:
             return False
@@ -108,9 +108,9 @@ class Cells:
             return state if n_read == n_bytes else None
 
     def return_to(self, checkpoint: np.ndarray, position: int) -> bool:
-        """Restore a checkpoint, and drop the other cells from `position` on.
+        """Restore a checkpoint, and drop all other cells from `position` on.
 
-        Returns False on failure, which leaves the content of the cells undefined.
+        Returns False on failure, which leaves the cells' contents undefined.
         """
         api, flags = self._api, self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
         n_bytes, put = checkpoint.size, api.llama_state_seq_set_data_ext
@@ -121,7 +121,7 @@ class Cells:
             )
 
     def _state(self, action: str, *values: Any) -> int:
-        """Call one of llama.cpp's three functions for saved states. Returns a number of bytes."""
+        """Call one of llama.cpp's three functions for saved states. Returns the number of bytes."""
         call = getattr(self._api, f"llama_state_{action}")
         return int(call(self._ctx, *values))
 

@@ -27,15 +27,15 @@ _N_BATCH = 512
 class ContextOptions:
     """Options for opening a model.
 
-    `n_ctx`: context length of each sequence in tokens (None: the model's, up to 8192).
-    `n_parallel`: number of sequences, whose rows share batches.
+    `n_ctx`: context length per sequence in tokens (None: the model's, up to 8,192).
+    `n_parallel`: number of sequences that share batches.
     `n_threads`: CPU threads (None: the number of physical cores).
-    `n_gpu_layers`: layers on GPUs (-1: all), ignored without a GPU.
+    `n_gpu_layers`: number of layers on GPUs (-1: all), ignored if there is no GPU.
     `kernels`: whether to use pop-local's kernels, if they support this CPU.
-    `flash_attn`: None enables it on a CPU with these kernels, and on GPUs that support it.
-    `repack`: whether llama.cpp reorders weights for its own CPU kernels, which pop-local's kernels
+    `flash_attn`: None enables it on CPUs with pop-local's kernels and on GPUs that support it.
+    `repack`: whether llama.cpp repacks weights for its own CPU kernels, which pop-local's kernels
     cannot use (None: only if pop-local's kernels are not used).
-    `others`: fields of llama_model_params and llama_context_params by name.
+    `others`: other fields of llama_model_params and llama_context_params by name.
     """
 
     n_ctx: int | None = None
@@ -56,7 +56,7 @@ class ContextOptions:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "ContextOptions":
-        """Return options from keywords. Raises TypeError for an unknown name."""
+        """Build options from keywords. Raises TypeError if a keyword is unknown."""
         api = backend.bindings()
         known = cls.__dataclass_fields__.keys() - {"others"}
         others = {name: value for name, value in given.items() if name not in known}
@@ -74,12 +74,12 @@ class ContextOptions:
 
 
 class Context:
-    """A model's weights and vocabulary, and one llama_context on them.
+    """A model's weights and vocabulary, and a llama_context that uses them.
 
-    `model` and `ctx` are llama.cpp's pointers, `settings` its llama_context_params. `on_device`:
-    whether layers are on a GPU. `window`: positions that layers with a sliding window keep
-    (0: all). `is_mrope`: whether each row has several positions (an image's time, height and
-    width). Only one thread may use a context at a time.
+    `model`, `ctx`: llama.cpp's pointers. `settings`: the context's llama_context_params.
+    `on_device`: whether layers are on a GPU. `window`: number of positions that sliding-window
+    layers keep (0: all). `is_mrope`: whether each row has several positions (an image's time,
+    height, and width). Only one thread may use a context at a time.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Context:
         sidecar: Path | None = None,
         holds_states: bool = False,
     ) -> None:
-        """Open a model. `meta`: the POP keys of its file or sidecar.
+        """Open a model. `meta`: the POP keys of the model's file or sidecar.
 
         `holds_states`: whether the memory check includes boundary states. Raises PopError with
         llama.cpp's reason if the file cannot be opened.
@@ -137,7 +137,7 @@ class Context:
         default = loading.default_ctx(self.files.header)
         n_ctx = options.n_ctx or default
         if options.n_sequences < 1:
-            raise PopError(f"n_parallel is {options.n_parallel}", "use n_parallel=1 or more")
+            raise PopError(f"n_parallel is {options.n_parallel}", "set n_parallel to 1 or more")
         params.n_ctx = min(n_ctx * options.n_sequences, 2**32 - 1)  # prevents an overflow
         params.n_seq_max, params.kv_unified = options.n_sequences, True
         params.n_batch = min(n_ctx, options.n_batch)
@@ -182,9 +182,9 @@ class Context:
 
     @contextmanager
     def extra_context(self, **params: Any) -> Iterator[Any]:
-        """Open another llama_context on the same weights until exit.
+        """Open another llama_context with the same weights until exit.
 
-        `params`: llama_context_params that replace defaults. Raises PopError.
+        `params`: llama_context_params fields that override the defaults. Raises PopError.
         """
         settings = self._api.llama_context_default_params()
         settings.n_threads = settings.n_threads_batch = self.n_threads
@@ -200,14 +200,14 @@ class Context:
 
     @property
     def ctx(self) -> Any:
-        """llama.cpp's context. Raises PopError if it is closed."""
+        """llama.cpp's context. Raises PopError if the context is closed."""
         if self._ctx is None:
             raise PopError(f"the model {self.files.path} is closed", "open it again")
         return self._ctx
 
     @property
     def model(self) -> Any:
-        """llama.cpp's model. Raises PopError if it is closed."""
+        """llama.cpp's model. Raises PopError if the model is closed."""
         if self._model is None:
             raise PopError(f"the model {self.files.path} is closed", "open it again")
         return self._model
@@ -224,10 +224,10 @@ class Context:
         return bool(recurrent or api.llama_model_is_hybrid(self.model))
 
     def require_usable(self) -> None:
-        """Raise PopError in a forked process, and if a mapped file has changed."""
+        """Raise PopError if called in a forked process or if a mapped file has changed."""
         if os.getpid() != self._opened_by:
             raise PopError(
-                "the model was opened by another process, and a fork does not copy its threads",
+                "the model was opened by another process, whose threads are not copied by a fork",
                 "open the model in the process that uses it",
             )
         if replaced := self.files.replaced:
@@ -243,7 +243,7 @@ class Context:
         return np.ctypeslib.as_array(found, (n_rows, self.vocabulary.n_tokens))
 
     def close(self) -> None:
-        """Free the model. If a batch is running, stop it; the model is freed when it ends."""
+        """Free the model. If a batch is running, stop it and free the model afterward."""
         if self._model is None or self.interrupt.postponed(self.close):
             return
         if self._ctx:

@@ -34,9 +34,9 @@ class Device:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """Description of the loaded backend, for `doctor`.
+    """A description of the loaded backend for the `doctor` command.
 
-    `abi`: None if the library is unpatched. `built_in`: (name, number of devices) of each ggml
+    `abi`: None if the library is unpatched. `built_in`: (name, number of devices) for each ggml
     backend. `cpu_variant`: the variant of the CPU library that ggml loaded, or "" if the build has
     only one. `kernels`: the result of `cpu_kernels`.
     """
@@ -53,7 +53,7 @@ class BackendInfo:
 
 
 def describe_backend() -> BackendInfo:
-    """Describe the patched or unpatched library. Raises PopError if it cannot be loaded."""
+    """Describe the library, patched or not. Raises PopError if the library cannot be loaded."""
     llama_cpp = backend.bindings()
     return BackendInfo(
         version=backend.version(),
@@ -71,8 +71,8 @@ def describe_backend() -> BackendInfo:
 def cpu_kernels() -> str:
     """Return the name of pop-local's kernels for this CPU (ggml_pop_kernels).
 
-    Returns NO_KERNELS if no kernels exist for this CPU, and KERNELS_OFF if the environment sets
-    GGML_POP_KERNELS=0.
+    Returns NO_KERNELS if no kernels exist for this CPU, and KERNELS_OFF if GGML_POP_KERNELS=0 is
+    set in the environment.
     """
     cpu = ggml("ggml_backend_reg_by_name", _POINTER, b"CPU")
     get = "ggml_backend_reg_get_proc_address"  # also finds functions of a separate CPU library
@@ -81,12 +81,12 @@ def cpu_kernels() -> str:
 
 
 def has_kernels() -> bool:
-    """Return whether this CPU has pop-local kernels that are enabled."""
+    """Return whether pop-local has kernels for this CPU and they are enabled."""
     return cpu_kernels() not in (NO_KERNELS, KERNELS_OFF)
 
 
 def _cpu_variant(log: str) -> str:
-    """Return the variant in the name of the library file that ggml's log reports, or ""."""
+    """Return the CPU variant from the library file name in ggml's log, or ""."""
     found = re.search(r"loaded CPU backend from .*ggml-cpu-(.+)\.\w+$", log, re.MULTILINE)
     return found[1] if found else ""
 
@@ -107,7 +107,7 @@ def default_threads() -> int:
 
 
 def devices() -> tuple[Device, ...]:
-    """Return ggml's devices in ggml's order, the CPU last."""
+    """Return ggml's devices in ggml's order, with the CPU last."""
     found = []
     for i in range(ggml("ggml_backend_dev_count", ctypes.c_size_t)):
         device = _POINTER(ggml("ggml_backend_dev_get", _POINTER, ctypes.c_size_t(i)))
@@ -134,7 +134,7 @@ def _built_in() -> Iterator[tuple[str, int]]:
 
 
 def ggml(name: str, result_type: Any, *arguments: Any) -> Any:
-    """Call one of ggml's functions, few of which llama_cpp binds.
+    """Call a ggml function by name, because llama_cpp binds only a few of them.
 
     Raises PopError if the library lacks the function.
     """
@@ -142,7 +142,7 @@ def ggml(name: str, result_type: Any, *arguments: Any) -> Any:
         if (function := getattr(library, name, None)) is not None:
             function.restype = result_type
             return function(*arguments)
-    raise PopError(f"the backend has no function {name}", backend.INSTALL_HINT)
+    raise PopError(f"the backend lacks the function {name}", backend.INSTALL_HINT)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ _N_CTX = 2048
 
 
 class GraphMacs:
-    """Counter of a prompt's multiply-accumulates (pop_converter.architecture.work.Macs).
+    """A counter for a prompt's multiply-accumulates (pop_converter.architecture.work.Macs).
 
     The first call reads the headers of the model's file and sidecar, which takes a few tenths of a
     second. Counts are cached. Counts for more than 2,048 tokens are extrapolated, which is exact
@@ -29,10 +29,10 @@ class GraphMacs:
         self._found: dict[tuple[int, int | None, int], int] = {}
 
     def __call__(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
-        """Return a prompt's multiply-accumulates (`boundary`: None for a full prompt).
+        """Return a prompt's multiply-accumulate count (`boundary`: None if it runs in full).
 
-        Fitted projections count only at the file's boundary. Raises PopError for an invalid model
-        or boundary.
+        Fitted projections count only at the file's boundary. Raises PopError if the model or the
+        boundary is invalid.
         """
         key = n_prompt, boundary, 1 if boundary is None else n_full
         if n_prompt > _N_CTX and 2 * key[2] < _N_CTX:
@@ -49,7 +49,7 @@ class GraphMacs:
         return self._found[key]
 
     def _extrapolate(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
-        """Extrapolate from three shorter prompts: work is quadratic in the number of tokens."""
+        """Extrapolate quadratically in the number of tokens, from three shorter prompts."""
         step = _N_CTX // 4
         first, second, third = (self(i * step, boundary, n_full) for i in (2, 3, 4))
         n = n_prompt / step - 2

@@ -22,7 +22,7 @@ _SIGNALS = [
 
 @contextmanager
 def stopped_by(should_stop: Callable[[], bool] | None) -> Iterator[None]:
-    """Stop this thread's batches if `should_stop` returns true, until exit (None: no change)."""
+    """Until exit, stop this thread's batches if `should_stop` returns True (None: no change)."""
     token = _should_stop.set(should_stop or _should_stop.get())
     try:
         yield
@@ -40,13 +40,13 @@ class DisplacedError(PopError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the KV cache was emptied, or another answer started, before this answer ended",
-            "read each answer to its end, or close the iterator, before the next question",
+            "the KV cache was emptied or another answer started before this answer ended",
+            "read each answer to the end, or close its iterator, before the next question",
         )
 
 
 class Interrupt:
-    """The abort callback that stops llama_decode on a signal or at the caller's `should_stop`.
+    """The abort callback that stops llama_decode on a signal or if `should_stop` returns True.
 
     Python handles signals only between bytecodes, so Ctrl-C would otherwise have no effect until
     the batch ends. Exceptions cannot cross ctypes, so signal handlers are deferred.
@@ -87,9 +87,9 @@ class Interrupt:
 
     @contextmanager
     def opening(self, model_params: Any) -> Iterator[None]:
-        """Let a signal or `should_stop` abort loading a model (llama_progress_callback).
+        """Let a signal or `should_stop` abort model loading (llama_progress_callback).
 
-        llama.cpp then fails to open the model. Signal handlers run at exit.
+        An aborted load fails in llama.cpp. Deferred signal handlers run at exit.
         """
         should_stop = current_should_stop()
         callback = self._api.llama_progress_callback(
@@ -101,23 +101,23 @@ class Interrupt:
 
     @contextmanager
     def tokenizing(self) -> Iterator[Any]:
-        """Yield the callback that stops llama_pop_tokenize, and raise the reason at exit."""
+        """Yield a callback to stop llama_pop_tokenize, and raise the exception that stopped it."""
         with self._deferred_signals():
             yield self._callback
             if self._raised is not None:
                 raise self._raised
 
     def postponed(self, work: Callable[[], None]) -> bool:
-        """Return whether a batch is running. If so, stop the batch and call `work` when it ends."""
+        """If a batch is running, stop it, call `work` after it ends, and return True."""
         if self._is_watching:
             self._on_exit = work
         return self._is_watching
 
     def require_idle(self) -> None:
-        """Raise PopError if called from a callback within a batch."""
+        """Raise PopError if called from a callback during a batch."""
         if self._in_callback:
             raise PopError(
-                "the model was called from a callback within a batch",
+                "the model was called from a callback during a batch",
                 "call the model again after this answer has ended",
             )
 
@@ -133,7 +133,7 @@ class Interrupt:
             raise StoppedError
 
     def should_stop(self) -> bool:
-        """Return whether the batch must stop. If so, `check` raises the reason afterwards."""
+        """Return whether the batch must stop. The next call to `check` raises the exception."""
         if self._raised is None:
             self._in_callback = True
             try:
@@ -148,7 +148,7 @@ class Interrupt:
 
     @contextmanager
     def _deferred_signals(self) -> Iterator[None]:
-        """Defer signal handlers until exit, in the main thread, which handles all signals."""
+        """In the main thread, which handles all signals, defer signal handlers until exit."""
         self._pending.clear()
         self._handlers.clear()
         if threading.current_thread() is threading.main_thread():

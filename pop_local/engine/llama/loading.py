@@ -1,4 +1,4 @@
-"""Load a model's files, and check the memory that a context needs."""
+"""Load a model's files, and check whether a context fits in memory."""
 
 import ctypes
 from contextlib import suppress
@@ -20,10 +20,10 @@ DEFAULT_CTX = 8192
 
 
 def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, params: Any) -> Any:
-    """Load a model with llama_model_params. Returns llama.cpp's pointer, which the caller frees.
+    """Load a model with llama_model_params. Returns a pointer that the caller must free.
 
-    Raises PopError with llama.cpp's reason if the files cannot be loaded, and if the library's
-    boundary differs from `meta`'s.
+    Raises PopError with llama.cpp's reason if the files cannot be loaded, or if the library's
+    boundary differs from the one in `meta`.
     """
     backend.require_patched()
     require_loadable(source.first)
@@ -59,7 +59,7 @@ def default_ctx(header: Header) -> int:
 
 
 def kv_bytes(shape: ModelShape, n_ctx: int, *, is_windowed: bool = False) -> int:
-    """Return the size of a context's K and V in F16, in bytes."""
+    """Return the size in bytes of a context's K and V in F16."""
     windows = shape.windows if is_windowed else [0] * shape.n_layer
     cells = [min(n_ctx, window or n_ctx) for window in windows]
     return int(2 * sum(map(mul, cells, map(shape.n_kv, range(shape.n_layer)))))
@@ -68,12 +68,12 @@ def kv_bytes(shape: ModelShape, n_ctx: int, *, is_windowed: bool = False) -> int
 def require_room(
     source: Source, n_ctx: int, *, is_windowed: bool, holds_kv: bool, holds_states: bool
 ) -> None:
-    """Raise PopError if a context needs more than the free memory.
+    """Raise PopError if a context needs more memory than is free.
 
-    Without this check, the system would kill the process when llama.cpp fills the cache with
-    zeros. `is_windowed`: whether layers with a sliding window keep only the window. `holds_kv`:
-    whether K/V are in main memory, in F16. `holds_states`: whether each row's boundary state is
-    stored (in main memory, in F32). Other parts of a context are not counted.
+    Without this check, the system would kill the process when llama.cpp fills the cache with zeros.
+    `is_windowed`: whether sliding-window layers keep only the window. `holds_kv`: whether K/V are
+    stored in main memory, in F16. `holds_states`: whether each row's boundary state is stored (in
+    main memory, in F32). Other parts of a context are not counted.
     """
     needed_bytes, free_bytes = 0, psutil.virtual_memory().available + psutil.swap_memory().free
     with suppress(PopError):
@@ -85,6 +85,6 @@ def require_room(
     if needed_bytes > free_bytes:
         raise PopError(
             f"a context of {n_ctx:,} tokens needs {needed_bytes / 1e9:,.1f} GB of memory,"
-            f" {free_bytes / 1e9:.1f} GB are free",
-            f"open the model with a smaller n_ctx than {n_ctx}",
+            f" but only {free_bytes / 1e9:.1f} GB is free",
+            f"open the model with n_ctx smaller than {n_ctx}",
         )

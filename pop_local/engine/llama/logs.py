@@ -1,7 +1,7 @@
-"""Forward llama.cpp's log to `logging`, and keep error lines for messages.
+"""Forward llama.cpp's log to `logging`, and keep its error lines for error messages.
 
 The logger "pop_local.llama_cpp" is silent unless the application configures it. Some damaged files
-make an assertion of llama.cpp fail, which aborts the process after calling `on_abort`.
+trigger a failed assertion in llama.cpp, which calls `on_abort` and then aborts the process.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ _CONTINUED = 5
 
 
 class _Errors(threading.local):
-    """Error lines of the current thread. Errors of other threads would be misleading."""
+    """The current thread's error lines. Errors from other threads would be misleading."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=64)
@@ -43,7 +43,7 @@ _WRAPPING = re.compile(r"^error loading model( \w+)?: ")
 
 
 def take_over(llama_cpp: Any, ggml: ctypes.CDLL) -> None:
-    """Redirect llama.cpp's log, which llama_cpp prints to stderr, and ggml's aborts to `on_abort`.
+    """Redirect llama.cpp's log from stderr to `logging`, and ggml's aborts to `on_abort`.
 
     Call this once per process.
     """
@@ -92,8 +92,8 @@ def forget_errors() -> None:
 
 
 def not_decoded(code: int) -> PopError:
-    """Return the error for a batch that llama_decode failed to decode, with its code."""
-    return PopError(first_error() or f"llama.cpp could not decode (code {code})")
+    """Return the error for a batch that llama_decode failed to decode with `code`."""
+    return PopError(first_error() or f"llama.cpp could not decode the batch (code {code})")
 
 
 def first_error() -> str:

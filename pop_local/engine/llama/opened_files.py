@@ -16,10 +16,10 @@ from pop_local.models.sidecars import is_learned
 class OpenedFiles:
     """The files of an open model.
 
-    `meta`: POP keys of the file or its sidecar (None: the model is not converted). `header`: keys
-    of the model's file. `n_ctx_train`: trained context length in tokens (0: unknown).
-    `n_positions`: number of learned positions, since llama.cpp aborts at later ones (0: no limit).
-    `macs`: counts the model's multiply-accumulates.
+    `meta`: POP keys of the file or its sidecar (None: the model is not converted). `header`:
+    metadata of the model's file. `n_ctx_train`: trained context length in tokens (0: unknown).
+    `n_positions`: number of learned positions, beyond which llama.cpp aborts (0: no limit). `macs`:
+    counts the model's multiply-accumulates.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class OpenedFiles:
 
     @property
     def replaced(self) -> list[Path]:
-        """Mapped files that were changed after opening. Deleted files are not included."""
+        """Mapped files that were changed after they were opened, except deleted files."""
         return [path for path, mark in self._marks.items() if _mark(path) not in (None, mark)]
 
     @property
@@ -54,20 +54,20 @@ class OpenedFiles:
     def shape(self) -> ModelShape:
         """Shape of the model's layers.
 
-        Raises UnsupportedArchitectureError for a model that cannot be pruned.
+        Raises UnsupportedArchitectureError if the model cannot be pruned.
         """
         return source_shape(self.source)
 
     @cached_property
     def no_refill(self) -> str:
-        """Reason why rows of this model cannot be deep or refilled, or ""."""
+        """The reason why this model's rows cannot be deep or refilled, or "" if they can."""
         with suppress(PopError):
             return self.shape.no_refill
         return ""
 
 
 def _mark(path: Path) -> tuple[int, ...] | None:
-    """Return metadata that changes if a file is replaced, or None if the file is missing."""
+    """Return metadata that changes if the file is replaced, or None if the file is missing."""
     try:
         stat = path.stat()
     except OSError:

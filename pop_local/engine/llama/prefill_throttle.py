@@ -1,4 +1,4 @@
-"""Limit the prompt rows in batches with answers."""
+"""Limit the number of prompt rows in batches that also contain answer rows."""
 
 # Prompt rows in a batch with answers until enough batches have been timed.
 _FIRST_ROWS = 64
@@ -11,10 +11,10 @@ _SMOOTHING = 0.3
 
 
 class PrefillThrottle:
-    """A limit on prompt rows in batches with answers, computed from the times of earlier batches.
+    """A limit on prompt rows in batches with answer rows, based on how long earlier batches took.
 
     A batch's predicted time is the time of a batch without prompt rows, plus a constant, plus a
-    time per prompt row. After a slow batch, some batches contain only answers.
+    time per prompt row. After a slow batch, some batches contain only answer rows.
     """
 
     def __init__(self, n_batch: int) -> None:
@@ -25,7 +25,7 @@ class PrefillThrottle:
         self._owed_s = 0.0
 
     def max_prompt_rows(self, n_answers: int) -> int:
-        """Return the number of prompt rows at which answers keep half their tokens per second."""
+        """Return the maximum number of prompt rows that keeps answers at half speed or faster."""
         if not n_answers:
             return self._n_batch
         if self._owed_s > 0:
@@ -53,7 +53,7 @@ class PrefillThrottle:
         self._owed_s = min(max(0.0, owed_s), max(_WAIT_S, step_s))
 
     def _step_of(self, n_answers: int) -> float:
-        """Return the seconds of a batch of `n_answers` alone, or of the nearest timed number."""
+        """Return the time of a batch of `n_answers` rows, or of the nearest number timed."""
         if not self._step_s:
             return 0.0
         return self._step_s[min(self._step_s, key=lambda n: abs(n - n_answers))]

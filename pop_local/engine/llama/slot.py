@@ -13,7 +13,7 @@ from pop_local.engine.llama.context import Context
 
 
 class Slot:
-    """The only sequence of a context, used by one thread at a time.
+    """A context's only sequence, used by one thread at a time.
 
     BatchedSlot (batching.py) is one of several sequences.
     """
@@ -33,7 +33,7 @@ class Slot:
         return nullcontext()
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Run this sequence's batches immediately and block the others until exit."""
+        """Run this sequence's batches immediately and block other sequences until exit."""
         return nullcontext()
 
     def interruptible(self) -> AbstractContextManager[None]:
@@ -41,11 +41,11 @@ class Slot:
         return self.context.interrupt.watching(self.context.ctx)
 
     def raise_if_stopped(self) -> None:
-        """Raise the reason if the last batch was aborted (see Interrupt.check)."""
+        """Raise the exception that aborted the last batch, if any (see Interrupt.check)."""
         self.context.interrupt.check()
 
     def require_idle(self) -> None:
-        """Raise PopError if called from a callback within a batch."""
+        """Raise PopError if called from a callback during a batch."""
         self.context.interrupt.require_idle()
 
     # Batches
@@ -56,7 +56,7 @@ class Slot:
         return backend.get_mode(self.context.ctx)
 
     def set_mode(self, mode: Mode) -> None:
-        """Switch the mode. Raises PopError for a mode that the model does not support."""
+        """Switch the mode. Raises PopError if the model does not support the mode."""
         backend.set_mode(self.context.ctx, mode)
 
     def begin_prefill(self) -> None:
@@ -74,22 +74,22 @@ class Slot:
         return backend.get_counters(self.context.ctx)
 
     def set_full(self, sink_tokens: int, full_from: int) -> None:
-        """Run rows in full below `sink_tokens`, and from position `full_from` on (-1: none)."""
+        """Run rows in full before position `sink_tokens` and from `full_from` on (-1: none)."""
         backend.set_sink(self.context.ctx, sink_tokens)
         backend.set_full_from(self.context.ctx, self.sequence, full_from)
 
     def set_deep_rows(self, positions: np.ndarray) -> None:
-        """Run the next batch's rows at these ascending positions in full.
+        """Set the ascending positions at which the next batch's rows run in full.
 
-        Replaces the positions of an earlier call.
+        Positions set by an earlier call are replaced.
         """
         backend.set_deep_rows(self.context.ctx, self.sequence, positions)
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         """Decode tokens at consecutive positions.
 
-        Raises PopError if llama.cpp rejects them, and StoppedError or the signal handler's
-        exception if interrupted.
+        Raises PopError if llama.cpp rejects the tokens, or StoppedError or the signal handler's
+        exception if decoding is interrupted.
         """
         context = self.context
         logs.forget_errors()
@@ -100,7 +100,7 @@ class Slot:
 
     @contextmanager
     def overwriting(self) -> Iterator[None]:
-        """Let `decode` compute rows that have cells in place until exit."""
+        """Until exit, let `decode` overwrite rows that already have cells."""
         backend.set_overwrite(self.context.ctx, True)
         try:
             yield
@@ -109,7 +109,7 @@ class Slot:
 
     @property
     def logits(self) -> np.ndarray:
-        """Logits of the last row with outputs, float32 [n_vocab], valid until the next batch."""
+        """Logits of the last output row, float32 [n_vocab], valid until the next batch."""
         row = backend.bindings().llama_get_logits_ith(self.context.ctx, -1)
         return np.ctypeslib.as_array(row, (self.context.vocabulary.n_tokens,))
 

@@ -1,4 +1,4 @@
-"""Taps: intermediate values of full rows, for fitting K/V projections.
+"""Taps: intermediate values of full rows, used to fit K/V projections.
 
 See llama_pop_add_tap in llama-pop.h. A batch or a deep pass provides the values of its last ubatch.
 """
@@ -25,7 +25,7 @@ class _CTapped(ctypes.Structure):
 class TapRequest:
     """The requested values: states at `boundaries`, and K and V of `layers`.
 
-    `weighing`: layers with requested `mass`, which weights the rows in a fit.
+    `weighing`: layers whose `mass` is requested to weight the rows in a fit.
     """
 
     boundaries: tuple[int, ...]
@@ -35,11 +35,11 @@ class TapRequest:
 
 @dataclass(frozen=True)
 class Tapped:
-    """Arrays by layer for one ubatch's rows, whose first position is `position`.
+    """Per-layer arrays for the rows of one ubatch, which starts at `position`.
 
     `states` [n_rows, n_embd]: the layer's input. `k` [n_rows, n_k]: before norm and RoPE. `v`
     [n_rows, n_v]. `mass` [n_rows]: attention that a row receives from every 16th later row, summed
-    over heads. All arrays are views of `block`.
+    over heads. All arrays are views into `block`.
     """
 
     position: int
@@ -51,14 +51,14 @@ class Tapped:
     mass: dict[int, Rows] = field(default_factory=dict)
 
     def has(self, wanted: TapRequest) -> bool:
-        """Return whether all requested values are present. Some memory types lack mass."""
+        """Return whether all requested values are present, except `mass`, which is optional."""
         return self.states.keys() >= set(wanted.boundaries) and min(
             self.k.keys(), self.v.keys(), key=len
         ) >= set(wanted.layers)
 
 
 def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
-    """Request values of the following batches (None: no values). Raises PopError."""
+    """Request values from the following batches (None: no values). Raises PopError."""
     backend.require_patched().llama_pop_remove_taps(ctx)
     if wanted is not None:
         # In the order of enum llama_pop_tap_kind.
@@ -71,7 +71,7 @@ def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
 def take(ctx: Any, used: Rows | None = None) -> Tapped | None:
     """Return the last ubatch's values, or None if it has no values.
 
-    `used`: an earlier result's block, which is overwritten if it is large enough. Allocating a new
+    `used`: an earlier result's block, to be overwritten if it is large enough. Allocating a new
     block would take longer than copying the values.
     """
     library = backend.require_patched()

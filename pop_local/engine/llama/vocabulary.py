@@ -1,4 +1,4 @@
-"""A model's vocabulary: convert text to tokens, and tokens to bytes."""
+"""A model's vocabulary, which converts text to tokens, and tokens to bytes."""
 
 import ctypes
 from collections.abc import Container, Iterable
@@ -41,8 +41,8 @@ class Vocabulary:
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
         """Return a text's tokens. `special`: whether to parse special tokens.
 
-        Raises PopError if the text cannot be tokenized or encoded as UTF-8, and StoppedError or
-        the signal handler's exception if interrupted.
+        Raises PopError if the text cannot be tokenized or encoded as UTF-8, or StoppedError or the
+        signal handler's exception if interrupted.
         """
         raw, split = utf8(text), backend.require_patched().llama_pop_tokenize
         room = len(raw) + 8
@@ -51,11 +51,11 @@ class Vocabulary:
         with Interrupt().tokenizing() as callback:
             n = split(self.pointer, raw, len(raw), tokens, room, add_bos, special, callback, None)
             if n < 0 and (reason := logs.first_error()):
-                raise PopError(f"the text cannot be split into tokens: {reason}")
+                raise PopError(f"the text cannot be tokenized: {reason}")
         return tokens[: max(n, 0)]
 
     def detokenize(self, tokens: Iterable[int]) -> str:
-        """Return the tokens' text without control tokens and incomplete characters."""
+        """Return the tokens' text without control tokens or incomplete characters."""
         pieces = Pieces(self)
         return b"".join(pieces[token] for token in tokens).decode(errors="ignore")
 
@@ -64,7 +64,7 @@ class Vocabulary:
 
 
 class Pieces:
-    """Map from tokens to bytes. Control tokens map to b"" unless they are in `shown`."""
+    """A map from tokens to bytes. Control tokens map to b"" unless they are in `shown`."""
 
     def __init__(self, vocabulary: Vocabulary, shown: Container[int] = ()) -> None:
         self._vocabulary = vocabulary
@@ -86,8 +86,8 @@ class Pieces:
 
 
 def utf8(text: str) -> bytes:
-    """Encode a text as UTF-8. Raises PopError for lone surrogates."""
+    """Encode text as UTF-8. Raises PopError if the text contains lone surrogates."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise PopError("the prompt is not UTF-8 text", "save or type it as UTF-8") from error
+        raise PopError("the prompt is not UTF-8 text", "save or enter the text as UTF-8") from error

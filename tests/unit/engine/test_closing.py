@@ -117,7 +117,7 @@ def test_a_computing_model_refuses_other_calls(pop_file, use):
     expected = read(model, prompt(300))
     model.engine.cache.clear()
     should_stop = partial(use, model)
-    with stopped_by(should_stop), pytest.raises(PopError, match="from a callback within a batch"):
+    with stopped_by(should_stop), pytest.raises(PopError, match="from a callback during a batch"):
         append(model, prompt(300))
     np.testing.assert_allclose(read(model, prompt(300)), expected, atol=NOISE)
 
@@ -157,7 +157,7 @@ def test_a_model_closed_between_two_chunks_of_refilling_stops_first(pop_file):
 def test_a_mode_is_not_switched_while_a_batch_is_computed(pop_file):
     model = opened(pop_file)
     should_stop: Any = partial(model.engine.set_mode, Mode.OFF)
-    with stopped_by(should_stop), pytest.raises(PopError, match="from a callback within a batch"):
+    with stopped_by(should_stop), pytest.raises(PopError, match="from a callback during a batch"):
         append(model, prompt(300))
     assert model.engine.pruning.mode is backend.get_mode(model.engine.context.ctx) is Mode.CONTEXT
 

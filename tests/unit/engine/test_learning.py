@@ -239,7 +239,7 @@ def test_row_buffers_are_reused_despite_decoded_tokens(plain):
 
 
 def test_insufficient_memory_is_an_error(plain):
-    with pytest.raises(PopError, match="too little memory"):
+    with pytest.raises(PopError, match="not enough free memory"):
         opened(plain, **LARGE).learn(1000)
 
 

@@ -46,7 +46,7 @@ def test_an_invalid_mmproj_is_refused(smol, tmp_path):
     wide = make_mmproj(tmp_path / "wide.gguf", replace(MMPROJS["llama"], n_text=256))
     with smol.opened(mmproj=wide) as model:
         assert model.chat("a", max_tokens=1).stats.n_decoded == 1
-        with pytest.raises(PopError, match="does not fit this model"):
+        with pytest.raises(PopError, match="does not match this model"):
             model.chat("a", images=[png(3)], max_tokens=1)
     assert find_mmproj(smol.path) == smol.path.parent / "mmproj.gguf"
     make_mmproj(smol.path.parent / "mmproj-2.gguf", MMPROJS["llama"])
@@ -94,7 +94,7 @@ def test_image_tokens_are_limited(tmp_path):
         assert large.images[large.spans[0][0]].key != few.images[few.spans[0][0]].key
     with (
         vision_model.opened(image_tokens=1) as none,
-        pytest.raises(PopError, match="no picture fits into 1"),
+        pytest.raises(PopError, match="no picture fits in 1"),
     ):
         prompt(none, "a", 3)
 

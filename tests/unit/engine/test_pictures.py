@@ -88,7 +88,7 @@ def test_invalid_pictures_are_refused(tmp_path, monkeypatch):
             picture_of(content, "x.png").rgb()
     with pytest.raises(PopError, match="is not a readable picture"):
         picture_of(png(3)[:3000], "x.png").rgb()
-    with pytest.raises(PopError, match="is a strip"):
+    with pytest.raises(PopError, match="is too elongated"):
         picture_of(encoded(Image.new("1", (5000, 1)), "PNG"), "x.png")
     bomb = encoded(Image.new("1", (12_000, 12_000)), "PNG")
     assert len(bomb) < 100_000
@@ -154,7 +154,7 @@ def test_decoding_has_limits(monkeypatch, limit):
     limits = {"limit_s": 20.0, "limit_bytes": 1 << 29} | {limit: 1e-3 if limit == "limit_s" else 1}
     child = pictures.KeptProcess(pictures.PictureDecoder, **limits)
     monkeypatch.setattr(pictures, "_decoder", child)
-    with pytest.raises(PopError, match="to decode"):
+    with pytest.raises(PopError, match=r"decoding .* takes more than"):
         picture_of(webp(4000, 3900), "a").rgb()
     child.close()
 

@@ -86,7 +86,7 @@ def test_two_answers_at_once_are_refused(model):
     expected = list(second)
     with pytest.raises(PopError, match="another answer") as caught:
         next(first)
-    assert "read each answer to its end" in caught.value.hint
+    assert "read each answer to the end" in caught.value.hint
     assert list(first) == []
     model.engine.cache.clear()
     assert list(model.stream("a b", **GREEDY)) == expected

@@ -314,7 +314,7 @@ def test_states_of_one_sequence_are_not_tried_on_several(model, pop_file, caplog
 
 
 def test_options_that_exclude_several_sequences_are_refused(pop_file, model, tmp_path):
-    with pytest.raises(PopError, match="sliding windows reads one prompt at a time"):
+    with pytest.raises(PopError, match="sliding windows can read only one prompt at a time"):
         opened(tiny(tmp_path, "gemma3"), n_parallel=2)
     with pytest.raises(PopError, match="n_parallel is 0"):
         opened(pop_file, n_parallel=0)

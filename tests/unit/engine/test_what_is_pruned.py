@@ -168,7 +168,7 @@ def test_a_context_must_fit_next_to_other_programs(pop_file, monkeypatch):
     for name in ("virtual_memory", "swap_memory"):
         monkeypatch.setattr(f"pop_local.engine.llama.loading.psutil.{name}", lambda: memory)
     opened(pop_file, n_ctx=512)
-    with pytest.raises(PopError, match="are free"):
+    with pytest.raises(PopError, match="is free"):
         opened(pop_file, n_ctx=1024)
 
 
@@ -179,7 +179,7 @@ def test_a_window_saves_memory_only_without_swa_full(tmp_path, monkeypatch):
     for name in ("virtual_memory", "swap_memory"):
         monkeypatch.setattr(f"pop_local.engine.llama.loading.psutil.{name}", lambda: memory)
     opened(path, n_ctx=1024, swa_full=False)
-    with pytest.raises(PopError, match="are free"):
+    with pytest.raises(PopError, match="is free"):
         opened(path, n_ctx=1024)
 
 
@@ -240,7 +240,7 @@ def test_states_need_room_too(pop_file, tmp_path, monkeypatch):
     for name in ("virtual_memory", "swap_memory"):
         monkeypatch.setattr(f"pop_local.engine.llama.loading.psutil.{name}", lambda: memory)
     opened(pop_file, n_ctx=n_cells)
-    with pytest.raises(PopError, match="are free"):
+    with pytest.raises(PopError, match="is free"):
         opened(pop_file, n_ctx=n_cells, keep_states=True)
     opened(make_gguf(tmp_path / "plain.gguf", "llama"), n_ctx=n_cells, keep_states=True)
 
