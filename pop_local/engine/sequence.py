@@ -1,4 +1,4 @@
-"""A sequence of an engine: read prompts into its cache, and sample tokens."""
+"""A sequence of an engine: reading prompts into its KV cache, and sampling tokens."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -23,10 +23,10 @@ from pop_local.engine.prompt.prompt import Prompt
 
 @dataclass(frozen=True)
 class CachedSequence:
-    """A KV cache with its saved states, its refiller, and the rule that selects full rows.
+    """A KV cache, its saved states, its refiller, and the rule that selects full rows.
 
     Changing the boundary empties the cache. Changing the mode also empties the cache, unless the
-    model skips layers exactly, or the new mode is OFF and all rows equal the full model's.
+    model skips layers exactly or the new mode is OFF and all rows equal the full model's.
     """
 
     states: CacheStates
@@ -40,9 +40,9 @@ class CachedSequence:
     # Settings
 
     def set_mode(self, mode: Mode) -> None:
-        """Switch the mode, and empty the cache if its rows depend on the mode.
+        """Set the mode, and empty the cache if the cached rows depend on the mode.
 
-        Raises PopError if the model can neither prune nor skip layers exactly.
+        Raises PopError if the model supports neither pruning nor exact skipping.
         """
         cache, pruning = self.cache, self.cache.pruning
         cache.slot.require_idle()
@@ -64,13 +64,13 @@ class CachedSequence:
             cache.clear()
 
     def set_boundary(self, layer: int) -> None:
-        """Prune from another layer on, and empty the cache (see backend.set_boundary)."""
+        """Set the boundary layer, and empty the cache (see backend.set_boundary)."""
         self.cache.slot.require_idle()
         self.cache.pruning.set_boundary(layer)
         self.cache.clear()
 
     def keep_states(self, keep: bool) -> None:
-        """Store the boundary states of the following rows, or drop all states."""
+        """Store the boundary states of all rows read from now on, or drop all stored states."""
         self.cache.pruning.keep_states(keep)
         if not keep:
             self.cache.rows.has_state[:] = False
@@ -105,15 +105,15 @@ class CachedSequence:
         return read(self.states, prompt, self.rule, on_prefill)
 
     def step(self, token: int) -> None:
-        """Append an answer's token, which runs in full unless the mode is ALWAYS."""
+        """Append a token of an answer, which runs in full unless the mode is ALWAYS."""
         self.cache.make_room(1)
         self.cache.slot.begin_decode()
         self.cache.append([token], Outputs.LAST, np.ones(1, bool))
 
     def sampled(self, sampler: Sampler) -> Generator[int]:
-        """Yield sampled tokens after the cached prompt, without end.
+        """Yield an endless stream of tokens sampled after the cached prompt.
 
-        Raises DisplacedError if another prompt replaces the cache after the first token.
+        Raises DisplacedError if another prompt replaces the cached rows after the first token.
         """
         cache = self.cache
         epoch = cache.epoch

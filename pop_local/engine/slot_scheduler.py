@@ -1,4 +1,4 @@
-"""Choose the sequence for a prompt, and share rows among sequences."""
+"""Choose a sequence for each prompt, and share cached rows among sequences."""
 
 from pop_local.engine.engine import EngineOwner
 from pop_local.engine.prompt.prompt import Prompt
@@ -8,7 +8,7 @@ from pop_local.engine.sequence import CachedSequence
 class SlotScheduler:
     """A scheduler that assigns each of an engine's sequences to one answer at a time.
 
-    It is not thread-safe.
+    The class is not thread-safe.
     """
 
     def __init__(self, model: EngineOwner) -> None:
@@ -17,9 +17,9 @@ class SlotScheduler:
         self._free = list(range(len(model.engine.sequences)))
 
     def take(self, prompt: Prompt) -> int:
-        """Reserve the free sequence with the most reusable rows, or else the fewest rows.
+        """Reserve the free sequence with the most reusable rows and, if tied, the fewest rows.
 
-        Returns its index.
+        Returns the index of the sequence.
         """
         best = max(self._free, key=lambda index: self._score(index, prompt))
         self._free.remove(best)
@@ -32,9 +32,9 @@ class SlotScheduler:
         return self._model.engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Copy the longest prefix of the prompt that another sequence has cached, even a busy one.
+        """Copy the longest prefix of the prompt that any other sequence, even if busy, has cached.
 
-        Does nothing if sequence `index` already has as long a prefix.
+        Does nothing if sequence `index` already has a prefix that is at least as long.
         """
         states = [sequence.states for sequence in self._model.engine.sequences]
         if len(states) > 1:
@@ -49,11 +49,11 @@ class SlotScheduler:
         return next(found, None)
 
     def n_refillable(self) -> int:
-        """Return the number of cached rows that have not run the skipped layers yet."""
+        """Return the number of cached rows for which the skipped layers have not run yet."""
         return sum(map(self._n_refillable, range(len(self._model.engine.sequences))))
 
     def refilled(self, index: int) -> None:
-        """Mark the rows that other sequences share with refilled sequence `index` as refilled."""
+        """Mark the rows that other sequences share with sequence `index` as refilled."""
         states = self.sequence(index).states
         for other in self._model.engine.sequences:
             if other.states is not states:
@@ -64,7 +64,7 @@ class SlotScheduler:
         return refiller.n_refillable if refiller.is_on else 0
 
     def _score(self, index: int, prompt: Prompt) -> tuple[int, int]:
-        """Return (rows to reuse, minus the cached rows), for comparing sequences.
+        """Return a sort key: (number of reusable rows, negative number of cached rows).
 
         Reusable rows count only if CacheStates.stash would not move them to the prompt cache.
         """

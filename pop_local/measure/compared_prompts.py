@@ -22,7 +22,7 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class ComparedPrompt:
-    """A conversation to answer; `line`: its line number in the file, starting at 1.
+    """A conversation to answer. `line`: the line number in the file, starting at 1.
 
     `expected`: the pattern that correct answers match (None if the line has no expected answer).
     """
@@ -44,7 +44,7 @@ class PromptFile:
 
     @property
     def sha256(self) -> str:
-        """Return a hash of all prompts with their line numbers, pictures and expected answers."""
+        """Return a hash of all prompts with their line numbers, pictures, and expected answers."""
         parts = [
             (
                 prompt.line,
@@ -59,7 +59,7 @@ class PromptFile:
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer with its statistics; the fields have the same meaning as in TurnStats."""
+    """An answer and its statistics. The fields have the same meaning as in TurnStats."""
 
     text: str
     n_prompt: int
@@ -72,10 +72,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class Compared:
-    """The full and the pruned answer to a prompt.
+    """The full model's answer and the pruned model's answer to a prompt.
 
-    `is_full_right` and `is_pruned_right` are None without an expected answer. `first_difference`:
-    the number of leading tokens that both answers share (None if the answers are identical).
+    `is_full_right` and `is_pruned_right` are None if the prompt has no expected answer.
+    `first_difference`: the number of shared leading tokens (None if the answers are identical).
     """
 
     line: int
@@ -88,7 +88,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The full and pruned answers to all prompts of a file."""
+    """The full model's and the pruned model's answers to all prompts in a file."""
 
     prompts: PromptFile
     answers: tuple[Compared, ...] = field(repr=False)
@@ -132,7 +132,7 @@ class Comparison:
 
     @property
     def n_unpruned(self) -> int:
-        """Return the number of prompts without pruned tokens, which were too short or cached."""
+        """Return the number of prompts that were not pruned, because they were short or cached."""
         return sum(each.pruned.n_pruned == 0 for each in self.answers)
 
 
@@ -148,8 +148,8 @@ def read_prompts(path: Path) -> PromptFile:
     """Read a JSONL file whose objects have the key `prompt` or `messages`. Raises PopError.
 
     An object with `prompt` may have `documents`, a list of texts and {"file": PATH}, and `images`,
-    a list of paths. Both precede the prompt's text. Paths are relative to the JSONL file's folder.
-    `answer` is a text that a right answer must contain, or {"regex": PATTERN}.
+    a list of paths. Documents and images precede the prompt's text. Paths are relative to the JSONL
+    file's folder. `answer` is a text that a correct answer must contain, or {"regex": PATTERN}.
     """
     # str.splitlines would also split at characters that JSON strings may contain.
     lines = re.split(r"\r\n?|\n", read_text(path))
@@ -164,8 +164,8 @@ def _prompt(path: Path, number: int, line: str) -> ComparedPrompt:
         return PopError(
             f"{path}, line {number}: {what}",
             'each line must be {"prompt": TEXT} or {"messages": [{"role": ..., "content": TEXT}]},'
-            ' optionally with "answer": TEXT or {"regex": PATTERN}, and with "documents" and'
-            ' "images" in addition to a prompt',
+            ' optionally with "answer": TEXT or {"regex": PATTERN}; a prompt may also have'
+            ' "documents" and "images"',
         )
 
     try:
@@ -220,10 +220,10 @@ def _text(given: Any) -> str:
 
 
 def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answered:
-    """Answer a prompt greedily with the model's current pruning.
+    """Answer a prompt greedily with the model's current pruning settings.
 
     The prefix that the prompt shares with the previous prompt stays cached. Raises PopError if the
-    prompt does not fit into the context, and StoppedError if the watch stops the answer.
+    prompt does not fit in the context, or StoppedError if the watch stops the answer.
     """
     try:
         chunks = list(model.ask(prompt.messages, temperature=0.0, max_tokens=max_tokens))
@@ -237,7 +237,7 @@ def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answer
 
 
 def compared(model: PopModel, prompt: ComparedPrompt, full: Answered, pruned: Answered) -> Compared:
-    """Compare both answers to a prompt with each other and with the expected answer."""
+    """Compare the two answers to a prompt with each other and with the expected answer."""
     tokenize = model.engine.context.vocabulary.tokenize
     return Compared(
         line=prompt.line,

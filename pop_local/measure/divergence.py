@@ -1,7 +1,7 @@
-"""Compare two models' predictions of the same tokens by KL, log-likelihood and first choice.
+"""Compare two models' predictions for the same tokens: KL, log-likelihood, and top token.
 
 All sums are computed in float64. In single precision, log-softmax over a large vocabulary has an
-error of 1e-6, which is as large as the smallest relevant differences.
+error of about 1e-6, which is as large as the smallest relevant differences.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _CHUNK_VALUES = 1 << 17
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits [n, n_vocab], each row's log-sum-exp [n] in nats, and the likeliest tokens [n]."""
+    """Logits [n, n_vocab], with each row's log-sum-exp [n] in nats and most likely token [n]."""
 
     logits: Logits
     log_z: Floats
@@ -30,7 +30,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """NLL of the target tokens [n] in nats, and whether each target was the likeliest token [n]."""
+    """NLL of the target tokens [n] in nats, and whether each was the most likely token [n]."""
 
     nll: Floats
     is_top1: Flags
@@ -38,7 +38,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(full || pruned) of each row [n] in nats, and whether both likeliest tokens agree [n]."""
+    """KL(full || pruned) of each row [n] in nats, and whether the most likely tokens agree [n]."""
 
     kl: Floats
     same_top1: Flags
@@ -55,9 +55,9 @@ def predictions(logits: Logits) -> Predictions:
 
 
 def halved(predicted: Predictions) -> Predictions:
-    """Return the predictions as log-probabilities in half precision, which halves the memory.
+    """Return the predictions as log-probabilities in half precision, to halve memory use.
 
-    Half precision adds about 1e-6 to a KL. The likeliest tokens stay the same.
+    Half precision adds an error of about 1e-6 to the KL. The most likely tokens do not change.
     """
     logits = np.empty(predicted.logits.shape, np.float16)
     for rows in _chunks(predicted.logits):
@@ -72,7 +72,7 @@ def likelihood(predicted: Predictions, targets: NDArray[np.int64]) -> Likelihood
 
 
 def divergence(full: Predictions, pruned: Predictions) -> Divergence:
-    """Compare two models' predictions of the same tokens."""
+    """Compare two models' predictions for the same tokens."""
     kl = pruned.log_z - full.log_z
     for rows in _chunks(full.logits):
         p = full.logits[rows] - full.log_z[rows, None]

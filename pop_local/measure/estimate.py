@@ -1,7 +1,7 @@
 """Figures computed over windows, with their standard errors.
 
-Windows are the independent samples, because tokens within a window are correlated. The errors of
-means are computed from the spread between windows, and all other errors by bootstrap over windows.
+Windows are the independent samples, because tokens within a window are correlated. Errors of means
+are computed from the spread across windows. All other errors are bootstrapped over windows.
 """
 
 import math
@@ -27,7 +27,7 @@ class Estimate:
 
 
 def mean(per_window: Floats | Flags) -> Estimate:
-    """Return the mean of numbers or flags [n_windows, ...], with its error."""
+    """Return the mean of numbers or flags [n_windows, ...] and the standard error."""
     windows = per_window.reshape(len(per_window), -1).mean(axis=1, dtype=np.float64)
     n = len(windows)
     se = float(windows.std(ddof=1)) / math.sqrt(n) if n > 1 else None
@@ -35,25 +35,25 @@ def mean(per_window: Floats | Flags) -> Estimate:
 
 
 def exp_mean(per_window: Floats) -> Estimate:
-    """Return exp(mean), for example a perplexity, with a first-order error."""
+    """Return exp(mean), for example a perplexity, with a first-order error estimate."""
     inner = mean(per_window)
     value = math.exp(inner.value) if inner.value < _MAX_EXPONENT else math.inf
     return Estimate(value, None if inner.se is None else value * inner.se)
 
 
 def ratio(upper: Floats, lower: Floats) -> Estimate:
-    """Return the ratio of two figures' means [n_windows], with a first-order error."""
+    """Return the ratio of two figures' means [n_windows], with a first-order error estimate."""
     value = float(upper.mean() / lower.mean())
     return Estimate(value, mean((upper - value * lower) / lower.mean()).se)
 
 
 def quantile(per_window: Floats, share: float) -> Estimate:
-    """Return a quantile of all values [n_windows, n_tokens], with its error."""
+    """Return a quantile of all values [n_windows, n_tokens] and the standard error."""
     return redrawn(per_window, lambda windows: float(np.quantile(windows, share)))
 
 
 def redrawn(per_window: Floats, figure: Callable[[Floats], float]) -> Estimate:
-    """Return a figure of values [n_windows, ...], with its error by bootstrap over windows."""
+    """Return a figure computed from values [n_windows, ...], and its bootstrap error."""
     value, n = figure(per_window), len(per_window)
     if n < 2:
         return Estimate(value, None)

@@ -1,8 +1,8 @@
 """Teacher forcing: read a context in one mode, then score the texts that follow the context.
 
-Rows that request logits run all layers, so only the context's last token predicts. `Forced` raises
-PopError unless the backend's row counters show the planned number of pruned rows after each context
-and text. `stopped_by` can end the work with StoppedError.
+Rows with requested logits run all layers, so only the context's last token yields a prediction.
+`Forced` raises PopError unless the backend's row counters show the planned number of pruned rows
+after each context and text. `stopped_by` can end a measurement with StoppedError.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,7 +65,7 @@ class Forced:
         self.n_pruned = 0
 
     def read(self, context: Tokens, pruning: Pruning) -> None:
-        """Read a context into an empty cache, and set `n_pruned` to its number of pruned rows."""
+        """Read a context into an empty cache, and set `n_pruned` to the number of pruned rows."""
         cache = self._cache
         cache.clear()
         if pruning.context is not Mode.OFF:
@@ -83,13 +83,13 @@ class Forced:
         self._state = self._sequence.states.save() if self._context.is_recurrent else None
 
     def resume(self) -> None:
-        """Use the rows that the caller has cached, and their logits, as the context."""
+        """Use the rows and logits that the caller has cached as the context."""
         self._next, self._state = self._context.logits().copy(), None
 
     def predict(self, tokens: Tokens) -> Logits:
         """Return the full model's logits (len(tokens), n_vocab) for a text after the context.
 
-        The context and tokens[:i] predict row i. The text is removed from the cache afterwards.
+        Row i is predicted from the context and tokens[:i]. The text is then removed from the cache.
         """
         n_context, n_decoded = self._cache.n_tokens, len(tokens) - 1
         logits = np.empty((len(tokens), self._context.vocabulary.n_tokens), np.float32)
@@ -101,7 +101,7 @@ class Forced:
 
     @property
     def next_token(self) -> int:
-        """Return the likeliest token after the context and the tokens that `extend` appended."""
+        """Return the most likely token after the context and the tokens that `extend` appended."""
         return int(self._next[-1].argmax())
 
     @contextmanager
@@ -115,7 +115,7 @@ class Forced:
             self._next, self._state = following, state
 
     def extend(self, tokens: Tokens) -> None:
-        """Append tokens that run all layers, for example a question and a generated answer."""
+        """Append tokens, such as a question or a generated answer, and run all layers for them."""
         for _ in self._append_full(tokens, Outputs.LAST, self._context.n_batch):
             self._next = self._context.logits().copy()
         self._state = self._sequence.states.save() if self._context.is_recurrent else None
@@ -149,7 +149,7 @@ class Forced:
         counters = self._cache.slot.counters
         if (counters.n_context, counters.n_rows) != (expected, n_tokens):
             raise PopError(
-                f"the measurement is not valid: of {n_tokens} {what} tokens {expected} should be"
-                f" pruned, but the backend counted {counters.n_context} pruned,"
-                f" {counters.n_full} full"
+                f"the measurement is invalid: of {n_tokens} {what} tokens, {expected} should be"
+                f" pruned, but the backend counted {counters.n_context} pruned and"
+                f" {counters.n_full} full tokens"
             )

@@ -1,4 +1,4 @@
-"""Held-out text and its windows, from the user's file or from shipped text that no fit uses."""
+"""Windows of held-out text, taken from the user's file or from shipped text that no fit uses."""
 
 import importlib.resources
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ TextTokens = Sequence[Sequence[int]]
 class Text:
     """A text that is split into parts, such as prose and code.
 
-    No window crosses the end of a part.
+    No window extends across the end of a part.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Text:
 
 
 def shipped_text() -> Text:
-    """Return the shipped held-out text, with one part each of prose, dialogue, code and tables."""
+    """Return the shipped held-out text, with one part each of prose, dialogue, code, and tables."""
     names = sorted(f.name for f in _HELDOUT.iterdir() if f.name.endswith(".txt"))
     parts = tuple(shipped_part(name.removesuffix(".txt")) for name in names)
     return Text("held-out text of pop-local", parts)
@@ -44,7 +44,7 @@ def shipped_part(name: str) -> str:
 
 
 def given_text(path: Path) -> Text:
-    """Read a file as one part. Raises PopError for an unreadable, binary or empty file."""
+    """Read a file as one part. Raises PopError if the file is unreadable, binary, or empty."""
     return Text(path.name, (read_text(path),))
 
 
@@ -54,7 +54,7 @@ def tokenize(model: PopModel, text: Text) -> tuple[tuple[int, ...], ...]:
 
 
 def room(texts: TextTokens, n_tokens: int) -> int:
-    """Return the number of windows of `n_tokens` that fit into the texts."""
+    """Return the number of windows of `n_tokens` that fit in the texts."""
     return sum(len(text) // n_tokens for text in texts)
 
 
@@ -69,7 +69,7 @@ def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Seq
         raise PopError(
             f"the text is too short for {n_windows} windows of {n_tokens:,} tokens: the windows"
             f" need {n_windows * n_tokens:,} tokens, but the text has"
-            f" {sum(len(text) for text in texts):,}, enough for {sum(rooms)} windows",
+            f" {sum(len(text) for text in texts):,}, which is enough for {sum(rooms)} windows",
             "use a longer text, or fewer or shorter windows",
             cause="text-too-short",
         )

@@ -1,13 +1,13 @@
-"""Look-ups: questions about exact strings in a document, answered in full and pruned.
+"""Look-ups: questions about exact strings in a document, answered with and without pruning.
 
 The full model and the pruned model each read every synthetic document once. The documents
-(`carriers`) have layouts that are never used for fitting. Questions run all layers, like the tail
-of a prompt. Questions are completions, so that base models and instruction-tuned models can answer
-the same questions.
+(`carriers`) have layouts that are never used for fitting. All layers run for the questions, as for
+the tail of a prompt. Questions are completions, so that both base models and instruction-tuned
+models can answer the same questions.
 
-An answer is *right* if the greedy continuation contains the exact string (see `is_right`). Its
-*log-probability* is the right string's log-probability after the question, teacher-forced. The
-log-probability has far less noise than the counts.
+An answer is *right* if the greedy continuation contains the exact string (see `is_right`). The
+*log-probability* of the right string after the question is computed with teacher forcing, and is
+far less noisy than the counts of right answers.
 """
 
 import re
@@ -35,7 +35,7 @@ _N_LEEWAY = 12
 
 @dataclass(frozen=True)
 class LookupSettings:
-    """Settings for `n_documents` documents of about `n_tokens` tokens.
+    """Settings for `n_documents` documents of about `n_tokens` tokens each.
 
     `n_per_document`: the maximum number of questions about each document.
     """
@@ -47,7 +47,7 @@ class LookupSettings:
 
     @classmethod
     def of_questions(cls, n_questions: int, seed: int = 0) -> "LookupSettings":
-        """Return settings for `n_questions` or a few more, spread evenly over documents."""
+        """Return settings for at least `n_questions` questions, spread evenly over documents."""
         n_documents = -(-n_questions // cls.n_per_document)
         return cls(n_documents, -(-n_questions // n_documents), seed=seed)
 
@@ -93,12 +93,12 @@ Answers = list[tuple[LookupAnswer, ...]]
 class Lookups:
     """The results of look-ups with pruning, compared with the full model's results.
 
-    `full` and `pruned`: the numbers of right answers among `n` answers. `lost`: the number of
-    questions that only the full model answers right. `gained`: the number of questions that only
-    the pruned model answers right. `p`: the two-sided p-value of McNemar's exact test. `logprob_*`:
-    the mean log-probability of the right strings in nats; `logprob_lost` is full minus pruned.
-    `expected_lost`: the lost share of the right strings' mean probability. Errors are computed from
-    the spread between documents.
+    `full` and `pruned`: the number of right answers from each model, out of `n` answers. `lost`:
+    the number of questions that only the full model answers correctly. `gained`: the number of
+    questions that only the pruned model answers correctly. `p`: the two-sided p-value of McNemar's
+    exact test. `logprob_*`: the mean log-probability of the right strings in nats; `logprob_lost`
+    is full minus pruned. `expected_lost`: the share of the right strings' mean probability that is
+    lost. Errors are computed from the spread between documents.
     """
 
     n: int
@@ -118,9 +118,9 @@ class Lookups:
 def measure_lookups(
     model: PopModel, settings: LookupSettings, pruning: Pruning, on_progress: Progress
 ) -> Lookups:
-    """Answer the questions about each document once in full and once with pruning.
+    """Answer the questions about each document, once with pruning and once without.
 
-    `on_progress` counts questions. Raises PopError if a prompt does not fit into the context or was
+    `on_progress` counts questions. Raises PopError if a prompt does not fit in the context or was
     not pruned as planned.
     """
     reference = LookupReference(settings, make_documents(model, settings), [])
@@ -142,10 +142,10 @@ class LookupReference:
     def read(
         cls, model: PopModel, settings: LookupSettings, on_progress: Progress, known: Answers
     ) -> "LookupReference":
-        """Answer the questions about each document in full, unless `known` has its answers.
+        """Answer the questions about each document without pruning, unless `known` has the answers.
 
-        New answers are added to `known`, so that they survive an interruption. Raises the errors
-        of `measure_lookups`.
+        New answers are added to `known`, so that they survive an interruption. Raises the same
+        errors as `measure_lookups`.
         """
         found = cls(settings, make_documents(model, settings), known)
         found.ask(model, FULL, on_progress, known)
@@ -188,9 +188,9 @@ class LookupReference:
 
 
 def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDocument, ...]:
-    """Build documents from held-out layouts, words and prose.
+    """Build documents from held-out layouts, words, and prose.
 
-    With a larger `n_documents`, the result starts with the same documents. Raises PopError if the
+    Increasing `n_documents` only adds documents at the end of the result. Raises PopError if the
     documents are too short for a look-up.
     """
     rng, prose = np.random.default_rng(settings.seed), shipped_part("prose")
@@ -225,8 +225,7 @@ def is_right(text: str, answer: str) -> bool:
     """Return True if the first line of a continuation contains the exact answer.
 
     Quotes and words may surround the answer, but the answer must not be part of a longer value. No
-    letter or digit may touch the answer, neither directly nor across one of the characters
-    `. , - / @`.
+    letter or digit may adjoin the answer, either directly or across a character of `.,-/@`.
     """
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"
@@ -262,7 +261,7 @@ def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
 def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
     """Return the first line of the greedy continuation, which starts with `n_right` right tokens.
 
-    After a complete right answer, one more token shows whether the value continues.
+    After a complete right answer, one more token is generated to check whether the value continues.
     """
     model, tokens = reader.model, list(asked.answer[:n_right])
     n_most = len(asked.answer) + (_N_LEEWAY if n_right < len(asked.answer) else 1)
@@ -278,5 +277,5 @@ def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int
 
 
 def _sums(answers: Answers, figure: Callable[[LookupAnswer], float]) -> np.ndarray:
-    """Return the sum of a figure over each document's answers, [n_documents]."""
+    """Return the sum of a figure over each document's answers: [n_documents]."""
     return np.array([sum(map(figure, of_document)) for of_document in answers])

@@ -1,6 +1,6 @@
-"""Two probes of copying from the prompt, because the KL on prose hides lost copying ability.
+"""Two probes that test copying from the prompt, because the KL on prose hides failures to copy.
 
-The *copy* probe appends a passage of the context to the context again. The *induction* probe
+The *copy* probe repeats a passage of the context at the end of the context. The *induction* probe
 repeats random tokens; a model that cannot copy has the same loss on both occurrences. Both probes
 score only tokens whose first occurrence was pruned, or all random tokens if none was pruned.
 """
@@ -25,7 +25,7 @@ _NORMAL = 1 << 2  # LLAMA_TOKEN_ATTR_NORMAL
 
 @dataclass(frozen=True)
 class Repeated:
-    """Random tokens, and the full model's mean NLL [n_draws] in nats of both occurrences."""
+    """Random tokens, and the full model's mean NLL [n_draws] in nats for each occurrence."""
 
     draws: tuple[Sequence[int], ...]
     first: Floats
@@ -57,13 +57,13 @@ def pick_passage(
 
 
 def copied(reader: Forced, passage: Sequence[int]) -> Likelihood:
-    """Score all tokens of the passage except the first token, which nothing predicts."""
+    """Score all tokens of the passage except the first token, which has no prediction."""
     targets = np.asarray(passage)[1:]
     return likelihood(predictions(reader.predict(passage)[1:]), targets)
 
 
 def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Ran) -> Repeated:
-    """Draw random tokens and score them with the full model; `ran` counts the draws."""
+    """Draw random tokens and score them with the full model. `ran` is called after each draw."""
     rng = np.random.default_rng(seed)
     draws, first, full = [], np.empty(n_draws), np.empty(n_draws)
     for draw in range(n_draws):
@@ -75,7 +75,7 @@ def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Ran) -> Repeated
 
 
 def measure_induction(reader: Forced, repeated: Repeated, pruning: Pruning, ran: Ran) -> Floats:
-    """Return the mean NLL of the second occurrence [n_draws] in nats; `ran` counts the draws."""
+    """Return the second occurrence's mean NLL [n_draws] in nats. `ran` is called per draw."""
     pruned = np.empty(len(repeated.draws))
     for draw, tokens in enumerate(repeated.draws):
         pruned[draw] = _second_nll(reader, tokens, pruning)
@@ -99,9 +99,9 @@ def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> floa
 
 
 def _scored(reader: Forced) -> tuple[int, int]:
-    """Return the range of random tokens whose first occurrence is pruned, or all if none is pruned.
+    """Return the range of random tokens whose first occurrence is pruned, or else all tokens.
 
-    The first token is excluded, because nothing predicts it.
+    The first token is excluded, because it has no prediction.
     """
     start = max(1, reader.rule.sink_tokens - len(reader.model.engine.context.vocabulary.bos))
     end = N_REPEATED - reader.rule.tail_tokens
@@ -109,7 +109,7 @@ def _scored(reader: Forced) -> tuple[int, int]:
 
 
 def random_tokens(model: PopModel, n_tokens: int, rng: np.random.Generator) -> list[int]:
-    """Draw ordinary tokens uniformly, since models treat control tokens specially."""
+    """Draw ordinary tokens uniformly, because models treat control tokens specially."""
     vocabulary, attribute = model.engine.context.vocabulary, backend.bindings().llama_vocab_get_attr
     tokens: list[int] = []
     while len(tokens) < n_tokens:

@@ -96,7 +96,7 @@ def test_llama_cpp_field_names(client):
         ("tokenize", {"content": "a", "with_pieces": True}, "with_pieces is not supported"),
         ("detokenize", {"tokens": [384]}, "must be between 0 and 383"),
         ("detokenize", {"tokens": ["a"]}, "tokens.0"),
-        ("infill", {"input_prefix": "a", "input_suffix": "b"}, "no tokens for filling in"),
+        ("infill", {"input_prefix": "a", "input_suffix": "b"}, "no fill-in-the-middle"),
         ("infill", {"input_extra": [{"text": 5}]}, "input_extra.0.text"),
     ],
 )

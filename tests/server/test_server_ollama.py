@@ -156,7 +156,7 @@ def test_empty_request_reports_load(client):
         ("chat", {"messages": [{"role": "user", "images": ["AAAA"]}]}, "cannot read images"),
         ("generate", {"prompt": "a", "template": "{{ .Prompt }}"}, "template is not supported"),
         ("generate", {"prompt": "a", "context": [1, 2]}, "send the earlier messages to /api/chat"),
-        ("generate", {"prompt": "a", "suffix": "b"}, "no tokens for filling in"),
+        ("generate", {"prompt": "a", "suffix": "b"}, "no fill-in-the-middle"),
         (
             "generate",
             {"prompt": "a", "raw": True, "images": ["AAAA"]},

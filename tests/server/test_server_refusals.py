@@ -123,7 +123,7 @@ def test_invalid_chats_are_400(client, body, reason):
         ({"prompt": [-1]}, "must be between 0 and 383"),
         ({"prompt": []}, "empty"),
         ({"prompt": [[]]}, "empty"),
-        ({"prompt": "x", "suffix": "y"}, "no tokens for filling in"),
+        ({"prompt": "x", "suffix": "y"}, "no fill-in-the-middle"),
         ({"prompt": "x", "suffix": "y", "echo": True}, "suffix and echo cannot be combined"),
         ({"prompt": "x", "best_of": 3}, "best_of must be 1"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),

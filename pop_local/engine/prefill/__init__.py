@@ -1,1 +1,1 @@
-"""Prefill: the plan of full and pruned rows, and its execution on a KV cache."""
+"""Plan which rows of a prompt are full or pruned, and read prompts into a KV cache."""

@@ -1,8 +1,8 @@
-"""Reuse of cached rows by an edited prompt: a changed, inserted or removed passage.
+"""Reuse cached rows for a prompt in which a passage was changed, inserted, or removed.
 
-Rows after the first change keep their K/V and move to their new positions. These rows are stale,
-because they were computed after different text. Only new tokens and the prompt's tail are decoded,
-and a refill decodes the stale rows again later.
+Rows after the first change keep their K/V and move to their new positions. The moved rows are
+stale, because they were computed after different text. Only the new tokens and the prompt's tail
+are decoded at once. A refill decodes the stale rows again later.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,9 +22,9 @@ MIN_REUSED = 256
 
 
 class ReusableRows:
-    """The cached rows that a prompt can reuse, as a prefix or after an edit.
+    """The cached rows that a prompt can reuse, either as a prefix or after an edit.
 
-    The search runs once for each cached sequence of tokens.
+    Each cached token sequence is searched only once.
     """
 
     def __init__(self, cache: KvCache, prompt: Prompt, rule: RowRule) -> None:
@@ -50,10 +50,10 @@ class ReusableRows:
     def edit(
         self, cache: KvCache, n_usable: int, must_be_full: NDArray[np.bool_]
     ) -> NDArray[np.int32] | None:
-        """Return the cached row with each token's K/V, or -1 for rows to decode: int32 [n_prompt].
+        """Return each token's cached row, or -1 if the row must be decoded: int32 [n_prompt].
 
-        `n_usable`: the number of rows that the common prefix can reuse. `must_be_full`: bool
-        [n_prompt]. Returns None if the edit saves too little.
+        `n_usable`: the number of reusable rows in the common prefix. `must_be_full`: bool
+        [n_prompt]. Returns None if reusing rows would save too little time.
         """
         if not self._can_pay(cache.tokens, cache.images, n_usable):
             return None
@@ -67,14 +67,14 @@ class ReusableRows:
         return self._can_edit and not images and self._pays(n_most, n_prefix)
 
     def _pays(self, n_reused: int, n_prefix: int) -> bool:
-        """Return whether an edit that reuses `n_reused` rows beats the common prefix alone.
+        """Return whether reusing `n_reused` rows is better than reusing only the common prefix.
 
-        If a prompt reuses half of its rows, these lose more than pruning does (docs/quality.md).
+        Reusing only half of the rows loses more quality than pruning (docs/quality.md).
         """
         return n_reused >= n_prefix + MIN_REUSED and 3 * n_reused >= 2 * len(self._tokens)
 
     def _sources(self, cached: np.ndarray) -> NDArray[np.int32]:
-        """Return the cached row with the same text as each token, or -1: int32 [n_prompt]."""
+        """Return the cached row that matches each token, or -1 if none does: int32 [n_prompt]."""
         key = cached.tobytes()
         if key in self._found:
             return self._found[key]
@@ -89,7 +89,7 @@ class ReusableRows:
 
 
 def gaps(sources: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
-    """Yield the (start, end) rows of each range to decode."""
+    """Yield each range of rows to decode as (start, end)."""
     is_gap = np.concatenate([[False], sources < 0, [False]])
     edges = np.flatnonzero(is_gap[1:] != is_gap[:-1]).tolist()
     yield from zip(edges[::2], edges[1::2], strict=True)

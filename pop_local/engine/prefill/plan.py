@@ -1,7 +1,7 @@
-"""Choose the prompt rows that run in full, and the chunks to decode.
+"""Choose which prompt rows run in full, and split the prompt into chunks to decode.
 
-A row is full if its logits are requested, if its position is below `sink_tokens` or from
-`full_from` on, or if it is a deep row by its token. Every other row stops at the boundary.
+A row is full if its logits are requested, if its position is below `sink_tokens` or at least
+`full_from`, or if its token makes it a deep row. Every other row stops at the boundary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 class Reuse(StrEnum):
     """Cached rows that a prompt may reuse.
 
-    OFF: none. EXACT: the rows of an equal beginning. EDITED: if prompts are pruned, also equal
+    OFF: none. EXACT: the rows of the common prefix. EDITED: if prompts are pruned, also matching
     passages after an edit, whose K/V are approximate until a refill (see prefill.edit).
     """
 
@@ -28,11 +28,11 @@ class Reuse(StrEnum):
 
 @dataclass(frozen=True)
 class RowRule:
-    """Rule for the prompt rows that run in full.
+    """Rule that selects the prompt rows to run in full.
 
-    These are the first `sink_tokens`, the last `tail_tokens`, the rows that `deep_rows` chooses by
-    their tokens, and all rows of prompts shorter than `min_prompt`. `reuse`: cached rows that the
-    prompt may reuse.
+    The full rows are the first `sink_tokens`, the last `tail_tokens`, the rows that `deep_rows`
+    selects by token, and all rows of prompts shorter than `min_prompt`. `reuse`: the cached rows
+    that a prompt may reuse.
     """
 
     sink_tokens: int = 1
@@ -43,7 +43,7 @@ class RowRule:
 
     @classmethod
     def of(cls, meta: PopMeta | None) -> "RowRule":
-        """Return the rule in a file's POP keys."""
+        """Return the rule stored in a file's POP keys."""
         if meta is None:
             return cls()
         return cls(meta.sink_tokens, meta.tail_tokens, meta.min_prompt, meta.deep_rows)
@@ -57,8 +57,8 @@ NO_FULL_ROWS = RowRule(sink_tokens=0, tail_tokens=0)
 class PrefillPlan:
     """Plan for decoding a prompt's uncached tokens.
 
-    `full_from`: first row of the tail. `chunks`: (start, end) offsets among the uncached
-    tokens; each chunk is text or one image. `n_pruned`: number of rows that stop at the boundary
+    `full_from`: the first row of the tail. `chunks`: (start, end) offsets into the uncached tokens;
+    each chunk is either text or one image. `n_pruned`: the number of rows that stop at the boundary
     in mode CONTEXT.
     """
 
@@ -79,10 +79,10 @@ def plan_prefill(
     images: Images = (),
     deep: np.ndarray | None = None,
 ) -> PrefillPlan:
-    """Plan the prefill of `n_tokens` (1 or more) after `n_past` cached tokens.
+    """Plan the prefill of `n_tokens` tokens (1 or more) after `n_past` cached tokens.
 
-    `deep`: bool [n_tokens], the deep rows by token (None: no rows). `min_prompt` applies to the
-    uncached tokens alone. The tail is text, so it starts after the last image.
+    `deep`: a mask of the deep rows, bool [n_tokens] (None: no deep rows). `min_prompt` applies only
+    to the uncached tokens. The tail contains only text, so it starts after the last image.
     """
     end = n_past + n_tokens
     short = n_tokens < rule.min_prompt
@@ -102,10 +102,10 @@ def plan_prefill(
 def _chunks(
     n_tokens: int, tail_start: int, n_batch: int, images: Images
 ) -> Iterator[tuple[int, int]]:
-    """Yield whole images, and text in chunks of up to `n_batch` tokens.
+    """Yield one chunk for each image, and chunks of up to `n_batch` tokens for text.
 
-    A tail that fits one chunk is never split: each chunk with full rows reads the weights of the
-    skipped layers.
+    A tail that fits in one chunk is never split, because each chunk that contains full rows reads
+    the weights of the skipped layers.
     """
     at = 0
     for start, end in [*images, (n_tokens, n_tokens)]:
@@ -119,7 +119,7 @@ def _chunks(
 
 
 def split_at(chunks: Sequence[tuple[int, int]], row: int) -> tuple[tuple[int, int], ...]:
-    """Split the chunk that extends across a row of text, if any."""
+    """If `row` is inside a chunk of text, split the chunk before that row."""
     return tuple(
         piece
         for start, end in chunks

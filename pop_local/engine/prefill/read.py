@@ -1,4 +1,4 @@
-"""Read a prompt into a KV cache: reuse cached rows, prune context rows, run the rest in full."""
+"""Read a prompt: reuse cached rows, prune context rows, and run the remaining rows in full."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,10 +25,10 @@ from pop_local.engine.prompt.prompt import Prompt
 def read(
     states: CacheStates, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None = None
 ) -> Read:
-    """Read a prompt, reuse its cached prefix, and compute the last row's logits.
+    """Read a prompt, reusing its cached prefix, and compute the last row's logits.
 
-    Raises PopError if the prompt does not fit the context or cannot be decoded. Raises
-    PrefillStoppedError or the signal handler's exception if interrupted. Decoded rows stay cached.
+    Raises PopError if the prompt does not fit in the context or cannot be decoded. If interrupted,
+    raises PrefillStoppedError or the signal handler's exception; decoded rows stay cached.
     """
     if not len(prompt):
         raise PopError("the prompt is empty", "add text to the prompt")
@@ -77,9 +77,9 @@ def append(
     on_prefill: OnPrefill | None = None,
     deep: NDArray[np.bool_] | None = None,
 ) -> Read:
-    """Read a prompt after the cached rows, with its own sink and tail. Raises as `read` does.
+    """Append a prompt with its own sink and tail. Raises the same errors as `read`.
 
-    `deep`: bool [n_prompt], the deep rows by token (None: find them).
+    `deep`: a mask of the deep rows, bool [n_prompt] (None: compute the mask).
     """
     cache.make_room(len(prompt))
     if prompt.images and prompt.text_from == len(prompt):
@@ -88,8 +88,8 @@ def append(
     n = max((each.n_rows for each in prompt.images.values() if each.is_mutual), default=0)
     if n > n_at_once:
         raise PopError(
-            f"an image of {n} tokens, which attend to each other, exceeds a ubatch of {n_at_once}",
-            f"open the model with n_batch={n} and n_ubatch={n} or more",
+            f"an image's {n} tokens must fit in one ubatch, which has {n_at_once} tokens",
+            f"open the model with n_batch and n_ubatch of at least {n}",
         )
     if deep is None:
         tokens = np.concatenate([cache.tokens, prompt.tokens])
@@ -100,9 +100,9 @@ def append(
 
 
 def read_context_only(cache: KvCache, prompt: Prompt) -> Read:
-    """Read a prompt after the cached rows as context: no row is full or has logits.
+    """Append a prompt as context only, so that no row is full or has logits.
 
-    This is the minimal work of a pruned prefill. Raises as `read` does.
+    No pruned prefill can do less work. Raises the same errors as `read`.
     """
     cache.make_room(len(prompt))
     deep = np.zeros(len(prompt), bool)
@@ -110,9 +110,9 @@ def read_context_only(cache: KvCache, prompt: Prompt) -> Read:
 
 
 def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int]:
-    """Empty a cache and read a text in full, with each row's logits.
+    """Empty a cache, read a text in full, and compute every row's logits.
 
-    Yields the number of rows of each decoded piece, up to `step`.
+    Yields the number of rows in each decoded piece (up to `step`).
     """
     cache.clear()
     step = min(step, cache.context.n_batch)
@@ -126,13 +126,13 @@ def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int
 
 
 def _deep_rows(cache: KvCache, tokens: np.ndarray, rule: RowRule) -> NDArray[np.bool_]:
-    """Return a prompt's deep rows, all False if pruning is off: bool [n_tokens]."""
+    """Return a mask of a prompt's deep rows, all False if pruning is off: bool [n_tokens]."""
     criterion = rule.deep_rows if cache.pruning.is_pruning else DeepRows.NONE
     return find_deep_rows(cache.context, tokens, criterion)
 
 
 class _PlannedReading(PromptReading):
-    """A read of a prompt after the cached rows, according to a PrefillPlan."""
+    """A read that appends a prompt to the cached rows, following a PrefillPlan."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class _PlannedReading(PromptReading):
         on_prefill: OnPrefill | None,
         last: Outputs = Outputs.LAST,
     ) -> None:
-        """`last`: the outputs of the last batch."""
+        """`last`: the outputs to request from the last batch."""
         super().__init__(cache, rule, on_prefill, len(prompt))
         self._prompt, self._deep, self._last = prompt, deep, last
         self._n_cached = cache.n_tokens
@@ -204,12 +204,12 @@ class _PlannedReading(PromptReading):
             self._encode_s += cache.append_image(image, full)
 
     def _position_of(self, n: int) -> int:
-        """Return the position of the row after the next `n`, which must not end in an image."""
+        """Return the position of the row `n` rows ahead, which must not be inside an image."""
         images = self._prompt.images.items()
         lost = sum(each.n_rows - each.n_pos for start, each in images if start + each.n_rows <= n)
         return self._next + n - lost
 
     @property
     def _next(self) -> int:
-        """Position of the next row."""
+        """The position of the next row."""
         return int(self._cache.rows.positions[self._cache.n_tokens])

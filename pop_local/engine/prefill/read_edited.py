@@ -1,4 +1,4 @@
-"""Read an edited prompt: move the shared rows, and decode the remaining rows in place."""
+"""Read an edited prompt: move the reused rows, and decode the other rows in place."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from pop_local.engine.prefill.reading import OnPrefill, PromptReading, Read
 
 
 class EditedReading(PromptReading):
-    """A read that decodes the rows without a cached source, after `move_rows` moved the rest.
+    """A read that decodes the rows that `move_rows` did not fill with cached rows.
 
-    `run` raises PopError if the rows cannot be decoded. If it fails or is stopped, the cache keeps
-    the rows before the first row that has not been decoded.
+    `run` raises PopError if the rows cannot be decoded. If the read fails or is stopped, the cache
+    keeps only the rows before the first undecoded row.
     """
 
     def __init__(
@@ -29,9 +29,9 @@ class EditedReading(PromptReading):
         rule: RowRule,
         on_prefill: OnPrefill | None,
     ) -> None:
-        """`tokens`, `sources`: int32 [n_prompt], see `move_rows`.
+        """`tokens`, `sources`: int32 [n_prompt] (see `move_rows`).
 
-        `deep`: bool [n_prompt], the deep rows by token.
+        `deep`: a mask of the deep rows, bool [n_prompt].
         """
         super().__init__(cache, rule, on_prefill, int((sources < 0).sum()))
         self._tokens, self._sources, self._deep = tokens, sources, deep
@@ -75,7 +75,7 @@ class EditedReading(PromptReading):
         )
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
-        """Yield each gap in chunks of up to a batch."""
+        """Split each gap into chunks of up to one batch, and yield the chunks."""
         n_batch = self._cache.context.n_batch
         for start, end in gaps(self._sources):
             for at in range(start, end, n_batch):

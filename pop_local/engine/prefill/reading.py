@@ -1,4 +1,4 @@
-"""A prompt's read in progress, and its result."""
+"""A prompt read in progress, and the result of the read."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -20,11 +20,11 @@ OnPrefill = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Read:
-    """Result of reading a prompt.
+    """The result of reading a prompt.
 
-    `n_cached`: reused rows, of which `n_stale` are stale. `counters`: the backend's counters for
-    this prompt. `encode_s`: time of image encoding in seconds. `n_exact`: leading rows that equal
-    the full model's after the read. `is_short`: whether the prompt was too short to be pruned.
+    `n_cached`: the number of reused rows, of which `n_stale` are stale. `counters`: the backend's
+    counters. `encode_s`: image encoding time in seconds. `n_exact`: the number of leading rows
+    equal to the full model's after the read. `is_short`: whether the prompt was too short to prune.
     """
 
     n_prompt: int
@@ -37,7 +37,7 @@ class Read:
 
 
 class PrefillStoppedError(StoppedError):
-    """A read was stopped. `read`: the result up to then."""
+    """Raised when a read is stopped. `read`: the result for the rows decoded so far."""
 
     def __init__(self, read: Read) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class PrefillStoppedError(StoppedError):
 
 
 class PromptReading(ABC):
-    """A prompt's read in progress. `n_total`: the number of rows to decode."""
+    """A prompt read in progress. `n_total`: the number of rows to decode."""
 
     def __init__(
         self, cache: KvCache, rule: RowRule, on_prefill: OnPrefill | None, n_total: int
@@ -57,14 +57,14 @@ class PromptReading(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Decode all rows. Raises StoppedError or the signal handler's exception if stopped."""
+        """Decode all rows. If stopped, raises StoppedError or the signal handler's exception."""
 
     @abstractmethod
     def result(self) -> Read:
-        """Return the result of the rows decoded so far."""
+        """Return the result for the rows decoded so far."""
 
     def complete(self) -> Read:
-        """Run the read. If stopped, raises PrefillStoppedError with the result so far."""
+        """Decode all rows. If stopped, raises PrefillStoppedError with the result so far."""
         try:
             self.run()
         except StoppedError as error:
@@ -89,9 +89,9 @@ class PromptReading(ABC):
         full_from: int,
         outputs: Outputs,
     ) -> NDArray[np.bool_]:
-        """Pass a batch's deep rows to the backend. Return its full rows in mode CONTEXT: bool [n].
+        """Pass a batch's deep rows to the backend, and return the full rows in mode CONTEXT.
 
-        `positions`: int [n]. `deep`: bool [n], the deep rows by token.
+        `positions`: int [n]. `deep`: a mask of the deep rows, bool [n]. Returns a mask, bool [n].
         """
         self._cache.slot.set_deep_rows(positions[deep])
         is_sink, is_tail = positions < self._rule.sink_tokens, positions >= full_from

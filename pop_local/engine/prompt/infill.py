@@ -20,16 +20,16 @@ def infilling(
     begun: str = "",
     files: Sequence[tuple[str, str]] = (),
 ) -> list[int]:
-    """Return a FIM prompt's tokens, in the order of llama.cpp's server (format_prompt_infill).
+    """Return a FIM prompt's tokens in the order used by llama.cpp's server (format_prompt_infill).
 
     `prefix`: a text or its tokens. `begun`: the start of the answer. `files`: (name, text) pairs
-    that precede the prefix. Special tokens in texts are tokenized as plain text. Raises PopError
-    for a model without FIM tokens.
+    that precede the prefix. Special tokens in the texts are tokenized as plain text. Raises
+    PopError if the model has no FIM tokens.
     """
     if not can_infill(context):
         raise PopError(
-            "this model has no tokens for filling in text between a prefix and a suffix",
-            "use a model that was trained to fill in code",
+            "this model has no fill-in-the-middle (FIM) tokens",
+            "use a model that was trained to fill in gaps in code",
         )
     pre, suf, mid, rep, sep = _marks(context, "pre", "suf", "mid", "rep", "sep")
     split = context.vocabulary.tokenize
@@ -44,7 +44,7 @@ def infilling(
 
 
 def _marks(context: Context, *names: str) -> list[int]:
-    """Return the FIM tokens with these names, -1 for each missing token."""
+    """Return the FIM tokens with the given names, with -1 for each missing token."""
     api = bindings()
     return [
         int(getattr(api, f"llama_vocab_fim_{name}")(context.vocabulary.pointer)) for name in names

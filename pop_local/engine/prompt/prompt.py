@@ -1,4 +1,4 @@
-"""A prompt of tokens and images."""
+"""A prompt that consists of tokens and images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ THINK = "<think>"
 class Prompt:
     """A prompt's tokens and images.
 
-    `stops`: strings that end the answer. `begun`: the answer's start, which the template wrote.
-    `images`: by first row. Image rows have NO_TOKEN in `tokens`.
+    `stops`: strings that end the answer. `begun`: the start of the answer, as rendered by the
+    template. `images`: keyed by first row. `tokens` has NO_TOKEN for each image row.
     """
 
     tokens: Sequence[int]
@@ -39,27 +39,27 @@ class Prompt:
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """Return the (start, end) rows of each image, in order."""
+        """Return each image's range of rows as (start, end), in order."""
         return tuple((start, start + image.n_rows) for start, image in self.images.items())
 
     @property
     def text_from(self) -> int:
-        """Return the row after the last image, 0 without images."""
+        """Return the row after the last image, or 0 if the prompt has no images."""
         return self.spans[-1][1] if self.images else 0
 
     def from_row(self, row: int) -> "Prompt":
-        """Return the prompt from a row to the end. The row must not split an image."""
+        """Return the prompt from `row` to the end. `row` must not be inside an image."""
         images = {start - row: image for start, image in self.images.items() if start >= row}
         return Prompt(self.tokens[row:], self.stops, self.begun, images)
 
     def whole(self, n_rows: int) -> int:
-        """Round `n_rows` down to a row that does not split an image."""
+        """Round `n_rows` down so that no image is split."""
         return next((start for start, end in self.spans if start < n_rows < end), n_rows)
 
     def n_equal(self, tokens: np.ndarray, images: Mapping[int, str]) -> int:
-        """Return the number of equal leading rows, without splitting an image.
+        """Return the number of matching leading rows, rounded down so that no image is split.
 
-        `tokens`: int32 [n]. `images`: each image's key by its first row.
+        `tokens`: int32 [n]. `images`: the images' keys, by first row.
         """
         n = min(len(self.tokens), len(tokens))
         differ = np.flatnonzero(tokens[:n] != np.asarray(self.tokens[:n], dtype=np.intc))

@@ -1,4 +1,4 @@
-"""Build prompts from conversations with the chat template in the model's file."""
+"""Build prompts from conversations, using the chat template in the model's file."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,10 +24,10 @@ Write = Callable[[list[str], Callable[[str], str]], str]
 
 
 class Prompter:
-    """Builds a model's prompts.
+    """A builder of a model's prompts.
 
-    `parse_special`: parse special tokens in messages and documents. A document can then contain
-    forged turns of the conversation.
+    `parse_special`: whether to parse special tokens in messages and documents. If set, a document
+    can contain forged turns of the conversation.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Prompter:
 
     @cached_property
     def template(self) -> Template:
-        """The model's template, or a plain template. Raises PopError for a broken template."""
+        """The model's template, or else a plain one. Raises PopError if the template is broken."""
         try:
             return Template(self._source or PLAIN_TEMPLATE, self.context.vocabulary.pointer)
         except PopError as error:
@@ -54,17 +54,17 @@ class Prompter:
 
     @property
     def can_see(self) -> bool:
-        """Return whether the model can read pictures, which needs an mmproj and Pillow."""
+        """Return whether the model can read pictures, which requires an mmproj and Pillow."""
         return self._vision is not None and has_pillow()
 
     def text(self, text: str) -> Prompt:
-        """Return the prompt that continues a text. Raises PopError."""
+        """Return a prompt that makes the model continue a text. Raises PopError."""
         return Prompt(self.context.vocabulary.tokenize(text, add_bos=True))
 
     def conversation(self, messages: Sequence[Message]) -> Prompt:
         """Return a conversation's prompt, up to the start of the answer.
 
-        Raises PopError if the template refuses the conversation.
+        Raises PopError if the template rejects the conversation.
         """
         if any(message.role == "system" for message in messages) and not self._supports_system:
             messages = _without_system(messages)
@@ -73,9 +73,9 @@ class Prompter:
     def render(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
         """Return the prompt that `write` renders from the messages' contents and the other texts.
 
-        If a text spells special tokens, `write` is called again with marks instead of the tokens.
-        The first argument of `write` is the marked contents, the second a function that marks the
-        other texts. Raises PopError if `write` raises ValueError.
+        If a text contains special tokens, `write` is called again with a mark in place of each
+        token. The first argument of `write` is the marked contents, and the second is a function
+        that marks the other texts. Raises PopError if `write` raises ValueError.
         """
         texts = [*(message.content for message in messages), *others]
         utf8("".join(texts))
@@ -93,7 +93,7 @@ class Prompter:
             try:
                 text = write([marked(content) for content in contents], marked)
             except ValueError as error:
-                message = f"the chat template refuses this conversation: {error}"
+                message = f"the chat template rejects this conversation: {error}"
                 raise PopError(message) from error
             tokens = self.context.vocabulary.tokenize(text, special=True)
             left = [marked(each) for each in texts]
@@ -115,8 +115,8 @@ class Prompter:
     def before_question(self) -> str:
         """Return the text that the template renders before a user's first question.
 
-        Return "" without a template, or if the template refuses a conversation of one question.
-        Raises PopError if the template exceeds its limits.
+        Returns "" if the model has no template, or if the template rejects a single question.
+        Raises PopError if the template exceeds the limits.
         """
         if self.has_template:
             with suppress(ValueError):
@@ -126,15 +126,15 @@ class Prompter:
         return ""
 
     def count_picture(self, picture: Picture) -> int:
-        """Return the number of tokens that a picture takes. Raises the errors of Mmproj.see."""
+        """Return a picture's length in tokens. Raises the same errors as Mmproj.see."""
         return len(self.open_vision().see(picture).tokens)
 
     def open_vision(self) -> Mmproj:
-        """Load the mmproj on first use. Raises PopError without an mmproj or if loading fails."""
+        """Load the mmproj on first use. Raises PopError if no mmproj exists or loading fails."""
         if self._vision is None:
             raise PopError(
-                "cannot read a picture: the model is open without its mmproj",
-                "open the model with mmproj= and the file that was published with the model",
+                "cannot read a picture: the model was opened without an mmproj",
+                "open the model with mmproj=PATH, the mmproj file published with the model",
                 cause="no-mmproj",
             )
         return self._vision.open(self.context.model, self.context.settings.n_threads_batch)
@@ -142,10 +142,10 @@ class Prompter:
     def _with_pictures(
         self, text: str, marks: Mapping[str, str], shown: Mapping[str, TokenizedPicture]
     ) -> tuple[list[int], dict[int, ImageChunk]]:
-        """Return the tokens and images of a rendered prompt, which has a mark for each picture."""
+        """Return the tokens and images of a rendered prompt, which contains a mark per picture."""
         pieces = re.split(f"([{''.join(shown)}])", text) if shown else [text]
         if pieces[1::2] != list(shown):
-            raise PopError("the chat template leaves out pictures", "send one picture at a time")
+            raise PopError("the chat template omits pictures", "send one picture at a time")
         tokens: list[int] = []
         images: dict[int, ImageChunk] = {}
         for piece in pieces:
@@ -191,7 +191,7 @@ class Prompter:
 
 
 def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Picture]) -> str:
-    """Return a message's content with a mark for each picture, and add the marks to `pictures`."""
+    """Return a message's content with a mark per picture, and add the marks to `pictures`."""
     pieces, at = [], 0
     for offset, picture in message.pictures:
         pictures[mark := next(unused)] = picture
@@ -201,7 +201,7 @@ def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Pic
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
-    """Move system messages to the start of the next user message, like llama.cpp's chat.cpp."""
+    """Move system messages to the start of the next user message, as in llama.cpp's chat.cpp."""
     found: list[Message] = []
     held: Message | None = None
     for message in messages:

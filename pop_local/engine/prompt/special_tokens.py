@@ -1,6 +1,6 @@
-"""Keep special tokens in messages from acting as special tokens.
+"""Treat special tokens in messages as plain text.
 
-Otherwise a document that contains `<|im_end|>` could end its turn and start a system message.
+Otherwise, a document containing `<|im_end|>` could end its turn and start a system message.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,20 +13,20 @@ _FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a private-use plane
 
 
 class SpecialTokens:
-    """A vocabulary's special tokens, which a text may spell out."""
+    """A vocabulary's special tokens, whose spellings may occur in texts."""
 
     def __init__(self, context: Context) -> None:
         self._api, self._context = bindings(), context
 
     def spelled(self, tokens: Iterable[int], texts: Sequence[str]) -> list[str]:
-        """Return the spellings of special tokens in `tokens` that occur in one of the texts."""
+        """Return the spellings of the special tokens in `tokens` that occur in any of the texts."""
         special = {self._text(token) for token in set(tokens) if self._is_special(token)}
         return sorted(each for each in special if any(each in text for text in texts))
 
     def tokens(self, text: str, marks: dict[str, str]) -> list[int]:
-        """Tokenize a prompt after replacing each mark with its plain text.
+        """Tokenize a prompt, with each mark replaced by the plain text that it stands for.
 
-        Like llama.cpp, tokenize text between two special tokens as one piece.
+        As in llama.cpp, text between two special tokens is tokenized as one piece.
         """
         restored = str.maketrans(marks)
         found: list[int] = []
@@ -66,6 +66,6 @@ class SpecialTokens:
 
 
 def unused_marks(texts: Sequence[str]) -> Iterable[str]:
-    """Return private-use characters that occur in none of the texts."""
+    """Return the private-use characters that do not occur in any of the texts."""
     marks = (chr(code) for code in range(_FIRST_MARK, _LAST_MARK + 1))
     return (mark for mark in marks if not any(mark in text for text in texts))

@@ -1,6 +1,6 @@
-"""Child process that renders chat templates, which are programs from untrusted publishers.
+"""Child process that renders chat templates, which are untrusted programs.
 
-Jinja's sandbox blocks access to files and modules, but does not limit time and memory.
+Jinja's sandbox blocks access to files and modules, but does not limit time or memory.
 """
 
 import functools
@@ -18,7 +18,7 @@ MAX_CHARACTERS = 1 << 26
 
 
 class _Generation(Extension):
-    """The block {% generation %}, which transformers uses to mark training text."""
+    """The {% generation %} block, which transformers uses to mark training text."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's type)
 
@@ -37,7 +37,7 @@ def _refuse(message: str) -> NoReturn:
 
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> Template:
-    """Compile a template in the environment that llama_cpp and transformers use."""
+    """Compile a template in the same Jinja environment as llama_cpp and transformers."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -50,9 +50,9 @@ class TemplateRenderer:
 
     @staticmethod
     def rendered(template: str, arguments: dict[str, Any] | None) -> str:
-        """Render a template. Without arguments, only compile it and return "".
+        """Render a template. If `arguments` is None, only compile the template and return "".
 
-        Raises ValueError if the template refuses its arguments, and any error that it raises.
+        Raises ValueError if the template rejects the arguments, or any other rendering error.
         """
         if arguments is None:
             _compiled(template)
@@ -63,6 +63,6 @@ class TemplateRenderer:
         }
         text = _compiled(template).render(**arguments, **functions)
         if len(text) > MAX_CHARACTERS:
-            raise ValueError(f"the output has {len(text):,} characters")
+            raise ValueError(f"the rendered prompt is too long: {len(text):,} characters")
         text.encode()
         return text

@@ -12,19 +12,19 @@ LIMIT_S = 5.0
 LIMIT_BYTES = 512 * 2**20
 # Templates of public models have tens of thousands of characters.
 MAX_TEMPLATE_CHARACTERS = 1 << 20
-_HINT = "download the model from another publisher"
+_HINT = "download the model from a different publisher"
 
 renderer = KeptProcess(
     template_child.TemplateRenderer,
     limit_s=LIMIT_S,
     limit_bytes=LIMIT_BYTES,
-    takes="the chat template takes",
+    takes="rendering the chat template takes",
     hint=_HINT,
 )
 
 
 class Template:
-    """A chat template with the vocabulary's BOS and EOS texts ("" for a missing token).
+    """A chat template with the texts of the vocabulary's BOS and EOS tokens ("" if missing).
 
     Raises PopError if the template is invalid or exceeds the limits.
     """
@@ -37,16 +37,16 @@ class Template:
             for token in (api.llama_vocab_eos(vocab), api.llama_vocab_bos(vocab))
         )
         if len(source) > MAX_TEMPLATE_CHARACTERS:
-            raise PopError(f"the chat template has {len(source):,} characters", _HINT)
+            raise PopError(f"the chat template is too long: {len(source):,} characters", _HINT)
         try:
             renderer.call("rendered", source, None)
         except ValueError as error:
             raise PopError(f"the chat template is broken: {error}", _HINT) from error
 
     def render(self, messages: Sequence[Any]) -> str:
-        """Render messages, up to the start of the answer.
+        """Render the messages up to the start of the answer.
 
-        Raises ValueError if the template refuses the messages, PopError if it exceeds its limits.
+        Raises ValueError if the template rejects the messages, or PopError if limits are exceeded.
         """
         arguments = {
             **dict.fromkeys(("functions", "function_call", "tools", "tool_choice")),

@@ -1,1 +1,1 @@
-"""Conversations with a model, and session files with a transcript and a KV cache."""
+"""Conversations with a model, and session files that store a transcript and a KV cache."""

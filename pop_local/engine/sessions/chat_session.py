@@ -1,4 +1,4 @@
-"""Chat sessions: questions, streamed answers, undo, saved files."""
+"""Chat sessions: questions, streamed answers, undo, and saved files."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Answer:
 
 
 class Stream(Iterator[str]):
-    """An iterator over an answer's text. `text`: the pieces so far. `stats`: None until the end.
+    """An iterator over an answer's text. `text`: the text so far. `stats`: None until the end.
 
-    Closing the stream ends the answer without `stats`. If on_prefill or should_stop closes the
-    stream, the answer ends after the callback returns, with `stats`.
+    Closing the stream ends the answer and leaves `stats` as None. If on_prefill or should_stop
+    closes it, the answer ends after the callback returns, and `stats` is set.
     """
 
     def __init__(self, chunks: Answering, on_end: Callable[[Stream], None]) -> None:
@@ -92,7 +92,7 @@ class ChatSession:
     def __init__(
         self, model: EngineOwner, conversation: Conversation | None = None, *, reread: str = ""
     ) -> None:
-        """`reread`: the reason why the next question reads the conversation again, or ""."""
+        """`reread`: why the conversation must be read again for the next question, or ""."""
         self.model = model
         self.reread = reread
         self._conversation = conversation or Conversation()
@@ -102,16 +102,16 @@ class ChatSession:
 
     @property
     def conversation(self) -> Conversation:
-        """The system prompt and all turns so far. Accessing it ends a streaming answer.
+        """The system prompt and all turns so far. Accessing this property ends a streaming answer.
 
-        Raises PopError if that answer's on_prefill or should_stop accesses it.
+        Raises PopError if accessed from the streaming answer's on_prefill or should_stop.
         """
         self._settle()
         return self._conversation
 
     @property
     def system(self) -> str:
-        """The system prompt, or "". A change takes effect with the next question."""
+        """The system prompt, or "". Changes take effect with the next question."""
         return self._conversation.system
 
     @system.setter
@@ -121,7 +121,7 @@ class ChatSession:
 
     @property
     def dropped(self) -> Turn | None:
-        """The last question if it has no answer. The conversation does not contain it."""
+        """The last question if it has no answer; such a question is not in `conversation`."""
         self._settle()
         return self._dropped
 
@@ -137,20 +137,20 @@ class ChatSession:
 
     @property
     def stats(self) -> SessionStats:
-        """Sums over this session's answers, except answers that were closed early."""
+        """Totals over this session's answers, excluding answers that were closed early."""
         return SessionStats.of(self._stats)
 
     @property
     def answer_stats(self) -> tuple[TurnStats, ...]:
-        """The statistics of each answer in `stats` that has a token."""
+        """The statistics of each answer that is counted in `stats` and has at least one token."""
         return tuple(stats for stats in self._stats if stats.n_decoded)
 
     def chat(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:
-        """Return the complete answer. Arguments and errors are those of `stream`."""
+        """Return the complete answer. Arguments and errors are the same as for `stream`."""
         stream = self.stream(question, **options)
         for _ in stream:
             pass
-        assert stream.stats is not None, "the last chunk carries the figures"
+        assert stream.stats is not None, "the last chunk has the statistics"
         return Answer(stream.text, stream.stats)
 
     def stream(
@@ -163,26 +163,26 @@ class ChatSession:
     ) -> Stream:
         """Stream the answer. Prefill starts when the caller requests the first piece.
 
-        `images`: paths or contents of image files, which require an mmproj. In the prompt, images
+        `images`: paths or contents of image files; images require an mmproj. In the prompt, images
         and documents precede the question.
 
         Once the stream ends or is closed, or after Ctrl-C, the conversation includes the question
-        and the answer. If the answer is empty, the question is `dropped` instead. Raises
-        ContextFullError if the prompt exceeds the context, and PopError if the template rejects the
+        and the answer. If the answer is empty, the question is moved to `dropped` instead. Raises
+        ContextFullError if the prompt exceeds the context, or PopError if the template rejects the
         prompt.
         """
         turn = Turn(question, _documents(documents), pictures=_pictures(images))
         return self._ask(turn, self.conversation, options)
 
     def retry(self, **options: Unpack[AnswerOptions]) -> Stream:
-        """Answer the last question again, and replace the answer.
+        """Answer the last question again, and replace the previous answer.
 
-        Raises PopError like `stream`, and if the session has no question yet.
+        Raises the same errors as `stream`, or PopError if the session has no question yet.
         """
         return self.edit(None, **options)
 
     def edit(self, question: str | None, **options: Unpack[AnswerOptions]) -> Stream:
-        """Replace the last question's text (None: keep it), and answer it again like `retry`."""
+        """Replace the last question's text (None: keep the text), and answer the question again."""
         turn = self.last_asked
         if turn is None:
             raise PopError("the session has no question yet", "call chat or stream first")
@@ -199,7 +199,7 @@ class ChatSession:
         return turns[-1]
 
     def forget_oldest(self, n_turns: int) -> None:
-        """Remove the first `n_turns` turns. The next question reads the remaining turns again."""
+        """Remove the first `n_turns` turns. The other turns are then read again."""
         self._conversation = self.conversation.without_oldest(n_turns)
 
     def forget(self) -> None:
@@ -235,15 +235,15 @@ class ChatSession:
             self._stream.close()
         if self._stream is not None:
             raise PopError(
-                "the session is still answering",
-                "wait for the answer's end; on_prefill and should_stop may only close the stream",
+                "the session is still generating an answer",
+                "wait until the answer ends; on_prefill and should_stop may only close the stream",
             )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write transcript and KV cache atomically, and return the path with suffix .popsession.
+        """Write the transcript and KV cache atomically, and return the path (*.popsession).
 
-        If the cache holds another session, the file has no KV cache. Raises PopError if the file
-        exists or cannot be written.
+        If the cache holds a different session, the file contains no KV cache. Raises PopError if
+        the file already exists or cannot be written.
         """
         sessions, name = _split(path)
         target = sessions.path(name)
@@ -254,10 +254,10 @@ class ChatSession:
 
 
 def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSession:
-    """Load a saved conversation, including its mode and KV cache if they fit the model.
+    """Load a saved conversation, including its mode and KV cache if they match the model.
 
-    Otherwise, `reread` contains the reason, and the next question reads the conversation again.
-    Raises PopError if the file is not a session.
+    If they do not match, `reread` contains the reason, and the conversation is read again with the
+    next question. Raises PopError if the file is not a session file.
     """
     sessions, name = _split(path)
     if not sessions.path(name).is_file():
@@ -273,13 +273,13 @@ def _split(path: str | os.PathLike[str]) -> tuple[Sessions, str]:
 
 def _documents(given: Sequence[str | Document]) -> tuple[Document, ...]:
     if isinstance(given, str):  # a sequence of characters
-        raise PopError("documents is a string, not a list", "use documents=[text]")
+        raise PopError("documents must be a list, not a string", "use documents=[text]")
     return tuple(each if isinstance(each, Document) else Document("a text", each) for each in given)
 
 
 def _pictures(given: Sequence[GivenImage]) -> tuple[Picture, ...]:
     if isinstance(given, str | bytes | os.PathLike):
-        raise PopError("images is a single image, not a list", "use images=[path]")
+        raise PopError("images must be a list, not a single image", "use images=[path]")
     return tuple(map(_picture, given))
 
 

@@ -1,4 +1,4 @@
-"""A conversation: questions with documents and pictures, and their answers."""
+"""A conversation: questions with documents and pictures, and the answers."""
 
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ class Turn:
 
     @property
     def prompt(self) -> str:
-        """The user message. The question comes last, because the prompt's tail runs all layers."""
+        """The user message. The question comes last, because the tail runs through all layers."""
         texts = [*(document.text for document in self.documents), self.question]
         return "\n\n".join(text.strip("\n") for text in texts if text.strip())
 
@@ -42,7 +42,7 @@ class Conversation:
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """The turns' pictures without duplicates."""
+        """The pictures from all turns, without duplicates."""
         found = {picture.sha256: picture for turn in self.turns for picture in turn.pictures}
         return tuple(found.values())
 

@@ -4,12 +4,12 @@
     pictures/HASH  image files by SHA-256
     *.npy, kv.bin  the KV cache, see cache/saved_state.py
 
-If the model's cache holds another conversation, n_tokens is 0 and the arrays are missing.
+If the model's cache holds a different conversation, n_tokens is 0 and the arrays are missing.
 
 Loading restores the K/V only if the model, mmproj, POP mode, boundary, projections, backend version
-and RoPE options are the same. Models are compared by size and by a hash of the headers and of
-samples of the tensors. Otherwise, loading restores only the transcript. zip's CRC-32 detects
-damage.
+and RoPE options are the same. Models are compared by size and by a hash of their headers and of
+sampled tensor data. If anything differs, only the transcript is restored. The zip format's CRC-32
+detects damaged files.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Session:
-    """A session file without its K/V.
+    """The contents of a session file, except the K/V.
 
     `mode`: the mode that computed the K/V. `images`: (first row, key) of each image.
     """
@@ -95,7 +95,7 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class Restored:
-    """A loaded session. `reread`: the reason why its K/V cannot be used, or ""."""
+    """A loaded session. `reread`: the reason why the saved K/V cannot be used, or ""."""
 
     session: Session
     reread: str
@@ -104,7 +104,7 @@ class Restored:
 def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     """Count the leading cached tokens that belong to the conversation.
 
-    These tokens are the last question's prompt and the cached part of its answer. Return 0 if part
+    These tokens are the last question's prompt and the cached part of the answer. Returns 0 if part
     of the prompt is not cached. Answers are compared as text, because tokenizing an answer may not
     reproduce the sampled tokens.
     """
@@ -134,7 +134,7 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
 
 
 def fingerprint(engine: Engine) -> Fingerprint:
-    """Return the fingerprint, with an empty hash if a model file was replaced while open."""
+    """Return the fingerprint, with an empty hash if a model file was replaced while it was open."""
     source = engine.context.files.source
     version = f"{backend.version()} abi {backend.library_abi()}{opened_with(engine.context)}"
     mmproj = engine.vision.key if engine.vision else ""
@@ -143,19 +143,19 @@ def fingerprint(engine: Engine) -> Fingerprint:
 
 
 class Sessions:
-    """The saved sessions in a folder, by name."""
+    """A folder of saved sessions, accessed by name."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def names(self) -> list[str]:
-        """Return the names of regular files that `load` accepts, sorted."""
+        """Return the sorted names of the regular files that `load` accepts."""
         found = (path for path in self._folder.glob(f"*{SUFFIX}") if path.is_file())
         names = (path.name.removesuffix(SUFFIX) for path in found)
         return sorted(filter(_NAME.fullmatch, names))
 
     def listed(self) -> Iterator[SavedFile]:
-        """Yield all sessions by name, without their pictures' content."""
+        """Yield all sessions in order of name, without the contents of pictures."""
         for name in self.names():
             status = self.path(name).stat()
             session = None
@@ -164,10 +164,10 @@ class Sessions:
             yield SavedFile(name, status.st_size, status.st_mtime, session)
 
     def path(self, name: str) -> Path:
-        """Return a session's path. Raises PopError for an invalid name, for example a path."""
+        """Return a session's path. Raises PopError if the name is invalid, for example a path."""
         if not _NAME.fullmatch(name):
             raise PopError(
-                f"{name!r} cannot name a session",
+                f"{name!r} is not a valid session name",
                 "use up to 80 letters, digits, spaces and any of . _ + -",
             )
         return self._folder / f"{name}{SUFFIX}"
@@ -177,8 +177,8 @@ class Sessions:
     ) -> int:
         """Write the file atomically, and return its size in bytes. Raises PopError.
 
-        `with_cache`: include the cached rows if they belong to the conversation. The cache then
-        drops all rows after the conversation.
+        `with_cache`: include the cached rows if they belong to the conversation. If they do, all
+        rows after the conversation are dropped from the cache.
         """
         path, state = self.path(name), None
         n_own = n_own_tokens(engine, conversation) if with_cache else 0
@@ -214,9 +214,9 @@ class Sessions:
         return path.stat().st_size
 
     def load(self, name: str, engine: Engine) -> Restored:
-        """Load a session, including its mode and K/V if they fit the model.
+        """Load a session, including its mode and K/V if they match the model.
 
-        Raises PopError for a missing or damaged file, which leaves the model unchanged.
+        If the file is missing or damaged, raises PopError and leaves the model unchanged.
         """
         path = self.path(name)
         ours, state = fingerprint(engine), None
@@ -246,7 +246,7 @@ class Sessions:
 
 
 def encoded(session: Session) -> str:
-    """Return the session as JSON, with names and hashes instead of pictures."""
+    """Return the session as JSON, with each picture replaced by its name and hash."""
     fields = dataclasses.asdict(session) | {"mode": session.mode.name, "format": FORMAT}
     for turn, raw in zip(session.conversation.turns, fields["conversation"]["turns"], strict=True):
         raw["pictures"] = [{"name": one.name, "sha256": one.sha256} for one in turn.pictures]
@@ -254,9 +254,9 @@ def encoded(session: Session) -> str:
 
 
 def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session:
-    """Parse an archive's transcript. Without `with_pictures`, pictures have no content.
+    """Parse an archive's transcript. Unless `with_pictures` is set, pictures have no content.
 
-    Raises PopError for another format version, and one of DAMAGES for invalid JSON.
+    Raises PopError for a different format version, or one of DAMAGES for invalid JSON.
     """
 
     def picture(name: str, sha256: str) -> Picture:
@@ -266,13 +266,13 @@ def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session
             return Picture(name, b"", 0, 0)
         found = picture_of(read_member(archive, member), name)
         if found.sha256 != sha256:
-            raise ValueError("the picture has another hash")
+            raise ValueError("the picture's hash does not match")
         return found
 
     raw = _typed(json.loads(read_member(archive, _TRANSCRIPT, _MAX_TRANSCRIPT_BYTES)), dict)
     if (found := _typed(raw.pop("format", None), int)) != FORMAT:
         raise PopError(
-            f"the session {archive.filename} cannot be read: the file has format {found}, this"
+            f"the session {archive.filename} cannot be read: the file has format {found}, but this"
             f" version reads format {FORMAT}",
             "load the session with the version of pop-local that saved it",
         )
@@ -281,7 +281,7 @@ def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session
 
 
 def _value(kind: Any, raw: object, picture: ReadPicture) -> Any:
-    """Convert a field's JSON to its type. Raises ValueError or KeyError if it does not fit."""
+    """Convert a field's JSON to its type. Raises ValueError or KeyError if that is impossible."""
     if kind is Picture:
         named = _fields(raw, {"name", "sha256"})
         return picture(_text(named["name"]), _text(named["sha256"]))
@@ -326,13 +326,13 @@ def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
     """Return the reason why the model cannot use the saved KV cache, or ""."""
     saved = session.fingerprint
     if (saved.model_bytes, saved.model_sha256) != (ours.model_bytes, ours.model_sha256):
-        return f"the session belongs to another model ({session.model})"
+        return f"the session was saved with a different model ({session.model})"
     if saved.mmproj != ours.mmproj and session.conversation.pictures:
-        return "the session belongs to another mmproj"
+        return "the session was saved with a different mmproj"
     if saved.backend != ours.backend:
         return f"the session was saved with backend {saved.backend}, but this is {ours.backend}"
     if session.mode is not Mode.OFF and not engine.pruning.can_switch:
-        return "the session is pruned, but this model has not been converted"
+        return "the session was saved with pruning, but this model has not been converted"
     if session.n_tokens > engine.context.n_ctx:
         return f"the session needs a context of {session.n_tokens:,} tokens"
     return ""
@@ -352,6 +352,6 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 def _damaged(path: Path) -> PopError:
     return PopError(
-        f"the session {path} is damaged or not a session",
-        "if the file is still being copied, wait; otherwise, load another file",
+        f"the file {path} is damaged or not a session",
+        "if the file is still being copied, wait; otherwise, load a different file",
     )

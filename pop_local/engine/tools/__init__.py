@@ -1,1 +1,1 @@
-"""Tools: describe them in prompts, constrain the form of calls, and parse calls in answers."""
+"""Describe tools in prompts, constrain the form of tool calls, and parse calls in answers."""

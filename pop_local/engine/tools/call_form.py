@@ -21,8 +21,8 @@ _N_TRIGGER = 512
 class Trigger:
     """A pattern that starts a grammar for the rest of an answer.
 
-    `grammars`: grammars by the text of group `name` ("" if the pattern has no such group). The
-    grammar applies from group `rest` on, or else from the first group that matched.
+    `grammars`: grammars, keyed by the text of group `name` ("" if the pattern has no such group).
+    The grammar applies from the start of group `rest`, or else of the first group that matched.
     """
 
     pattern: re.Pattern[str]
@@ -33,9 +33,9 @@ class Trigger:
 class CallForm:
     """The form of an answer's tool calls.
 
-    `must_call`: the answer must not end before a call. `triggers`: patterns that start a grammar.
-    Without triggers, `grammar` applies from the first token on. `shown`: special tokens that
-    appear as text in this form. `native`: llama.cpp's format, None for the text form.
+    `must_call`: whether the answer must contain a call. `triggers`: patterns that start a grammar.
+    If there are no triggers, `grammar` applies from the first token. `shown`: special tokens that
+    appear as text in this form. `native`: llama.cpp's format (None: the text form).
     """
 
     names: tuple[str, ...]
@@ -47,7 +47,7 @@ class CallForm:
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Return the keywords of the tools' schemas that have no effect."""
+        """Return the keywords in the tools' schemas that are ignored."""
         return self.grammar.ignored if self.grammar else ()
 
 
@@ -69,7 +69,7 @@ class CallConstraint:
         return self._constraint is not None
 
     def allowed(self) -> np.ndarray | None:
-        """Return the allowed token ids in order, None for all."""
+        """Return the allowed token IDs in order, or None if all tokens are allowed."""
         must_continue = self._form.must_call and not (self._call.strip() or self._last_call)
         if self._constraint is None:
             return self._all_but_ends if must_continue else None
@@ -101,7 +101,7 @@ class CallConstraint:
                 return
 
     def _begin(self, grammar: Grammar, text: str) -> None:
-        """Start the grammar after `text`, unless the grammar rejects the text."""
+        """Apply the grammar from the end of `text` on, unless the grammar rejects `text`."""
         constraint = Constraint(self._tokenizer, grammar)
         try:
             for token in self._tokenizer.greedy_tokenize(text):

@@ -1,4 +1,4 @@
-"""Child process that runs llama.cpp's chat formats, because templates and answers can crash it.
+"""Child process that runs llama.cpp's chat code, which templates and answers can crash.
 
 The library is `libpop-chat` (patches/llama.cpp/common/pop/pop-chat.cpp).
 """
@@ -15,9 +15,9 @@ _NAMES = {"win32": "pop-chat.dll", "darwin": "libpop-chat.dylib"}
 
 
 def _library() -> ctypes.CDLL:
-    """Load the library from the folder of llama_cpp's libraries."""
+    """Load the library from the folder that contains llama_cpp's libraries."""
     package = find_spec("llama_cpp")
-    assert package is not None and package.origin is not None, "the backend is installed"
+    assert package is not None and package.origin is not None, "the backend must be installed"
     packaged = Path(package.origin).parent / "lib"
     folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or packaged)
     library = ctypes.CDLL(str(folder / _NAMES.get(sys.platform, "libpop-chat.so")))
@@ -30,18 +30,18 @@ def _library() -> ctypes.CDLL:
 class ChatFormatter:
     """The methods that the parent process calls.
 
-    They raise ValueError for input that llama.cpp rejects.
+    All methods raise ValueError for input that llama.cpp rejects.
     """
 
     def __init__(self) -> None:
         self._library = _library()
 
     def render(self, request: dict[str, Any]) -> Any:
-        """Return a prompt and the form of its answer."""
+        """Return a prompt and the form of the answer."""
         return self._call(self._library.pop_chat_render, request)
 
     def parse(self, request: dict[str, Any]) -> Any:
-        """Return the content, reasoning and tool calls of a complete or partial answer."""
+        """Return the content, reasoning, and tool calls of a complete or partial answer."""
         return self._call(self._library.pop_chat_parse, request)
 
     def _call(self, function: Any, request: dict[str, Any]) -> Any:

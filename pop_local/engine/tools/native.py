@@ -1,4 +1,4 @@
-"""Render and parse tool calls in the template's form, with llama.cpp's chat code."""
+"""Render and parse tool calls in the template's form, using llama.cpp's chat code."""
 
 from dataclasses import dataclass, fields
 from hashlib import sha256
@@ -14,10 +14,10 @@ _SEVERAL = "root ::= tool-call | tool-calls"
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt and the form of its answer, from pop-chat.cpp.
+    """A prompt and the form of the answer, as returned by pop-chat.cpp.
 
-    `takes_tools`: whether the template renders tools. `grammar`: GBNF of the answer after a match
-    of one of the `triggers` (type and value). `shown`: special tokens in the form's text.
+    `takes_tools`: whether the template renders tools. `grammar`: the GBNF that applies after one of
+    the `triggers` (type and value) matches. `shown`: special tokens in the form's text.
     """
 
     prompt: str
@@ -31,7 +31,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A parsed answer, or the start of an answer. `calls`: (name, arguments) pairs."""
+    """A parsed complete or partial answer. `calls`: (name, arguments) pairs."""
 
     content: str = ""
     reasoning: str = ""
@@ -42,7 +42,7 @@ _chat = KeptProcess(
     chat_child.ChatFormatter,
     limit_s=LIMIT_S,
     limit_bytes=LIMIT_BYTES,
-    takes="the tool calls take",
+    takes="processing the tool calls takes",
     hint="send fewer or simpler tools",
 )
 
@@ -54,9 +54,9 @@ def render(
     *,
     several: bool,
 ) -> Rendered:
-    """Render messages and tools, which are in OpenAI's format.
+    """Render messages and tools, both in OpenAI's format.
 
-    Raises ValueError if the template refuses the messages, PopError if it exceeds its limits.
+    Raises ValueError if the template rejects the messages, or PopError if limits are exceeded.
     """
     request = {
         "template": template.source,
@@ -87,7 +87,7 @@ def _with_root(grammar: str, rule: str) -> str:
 def parse(form: dict[str, Any], text: str, *, partial: bool) -> Parsed:
     """Parse an answer.
 
-    Raises ValueError if the answer has another form, PopError if parsing exceeds the limits.
+    Raises ValueError if the answer is not in this form, or PopError if limits are exceeded.
     """
     request = {"key": form["key"], "text": text, "partial": partial}
     try:

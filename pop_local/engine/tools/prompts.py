@@ -1,4 +1,4 @@
-"""Build prompts with tools, and the forms of their answers."""
+"""Build prompts with tools, and determine the form of the answers."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -28,11 +28,11 @@ _ROOT = re.compile(r"^root ::= (.*)$", re.MULTILINE)
 def prompt_with_tools(
     prompter: Prompter, messages: Sequence[Message], tools: Tools
 ) -> tuple[Prompt, CallForm | None]:
-    """Return a prompt that describes the tools, and the form of its answer's calls.
+    """Return a prompt that describes the tools, and the form of the calls in the answer.
 
-    The template defines the form if llama.cpp supports the template. Otherwise calls are plain
-    text. The form is None if no tool may be called. Raises PopError if the model has no template
-    or the template refuses the conversation, GrammarError for an invalid schema.
+    If llama.cpp supports the template, the template defines the form. Otherwise, calls are plain
+    text. The form is None if no tool may be called. Raises PopError if the model has no template or
+    the template rejects the conversation, or GrammarError if a schema is invalid.
     """
     if not prompter.has_template:
         hint = "send no tools, or use a model with a chat template"
@@ -68,7 +68,7 @@ class _Native:
         return not tools or (bool(made.grammar) and is_clear)
 
     def prompt(self) -> Prompt:
-        """Render the conversation. Special tokens in texts become plain text."""
+        """Render the conversation, treating special tokens in the texts as plain text."""
         others = _texts([_calls(message) for message in self._messages])
         others += _texts([tool.openai for tool in self._tools.all])
         made = self._prompter.render(
@@ -80,7 +80,7 @@ class _Native:
     def _render(
         self, contents: list[str], marked: Callable[[str], str], only: Sequence[Tool] = ()
     ) -> Rendered:
-        """Render the conversation. `only`: tools in the prompt (default: all)."""
+        """Render the conversation. `only`: the tools to include (default: all)."""
         pairs = zip(self._messages, contents, strict=True)
         messages = [
             {"role": message.role, "content": content, **_mapped(_calls(message), marked)}
@@ -110,7 +110,7 @@ class _Native:
         return CallForm(tuple(tools.names), tools.must_call, triggers, grammar, shown, made.format)
 
     def _shown(self, made: Rendered) -> Iterator[int]:
-        """Yield the form's special tokens that answers otherwise hide, except end tokens."""
+        """Yield the form's special tokens that are usually hidden in answers, except end tokens."""
         context = self._prompter.context
         pieces = Pieces(context.vocabulary)
         for text in made.shown:
@@ -132,7 +132,7 @@ def _text_form(tools: Tools, rules: dict[str, JsonRule]) -> CallForm:
 
 
 def _in_json(tools: Tools, rules: dict[str, JsonRule]) -> Trigger:
-    """Return a trigger for fenced JSON, which models such as Qwen2.5-Coder write."""
+    """Return a trigger for fenced JSON, which models such as Qwen2.5-Coder generate."""
     rest = {name: unchecked(text_form.rest_of_json(rules[name].text)) for name in tools.names}
     return Trigger(text_form.opening(tools.names), rest)
 
@@ -145,9 +145,9 @@ def _pattern(trigger: dict[str, str]) -> re.Pattern[str]:
 
 
 def _numbered(messages: Sequence[Message]) -> list[Message]:
-    """Replace call ids with ids that every template accepts, and set the ids of results.
+    """Replace call IDs with IDs that every template accepts, and set the IDs of results.
 
-    Ollama's clients send results without an id. Such a result answers the first open call.
+    Ollama's clients send results without an ID. Such a result belongs to the first open call.
     """
     found: list[Message] = []
     open_: dict[str, str] = {}
@@ -168,7 +168,7 @@ def _numbered(messages: Sequence[Message]) -> list[Message]:
 
 
 def _calls(message: Message) -> dict[str, Any]:
-    """Return a message's calls, or the id of the call that it answers, in OpenAI's format."""
+    """Return a message's calls, or the ID of the call that was answered, in OpenAI's format."""
     if message.role == "tool":
         return {"tool_call_id": message.call_id}
     calls = [
@@ -183,7 +183,7 @@ def _calls(message: Message) -> dict[str, Any]:
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a copy of a JSON value in which `change` has replaced all texts, names included."""
+    """Return a copy of a JSON value with `change` applied to every string, including names."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

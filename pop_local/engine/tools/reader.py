@@ -16,9 +16,9 @@ _LETTERS = string.ascii_letters + string.digits
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer: content, reasoning, or a part of the call `index`.
+    """A part of an answer: content, reasoning, or part of the call `index`.
 
-    The first part of a call has an id and a name. The other parts have only arguments.
+    The first part of a call has an ID and a name. Later parts of the call have only arguments.
     """
 
     content: str = ""
@@ -28,7 +28,7 @@ class Piece:
 
 
 class CallReader:
-    """Parser of one answer, which arrives in parts."""
+    """A parser for one answer that arrives in parts."""
 
     def __init__(self, form: CallForm) -> None:
         self._form, self._native = form, form.native
@@ -46,7 +46,7 @@ class CallReader:
         return self._added(self._parsed(partial=False))
 
     def _parsed(self, *, partial: bool) -> Parsed:
-        """Parse the text so far. Use the text form if llama.cpp finds no calls."""
+        """Parse the text so far. Fall back to the text form if llama.cpp finds no calls."""
         found: Parsed | None = None
         if self._native is not None:
             try:
@@ -81,7 +81,7 @@ class CallReader:
 
 
 def calls_of(pieces: Iterable[Piece]) -> list[ToolCall]:
-    """Return an answer's calls, joined from their parts."""
+    """Join the parts of each call in an answer, and return the calls."""
     calls: dict[int, ToolCall] = {}
     for piece in pieces:
         if piece.call is not None:

@@ -1,4 +1,4 @@
-"""Tool calls as plain text, for templates without tools and models that ignore the template."""
+"""Tool calls as plain text, for templates without tool support and models that ignore it."""
 
 import json
 import re
@@ -37,7 +37,7 @@ _BEGUN = re.compile(
 
 
 def with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    """Convert tools, calls and results to text in messages, which any template can render."""
+    """Convert tools, calls, and results to plain text, which any template can render."""
     listed = "\n".join(json.dumps(tool.openai["function"], ensure_ascii=False) for tool in tools)
     found: list[Message] = []
     for message in messages:
@@ -66,7 +66,7 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Messa
 
 
 def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
-    """Return a grammar for calls between tags. `rules`: tools with their arguments in Lark."""
+    """Return a grammar for calls between tags. `rules`: tools with Lark rules for arguments."""
     calls = " | ".join(f"call{number}" for number in range(len(rules)))
     more = f"({_SPACE} call)*" if several else ""
     lines = [
@@ -80,12 +80,12 @@ def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
 
 
 def rest_of_json(rule: str) -> str:
-    """Return a grammar for the rest of a call after `opening`: its arguments and its end."""
+    """Return a grammar for the rest of a call after `opening`: the arguments and the end."""
     return f'start: {_SPACE} args {_SPACE} "}}" {_END}\nargs: {rule}'
 
 
 def opening(names: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern that matches the start of a call. Group `rest`: the arguments' start."""
+    """Return a pattern that matches a call's start. Group `rest` is where the arguments start."""
     either = "|".join(map(re.escape, names))
     return re.compile(
         rf'{_OPEN}\{{{{1,2}}\s*"name"\s*:\s*"(?P<name>{either})"\s*,\s*'
@@ -94,12 +94,12 @@ def opening(names: Sequence[str]) -> re.Pattern[str]:
 
 
 def may_open(text: str) -> bool:
-    """Return whether an answer that starts with this text may become a call in JSON."""
+    """Return whether an answer that starts with this text may turn into a JSON call."""
     return _BEGUN.fullmatch(text) is not None
 
 
 def parse(text: str, names: Sequence[str], *, partial: bool) -> Parsed:
-    """Parse an answer or its start. Calls of unknown functions are content."""
+    """Parse a complete or partial answer. Calls to unknown functions are kept as content."""
     content, calls, at = "", list[tuple[str, str]](), 0
     opens = opening(names)
     while match := opens.search(text, at):

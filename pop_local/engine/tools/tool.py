@@ -1,4 +1,4 @@
-"""Tools that a prompt describes and an answer may call."""
+"""Tools that are described in a prompt and may be called in the answer."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _NO_ARGUMENTS = {"type": "object", "properties": {}}
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model may call. `parameters`: the JSON schema of its arguments."""
+    """A function that a model may call. `parameters`: the JSON schema of the arguments."""
 
     name: str
     description: str
@@ -27,7 +27,7 @@ class Tool:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """Return the arguments' schema, with `additionalProperties` false by default."""
+        """Return the arguments' schema, with `additionalProperties` set to false by default."""
         given = self.parameters or _NO_ARGUMENTS
         is_plain = "properties" in given and not given.keys() & _COMBINED
         return {"additionalProperties": False, **given} if is_plain else given
@@ -42,10 +42,10 @@ class Tool:
 
 @dataclass(frozen=True)
 class Tools:
-    """A prompt's tools, and the calls that its answer may contain.
+    """A prompt's tools, and the calls that the answer may contain.
 
-    `all`: tools in the prompt. `callable_`: tools that the answer may call. `must_call`: require a
-    call. `several`: allow several calls. Raises PopError if two names have the same grammar rule.
+    `all`: tools in the prompt. `callable_`: tools that may be called. `must_call`: a call is
+    required. `several`: several calls are allowed. Raises PopError if two tools have the same rule.
     """
 
     all: tuple[Tool, ...]
@@ -58,7 +58,7 @@ class Tools:
         for tool in self.all:
             if other := rules.get(tool.rule):
                 names = f"{other!r} and {tool.name!r}"
-                message = f"two tools have the same name, apart from punctuation: {names}"
+                message = f"the names of two tools differ only in punctuation: {names}"
                 raise PopError(message, "rename one of the two tools")
             rules[tool.rule] = tool.name
 

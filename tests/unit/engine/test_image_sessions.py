@@ -40,13 +40,13 @@ def test_a_session_with_pictures_round_trips(vision_model, tmp_path):
         mmproj=make_mmproj(tmp_path / "other" / "mmproj.gguf", vision)
     ) as model:
         session = model.load_session(path)
-        assert "another mmproj" in session.reread
+        assert "a different mmproj" in session.reread
         assert session.chat("and now", **options).stats.n_cached < image_start(
             prompt(model, LONG, 3)
         )
     with vision_model.opened(mmproj=None) as model:
         session = model.load_session(path)
-        with pytest.raises(PopError, match="without its mmproj"):
+        with pytest.raises(PopError, match="without an mmproj"):
             session.chat("and now", **options)
 
 
@@ -84,7 +84,7 @@ def test_a_session_of_another_format_is_reported(smol, tmp_path):
         with zipfile.ZipFile(path) as given, zipfile.ZipFile(old, "w") as made:
             content = json.loads(given.read("session.json")) | {"format": 1}
             made.writestr("session.json", json.dumps(content))
-        with pytest.raises(PopError, match="has format 1, this version reads format 3"):
+        with pytest.raises(PopError, match="has format 1, but this version reads format 3"):
             model.load_session(old)
 
 

@@ -360,7 +360,7 @@ def test_a_prompt_with_a_picture_is_not_short(smol):
 def test_an_image_larger_than_a_ubatch_whose_rows_see_each_other(tmp_path):
     vision_model = VisionModel("gemma3", make_vision_model(tmp_path, "gemma3"))
     with vision_model.opened(n_ubatch=32) as model:
-        with pytest.raises(PopError, match="64 tokens, which attend to each other"):
+        with pytest.raises(PopError, match="64 tokens must fit in one ubatch"):
             model.chat("a", images=[png(3)], max_tokens=1)
         assert model.engine.cache.n_tokens == 0, "the text before the image was not read"
         assert model.chat("a", max_tokens=1).stats.n_decoded == 1
@@ -409,7 +409,7 @@ def test_a_template_that_drops_a_picture(tmp_path):
     vision_model = VisionModel("llama", make_vision_model(tmp_path, "llama", template=template))
     with vision_model.opened() as model:
         shown = ((0, picture_of(png(3), "a")),)
-        with pytest.raises(PopError, match="leaves out pictures"):
+        with pytest.raises(PopError, match="omits pictures"):
             model.engine.prompter.conversation([Message("user", "a", shown), Message("user", "b")])
 
 

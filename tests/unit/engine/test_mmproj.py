@@ -30,11 +30,11 @@ def test_images_of_a_question(smol, tmp_path):
     with smol.opened() as model:
         for images in ([path], [str(path)], [png(3)], [read_picture(path)]):
             assert model.chat("a", images=images, max_tokens=1).stats.n_image > 0
-        with pytest.raises(PopError, match="not a list"):
+        with pytest.raises(PopError, match="must be a list"):
             model.chat("a", images=path)
         with pytest.raises(PopError, match="cannot read"):
             model.chat("a", images=[tmp_path / "none.png"])
-    with smol.opened(mmproj=None) as model, pytest.raises(PopError, match="without its mmproj"):
+    with smol.opened(mmproj=None) as model, pytest.raises(PopError, match="without an mmproj"):
         model.chat("a", images=[path])
 
 

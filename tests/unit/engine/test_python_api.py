@@ -233,7 +233,7 @@ def test_questions_that_are_refused(model):
     session = model.session()
     with pytest.raises(PopError, match="empty"):
         session.chat(" ")
-    with pytest.raises(PopError, match="documents is a string"):
+    with pytest.raises(PopError, match="documents must be a list"):
         session.chat(QUESTION, documents="not a list")
     with pytest.raises(PopError, match="the minimum is 1"):
         session.chat(QUESTION, max_tokens=0)

