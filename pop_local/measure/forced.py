@@ -149,7 +149,7 @@ class Forced:
         counters = self._cache.slot.counters
         if (counters.n_context, counters.n_rows) != (expected, n_tokens):
             raise PopError(
-                f"the measurement is invalid: of {n_tokens} {what} tokens, {expected} should be"
+                f"the measurement is not valid: of {n_tokens} {what} tokens, {expected} should be"
                 f" pruned, but the backend counted {counters.n_context} pruned and"
                 f" {counters.n_full} full tokens"
             )

@@ -58,7 +58,7 @@ class Tools:
         for tool in self.all:
             if other := rules.get(tool.rule):
                 names = f"{other!r} and {tool.name!r}"
-                message = f"the names of two tools differ only in punctuation: {names}"
+                message = f"two tools have the same name, ignoring punctuation: {names}"
                 raise PopError(message, "rename one of the two tools")
             rules[tool.rule] = tool.name
 

@@ -98,7 +98,7 @@ def test_a_continuation_with_pruned_rows_is_an_error(model, monkeypatch):
     with forced(model) as reader:
         reader.read(text(60), Pruning(4))
         monkeypatch.setattr(backend, "set_mode", lambda ctx, mode: real(ctx, Mode.ALWAYS))
-        with pytest.raises(PopError, match="of 19 continuation tokens 0 should"):
+        with pytest.raises(PopError, match="of 19 continuation tokens, 0 should"):
             reader.predict(text(20))
 
 
