@@ -89,7 +89,7 @@ def test_measuring_restores_a_model_without_keys(tmp_path):
 
 def test_rows_pruned_against_the_plan_are_an_error(model, monkeypatch):
     monkeypatch.setattr(backend, "get_counters", lambda ctx: Counters(0, 60))
-    with forced(model) as reader, pytest.raises(PopError, match="of 60 context tokens 43 should"):
+    with forced(model) as reader, pytest.raises(PopError, match="of 60 context tokens, 43 should"):
         reader.read(text(60), Pruning(4, Mode.CONTEXT))
 
 
