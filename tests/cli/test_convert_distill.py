@@ -124,7 +124,7 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
 @pytest.mark.parametrize(
     ("arch", "options", "reason"),
     [
-        ("llama", ("--skip", 1), "a single skipped layer"),
+        ("llama", ("--skip", 1), "only one skipped layer"),
         ("phi3", (), "the architecture 'phi3'"),
     ],
 )

@@ -191,7 +191,7 @@ def test_echo_with_logprobs_reads_in_full(client, full, as_tokens):
     answer = complete(client, prompt, echo=True, logprobs=2, max_tokens=1).json()
     (choice,), pop = answer["choices"], answer["usage"]["pop"]
     assert (pop["n_pruned"], pop["n_full"]) == (0, len(tokens))
-    assert "log probabilities of the prompt" in pop["reason"]
+    assert "prompt log probabilities" in pop["reason"]
     found = choice["logprobs"]
     assert "".join(found["tokens"]) == choice["text"]
     assert choice["text"].endswith(LONG, 0, len(choice["text"]) - len(found["tokens"][-1]))
