@@ -76,7 +76,7 @@ class Grammar:
 
     @classmethod
     def of_schema(cls, schema: Any) -> "Grammar":
-        """Allow JSON that matches a schema (draft 2020-12), with properties in the schema's order.
+        """Allow only JSON that matches a schema (draft 2020-12), with properties in schema order.
 
         Raises GrammarError if the schema is invalid, unsatisfiable, or unsupported.
         """
@@ -103,7 +103,7 @@ class Grammar:
 
     @classmethod
     def of_gbnf(cls, gbnf: str, instead: Mapping[str, "JsonRule"] | None = None) -> "Grammar":
-        """Allow text that matches the `root` rule of a grammar in llama.cpp's GBNF format.
+        """Allow only text that matches the `root` rule of a grammar in llama.cpp's GBNF format.
 
         `instead`: replacement JSON schemas by rule name. Raises GrammarError for invalid GBNF.
         """
@@ -121,7 +121,7 @@ class Grammar:
 
     @classmethod
     def of_regex(cls, pattern: str) -> "Grammar":
-        """Allow text that a regular expression (in Rust `regex` syntax) matches in full.
+        """Allow only text that a regular expression (in Rust `regex` syntax) matches in full.
 
         Raises GrammarError if the expression is invalid.
         """

@@ -51,7 +51,7 @@ def _require_learnable(cache: KvCache) -> None:
     context, hint = cache.context, "open the model without learning"
     if context.options.n_sequences > 1:
         message, hint = (
-            "a model learns from one prompt at a time",
+            "learning supports only one prompt at a time",
             "open the model with n_parallel=1",
         )
     elif (

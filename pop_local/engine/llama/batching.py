@@ -69,7 +69,7 @@ class Batcher:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Make batches wait for one more sequence until exit."""
+        """Until exit, make batches wait for one more sequence's request."""
         with self._turn:
             self._n_working += 1
         try:

@@ -35,7 +35,7 @@ class Cells:
 
     @property
     def end(self) -> int:
-        """Position after the last cell."""
+        """The position after the last cell."""
         with self._locked():
             if not (memory := self._memory):
                 return 0
@@ -43,7 +43,7 @@ class Cells:
 
     @property
     def first(self) -> int:
-        """First position with a cell."""
+        """The first position that has a cell."""
         with self._locked():
             return int(self._api.llama_memory_seq_pos_min(self._memory, self._sequence))
 
@@ -70,7 +70,7 @@ class Cells:
             backend.move_rows(self._ctx, self._sequence, start, sources, tokens)
 
     def state_size(self) -> int:
-        """Return the maximum size of `state` in bytes."""
+        """Return the maximum size in bytes of the result of `state`."""
         with self._locked():
             return self._state("get_size")
 
@@ -127,7 +127,7 @@ class Cells:
 
 
 class SequenceCells(Cells):
-    """The KV cells of one of several sequences. Saved states contain only this sequence."""
+    """The KV cells of one of several sequences. Saved states contain only that sequence."""
 
     def clear(self) -> None:
         self.truncate(0)

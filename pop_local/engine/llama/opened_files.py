@@ -45,14 +45,14 @@ class OpenedFiles:
 
     @property
     def n_embd(self) -> int:
-        """Width of the hidden state."""
+        """The width of the hidden state."""
         n_embd = self.header.of_arch("embedding_length")
         assert isinstance(n_embd, int), "llama.cpp has loaded the file"
         return n_embd
 
     @cached_property
     def shape(self) -> ModelShape:
-        """Shape of the model's layers.
+        """The shape of the model's layers.
 
         Raises UnsupportedArchitectureError if the model cannot be pruned.
         """

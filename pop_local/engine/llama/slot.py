@@ -25,7 +25,7 @@ class Slot:
     # Taking turns
 
     def working(self) -> AbstractContextManager[None]:
-        """Make other sequences' batches wait for this sequence's rows until exit."""
+        """Until exit, make other sequences' batches wait for this sequence's rows."""
         return nullcontext()
 
     def locked(self) -> AbstractContextManager[None]:

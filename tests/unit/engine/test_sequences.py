@@ -320,7 +320,7 @@ def test_options_that_exclude_several_sequences_are_refused(pop_file, model, tmp
         opened(pop_file, n_parallel=0)
     with pytest.raises(PopError, match="batches of 2 tokens are too small"):
         opened(pop_file, n_parallel=2, n_batch=2, n_ubatch=2)
-    with pytest.raises(PopError, match="learns from one prompt at a time"):
+    with pytest.raises(PopError, match="learning supports only one prompt at a time"):
         model.learn()
 
 
