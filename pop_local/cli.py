@@ -1,4 +1,4 @@
-"""The command-line app, and the help texts of its commands."""
+"""The command-line app and the help text for its commands."""
 
 from typing import Annotated
 
@@ -10,13 +10,13 @@ from pop_local.ui.lazy import HELP_OPTIONS, lazy_group
 COMMANDS = {
     "chat": "Chat with a model in the terminal.",
     "run": "Ask one question, optionally about files or piped text.",
-    "serve": "Serve a model over OpenAI's, Anthropic's and Ollama's APIs.",
+    "serve": "Serve a model over the OpenAI, Anthropic and Ollama APIs.",
     "convert": "Write a copy of a GGUF model that reads prompts faster.",
     "strip": "Restore the original file from a converted copy.",
     "bench": "Measure the time to first token with and without pruning.",
-    "eval": "Measure how much quality pruning costs.",
+    "eval": "Measure the quality loss from pruning.",
     "compare": "Compare full and pruned answers to your prompts.",
-    "analyze": "Measure which layers prompts need.",
+    "analyze": "Measure which layers are needed to read prompts.",
     "demo": "Answer one long prompt with and without pruning.",
     "inspect": "Show the contents of a model file.",
     "pull": "Fetch a model from the catalog, a hub or a URL.",

@@ -1,1 +1,1 @@
-"""Fit K/V projections on text: choose windows, read them, and solve the fits."""
+"""Fit K/V projections on text: choose windows, read them, and solve for the projections."""

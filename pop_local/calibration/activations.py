@@ -31,7 +31,7 @@ def loaded(path: Path, *, n_threads: int | None = None, n_gpu_layers: int = -1) 
 
 
 class WindowReader:
-    """Reader that returns the requested activations of one window at a time."""
+    """A reader that returns the requested activations, one window at a time."""
 
     def __init__(self, context: Context, wanted: TapRequest) -> None:
         self._slot, self._wanted = Slot(context), wanted
@@ -41,7 +41,7 @@ class WindowReader:
     def window(self, tokens: Sequence[int]) -> Tapped:
         """Run a window of two or more tokens, starting with an empty KV cache.
 
-        Raises PopError if llama.cpp fails. Exceptions of signal handlers (Ctrl-C) propagate.
+        Raises PopError if llama.cpp fails. Exceptions from signal handlers (Ctrl-C) propagate.
         """
         self._slot.cells.clear()
         with self._slot.interruptible():

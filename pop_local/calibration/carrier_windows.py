@@ -1,7 +1,7 @@
 """Windows of synthetic look-ups: documents with exact values, followed by questions and answers.
 
-Ordinary text rarely repeats an exact string from its context, so with a fit on ordinary text alone,
-look-ups fail first.
+Ordinary text rarely repeats an exact string from its context, so look-ups are the first to fail if
+a fit uses ordinary text alone.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _MOST = 64
 
 @dataclass(frozen=True)
 class CarrierWindows:
-    """Look-up windows [n, n_tokens]. `answers` [n, n_tokens] marks the tokens of answers."""
+    """Look-up windows, and a mask of their answer tokens (`answers`); both are [n, n_tokens]."""
 
     windows: NDArray[np.int32]
     answers: NDArray[np.bool_]
@@ -34,7 +34,7 @@ class CarrierWindows:
 def carrier_windows(
     context: Context, n: int, n_tokens: int, prose: str, seed: int
 ) -> CarrierWindows:
-    """Build `n` windows of `n_tokens` tokens. Equal seeds build equal windows.
+    """Build `n` windows of `n_tokens` tokens. The same seed builds the same windows.
 
     The result has fewer windows if a document does not fit, which happens with tiny vocabularies.
     """
@@ -62,7 +62,7 @@ def carrier_windows(
 def _written(
     context: Context, rng: np.random.Generator, n_tokens: int, prose: str
 ) -> tuple[str, list[Span]]:
-    """Build a document with as many questions as fit into `n_tokens`, but one or more."""
+    """Build a document with as many questions as fit in `n_tokens`, but at least one."""
 
     def count(text: str) -> int:
         return len(context.vocabulary.tokenize(text))
@@ -81,7 +81,7 @@ def _written(
 def _marked(
     context: Context, tokens: Sequence[int], text: str, answers: Sequence[Span]
 ) -> list[bool]:
-    """Return a flag for each token that is True if the token overlaps an answer."""
+    """Return a flag for each token, which is True if the token overlaps an answer."""
     pieces = Pieces(context.vocabulary)
     ends = np.cumsum([len(pieces[token]) for token in tokens])
     # Some tokenizers insert a space at the start of a text.

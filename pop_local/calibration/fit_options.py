@@ -1,4 +1,4 @@
-"""Options for a fit, shared by the library and the commands."""
+"""Fit options shared by the library and the commands."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,10 @@ N_DISTILLED = 128
 class FitOptions:
     """Options for fitting the K/V projections of skipped layers.
 
-    `projection`: the kind of fit (None: a wide fit if its cost is small). `tokens`: the number of
-    tokens to fit on (None: depends on the model's size). `texts`: the files and folders to fit on
-    (empty: Python's documentation and code, and samples of the model). `memory_bytes`: the memory
-    for the sums of one pass (None: half of the free memory).
+    `projection`: the kind of fit (None: a wide fit if it costs little speed). `tokens`: the number
+    of tokens to fit on (None: depends on the model's size). `texts`: the files and folders to fit
+    on (empty: the default text). `memory_bytes`: the memory limit for the sums of one pass (None:
+    half of the free memory).
     """
 
     tokens: int | None = None
@@ -41,12 +41,12 @@ class FitOptions:
         return ", ".join(map(str, self.texts)) or DEFAULT_NAME
 
     def n_tokens(self, n_embd: int) -> int:
-        """Return the number of tokens to fit on, in whole windows. Raises CalibrationError."""
+        """Return how many tokens to fit on, a multiple of N_WINDOW. Raises CalibrationError."""
         default, least = default_tokens(n_embd), least_tokens(n_embd)
         n_tokens = default if self.tokens is None else self.tokens
         if n_tokens < least:
             raise CalibrationError(
-                f"{n_tokens:,} tokens are too few for a fit: this model needs {least:,} tokens",
+                f"{n_tokens:,} tokens are too few for a fit: this model needs at least {least:,}",
                 f"use {least} tokens or more (default: {default})",
                 cause="too-few-tokens",
                 n_least=least,
@@ -59,7 +59,7 @@ class FitOptions:
         return max(self.n_tokens(n_embd) // N_WINDOW, N_DISTILLED)
 
     def require_text(self, n_embd: int) -> None:
-        """Raise PopError, before any measurement, for a text that is too short to fit on."""
+        """Raise PopError, before anything is measured, if the text is too short to fit on."""
         self.n_tokens(n_embd)
         if self.texts:
             require_text(self.texts, n_embd)

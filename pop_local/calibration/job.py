@@ -1,4 +1,4 @@
-"""Calibration of one or several plans: read the text in passes, and solve the fits."""
+"""Calibrate one or more plans: read the text in passes, and solve for the projections."""
 
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
@@ -33,14 +33,14 @@ class Callbacks:
     should_stop: Callable[[], bool]
 
     def check_stop(self) -> None:
-        """Raise StoppedError if the caller requests a stop."""
+        """Raise StoppedError if the caller has requested a stop."""
         if self.should_stop():
             raise StoppedError
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The fitted projections of each plan, and the text on which they were fitted."""
+    """The fitted projections of each plan, and the text that they were fitted on."""
 
     fitted: tuple[Fitted, ...]
     text: CalibrationText
@@ -54,11 +54,11 @@ def calibrate(
     follow: Callbacks,
     text: CalibrationText | None = None,
 ) -> Calibrated:
-    """Fit, for each plan, the projections of all skipped layers except the first.
+    """Fit each plan's projections for all skipped layers except the first.
 
-    The plans must differ in their boundary or kind of fit. If memory allows, one pass over the text
-    serves all plans (see `plan_needs`). `text`: the text of an earlier calibration with the same
-    model and options. Raises PopError and StoppedError.
+    No two plans may have the same boundary and the same kind of fit. If memory allows, one pass
+    over the text serves all plans (see `plan_needs`). `text`: the text of an earlier calibration
+    with the same model and options. Raises PopError or StoppedError.
     """
     shape = plans[0].shape
     if text is None:
@@ -112,7 +112,7 @@ def _text(context: Context, options: FitOptions, n_embd: int, follow: Callbacks)
 def _choose_inputs(
     summing: Summing, context: Context, windows: Windows, boundaries: Set[int], follow: Callbacks
 ) -> dict[int, WideInput]:
-    """Choose the inputs of wide fits from the states of windows that are spread over the text."""
+    """Choose the inputs of wide fits from the states of windows spread evenly over the text."""
     wanted = sorted(filter(summing.is_wide, boundaries))
     if not wanted:
         return {}

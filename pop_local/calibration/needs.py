@@ -1,4 +1,4 @@
-"""The cost of a calibration: its passes over the text, its memory and its time."""
+"""The cost of a calibration: passes over the text, memory and time."""
 
 import time
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ MAX_WIDE_COST = 0.015
 
 
 class FitPair(NamedTuple):
-    """A skipped layer whose projections are fitted on the state at a boundary."""
+    """A boundary, and a skipped layer whose projections are fitted on the boundary's state."""
 
     boundary: int
     layer: int
@@ -60,10 +60,10 @@ class FitPair(NamedTuple):
 class FitNeeds:
     """The cost of a calibration.
 
-    `groups`: the pairs to fit in each pass over the text. `n_inputs`: the maximum number of inputs
-    of a fit. `n_sampled`: the number of windows that the model samples first. `sums_bytes`: the
-    memory for the largest group's Gram matrices, with scratch memory. `total_bytes`: the process's
-    peak memory, excluding the mapped model file.
+    `groups`: the (boundary, layer) pairs to fit in each pass over the text. `n_inputs`: the largest
+    number of inputs to any fit. `n_sampled`: the number of text windows to sample from the model
+    first. `sums_bytes`: the memory for the largest group's Gram matrices, including scratch memory.
+    `total_bytes`: the process's peak memory, excluding the mapped model file.
     """
 
     groups: tuple[tuple[FitPair, ...], ...]
@@ -78,15 +78,15 @@ def free_bytes() -> int:
 
 
 def require_memory(what: str, needed_bytes: int, hint: str, *, cause: str) -> None:
-    """Raise PopError if too little memory is free; `what`: subject and verb ("the fit needs")."""
+    """Raise PopError if too little memory is free; `what` starts its message ("the fit needs")."""
     free = free_bytes()
     if needed_bytes > free:
-        message = f"{what} {size(needed_bytes)} of memory, but only {size(free)} are free"
+        message = f"{what} {size(needed_bytes)} of memory, but only {size(free)} is free"
         raise PopError(message, hint, cause=cause)
 
 
 def fit_cost(plan: Plan, projection: Projection) -> float:
-    """Return the share of a plain fit's speed that another kind of fit loses."""
+    """Return the fraction of a plain fit's speed that is lost with the given projection."""
     plain, wide = (
         replace(plan, projection=kind).speedup_limit for kind in (Projection.FITTED, projection)
     )
@@ -94,7 +94,7 @@ def fit_cost(plan: Plan, projection: Projection) -> float:
 
 
 def fit_kind(plan: Plan, options: FitOptions) -> Projection:
-    """Return the kind of fit in the options (default: a wide fit if its cost is small)."""
+    """Return the kind of fit from the options (default: a wide fit if it costs little speed)."""
     if options.projection is not None:
         return options.projection
     is_cheap = fit_cost(plan, Projection.WIDE) <= MAX_WIDE_COST
@@ -111,9 +111,9 @@ def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Fit
 
 
 def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[Plan, ...]:
-    """Return the first plan and evenly spaced later plans whose sums fit into one pass.
+    """Return the first plan and as many evenly spaced later plans as fit in one pass.
 
-    The sums may take MOST_SUMS_BYTES, or the memory in the options if that is larger.
+    The sums may take up to MOST_SUMS_BYTES, or the options' `memory_bytes` if that is larger.
     """
     most = max(MOST_SUMS_BYTES, options.memory_bytes or 0)
     options = replace(options, memory_bytes=_ANY)
@@ -128,10 +128,10 @@ def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[
 def plan_needs(
     plans: Sequence[Plan], source: Source, options: FitOptions, n_sampled: int = 0
 ) -> FitNeeds:
-    """Divide the pairs of all plans into passes whose sums fit into memory.
+    """Divide the (boundary, layer) pairs of all plans into passes whose sums fit in memory.
 
-    The limit is the memory in the options (default: half of the free memory). Each pass has one
-    pair or more. `n_sampled`: the number of windows that the model samples first.
+    The memory limit is the options' `memory_bytes` (default: half of the free memory). Each pass
+    fits at least one pair. `n_sampled`: the number of text windows to sample from the model first.
     """
     shape, memory_bytes = plans[0].shape, options.memory_bytes
     if memory_bytes is None:
@@ -173,7 +173,7 @@ def plan_needs(
 
 
 class FitWork(NamedTuple):
-    """The work of a fit's parts in multiply-accumulates."""
+    """The work of each part of a fit, in multiply-accumulates."""
 
     sampling: float
     reading: float
@@ -186,9 +186,9 @@ def reading_work(plan: Plan, n_tokens: int) -> float:
 
 
 def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
-    """Return the work of fitting all plans, without measuring. Propagates errors from `Plan.macs`.
+    """Return the work of all fits, excluding measurements. Propagates errors from `Plan.macs`.
 
-    Each pass runs the text and adds its rows to the sums. Each pair is solved in float64.
+    Each pass adds the text's rows to the sums. Each pair's linear system is solved in float64.
     """
     shape = plans[0].shape
     n_windows = options.n_tokens(shape.n_embd) // N_WINDOW
@@ -207,7 +207,7 @@ def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> Fit
 
 @cache
 def macs_per_s() -> float:
-    """Measure this machine's multiply-accumulates per second, which takes under a second."""
+    """Measure this machine's multiply-accumulates per second, in less than a second."""
     a = np.ones((_N_PRODUCT, _N_PRODUCT), np.float32)
     times_s = []
     for _ in range(4):
@@ -218,7 +218,7 @@ def macs_per_s() -> float:
 
 
 def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:
-    """Return the bytes of an F16 KV cache and of a batch of `n_rows` with logits."""
+    """Return the size in bytes of an F16 KV cache plus a batch of `n_rows` with logits."""
     cache = 2 * n_cells * sum(shape.n_k + shape.n_v)
     return cache + 4 * n_rows * (2 * shape.n_vocab + 8 * shape.n_embd)
 
@@ -228,7 +228,7 @@ def n_choosing(n_embd: int) -> int:
 
 
 def _choosing_bytes(shape: ModelShape, n_boundaries: int) -> int:
-    """Return the bytes for choosing a wide input: states, their axes, and a layer's neurons."""
+    """Return the bytes needed to choose a wide input: states, their axes, and a layer's neurons."""
     n, n_rows = shape.n_embd, n_choosing(shape.n_embd) * N_WINDOW
     axes = 8 * n * (2 * n_rows + 3 * n)
     neurons = 4 * max(shape.n_neurons) * (3 * n + 5 * N_WINDOW)

@@ -26,10 +26,10 @@ def sample_windows(
     seed: int,
     on_progress: Progress,
 ) -> NDArray[np.int32]:
-    """Continue each start, one token or more, to `n_window` tokens by sampling from the model.
+    """Extend each start of one or more tokens to `n_window` tokens by sampling from the model.
 
-    Return the tokens, [len(starts), n_window]. `on_progress` counts tokens. Raises PopError if
-    llama.cpp fails or its logits are NaN.
+    Returns the tokens, [len(starts), n_window]. Progress is reported in tokens. Raises PopError if
+    llama.cpp fails or returns NaN logits.
     """
     rng = np.random.default_rng(seed)
     windows = np.zeros((len(starts), n_window), np.int32)
@@ -62,7 +62,7 @@ def sample_windows(
 
 
 def draw(logits: NDArray[np.float32], chance: float) -> int:
-    """Return the first token whose cumulative probability exceeds `chance`; logits [n_vocab]."""
+    """Return the first token whose cumulative probability exceeds `chance`; `logits`: [n_vocab]."""
     weights = np.exp(logits - logits.max())
     starts = np.arange(0, weights.size, _BLOCK)
     ends = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)

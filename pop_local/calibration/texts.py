@@ -1,4 +1,4 @@
-"""Calibration text: the user's files, or a default text that every machine has."""
+"""Calibration text: the user's files, or a default text that is available on every machine."""
 
 import hashlib
 import sysconfig
@@ -37,7 +37,7 @@ class CalibrationError(PopError):
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The windows [n_windows, N_WINDOW] to fit on. `sha256`: the hash of the text or its tokens."""
+    """The windows [n_windows, N_WINDOW] to fit on. `sha256`: the hash of the text or tokens."""
 
     name: str
     sha256: str
@@ -49,17 +49,16 @@ class CalibrationText:
 
 
 def default_tokens(n_embd: int) -> int:
-    """Return the default text length: 24 tokens per dimension of the state, but 16k or more.
+    """Return the default text length: 24 tokens per state dimension, but at least 16k.
 
-    The error of a fit is proportional to n_embd / n_tokens. The length is a multiple of two
-    windows.
+    A fit's error is proportional to n_embd / n_tokens. The length is a multiple of two windows.
     """
     pair = 2 * N_WINDOW
     return max(16 * 1024, -(-24 * n_embd // pair) * pair)
 
 
 def least_tokens(n_embd: int) -> int:
-    """Return the minimum text length: one token per dimension of the state, and 4 windows or more.
+    """Return the minimum text length: one token per state dimension, but at least 4 windows.
 
     With fewer tokens, the ridge would dominate the fit.
     """
@@ -73,8 +72,8 @@ def n_sampled_of(count: int) -> int:
 def own_text(context: Context, count: int, on_progress: Progress) -> CalibrationText:
     """Build a text from look-ups, Python's documentation and library code, and model samples.
 
-    Half of the samples are free text. The other half are questions and answers that start with the
-    chat template's first tokens. Nothing is downloaded. `on_progress` counts sampled tokens.
+    Half of the samples are free text; the other half are questions and answers that start with the
+    chat template's first tokens. Nothing is downloaded. Progress is reported in sampled tokens.
     """
     n_sampled = n_sampled_of(count)
     carriers = carrier_windows(context, count // SHARE, N_WINDOW, _topics(), SEED).windows
@@ -92,7 +91,7 @@ def _starts(context: Context, n_sampled: int) -> list[list[int]]:
 
 
 def first_token(context: Context) -> int:
-    """Return the first token of a generated text: BOS, or else EOS, or else token 0."""
+    """Return the token that starts a generated text: BOS, or else EOS, or else token 0."""
     api, vocab = bindings(), context.vocabulary.pointer
     found = (api.llama_vocab_bos(vocab), api.llama_vocab_eos(vocab))
     return next((int(token) for token in found if token >= 0), 0)
@@ -109,7 +108,7 @@ class DistillText:
 def distill_text(
     context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> DistillText:
-    """Return a calibration's windows, more windows from its texts, and look-ups.
+    """Return a calibration's windows, further windows from the same texts, and look-ups.
 
     `paths`: the calibration's texts (empty: the default texts). The result has `n_windows` windows,
     or fewer if the texts are too short.
@@ -127,17 +126,17 @@ def distill_text(
 
 
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
-    """Choose windows in equal shares from all paths, and from each kind of file in a folder.
+    """Choose equal shares of windows from all paths and, within a folder, from all kinds of files.
 
-    If a text is too short for its share, longer texts make up for it. Windows are spread evenly
-    over each text. Raises PopError if the texts are empty, binary, too short or repetitive.
+    If a text is too short for its share, longer texts make up the difference. Windows are spread
+    evenly over each text. Raises PopError if the texts are empty, binary, too short or repetitive.
     """
     groups = _grouped_texts(paths, count)
     least = least_tokens(n_embd)
     carriers = carrier_windows(context, count // SHARE, N_WINDOW, groups[0][0], SEED).windows
     windows = np.concatenate([carriers, _spread(context, groups, count - len(carriers))])
     if windows.size < least:
-        found = f"{windows.size:,} tokens in whole windows of {N_WINDOW}"
+        found = f"{windows.size:,} tokens in complete {N_WINDOW}-token windows"
         raise _too_short(paths, found, least)
     if np.unique(windows).size < _LEAST_DISTINCT:
         raise CalibrationError(
@@ -149,7 +148,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
 
 
 def require_text(paths: Sequence[Path], n_embd: int) -> None:
-    """Raise PopError if `given_text` is certain to fail, which needs no tokenizer."""
+    """Raise PopError if `given_text` is certain to fail; this check needs no tokenizer."""
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CalibrationError(
@@ -175,14 +174,14 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def _grouped_texts(paths: Sequence[Path], count: int) -> list[list[str]]:
-    """Return the texts of each path, each limited to the length of `count` windows."""
+    """Return each path's texts, each limited to the length of `count` windows."""
     return read_kinds(paths, count * N_WINDOW * _MAX_CHARS_PER_TOKEN)
 
 
 def _spread(context: Context, parts: Sequence[str | Sequence[str]], count: int) -> Windows:
     """Choose windows in equal shares from all parts, which are texts or groups of texts.
 
-    Long parts make up for short ones.
+    If a part is too short for its share, longer parts make up the difference.
     """
     sizes = [len(part) if isinstance(part, str) else sum(map(len, part)) for part in parts]
     found: list[Windows] = []
@@ -205,7 +204,7 @@ def _topics() -> str:
 
 
 def _library_code() -> str:
-    """Return the source code of Python's library as one text, or "" if it is not installed."""
+    """Return the standard library's source code as one text, or "" if it is not installed."""
     folder = Path(sysconfig.get_path("stdlib"))
     sources = [decoded(file.read_bytes(), str(file)) for file in sorted(folder.glob("*.py"))]
     return "\n\n".join(sources)

@@ -1,1 +1,1 @@
-"""The command-line commands, one module each."""
+"""The command-line app's commands, one module each."""

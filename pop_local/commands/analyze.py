@@ -16,8 +16,8 @@ class ProbeOptions(Group):
     text: Path | None = option("Text to measure on (default: built-in prose).", "FILE")
     context: int = option("Context tokens per window.", min=32, default=192)
     continuation: int = option("Answer tokens per window, after the context.", min=2, default=64)
-    windows: int = option("Windows to compute the gates on.", min=2, default=20)
-    tokens: int | None = option("Tokens to fit on (default: a quarter of convert's).", min=1)
+    windows: int = option("Number of windows used to compute the gates.", min=2, default=20)
+    tokens: int | None = option("Tokens to fit on (default: 1/4 of convert's default).", min=1)
     plot: Path | None = option("Plot KL divergence against the speed-up limit.", "OUT.png")
     force: bool = option("Replace an existing plot file.", flag="--force -f", default=False)
     seed: int = option("Seed for choosing targets, passages and random tokens.", min=0, default=0)
@@ -48,5 +48,5 @@ def analyze(
         found = layer_analysis.analyze(model, options, hardware=processors.hardware, watch=watch)
     if by.plot is not None:
         analysis_plot.plot_analysis(found, by.plot, force=by.force)
-        note(f"The plot is in {by.plot}.")
+        note(f"Saved the plot as {by.plot}.")
     print_json(as_json(found)) if json else show(found)

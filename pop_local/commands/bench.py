@@ -45,7 +45,7 @@ def bench(
         speed = workflow.bench(model, measured.sidecar, options, watch)
     print_json(speed) if json else show_speed(speed)
     if read.repeat < 2:
-        warn("One pair of runs does not show timing noise; pass --repeat 3 or more.")
+        warn("A single pair of runs cannot show timing noise; pass --repeat 3 or more.")
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -54,5 +54,5 @@ def _lengths(text: str) -> tuple[int, ...]:
         if min(found) >= 1:
             return found
     raise typer.BadParameter(
-        f"{text!r} is not a list of positive numbers like 512,2048", param_hint="--prompt"
+        f"{text!r} is not a list of positive integers such as 512,2048", param_hint="--prompt"
     )

@@ -27,7 +27,7 @@ def _used(stored: StoredState) -> str:
 def about() -> None:
     """Show or remove the stored KV caches of earlier prompts.
 
-    `chat`, `run` and `serve` store them with --cache-disk or the setting cache_disk.
+    `chat`, `run` and `serve` store KV caches if --cache-disk or the setting cache_disk is set.
     """
 
 
@@ -53,13 +53,13 @@ def show(json: Json = False) -> None:
         return
     if found:
         print_table(_COLUMNS, found)
-        note(f"The prompts take up {size(used_bytes)} in {store.folder}.")
+        note(f"The stored prompts take up {size(used_bytes)} in {store.folder}.")
     else:
         note("No prompts are stored.")
     if unreadable_bytes:
         note(
-            f"{store.folder} also contains {size(unreadable_bytes)} in files that are damaged or"
-            " from another version. `pop-local cache clear` removes them."
+            f"{store.folder} also contains {size(unreadable_bytes)} of files that are damaged or"
+            " from a different version. `pop-local cache clear` removes them."
         )
 
 

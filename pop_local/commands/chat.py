@@ -37,7 +37,7 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError:
-        note(f"Port {port} is in use. The page uses another port, without your earlier chats.")
+        note(f"Port {port} is in use. The page uses a different port, which hides earlier chats.")
         port = 0
     serve_named(model, ServerOptions(port=port), opened, asked, show)
 
@@ -56,7 +56,7 @@ def chat(
 ) -> None:
     """Chat with a model.
 
-    /help lists the chat's commands. Each line of piped input is a question.
+    /help lists the chat's commands. Each line of piped input is treated as a question.
     """
     asked = opt.given_names(call)
     if web:
@@ -90,8 +90,8 @@ def chat(
                 " prompts. Turn learning off with --learn off."
             )
         if mmproj := engine.options.mmproj:
-            note(f"Pictures are enabled by {mmproj.name}: /image PATH attaches a picture.")
-        note("Type a question, /help for commands, /exit to quit.")
+            note(f"Pictures are enabled ({mmproj.name}). Attach one with /image PATH.")
+        note("Type a question, /help for commands, or /exit to quit.")
     try:
         talk(begun)
     finally:

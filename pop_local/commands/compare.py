@@ -28,7 +28,7 @@ def compare(
         typer.Argument(
             metavar="PROMPTS.jsonl",
             help='Each line is {"messages": [...]} or {"prompt": ...}. Optional keys: "documents":'
-            ' [TEXT, {"file": PATH}], "images": [PATH], and "answer" for the right answer.',
+            ' [TEXT, {"file": PATH}], "images": [PATH], and "answer" for the correct answer.',
         ),
     ],
     *,
@@ -38,8 +38,8 @@ def compare(
 ) -> None:
     """Answer your prompts with and without pruning, and compare the answers and their speed.
 
-    Decoding is greedy. If lines have an "answer", McNemar's test checks whether pruning changes the
-    number of right answers.
+    Decoding is greedy. If lines have an "answer" key, McNemar's test checks whether pruning changes
+    the number of correct answers.
     """
     from pop_local.workflows.compare_answers import compare_answers
 

@@ -28,7 +28,7 @@ _COLUMNS = (
 
 @config.callback()
 def show(context: typer.Context, json: Json = False) -> None:
-    """Show each setting and where it comes from: a default, the file or the environment.
+    """Show each setting and its source: the default, the settings file or the environment.
 
     Command-line options override settings.
     """
@@ -36,7 +36,7 @@ def show(context: typer.Context, json: Json = False) -> None:
         return
     file, values = settings.config_path(), settings.load()
     for name in settings.unknown_variables():
-        warn(f"The environment variable {name} is set, but no setting has this name.")
+        warn(f"The environment variable {name} is set, but there is no such setting.")
     if json:
         print_json({"file": file, "settings": values})
         return
@@ -63,7 +63,7 @@ def set_value(
     key: Annotated[str, typer.Argument(metavar="KEY", help=", ".join(settings.KEYS))],
     value: Annotated[str, typer.Argument(metavar="VALUE")],
 ) -> None:
-    """Write a setting to the settings file. Comments in the file are kept."""
+    """Write a setting to the settings file. Comments in the file are preserved."""
     setting = settings.find(key)
     _edit(key, settings.located(lambda: _checked(setting, value), key))
 

@@ -40,12 +40,12 @@ class HowOptions(Group):
         f"Maximum quality loss (default: {BALANCED.quality}; unlimited with --skip or --boundary)."
     )
     projection: Projection | None = option(
-        "K/V projections of skipped layers: own (no fit, but lower quality), fitted (takes minutes)"
-        " or fitted-wide (uses more inputs; the default if it costs little speed)."
+        "K/V projections for skipped layers: own (no fit, but lower quality), fitted (takes"
+        " minutes) or fitted-wide (uses more inputs; the default if it costs little speed)."
     )
     text: list[Path] | None = option(
-        "Text file or folder to fit on; repeatable, with equal shares (default: documentation, code"
-        " and text sampled from the model).",
+        "Text file or folder to fit on; repeatable, and each gets an equal share (default:"
+        " look-ups, documentation, code, and text sampled from the model).",
         "FILE|DIR",
     )
     distill: bool = option(
@@ -54,10 +54,10 @@ class HowOptions(Group):
         default=False,
     )
     sidecar: bool = option("Write only the projections, to a small sidecar file.", default=False)
-    dry_run: bool = option("Print the plan and write nothing.", default=False)
+    dry_run: bool = option("Print the plan without writing anything.", default=False)
     force: bool = option(
-        "Replace an existing output file. With --skip or --boundary and no limit, write even a"
-        " model that can no longer copy from its prompt.",
+        "Replace an existing output file. With --skip or --boundary and no limit, write the"
+        " model even if it can no longer copy from its prompt.",
         flag="--force -f",
         default=False,
     )
@@ -73,17 +73,17 @@ class LimitOptions(Group):
 
     max_kl: float | None = _limit("NATS", "Maximum KL divergence from the full model.")
     max_ppl_ratio: float | None = _limit("RATIO", "Maximum perplexity relative to the full model.")
-    max_copy_ratio: float | None = _limit("RATIO", "The same limit for a repeated passage.")
+    max_copy_ratio: float | None = _limit("RATIO", "Maximum PPL ratio on a repeated passage.")
 
 
 @dataclass(frozen=True)
 class FullRowOptions(Group):
-    panel: ClassVar[str] = "Tokens that run all layers"
+    panel: ClassVar[str] = "Tokens that run through all layers"
 
     sink: int = option("Tokens at a prompt's start.", min=0, default=PopMeta.sink_tokens)
     tail: int = option("Tokens at a prompt's end.", min=0, default=TAIL_TOKENS)
     min_prompt: int | None = option(
-        "All tokens of shorter prompts (default: computed from the saved work, about 70).",
+        "All tokens of prompts shorter than this (default: based on the work saved, about 70).",
         min=0,
     )
     deep_rows: DeepRows = option("Words chosen by this rule.", default=RowOptions.deep_rows)
@@ -98,13 +98,13 @@ class FittingOptions(Group):
     panel: ClassVar[str] = "The fit"
 
     tokens: int | None = option(
-        "Tokens to fit on (default: 24 per embedding dimension, but 16384 or more). --distill uses"
-        " the same number, but 65536 or more.",
+        "Tokens to fit on (default: 24 per embedding dimension, but at least 16384). --distill"
+        " uses the same number, but at least 65536.",
         min=1,
     )
     kv_type: KvType | None = option("Type of the fitted weights (default: q8_0).")
     memory: float | None = option(
-        "Memory for the fit's statistics (default: half of the free memory).",
+        "Memory limit for the fit's statistics (default: half of the free memory).",
         "GB",
         min=0.0,
         max=1e9,
@@ -112,7 +112,7 @@ class FittingOptions(Group):
     )
 
     def fit(self, texts: Sequence[Path]) -> FitOptions | None:
-        """Return the options of a fit on `texts`, or None if no option is set."""
+        """Return the options for a fit on `texts`, or None if no option is set."""
         found = opt.given(
             tokens=self.tokens,
             texts=tuple(texts) or None,
@@ -146,21 +146,21 @@ def convert(
 ) -> None:
     """Write a copy of a model that reads long prompts faster.
 
-    --quality limits the quality loss, and thereby the number of skipped layers. It limits the
-    perplexity of held-out text and of a repeated passage, relative to the full model: 1.01 and 1.02
-    for near-lossless, 1.03 and 1.1 for balanced, 1.06 and 1.3 for fast. --dry-run prints all
-    limits. --skip and --boundary choose the skipped layers directly.
+    --quality limits the quality loss, and thereby the number of skipped layers. The limits on the
+    perplexity of held-out text and of a repeated passage, relative to the full model's, are 1.01
+    and 1.02 for near-lossless, 1.03 and 1.1 for balanced, and 1.06 and 1.3 for fast. --dry-run
+    prints all limits. --skip and --boundary choose the skipped layers directly.
 
     The copy contains the model's weights and K/V projections fitted for the skipped layers. Only
-    pop-local can open it. The command measures the quality loss, prints it and stores it in the
-    copy. With --projection own, the copy has no additional weights, and stock llama.cpp can open it
-    (without pruning).
+    pop-local can open the copy. The command measures the quality loss, prints it and stores it in
+    the copy. With --projection own, the copy has no additional weights, and stock llama.cpp can
+    open it (without pruning).
     """
     output = opt.one_output(output, out)
     named, own = at.named, opt.given(**vars(limits))
     fit = fitting.fit(how.text or ())
     if how.projection is Projection.OWN and (fit or how.distill):
-        raise typer.BadParameter("--projection own fits nothing; remove the fit's options")
+        raise typer.BadParameter("--projection own does not use a fit; remove the fit options")
     fit = replace(fit or FitOptions(), projection=how.projection)
     distiller = None
     if how.distill:
@@ -202,9 +202,9 @@ def convert(
 
 
 def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:
-    """Return the requested goal. Missing limits default to those of BALANCED."""
+    """Return the requested goal. Missing limits default to the limits of BALANCED."""
     if quality and limits:
-        raise typer.BadParameter("use either --quality or custom limits")
+        raise typer.BadParameter("use either --quality or custom limits, not both")
     if limits:
         budget = replace(BALANCED, quality="custom", **limits)  # type: ignore[arg-type]
         return Within(budget, named)

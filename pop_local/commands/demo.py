@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """Answer one question about a document with and without pruning.
 
-    Both answers are short and decoded greedily, so that they can be compared.
+    Both answers are short and decoded greedily, so they can be compared.
     """
     opened = Opener(model, opt.ModelOptions(**vars(how)))()
     with terminal_watch() as watch:
@@ -35,20 +35,20 @@ def demo(
 def show_demonstration(found: Demonstration) -> None:
     full, pop, speedup = found.full, found.pop, found.speedup
     say(f"Model: {found.model}")
-    say(f"Prompt: a document and a question with {found.n_prompt:,} tokens")
+    say(f"Prompt: a document and a question, {found.n_prompt:,} tokens in total")
     say(f"Question: {found.question}")
     say(f"Answers: decoded greedily, up to {MAX_TOKENS} tokens\n")
     say(f"Pruning off, first token after {full.ttft_s:.2f} s:\n  {full.text}\n")
     say(f"Pruning on, first token after {pop.ttft_s:.2f} s:\n  {pop.text}\n")
     if full.text != pop.text:
-        say("The answers differ. `pop-local eval` measures how much quality pruning costs.\n")
+        say("The answers differ. `pop-local eval` measures the quality loss.\n")
     pairs = f", {speedup.min:.2f}-{speedup.max:.2f} in {found.n_pairs} pairs" * (found.n_pairs > 1)
-    fewer = f"{found.limit:.2f} times fewer multiply-accumulates"
+    fewer = f"multiply-accumulates cut by a factor of {found.limit:.2f}"
     say(f"Speed-up: {speedup.median:.2f}x{pairs} ({fewer})")
     if speedup.min > found.limit:
         say(
-            "The speed-up exceeds this ratio, because skipped layers also save other operations,"
-            " and attention is slower than matrix products."
+            "The speed-up exceeds this factor, because skipping layers also saves other operations,"
+            " and because attention is slower than matrix products."
         )
     skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
-    say(f"Tokens pruned: {pop.n_pruned:,} of {found.n_prompt:,}, which skipped {skipped}")
+    say(f"Tokens pruned: {pop.n_pruned:,} of {found.n_prompt:,} (each skipped {skipped})")

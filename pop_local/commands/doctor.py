@@ -31,10 +31,10 @@ from pop_local.workflows.open import best_model
 Status = Literal["ok", "note", "fix"]
 MARKS = {"ok": ("ok  ", "good"), "note": ("note", "warn"), "fix": ("FIX ", "bad")}
 BUSY_SAMPLE_S = 0.2
-DRIVER = "check that the device's driver is installed and that you may open the device"
+DRIVER = "check that the device's driver is installed and that you have permission to use it"
 NO_DEVICE = {
-    "CUDA": "check that nvidia-smi shows a device and a driver for the CUDA version of this build",
-    "Vulkan": "ggml ignores CPU devices like lavapipe; GGML_VK_VISIBLE_DEVICES=0 enables device 0",
+    "CUDA": "check that nvidia-smi shows a device, and a driver for this build's CUDA version",
+    "Vulkan": "ggml ignores CPU devices such as lavapipe unless GGML_VK_VISIBLE_DEVICES=0 is set",
 }
 KERNELS_VARIABLE = "GGML_POP_KERNELS"
 CUDA_HINT = (
@@ -103,7 +103,7 @@ def _kernels(name: str) -> Check:
     if asked is not None:
         to_do = f"unset {KERNELS_VARIABLE} to use the fastest kernels"
         return Check("kernels", "Kernels", "note", f"{name}: {KERNELS_VARIABLE}={asked}", to_do)
-    found = f"{name}, the fastest kernels for this processor in this build"
+    found = f"{name}, this build's fastest kernels for this processor"
     if name == devices.NO_KERNELS:
         found = "this build has no kernels for this processor, so llama.cpp's kernels are used"
     return Check("kernels", "Kernels", "ok", found)
@@ -119,7 +119,7 @@ def _threads(n_threads: int) -> Check:
     found += f", of which other processes keep {n_busy:.1f} busy"
     to_do = "expect slower answers and unreliable timings"
     if n_threads > 1:
-        to_do += "; fewer --threads may be faster"
+        to_do += "; a lower --threads may be faster"
     return Check("threads", "Threads", "note", found, to_do)
 
 
@@ -128,7 +128,7 @@ def _abi(abi: int | None) -> Check:
         return Check("pop_abi", "Pruning", "ok", f"patched, ABI {abi}")
     found = "not available, because this llama.cpp is not patched"
     if abi is not None:
-        found = f"the backend has ABI {abi}, but this pop-local needs ABI {backend.ABI}"
+        found = f"the backend has ABI {abi}, but pop-local needs ABI {backend.ABI}"
     return Check("pop_abi", "Pruning", "fix", found, backend.INSTALL_HINT)
 
 
@@ -144,19 +144,19 @@ def _gpus(info: devices.BackendInfo) -> list[Check]:
     if gpus:
         return gpus
     if shutil.which("nvidia-smi"):
-        unused = "this machine has an NVIDIA GPU, but this build supports the CPU only"
+        unused = "this machine has an NVIDIA GPU, but this build supports only the CPU"
         return [Check("gpu", "GPU", "note", unused, CUDA_HINT)]
     return [Check("gpu", "GPU", "ok", "this build has no GPU support, so models run on the CPU")]
 
 
 def _enabled(features: str) -> str:
-    """Return the names of the enabled CPU features in 'CUDA : ARCHS = 900 | CPU : AVX = 1'."""
+    """Return the enabled CPU features from text like 'CUDA : ARCHS = 900 | CPU : AVX = 1'."""
     names = [part.partition("=") for part in features.partition("CPU :")[2].split("|")]
     return " ".join(name.strip() for name, _, value in names if value.strip() not in ("", "0"))
 
 
 def _as_read(path: Path) -> str:
-    """Return the model's path, and its exact boundary and its mmproj if it has them."""
+    """Return the model's path, plus its exact boundary and its mmproj if it has them."""
     found = [str(path)]
     with suppress(PopError):
         if exact := source_shape(read_source(path)).exact:
@@ -178,4 +178,4 @@ def _model() -> Check:
         if entry is None:
             return Check("model", "Default model", "fix", error.message, hint_of(error))
     to_do = f"run `pop-local pull {entry.name}` or `pop-local chat` to fetch the model"
-    return Check("model", "Default model", "note", f"{entry.name} is not yet in {folder}", to_do)
+    return Check("model", "Default model", "note", f"{entry.name} is not in {folder} yet", to_do)

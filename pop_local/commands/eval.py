@@ -1,4 +1,4 @@
-"""`pop-local eval MODEL`: measure how much quality pruning costs."""
+"""`pop-local eval MODEL`: measure the quality loss from pruning."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ class WindowOptions(Group):
     context: int = option("Context tokens per window.", min=2, default=512)
     continuation: int = option("Scored tokens per window, after the context.", min=2, default=128)
     windows: int = option("Windows to score.", min=1, default=32)
-    lookups: int = option("Look-ups: questions about exact strings.", min=0, default=100)
+    lookups: int = option("Number of questions about exact strings.", min=0, default=100)
     seed: int = option("Seed for choosing passages, random tokens and look-ups.", min=0, default=0)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 
@@ -31,7 +31,7 @@ def eval(  # noqa: A001
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Measure how much quality pruning costs: KL divergence, perplexity, copying and look-ups."""
+    """Measure the quality loss from pruning: KL divergence, perplexity, copying and look-ups."""
     from pop_local.measure.quality import QualitySettings
     from pop_local.workflows.evaluate import EvaluateOptions, evaluate
 

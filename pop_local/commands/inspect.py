@@ -18,7 +18,7 @@ def inspect(
     sidecar: Sidecar = None,
     json: Json = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Hash the whole file and compare with the original.")
+        bool, typer.Option("--verify", help="Check the whole file's hash against the original's.")
     ] = False,
 ) -> None:
     """Show a model's architecture, layers, boundary, sizes and origin."""

@@ -19,9 +19,9 @@ _COLUMNS = (
 
 
 def list(json: Json = False) -> None:  # noqa: A001
-    """List the local models with any problems, and the models that can be fetched by name.
+    """List the local models and their problems, and the models that can be fetched by name.
 
-    Commands with a MODEL argument accept these names. `chat` and `run` fetch missing models.
+    Commands with a MODEL argument accept the listed names. `chat` and `run` fetch missing models.
     """
     folders, catalog = models_dirs(), not_fetched()
     models = tuple(model for folder in folders for model in stock(folder))

@@ -21,7 +21,7 @@ from pop_local.workflows.open import best_model, open_model
 
 
 def default_model() -> str:
-    """Return the name of the best catalog model for the free memory.
+    """Return the name of the best catalog model that fits in the free memory.
 
     Raises PopError if the model must be downloaded and the user declines the download.
     """
@@ -34,7 +34,7 @@ def default_model() -> str:
 
 
 def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> ModelOptions:
-    """Turn refilling off, and warn the user if the command line requested it."""
+    """Turn refilling off, and warn if the user requested refilling on the command line."""
     if options.refill != "off" and "refill" in asked:
         warn(f"--refill {options.refill} has no effect: {why}")
     return replace(options, refill="off")
@@ -42,10 +42,10 @@ def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> M
 
 @dataclass(frozen=True)
 class Opener:
-    """Opens models with a command's options.
+    """A callable that opens models with a command's options.
 
-    A call with another model's name ignores --sidecar and --mmproj. `asked`: the names of the
-    options on the command line.
+    A call that names a different model ignores --sidecar and --mmproj. `asked`: the names of the
+    options given on the command line.
     """
 
     model: str

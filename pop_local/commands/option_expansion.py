@@ -16,17 +16,17 @@ class Group:
 
 
 def option(words: str, unit: str = "", *, default: Any = None, flag: str = "", **how: Any) -> Any:
-    """Return a field of a Group for an option with the help text `words`.
+    """Return a Group field for an option whose help text is `words`.
 
-    `unit`: the value's name in the help (default: its type). `flag`: the option's names (default:
-    -- and the field's name). `how`: additional arguments for typer.Option.
+    `unit`: the value's placeholder in the help (default: its type). `flag`: the option's names
+    (default: -- plus the field's name). `how`: additional arguments for typer.Option.
     """
     how |= {"metavar": unit or None, "help": words}
     return field(default=default, metadata={"flag": flag, "how": how})
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each Group parameter of a command by the group's options, for Typer.
+    """Replace each Group parameter of a command with the group's options, for Typer.
 
     A Group parameter's default value holds the defaults of the group's options.
     """

@@ -49,7 +49,7 @@ def pull(
         print_table(_NAMES, (*catalog, *hub_names().items()))
         return
     if sha256 is not None and not is_url(model):
-        message = "--sha256 requires the URL of a file; remove --sha256"
+        message = "--sha256 works only with a URL; remove --sha256"
         raise typer.BadParameter(message, param_hint="--sha256")
     folder = folder or models_dir()
     try:
@@ -81,7 +81,7 @@ def _from_url(url: str, folder: Path, sha256: str, *, force: bool) -> Path:
     if not sha256:
         is_plain = url.lower().startswith("http:")
         more = ", and http:// is not encrypted" if is_plain else ""
-        warn(f"Without --sha256 the file is not verified{more}.")
+        warn(f"Without --sha256, the file is not verified{more}.")
     with terminal_watch() as watch:
         advance = watch.stage(f"Fetching {file_name(url)}", Unit.BYTES)
         return fetch_url(url, folder, sha256, advance, force=force)

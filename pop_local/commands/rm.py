@@ -22,7 +22,7 @@ from pop_local.ui.tables import print_json
 def rm(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="NAME...", help="Names of models, as shown by `pop-local list`."),
+        typer.Argument(metavar="NAME...", help="Model names, as shown by `pop-local list`."),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without confirmation.")] = False,
     json: Json = False,
@@ -52,7 +52,7 @@ def rm(
 
 
 def _found(name: str) -> tuple[Path, ...]:
-    """Return the files named `name` in the first folder that has such files. Raises PopError."""
+    """Return the files named `name` from the first folder that contains any. Raises PopError."""
     first, *others = models_dirs()
     try:
         return _files(first, name)
@@ -64,7 +64,7 @@ def _found(name: str) -> tuple[Path, ...]:
 
 
 def _files(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files named `name`, or else the files of the catalog model with this name."""
+    """Return the files named `name`, or else the files of the catalog model with that name."""
     try:
         return removable(folder, name)
     except PopError:

@@ -44,10 +44,10 @@ def run(
     *,
     file: Annotated[
         list[Path] | None,
-        typer.Option("--file", "-f", help="Text, PDF or DOCX file for the prompt; repeatable."),
+        typer.Option("--file", "-f", help="Text, PDF or DOCX file to include; repeatable."),
     ] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(help="Picture for the prompt; repeatable.")
+        list[Path] | None, typer.Option(help="Picture to include; repeatable.")
     ] = None,
     json: opt.Json = False,
     system: opt.System = "",
@@ -112,7 +112,7 @@ def _documents(files: list[Path]) -> Iterator[Document]:
 
 def _piped() -> bytes:
     timer = threading.Timer(
-        _PATIENCE_S, note, ["Waiting for the end of the piped text (skip it with < /dev/null)."]
+        _PATIENCE_S, note, ["Waiting for the piped text to end (to skip it, use < /dev/null)."]
     )
     timer.daemon = True
     timer.start()

@@ -35,14 +35,14 @@ class ServerOptions(Group):
     strict_model: bool = option("Reject requests that name an unknown model.", default=False)
     models: Path | None = option(
         "Serve every model in this folder under the name that `list` shows, and open each one on"
-        " demand. MODEL, if given, is opened at startup and answers requests that name no model"
-        " (default: the last requested model).",
+        " demand. MODEL, if given, is opened at startup and answers requests that do not name a"
+        " model (default: the most recently requested model).",
         "FOLDER",
         exists=True,
         file_okay=False,
     )
     ram: float | None = option(
-        "Memory limit for --models; above it, idle models are closed (default: one open model).",
+        "Memory limit for --models, enforced by closing idle models (default: one open model).",
         "GIB",
         min=0.0,
         callback=opt.finite,
@@ -51,19 +51,19 @@ class ServerOptions(Group):
         "Allow this origin's web pages to send requests without a key; repeatable.", "ORIGIN"
     )
     cache_ram: int = option(
-        "Memory for KV caches of earlier prompts (0: only the last).", "MIB", min=0, default=2048
+        "Memory for KV caches of earlier prompts (0: only the latest).", "MIB", min=0, default=2048
     )
     parallel: int | None = option(
-        "Slots, each with its own context (default: 2 with 8 GB of free memory; 1 with less memory,"
-        " with --repeatable, or for a model that learns).",
+        "Number of slots, each with its own context (default: 2 with 8 GB of free memory; 1 with"
+        " less memory, with --repeatable, or for a model that learns).",
         "N",
         min=1,
         max=64,
     )
-    max_waiting: int = option("Maximum queue length (then: status 503).", min=1, default=256)
+    max_waiting: int = option("Maximum queue length (when full: status 503).", min=1, default=256)
     repeatable: bool = option(
-        "Read prompts without the cache, so identical requests get identical answers at"
-        " temperature 0 or with a seed.",
+        "Read prompts without the cache, so that identical requests get identical answers at"
+        " temperature 0 or with a fixed seed.",
         default=False,
     )
 
@@ -76,10 +76,10 @@ def serve(
     to: ServerOptions,
     how: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
 ) -> None:
-    """Serve a model over the APIs of OpenAI, Anthropic, Ollama and llama-server, with a web page.
+    """Serve a model over the OpenAI, Anthropic, Ollama and llama-server APIs, with a web page.
 
-    --parallel sets the number of concurrent answers; further requests wait in a queue. "pop": false
-    in a request turns pruning off for its prompt. /health and /metrics (Prometheus) report the
+    --parallel sets the number of concurrent answers; further requests wait in a queue. A request
+    with "pop": false turns pruning off for its prompt. /health and /metrics (Prometheus) report the
     server's state.
     """
     serve_named(model, to, how, opt.given_names(call))
@@ -94,7 +94,7 @@ def serve_named(
 ) -> None:
     """Serve models until a signal arrives. Calls `on_ready` with the URL once clients can connect.
 
-    `asked`: the names of the options on the command line.
+    `asked`: the names of the options given on the command line.
     """
     n_parallel = _require_usage(to, how)
     try:
@@ -138,7 +138,7 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
         if value and to.models is not None:
             raise typer.BadParameter("cannot be combined with --models", param_hint=name)
     if to.repeatable and (to.parallel or 1) > 1:
-        message = "--repeatable supports one slot; remove --repeatable or pass --parallel 1"
+        message = "--repeatable supports only one slot; remove --repeatable or pass --parallel 1"
         raise typer.BadParameter(message, param_hint="--parallel")
     return 1 if to.repeatable else to.parallel
 
@@ -192,6 +192,6 @@ def _announce_model(name: str, opened: PopModel) -> None:
         skipping = f"prompts skip layers {pruning.boundary} and up"
     note(f"{name} has a context of {engine.context.n_ctx:,} tokens, and {skipping}.")
     if mmproj and not engine.prompter.can_see:
-        warn("Pictures are disabled: Pillow is missing (pip install 'pop-local[images]').")
+        warn("Pictures are disabled because Pillow is missing (pip install 'pop-local[images]').")
     elif mmproj:
-        note(f"Pictures are enabled ({mmproj.name}). Clients send pictures as data: URLs.")
+        note(f"Pictures are enabled ({mmproj.name}). Clients must send pictures as data: URLs.")

@@ -1,4 +1,4 @@
-"""Options and groups of options that several commands share."""
+"""Options and option groups that several commands share."""
 
 import math
 import os
@@ -54,10 +54,10 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
     return n_cores
 
 
-_SIDECAR = "Sidecar (default: NAME.pop-sidecar.gguf next to the model, or the shipped one)."
+_SIDECAR = "Sidecar (default: NAME.pop-sidecar.gguf next to the model, or the shipped sidecar)."
 MMPROJ = "Multimodal projector for pictures (default: mmproj*.gguf in the model's folder)."
-DEEP_ROWS = "Which words run all layers (default: the file's rule)."
-_MODEL = "A GGUF file, a name that `pop-local pull` lists, or hf:OWNER/REPO"
+DEEP_ROWS = "Rule for the words that run through all layers (default: the file's rule)."
+_MODEL = "A GGUF file, a name listed by `pop-local pull`, or hf:OWNER/REPO"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL}.")]
 OptionalModel = Annotated[
     str | None,
@@ -83,7 +83,7 @@ class HardwareOptions(Group):
     panel: ClassVar[str] = "Hardware"
 
     threads: int | None = option(
-        "CPU threads (default: the number of physical cores).", min=1, callback=_no_more_than_cores
+        "Number of CPU threads (default: physical cores).", min=1, callback=_no_more_than_cores
     )
     gpu_layers: int = option("Number of layers on the GPU (-1: all).", min=-1, max=MOST, default=-1)
 
@@ -94,7 +94,7 @@ class HardwareOptions(Group):
 
 @dataclass(frozen=True)
 class MeasureOptions(HardwareOptions):
-    """Options for opening a model that a command measures."""
+    """Options for opening a model to be measured."""
 
     panel: ClassVar[str] = "Model and hardware"
 
@@ -123,14 +123,14 @@ class ModelOptions(OpenOptions):
 
     mmproj: Path | None = option(MMPROJ, "FILE")
     image_tokens: int | None = option(
-        "Maximum tokens per picture, if the number can vary.", "MAX", min=1, max=MOST
+        "Maximum tokens per picture, if the mmproj allows a choice.", "MAX", min=1, max=MOST
     )
-    full: bool = option("Read prompts with all layers, without pruning.", default=False)
+    full: bool = option("Run prompts through all layers, without pruning.", default=False)
     refill: Literal["idle", "off"] = option(
         "Run pruned tokens through the skipped layers while the model is idle.", default="off"
     )
     learn: Literal["on", "off"] = option(
-        "Store statistics of prompts, never text, to speed up later prompts.", default="off"
+        "Store statistics about prompts, never text, to speed up later prompts.", default="off"
     )
     reuse: Reuse = option(
         "What a prompt may reuse from the cache: a common prefix and the passages after an edit"
@@ -157,14 +157,14 @@ class SamplingOptions(Group):
 
     @property
     def given(self) -> dict[str, Any]:
-        """Return the options that the user set. The engine has defaults for the others."""
+        """Return the options that the user set. The engine supplies all other defaults."""
         return given(**vars(self))
 
 
 @dataclass(frozen=True)
 class BoundaryOptions(Group):
-    skip: str | None = option("Share (1/3, 0.33) or number of layers to skip.", "SHARE")
-    boundary: int | None = option("First layer to skip, instead of --skip.", "LAYER")
+    skip: str | None = option("Fraction (1/3, 0.33) or number of layers to skip.", "SHARE")
+    boundary: int | None = option("First layer to skip (instead of --skip).", "LAYER")
 
     @property
     def named(self) -> "Named | None":

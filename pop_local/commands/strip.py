@@ -24,7 +24,7 @@ def strip(
         Path | None,
         typer.Argument(
             metavar="OUT.gguf",
-            help="Output file (default: the original file's name, in the folder of IN.gguf).",
+            help="Output file (default: the original file's name, in IN.gguf's folder).",
         ),
     ] = None,
     out: Output = None,
@@ -54,5 +54,5 @@ def strip(
     if json:
         print_json({"source": path, "output": target, "output_bytes": n_bytes, "sha256": sha256})
     else:
-        unchanged = f"{sha256}, equal to the original's hash"
+        unchanged = f"{sha256} (matches the original's hash)"
         print_facts([("Written", str(target)), ("Size", size(n_bytes)), ("sha256", unchanged)])

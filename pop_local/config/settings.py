@@ -36,7 +36,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 @dataclass(frozen=True)
 class Setting:
-    """A user setting. `default` describes its default value; `least` and `most` are inclusive."""
+    """A user setting. `default` describes the default value; `least` and `most` are inclusive."""
 
     key: str
     kind: type[int] | type[float] | type[str]
@@ -54,12 +54,12 @@ class Setting:
 SETTINGS = (
     Setting("models_dir", str, is_path=True),
     Setting("state_dir", str, is_path=True),
-    Setting("model", str, "the best catalog model that fits into the free memory"),
+    Setting("model", str, "the best catalog model that fits in the free memory"),
     Setting("threads", int, "the number of physical cores", least=1, most=MOST),
     Setting("ctx", int, "the model's context length, up to 8192 tokens", least=1, most=MOST),
     Setting("gpu_layers", int, "-1 (all)", least=-1, most=MOST),
-    Setting("temperature", float, "the model's value, else the engine's value", least=0),
-    Setting("top_p", float, "the model's value, else the engine's value", least=0, most=1),
+    Setting("temperature", float, "the model's value, or else the engine's", least=0),
+    Setting("top_p", float, "the model's value, or else the engine's", least=0, most=1),
     Setting("max_tokens", int, "the number of free tokens in the context", least=1, most=MOST),
     Setting("system", str, "none"),
     Setting("cache_disk", int, "0 (store no prompts)", least=0, most=MOST_GIB),
@@ -69,7 +69,7 @@ KEYS = tuple(setting.key for setting in SETTINGS)
 
 @dataclass(frozen=True)
 class SettingValue:
-    """A setting's value and its origin. `where`: the file or variable that sets it."""
+    """A setting's value and its origin. `where`: the file or variable that sets the value."""
 
     key: str
     value: Scalar | None
@@ -78,7 +78,7 @@ class SettingValue:
 
 
 def config_path() -> Path:
-    """Return $POP_LOCAL_CONFIG, else config.toml in the user's configuration folder."""
+    """Return $POP_LOCAL_CONFIG, or else config.toml in the user's configuration folder."""
     if chosen := os.environ.get(CONFIG_VARIABLE):
         return expanded(chosen)
     return platformdirs.user_config_path("pop-local") / "config.toml"
@@ -91,7 +91,7 @@ def expanded(path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise PopError(f"the home folder in {path} is unknown", "use a full path") from None
+        raise PopError(f"cannot find the home folder in {path}", "use an absolute path") from None
 
 
 def load() -> tuple[SettingValue, ...]:
@@ -107,17 +107,17 @@ def load() -> tuple[SettingValue, ...]:
 
 
 def given() -> dict[str, Scalar]:
-    """Return the values that the user has set, by key. Raises PopError like `load`."""
+    """Return the values that the user has set, by key. Raises PopError as `load` does."""
     return {value.key: value.value for value in load() if value.value is not None}
 
 
 def get(key: str) -> Scalar | None:
-    """Return a setting's value, or None if it is not set. Raises PopError like `load`."""
+    """Return a setting's value, or None if it is not set. Raises PopError as `load` does."""
     return next(value.value for value in load() if value.key == key)
 
 
 def state_dir() -> Path:
-    """Return the folder from the setting state_dir, or the system's default. It may not exist."""
+    """Return the setting state_dir, or else the system's default. The folder may not exist."""
     chosen = get("state_dir")
     return Path(str(chosen)) if chosen else platformdirs.user_state_path("pop-local")
 
@@ -142,7 +142,7 @@ def unknown_variables() -> list[str]:
 
 
 def find(key: str) -> Setting:
-    """Return the setting with this key. Raises PopError, whose hint suggests a similar key."""
+    """Return the setting with this key. Raises PopError with a hint that suggests a similar key."""
     for setting in SETTINGS:
         if setting.key == key:
             return setting
@@ -151,7 +151,7 @@ def find(key: str) -> Setting:
 
 
 def parse(setting: Setting, text: str) -> Scalar:
-    """Parse a setting's value. Raises PopError, whose message describes valid values."""
+    """Parse a setting's value. Raises PopError with a message that describes the valid values."""
     try:
         text.encode()  # raises for bytes that the command line could not decode
         return _checked(setting, setting.kind(text))
@@ -208,7 +208,7 @@ def _line(text: str, key: str) -> int:
 
 
 def located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
-    """Return the result of `call`. Adds `where`, and `hint` if it has none, to a PopError."""
+    """Return the result of `call`. Adds `where` and, if missing, `hint` to a PopError."""
     try:
         return call()
     except PopError as error:
@@ -234,7 +234,7 @@ def _shown(value: object) -> str:
         return str(value).lower()
     # Python refuses to print an integer with thousands of digits.
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-        return f"a number of {value.bit_length():,} bits"
+        return f"a number with {value.bit_length():,} bits"
     return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 

@@ -1,1 +1,1 @@
-"""Engine: everything that calls llama_cpp, without any user interface."""
+"""The engine: all code that calls llama_cpp, with no user interface."""

@@ -27,9 +27,9 @@ Answering = Generator[Chunk, None, None]
 
 
 class ContextFullError(PopError):
-    """The prompt and its answer do not fit the context. All numbers are in tokens.
+    """Error if a prompt and its answer do not fit in the context. All numbers are in tokens.
 
-    `n_answer`: tokens reserved for the answer. `n_short`: additional tokens that they need.
+    `n_answer`: tokens reserved for the answer. `n_short`: the number of tokens that do not fit.
     """
 
     def __init__(self, n_prompt: int, n_answer: int, n_ctx: int) -> None:
@@ -37,7 +37,7 @@ class ContextFullError(PopError):
         super().__init__(
             f"the prompt has {n_prompt:,} tokens, {n_prompt + n_answer - n_ctx:,} too many:"
             f" the context holds {n_ctx:,}, and an answer needs {n_answer:,}",
-            f"open the model with a larger context (n_ctx={larger}) or a shorter prompt",
+            f"open the model with a larger context (n_ctx={larger}), or shorten the prompt",
             cause="context-full",
             n_ctx=larger,
         )
@@ -76,7 +76,7 @@ class _Turn:
         self._started_s = time.perf_counter()
         if options.max_tokens is not None and options.max_tokens < 1:
             raise PopError(
-                f"max_tokens is {options.max_tokens}: the minimum is 1",
+                f"max_tokens is {options.max_tokens}, but the minimum is 1",
                 "use max_tokens=1 or more, or None to fill the context",
             )
         stops: object = options.stops

@@ -1,4 +1,4 @@
-"""Messages of a conversation, chunks of an answer, and its statistics."""
+"""A conversation's messages, and an answer's chunks and statistics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -24,9 +24,9 @@ class ToolCall:
 class Message:
     """One message of a conversation.
 
-    `pictures`: (offset, picture) pairs in ascending order. Each picture precedes the character of
-    `content` at its offset. `calls`: an assistant's function calls. `call_id`: in a tool message,
-    the ID of the call that it answers.
+    `pictures`: (offset, picture) pairs in ascending order. Each picture precedes the character at
+    its offset in `content`. `calls`: an assistant message's function calls. `call_id`: in a tool
+    message, the ID of the call that it answers.
     """
 
     role: Role
@@ -43,18 +43,19 @@ class TurnStats:
     n_cached: prompt tokens with K/V in the cache. n_stale: cached tokens with approximate K/V,
     because an earlier part of the prompt changed afterwards. n_pruned: prompt tokens that stopped
     at the boundary layer. n_skipped_exact: prompt tokens that stopped at exact_layer without loss,
-    because later layers share the K/V of earlier layers. n_full: prompt tokens that ran all
+    because later layers share the K/V of earlier layers. n_full: prompt tokens that ran through all
     layers, including n_deep deep rows. n_exact: prompt tokens with the same K/V as in the full
     model. n_refilled: cached tokens that were refilled since the previous answer. n_image: the
     prompt's image rows, including cached ones. n_decoded: sampled tokens, including the last one.
 
-    ttft_s: seconds from the question to the first token, including the template and tokenization.
-    encode_s: seconds for encoding images. prefill_s: seconds for the prompt, without encode_s.
-    decode_s: seconds from the first to the last sampled token, without the caller's time.
+    ttft_s: seconds from the question to the first token, including templating and tokenization.
+    encode_s: seconds spent encoding images. prefill_s: seconds spent on the prompt, excluding
+    encode_s. decode_s: seconds from the first to the last sampled token, excluding the caller's
+    time.
 
     is_short: pruning was on, but the uncached part of the prompt was too short to prune. fit: the
-    source of the pruned tokens' projections, or "". stop: the stop string that ended the answer,
-    or "". is_repeating: the answer ended because it repeated itself.
+    source of the pruned tokens' projections, or "". stop: the stop string that ended the answer, or
+    "". is_repeating: whether the answer ended because it repeated itself.
     """
 
     n_prompt: int
@@ -90,11 +91,11 @@ class TurnStats:
 
     @property
     def left(self) -> str:
-        """Summary of the prompt tokens that were cached, or that skipped layers."""
+        """Summary of the prompt tokens that were cached or that skipped layers."""
         stale = f" ({self.n_stale:,} stale)" if self.n_stale else ""
         cached = f"{self.n_cached:,} cached{stale}, " if self.n_cached else ""
         if self.n_skipped_exact:
-            return f"{cached}{self.n_skipped_exact:,} left at layer {self.exact_layer}, exactly"
+            return f"{cached}{self.n_skipped_exact:,} skipped layers {self.exact_layer}+ exactly"
         deep = f", {self.n_deep:,} deep" if self.n_deep else ""
         short = ": short" if self.reading == "short" else ""
         return f"{cached}{self.n_pruned:,} pruned{deep}{short}"
@@ -110,7 +111,7 @@ class TurnStats:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Decoded tokens per second, excluding the first token, which counts towards TTFT."""
+        """Decoded tokens per second, excluding the first token, which counts toward TTFT."""
         return _rate(self.n_decoded - 1, self.decode_s)
 
 
@@ -163,8 +164,8 @@ class TokenLogprob:
 class Chunk:
     """A piece of an answer. The last chunk has the statistics and may have no text.
 
-    `logprobs`: the tokens' log probabilities, if requested. `embedding`: for a request that asks
-    for an embedding instead of an answer.
+    `logprobs`: the tokens' log probabilities, if requested. `embedding`: the embedding, if
+    requested instead of an answer.
     """
 
     text: str

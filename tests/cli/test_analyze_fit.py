@@ -65,7 +65,7 @@ def test_too_little_memory_for_the_fit(model, text, monkeypatch):
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
     assert "the fit needs" in message
-    assert "MB of memory, but only 100.0 MB are free" in message
+    assert "MB of memory, but only 100.0 MB is free" in message
     assert "lower --tokens" in message
     assert done.stdout == ""
 

@@ -57,7 +57,7 @@ def test_show_keeps_files_of_another_version():
     shown = called("cache", "show")
     first, second = shown.stderr.splitlines()
     assert first == "No prompts are stored."
-    assert "1 B in files that are damaged or from another version" in second
+    assert "1 B of files that are damaged or from a different version" in second
     assert json.loads(called("cache", "show", "--json").stdout)["unreadable_bytes"] == 1
     assert foreign.exists() and leftover.exists()
 

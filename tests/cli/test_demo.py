@@ -41,8 +41,8 @@ def test_the_real_model_answers_twice_and_the_program_leaves(smollm2):
     assert done.stdout.count("first token after") == 2
     assert "What rule was painted above the lamp-room door?" in done.stdout
     assert done.stdout.count("The light is never late") == 2, "both answers are in the document"
-    assert "(1.21 times fewer multiply-accumulates)" in done.stdout
-    assert "which skipped 7 of 30 layers" in done.stdout
+    assert "(multiply-accumulates cut by a factor of 1.21)" in done.stdout
+    assert "each skipped 7 of 30 layers" in done.stdout
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_speedup_above_the_count_is_explained(capsys, least, is_above):
     show_demonstration(
         Demonstration("m.gguf", 4, 8, "Why?", 17, answer, answer, 3, speedup, limit=1.425)
     )
-    assert ("exceeds this ratio" in capsys.readouterr().out) == is_above
+    assert ("exceeds this factor" in capsys.readouterr().out) == is_above
 
 
 def test_json_has_all_figures_and_the_counters_add_up(tiny_file, short):
@@ -73,7 +73,7 @@ def test_json_has_all_figures_and_the_counters_add_up(tiny_file, short):
 
 def test_the_speed_up_is_of_several_pairs(tiny_file, short):
     done = demo(tiny_file, *WIDE, "--pairs", 2)
-    said = re.search(r"Speed-up: (.+)x, (.+)-(.+) in 2 pairs \(1\.", done.stdout)
+    said = re.search(r"Speed-up: (.+)x, (.+)-(.+) in 2 pairs \(.+ 1\.", done.stdout)
     assert said is not None, done.stdout
     middle, least, most = map(float, said.groups())
     assert least <= middle <= most

@@ -141,7 +141,7 @@ def test_the_variant_of_the_cpu_is_named(install):
         (
             "avx512vnni",
             None,
-            "avx512vnni, the fastest kernels for this processor in this build",
+            "avx512vnni, this build's fastest kernels for this processor",
             "ok",
         ),
         ("avx2", "avx2", "avx2: GGML_POP_KERNELS=avx2", "note"),
@@ -172,7 +172,7 @@ def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
     monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 60.0)
     assert checks()["threads"]["status"] == "note"
     assert checks()["threads"]["found"].endswith("of which other processes keep 4.8 busy")
-    assert "fewer --threads" in checks()["threads"]["to_do"]
+    assert "lower --threads" in checks()["threads"]["to_do"]
     assert doctor().exit_code == 0
     install(n_threads=1)
     monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 100.0)

@@ -55,7 +55,7 @@ def test_invalid_hashes_are_refused(hub, tmp_path, sha256):
 def test_a_hash_is_for_urls(name):
     done = pull(name, "--sha256", "0" * 64)
     assert done.returncode == 2
-    assert "--sha256 requires the URL of a file" in done.stderr
+    assert "--sha256 works only with a URL" in done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")

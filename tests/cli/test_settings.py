@@ -81,15 +81,15 @@ def test_models_dir_is_relative_to_the_file(file, tmp_path, monkeypatch):
         ("temperature = inf\n", 1, "temperature: inf is not a number from 0", "correct"),
         ("system = 3\n", 1, "system: 3 is not text", "correct"),
         ("system = ['a']\n", 1, "system: a list is not text", "correct"),
-        (f"threads = {10**400}\n", 1, "a number of 1,329 bits is not a whole number", "correct"),
+        (f"threads = {10**400}\n", 1, "a number with 1,329 bits is not a whole number", "correct"),
         (f"threads = 0x{'f' * 5000}\n", 1, "20,000 bits is not a whole number from 1", "correct"),
         (f"temperature = {10**400}\n", 1, "1,329 bits is not a number from 0", "correct"),
         ('models_dir = "~\\u0000/x"\n', 1, "the path contains a NUL", "correct the path"),
         (
             "state_dir = '~nobody-at-all/x'\n",
             1,
-            "the home folder in ~nobody-at-all/x is unknown",
-            "use a full path",
+            "cannot find the home folder in ~nobody-at-all/x",
+            "use an absolute path",
         ),
         ('"gpu_layers" = -2\n', 1, "gpu_layers: -2 is not a whole number from -1", "correct"),
         ("ctx = 1\nthreads = = 4\n", 2, "is not valid TOML", "threads = 4"),
@@ -140,7 +140,7 @@ def test_a_mark_of_its_encoding_is_no_part_of_a_file(file):
 
 def test_the_file_of_an_unknown_user(monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CONFIG", "~nobody-at-all/config.toml")
-    with pytest.raises(PopError, match="the home folder in"):
+    with pytest.raises(PopError, match="cannot find the home folder"):
         load()
 
 
@@ -252,9 +252,9 @@ def test_config_shows_values_and_where_they_come_from(file, monkeypatch):
     assert list(shown) == list(settings.KEYS)
     assert shown["threads"] == ["4", "file"]
     assert shown["ctx"] == ["2048", "environment"]
-    assert shown["model"] == ["the best catalog model that fits into the free memory", "default"]
+    assert shown["model"] == ["the best catalog model that fits in the free memory", "default"]
     assert shown["top_p"][1] == "default"
-    assert "POP_LOCAL_CTXX is set, but no setting has this name" in done.stderr
+    assert "POP_LOCAL_CTXX is set, but there is no such setting" in done.stderr
     assert str(file) in done.stderr
 
 
@@ -315,7 +315,7 @@ def test_config_set_means_the_folder_that_the_shell_is_in(file, tmp_path, monkey
         (["set", "ctx", "9" * 400], "bits is not a whole number from 1 to 2,147,483,647"),
         (
             ["set", "models_dir", "~nobody-at-all/x"],
-            "the home folder in ~nobody-at-all/x is unknown",
+            "cannot find the home folder in ~nobody-at-all/x",
         ),
         (["set", "models_dir", ""], "an empty path is not allowed"),
         (["set", "system", "\udcff"], r"system: '\udcff' is not text"),

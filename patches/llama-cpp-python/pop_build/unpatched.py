@@ -1,4 +1,4 @@
-"""Build unpatched libraries from the same release with the same flags, for comparison in tests."""
+"""Build unpatched llama.cpp libraries from the same release and flags, for comparison in tests."""
 
 import os
 import shutil
@@ -15,9 +15,9 @@ _IN_WHEEL = "llama_cpp/lib/"
 
 
 def build_unpatched(package: Path, target: Path) -> bool:
-    """Build the libraries into the folder `target`; return False if they were up to date.
+    """Build the libraries in the folder `target`; return False if they were already up to date.
 
-    LLAMA_CPP_LIB_PATH makes an installed llama_cpp load the libraries of this folder.
+    To make an installed llama_cpp load the libraries, set LLAMA_CPP_LIB_PATH to `target`.
     """
     env = os.environ | {UNPATCHED_VARIABLE: "1"}
     wanted = key(recipe(package, env))

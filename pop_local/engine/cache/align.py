@@ -17,7 +17,7 @@ _COMPARED_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class TokenRun:
-    """A run of `n` equal tokens, which starts at these rows of the cache and the prompt."""
+    """A run of `n` matching tokens, with its first row in the cache and in the prompt."""
 
     cached: int
     prompt: int
@@ -25,7 +25,7 @@ class TokenRun:
 
 
 def window_hashes(tokens: np.ndarray, n: int) -> NDArray[np.uint64]:
-    """Return the hash of each window of `n` tokens: uint64 [n_tokens - n + 1], or [0]."""
+    """Return the hash of each window of `n` tokens: uint64 [max(0, n_tokens - n + 1)]."""
     if len(tokens) < n:
         return np.zeros(0, np.uint64)
     powers = np.array([pow(_HASH_BASE, i, 2**64) for i in range(n)], dtype=np.uint64)
@@ -40,11 +40,11 @@ def find_runs(
     prompt_hashes: NDArray[np.uint64],
     min_run: int = MIN_RUN,
 ) -> list[TokenRun]:
-    """Return the runs of at least `min_run` equal tokens, in the prompt's order.
+    """Return the runs of at least `min_run` matching tokens, in the prompt's order.
 
-    `cached`, `prompt`: int [n]. `prompt_hashes`: the prompt's `window_hashes` of `min_run` tokens.
-    Each prompt token is in one run at most. A cached token can be in several runs, and the cache
-    can contain the runs in another order. Takes linear time.
+    `cached`, `prompt`: int [n]. `prompt_hashes`: the prompt's `window_hashes` for windows of
+    `min_run` tokens. Each prompt token is in at most one run. A cached token can be in several
+    runs, and the cache can contain the runs in a different order. Takes linear time.
     """
     cached_hashes = window_hashes(cached, min_run)
     order = np.argsort(cached_hashes, kind="stable")
@@ -69,7 +69,7 @@ def find_runs(
 
 
 def in_order(runs: Sequence[TokenRun]) -> list[TokenRun]:
-    """Return the runs that have the same order in cache and prompt and the most tokens in total."""
+    """Return the runs with the same order in cache and prompt that maximize the token count."""
     best: list[tuple[int, int]] = []  # for each run: tokens up to its end, and the previous run
     for at, run in enumerate(runs):
         before = [
@@ -88,7 +88,7 @@ def in_order(runs: Sequence[TokenRun]) -> list[TokenRun]:
 
 
 def _n_equal(a: np.ndarray, b: np.ndarray) -> int:
-    """Return the length of the common prefix."""
+    """Return the length of the common prefix of `a` and `b`."""
     n = min(len(a), len(b))
     for start in range(0, n, _COMPARED_AT_ONCE):
         end = min(start + _COMPARED_AT_ONCE, n)

@@ -52,7 +52,7 @@ class CacheKeys:
         return f"mode {pruning.mode.name}, boundary {pruning.boundary}, {self._conversion}"
 
     def accepts(self, key: str) -> bool:
-        """Return whether a read can continue after rows with this key."""
+        """Return whether a prompt can continue after cached rows with this key."""
         return key in (FULL, self.mode)
 
 
@@ -85,7 +85,7 @@ def opened_with(context: Context) -> str:
 
 
 def _tensors_hash(headers: Iterable[Header], *, are_fitted: bool, start: bytes = b"") -> str:
-    """Return a hash of `start` and the first bytes of all fitted, or all other, tensors."""
+    """Return a hash of `start` and the first bytes of all fitted tensors or of all others."""
     digest = hashlib.sha256(start)
     for header in headers:
         with header.path.open("rb") as file:

@@ -14,7 +14,7 @@ from pop_local.engine.prompt.prompt import Prompt
 
 
 class CacheStates:
-    """Saved states of a KV cache. `prompts`: the prompt cache that stores them, if any."""
+    """Saved states of a KV cache. `prompts`: the prompt cache that stores the states, if any."""
 
     def __init__(self, cache: KvCache, keys: CacheKeys, prompts: PromptCache | None) -> None:
         self.cache, self.keys, self.prompts = cache, keys, prompts
@@ -25,11 +25,11 @@ class CacheStates:
         return FULL if 0 < self.cache.n_tokens == self.cache.n_exact else self.keys.mode
 
     def n_same(self, prompt: Prompt) -> int:
-        """Return the number of a prompt's leading rows that are cached."""
+        """Return how many of a prompt's leading rows are cached."""
         return prompt.n_equal(self.cache.tokens, self.cache.images)
 
     def save(self) -> SavedState:
-        """Return the cache's state. Raises PopError like KvCache.forget_unfinished."""
+        """Return the cache's state. Raises PopError as KvCache.forget_unfinished does."""
         cache = self.cache
         cache.forget_unfinished()
         n = cache.n_tokens
@@ -48,16 +48,16 @@ class CacheStates:
     def restore(self, state: SavedState) -> None:
         """Replace the cached rows with a saved state.
 
-        Raises PopError if the state belongs to another model, mode, boundary or conversion.
+        Raises PopError if the state belongs to a different model, mode, boundary or conversion.
         """
         if state.model != self.keys.model:
             raise PopError(
-                "the saved state belongs to another model, or to other options",
+                "the saved state belongs to a different model or different options",
                 "read the prompt again",
             )
         if not self.keys.accepts(state.key):
             raise PopError(
-                f"the saved rows were computed in {state.key}, but this is {self.keys.mode}",
+                f"the saved rows are for {state.key}, but the model is in {self.keys.mode}",
                 "switch the model's mode first, or read the prompt again",
             )
         self.cache.load(state)
@@ -65,12 +65,12 @@ class CacheStates:
     # The prompt cache
 
     def stash(self, count: CountReusable) -> None:
-        """Store the rows in the prompt cache if a prompt can reuse less than half of them."""
+        """Store the rows in the prompt cache if a prompt can reuse fewer than half of the rows."""
         if 2 * count(self.cache.tokens, self.cache.images) < self.cache.n_tokens:
             self.store()
 
     def store(self) -> None:
-        """Store the rows in the prompt cache, if one exists and has room for them."""
+        """Store the rows in the prompt cache, if the prompt cache exists and has room."""
         if self.prompts is None or not self.cache.n_tokens:
             return
         if self.prompts.accepts(self.cache.slot.cells.state_size()):
@@ -78,7 +78,7 @@ class CacheStates:
                 self.prompts.add(self._prompts_key, self.save())
 
     def restore_best(self, count: CountReusable) -> None:
-        """Restore the prompt cache's best state if a prompt can reuse more of its rows."""
+        """Restore the prompt cache's best state if it has more rows that a prompt can reuse."""
         if self.prompts is None:
             return
         tokens, images = self.cache.tokens, self.cache.images
@@ -104,9 +104,9 @@ class CacheStates:
     # Other sequences
 
     def share(self, other: "CacheStates", prompt: Prompt) -> None:
-        """Share the prefix of a prompt that another sequence has cached.
+        """Share a prompt's longest prefix that another sequence has cached.
 
-        Does nothing if this cache has a prefix of the same length, or if the keys differ.
+        Does nothing if this cache has a prefix that is at least as long, or if the keys differ.
         """
         with self.cache.slot.locked():
             n = prompt.whole(other.n_same(prompt))

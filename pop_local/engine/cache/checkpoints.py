@@ -18,10 +18,10 @@ MAX_BYTES = 512 * 2**20
 
 
 class Checkpoints:
-    """Checkpoints of one sequence, in ascending order of rows.
+    """A sequence's checkpoints, in ascending order of row count.
 
-    `is_needed`: whether the model has recurrent layers, or sliding windows that drop rows. If not,
-    no method copies anything.
+    `is_needed`: whether the model has recurrent layers, or sliding windows that drop rows. If
+    False, no method copies anything.
     """
 
     def __init__(self, context: Context, cells: Cells) -> None:
@@ -38,15 +38,15 @@ class Checkpoints:
 
     @property
     def last(self) -> int:
-        """Number of rows of the last checkpoint, 0 without checkpoints."""
+        """Number of rows before the last checkpoint (0 if there are no checkpoints)."""
         return max(self._states, default=0)
 
     def best(self, n_rows: int) -> int:
-        """Return the number of rows of the last checkpoint within the first `n_rows`, or 0."""
+        """Return the number of rows before the last checkpoint within the first `n_rows`, or 0."""
         return max((n for n in self._states if n <= n_rows), default=0)
 
     def add(self, n_rows: int) -> None:
-        """Copy the state after the first `n_rows`, which are all rows of the sequence."""
+        """Copy the state after `n_rows` rows, which must be all of the sequence's rows."""
         if not self.is_needed or n_rows <= self.last:
             return
         state = self._cells.checkpoint(MAX_BYTES)
@@ -62,10 +62,10 @@ class Checkpoints:
     def return_to(self, n_rows: int, position: int) -> bool:
         """Restore the checkpoint after `n_rows`, and drop the cells from `position` on.
 
-        If it returns False, the cells are undefined.
+        If this method returns False, the cells are undefined.
         """
         return self._cells.return_to(self._states[n_rows], position)
 
     def drop_after(self, n_rows: int) -> None:
-        """Drop the checkpoints after more than `n_rows` rows, because later rows change."""
+        """Drop the checkpoints taken after more than `n_rows` rows, because those rows change."""
         self._states = {n: state for n, state in self._states.items() if n <= n_rows}

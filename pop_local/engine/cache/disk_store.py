@@ -1,4 +1,4 @@
-"""Saved states in a folder, which survive a restart.
+"""Saved states in a folder, where they survive a restart.
 
 Each state is one zip file (see saved_state.py) with mode 0600, named after a hash of its key and
 tokens. If the files exceed the capacity, the least recently used files are removed. Several
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredState:
-    """A stored state without its cells. `used_s`: the time of its last use in seconds."""
+    """A stored state without its cells. `used_s`: when it was last used, in Unix time."""
 
     path: Path
     size_bytes: int
@@ -58,8 +58,8 @@ class StoredState:
 class DiskStore:
     """Saved states in a folder, up to `capacity_bytes`. A background thread writes the files.
 
-    A store with a capacity of 0 lists or clears the folder. It creates no folder, and it removes
-    files only in `clear`.
+    A store with a capacity of 0 can only list or clear the folder. Such a store creates no folder,
+    and removes files only in `clear`.
     """
 
     def __init__(self, folder: Path, capacity_bytes: int = 0) -> None:
@@ -94,9 +94,9 @@ class DiskStore:
         return sum(status.st_size for _, status in self._files())
 
     def stored(self) -> list[StoredState]:
-        """Return the readable states, the least recently used first.
+        """Return the readable states, least recently used first.
 
-        With a capacity above 0, removes damaged files and files written by other versions.
+        If the capacity is above 0, removes damaged files and files written by other versions.
         """
         found: dict[Path, StoredState] = {}
         for path, status in self._files():
@@ -109,7 +109,7 @@ class DiskStore:
         return list(found.values())
 
     def find(self, key: str, count: CountReusable, n_least: int) -> SavedState | None:
-        """Return the state with the most reusable rows, or None if none has more than `n_least`."""
+        """Return the state with the most reusable rows, or None if all have `n_least` or fewer."""
         best, n_best = None, n_least
         for each in self.stored():
             if each.prompts_key == key and (n := count(each.tokens, each.images)) > n_best:
@@ -117,7 +117,7 @@ class DiskStore:
         return None if best is None else self._load(best)
 
     def _load(self, stored: StoredState) -> SavedState | None:
-        """Read a state and mark it as used. Removes a damaged file and returns None."""
+        """Read a state and mark it as used. If the file is damaged, removes it and returns None."""
 
         def read(archive: zipfile.ZipFile) -> SavedState:
             n_tokens = len(stored.tokens)
@@ -139,7 +139,7 @@ class DiskStore:
         return len(files)
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
-        """Return each file and its status, the least recently used first."""
+        """Return each file and its status, least recently used first."""
         found = []
         for path in self.folder.glob(f"*{SUFFIX}"):
             with suppress(OSError):
@@ -151,7 +151,7 @@ class DiskStore:
             tokens = read_member(archive, "tokens.npy")
             about = json.loads(read_member(archive, _ABOUT, _MOST_ABOUT_BYTES))
             if about["format"] != self._format:
-                raise ValueError(f"it has the format {about['format']}")
+                raise ValueError(f"its format is {about['format']}")
             return StoredState(
                 path=path,
                 size_bytes=status.st_size,
@@ -198,7 +198,7 @@ class DiskStore:
         return self.folder / f"{digest.hexdigest()[:32]}{SUFFIX}"
 
     def _evict(self, newest_path: Path, prompts_key: str, newest: SavedState) -> None:
-        """Remove states of the newest state's prefixes, then the least recently used states."""
+        """Remove the states of the newest state's prefixes, then the least recently used states."""
         for each in self.stored():
             is_prefix = each.prompts_key == prompts_key and newest.extends(each.tokens, each.images)
             if each.path != newest_path and is_prefix:

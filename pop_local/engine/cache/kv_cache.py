@@ -21,23 +21,23 @@ class ReadObserver(Protocol):
     """Observer of prompt reads."""
 
     def attach(self, cache: "KvCache") -> None:
-        """Start to observe a cache."""
+        """Start observing a cache."""
 
     def detach(self) -> None:
         """Stop observing the cache."""
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
-        """Handle tokens that were prefilled into the rows from `start` on."""
+        """Handle tokens that have been prefilled into the rows from `start` on."""
 
     def computed(self) -> None:
-        """Handle computed rows. Their taps can now be read (engine/llama/taps.py)."""
+        """Handle computed rows, whose taps can now be read (engine/llama/taps.py)."""
 
 
 class KvCache:
     """The cached rows of a sequence, in one mode.
 
-    `images`: each image's key by its first row. `has_logits`: whether the last row's logits can be
-    sampled from. `epoch` changes once a running answer cannot continue. `learner` observes reads.
+    `images`: each image's key, by first row. `has_logits`: whether the last row has logits to
+    sample from. `epoch` changes when a running answer cannot continue. `learner` observes reads.
     """
 
     def __init__(self, slot: Slot, vision: Mmproj | None = None) -> None:
@@ -57,7 +57,7 @@ class KvCache:
 
     @property
     def tokens(self) -> np.ndarray:
-        """The cached tokens, int32 [n_tokens]; NO_TOKEN for rows of images."""
+        """The cached tokens, int32 [n_tokens], with NO_TOKEN for image rows."""
         return self._tokens[: self.n_tokens]
 
     @property
@@ -68,7 +68,7 @@ class KvCache:
     # Forgetting
 
     def clear(self) -> None:
-        """Drop all rows. Raises PopError during a batch."""
+        """Drop all rows. Raises PopError if called during a batch."""
         self.slot.require_idle()
         with self.slot.locked():
             self.n_tokens = 0
@@ -80,10 +80,10 @@ class KvCache:
             self.epoch += 1
 
     def truncate(self, n_rows: int) -> bool:
-        """Keep the first `n_rows`, which must not end within an image, and drop the later ones.
+        """Keep the first `n_rows`, which must not end within an image, and drop all later rows.
 
-        Returns False if the memory can neither truncate nor return to a checkpoint there. Raises
-        PopError if called during a batch.
+        Returns False if the memory can be neither truncated there nor restored from a checkpoint.
+        Raises PopError if called during a batch.
         """
         self.slot.require_idle()
         with self.slot.locked():
@@ -120,8 +120,8 @@ class KvCache:
     def _lacks_rows_before(self, row: int) -> bool:
         """Return whether a sliding window has dropped rows that this row attends to.
 
-        llama.cpp does not check this (llama_kv_cache_iswa::seq_rm). A recurrent state has a single
-        position, and llama.cpp never truncates it.
+        llama.cpp does not check for dropped rows (llama_kv_cache_iswa::seq_rm). A recurrent state
+        has a single position, and llama.cpp never truncates it.
         """
         window = 0 if self.context.is_recurrent else self.context.window
         seen_from = max(0, int(self.rows.positions[row]) - window + 1)
@@ -170,7 +170,7 @@ class KvCache:
         if total > context.n_ctx:
             larger = total + 256
             raise PopError(
-                f"the context is too small: {total:,} tokens, the limit is {context.n_ctx:,}",
+                f"the context is too small for {total:,} tokens: the limit is {context.n_ctx:,}",
                 f"open the model with n_ctx={larger}",
                 cause="context-too-small",
                 n_ctx=larger,
@@ -235,11 +235,11 @@ class KvCache:
 
 
 def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
-    """Replace the rows with those of an edited prompt. Neither prompt may have images.
+    """Replace the rows with an edited prompt's rows. Neither prompt may contain images.
 
-    `tokens`: int32 [n]. `sources`: int32 [n], the row with each token's K/V, or -1 for rows that
-    `decode_again` must decode. The cache ends before these rows until the caller extends it, so
-    that no other sequence shares them. Returns False if the memory cannot move rows.
+    `tokens`: int32 [n]. `sources`: int32 [n], the row that contains each token's K/V, or -1 for
+    rows that `decode_again` must decode. Until the caller extends the cache, it ends before the
+    first such row, so no other sequence shares these rows. Returns False if rows cannot be moved.
     """
     start = n_leading(sources == np.arange(len(sources)))
     with cache.slot.locked():
@@ -260,7 +260,7 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
 def decode_again(
     cache: KvCache, start: int, tokens: np.ndarray, outputs: Outputs, full: np.ndarray
 ) -> None:
-    """Decode the rows from `start` on in place, within Slot.overwriting.
+    """Decode rows in place from `start` on, within Slot.overwriting.
 
     `tokens`: int32 [n]. `full`: bool [n], the rows that run all layers. Raises PopError if the
     rows cannot be decoded.

@@ -7,10 +7,10 @@ from pop_local.engine.cache.saved_state import CountReusable, SavedState
 
 
 class PromptCache:
-    """LRU cache of saved states by key and tokens, up to `capacity_bytes` of cells.
+    """LRU cache of saved states, indexed by key and tokens, with up to `capacity_bytes` of cells.
 
     A prompt's state replaces the states of its prefixes. Models and threads may share a cache.
-    States that leave the cache go to `store`.
+    Evicted states are moved to `store`.
     """
 
     def __init__(self, capacity_bytes: int, store: DiskStore | None = None) -> None:
@@ -33,7 +33,7 @@ class PromptCache:
     def add(self, key: str, state: SavedState) -> None:
         """Store a state under `key`, and evict the least recently used states if needed.
 
-        A state above the capacity goes to the store at once.
+        A state larger than the capacity goes straight to the store.
         """
         evicted = []
         if len(state.cells) > self.capacity_bytes:
@@ -53,7 +53,7 @@ class PromptCache:
                 self.store.add(*each)
 
     def best(self, key: str, count: CountReusable, n_least: int = 0) -> SavedState | None:
-        """Return the state with the most reusable rows, or None if none has more than `n_least`."""
+        """Return the state with the most reusable rows, or None if all have `n_least` or fewer."""
         best, n_best = None, n_least
         with self._lock:
             for index, (other_key, state) in enumerate(self._states):

@@ -1,4 +1,4 @@
-"""Settings of a slot's prompt rows: mode, boundary and stored boundary states."""
+"""Settings for a slot's prompt rows: mode, boundary and stored boundary states."""
 
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -6,10 +6,10 @@ from pop_local.engine.llama.slot import Slot
 
 
 class PruningSettings:
-    """Settings of a slot's prompt rows. Changing them may invalidate the cached rows.
+    """Settings for a slot's prompt rows. Changing a setting may invalidate the cached rows.
 
-    `exact`: first layer that context rows skip exactly (0: none). `keeps_states`: whether
-    boundary states are stored. CachedSequence changes settings together with the cache.
+    `exact`: the first layer that context rows skip without loss (0: none). `keeps_states`: whether
+    boundary states are stored. CachedSequence changes the settings and the cache together.
     """
 
     def __init__(self, slot: Slot) -> None:
@@ -24,12 +24,12 @@ class PruningSettings:
 
     @property
     def can_switch(self) -> bool:
-        """True if prompts can be pruned, or can skip layers exactly."""
+        """True if prompts can be pruned or can skip layers without loss."""
         return bool(self.boundary or self.exact)
 
     @property
     def is_pruning(self) -> bool:
-        """True if context rows stop at the boundary and their later K/V are projected."""
+        """True if context rows stop at the boundary and their K/V in later layers are projected."""
         return self.mode is Mode.CONTEXT and not self.exact
 
     def set_mode(self, mode: Mode) -> None:
@@ -37,17 +37,17 @@ class PruningSettings:
         self.mode = self._slot.mode
 
     def set_boundary(self, layer: int) -> None:
-        """Prune from another layer on (see backend.set_boundary)."""
+        """Set the first layer to prune (see backend.set_boundary)."""
         backend.set_boundary(self._slot.context.ctx, layer)
         self.exact = self._exact_layer()
         self.mode = self._slot.mode
 
     def keep_states(self, keep: bool) -> None:
-        """Store the boundary states of the following rows, or drop all states."""
+        """Store the boundary states of new rows if `keep` is set; otherwise drop all states."""
         backend.call("llama_pop_set_snapshots", self._slot.context.ctx, keep)
         self.keeps_states = keep
 
     def _exact_layer(self) -> int:
-        """Return the first layer that context rows skip exactly (0: none, or pruned earlier)."""
+        """Return the first layer to skip without loss (0: none, or pruning starts earlier)."""
         exact = backend.model_exact(self._slot.context.model)
         return 0 if 0 < self.boundary < exact else exact

@@ -22,11 +22,11 @@ class CachedRows:
     recomputes them. A refill needs each row's boundary state (`has_state`).
 
     Rows from `first_stale` on are stale: they were computed before an earlier row was edited. A
-    refill decodes them again, so they need no state.
+    refill decodes stale rows again, so stale rows need no boundary state.
 
-    `positions`: int32 [n_ctx + 1], ending with the next row's position. Rows of an image may share
-    one.
-    `readings`: serial number of the read that computed a row, which identifies shared rows.
+    `positions`: int32 [n_ctx + 1], ending with the next row's position. An image's rows may share a
+    position. `readings`: the serial number of the read that computed each row, which identifies
+    shared rows.
     """
 
     def __init__(self, n_ctx: int) -> None:
@@ -46,7 +46,7 @@ class CachedRows:
     ) -> None:
         """Record decoded rows from `start` on. `full`: bool [n], the rows that ran all layers.
 
-        `positions`: int32 [n + 1], with the next row's position.
+        `positions`: int32 [n + 1], including the next row's position.
         """
         end = start + len(full)
         self.positions[start : end + 1] = positions
@@ -58,7 +58,7 @@ class CachedRows:
             self.n_exact = end
 
     def edit(self, sources: np.ndarray) -> None:
-        """Replace all rows with those of an edited prompt (see kv_cache.move_rows)."""
+        """Replace all rows with an edited prompt's rows (see kv_cache.move_rows)."""
         n = len(sources)
         is_full = (sources >= 0) & self.is_full[sources]
         n_same = n_leading(sources == np.arange(n))
@@ -71,7 +71,7 @@ class CachedRows:
             self.first_stale = min(self.first_stale, int(reused[0]))
 
     def record_redone(self, start: int, full: np.ndarray, *, keeps_states: bool) -> None:
-        """Record rows from `start` on that were decoded again in place. `full`: bool [n]."""
+        """Record that the rows from `start` on were decoded again in place. `full`: bool [n]."""
         end = start + len(full)
         self.is_full[start:end] = full
         self.has_state[start:end] = keeps_states and end <= self.first_stale
@@ -80,7 +80,7 @@ class CachedRows:
             self.first_stale = max(self.first_stale, end)
 
     def record_deep_pass(self, positions: Sequence[int]) -> None:
-        """Record a deep pass over rows at these ascending positions."""
+        """Record a deep pass over the rows at the given ascending positions."""
         self.is_full[list(positions)] = True
         first, last = positions[0], positions[-1]
         if first <= self.n_exact and last - first + 1 == len(positions):
@@ -96,7 +96,7 @@ class CachedRows:
             self.first_stale = NO_STALE
 
     def take_over(self, is_full: np.ndarray, positions: np.ndarray, *, is_exact: bool) -> None:
-        """Replace all rows with those of a saved state, which contains no boundary states."""
+        """Replace all rows with a saved state's rows, which have no boundary states."""
         n = len(is_full)
         self.positions[: n + 1] = positions
         self.forget_from(0)
@@ -116,7 +116,7 @@ class CachedRows:
             self.first_stale = other.first_stale
 
     def follow(self, other: "CachedRows", n_rows: int) -> bool:
-        """Mark shared rows as full if `other` has refilled them. Returns whether more are exact."""
+        """Mark shared rows as full if `other` refilled them. Returns True if more are exact."""
         n_shared = n_leading(self.readings[:n_rows] == other.readings[:n_rows])
         n_exact = min(other.n_exact, n_shared)
         self.is_full[:n_shared] |= other.is_full[:n_shared]
@@ -126,6 +126,6 @@ class CachedRows:
         return is_more
 
     def can_be_redone(self, n_rows: int) -> bool:
-        """Return whether any of the first `n_rows` are not exact, and a refill can redo them."""
+        """Return whether any of the first `n_rows` are not exact and can be redone by a refill."""
         with_states = slice(self.n_exact, min(n_rows, self.first_stale))
         return bool(self.n_exact < n_rows and self.has_state[with_states].all())

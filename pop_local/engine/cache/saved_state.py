@@ -6,8 +6,8 @@
     stale.npy      int32 (2): number of exact rows and first stale row, only if a row is stale
     kv.bin         llama.cpp's state: only the used cells
 
-zip's CRC-32 detects damage. numpy's reader parses any header and allocates whatever size it names,
-so `decoded_array` checks both.
+The zip format's CRC-32 detects damage. numpy's reader parses any header and allocates the size in
+the header, so `decoded_array` checks the header and the size first.
 """
 
 import io
@@ -61,13 +61,13 @@ class SavedState:
         return len(self.tokens)
 
     def extends(self, tokens: np.ndarray, images: Mapping[int, str]) -> bool:
-        """Return whether the state starts with these rows."""
+        """Return whether the state starts with the given tokens and images."""
         is_start = self.tokens.tobytes().startswith(tokens.tobytes())
         return is_start and images.items() <= self.images.items()
 
 
 def members(state: SavedState) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and content of each member."""
+    """Yield the name and content of each archive member."""
     yield "positions.npy", encoded_array(state.positions)
     yield "tokens.npy", encoded_array(state.tokens)
     yield "full.npy", encoded_array(state.is_full)
@@ -79,7 +79,7 @@ def members(state: SavedState) -> Iterator[tuple[str, bytes]]:
 def read_state(
     archive: zipfile.ZipFile, key: str, model: str, images: Mapping[int, str], n_tokens: int
 ) -> SavedState:
-    """Read a state's members. Raises one of DAMAGES, also for inconsistent arrays."""
+    """Read a state. Raises one of DAMAGES if a member is damaged or the arrays are inconsistent."""
 
     def array(name: str, kind: type[np.generic], length: int) -> np.ndarray:
         return decoded_array(read_member(archive, name), kind, length)
@@ -99,12 +99,12 @@ def read_state(
         n_exact=n_exact,
     )
     if not _is_consistent(state):
-        raise ValueError("its arrays contradict each other")
+        raise ValueError("its arrays are inconsistent")
     return state
 
 
 def _is_consistent(state: SavedState) -> bool:
-    """Return True if images have their rows, positions ascend, and exact rows are not stale."""
+    """Return True if image rows match the images, positions ascend, and no exact rows are stale."""
     is_text = state.tokens != NO_TOKEN
     image_starts = np.flatnonzero(~is_text & np.r_[True, is_text[:-1]])
     steps = np.diff(state.positions)
@@ -127,7 +127,7 @@ def add_member(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def read_member(archive: zipfile.ZipFile, name: str, most_bytes: int | None = None) -> bytes:
-    """Return a member. Raises ValueError if it is compressed and could expand to any size."""
+    """Return a member. Raises ValueError if it is compressed, since it could expand to any size."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ValueError(f"{name} is compressed")
@@ -143,7 +143,7 @@ def encoded_array(values: np.ndarray) -> bytes:
 
 
 def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.ndarray:
-    """Parse a .npy file. Raises ValueError if its type, length or size differs."""
+    """Parse a .npy file. Raises ValueError if the type, length or size is not as expected."""
     head, dtype = _NPY.match(content), np.dtype(kind)
     if (
         head is None

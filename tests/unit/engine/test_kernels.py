@@ -202,7 +202,7 @@ def test_kv_of_another_attention_are_refused_or_reread(pop_file, tmp_path):
     model, other = (opened(pop_file, flash_attn=is_on) for is_on in (True, False))
     tokens = prompt(100)
     read(model, tokens)
-    with pytest.raises(PopError, match="to other options"):
+    with pytest.raises(PopError, match="different options"):
         other.engine.states.restore(model.engine.states.save())
     sessions = Sessions(tmp_path)
     conversation = Conversation()
