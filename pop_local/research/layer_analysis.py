@@ -150,7 +150,7 @@ def analyze(
     if pop_of(source, None) is not None:
         raise PopError(
             f"{source.first.path} is already converted",
-            "analyze the original model; `pop-local strip` restores it",
+            "analyze the original model (strip the converted file to restore it)",
             cause="analyze-converted",
             path=source.first.path,
         )

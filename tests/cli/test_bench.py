@@ -127,7 +127,7 @@ def test_a_boundary_makes_an_unconverted_model_comparable(tmp_path):
     ("arguments", "said"),
     [
         (("--prompt", "100", "--ctx", "64"), "limited to 64"),
-        (("--prompt", "5000"), "the model has 4096"),
+        (("--prompt", "5000"), "but the limit is 4096"),
         (("--prompt", "100", "--boundary", "8"), "boundary 8"),
     ],
 )
@@ -176,13 +176,13 @@ def test_a_cached_prefix_is_never_reported(model, mode, monkeypatch):
     tokens = text_prompt(model, 100)
     speed.run(model, mode, tokens)
     monkeypatch.setattr(model.engine.cache, "clear", lambda: None)
-    with pytest.raises(PopError, match="not valid"):
+    with pytest.raises(PopError, match="is invalid"):
         speed.run(model, mode, tokens)
 
 
 def test_pruning_that_did_not_happen_is_never_reported(model):
     require_rows(model, Mode.CONTEXT, Prompt(range(100)), Counters(83, 17))
-    with pytest.raises(PopError, match="not valid"):
+    with pytest.raises(PopError, match="is invalid"):
         require_rows(model, Mode.CONTEXT, Prompt(range(100)), Counters(0, 100))
 
 
