@@ -1,4 +1,4 @@
-"""Options of one answer."""
+"""Options for one answer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

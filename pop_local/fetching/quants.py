@@ -68,7 +68,7 @@ def usual_ending(file: str) -> str:
 
 
 def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
-    """Return the model whose name is or contains `wanted`, or the default model if it is "".
+    """Return the model whose name contains `wanted`, or the default model if `wanted` is "".
 
     Raises PopError, with a list of the models, unless exactly one model matches.
     """

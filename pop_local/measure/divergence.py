@@ -55,7 +55,7 @@ def predictions(logits: Logits) -> Predictions:
 
 
 def halved(predicted: Predictions) -> Predictions:
-    """Return the predictions as log-probabilities in half precision, to halve memory use.
+    """Return the predictions as log-probabilities in half precision, which halves memory use.
 
     Half precision adds an error of about 1e-6 to the KL. The most likely tokens do not change.
     """

@@ -102,7 +102,7 @@ def append(
 def read_context_only(cache: KvCache, prompt: Prompt) -> Read:
     """Append a prompt as context only, so that no row is full or has logits.
 
-    No pruned prefill can do less work. Raises the same errors as `read`.
+    This is the least work that a pruned prefill can do. Raises the same errors as `read`.
     """
     cache.make_room(len(prompt))
     deep = np.zeros(len(prompt), bool)

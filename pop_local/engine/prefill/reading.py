@@ -1,4 +1,4 @@
-"""A prompt read in progress, and the result of the read."""
+"""A prompt that is being read, and the result of the read."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class PrefillStoppedError(StoppedError):
 
 
 class PromptReading(ABC):
-    """A prompt read in progress. `n_total`: the number of rows to decode."""
+    """A prompt that is being read. `n_total`: the number of rows to decode."""
 
     def __init__(
         self, cache: KvCache, rule: RowRule, on_prefill: OnPrefill | None, n_total: int

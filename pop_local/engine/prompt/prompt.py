@@ -22,7 +22,7 @@ class Prompt:
     """A prompt's tokens and images.
 
     `stops`: strings that end the answer. `begun`: the start of the answer, as rendered by the
-    template. `images`: keyed by first row. `tokens` has NO_TOKEN for each image row.
+    template. `images`: the images, keyed by first row. `tokens` has NO_TOKEN for each image row.
     """
 
     tokens: Sequence[int]

@@ -1,6 +1,6 @@
 """Treat special tokens in messages as plain text.
 
-Otherwise, a document containing `<|im_end|>` could end its turn and start a system message.
+Otherwise, a document containing `<|im_end|>` could end a turn and start a system message.
 """
 
 from collections.abc import Iterable, Sequence

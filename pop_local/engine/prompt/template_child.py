@@ -52,7 +52,8 @@ class TemplateRenderer:
     def rendered(template: str, arguments: dict[str, Any] | None) -> str:
         """Render a template. If `arguments` is None, only compile the template and return "".
 
-        Raises ValueError if the template rejects the arguments, or any other rendering error.
+        Raises ValueError if the template rejects the arguments, or another error if rendering
+        fails.
         """
         if arguments is None:
             _compiled(template)

@@ -49,7 +49,7 @@ class Stream(Iterator[str]):
     """An iterator over an answer's text. `text`: the text so far. `stats`: None until the end.
 
     Closing the stream ends the answer and leaves `stats` as None. If on_prefill or should_stop
-    closes it, the answer ends after the callback returns, and `stats` is set.
+    closes the stream, the answer ends after the callback, and `stats` is set.
     """
 
     def __init__(self, chunks: Answering, on_end: Callable[[Stream], None]) -> None:
@@ -121,7 +121,7 @@ class ChatSession:
 
     @property
     def dropped(self) -> Turn | None:
-        """The last question if it has no answer; such a question is not in `conversation`."""
+        """The last question, if unanswered. Unanswered questions are not in `conversation`."""
         self._settle()
         return self._dropped
 

@@ -8,8 +8,8 @@ If the model's cache holds a different conversation, n_tokens is 0 and the array
 
 Loading restores the K/V only if the model, mmproj, POP mode, boundary, projections, backend version
 and RoPE options are the same. Models are compared by size and by a hash of their headers and of
-sampled tensor data. If anything differs, only the transcript is restored. The zip format's CRC-32
-detects damaged files.
+sampled tensor data. If any of these differ, only the transcript is restored. The zip format's
+CRC-32 detects damaged files.
 """
 
 import dataclasses
@@ -104,9 +104,9 @@ class Restored:
 def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     """Count the leading cached tokens that belong to the conversation.
 
-    These tokens are the last question's prompt and the cached part of the answer. Returns 0 if part
-    of the prompt is not cached. Answers are compared as text, because tokenizing an answer may not
-    reproduce the sampled tokens.
+    The tokens counted are the last question's prompt and the cached part of the answer. Returns 0
+    if part of the prompt is not cached. Answers are compared as text, because tokenizing an answer
+    may not reproduce the sampled tokens.
     """
     if not conversation.turns:
         return 0
@@ -177,7 +177,7 @@ class Sessions:
     ) -> int:
         """Write the file atomically, and return its size in bytes. Raises PopError.
 
-        `with_cache`: include the cached rows if they belong to the conversation. If they do, all
+        `with_cache`: include the cached rows if they belong to the conversation. In that case, all
         rows after the conversation are dropped from the cache.
         """
         path, state = self.path(name), None

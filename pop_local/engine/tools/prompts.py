@@ -138,7 +138,7 @@ def _in_json(tools: Tools, rules: dict[str, JsonRule]) -> Trigger:
 
 
 def _pattern(trigger: dict[str, str]) -> re.Pattern[str]:
-    """Convert one of llama.cpp's common_grammar_triggers to a pattern with a group."""
+    """Convert one of llama.cpp's common_grammar_triggers to a pattern that has a group."""
     value, is_pattern = trigger["value"], trigger["type"].startswith("pattern")
     found = re.compile(value if is_pattern else re.escape(value))
     return found if found.groups else re.compile(f"({found.pattern})")
@@ -147,7 +147,7 @@ def _pattern(trigger: dict[str, str]) -> re.Pattern[str]:
 def _numbered(messages: Sequence[Message]) -> list[Message]:
     """Replace call IDs with IDs that every template accepts, and set the IDs of results.
 
-    Ollama's clients send results without an ID. Such a result belongs to the first open call.
+    Results without IDs, which Ollama's clients send, belong to the first open call.
     """
     found: list[Message] = []
     open_: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Tool calls as plain text, for templates without tool support and models that ignore it."""
+"""Tool calls as plain text, for templates and models that do not support other forms."""
 
 import json
 import re
