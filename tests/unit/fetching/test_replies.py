@@ -96,7 +96,7 @@ def test_unrequested_part_is_not_a_complete_file(hub, tmp_path):
 def test_truncated_file_is_deleted(hub, tmp_path, headers):
     hub.raw = [reply(WHOLE[:1000], *headers)]
     with pytest.raises(
-        PopError, match=r"tiny\.gguf is truncated: the file has 1,000 of 4,\d+ bytes"
+        PopError, match=r"tiny\.gguf is truncated: only 1,000 of 4,\d+ bytes present"
     ):
         pull(hub, tmp_path)
     assert names(tmp_path) == []
