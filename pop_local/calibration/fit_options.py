@@ -46,7 +46,7 @@ class FitOptions:
         n_tokens = default if self.tokens is None else self.tokens
         if n_tokens < least:
             raise CalibrationError(
-                f"{n_tokens:,} tokens are too few for a fit: this model needs at least {least:,}",
+                f"{n_tokens:,} tokens are too few for a fit: this model needs {least:,} or more",
                 f"use {least} tokens or more (default: {default})",
                 cause="too-few-tokens",
                 n_least=least,

@@ -51,7 +51,7 @@ def sample_windows(
                 )
                 if np.isnan(logits.max(axis=1)).any():
                     raise PopError(
-                        "the model predicts NaN",
+                        "the model's logits are NaN",
                         "the model file may be damaged: download it again",
                     )
                 for number in np.flatnonzero(n_given[part] <= step):

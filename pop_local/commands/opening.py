@@ -86,7 +86,7 @@ class Opener:
             why = engine.context.files.no_refill or "this model is not pruned"
             warn(f"--refill has no effect: {why}")
         if options.learn == "on" and "learn" in self.asked and len(engine.sequences) > 1:
-            warn("--learn has no effect with several slots; use --parallel 1")
+            warn("--learn has no effect with multiple slots; use --parallel 1")
         if options.image_tokens and engine.vision is None:
             warn("--image-tokens has no effect: this model has no mmproj")
         elif options.image_tokens and engine.vision is not None and engine.vision.is_fixed:
@@ -112,5 +112,5 @@ def store_prompts(model: PopModel) -> None:
 
 
 def lessons(model: PopModel) -> OnlineCalibration | None:
-    """Return the online calibration if the model learns, else None."""
+    """Return the online calibration, or None if the model does not learn."""
     return None if model.engine.calibrator is None else OnlineCalibration(model)

@@ -62,7 +62,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL}.")]
 OptionalModel = Annotated[
     str | None,
     typer.Argument(
-        metavar="MODEL", help=f"{_MODEL} (default: the best catalog model for the free memory)."
+        metavar="MODEL", help=f"{_MODEL} (default: the best catalog model that fits in memory)."
     ),
 ]
 Converted = Annotated[

@@ -27,7 +27,7 @@ Answering = Generator[Chunk, None, None]
 
 
 class ContextFullError(PopError):
-    """Error if a prompt and its answer do not fit in the context. All numbers are in tokens.
+    """Error for a prompt and answer that do not fit in the context. All numbers are in tokens.
 
     `n_answer`: tokens reserved for the answer. `n_short`: the number of tokens that do not fit.
     """

@@ -41,8 +41,8 @@ class TurnStats:
     """Statistics of one answer. n_prompt = n_cached + n_pruned + n_skipped_exact + n_full.
 
     n_cached: prompt tokens with K/V in the cache. n_stale: cached tokens with approximate K/V,
-    because an earlier part of the prompt changed afterwards. n_pruned: prompt tokens that stopped
-    at the boundary layer. n_skipped_exact: prompt tokens that stopped at exact_layer without loss,
+    because an earlier part of the prompt has changed since. n_pruned: prompt tokens that stopped at
+    the boundary layer. n_skipped_exact: prompt tokens that stopped at exact_layer without loss,
     because later layers share the K/V of earlier layers. n_full: prompt tokens that ran through all
     layers, including n_deep deep rows. n_exact: prompt tokens with the same K/V as in the full
     model. n_refilled: cached tokens that were refilled since the previous answer. n_image: the

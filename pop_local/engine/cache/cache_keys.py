@@ -39,7 +39,7 @@ class CacheKeys:
 
     @property
     def model(self) -> str:
-        """Key of the model, its options and its vision model, in any mode."""
+        """Key of the model, its options and its vision model, regardless of mode."""
         images = self._vision.key if self._vision else ""
         return f"model {self._model_hash}{opened_with(self._context)}, images {images}"
 

@@ -52,7 +52,7 @@ class CacheStates:
         """
         if state.model != self.keys.model:
             raise PopError(
-                "the saved state belongs to a different model or different options",
+                "the saved state is for a different model or different options",
                 "read the prompt again",
             )
         if not self.keys.accepts(state.key):

@@ -183,7 +183,7 @@ class KvCache:
         self.forget_unfinished()
 
     def append(self, tokens: Sequence[int], outputs: Outputs, full: np.ndarray) -> None:
-        """Decode tokens after the last row. `full`: bool [n], the rows that run all layers.
+        """Decode tokens after the last row. `full`: bool [n], True if a row runs all layers.
 
         Raises PopError if the tokens cannot be decoded.
         """
@@ -262,7 +262,7 @@ def decode_again(
 ) -> None:
     """Decode rows in place from `start` on, within Slot.overwriting.
 
-    `tokens`: int32 [n]. `full`: bool [n], the rows that run all layers. Raises PopError if the
+    `tokens`: int32 [n]. `full`: bool [n], True if a row runs all layers. Raises PopError if the
     rows cannot be decoded.
     """
     cache.has_logits = False

@@ -44,7 +44,7 @@ class CachedRows:
     def read(
         self, start: int, full: np.ndarray, positions: np.ndarray, *, keeps_states: bool
     ) -> None:
-        """Record decoded rows from `start` on. `full`: bool [n], the rows that ran all layers.
+        """Record decoded rows from `start` on. `full`: bool [n], True if a row ran all layers.
 
         `positions`: int32 [n + 1], including the next row's position.
         """

@@ -298,7 +298,7 @@ def test_a_prompt_cache_does_not_mix_models(pop_file, tmp_path):
         model.engine.states.prompts = cache
     first.read(tokens)
     first.read(Prompt(prompt(100, seed=1)))
-    with pytest.raises(PopError, match="another model"):
+    with pytest.raises(PopError, match="a different model"):
         other.engine.states.restore(first.engine.states.save())
     assert other.read(tokens).n_cached == 0
     assert again.read(tokens).n_cached == 99
