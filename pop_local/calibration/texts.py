@@ -37,7 +37,7 @@ class CalibrationError(PopError):
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The windows [n_windows, N_WINDOW] to fit on. `sha256`: the hash of the text or tokens."""
+    """The windows to fit on: [n_windows, N_WINDOW]. `sha256`: the hash of the text or tokens."""
 
     name: str
     sha256: str

@@ -26,7 +26,7 @@ _HINT = "use shorter windows or close other programs"
 
 @dataclass(frozen=True)
 class StageImportance:
-    """The importance I_l of each layer in squared nats, summed over a window's answer rows.
+    """The importance I_l of each layer, in squared nats, summed over a window's answer rows.
 
     The last third of the layers and the other layers are each summarized by a median and a mean,
     since a few layers dominate the mean. `median_ratio`: the last third's median divided by the

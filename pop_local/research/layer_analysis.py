@@ -188,7 +188,7 @@ def analyze(
 
 @dataclass(frozen=True)
 class _Run:
-    """One call of `analyze`, with its inputs."""
+    """A call to `analyze`, with its inputs."""
 
     source: Source
     text: Text

@@ -62,7 +62,7 @@ def printable(text: str, *, kept: str = "") -> str:
 
 
 def say(text: str) -> None:
-    """Print data on stdout, with control characters escaped only if stdout is a terminal."""
+    """Print data to stdout, escaping control characters only if stdout is a terminal."""
     out.file.write((printable(text, kept="\n") if out.is_terminal else text) + "\n")
 
 

@@ -278,9 +278,9 @@ class Mmproj:
     def _on_node(self, _tensor: int, is_query: bool, _data: object) -> bool:
         """Handle a node of the encoder's graph (ggml_backend_sched_eval_callback).
 
-        If `is_query` is set, returns whether to call again after the node is computed. The second
-        call returns False to stop the encoder. The encoder still reports success, so `_stop_error`
-        stores the reason.
+        If `is_query` is set, returns whether llama.cpp should call it again after computing the
+        node. The second call returns False to stop the encoder. The encoder still reports success,
+        so `_stop_error` stores the reason.
         """
         if is_query:
             self._n_nodes += 1

@@ -234,7 +234,7 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
 
 
 def skipping_facts(found: SkippableLayers, work: SkippingGain | None = None) -> list[Fact]:
-    """Return facts about the skippable layers, and about the work that remains in them."""
+    """Return facts about the skippable layers and the work that remains in them."""
     layers = f"layers {found.first} to {found.last}"
     if found.exact:
         layers += f"; layers {found.exact} and up without any loss"
