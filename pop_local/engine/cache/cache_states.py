@@ -57,7 +57,7 @@ class CacheStates:
             )
         if not self.keys.accepts(state.key):
             raise PopError(
-                f"the saved rows are for {state.key}, but the model is in {self.keys.mode}",
+                f"the state was computed in {state.key}, but the model is in {self.keys.mode}",
                 "switch the model's mode first, or read the prompt again",
             )
         self.cache.load(state)
