@@ -74,7 +74,7 @@ def test_an_edited_prompt_must_fit_the_context(llama_file, n_parallel):
     with opened(llama_file, keep_states=True, n_parallel=n_parallel) as model:
         sequence = model.engine.sequences[0]
         sequence.read(Prompt(old))
-        with pytest.raises(PopError, match="too small: 1,090 tokens"):
+        with pytest.raises(PopError, match="too small for 1,090 tokens"):
             sequence.read(Prompt(NEW[:100] + old[10:]))
         assert sequence.read(Prompt(old)).n_cached >= 1000 - 16
 
