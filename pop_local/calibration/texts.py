@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pop_converter.base.errors import PopError
+from pop_converter.base.files import read_file
 from pop_converter.base.progress import Progress
 from pop_local.calibration.carrier_windows import SHARE, carrier_windows
 from pop_local.calibration.samples import sample_windows
@@ -206,7 +207,7 @@ def _topics() -> str:
 def _library_code() -> str:
     """Return the standard library's source code as one text, or "" if it is not installed."""
     folder = Path(sysconfig.get_path("stdlib"))
-    sources = [decoded(file.read_bytes(), str(file)) for file in sorted(folder.glob("*.py"))]
+    sources = [decoded(read_file(file), str(file)) for file in sorted(folder.glob("*.py"))]
     return "\n\n".join(sources)
 
 

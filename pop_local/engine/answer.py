@@ -108,7 +108,7 @@ class _Turn:
         options = self._options
         self._n_refilled = self._sequence.refiller.take_refilled()
         prefill_started_s = time.perf_counter()
-        with closing(self._sequence.sampled(self._sampler)) as sampled:
+        with closing(self._sampler), closing(self._sequence.sampled(self._sampler)) as sampled:
             try:
                 with stopped_by(options.should_stop):
                     self._read = self._sequence.read(self._prompt, options.on_prefill)

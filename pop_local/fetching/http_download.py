@@ -205,6 +205,8 @@ class _Transfer:
                 headers=headers,
                 # The header's token takes precedence over ~/.netrc.
                 auth=(lambda request: request) if "authorization" in headers else None,
+                # requests unpacks the bodies of redirects, too.
+                hooks={"response": self._require_unpacked},
                 stream=True,
                 timeout=_TIMEOUT_S,
             ) as response:
@@ -227,10 +229,18 @@ class _Transfer:
                 f"{self._shown} cannot be fetched ({type(error).__name__})", "check the URL"
             ) from error
 
+    def _require_unpacked(self, response: "requests.Response", **_: object) -> None:
+        """Raise PopError if a reply is compressed: an unpacked reply could grow without limit."""
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding != "identity" and response.status_code < 400:
+            raise PopError(
+                f"the server compressed {self._shown} ({encoding}), which is not supported",
+                "download the file from a different URL",
+            )
+
     def _check_status(self, response: "requests.Response") -> None:
         code = response.status_code
-        encoding = response.headers.get("Content-Encoding", "identity")
-        if code in (200, 206) and encoding == "identity":
+        if code in (200, 206):
             return
         if code == 416:  # the server's file is shorter
             self._forget()
@@ -239,10 +249,7 @@ class _Transfer:
             raise _Dropped(f"the server returned HTTP status {code} {response.reason}")
         name, hint = self._target.name, "check the URL"
         message = f"{self._host} returned HTTP status {code} {response.reason} for {name}"
-        if code in (200, 206):  # an unpacked reply could grow without limit
-            message = f"the server compressed {self._shown} ({encoding}), which is not supported"
-            hint = "download the file from a different URL"
-        elif code in (401, 403):
+        if code in (401, 403):
             message = f"{self._host} denies access to {name} ({code})"
             hint = "check that you have access to this file, or download it with a browser"
         elif code in (404, 410):

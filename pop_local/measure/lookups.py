@@ -12,7 +12,7 @@ far less noisy than the counts of right answers.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp
 
 import numpy as np
@@ -149,7 +149,7 @@ class LookupReference:
         """
         found = cls(settings, make_documents(model, settings), known)
         found.ask(model, FULL, on_progress, known)
-        return found
+        return replace(found, full=known[: len(found.documents)])
 
     def ask(self, model: PopModel, pruning: Pruning, on_progress: Progress, known: Answers) -> None:
         """Add a pruned model's missing answers to `known`, as `read` does for the full model."""

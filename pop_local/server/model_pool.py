@@ -73,7 +73,8 @@ class ServedModel:
     def close(self) -> None:
         """Stash the model's cached rows in the prompt cache, and close the model."""
         self.worker.stop()
-        self.worker.join()
+        if self.worker.is_alive():
+            self.worker.join()
         try:
             for sequence in self.model.engine.sequences:
                 sequence.states.store()

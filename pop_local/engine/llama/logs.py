@@ -34,6 +34,7 @@ class _Errors(threading.local):
 _errors = _Errors()
 _last_level = logging.DEBUG
 _callbacks: tuple[Any, ...] = ()  # llama.cpp does not keep them alive
+_is_first_call = threading.Lock()
 # Called with the reason in the aborting thread, before the process ends. None: write to stderr.
 on_abort: Callable[[str], None] | None = None
 
@@ -45,9 +46,11 @@ _WRAPPING = re.compile(r"^error loading model( \w+)?: ")
 def take_over(llama_cpp: Any, ggml: ctypes.CDLL) -> None:
     """Redirect llama.cpp's log from stderr to `logging`, and ggml's aborts to `on_abort`.
 
-    Call this once per process.
+    Later calls have no effect, because llama.cpp may still call the first call's callbacks.
     """
     global _callbacks
+    if not _is_first_call.acquire(blocking=False):
+        return
     stderr = 2
     with suppress(OSError):  # llama_cpp redirects descriptor 2 while it opens a model
         stderr = os.dup(2)

@@ -108,9 +108,11 @@ def test_reply_without_length_ends_with_the_connection(hub, tmp_path, headers):
     assert pull(hub, tmp_path).read_bytes() == WHOLE
 
 
-def test_compressed_reply_is_refused_without_unpacking(hub, tmp_path):
+@pytest.mark.parametrize("status", ["200 OK", "302 Found"])
+def test_compressed_reply_is_refused_without_unpacking(hub, tmp_path, status):
     packed = gzip.compress(WHOLE + bytes(50_000_000))
-    hub.raw = [reply(packed, "Content-Encoding: gzip")]
+    headers = ("Content-Encoding: gzip", f"Location: {hub.url('other.gguf')}")
+    hub.raw = [reply(packed, *headers, status=status)]
     tracemalloc.start()
     try:
         with pytest.raises(PopError, match=r"compressed .* \(gzip\), which is not supported"):
