@@ -44,6 +44,11 @@ HEADS = (
     "You are a careful and friendly assistant. Answer in short sentences, and cite the text.\n",
 )
 ORDER = (3, 0, 5, 1, 7, 2, 6, 4)
+FACT = "\nThe access code of the north gate is {}. Visitors must know it.\n"
+QUESTION = (
+    "\nQuestion: What is the access code of the north gate?"
+    "\nAnswer: The access code of the north gate is"
+)
 Tokens = list[int]
 
 
@@ -141,10 +146,14 @@ class Reader:
         return figures
 
 
-def measure_edits(model: PopModel, options: argparse.Namespace) -> None:
+def text_tokens(model: PopModel, options: argparse.Namespace) -> Tokens:
     text = options.text.read_text(encoding="utf-8") if options.text else None
     parts = [text] if text else shipped_text().parts
-    tokens = [token for part in parts for token in model.engine.context.vocabulary.tokenize(part)]
+    return [token for part in parts for token in model.engine.context.vocabulary.tokenize(part)]
+
+
+def measure_edits(model: PopModel, options: argparse.Namespace) -> None:
+    tokens = text_tokens(model, options)
     found: dict[str, list[dict[str, list[float]]]] = {}
     with forced(model) as scores:
         reader = Reader(model, scores)
@@ -193,25 +202,21 @@ def measure_lookups(model: PopModel, options: argparse.Namespace) -> None:
 
 
 def measure_facts(model: PopModel, options: argparse.Namespace) -> None:
-    text = options.text.read_text(encoding="utf-8") if options.text else None
-    tokenize = model.engine.context.vocabulary.tokenize
-    bos = [*model.engine.context.vocabulary.bos]
-    tokens = [t for part in ([text] if text else shipped_text().parts) for t in tokenize(part)]
+    tokenize, bos = model.engine.context.vocabulary.tokenize, model.engine.context.vocabulary.bos
+    tokens = text_tokens(model, options)
     random = np.random.default_rng(0)
     with forced(model) as scores:
         reader = Reader(model, scores)
         for document in documents(tokens, options.tokens, options.documents):
             old, new, other = (f"{n:06d}" for n in random.integers(10**6, size=3).tolist())
-            rest = [token for part in document.passages[1:] for token in part]
-
-            def prompt(fact: str, rest: Tokens = rest, document: Document = document) -> Tokens:
-                ask = "\nQuestion: What is the access code of the north gate?\nAnswer: The access code of the north gate is"  # noqa: E501
-                return [*bos, *document.passages[0], *tokenize(fact), *rest, *tokenize(ask)]
-
-            sentence = "\nThe access code of the north gate is {}. Visitors must know it.\n"
-            after = {"changed": prompt(sentence.format(new)), "removed": prompt("\n")}
+            first, *rest = document.passages
+            rest_tokens = [token for part in rest for token in part]
+            start, changed, removed = (
+                [*bos, *first, *tokenize(fact), *rest_tokens, *tokenize(QUESTION)]
+                for fact in (FACT.format(old), FACT.format(new), "\n")
+            )
+            after = {"changed": changed, "removed": removed}
             for edit, edited in after.items():
-                start = prompt(sentence.format(old))
                 for name, history, mode in (
                     ("full", [edited], Mode.OFF),
                     ("pruned", [edited], Mode.CONTEXT),
