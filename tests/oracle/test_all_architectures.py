@@ -21,7 +21,7 @@ from pop_converter.architecture.arch_names import REFUSED
 from pop_converter.base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.gguf.header import read_header
 from support import recipes
-from support.architecture_table import DOCUMENT, row, written
+from support.architecture_table import DOCUMENT, make, row, written
 from support.architectures import (
     CRASHES,
     MORE_KEYS,
@@ -48,11 +48,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "win32", reason="the library hides what recipes need"),
 ]
-
-
-def make(name: recipes.Name, path: Path, seed: int = 1) -> Path:
-    kind = replace(name, is_moe=name.is_moe or name.arch in WITH_EXPERTS)
-    return recipes.make(kind, path, MORE_KEYS.get(name.arch, ()), seed)
 
 
 @dataclass(frozen=True)
