@@ -1,4 +1,4 @@
-"""Analysis of a model: each layer's importance, and each boundary's loss and speed-up.
+"""Analysis of a model: each boundary's loss and speed-up.
 
 At each boundary in the model's deeper half, repeated random tokens show how well the model still
 copies with the layers' own projections. Fitting hardly changes this result. At boundaries where the
@@ -32,7 +32,7 @@ from pop_local.measure import budget
 from pop_local.measure.budget import boundaries, is_inside, may_copy
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.forced import Pruning, forced
-from pop_local.measure.heldout import Text, given_text, shipped_part, spread_windows, tokenize
+from pop_local.measure.heldout import Text, given_text, shipped_part, tokenize
 from pop_local.measure.probes import N_REPEATED, measure_induction, require_passage
 from pop_local.measure.quality import (
     Quality,
@@ -43,7 +43,6 @@ from pop_local.measure.quality import (
     retention,
 )
 from pop_local.models.model_files import ModelFiles
-from pop_local.research.importance import Importance, Windows, gates_device, importance
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.stages import fit_stages
 from pop_local.workflows.conversion.trial_runner import TrialRunner
@@ -62,22 +61,19 @@ _N_PROBED = 3
 _N_DRAWS = 2
 # To compare boundaries, a quarter of the tokens that `convert` reads is enough.
 _FIT_SHARE = 4
-# Time of a window's forward and backward passes in torch, relative to the window's prefill.
-_GATES_COST = 4
 
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
     """Options for an analysis; `text`: the text file to measure on (default: the shipped prose).
 
-    Each window has `n_context` + `n_answer` tokens. `n_gated`: the number of windows for the gates.
-    `fit_tokens`: the number of tokens for fitting (default: a quarter of convert's default).
+    Each window has `n_context` + `n_answer` tokens. `fit_tokens`: the number of tokens for fitting
+    (default: a quarter of convert's default).
     """
 
     text: Path | None = None
     n_context: int = 192
     n_answer: int = 64
-    n_gated: int = 20
     fit_tokens: int | None = None
     seed: int = 0
 
@@ -113,15 +109,14 @@ class DepthCost:
 class Analysis:
     """The results of `analyze`.
 
-    `importance` is None if the gates could not be computed, and `calibration` is None if no
-    boundary needed a fit. `depths`: the boundaries in order of increasing depth, starting at the
-    last layer. `chosen`: the deepest boundary whose measured loss is within `budget`.
+    `calibration` is None if no boundary needed a fit. `depths`: the boundaries in order of
+    increasing depth, starting at the last layer. `chosen`: the deepest boundary whose measured loss
+    is within `budget`.
     """
 
     model: Path
     text: Text
     seed: int
-    importance: Importance | None
     depths: tuple[DepthCost, ...]
     calibration: Calibration | None
     budget: Budget
@@ -140,11 +135,9 @@ def analyze(
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Analysis:
-    """Measure each layer's importance, and each boundary's loss and speed-up.
+    """Measure each boundary's loss and speed-up.
 
-    `model`: the path or name of an unconverted model. If torch is missing or the architecture is
-    not supported, layer importance is not measured, and a warning gives the reason. Raises PopError
-    or StoppedError.
+    `model`: the path or name of an unconverted model. Raises PopError or StoppedError.
     """
     source = read_source(base_file(os.fspath(model), watch))
     if pop_of(source, None) is not None:
@@ -162,23 +155,15 @@ def analyze(
         needed_bytes, hint = run.needs.total_bytes, "fit on fewer tokens or close other programs"
         needed_bytes += source.size_bytes
         memory.require_memory("the fit needs", needed_bytes, hint, cause="no-memory-for-fit")
-    device = gates_device(
-        source, options.n_gated, options.n_context, options.n_answer, hardware, watch
-    )
-    n_gated = options.n_gated if device else 0
-    watch.on_stages(run.planned_stages(n_gated))
-    depths, reference, windows = run.probed(n_gated)
+    watch.on_stages(run.planned_stages())
+    depths, reference = run.probed()
     found, calibration = run.measured(reference, worth_measuring(depths))
     measured = {depth.boundary: depth for depth in found}
     depths = tuple(measured.get(depth.boundary, depth) for depth in depths)
-    gates = None
-    if device is not None:
-        gates = importance(source, device, windows, options.n_context, options.seed, watch)
     return Analysis(
         model=source.first.path,
         text=text,
         seed=options.seed,
-        importance=gates,
         depths=depths,
         calibration=calibration,
         budget=budget.BALANCED,
@@ -229,13 +214,12 @@ class _Run:
     def _n_ctx(self) -> int:
         return max(self.options.n_window, 2 * N_REPEATED + 1)
 
-    def planned_stages(self, n_gated: int) -> tuple[PlannedStage, ...]:
-        """Return the stages that may run; `n_gated`: the number of windows for the gates."""
+    def planned_stages(self) -> tuple[PlannedStage, ...]:
+        """Return the stages that may run."""
         n_tried = len(self.plans)
         window = memory.reading_work(self.last, self.options.n_window)
         draws = _N_DRAWS * memory.reading_work(self.last, 2 * N_REPEATED)
         probes = _N_PROBED * window + draws
-        gates = _GATES_COST * n_gated * window
         fit = None
         if self.needs:
             fit = memory.fit_work(self._fitted, self._fit_options, self.needs)
@@ -244,13 +228,12 @@ class _Run:
             PlannedStage("Measuring copying at each boundary", n_tried * draws),
             *fit_stages(fit),
             PlannedStage("Measuring boundary", probes, n_tried),
-            *([PlannedStage("Virtual gates", gates)] if n_gated else []),
         )
 
-    def probed(self, n_gated: int) -> tuple[tuple[DepthCost, ...], QualityReference, Windows]:
+    def probed(self) -> tuple[tuple[DepthCost, ...], QualityReference]:
         """Run the full model, then measure each boundary's retention. Raises PopError.
 
-        Return each boundary's retention, the full model's scores, and `n_gated` windows of text.
+        Return each boundary's retention and the full model's scores.
         """
         options = self.options
         settings = QualitySettings(
@@ -259,14 +242,12 @@ class _Run:
         files, rows = ModelFiles(self.source.first.path), row_options(self.last)
         with opened(files, self.hardware, self.watch, n_ctx=self._n_ctx, **rows) as model:
             tokens = tokenize(model, self.text)
-            start = model.engine.context.vocabulary.bos
-            texts = spread_windows(tokens, n_gated, options.n_window - len(start))
             advance = self.watch.stage("Running the full model")
             reference = read_reference(model, tokens, settings, advance)
             depths = measure_cliff(
                 model, reference, self.watch.stage("Measuring copying at each boundary")
             )
-        return depths, reference, [[*start, *text] for text in texts]
+        return depths, reference
 
     def measured(
         self, reference: QualityReference, tried: Sequence[DepthCost]

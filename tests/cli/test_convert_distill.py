@@ -152,7 +152,7 @@ def test_distilling_requires_torch_and_memory(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     done = convert(tiny, "--distill")
     assert done.exit_code == 1
-    assert "pip install 'pop-local[analyze]'" in " ".join(done.stderr.split())
+    assert "pip install 'pop-local[distill]'" in " ".join(done.stderr.split())
     assert convert(tiny, "--distill", "--projection", "own").exit_code == 2
 
 

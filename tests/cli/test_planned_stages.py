@@ -63,7 +63,7 @@ def test_a_conversion_announces_its_stages(
 
 def test_an_analysis_announces_its_stages(tiny):
     followed = Followed()
-    options = AnalyzeOptions(None, 64, 10, 2, fit_tokens=2048)
+    options = AnalyzeOptions(None, 64, 10, fit_tokens=2048)
     analyses.analyze(tiny, options, hardware=ONE_THREAD, watch=followed.watch)
     followed.check()
 

@@ -5,15 +5,12 @@ import importlib.resources
 
 import pytest
 
-from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.work import speedup_limit
-from pop_converter.gguf.source import read_source
 from pop_converter.popfile.rewrite import strip
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.measure.heldout import shipped_text, spread_windows, tokenize
-from pop_local.research.hyper import read_hyper
 from support.converted import convert_default
 from support.shapes import read_shape
 
@@ -84,16 +81,3 @@ def test_shipped_document_is_long_enough(smollm2):
         len(PopModel(EngineOptions.of(smollm2, n_ctx=256)).engine.context.vocabulary.tokenize(text))
         >= 1500
     )
-
-
-def test_needed_memory_grows_with_the_computation(smollm2):
-    pytest.importorskip("torch")
-    from pop_local.research.gates import needed_bytes
-
-    source = read_source(smollm2)
-    shape, hyper = source_shape(source), read_hyper(source)
-    short, long = (needed_bytes(shape, hyper, n, 64, 4) for n in (256, 1024))
-    # `pop-local analyze` of this model used 0.8 GB with windows of 256.
-    assert 0.7e9 < short < 1.5e9
-    assert long > short + 4 * 768 * shape.n_embd * shape.n_layer * 4
-    assert needed_bytes(shape, hyper, 256, 64, 1) < short

@@ -1,22 +1,24 @@
 """Check the small real models' losses by pruning, and statistics of their layers."""
 
+import argparse
+import sys
 from pydoc_data.topics import topics
 
 import pytest
 
-from pop_converter.gguf.source import read_source
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure import probes
 from pop_local.measure.budget import BALANCED, copies
 from pop_local.measure.forced import Pruning
-from pop_local.measure.heldout import Text, shipped_part, shipped_text, spread_windows, tokenize
+from pop_local.measure.heldout import Text, shipped_part, shipped_text, tokenize
 from pop_local.measure.quality import QualitySettings, measure_against, read_reference
 from pop_local.research import layer_analysis
 from pop_local.research.layer_analysis import measure_cliff, worth_measuring
 from pop_local.workflows.conversion import named
 from support.calls import ignore
 from support.conversion_runs import FEW, convert
+from support.paths import TESTS
 
 pytestmark = pytest.mark.slow
 
@@ -85,16 +87,14 @@ def test_torch_logits_of_a_real_model_equal_the_backends(smollm2):
 def test_deep_layers_of_a_real_model_matter_in_decode_and_not_in_prefill(smollm2):
     """Compared with the other layers, SmolLM2's last third has importance 0.2 and 2."""
     pytest.importorskip("torch")
-    from pop_local.research.importance import importance
-    from pop_local.research.torch_device import torch_device
-    from pop_local.workflows.events import Watch
-    from pop_local.workflows.hardware import Hardware
+    sys.path.append(str(TESTS / "bench"))
+    from measure_gates import measure, read_windows
 
-    model = PopModel(EngineOptions.of(smollm2, n_ctx=64, n_threads=1))
-    text = tokenize(model, Text("prose", (shipped_part("prose"),)))
-    windows = spread_windows(text, 2, 96)
-    device = torch_device(Hardware(1, 0), "")
-    found = importance(read_source(smollm2), device, windows, 64, 0, Watch())
+    options = argparse.Namespace(
+        model=smollm2, text=None, windows=2, context=64, continuation=32, seed=0
+    )
+    options.threads, options.gpu_layers = 1, 0
+    found = measure(options, read_windows(options))
     assert found.prefill.median_ratio is not None and found.decode.median_ratio is not None
     assert found.prefill.median_ratio.value < 0.5
     assert found.decode.median_ratio.value > 1

@@ -10,7 +10,6 @@ from pop_local.cli import app
 SHORT = {
     "--context": 64,
     "--continuation": 10,
-    "--windows": 3,
     "--tokens": 2048,
     "--threads": 1,
     "--gpu-layers": 0,

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from pop_local.ui.console import say
 from pop_local.ui.tables import Column, Fact, fields_of, markdown, print_facts
-from pop_local.ui.views.quality_figures import bare, figures, with_se
+from pop_local.ui.views.quality_figures import bare, figures
 
 if TYPE_CHECKING:
-    from pop_local.research.importance import StageImportance
     from pop_local.research.layer_analysis import Analysis, DepthCost
 
 
@@ -21,7 +20,6 @@ def as_json(found: Analysis) -> dict[str, Any]:
         "model": str(found.model),
         "text": fields_of(found.text, "name", "sha256"),
         "seed": found.seed,
-        "gates": found.importance,
         "boundaries": [_depth_json(depth) for depth in found.depths],
         "cliff_layers": [depth.boundary for depth in found.cliff],
         "calibration": found.calibration,
@@ -46,26 +44,19 @@ def _depth_json(depth: DepthCost) -> dict[str, Any]:
 
 
 def show(found: Analysis) -> None:
-    gates = found.importance
     layers = sorted(depth.boundary for depth in found.depths)
-    if gates is not None:
-        layers = [*range(len(gates.prefill.layers))]
     say(f"{markdown([*_columns(found)], layers)}\n")
     print_facts([*_facts(found)])
 
 
 def _columns(found: Analysis) -> Iterator[Column]:
-    """Yield the columns: each layer's importance, and the cost of skipping from that layer on."""
-    gates, depths = found.importance, {depth.boundary: depth for depth in found.depths}
+    """Yield the columns, which show the cost of skipping from each layer on."""
+    depths = {depth.boundary: depth for depth in found.depths}
 
     def of_depth(title: str, show: Callable[[DepthCost], object], numeric: bool = True) -> Column:
-        return Column(title, lambda at: show(depths[at]) if at in depths else None, numeric)
+        return Column(title, lambda at: show(depths[at]), numeric)
 
     yield Column("Layer", lambda layer: layer, numeric=True)
-    if gates is not None:
-        prefill, decode = gates.prefill.layers, gates.decode.layers
-        yield Column("Prefill", lambda layer: with_se(prefill[layer], ".2f"), numeric=True)
-        yield Column("Decode", lambda layer: with_se(decode[layer], ".2f"), numeric=True)
     yield of_depth("Limit", lambda depth: f"{depth.speedup_limit:.2f}x")
     yield of_depth("K/V", lambda depth: depth.projection, numeric=False)
     yield of_depth("KL", lambda depth: depth.quality and bare(depth.quality.kl_mean, ".3f"))
@@ -80,14 +71,8 @@ def _note(depth: DepthCost, found: Analysis) -> str:
 
 
 def _facts(found: Analysis) -> Iterator[Fact]:
-    gates, made = found.importance, found.calibration
-    if gates is not None:
-        windows = f"{gates.n_windows} windows of {gates.n_context} + {gates.n_answer} tokens"
-        yield "Importance", f"mean of (dL/dg)^2 ± one standard error over {windows}"
-        yield "Reading", _thirds(gates.prefill)
-        yield "Answering", _thirds(gates.decode)
     yield "Copying", _cliff(found)
-    if made is not None:
+    if (made := found.calibration) is not None:
         yield "Fitted on", f"{made.name}: {made.n_tokens:,} tokens"
     yield "Depth", _choice(found)
 
@@ -101,14 +86,6 @@ def _choice(found: Analysis) -> str:
         f" {depth.speedup_limit:.2f}x (estimated from {depth.quality.n_windows} windows; `convert`"
         " measures more windows)"
     )
-
-
-def _thirds(stage: StageImportance) -> str:
-    last, others = with_se(stage.last_third_median, ".2f"), with_se(stage.others_median, ".2f")
-    if stage.median_ratio:
-        others += f" ({with_se(stage.median_ratio, '.2f')} times)"
-    means = f"{with_se(stage.last_third_mean, '.2f')} and {with_se(stage.others_mean, '.2f')}"
-    return f"median {last} in the last third of the layers, {others} in the others; means {means}"
 
 
 def _cliff(found: Analysis) -> str:

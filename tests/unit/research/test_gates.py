@@ -1,5 +1,6 @@
 """Virtual gates: gradients against finite differences, importance against the KL it stands for."""
 
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ import pytest
 
 from pop_converter.gguf.source import read_source
 from support.calls import ignore, prompt
+from support.paths import TESTS
 from support.synthetic import make_gguf
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
-from pop_local.research import importance  # noqa: E402
 from pop_local.research.decoder import Decoder  # noqa: E402
-from pop_local.research.gates import gate_gradients  # noqa: E402
+
+sys.path.append(str(TESTS / "bench"))
+from measure_gates import gate_gradients, stage_of  # noqa: E402
 
 N_CONTEXT = 10
 SEED = 7
@@ -106,7 +109,7 @@ def test_the_seed_decides_and_the_batch_does_not(decoder):
 def test_medians_are_of_the_layers_means_and_errors_of_windows_drawn_again():
     scale = np.array([1.0, 2.0, 3.0, 6.0])[:, None]
     squares = np.array([1.0, 90.0, 2.0, 3.0, 5.0, 6.0, 4.0, 70.0, 1.0]) * scale
-    stage = importance.stage_of(squares)
+    stage = stage_of(squares)
     assert (stage.last_third_median.value, stage.others_median.value) == (12, 12)
     assert (stage.last_third_mean.value, stage.others_mean.value) == (75, 53.5)
     assert stage.others_median.se == pytest.approx(4 * scale.std() / 2, rel=0.2)
@@ -116,11 +119,11 @@ def test_medians_are_of_the_layers_means_and_errors_of_windows_drawn_again():
     assert stage.median_ratio.se == pytest.approx(0, abs=1e-12)
     # Means of the layers first: the median layer of each window is another one here.
     crossed = np.array([[1.0, 5.0, 9.0, 0.0], [9.0, 1.0, 2.0, 0.0]])
-    assert importance.stage_of(crossed).others_median.value == 5
+    assert stage_of(crossed).others_median.value == 5
 
 
 def test_layers_that_add_nothing_have_no_ratio():
-    assert importance.stage_of(np.zeros((3, 6))).median_ratio is None
+    assert stage_of(np.zeros((3, 6))).median_ratio is None
 
 
 def test_progress_ends_at_its_total(decoder):

@@ -195,7 +195,7 @@ def test_notes_and_warnings_come_between_the_bars(capsys):
     assert said.startswith(
         "Looking Warning: it is old. Warning: there is no torch; install torch with"
     )
-    assert "pop-local[analyze]" in said
+    assert "pop-local[distill]" in said
 
 
 def test_a_watch_stops_work_where_it_counts():
