@@ -13,6 +13,8 @@ from pop_local.commands import opening
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import expand_options
 from pop_local.commands.serve import ServerOptions, serve_named
+from pop_local.config.settings import state_dir
+from pop_local.models.model_names import lookup
 from pop_local.ui.chat.dialogue import Dialogue, pruning_state, warn_of_base_model
 from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import Screen
@@ -82,16 +84,17 @@ def chat(
     warn_of_base_model(begun)
     if sys.stdin.isatty():
         engine = begun.model.engine
-        note(f"{engine.context.files.path} has a context of {engine.context.n_ctx:,} tokens.")
         note(pruning_state(begun.model))
-        if engine.calibrator is not None and not engine.calibrator.n_rows:
+        if engine.calibrator is not None and not (state_dir() / "history").exists():
             note(
                 "Learning is on: pop-local stores statistics, never text, to speed up later"
                 " prompts. Turn learning off with --learn off."
             )
         if mmproj := engine.options.mmproj:
             note(f"Pictures are enabled ({mmproj.name}). Attach one with /image PATH.")
-        note("Type a question, /help for commands, or /exit to quit.")
+        known, n_ctx = lookup(name), engine.context.n_ctx
+        title = known.short_name if known else engine.context.files.path.stem
+        note(f"Ask {title} a question, or type /help. Its context is {n_ctx:,} tokens.")
     try:
         talk(begun)
     finally:

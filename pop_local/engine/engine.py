@@ -139,10 +139,10 @@ class Engine:
 
     # Settings of all sequences
 
-    def set_mode(self, mode: Mode) -> None:
+    def set_mode(self, mode: Mode, *, keeps_exact: bool = False) -> None:
         """Switch the prefill mode; see CachedSequence.set_mode."""
         for sequence in self.sequences:
-            sequence.set_mode(mode)
+            sequence.set_mode(mode, keeps_exact=keeps_exact)
 
     def set_boundary(self, layer: int) -> None:
         """Prune from a different layer without fitted projections (0: the file's boundary)."""

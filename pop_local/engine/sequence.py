@@ -26,7 +26,8 @@ class CachedSequence:
     """A KV cache, its saved states, its refiller, and the rule that selects full rows.
 
     Changing the boundary empties the cache. Changing the mode also empties the cache, unless the
-    model skips layers exactly or the new mode is OFF and all rows equal the full model's.
+    model skips layers exactly, or all rows equal the full model's and the new mode is OFF or the
+    caller passes `keeps_exact`.
     """
 
     states: CacheStates
@@ -39,7 +40,7 @@ class CachedSequence:
 
     # Settings
 
-    def set_mode(self, mode: Mode) -> None:
+    def set_mode(self, mode: Mode, *, keeps_exact: bool = False) -> None:
         """Set the mode, and empty the cache if the cached rows depend on the mode.
 
         Raises PopError if the model supports neither pruning nor exact skipping.
@@ -57,8 +58,8 @@ class CachedSequence:
             )
         if not pruning.exact:
             self.states.store()
-        # Full rows are dropped before pruning, so that the user can compare both modes.
-        is_reusable = mode is Mode.OFF and cache.n_exact == cache.n_tokens
+        # By default, full rows are dropped before pruning, so that callers can compare both modes.
+        is_reusable = (mode is Mode.OFF or keeps_exact) and cache.n_exact == cache.n_tokens
         pruning.set_mode(mode)
         if not (is_reusable or pruning.exact):
             cache.clear()

@@ -79,7 +79,7 @@ def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
 
 def _fitting_files(options: "EngineOptions", watch: Watch) -> ModelFiles:
     if not options.full:
-        return model_files(options.model, options.sidecar, watch)
+        return model_files(options.model, options.sidecar, watch, names_shipped=False)
     files = _files(options.model, options.sidecar, watch)
     if options.sidecar is None and files.sidecar is not None:
         try:
@@ -125,12 +125,19 @@ def _tell_memory(path: Path, n_ctx: int | None, n: int, watch: Watch) -> None:
         watch.on_note(f"{n} slots of {n_each:,} tokens each, with a KV cache of {size(n_bytes)}.")
 
 
-def model_files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the model's files. A note reports which sidecar was found, if any. Raises PopError."""
+def model_files(
+    model: str, sidecar: Path | None, watch: Watch, *, names_shipped: bool = True
+) -> ModelFiles:
+    """Return the model's files. A note reports which sidecar was found, if any. Raises PopError.
+
+    `names_shipped`: whether to report a shipped sidecar, too.
+    """
     files = _files(model, sidecar, watch)
     if files.sidecar is not None and sidecar is None:
         named = str(files.sidecar)
         if is_shipped(files.sidecar):
+            if not names_shipped:
+                return files
             named = f"{files.sidecar.name} (shipped with pop-local)"
         elif is_learned(files.sidecar):
             named = "the fit learned from your prompts"

@@ -35,17 +35,17 @@ SCENES = (
     Scene(
         OPTIONS,
         (
-            "/full on",
             f"/file {DOCUMENT}",
             "What rule was painted above the lamp-room door?",
-            "/full off",
+            "/full on",
             "/retry",
+            "/full off",
             "/stats",
             "/save lighthouse",
-            "/exit",
+            "/bye",
         ),
     ),
-    Scene(OPTIONS, ("/load lighthouse", "When was the lamp lit for the first time?", "/exit")),
+    Scene(OPTIONS, ("/load lighthouse", "When was the lamp lit for the first time?", "/bye")),
 )
 
 

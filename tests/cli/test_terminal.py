@@ -75,7 +75,7 @@ def test_second_turn_reuses_the_first(model):
     """Turn refilling off, because a refilled cache stays valid when pruning is turned off."""
     options = ("--max-tokens", "5", "--refill", "off")
     chat = terminal("chat", str(model), *options, *ANSWER_OPTIONS)
-    chat.expect("Fast reading is on: prompt tokens skip the last 3 of 8 layers")
+    chat.expect("Fast reading is on: it skips 3 of 8 layers")
     chat.expect_prompt()
     chat.line("hello there, " * 20)
     chat.expect(STATS)
@@ -107,7 +107,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model):
     chat.expect("· stopped")
     chat.expect_prompt()
     chat.interrupt()
-    chat.expect("To quit, type /exit or press Ctrl-D")
+    chat.expect("To quit, type /bye or press Ctrl-D")
     chat.line("/stats")
     chat.expect("Answers: 1")
     chat.expect_prompt()

@@ -181,7 +181,7 @@ def test_ctrl_c_while_reading_while_answering_and_at_the_prompt(terminal):
     terminal.send("half a line")
     terminal.expect("half a line")
     terminal.interrupt()
-    terminal.expect("To quit, type /exit or press Ctrl-D")
+    terminal.expect("To quit, type /bye or press Ctrl-D")
     terminal.line("/stats")
     terminal.expect(f"Answers: {n_before + 1}")
     terminal.expect_prompt()

@@ -51,6 +51,7 @@ class ScriptedModel:
         self.is_closed = False
         names = {"general.architecture": "llama", "general.name": "Scripted"}
         self.engine = SimpleNamespace(
+            cache=SimpleNamespace(n_tokens=0),
             pruning=SimpleNamespace(mode=Mode.CONTEXT, boundary=20, exact=0, can_switch=True),
             context=SimpleNamespace(
                 n_ctx=n_ctx,
@@ -88,7 +89,7 @@ class ScriptedModel:
         pruning.boundary, pruning.can_switch = boundary, bool(boundary or pruning.exact)
         pruning.mode = Mode.CONTEXT if pruning.can_switch else Mode.OFF
 
-    def _set_mode(self, mode: Mode) -> None:
+    def _set_mode(self, mode: Mode, *, keeps_exact: bool = False) -> None:
         if not self.engine.pruning.can_switch:
             raise PopError("model.gguf has no pruning keys", "convert it first")
         self.engine.pruning.mode = mode
@@ -165,11 +166,10 @@ class Transcript(Screen):
     def error(self, error: PopError) -> None:
         self.shown += f"! {error.message}; {hint_of(error)}\n"
 
-    def choose(self, question: str, choices: Mapping[str, str]) -> str | None:
+    def choose(self, question: str, choices: Mapping[str, str], enter: str = "") -> str | None:
         self.shown += f"? {question}\n"
         self.shown += "".join(f"?   {key}  {words}\n" for key, words in choices.items())
-        key = self.read_line() if self.lines else ""
-        return key or None
+        return (self.read_line() or enter or None) if self.lines else None
 
     @contextmanager
     def reading(self, what: str = "reading") -> Iterator[Any]:

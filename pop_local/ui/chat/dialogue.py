@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -69,7 +70,14 @@ class Dialogue:
     # The model
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
-        """Replace the model or its context. If opening fails, the current model stays open."""
+        """Replace the model, or only its context, which keeps the cache (`name`: None).
+
+        If opening fails, the current model stays open.
+        """
+        state = None
+        if name is None and self.model.engine.cache.n_tokens:
+            with suppress(PopError):  # the recurrent state is ahead of the tokens
+                state = self.model.engine.states.save()
         name = name or self._name
         opened = self._open_model(name, n_ctx)
         self._name = name
@@ -79,6 +87,9 @@ class Dialogue:
         # A model that cannot be pruned is always OFF, even if the user did not choose this.
         if before.engine.pruning.can_switch and opened.engine.pruning.can_switch:
             opened.engine.set_mode(before.engine.pruning.mode)
+        if state is not None:
+            with suppress(PopError):  # the next question then reads the prompt again
+                opened.engine.states.restore(state)
         before.close()
         self.model.engine.set_refill(self.refill != "off")
         self._is_warned = False
@@ -227,11 +238,11 @@ def pruning_state(model: PopModel) -> str:
     if not pruning.boundary:
         return "Fast reading is not available because this model is not converted."
     if is_off:
-        return "Fast reading is off: prompt tokens run through all layers (/full off enables it)."
+        return "Fast reading is off: prompts run through all layers (/full off enables it)."
     n_layer = model.engine.context.files.shape.n_layer
     return (
-        f"Fast reading is on: prompt tokens skip the last {n_layer - pruning.boundary} of {n_layer}"
-        " layers (/full on disables it)."
+        f"Fast reading is on: it skips {n_layer - pruning.boundary} of {n_layer} layers at a small"
+        " loss (/full on: no loss)."
     )
 
 

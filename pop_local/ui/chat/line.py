@@ -85,12 +85,16 @@ def _utf8(line: str) -> str:
     return line
 
 
-def chosen_key(keys: Sequence[str]) -> str | None:
-    """Ask the user to choose one of the keys. Return None for an empty line, Ctrl-C or Ctrl-D."""
+def chosen_key(keys: Sequence[str], enter: str = "") -> str | None:
+    """Ask the user to choose one of the keys. Return None for Ctrl-C or Ctrl-D.
+
+    An empty line chooses `enter`, or None if `enter` is empty.
+    """
     session = _session()
+    question = "/".join(keys) + (f" (Enter: {enter})" if enter else "")
     while True:
         try:
-            typed = session.prompt(f"{'/'.join(keys)}? ").strip().lower()
+            typed = session.prompt(f"{question}? ").strip().lower() or enter
         except (KeyboardInterrupt, EOFError):
             return None
         if not typed or typed in keys:

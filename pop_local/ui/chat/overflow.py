@@ -33,7 +33,7 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
     if n_turns and _fits(session, n_turns, error):
         choices["n"] = "start a new conversation with this question"
     if n_larger:
-        choices["l"] = f"use a larger context (--ctx {n_larger}) and read the prompt again"
+        choices["l"] = f"use a larger context (--ctx {n_larger})"
     choices["x"] = "drop this question"
     chosen = screen.choose(message, choices)
     n_dropped = {"d": n_drop, "n": n_turns}.get(chosen or "", 0)

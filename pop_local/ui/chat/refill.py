@@ -81,10 +81,21 @@ def finish(chat: Dialogue) -> None:
         )
 
 
+def status_bar(chat: Dialogue) -> str:
+    """Describe how far the cache has caught up. Return "" if all its tokens are exact."""
+    cache = chat.model.engine.cache
+    if cache.n_exact == cache.n_tokens or not status(chat):
+        return ""
+    return f"Catching up: {cache.n_exact:,} of {cache.n_tokens:,} tokens exact"
+
+
 def status(chat: Dialogue) -> str:
-    """Describe how many cached tokens are exact. Return "" if no tokens can be refilled."""
+    """Describe how many of the conversation's cached tokens are exact.
+
+    Return "" if no tokens can be refilled or the conversation is empty.
+    """
     engine = chat.model.engine
     can_refill = engine.pruning.boundary and not engine.context.files.no_refill
-    if chat.refill == "off" or not can_refill or not engine.cache.n_tokens:
+    if chat.refill == "off" or not can_refill or not chat.session.last_asked:
         return ""
     return f"Cache: {engine.cache.n_exact:,} of {engine.cache.n_tokens:,} tokens exact"

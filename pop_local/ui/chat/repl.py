@@ -7,13 +7,13 @@ from pop_converter.base.errors import PopError
 from pop_local.config.settings import state_dir
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader, line_reader
-from pop_local.ui.chat.refill import idling, status
+from pop_local.ui.chat.refill import idling, status_bar
 from pop_local.ui.chat.sessions import Unsaved
-from pop_local.ui.chat.slash import COMMANDS, run_command
+from pop_local.ui.chat.slash import ALIASES, COMMANDS, run_command
 from pop_local.ui.error_output import as_pop_error
 from pop_local.ui.typed_keys import unechoed_keys
 
-LEAVE_HINT = "To quit, type /exit or press Ctrl-D."
+LEAVE_HINT = "To quit, type /bye or press Ctrl-D."
 
 
 def talk(chat: Dialogue) -> None:
@@ -22,7 +22,7 @@ def talk(chat: Dialogue) -> None:
     with unechoed_keys(), Unsaved(state_dir() / "unsaved") as unsaved:
         if sys.stdin.isatty():
             unsaved.offer(chat)
-        read_line = line_reader(state_dir() / "history", words, lambda: status(chat))
+        read_line = line_reader(state_dir() / "history", words, lambda: status_bar(chat))
         converse(chat, read_line, unsaved.keep)
 
 
@@ -61,7 +61,7 @@ def _read_and_run(chat: Dialogue, read_line: LineReader) -> None:
         raise EOFError from error
     if not line.strip():
         return
-    if line.startswith("/"):
+    if line.startswith("/") or line.rstrip().lower() in ALIASES:
         run_command(chat, line)
     else:
         chat.ask(line.strip())

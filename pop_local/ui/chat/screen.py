@@ -47,11 +47,11 @@ class Screen:
         """Return True if the user types the input and can answer questions."""
         return sys.stdin.isatty()
 
-    def choose(self, question: str, choices: Mapping[str, str]) -> str | None:
+    def choose(self, question: str, choices: Mapping[str, str], enter: str = "") -> str | None:
         """Return the key that the user chooses, or None if there is no choice or no terminal.
 
         `choices` maps keys to descriptions. The last choice must have no effect, because the user
-        is not asked if it is the only choice.
+        is not asked if it is the only choice. `enter`: the key that an empty line chooses, if any.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:
@@ -60,4 +60,4 @@ class Screen:
             note(f"  {key}  {words}")
         from pop_local.ui.chat.line import chosen_key
 
-        return chosen_key([*choices])
+        return chosen_key([*choices], enter)

@@ -89,6 +89,11 @@ def _turns(n_turns: int) -> str:
     return "1 turn" if n_turns == 1 else f"{n_turns} turns"
 
 
+def short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else line[:59] + "…"
+
+
 def _changed(stored: SavedFile) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(stored.changed_s))
 
@@ -142,9 +147,12 @@ class Unsaved:
 
     def _is_last(self, chat: Dialogue, stored: SavedFile, conversation: Conversation) -> bool:
         """Offer one conversation. Return True if no more conversations should be offered."""
-        n_turns = _turns(len(conversation.turns))
-        question = f"A chat with {n_turns} ended unexpectedly on {_changed(stored)}."
-        chosen = chat.screen.choose(question, _CHOICES)
+        name, turns = stored.session.model if stored.session else "", conversation.turns
+        date, n_turns = _changed(stored), _turns(len(turns))
+        question = f"A chat with {name} ended unexpectedly on {date} ({n_turns})."
+        if turns:
+            question += f" It starts with: {short(turns[0].question)}"
+        chosen = chat.screen.choose(question, _CHOICES, enter="c")
         if chosen == "c":
             before = chat.model.engine.pruning.mode
             chat.resume(load_session(chat.model, self._sessions.path(stored.name)), "")

@@ -18,10 +18,15 @@ from pop_local.ui.chat.dialogue import (
 from pop_local.ui.views.stats import learned_lines, session_lines
 
 HELP_NOTES = (
-    "Ctrl-C stops an answer.",
+    "Ctrl-C stops an answer. Alt-Enter starts a new line.",
+    'Between """ and """, Enter also starts a new line.',
     "A line that starts with a space is always a question.",
-    'Alt-Enter starts a new line, as does Enter between """ and """.',
 )
+# Words of Ollama and of shells.
+ALIASES = {
+    **dict.fromkeys(("?", "/?"), "/help"),
+    **dict.fromkeys(("exit", "quit", "/quit", "/bye"), "/exit"),
+}
 _FULL = {"on": Mode.OFF, "off": Mode.CONTEXT}
 # Fields of TurnOptions.
 _ALL_PARAMS = (
@@ -41,7 +46,7 @@ _DEFAULTS = TurnOptions()
 def run_command(chat: Dialogue, line: str) -> None:
     """Run a slash command. Raises PopError, or EOFError to leave the chat."""
     name, _, argument = line.strip().partition(" ")
-    command = COMMANDS.get(name.lower())
+    command = COMMANDS.get(ALIASES.get(name.lower(), name.lower()))
     if command is not None:
         command.action(chat, argument.strip())
         return
@@ -54,7 +59,7 @@ def _full(chat: Dialogue, argument: str) -> None:
         chat.refuse(f"/full accepts on or off, not {argument}.")
         return
     if argument:
-        chat.model.engine.set_mode(_FULL[argument.lower()])
+        chat.model.engine.set_mode(_FULL[argument.lower()], keeps_exact=True)
     chat.screen.note(pruning_state(chat.model))
 
 
@@ -93,7 +98,7 @@ def _retry(chat: Dialogue, argument: str) -> None:
 
 def _undo(chat: Dialogue, argument: str) -> None:
     if turn := chat.session.undo():
-        chat.screen.note(f"Dropped: {_short(turn.question)}")
+        chat.screen.note(f"Dropped: {sessions.short(turn.question)}")
     else:
         chat.refuse("The conversation has no turns to drop.")
 
@@ -160,11 +165,6 @@ def _leave(chat: Dialogue, argument: str) -> None:
     raise EOFError
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 60 else line[:59] + "…"
-
-
 @dataclass(frozen=True)
 class Command:
     """A slash command. `action` receives the argument, and `words` returns completions for it."""
@@ -176,24 +176,24 @@ class Command:
 
 
 _ALL = (
-    Command("/help", "show this list", _help),
-    Command("/full on|off", "read prompts with all layers, or skip layers", _full, _FULL.keys),
-    Command("/stats", "show statistics for the last answer and for all answers", _stats),
-    Command("/file PATH", "attach a file to the next question", attach.attach_file),
-    Command("/image PATH", "attach a picture to the next question", attach.attach_image),
+    Command("/help", "show this list (also ?)", _help),
+    Command("/file PATH", "add a file's text to the next question", attach.attach_file),
+    Command("/image PATH", "add a picture to the next question", attach.attach_image),
+    Command("/full on|off", "read without any loss, or read fast", _full, _FULL.keys),
     Command("/retry", "answer the last question again", _retry),
     Command("/undo", "drop the last question and its answer", _undo),
-    Command("/clear", "drop the conversation but keep the system prompt", _clear),
-    Command("/system TEXT", "set or show the system prompt", _system),
-    Command("/set PARAM VALUE", "set or list sampling parameters", _set, _PARAMS.keys),
-    Command("/model NAME", "switch to another model, or show the current model", _model),
-    Command("/save NAME", "save the session", sessions.save, lambda: sessions.saved().names()),
+    Command("/clear", "start again, with the same system prompt", _clear),
+    Command("/save NAME", "save the chat", sessions.save, lambda: sessions.saved().names()),
     Command(
         "/load NAME",
-        "continue a session, or list the saved sessions",
+        "continue a saved chat, or list all",
         sessions.load,
         lambda: sessions.saved().names(),
     ),
-    Command("/exit", "quit (also Ctrl-D)", _leave),
+    Command("/model NAME", "switch models, or show the model", _model),
+    Command("/system TEXT", "set or show the system prompt", _system),
+    Command("/set PARAM VALUE", "set or list temperature, length, seed", _set, _PARAMS.keys),
+    Command("/stats", "show speed, tokens and the context", _stats),
+    Command("/exit", "quit (also /bye, exit or Ctrl-D)", _leave),
 )
 COMMANDS = {command.usage.partition(" ")[0]: command for command in _ALL}

@@ -44,18 +44,18 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int) -> Iterator[str]:
     total = SessionStats.of(answers)
     last = answers[-1]
     yield f"Last answer: {stats_line(last)}"
-    yield f"Answers: {len(answers)}, with {total.n_decoded:,} tokens in total."
-    left = f"{total.n_pruned:,} pruned"
+    yield f"Answers: {len(answers)}, with {total.n_decoded:,} tokens."
+    left = f"{total.n_pruned:,} read fast"
     if total.n_skipped_exact:
         left = f"{total.n_skipped_exact:,} skipped layers {last.exact_layer} and up without loss"
     yield (
         f"Prompt tokens: {left}, {total.n_full:,} in full,"
         f" {total.n_cached:,} reused from the cache."
     )
-    if total.n_deep or total.n_refilled or last.n_exact:
+    if total.n_deep or total.n_refilled:
         yield (
-            f"Deep tokens: {total.n_deep:,} selected by spelling, {total.n_refilled:,} caught up."
-            f" Exact tokens in the last prompt: {last.n_exact:,}."
+            f"Names, numbers and symbols: {total.n_deep:,} tokens in full."
+            f" Caught up later: {total.n_refilled:,} tokens."
         )
     if total.n_image:
         yield f"Encoding pictures took {total.encode_s:.2f} s, which pruning does not reduce."

@@ -49,6 +49,7 @@ def test_rows_are_refilled_while_the_user_types(chat):
     assert begun.model.engine.cache.n_exact == n_tokens > 200
     assert begun.model.engine.states.key == FULL
     assert refill.status(begun) == f"Cache: {n_tokens} of {n_tokens} tokens exact"
+    assert refill.status_bar(begun) == ""
 
 
 @pytest.mark.parametrize("pause_s", [0, 0.002, 0.01, 0.03])
@@ -117,6 +118,36 @@ def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
 def test_stats_report_progress(chat):
     assert "tokens exact" in talked(chat(WORDS, "/stats"))
     assert "tokens exact" not in talked(chat(WORDS, "/stats", mode="off"))
+
+
+def test_the_status_bar_shows_the_tokens_of_this_conversation(chat):
+    begun = chat()
+    begun.ask(WORDS)
+    n_tokens = begun.model.engine.cache.n_tokens
+    assert refill.status_bar(begun) == f"Catching up: 0 of {n_tokens} tokens exact"
+    begun.forget()
+    assert refill.status_bar(begun) == ""
+
+
+def test_full_off_keeps_a_cache_that_is_exact(chat):
+    begun = chat("/full on", WORDS, "/full off")
+    talked(begun)
+    cache = begun.model.engine.cache
+    assert begun.model.engine.pruning.mode is Mode.CONTEXT
+    assert cache.n_exact == cache.n_tokens > 200
+
+
+@pytest.mark.parametrize("switch", ["on", "off"])
+def test_a_larger_context_keeps_the_cached_rows(pop_file, switch):
+    models = [opened(pop_file, n_ctx=n_ctx) for n_ctx in (512, 1024)]
+    screen = Transcript(f"/full {switch}", WORDS)
+    sampling = {"temperature": 0.0, "max_tokens": 4}
+    begun = Dialogue(models[0], lambda *_: models[1], screen, sampling=sampling)
+    converse(begun, screen.read_line)
+    before = models[0].engine.cache.tokens.tolist()
+    assert begun.enlarge(1024)
+    assert begun.model.engine.cache.tokens.tolist() == before
+    assert len(before) > 200
 
 
 def test_ctrl_c_during_the_end_stops_refilling(chat, monkeypatch):

@@ -52,11 +52,11 @@ def test_pop_is_switched_and_shown():
     model = ScriptedModel()
     assert talk(model, "/full", "/full on", "/FULL OFF", "/full maybe") == [
         "> /full",
-        "# Fast reading is on: prompt tokens skip the last 10 of 30 layers (/full on disables it).",
+        "# Fast reading is on: it skips 10 of 30 layers at a small loss (/full on: no loss).",
         "> /full on",
-        "# Fast reading is off: prompt tokens run through all layers (/full off enables it).",
+        "# Fast reading is off: prompts run through all layers (/full off enables it).",
         "> /FULL OFF",
-        "# Fast reading is on: prompt tokens skip the last 10 of 30 layers (/full on disables it).",
+        "# Fast reading is on: it skips 10 of 30 layers at a small loss (/full on: no loss).",
         "> /full maybe",
         "# /full accepts on or off, not maybe.",
     ]
@@ -99,10 +99,10 @@ def test_system_is_set_and_shown():
 def test_stats_add_up():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS])
     assert talk(model, "a", "b", "/stats")[-5:] == [
-        "# Fast reading is on: prompt tokens skip the last 10 of 30 layers (/full on disables it).",
+        "# Fast reading is on: it skips 10 of 30 layers at a small loss (/full on: no loss).",
         "# Last answer: " + STATS_LINE.removeprefix("# "),
-        "# Answers: 2, with 22 tokens in total.",
-        "# Prompt tokens: 1,966 pruned, 34 in full, 400 reused from the cache.",
+        "# Answers: 2, with 22 tokens.",
+        "# Prompt tokens: 1,966 read fast, 34 in full, 400 reused from the cache.",
         "# Context: 1,211 of 4,096 tokens used.",
     ]
 
@@ -113,15 +113,26 @@ def test_help_lists_every_command():
     assert shown[1 + len(COMMANDS) :] == [f"# {line}" for line in HELP_NOTES]
 
 
-def test_exit_leaves():
-    assert talk(ScriptedModel(), "/exit", "never read") == ["> /exit"]
+@pytest.mark.parametrize("word", ["/exit", "/bye", "/quit", "exit", "Quit "])
+def test_exit_leaves(word):
+    assert talk(ScriptedModel(), word, "never read") == [f"> {word}"]
+
+
+@pytest.mark.parametrize("word", ["?", "/?"])
+def test_a_question_mark_shows_the_help(word):
+    assert talk(ScriptedModel(), word)[1:] == talk(ScriptedModel(), "/help")[1:]
+
+
+def test_a_word_with_a_leading_space_is_a_question():
+    model = ScriptedModel(["Bye.", STATS])
+    assert "Bye." in talk(model, " exit")
 
 
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
         ("/clera", "Unknown command /clera: did you mean /clear?"),
-        ("/quit", "Unknown command /quit: did you mean /exit?"),
+        ("/exitt", "Unknown command /exitt: did you mean /exit?"),
         ("/zzz", "Unknown command /zzz: /help lists the commands."),
     ],
 )
@@ -164,7 +175,7 @@ def test_an_answer_that_was_stopped_before_it_began():
         "# Reading stopped after 512 of 1,000 prompt tokens.",
         DROPPED,
         "> /stats",
-        "# Fast reading is on: prompt tokens skip the last 10 of 30 layers (/full on disables it).",
+        "# Fast reading is on: it skips 10 of 30 layers at a small loss (/full on: no loss).",
         "# No answers yet.",
     ]
 

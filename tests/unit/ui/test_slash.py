@@ -118,7 +118,7 @@ def test_model_is_shown_and_changed_in_mid_conversation():
         "> /model other",
         "# other.gguf (Scripted, llama)",
         "# Context: 2,048 tokens.",
-        "# Fast reading is off: prompt tokens run through all layers (/full off enables it).",
+        "# Fast reading is off: prompts run through all layers (/full off enables it).",
     ]
     assert model.is_closed and not other.is_closed
     assert [message.content for message in other.asked[0]] == ["hi", "One.", "go on"]

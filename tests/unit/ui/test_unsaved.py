@@ -1,6 +1,7 @@
 """Test that a conversation survives a crash of its chat, and is deleted at a normal end."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,17 @@ def test_a_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
     (file,) = tmp_path.glob("*.popsession")
     assert file.stat().st_mode & 0o077 == 0
     shown = talked(model, tmp_path, "k", "/undo")
-    assert shown[0].startswith("? A chat with 2 turns ended unexpectedly on 20")
+    assert re.fullmatch(
+        r"\? A chat with .+\.gguf ended unexpectedly on 20.+ \(2 turns\)\."
+        r" It starts with: my question",
+        shown[0],
+    )
     assert shown[-1] == "# The conversation has no turns to drop."
-    shown = talked(model, tmp_path, "c", SystemExit(143))
+    shown = talked(model, tmp_path, "", SystemExit(143))  # Enter continues the chat
     assert "# The model will read this conversation again with your next question." in shown
     talked(model, tmp_path, "c", "third", SystemExit(143))
     shown = talked(model, tmp_path, "d")
-    assert shown[0].startswith("? A chat with 3 turns ended")
+    assert "(3 turns). It starts with: my question" in shown[0]
     assert talked(model, tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -55,7 +60,7 @@ def test_no_answer_to_one_offer_skips_the_next(model, tmp_path):
     for question in ("one", "two"):
         talked(model, tmp_path, *["k"] * (question == "two"), question, SystemExit(143))
     assert len(list(tmp_path.glob("*.popsession"))) == 2
-    for lines, n_asked in ((("", "/exit"), 1), (("k", "k", "/exit"), 2)):
+    for lines, n_asked in (((), 1), (("k", "k", "/exit"), 2)):
         shown = talked(model, tmp_path, *lines)
         assert sum(line.startswith("? A chat with") for line in shown) == n_asked
 
@@ -68,8 +73,7 @@ def test_a_mode_restored_with_a_conversation_is_reported(model, tmp_path):
     finally:
         model.engine.set_mode(Mode.CONTEXT)
     assert (
-        "# Fast reading is on: prompt tokens skip the last 3 of 8 layers (/full on disables it)."
-        in shown
+        "# Fast reading is on: it skips 3 of 8 layers at a small loss (/full on: no loss)." in shown
     )
 
 
