@@ -19,7 +19,7 @@ COMMANDS = {
     "analyze": "Measure which layers are needed to read prompts.",
     "demo": "Answer one long prompt with and without pruning.",
     "inspect": "Show the contents of a model file.",
-    "pull": "Fetch a model from the catalog, a hub or a URL.",
+    "pull": "Fetch a model from the catalog or a hub.",
     "list": "List the local models.",
     "rm": "Remove models.",
     "learn": "Show or delete the statistics learned from your prompts.",

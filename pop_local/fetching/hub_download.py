@@ -1,7 +1,6 @@
 """Find and download models on the Hugging Face Hub.
 
-The huggingface_hub client finds the files, and handles HF_ENDPOINT and HF_TOKEN. http_download.py
-downloads the files, because the client would discard interrupted downloads.
+The huggingface_hub client finds the files, and handles HF_ENDPOINT and HF_TOKEN.
 """
 
 import logging
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Progress
-from pop_local.fetching.http_download import RemoteFile, download, reason_of
 from pop_local.fetching.quants import choose, choose_mmproj, usual_ending
+from pop_local.fetching.resumable_download import RemoteFile, download, reason_of
 from pop_local.fetching.target import is_fetched, require_space, safe_name
 from pop_local.models.mmproj_files import mmproj_name
+from pop_local.models.model_files import PARTIAL_SUFFIX
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -120,7 +120,7 @@ def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: b
     ]
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(file.size_bytes for file, _ in missing)
-    partials = [target.with_name(f"{target.name}.partial") for _, target in missing]
+    partials = [target.with_suffix(PARTIAL_SUFFIX) for _, target in missing]
     here = sum(path.stat().st_size for path in partials if path.exists())
     require_space(folder, total - here, model.repo)
     before = 0

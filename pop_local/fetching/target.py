@@ -12,7 +12,7 @@ from pop_converter.base.errors import OutputExistsError, PopError
 from pop_local.models.model_names import MODELS_VARIABLE
 
 _CHUNK_BYTES = 1 << 20
-_MAX_NAME_BYTES = 255 - len(".partial.origin")
+_MAX_NAME_BYTES = 255 - len(".partial")
 
 
 def safe_name(name: str) -> str:

@@ -15,8 +15,6 @@ from pop_local.models.sidecars import sidecar_of
 
 SUFFIX = ".gguf"
 PARTIAL_SUFFIX = ".gguf.partial"
-# Suffix of the file that identifies the origin of an unfinished download.
-ORIGIN_SUFFIX = ".origin"
 _PARTS_SUFFIX = ".gguf.parts"
 _UNFINISHED = "the download is unfinished: pull the model again"
 
@@ -143,9 +141,7 @@ def _unread(folder: Path) -> Iterator[StoredModel]:
         name = path.name.removesuffix(SUFFIX)
         yield StoredModel(name, (path,), problem="the sidecar's model is missing")
     for path in _files(folder, PARTIAL_SUFFIX):
-        origin = path.with_name(path.name + ORIGIN_SUFFIX)
-        files = (path, origin) if origin.exists() else (path,)
-        yield StoredModel(path.name, files, problem=_UNFINISHED)
+        yield StoredModel(path.name, (path,), problem=_UNFINISHED)
     for path in sorted(folder.glob(f".*{_PARTS_SUFFIX}")):
         if path.is_dir() and not path.is_symlink():
             yield StoredModel(path.name.removeprefix("."), (path,), problem=_UNFINISHED)

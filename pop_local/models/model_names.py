@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import platformdirs
 import tomlkit
@@ -22,6 +23,13 @@ from pop_local.models.model_files import known_name, models_by_name
 # The model of the demo, and of a chat if no larger model fits into memory.
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 HUB_PREFIX = "hf:"
+_URL = ("https://", "http://")
+# A repository's or a file's page on the Hugging Face Hub, or a file's download link.
+_HUB_URL = re.compile(
+    r"https?://(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:/tree/main|/(?:resolve|blob)/main/(?P<file>[^?#]+))?/?(?:[?#].*)?",
+    re.IGNORECASE,
+)
 # The file in a models folder that maps hub names to fetched files.
 _FETCHED = ".fetched.json"
 # Folders that identify a clone.
@@ -103,14 +111,12 @@ def plain(name: str) -> str:
     return re.sub("[-:]", "", name.lower().removesuffix(":latest"))
 
 
-def is_url(name: str) -> bool:
-    return name.lower().startswith(("https://", "http://"))
-
-
 def hub_name(name: str) -> str | None:
-    """Return hf:OWNER/REPO[:FILE] for the name of a hub model, or None for any other name."""
+    """Return hf:OWNER/REPO[:FILE] for the name or URL of a hub model, or None for other names."""
     if name.lower().startswith(HUB_PREFIX):
         return name
+    if match := _HUB_URL.fullmatch(name):
+        return HUB_PREFIX + match["repo"] + (f":{unquote(match['file'])}" if match["file"] else "")
     repos = (repo for known, repo in hub_names().items() if plain(known) == plain(name))
     return next((HUB_PREFIX + repo for repo in repos), None)
 
@@ -233,13 +239,8 @@ def _not_there(model: str) -> PopError:
         return PopError(f"{model} is a pipe or a device, not a file", "pass a GGUF file")
     if hub_name(model):
         return to_fetch(model)
-    if is_url(model):
-        return PopError(
-            f"{model} must be fetched first",
-            "download the file and pass its path",
-            cause="is-remote",
-            model=model,
-        )
+    if model.lower().startswith(_URL):
+        return _not_on_hub(model)
     if os.sep in model or "/" in model:
         return PopError(f"the file {model} does not exist", _nearest_file_hint(Path(model)))
     here = {name: name for name in _here()}
@@ -248,6 +249,13 @@ def _not_there(model: str) -> PopError:
         hint = nearest_hint(model, here | nearby, "check the path")
         return PopError(f"the file {model} does not exist", hint, cause="unknown-model")
     return _unknown(f"no model named {model!r} was found", model, here)
+
+
+def _not_on_hub(url: str) -> PopError:
+    return PopError(
+        f"{url} is not a model on the Hugging Face Hub",
+        "download the file with a browser or with `curl -LO`, and pass its path",
+    )
 
 
 def to_fetch(model: str) -> PopError:
@@ -264,6 +272,8 @@ def _nearest_file_hint(path: Path) -> str:
 
 
 def _unknown(message: str, name: str, here: dict[str, str]) -> PopError:
+    if name.lower().startswith(_URL):
+        return _not_on_hub(name)
     catalog = load_catalog()
     known = {alias: model.short_name for model in catalog for alias in (model.name, *model.aliases)}
     known |= {each: each for each in hub_names()}

@@ -8,7 +8,6 @@ operation must then succeed, and leave no other file. Exits with 1 if a file was
 """
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -37,7 +36,7 @@ from pop_local.workflows.conversion import named
 from support.calibrating import words
 from support.calls import completed, opened
 from support.converted import converted, names
-from support.hub_server import Hub, serving
+from support.hub_server import Hub, Repo, serving
 from support.program import called
 from support.synthetic import TEMPLATE, make_gguf
 
@@ -92,8 +91,8 @@ def are_sums(path: Path) -> bool:
 
 
 def serve(content: bytes, urls: Any) -> None:
-    with serving(Hub(plain={"out.gguf": content})) as hub:
-        urls.put(hub.url("out.gguf"))
+    with serving(Hub(repos={"acme/out": Repo({"out.gguf": content})})) as hub:
+        urls.put(hub.endpoint)
         signal.pause()
 
 
@@ -103,7 +102,8 @@ def works(folder: Path) -> dict[str, Work]:
     model = make_gguf(folder / "model.gguf", "llama", n_embd=512, n_ff=1024)
     pop, content, urls = converted(model, folder, boundary=1), model.read_bytes(), FORKS.Queue()
     FORKS.Process(target=serve, args=(content, urls), daemon=True).start()
-    url, sha256 = urls.get(), hashlib.sha256(content).hexdigest()
+    # The client reads the variable once, in each child.
+    os.environ["HF_ENDPOINT"] = urls.get()
     learn(folder)
     named.N_WINDOWS = named.N_DOCUMENTS = probes.N_DRAWS = 1
     fit = ["--boundary", 4, "--text", words(folder), "--tokens", 2048, "--threads", 1]
@@ -117,7 +117,7 @@ def works(folder: Path) -> dict[str, Work]:
         "convert to a copy": to("convert", "--boundary", 1, "--projection", "own", model),
         "convert with a fit": to("convert", *fit, tiny),
         "convert to a sidecar": to("convert", *fit, "--sidecar", tiny),
-        "pull": Work(lambda at: command("pull", url, "--sha256", sha256, "--force", "--dir", at)),
+        "pull": Work(lambda at: command("pull", "hf:acme/out", "--force", "--dir", at)),
         "strip": to("strip", pop),
         "learn": Work(learn, sums.name, sums.read_bytes(), are_sums),
     }

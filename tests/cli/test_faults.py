@@ -4,7 +4,6 @@ The old file stays or the new file is complete, no other file remains, and one e
 reason.
 """
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -14,10 +13,11 @@ import pytest
 from pop_converter.base.errors import PopError
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Sessions
+from pop_local.fetching import resumable_download
 from support.calls import completed, opened
 from support.converted import converted, names
 from support.faults import FAULTS, failing
-from support.hub_server import Hub, serving
+from support.hub_server import Hub, Repo, serving, use_hub
 from support.program import called
 from support.synthetic import TEMPLATE, make_gguf
 
@@ -110,16 +110,17 @@ def test_strip(model, tmp_path, number):
     )
 
 
-def test_pull(model, tmp_path, number):
+def test_pull(model, tmp_path, number, monkeypatch):
     content = model.read_bytes()
-    options = ["--sha256", hashlib.sha256(content).hexdigest(), "--force"]
-    with serving(Hub(plain={NAME: content})) as hub:
+    monkeypatch.setattr(resumable_download, "_PAUSE_S", 0.0)
+    with serving(Hub(repos={"a/b": Repo({NAME: content})})) as hub:
+        use_hub(hub, monkeypatch)
         check(
             tmp_path,
             number,
-            lambda folder: command("pull", hub.url(NAME), "--dir", folder, *options),
+            lambda folder: command("pull", "hf:a/b", "--dir", folder, "--force"),
             lambda path: path.read_bytes() == content,
-            kept=frozenset({f"{NAME}.partial", f"{NAME}.partial.origin"}),
+            kept=frozenset({f"{NAME}.partial"}),
             makes_folder=True,
         )
 

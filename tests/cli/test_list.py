@@ -46,7 +46,6 @@ def store(tmp_path: Path, monkeypatch) -> Path:
     (folder / "cut.gguf").write_bytes((folder / "Tiny.Q8_0.gguf").read_bytes()[:50_000])
     (folder / "page.gguf").write_text("<html>")
     (folder / "new.gguf.partial").write_bytes(b"GGUF")
-    (folder / "new.gguf.partial.origin").write_text("{}")
     (folder / "notes.txt").touch()
     return folder
 

