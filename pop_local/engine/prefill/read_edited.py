@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_local.engine.cache.kv_cache import KvCache, decode_again
+from pop_local.engine.cache.kv_cache import KvCache, decode_again, move_rows
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.prefill.edit import gaps
 from pop_local.engine.prefill.plan import RowRule
@@ -17,7 +17,7 @@ class EditedReading(PromptReading):
     """A read that decodes the rows that `move_rows` did not fill with cached rows.
 
     `run` raises PopError if the rows cannot be decoded. If the read fails or is stopped, the cache
-    keeps only the rows before the first undecoded row.
+    keeps all decoded and reused rows, so that the next read can reuse them.
     """
 
     def __init__(
@@ -58,15 +58,25 @@ class EditedReading(PromptReading):
                     self._report(n_done)
         except BaseException:
             if not cache.context.is_closed and cache.epoch == self._epoch:
-                cache.rows.forget_from(cache.n_tokens)
-                cache.forget_unfinished()
+                self._close_gaps()
             raise
+
+    def _close_gaps(self) -> None:
+        """Remove the undecoded rows, and move the reused rows that follow them down."""
+        cache = self._cache
+        is_kept = self._sources >= 0
+        is_kept[: cache.n_tokens] = True
+        rows = np.flatnonzero(is_kept).astype(np.int32)
+        self._tokens, self._sources = self._tokens[rows], self._sources[rows]
+        if not move_rows(cache, self._tokens, rows):
+            cache.rows.forget_from(cache.n_tokens)
+            cache.forget_unfinished()
 
     def result(self) -> Read:
         cache = self._cache
         counters = cache.slot.counters
         return Read(
-            n_prompt=len(self._tokens),
+            n_prompt=len(self._deep),
             n_cached=max(0, cache.n_tokens - counters.n_rows),
             counters=counters,
             n_exact=cache.n_exact,

@@ -20,6 +20,7 @@ from pop_local.engine.prefill import edit
 from pop_local.engine.prefill import read as prefill
 from pop_local.engine.prefill.edit import MIN_REUSED
 from pop_local.engine.prefill.plan import Reuse
+from pop_local.engine.prefill.reading import PrefillStoppedError
 from pop_local.engine.prompt.prompt import Prompt
 from support.calls import NOISE, kv_bytes, last_logits, opened, prompt, read, set_rule
 from support.converted import tiny
@@ -166,6 +167,11 @@ def randomly_edited(rng: random.Random, tokens: Tokens) -> Tokens:
     return (tokens[:start] + new + tokens[end:])[:900] or [5]
 
 
+def is_subsequence(part: Tokens, tokens: Tokens) -> bool:
+    left = iter(tokens)
+    return all(token in left for token in part)
+
+
 class Operations:
     """Random reads, edits, answers, stops, refills, saves and restores on one cache.
 
@@ -200,9 +206,9 @@ class Operations:
         try:
             after = self._rng.choice([0, 1, 40, 10**6, 10**6, 10**6])
             found = sequence.read(Prompt(tokens), stopping(after))
-        except StoppedError:
-            n_tokens = sequence.cache.n_tokens
-            assert sequence.cache.tokens.tolist() == tokens[:n_tokens]
+        except PrefillStoppedError as error:
+            assert error.read.n_prompt == len(tokens)
+            assert is_subsequence(sequence.cache.tokens.tolist(), tokens)
             return
         assert sequence.cache.tokens.tolist() == tokens
         assert np.isfinite(last_logits(self._model)).all()
@@ -268,17 +274,21 @@ def test_a_repair_that_stops_at_every_chunk_completes_later(llama_file):
         assert kv_bytes(model) == fresh(llama_file, tokens)[0]
 
 
-@pytest.mark.parametrize("after", [0, 20, 60, 100])
-def test_an_interrupted_read_keeps_only_decoded_rows(llama_file, after):
+@pytest.mark.parametrize("after", [0, 20, 60, 100, 150])
+def test_a_stopped_read_keeps_the_rows_after_its_gap(llama_file, after):
     tokens = OLD[:200] + NEW[:150] + OLD[200:]
     with pruned(llama_file) as model:
         read(model, OLD)
-        with pytest.raises(StoppedError):
+        with pytest.raises(PrefillStoppedError) as stopped:
             model.engine.sequences[0].read(Prompt(tokens), stopping(after))
+        n_decoded = stopped.value.read.counters.n_rows
         cache = model.engine.cache
-        assert cache.tokens.tolist() == tokens[: cache.n_tokens]
-        assert 200 <= cache.n_tokens < 350
-        read(model, tokens)
+        assert n_decoded == min(150, -(-after // 64) * 64)
+        assert cache.tokens.tolist() == OLD[:200] + NEW[:n_decoded] + OLD[200:-16]
+        assert cache.slot.cells.end == cache.n_tokens == n_decoded + stopped.value.read.n_cached
+        found = model.read(Prompt(tokens))
+        assert found.counters.n_rows == 150 - n_decoded + 16
+        assert found.n_stale == 500 - 16 == stopped.value.read.n_stale
         assert repaired(model)[0] == fresh(llama_file, tokens)[0]
 
 
