@@ -66,7 +66,7 @@ class SlotScheduler:
     def _score(self, index: int, prompt: Prompt) -> tuple[int, int]:
         """Return a sort key: (number of reusable rows, negative number of cached rows).
 
-        Reusable rows count only if CacheStates.stash would not move them to the prompt cache.
+        Reusable rows count only if they are at least half of the cached rows.
         """
         sequence = self.sequence(index)
         n_reusable, n_tokens = sequence.n_reusable(prompt), sequence.cache.n_tokens

@@ -12,6 +12,10 @@ from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.cache.saved_state import CountReusable, SavedState
 from pop_local.engine.prompt.prompt import Prompt
 
+# If a prompt would lose this many of the last rows, another conversation may need them again.
+# Reading 256 rows takes longer than copying the state.
+MIN_LOST = 256
+
 
 class CacheStates:
     """Saved states of a KV cache. `prompts`: the prompt cache that stores the states, if any."""
@@ -64,9 +68,15 @@ class CacheStates:
 
     # The prompt cache
 
-    def stash(self, count: CountReusable) -> None:
-        """Store the rows in the prompt cache if a prompt can reuse fewer than half of the rows."""
-        if 2 * count(self.cache.tokens, self.cache.images) < self.cache.n_tokens:
+    def stash(self, count: CountReusable, end: CountReusable | None = None) -> None:
+        """Store the rows in the prompt cache if a prompt would lose many of them.
+
+        A prompt may lose up to half of the rows, but fewer than MIN_LOST of the last ones. `end`
+        returns the row that follows the last reusable row (default: `count`).
+        """
+        tokens, images = self.cache.tokens, self.cache.images
+        n_lost = len(tokens) - (end or count)(tokens, images)
+        if n_lost >= MIN_LOST or 2 * count(tokens, images) < len(tokens):
             self.store()
 
     def store(self) -> None:

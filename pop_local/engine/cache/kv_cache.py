@@ -235,7 +235,7 @@ class KvCache:
 
 
 def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
-    """Replace the rows with an edited prompt's rows. Neither prompt may contain images.
+    """Replace the rows with an edited prompt's rows. No image may follow the first changed row.
 
     `tokens`: int32 [n]. `sources`: int32 [n], the row that contains each token's K/V, or -1 for
     rows that `decode_again` must decode. Until the caller extends the cache, it ends before the
@@ -250,6 +250,7 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
         cache.n_tokens = len(tokens)  # `cache.tokens` ends there
         cache.tokens[:] = tokens
         cache.n_tokens = n_leading(sources >= 0)
+        cache.images = {row: key for row, key in cache.images.items() if row < start}
         cache.rows.edit(sources)
         cache.checkpoints.drop_after(start)
         cache.has_logits = False

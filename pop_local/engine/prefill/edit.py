@@ -29,9 +29,7 @@ class ReusableRows:
 
     def __init__(self, cache: KvCache, prompt: Prompt, rule: RowRule) -> None:
         self._prompt, self._rule = prompt, rule
-        self._can_edit = (
-            rule.reuse is Reuse.EDITED and cache.pruning.is_pruning and not prompt.images
-        )
+        self._can_edit = rule.reuse is Reuse.EDITED and cache.pruning.is_pruning
         self._tokens = np.asarray(prompt.tokens, np.int32)
         self._found: dict[bytes, NDArray[np.int32]] = {}
 
@@ -41,11 +39,21 @@ class ReusableRows:
 
     def count(self, cached: np.ndarray, images: Mapping[int, str]) -> int:
         """Return the number of reusable rows (see CountReusable)."""
+        return len(self._rows(cached, images))
+
+    def end(self, cached: np.ndarray, images: Mapping[int, str]) -> int:
+        """Return the row that follows the last reusable row (see CountReusable)."""
+        return int(self._rows(cached, images).max(initial=-1)) + 1
+
+    def _rows(self, cached: np.ndarray, images: Mapping[int, str]) -> NDArray[np.int32]:
+        """Return the reusable cached rows, int32 [n]."""
         n_prefix = self._prompt.n_equal(cached, images)
-        if not self._can_pay(cached, images, n_prefix):
-            return n_prefix
-        n_reused = int((self._sources(cached) >= 0).sum())
-        return n_reused if self._pays(n_reused, n_prefix) else n_prefix
+        if self._can_pay(cached, n_prefix):
+            sources = self._sources(cached)
+            reused = sources[sources >= 0]
+            if self._pays(len(reused), n_prefix):
+                return reused
+        return np.arange(n_prefix, dtype=np.int32)
 
     def edit(
         self, cache: KvCache, n_usable: int, must_be_full: NDArray[np.bool_]
@@ -55,16 +63,22 @@ class ReusableRows:
         `n_usable`: the number of reusable rows in the common prefix. `must_be_full`: bool
         [n_prompt]. Returns None if reusing rows would save too little time.
         """
-        if not self._can_pay(cache.tokens, cache.images, n_usable):
+        if not self._can_pay(cache.tokens, n_usable):
             return None
         sources = self._sources(cache.tokens).copy()
         sources[must_be_full & ~cache.rows.is_full[sources]] = -1
-        sources[max(0, len(sources) - max(1, self._rule.tail_tokens)) :] = -1
+        tail_from = len(sources) - max(1, self._rule.tail_tokens)
+        sources[max(self._prompt.text_from, tail_from) :] = -1
         return sources if self._pays(int((sources >= 0).sum()), n_usable) else None
 
-    def _can_pay(self, cached: np.ndarray, images: Mapping[int, str], n_prefix: int) -> bool:
+    def _can_pay(self, cached: np.ndarray, n_prefix: int) -> bool:
+        """Return whether an edit may reuse more rows than the common prefix has.
+
+        The prefix must contain all images, because stale image rows could never catch up.
+        """
         n_most = min(len(cached), len(self._tokens))
-        return self._can_edit and not images and self._pays(n_most, n_prefix)
+        has_images = self._prompt.text_from <= n_prefix
+        return self._can_edit and has_images and self._pays(n_most, n_prefix)
 
     def _pays(self, n_reused: int, n_prefix: int) -> bool:
         """Return whether reusing `n_reused` rows is better than reusing only the common prefix.

@@ -37,7 +37,7 @@ def read(
     tokens = np.asarray(prompt.tokens, np.int32)
     deep = _deep_rows(cache, tokens, rule)
     reusable = ReusableRows(cache, prompt, rule)
-    states.stash(reusable.count)
+    states.stash(reusable.count, reusable.end)
     n_usable = 0
     if rule.reuse is not Reuse.OFF:
         states.restore_best(reusable.count)

@@ -391,3 +391,28 @@ def test_a_restored_state_catches_up_from_its_exact_rows(llama_file, tmp_path):
         assert cache.n_exact == n_exact
         model.engine.refiller.refill()
         assert kv_bytes(model) == fresh(llama_file, tokens)[0]
+
+
+@pytest.mark.parametrize("reuse", [Reuse.EXACT, Reuse.EDITED])
+def test_a_new_conversation_does_not_replace_the_last_rows_of_another(llama_file, reuse):
+    """The new prompts reuse more than half of the rows, but not the other conversation's end."""
+    new_line = NEW[:20] if reuse is Reuse.EDITED else OLD[:20]
+    first = OLD + prompt(300, seed=2)
+    second = new_line + OLD[20:] + prompt(290, seed=3)
+    prompts = PromptCache(2**24)
+    with pruned(llama_file, prompt_cache=prompts) as model:
+        set_rule(model, reuse=reuse)
+        read(model, first)
+        assert model.read(Prompt(second)).n_cached > len(first) / 2
+        assert model.read(Prompt(first)).counters.n_rows <= 16
+        assert model.read(Prompt(second)).counters.n_rows <= 16
+        assert prompts.size_bytes <= prompts.capacity_bytes
+
+
+def test_a_conversation_that_continues_after_an_edit_is_not_stored(llama_file):
+    prompts = PromptCache(2**24)
+    with pruned(llama_file, prompt_cache=prompts) as model:
+        read(model, OLD)
+        for name in ("a changed line", "a removed passage", "an inserted passage"):
+            read(model, EDITS[name])
+        assert len(prompts) == 0
