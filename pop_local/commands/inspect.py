@@ -7,7 +7,6 @@ import typer
 from pop_local.commands.shared_options import Json, Sidecar
 from pop_local.ui.tables import print_facts, print_json
 from pop_local.ui.views.inspection import inspection_facts
-from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import inspect_file
 
 
@@ -17,12 +16,7 @@ def inspect(
     ],
     sidecar: Sidecar = None,
     json: Json = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Check the whole file's hash against the original's.")
-    ] = False,
 ) -> None:
     """Show a model's architecture, layers, boundary, sizes and origin."""
-    with terminal_watch() as watch:
-        found = inspect_file.inspect(model, sidecar, with_hash=verify, watch=watch)
+    found = inspect_file.inspect(model, sidecar)
     print_json(found) if json else print_facts(inspection_facts(found))
-    inspect_file.require_unchanged(found)

@@ -13,20 +13,16 @@ from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.skipping import SkippableLayers, skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT, Macs, left_share, speedup_limit
 from pop_converter.base.errors import FormatError, PopError
-from pop_converter.base.progress import counting
-from pop_converter.gguf.content import copy_data, read_content
 from pop_converter.gguf.header import Header, TensorInfo, read_header
 from pop_converter.gguf.source import Source, is_sidecar, read_source
-from pop_converter.popfile.format import PREFIX, PopMeta
+from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.pruning_plan import DEFAULT_SKIP
-from pop_converter.popfile.rewrite import original
 from pop_converter.popfile.sidecar import base_path, pop_of, sidecar_meta
 from pop_converter.projection import TENSOR_MARK
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.models.mmproj_files import ARCHITECTURE, find_mmproj
-from pop_local.models.model_names import load_catalog, resolve
+from pop_local.models.model_names import resolve
 from pop_local.models.sidecars import sidecar_of
-from pop_local.workflows.events import Unit, Watch
 
 
 @dataclass(frozen=True)
@@ -34,19 +30,6 @@ class TensorGroup:
     type: str
     n_tensors: int
     size_bytes: int
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The result of hashing a model without its POP keys.
-
-    `unchanged`: whether the hash equals the hash stored at conversion (None: no hash is stored).
-    `catalog_name`: the name of the catalog model with this hash (None: no such model).
-    """
-
-    sha256: str
-    unchanged: bool | None
-    catalog_name: str | None
 
 
 @dataclass(frozen=True)
@@ -90,7 +73,6 @@ class Inspection:
     sidecar: str | None
     mmproj: str | None
     opens_in_stock_llama_cpp: bool
-    verification: Verification | None
 
 
 @dataclass(frozen=True)
@@ -107,65 +89,28 @@ class SidecarInspection:
     boundary: int
     n_skipped: int
     pop: PopMeta
-    verification: Verification | None
 
 
-def inspect(
-    model: str,
-    sidecar: Path | None,
-    *,
-    with_hash: bool,
-    watch: Watch,
-) -> Inspection | SidecarInspection:
+def inspect(model: str, sidecar: Path | None = None) -> Inspection | SidecarInspection:
     """Inspect a model with its sidecar, or a sidecar alone, given by path or name.
 
-    `with_hash`: whether to read and hash the whole file. Raises PopError or StoppedError.
+    Raises PopError.
     """
     path = resolve(model)
     header = read_header(path)
     if is_sidecar(header) and sidecar is None:
-        return _of_sidecar(header, with_hash, watch)
+        return _of_sidecar(header)
     source = read_source(path)
     sidecar = sidecar or sidecar_of(source)
-    meta = pop_of(source, sidecar)
-    verified = verify(source, meta, watch) if with_hash else None
-    return _of_model(source, sidecar, meta, verified)
+    return _of_model(source, sidecar, pop_of(source, sidecar))
 
 
-def require_unchanged(found: Inspection | SidecarInspection) -> None:
-    """Raise FormatError if the model's hash differs from the hash stored at conversion."""
-    if found.verification is not None and found.verification.unchanged is False:
-        path = found.file if isinstance(found, Inspection) else found.model
-        raise FormatError(
-            f"{path} differs from the model that was converted", "convert the model again"
-        )
-
-
-def verify(source: Source, meta: PopMeta | None, watch: Watch) -> Verification:
-    """Hash the model without its POP keys. Raises FormatError or StoppedError."""
-    content = original(source, meta) if meta else read_content(source, without=PREFIX)
-    ran = counting(content.data_bytes, watch.stage("Reading the file", Unit.BYTES))
-    sha256 = copy_data(content, content.header, lambda chunk: None, ran)
-    return Verification(
-        sha256=sha256,
-        unchanged=sha256 == meta.source_sha256 if meta and meta.source_sha256 else None,
-        catalog_name=next((known.name for known in load_catalog() if known.sha256 == sha256), None),
-    )
-
-
-def _of_sidecar(header: Header, with_hash: bool, watch: Watch) -> SidecarInspection:
+def _of_sidecar(header: Header) -> SidecarInspection:
     meta = sidecar_meta(header)
     path = base_path(header.path, meta.source_name)
     source = read_source(path) if path else None
     if source is not None:
         pop_of(source, header.path)
-    if with_hash and source is None:
-        raise FormatError(
-            f"the model {meta.source_name} is not in the folder of {header.path}",
-            "inspect the model, and pass this file as its sidecar",
-            cause="sidecar-alone",
-            sidecar=header.path,
-        )
     return SidecarInspection(
         file=str(header.path),
         size_bytes=header.size_bytes,
@@ -174,16 +119,10 @@ def _of_sidecar(header: Header, with_hash: bool, watch: Watch) -> SidecarInspect
         boundary=meta.boundary,
         n_skipped=meta.n_layer - meta.boundary,
         pop=meta,
-        verification=verify(source, meta, watch) if with_hash and source else None,
     )
 
 
-def _of_model(
-    source: Source,
-    sidecar: Path | None,
-    meta: PopMeta | None,
-    verification: Verification | None,
-) -> Inspection:
+def _of_model(source: Source, sidecar: Path | None, meta: PopMeta | None) -> Inspection:
     first = source.first
     architecture = first.get("general.architecture")
     if not isinstance(architecture, str):
@@ -215,7 +154,6 @@ def _of_model(
         sidecar=str(sidecar) if sidecar else None,
         mmproj=str(mmproj) if mmproj else None,
         opens_in_stock_llama_cpp=not any(TENSOR_MARK in tensor.name for tensor in source.tensors),
-        verification=verification,
     )
 
 

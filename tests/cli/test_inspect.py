@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pop_converter.gguf.source import read_source
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert
 from pop_local.cli import app
-from pop_local.workflows.events import Watch
-from pop_local.workflows.inspect_file import verify
 from support.shapes import read_shape
 from support.synthetic import make_gguf, renamed
 
@@ -37,14 +34,13 @@ def test_unconverted_file(tiny):
     assert found["boundary"] is None
     assert found["pop"] is None
     assert found["opens_in_stock_llama_cpp"]
-    assert found["verification"] is None
     assert found["size_bytes"] == tiny.stat().st_size
     assert sum(group["size_bytes"] for group in found["tensors"]) < tiny.stat().st_size
     assert {group["type"] for group in found["tensors"]} == {"F16", "F32"}
 
 
 def test_converted_file(tiny, converted):
-    found = json.loads(inspect(converted, "--json", "--verify").stdout)
+    found = json.loads(inspect(converted, "--json").stdout)
     assert (found["boundary"], found["n_skipped"]) == (5, 3)
     assert found["pop"]["schedule"] == "FFFFFSSS"
     assert found["pop"]["projection"] == "own"
@@ -52,7 +48,7 @@ def test_converted_file(tiny, converted):
     assert found["pop"]["source_name"] == tiny.name
     assert found["opens_in_stock_llama_cpp"]
     sha256 = hashlib.sha256(tiny.read_bytes()).hexdigest()
-    assert found["verification"] == {"sha256": sha256, "unchanged": True, "catalog_name": None}
+    assert found["pop"]["source_sha256"] == sha256
 
 
 def test_converted_file_for_people(converted):
@@ -62,23 +58,6 @@ def test_converted_file_for_people(converted):
     assert "the first 1 and last 7 tokens" in shown
     assert "tiny.gguf" in shown
     assert "opens this file without pruning" in shown
-
-
-def test_the_bar_of_verify_ends_at_its_end(tiny):
-    seen: list[tuple[int, int]] = []
-    verify(read_source(tiny), None, Watch(on_progress=lambda *counts: seen.append(counts)))
-    assert seen[-1][0] == seen[-1][1] > 0
-
-
-def test_verify_finds_a_changed_byte(converted):
-    content = bytearray(converted.read_bytes())
-    content[-100] ^= 1
-    converted.write_bytes(content)
-    assert inspect(converted).exit_code == 0
-    done = inspect(converted, "--verify", "--json")
-    assert done.exit_code == 1
-    assert json.loads(done.stdout)["verification"]["unchanged"] is False
-    assert "differs from the model that was converted" in done.stderr
 
 
 def test_unsupported_architecture_is_shown_as_such(tmp_path):

@@ -28,7 +28,6 @@ from pop_local.measure.budget import boundaries
 from pop_local.texts.document_readers import Document
 from pop_local.workflows import inspect_file as inspection
 from pop_local.workflows.conversion.goals import LEAST_DIVISOR
-from pop_local.workflows.events import Watch
 from pop_local.workflows.inspect_file import inspect
 from support import recipes
 from support.architectures import MORE_KEYS
@@ -93,7 +92,7 @@ def test_headers_and_pop_keys(tmp_path, not_counted):
             skipping_of(shape)
             for boundary in boundaries(shape, LEAST_DIVISOR):
                 make_plan(shape, boundary=boundary, projection=Projection.WIDE)
-        inspect(str(target), None, with_hash=False, watch=Watch())
+        inspect(str(target))
 
     campaign(attempt)
 
@@ -109,7 +108,7 @@ def test_sidecars(tmp_path, not_counted):
         target.write_bytes(mutated_bytes(rng, content, 0, end))
         assert existing_sidecar(source) == target
         sidecar_meta(read_header(target))
-        inspect(str(target), None, with_hash=False, watch=Watch())
+        inspect(str(target))
         read_sidecar(target, source)
 
     campaign(attempt)

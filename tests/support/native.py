@@ -8,7 +8,6 @@ from pathlib import Path
 from pop_converter.base.errors import PopError
 from pop_local.engine.limited.process import KeptProcess
 from pop_local.engine.llama import logs
-from pop_local.workflows.events import Watch
 from pop_local.workflows.inspect_file import inspect
 from support.calls import greedy, opened
 
@@ -52,7 +51,7 @@ class Work:
     def read(self, path: str, sidecar: str | None) -> str:
         given = None if sidecar is None else Path(sidecar)
         with suppress(PopError):  # inspect relies on llama.cpp's graph
-            inspect(path, given, with_hash=False, watch=Watch())
+            inspect(path, given)
         try:
             with opened(Path(path), sidecar=given, n_ctx=64) as model:
                 tokens = model.engine.context.vocabulary.tokenize(TEXT, special=True)[:48]

@@ -11,17 +11,11 @@ from pop_local.ui.views.conversion import (
     measured_facts,
     skipping_facts,
 )
-from pop_local.workflows.inspect_file import (
-    Inspection,
-    SidecarInspection,
-    TensorGroup,
-    Verification,
-)
+from pop_local.workflows.inspect_file import Inspection, SidecarInspection, TensorGroup
 
 
 def inspection_facts(found: Inspection | SidecarInspection) -> list[Fact]:
-    facts = _model_facts(found) if isinstance(found, Inspection) else _sidecar_facts(found)
-    return facts + (_verification_facts(found.verification) if found.verification else [])
+    return _model_facts(found) if isinstance(found, Inspection) else _sidecar_facts(found)
 
 
 def _model_facts(found: Inspection) -> list[Fact]:
@@ -90,17 +84,4 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
         ("Converted from", meta.source_name or "unknown"),
         ("Its sha256", meta.source_sha256 or "unknown"),
         ("Converted by", meta.tool or "unknown"),
-    ]
-
-
-def _verification_facts(verification: Verification) -> list[Fact]:
-    verdict = {
-        None: "the original file's hash is unknown",
-        True: "unchanged: `pop-local strip` restores the original file",
-        False: "CHANGED: the content differs from the original file",
-    }
-    name = verification.catalog_name
-    return [
-        ("Original's sha256", verification.sha256),
-        ("Verified", f"the catalog's {name}" if name else verdict[verification.unchanged]),
     ]
