@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from pop_converter.base.errors import PopError
 from pop_converter.base.files import read_file
 from pop_converter.base.progress import Progress
+from pop_converter.popfile.format import DeepRows
 from pop_local.calibration.carrier_windows import SHARE, carrier_windows
 from pop_local.calibration.samples import sample_windows
+from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
 from pop_local.engine.prompt.prompter import Prompter
@@ -77,12 +79,17 @@ def own_text(context: Context, count: int, on_progress: Progress) -> Calibration
     chat template's first tokens. Nothing is downloaded. Progress is reported in sampled tokens.
     """
     n_sampled = n_sampled_of(count)
-    carriers = carrier_windows(context, count // SHARE, N_WINDOW, _topics(), SEED).windows
+    carriers = own_carriers(context, count // SHARE)
     cut = _spread(context, [_texts()], count - n_sampled - len(carriers))
     starts = _starts(context, n_sampled)
     sampled = sample_windows(context, starts, N_WINDOW, seed=SEED, on_progress=on_progress)
     windows = np.concatenate([carriers, cut, sampled])
     return CalibrationText(DEFAULT_NAME, hashlib.sha256(windows.tobytes()).hexdigest(), windows)
+
+
+def own_carriers(context: Context, count: int) -> Windows:
+    """Return `count` windows of look-ups between paragraphs of Python's documentation."""
+    return carrier_windows(context, count, N_WINDOW, _topics(), SEED).windows
 
 
 def _starts(context: Context, n_sampled: int) -> list[list[int]]:
@@ -100,19 +107,27 @@ def first_token(context: Context) -> int:
 
 @dataclass(frozen=True)
 class DistillText:
-    """The windows [n_windows, N_WINDOW] to distill on, and each row's weight in the loss."""
+    """The windows [n_windows, N_WINDOW] to distill on, with arrays of the same shape.
+
+    `weights`: each row's weight in the loss. `deep`: a mask of the deep rows.
+    """
 
     windows: Windows
     weights: NDArray[np.float32]
+    deep: NDArray[np.bool_]
 
 
 def distill_text(
-    context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
+    context: Context,
+    text: CalibrationText,
+    paths: Sequence[Path],
+    n_windows: int,
+    deep_rows: DeepRows,
 ) -> DistillText:
     """Return a calibration's windows, further windows from the same texts, and look-ups.
 
     `paths`: the calibration's texts (empty: the default texts). The result has `n_windows` windows,
-    or fewer if the texts are too short.
+    or fewer if the texts are too short. `deep_rows`: the rule that selects deep rows.
     """
     groups = _grouped_texts(paths, n_windows) if paths else [_texts()]
     carriers = carrier_windows(context, n_windows // SHARE, N_WINDOW, groups[0][0], SEED + 1)
@@ -123,7 +138,8 @@ def distill_text(
     weights = np.ones(windows.shape, np.float32)
     # Each row predicts the next token.
     weights[len(chosen) :, :-1] += _ANSWER_WEIGHT * carriers.answers[:, 1:]
-    return DistillText(windows, weights)
+    deep = np.stack([find_deep_rows(context, window, deep_rows) for window in windows])
+    return DistillText(windows, weights, deep)
 
 
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
