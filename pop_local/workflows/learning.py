@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.fit.least_squares import ROWS_KEPT, KvType
 from pop_converter.fit.wide import encode_input
@@ -13,11 +15,15 @@ from pop_converter.popfile.pruning_plan import Plan, make_plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
+from pop_local.calibration.activations import WindowReader, loaded
+from pop_local.calibration.carrier_windows import SHARE
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.needs import MAX_WIDE_COST, fit_cost
+from pop_local.calibration.texts import own_carriers
 from pop_local.engine.learning.online_calibrator import N_WINDOW, LearnedFit, OnlineCalibrator
 from pop_local.engine.learning.sums import Sums
 from pop_local.engine.llama.graph_macs import GraphMacs
+from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.measure.budget import BALANCED, is_inside
 from pop_local.measure.forced import Pruning
@@ -70,6 +76,44 @@ class _LearnedFitter(PlanFitter):
         return Fitted(calibration, tuple(tensors), plan.projection)
 
 
+@dataclass
+class _LookupSums:
+    """Learned sums to which windows of look-ups are added.
+
+    The user's prompts may not contain any look-ups. `n_done`: the number of windows added so far.
+    """
+
+    sums: Sums
+    n_done: int = 0
+
+    def add(self, learner: OnlineCalibrator, runner: TrialRunner) -> Sums:
+        """Add the remaining windows, and return the sums. Raises PopError or StoppedError.
+
+        The windows are weighted so that look-ups make up at least one in SHARE rows. The number of
+        learned rows in each Gram matrix does not change.
+        """
+        summing, grams, wides = learner.summing, self.sums.grams, self.sums.wides
+        boundaries = grams.keys() & set(learner.boundaries)
+        if not boundaries:
+            return self.sums
+        n_windows = -(-learner.n_wanted // ((SHARE - 1) * N_WINDOW))
+        should_stop = runner.watch.should_stop
+        with loaded(runner.path, **vars(runner.hardware)) as context, stopped_by(should_stop):
+            windows = own_carriers(context, n_windows)
+            reader = WindowReader(context, summing.wanted(boundaries))
+            for window in windows[self.n_done :]:
+                tapped = reader.window(window.tolist())
+                for boundary in boundaries:
+                    gram = grams[boundary]
+                    n_rows, n_wanted = gram.n_rows, gram.n_rows / (SHARE - 1)
+                    scale = np.float32(max(1.0, n_wanted / windows.size))
+                    of_boundary = Sums(wides, {boundary: gram})
+                    summing.add(of_boundary, tapped, np.full(tapped.n_rows, scale))
+                    gram.n_rows = n_rows
+                self.n_done += 1
+        return self.sums
+
+
 class OnlineCalibration:
     """A fitter that creates sidecars from an open model's learned sums while the model is idle.
 
@@ -88,6 +132,7 @@ class OnlineCalibration:
         hardware = Hardware(context.n_threads, context.options.n_gpu_layers)
         self._runner = TrialRunner(context.files.source, hardware, watch)
         self._search: Search | None = None
+        self._sums: _LookupSums | None = None
         self._next_rows = float(model.engine.calibrator.n_wanted)
         meta = model.engine.context.files.meta
         if meta and meta.calibration and meta.calibration.name == _NAME:
@@ -102,7 +147,7 @@ class OnlineCalibration:
     def _is_due(self) -> bool:
         n_rows, n_held_out = self._learner.n_rows, len(self._learner.held_out)
         is_enough = n_rows >= self._next_rows and n_held_out >= LEAST_WINDOWS
-        return self._search is not None or is_enough
+        return self._sums is not None or is_enough
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
         """Add queued rows to the sums, and fit and measure once the sums have enough rows.
@@ -120,7 +165,7 @@ class OnlineCalibration:
             return None
         except OverBudgetError:
             found = None
-        self._search = None
+        self._search = self._sums = None
         self._next_rows = max(self._learner.n_wanted, self._later(self._learner.n_rows))
         return found
 
@@ -151,7 +196,8 @@ class OnlineCalibration:
 
     def _begun(self) -> Search | None:
         learner, shape = self._learner, self._model.engine.context.files.shape
-        macs, sums = GraphMacs(self._runner.path), learner.sums()
+        self._sums = self._sums or _LookupSums(learner.sums())
+        macs, sums = GraphMacs(self._runner.path), self._sums.add(learner, self._runner)
         plans = []
         for boundary in sorted(sums.grams.keys() & set(learner.boundaries), reverse=True):
             plan = make_plan(

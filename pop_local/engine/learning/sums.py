@@ -257,16 +257,18 @@ class Summing:
         kinds = self.projections[boundary]
         return Gram.empty(max(self._n_inputs(boundary, kind) for kind in kinds), widths)
 
-    def add(self, sums: Sums, tapped: Tapped) -> None:
+    def add(self, sums: Sums, tapped: Tapped, scale: Rows | None = None) -> None:
         """Add all rows except the first, which either has no predecessor or always runs in full.
 
         All layers share the same row weights, which are the mean over the last N_WEIGHING layers. A
         deep pass computes no state at shallower layers, so it adds nothing to the sums at shallower
-        boundaries.
+        boundaries. `scale` [n_rows] multiplies the row weights (None: 1 for all rows).
         """
         y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
         weights = [fit.token_weights(mass[1:]) for mass in tapped.mass.values()]
         mean = np.mean(weights, axis=0) if weights else np.ones(tapped.n_rows - 1, np.float32)
+        if scale is not None:
+            mean = mean * scale[1:]
         for boundary, gram in sums.grams.items():
             if boundary not in tapped.states:
                 continue

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from pop_converter.base.errors import StoppedError
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile.format import Budget, DeepRows
 from pop_converter.popfile.sidecar import sidecar_meta, write_sidecar
 from pop_converter.projection import Projection
+from pop_local.calibration.carrier_windows import SHARE
 from pop_local.cli import app
 from pop_local.engine.learning import online_calibrator as learning
 from pop_local.engine.llama.backend import Mode
@@ -24,7 +26,7 @@ from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.workflows import learning as lessons_module
 from pop_local.workflows.conversion import full_model
 from pop_local.workflows.conversion.conversion_plan import RowOptions
-from pop_local.workflows.learning import OnlineCalibration
+from pop_local.workflows.learning import OnlineCalibration, _LookupSums
 from support.calibrating import fitted_at, planned, settings, words
 from support.calls import last_logits, never, opened, prompt, read, wait_for
 from support.scripted_chat import Transcript
@@ -125,6 +127,39 @@ def test_the_next_start_uses_learned_statistics_and_adds_to_them(plain):
     assert CliRunner().invoke(app, ["learn", "forget", str(plain)]).exit_code == 0
     assert not learned_files() and sidecar_of(model.engine.context.files.source) is None
     assert "No learned statistics yet" in CliRunner().invoke(app, ["learn", "show"]).stderr
+
+
+def test_learned_fits_use_look_ups(plain, monkeypatch):
+    windows = np.array([prompt(N, seed) for seed in range(50, 54)], np.int32)
+    asked: list[int] = []
+
+    def carriers(context, n):
+        asked.append(n)
+        return windows[: max(n, 2)]
+
+    monkeypatch.setattr(lessons_module, "own_carriers", carriers)
+    model, lessons = taught(plain)
+    learner, runner = model.engine.calibrator, lessons._runner
+    learner.work(never)
+    learned = learner.sums()
+    whole = _LookupSums(learner.sums()).add(learner, runner)
+    assert asked == [-(-learner.n_wanted // ((SHARE - 1) * N))]
+    for boundary, gram in whole.grams.items():
+        before = learned.grams[boundary]
+        assert gram.n_rows == before.n_rows
+        # The last input is constant, so this element is the sum of the row weights.
+        share = 1 - before.xx[-1, -1] / gram.xx[-1, -1]
+        assert 0.15 < share < 0.35, share
+    # A stop keeps the windows that were added.
+    steps, stopped = count(1), _LookupSums(learner.sums())
+    lessons._should_stop = lambda: stopped.n_done == 1 and next(steps) > 1
+    with pytest.raises(StoppedError):
+        stopped.add(learner, runner)
+    assert stopped.n_done == 1
+    lessons._should_stop = never
+    resumed = stopped.add(learner, runner)
+    for boundary, gram in whole.grams.items():
+        np.testing.assert_array_equal(resumed.grams[boundary].xx, gram.xx)
 
 
 def test_the_users_settings_stay(plain):
