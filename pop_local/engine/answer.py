@@ -59,8 +59,17 @@ def answer(
     """Stream the answer to a prompt; the last chunk contains the statistics."""
     if options.repeatable:
         sequence = replace(sequence, rule=replace(sequence.rule, reuse=Reuse.OFF))
-    turn = _Turn(sequence, render, options, constraint)
-    yield from turn.chunks()
+    lock = sequence.cache.context.locked
+    with lock():
+        chunks = _Turn(sequence, render, options, constraint).chunks()
+    with closing(chunks):
+        while True:
+            # The caller may never continue an answer, so a paused answer holds no lock.
+            with lock():
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
 
 
 class _Turn:
@@ -104,7 +113,7 @@ class _Turn:
         self._n_decoded = 0
         self._decode_s = 0.0
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Answering:
         options = self._options
         self._n_refilled = self._sequence.refiller.take_refilled()
         prefill_started_s = time.perf_counter()

@@ -106,12 +106,10 @@ class Engine:
         return engine
 
     def close(self) -> None:
-        """Free the model after stopping any prompt that this thread is reading."""
-        try:
-            if self.calibrator is not None:
-                self.calibrator.detach()
-        finally:
-            self.context.close()
+        """Free the model after stopping any prompt that is being read."""
+        self.context.close()
+        if self.calibrator is not None:
+            self.calibrator.detach()
         if self.vision is not None and self.context.is_closed:
             self.vision.close()
 
@@ -154,11 +152,12 @@ class Engine:
 
         Has no effect if the model's rows cannot be refilled.
         """
-        self.context.interrupt.require_idle()
-        for sequence in self.sequences:
-            can_refill = bool(sequence.cache.pruning.boundary) and not self.context.files.no_refill
-            sequence.refiller.is_on = is_on and can_refill
-            sequence.keep_states(sequence.refiller.is_on)
+        with self.context.locked():
+            self.context.interrupt.require_idle()
+            for sequence in self.sequences:
+                can_refill = bool(sequence.cache.pruning.boundary)
+                sequence.refiller.is_on = is_on and can_refill and not self.context.files.no_refill
+                sequence.keep_states(sequence.refiller.is_on)
 
     # Answering
 

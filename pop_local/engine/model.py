@@ -83,7 +83,11 @@ class PopModel:
         self.close()
 
     def close(self) -> None:
-        """Stop any prompt that this thread is reading, and free the model."""
+        """Stop any prompt that is being read, and free the model.
+
+        If another thread is running a batch, `close` waits for its end. That thread's answer then
+        raises PopError.
+        """
         self._engine.close()
 
     def swap_sidecar(self, sidecar: Path) -> None:
@@ -91,7 +95,7 @@ class PopModel:
 
         Raises PopError and changes nothing if opening fails or the model has an mmproj.
         """
-        with self._lock:
+        with self._lock, self._engine.context.locked():
             before = self._engine
             before.context.interrupt.require_idle()
             if before.vision is not None:
@@ -125,7 +129,7 @@ class PopModel:
         `memory_bytes`: memory limit for the sums and the queued rows (default: see
         OnlineCalibrator). Raises PopError if the model cannot be fitted.
         """
-        with self._lock:
+        with self._lock, self._engine.context.locked():
             calibrator = OnlineCalibrator(self._engine.cache, memory_bytes)
             self._engine = replace(self._engine, calibrator=calibrator)
 

@@ -46,29 +46,31 @@ class CachedSequence:
         Raises PopError if the model supports neither pruning nor exact skipping.
         """
         cache, pruning = self.cache, self.cache.pruning
-        cache.slot.require_idle()
-        if mode is pruning.mode:
-            return
-        if mode is not Mode.OFF and not pruning.can_switch:
-            raise PopError(
-                f"{cache.context.files.path} has no pruning keys",
-                "convert it first",
-                cause="not-converted",
-                model=str(cache.context.files.path),
-            )
-        if not pruning.exact:
-            self.states.store()
-        # By default, full rows are dropped before pruning, so that callers can compare both modes.
-        is_reusable = (mode is Mode.OFF or keeps_exact) and cache.n_exact == cache.n_tokens
-        pruning.set_mode(mode)
-        if not (is_reusable or pruning.exact):
-            cache.clear()
+        with cache.context.locked():
+            cache.slot.require_idle()
+            if mode is pruning.mode:
+                return
+            if mode is not Mode.OFF and not pruning.can_switch:
+                raise PopError(
+                    f"{cache.context.files.path} has no pruning keys",
+                    "convert it first",
+                    cause="not-converted",
+                    model=str(cache.context.files.path),
+                )
+            if not pruning.exact:
+                self.states.store()
+            # By default, full rows are dropped before pruning, so callers can compare both modes.
+            is_reusable = (mode is Mode.OFF or keeps_exact) and cache.n_exact == cache.n_tokens
+            pruning.set_mode(mode)
+            if not (is_reusable or pruning.exact):
+                cache.clear()
 
     def set_boundary(self, layer: int) -> None:
         """Set the boundary layer, and empty the cache (see backend.set_boundary)."""
-        self.cache.slot.require_idle()
-        self.cache.pruning.set_boundary(layer)
-        self.cache.clear()
+        with self.cache.context.locked():
+            self.cache.slot.require_idle()
+            self.cache.pruning.set_boundary(layer)
+            self.cache.clear()
 
     def keep_states(self, keep: bool) -> None:
         """Store the boundary states of all rows read from now on, or drop all stored states."""
@@ -103,7 +105,8 @@ class CachedSequence:
 
     def read(self, prompt: Prompt, on_prefill: OnPrefill | None = None) -> Read:
         """Read a prompt into the cache; see prefill.read.read."""
-        return read(self.states, prompt, self.rule, on_prefill)
+        with self.cache.context.locked():
+            return read(self.states, prompt, self.rule, on_prefill)
 
     def step(self, token: int) -> None:
         """Append a token of an answer, which runs in full unless the mode is ALWAYS."""

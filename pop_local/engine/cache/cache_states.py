@@ -35,19 +35,20 @@ class CacheStates:
     def save(self) -> SavedState:
         """Return the cache's state. Raises PopError as KvCache.forget_unfinished does."""
         cache = self.cache
-        cache.forget_unfinished()
-        n = cache.n_tokens
-        return SavedState(
-            key=self.key,
-            model=self.keys.model,
-            tokens=cache.tokens.copy(),
-            is_full=cache.rows.is_full[:n].copy(),
-            positions=cache.rows.positions[: n + 1].copy(),
-            cells=cache.slot.cells.state(),
-            images=dict(cache.images),
-            first_stale=cache.rows.first_stale,
-            n_exact=cache.n_exact,
-        )
+        with cache.context.locked():
+            cache.forget_unfinished()
+            n = cache.n_tokens
+            return SavedState(
+                key=self.key,
+                model=self.keys.model,
+                tokens=cache.tokens.copy(),
+                is_full=cache.rows.is_full[:n].copy(),
+                positions=cache.rows.positions[: n + 1].copy(),
+                cells=cache.slot.cells.state(),
+                images=dict(cache.images),
+                first_stale=cache.rows.first_stale,
+                n_exact=cache.n_exact,
+            )
 
     def restore(self, state: SavedState) -> None:
         """Replace the cached rows with a saved state.
@@ -64,7 +65,8 @@ class CacheStates:
                 f"the state was computed in {state.key}, but the model is in {self.keys.mode}",
                 "switch the model's mode first, or read the prompt again",
             )
-        self.cache.load(state)
+        with self.cache.context.locked():
+            self.cache.load(state)
 
     # The prompt cache
 

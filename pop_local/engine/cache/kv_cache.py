@@ -69,8 +69,8 @@ class KvCache:
 
     def clear(self) -> None:
         """Drop all rows. Raises PopError if called during a batch."""
-        self.slot.require_idle()
         with self.slot.locked():
+            self.slot.require_idle()
             self.n_tokens = 0
             self.images.clear()
             self.has_logits = False
@@ -85,8 +85,8 @@ class KvCache:
         Returns False if the memory can be neither truncated there nor restored from a checkpoint.
         Raises PopError if called during a batch.
         """
-        self.slot.require_idle()
         with self.slot.locked():
+            self.slot.require_idle()
             kept = max(0, min(n_rows, self.n_tokens))
             if self._lacks_rows_before(kept) or not self._forget_from(kept):
                 if not kept or self.checkpoints.best(kept) != kept:

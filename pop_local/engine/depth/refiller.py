@@ -54,21 +54,22 @@ class Refiller:
         `on_progress` is called with (done_rows, total_rows).
         """
         cache = self._cache
-        cache.slot.require_idle()
-        cache.context.require_usable()
-        first, total = cache.n_exact, self.n_refillable
-        if not total:
-            return 0
-        try:
-            with suppress(StoppedError), cache.slot.interruptible(), stopped_by(should_stop):
-                while cache.n_exact < cache.n_tokens and not (should_stop and should_stop()):
-                    self._run_chunk()
-                    if on_progress is not None:
-                        on_progress(cache.n_exact - first, total)
-        finally:
-            n = cache.n_exact - first
-            self._n_refilled += n
-        return n
+        with cache.context.locked():
+            cache.slot.require_idle()
+            cache.context.require_usable()
+            first, total = cache.n_exact, self.n_refillable
+            if not total:
+                return 0
+            try:
+                with suppress(StoppedError), cache.slot.interruptible(), stopped_by(should_stop):
+                    while cache.n_exact < cache.n_tokens and not (should_stop and should_stop()):
+                        self._run_chunk()
+                        if on_progress is not None:
+                            on_progress(cache.n_exact - first, total)
+            finally:
+                n = cache.n_exact - first
+                self._n_refilled += n
+            return n
 
     def _run_chunk(self) -> None:
         cache = self._cache

@@ -61,7 +61,7 @@ class Batcher:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._turn = threading.Condition(threading.RLock())
+        self._turn = threading.Condition(context.interrupt.lock)
         self._n_working = 0
         self._queue: list[_Request] = []
         self._throttle = PrefillThrottle(context.n_batch)

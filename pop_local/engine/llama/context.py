@@ -2,8 +2,9 @@
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class Context:
     `model`, `ctx`: llama.cpp's pointers. `settings`: the context's llama_context_params.
     `on_device`: whether layers are on a GPU. `window`: number of positions that sliding-window
     layers keep (0: all). `is_mrope`: whether each row has several positions (an image's time,
-    height, and width). Only one thread may use a context at a time.
+    height, and width).
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Context:
         """
         self._ctx: Any = None
         self._model: Any = None
+        self._closing_thread = 0
         backend.require_patched()
         self._api = backend.bindings()
         self.options = options
@@ -198,10 +200,17 @@ class Context:
         finally:
             self._api.llama_free(ctx)
 
+    def locked(self) -> AbstractContextManager[Any]:
+        """Make other threads that use the context's only sequence wait until exit.
+
+        If the context has several sequences, each sequence may be used by one thread.
+        """
+        return self.interrupt.lock if self.options.n_sequences == 1 else nullcontext()
+
     @property
     def ctx(self) -> Any:
-        """llama.cpp's context. Raises PopError if the context is closed."""
-        if self._ctx is None:
+        """llama.cpp's context. Raises PopError if it is closed or another thread is closing it."""
+        if self._ctx is None or self._closing_thread not in (0, threading.get_ident()):
             raise PopError(f"the model {self.files.path} is closed", "open it again")
         return self._ctx
 
@@ -243,15 +252,22 @@ class Context:
         return np.ctypeslib.as_array(found, (n_rows, self.vocabulary.n_tokens))
 
     def close(self) -> None:
-        """Free the model. If a batch is running, stop it and free the model afterward."""
-        if self._model is None or self.interrupt.postponed(self.close):
+        """Free the model after stopping the running batch, which may be another thread's.
+
+        If this thread is running the batch, the model is freed after the batch.
+        """
+        if self._model is None:
             return
-        if self._ctx:
-            self.batch.close()
-            self._api.llama_free(self._ctx)
-        self.vocabulary.close()
-        self._api.llama_model_free(self._model)
-        self._model = self._ctx = None
+        self._closing_thread = threading.get_ident()
+        with self.interrupt.stopped(self.close) as is_stopped:
+            if not is_stopped or self._model is None:
+                return
+            if self._ctx:
+                self.batch.close()
+                self._api.llama_free(self._ctx)
+            self.vocabulary.close()
+            self._api.llama_model_free(self._model)
+            self._model = self._ctx = None
 
     def __del__(self) -> None:
         self.close()

@@ -49,7 +49,8 @@ class Interrupt:
     """The abort callback that stops llama_decode on a signal or if `should_stop` returns True.
 
     Python handles signals only between bytecodes, so Ctrl-C would otherwise have no effect until
-    the batch ends. Exceptions cannot cross ctypes, so signal handlers are deferred.
+    the batch ends. Exceptions cannot cross ctypes, so signal handlers are deferred. The thread that
+    uses the context holds `lock`.
     """
 
     def __init__(self) -> None:
@@ -59,9 +60,11 @@ class Interrupt:
         self._raised: BaseException | None = None
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._pending: list[tuple[int, FrameType | None]] = []
+        self.lock = threading.RLock()
         self._is_watching = False
         self._in_callback = False
         self._on_exit: Callable[[], None] | None = None
+        self._n_stopping = 0
 
     @contextmanager
     def watching(self, ctx: Any) -> Iterator[None]:
@@ -107,11 +110,18 @@ class Interrupt:
             if self._raised is not None:
                 raise self._raised
 
-    def postponed(self, work: Callable[[], None]) -> bool:
-        """If a batch is running, stop it, call `work` after it ends, and return True."""
-        if self._is_watching:
-            self._on_exit = work
-        return self._is_watching
+    @contextmanager
+    def stopped(self, work: Callable[[], None]) -> Iterator[bool]:
+        """Stop the running batch, and keep other threads from starting one until exit.
+
+        If this thread is running the batch, yield False, and call `work` after the batch ends.
+        """
+        self._n_stopping += 1
+        with self.lock:
+            self._n_stopping -= 1
+            if self._is_watching:
+                self._on_exit = work
+            yield not self._is_watching
 
     def require_idle(self) -> None:
         """Raise PopError if called from a callback during a batch."""
@@ -169,4 +179,4 @@ class Interrupt:
             self._handlers[number](number, frame)
 
     def _stop_requested(self) -> bool:
-        return self._on_exit is not None or current_should_stop()()
+        return self._on_exit is not None or self._n_stopping > 0 or current_should_stop()()

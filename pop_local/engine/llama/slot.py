@@ -13,14 +13,14 @@ from pop_local.engine.llama.context import Context
 
 
 class Slot:
-    """A context's only sequence, used by one thread at a time.
+    """A context's only sequence.
 
     BatchedSlot (batching.py) is one of several sequences.
     """
 
     def __init__(self, context: Context, sequence: int = 0) -> None:
         self.context, self.sequence = context, sequence
-        self.cells = Cells(context)
+        self.cells = Cells(context, locked=context.locked)
 
     # Taking turns
 
@@ -30,11 +30,11 @@ class Slot:
 
     def locked(self) -> AbstractContextManager[None]:
         """Prevent other threads from changing the cells until exit."""
-        return nullcontext()
+        return self.context.locked()
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Run this sequence's batches immediately and block other sequences until exit."""
-        return nullcontext()
+        return self.context.locked()
 
     def interruptible(self) -> AbstractContextManager[None]:
         """Let the caller's `should_stop` abort batches until exit (see Interrupt)."""

@@ -146,10 +146,14 @@ class ChatSession:
         return tuple(stats for stats in self._stats if stats.n_decoded)
 
     def chat(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:
-        """Return the complete answer. Arguments and errors are the same as for `stream`."""
-        stream = self.stream(question, **options)
-        for _ in stream:
-            pass
+        """Return the complete answer, for which other threads wait.
+
+        Arguments and errors are the same as for `stream`.
+        """
+        with self.model.engine.context.locked():
+            stream = self.stream(question, **options)
+            for _ in stream:
+                pass
         assert stream.stats is not None, "the last chunk has the statistics"
         return Answer(stream.text, stream.stats)
 
