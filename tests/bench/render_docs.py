@@ -3,29 +3,27 @@
     python tests/bench/render_docs.py [--no-chart]        (make docs)
 
 `<!-- table NAME -->` in a document, or `<!-- table NAME: COLUMN, COLUMN -->` for some columns,
-starts a table; all lines up to `<!-- end -->` are replaced. A result is a JSON file: columns with a
-title and a format, rows, and the machine. A cell is null, a text, a list of numbers for the format
-or for its first part, or an object with such a `value` and its own `note` or `format`. A row's
-`lookups`, as `pop-local eval --json` prints them, fill the columns of LOOKUPS, which a result need
-not list. A `source` replaces the sentence about commands, machine and date.
+starts a table; all lines up to `<!-- end -->` are replaced. `<!-- figure NAME -->` starts a figure,
+which also ends at `<!-- end -->`. doc_figures.py defines the figures, and the tables for users.
+
+A result is a JSON file: columns with a title and a format, rows, and the machine. A cell is null, a
+text, a list of numbers for the format or for its first part, or an object with such a `value` and
+its own `note` or `format`. A row's `lookups`, as `pop-local eval --json` prints them, fill the
+columns of LOOKUPS, which a result need not list. A `source` replaces the sentence about commands,
+machine and date.
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results"
+from doc_figures import FIGURES, N_PROMPT, ROOT, TABLES, WAYS, Row, read
+
 CHART = ROOT / "docs" / "images" / "ttft.png"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _TABLE = re.compile(r"(<!-- table ([\w-]+)(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.S)
-# Tokens of the chart's prompts.
-_N_CHARTED = 2048
-_BARS = {"llama": "llama.cpp", "full": "pop-local, in full", "pruned": "pop-local, pruned"}
-
-Row: TypeAlias = dict[str, Any]
+_FIGURE = re.compile(r"(<!-- figure ([\w.-]+) -->)[^<]*(<!-- end -->)")
 # Columns of a row's `lookups`, and the counts that each shows.
 LOOKUPS: list[Row] = [
     {"name": "lookups_full", "title": "look-ups, full", "format": "{} of {}", "of": ["full", "n"]},
@@ -33,11 +31,6 @@ LOOKUPS: list[Row] = [
     {"name": "lookups_lost", "title": "lost of full", "format": "{} of {}", "of": ["lost", "full"]},
     {"name": "lookups_p", "title": "p", "format": "{:.2g}", "of": ["p"]},
 ]
-
-
-def read(name: str) -> Any:
-    """Return a stored result."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def cell_text(value: Any, layout: str) -> str:
@@ -91,28 +84,17 @@ def kept_table(name: str, chosen: str | None) -> str:
     return f"\n{table(columns, [*map(with_lookups, kept['rows'])])}\n{source}{notes}\n"
 
 
-def summary() -> str:
-    """Return README's table: the shipped sidecars' losses and speeds."""
-    shipped = read("shipped")
-    columns = {column["name"]: column for column in shipped["columns"]}
-    rows = [
-        with_lookups(row) | {"speeds": [row[name] for name in _BARS]} for row in shipped["rows"]
-    ]
-    title = "tokens/s: llama.cpp, ours in full, pruned"
-    shown = [columns["model"], columns["skipped"]]
-    shown += [{"name": "speeds", "title": title, "format": "{:,.0f}, {:,.0f}, {:,.0f}"}]
-    shown += [columns[name] for name in ("ppl_ratio", "copy_ppl_ratio")]
-    return table([*shown, *LOOKUPS], rows)
-
-
 def rendered(text: str) -> str:
-    """Return a document with its tables replaced."""
+    """Return a document with its tables and figures replaced."""
 
-    def anew(found: re.Match[str]) -> str:
+    def table_of(found: re.Match[str]) -> str:
         begin, name, chosen, end = found.groups()
-        return begin + (summary() if name == "summary" else kept_table(name, chosen)) + end
+        return begin + (TABLES[name]() if name in TABLES else kept_table(name, chosen)) + end
 
-    return _TABLE.sub(anew, text)
+    def figure_of(found: re.Match[str]) -> str:
+        return found[1] + FIGURES[found[2]]() + found[3]
+
+    return _FIGURE.sub(figure_of, _TABLE.sub(table_of, text))
 
 
 def draw(path: Path) -> None:
@@ -124,14 +106,14 @@ def draw(path: Path) -> None:
     figure = Figure(figsize=(8, 2.9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for at, (name, color) in enumerate(zip(_BARS, ("#b8b8b8", "#7aa6d8", "#1f5fa8"), strict=True)):
-        heights = [_N_CHARTED / row[name] for row in shipped["rows"]]
+    for at, (name, color) in enumerate(zip(WAYS, ("#b8b8b8", "#7aa6d8", "#1f5fa8"), strict=True)):
+        heights = [N_PROMPT / row[name] for row in shipped["rows"]]
         places = [place + (at - 1) * 0.27 for place in range(len(heights))]
-        bars = axes.bar(places, heights, 0.26, label=_BARS[name], color=color)
+        bars = axes.bar(places, heights, 0.26, label=WAYS[name], color=color)
         axes.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=8)
     axes.set_yscale("log")
     axes.set_ylim(0.5, 130)
-    names = [f"{row['model'].split(' ')[0]}\n{_N_CHARTED:,} tokens" for row in shipped["rows"]]
+    names = [f"{row['model'].split(' ')[0]}\n{N_PROMPT:,} tokens" for row in shipped["rows"]]
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("seconds (log scale)", fontsize=8)
     axes.set_title(f"Time to first token, {shipped['machine']}", fontsize=9)

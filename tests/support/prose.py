@@ -12,6 +12,8 @@ from pathlib import Path
 _CODE = re.compile(
     r"(?s:^```.*?^```$|^<!--.*?-->$|^<picture>.*?</picture>$)|(?<=\n\n)(?: {4}.*\n+)+", re.M
 )
+# Comments inside a line, which mark a generated figure.
+_MARK = re.compile(r"<!--[^\n]*?-->")
 _NO_PROSE = re.compile(r"^ *\|.*$|^#.*$|^!\[.*$", re.M)
 _LINK = re.compile(r"\[([^]]*)\]\([^)]*\)")
 _INLINE_CODE = re.compile(r"`[^`]*`|\{[^{}]*\}")
@@ -60,6 +62,7 @@ def sentences_of(path: Path) -> list[Sentence]:
 def _split(text: str) -> Iterator[tuple[int, str, str]]:
     """Yield each sentence's line offset, its text and its prose; a list item ends one."""
     text = _CODE.sub(lambda match: "\n" * match[0].count("\n"), text)
+    text = _MARK.sub("", text)
     text = _LINK.sub(lambda match: match[1] + "\n" * match[0][len(match[1]) :].count("\n"), text)
     # Masks keep the length, so offsets agree.
     prose = _INLINE_CODE.sub(lambda match: re.sub(r"[^\n`]", "_", match[0]), text)
@@ -121,7 +124,7 @@ def _messages(node: ast.AST, left_out: set[ast.AST]) -> Iterator[tuple[int, str,
         if child in left_out:
             continue
         if isinstance(child, ast.Constant | ast.JoinedStr):
-            text = _literal(child)
+            text = literal_text(child)
             if len(re.findall(r"[A-Za-z]{2,}", text)) >= _MIN_WORDS and " " in text.strip():
                 # Escaped newlines in a literal are not lines of the file.
                 yield child.lineno, "message", text.replace("\n", " ")
@@ -129,10 +132,12 @@ def _messages(node: ast.AST, left_out: set[ast.AST]) -> Iterator[tuple[int, str,
             yield from _messages(child, left_out)
 
 
-def _literal(node: ast.Constant | ast.JoinedStr) -> str:
+def literal_text(node: ast.Constant | ast.JoinedStr) -> str:
     """Return a string literal's text, with `{value}` for each value of an f-string."""
     if isinstance(node, ast.JoinedStr):
-        texts = (_literal(part) if isinstance(part, ast.Constant) else "" for part in node.values)
+        texts = (
+            literal_text(part) if isinstance(part, ast.Constant) else "" for part in node.values
+        )
         return "".join(text or "{value}" for text in texts)
     return node.value if isinstance(node.value, str) else ""
 

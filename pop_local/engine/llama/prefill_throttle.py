@@ -5,7 +5,7 @@ _FIRST_ROWS = 64
 # Maximum time that prompt rows delay an answer's next token. Shorter batches would read a prompt
 # more slowly.
 _WAIT_S = 0.25
-# 0.52: answers keep half their tokens per second during a prefill (docs/server.md).
+# 0.52: answers keep half their tokens per second during a prefill (docs/server-reference.md).
 _SHARE = 0.52
 _SMOOTHING = 0.3
 

@@ -1,16 +1,24 @@
 """Check that the documents' tables equal the stored results (tests/bench/render_docs.py)."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pop_converter.gguf.header import read_header
+from pop_converter.popfile.sidecar import sidecar_meta
 from pop_local.measure.budget import BUDGETS
+from pop_local.models.model_names import load_catalog
 from support.paths import ROOT, TESTS
 
 sys.path.append(str(TESTS / "bench"))
+import doc_figures
 import render_docs
+
+SHIPPED = ROOT / "pop_local" / "data" / "sidecars"
+LOOK_UPS = ("n", "full", "pruned", "lost", "gained")
 
 
 @pytest.mark.parametrize(
@@ -23,7 +31,7 @@ def test_tables_are_rendered(path: Path) -> None:
 
 def test_each_result_is_shown_with_its_origin() -> None:
     shown = "".join(path.read_text(encoding="utf-8") for path in render_docs.DOCUMENTS)
-    for path in render_docs.RESULTS.glob("*.json"):
+    for path in doc_figures.RESULTS.glob("*.json"):
         kept = render_docs.read(path.stem)
         assert kept["commands"] and kept["machine"] and kept["versions"] and kept["date"]
         assert f"<!-- table {path.stem}" in shown
@@ -64,20 +72,63 @@ def test_repeated_names_are_omitted_and_columns_are_selected() -> None:
 
 def test_look_ups_fill_their_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = [{"name": "model", "title": "model"}]
-    columns += [
-        {"name": name, "title": name} for name in ("skipped", "ppl_ratio", "copy_ppl_ratio")
-    ]
     found = {"n": 200, "full": 180, "pruned": 177, "lost": 4, "gained": 1, "p": 0.375}
-    row = {"model": "M", "llama": 1.0, "full": 2.0, "pruned": 3.0}
-    kept: Any = {"columns": columns, "rows": [row | {"lookups": found}, row | {"model": "N"}]}
+    kept: Any = {"columns": columns, "rows": [{"model": "M", "lookups": found}, {"model": "N"}]}
     kept |= {"commands": [], "machine": "here", "date": ""}
     monkeypatch.setattr(render_docs, "read", lambda _: kept)
     cells = "| 180 of 200 | 177 of 200 | 4 of 180 | 0.38 |"
     chosen = "model, lookups_full, lookups_pruned, lookups_lost, lookups_p"
     shown = render_docs.rendered(f"<!-- table any: {chosen} -->\n<!-- end -->\n")
     assert f"| M {cells}" in shown and "| N |  |  |  |  |" in shown
-    shown = render_docs.rendered("<!-- table summary -->\n<!-- end -->\n")
-    assert cells in shown and "lost of full" in shown and "| 1, 2, 3 |" in shown
+
+
+def test_figures_of_shipped_sidecars_equal_their_files() -> None:
+    rows = {row["name"]: row for row in doc_figures.read("shipped")["rows"]}
+    for model in load_catalog():
+        row = rows.pop(model.short_name)
+        path = SHIPPED / model.file.replace(".gguf", ".pop-sidecar.gguf")
+        meta = sidecar_meta(read_header(path))
+        assert meta.measured is not None
+        skipped = f"{meta.n_layer - meta.boundary} of {meta.n_layer}"
+        assert row["skipped"].startswith(skipped)
+        assert row["same_first"] == round(meta.measured.top1_agreement, 3)
+        assert row["kl"] == [round(meta.measured.kl_mean, 4), round(meta.measured.kl_se, 4)]
+        assert row["ppl_ratio"][0] == round(meta.measured.ppl_ratio, 3)
+        assert row["copy_ppl_ratio"][0] == round(meta.measured.copy_ppl_ratio, 3)
+        counts = {key: getattr(meta.measured, f"lookups_{key}") for key in LOOK_UPS}
+        assert counts == {key: row["lookups"][key] for key in LOOK_UPS}
+    assert not rows
+
+
+def test_documents_quote_the_speeds_of_one_machine() -> None:
+    shipped = doc_figures.read("shipped")
+    for row in shipped["rows"]:
+        assert row["pruned"] / row["full"] == pytest.approx(row["speedup_2048"][0], abs=0.01)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    quality = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8").split("\n## ")[0]
+    origin = doc_figures.origin("shipped", "").strip()
+    for text in (readme, quality):
+        assert text.count(origin) == 1 and text.count(shipped["machine"]) == 1
+        # A ratio is rendered, so that it changes with the results.
+        prose = re.sub(r"<!-- (figure|table).*?<!-- end -->|^ {4}.*$", "", text, flags=re.S | re.M)
+        assert not re.search(r"\d\.\d+x?( to \d\.\d+)? times|\d\.\d+x", prose)
+
+
+def test_figures_are_computed_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    row: Any = {"llama": 10, "full": 20, "pruned": 30, "same_first": 0.947}
+    row |= {"lookups": {"full": 5, "lost": 1}}
+    rows = [row, row | {"full": 40, "pruned": 40, "same_first": 0.96}]
+    monkeypatch.setattr(doc_figures, "read", lambda _: {"rows": rows})
+    names = ("kernels", "fast-reading", "together", "look-ups", "same-word")
+    text = "".join(f"<!-- figure {name} -->old<!-- end -->\n" for name in names)
+    shown = re.sub("<!--.*?-->", "", render_docs.rendered(text)).split("\n")[:-1]
+    assert shown == ["2.0 to 4.0", "1.00 to 1.50", "3.0 to 4.0", "8 of 10", "95 to 96"]
+
+
+def test_sizes_of_hub_models_follow_from_their_names() -> None:
+    assert doc_figures.billions("qwen3-30b-a3b") == 30 and doc_figures.billions("phi-4") == 14.7
+    assert all(doc_figures.billions(name) > 0 for name in doc_figures.hub_names())
+    assert doc_figures.PARAMETERS.keys() <= doc_figures.hub_names().keys()
 
 
 def test_chart_is_drawn(tmp_path: Path) -> None:
