@@ -5,27 +5,38 @@ from typing import Annotated
 import typer
 
 from pop_local import __version__
-from pop_local.ui.lazy import HELP_OPTIONS, lazy_group
+from pop_local.ui.lazy import HELP_OPTIONS, Listed, lazy_group
 
+_USE, _MODELS, _SPEED, _SETUP = "Use", "Models", "Speed and quality", "Setup"
 COMMANDS = {
-    "chat": "Chat with a model in the terminal.",
-    "run": "Ask one question, optionally about files or piped text.",
-    "serve": "Serve a model over the OpenAI, Anthropic and Ollama APIs.",
-    "convert": "Write a copy of a GGUF model that reads prompts faster.",
-    "strip": "Restore the original file from a converted copy.",
-    "bench": "Measure the time to first token with and without pruning.",
-    "eval": "Measure the quality loss from pruning.",
-    "compare": "Compare full and pruned answers to your prompts.",
-    "analyze": "Measure which layers are needed to read prompts.",
-    "demo": "Answer one long prompt with and without pruning.",
-    "inspect": "Show the contents of a model file.",
-    "pull": "Fetch a model from the catalog or a hub.",
-    "list": "List the local models.",
-    "rm": "Remove models.",
-    "learn": "Show or delete the statistics learned from your prompts.",
-    "cache": "Show or remove the stored KV caches of earlier prompts.",
-    "config": "Show and change settings.",
-    "doctor": "Check this installation and suggest fixes.",
+    "chat": Listed(_USE, "Chat with a model in the terminal.", "gemma3"),
+    "run": Listed(
+        _USE, "Ask one question, optionally about files or piped text.", '-f report.pdf "Who paid?"'
+    ),
+    "serve": Listed(_USE, "Serve a model over the OpenAI, Anthropic and Ollama APIs.", "gemma3"),
+    "demo": Listed(_USE, "Answer one long prompt with and without pruning.", "smollm2"),
+    "pull": Listed(_MODELS, "Fetch a model from the catalog or a hub.", "qwen3-8b"),
+    "list": Listed(_MODELS, "List the local models.", "--json"),
+    "inspect": Listed(_MODELS, "Show the contents of a model file.", "smollm2 --verify"),
+    "rm": Listed(_MODELS, "Remove models.", "qwen3-8b"),
+    "convert": Listed(
+        _SPEED, "Write a copy of a GGUF model that reads prompts faster.", "model.gguf"
+    ),
+    "strip": Listed(
+        _SPEED, "Restore the original file from a converted copy.", "in.pop.gguf out.gguf"
+    ),
+    "bench": Listed(
+        _SPEED, "Measure the time to first token with and without pruning.", "smollm2 --repeat 3"
+    ),
+    "eval": Listed(_SPEED, "Measure the quality loss from pruning.", "smollm2 --windows 8"),
+    "compare": Listed(
+        _SPEED, "Compare full and pruned answers to your prompts.", "smollm2 prompts.jsonl"
+    ),
+    "analyze": Listed(_SPEED, "Measure which layers are needed to read prompts.", "model.gguf"),
+    "config": Listed(_SETUP, "Show and change settings.", "set threads 4"),
+    "learn": Listed(_SETUP, "Show or delete the statistics learned from your prompts.", "show"),
+    "cache": Listed(_SETUP, "Show or remove the stored KV caches of earlier prompts.", "rm"),
+    "doctor": Listed(_SETUP, "Check this installation and suggest fixes.", "--json"),
 }
 
 app = typer.Typer(
@@ -53,7 +64,7 @@ def options(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Prefill-only pruning for GGUF models: read long prompts faster on your own machine."""
+    """Run language models on your own machine, and read long prompts faster."""
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pop_converter.popfile.rewrite import check_target
 from pop_converter.projection import Projection
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.commands import shared_options as opt
-from pop_local.commands.option_expansion import Group, expand_options, option
+from pop_local.commands.option_expansion import EXPERT, Group, expand_options, option
 from pop_local.measure.budget import BALANCED, BUDGETS
 from pop_local.models.sidecars import is_shipped, sidecar_of
 from pop_local.ui.console import note
@@ -69,7 +69,7 @@ def _limit(unit: str, words: str) -> Any:
 
 @dataclass(frozen=True)
 class LimitOptions(Group):
-    panel: ClassVar[str] = "Custom limits"
+    panel: ClassVar[str] = EXPERT
 
     max_kl: float | None = _limit("NATS", "Maximum KL divergence from the full model.")
     max_ppl_ratio: float | None = _limit("RATIO", "Maximum perplexity relative to the full model.")
@@ -78,15 +78,23 @@ class LimitOptions(Group):
 
 @dataclass(frozen=True)
 class FullRowOptions(Group):
-    panel: ClassVar[str] = "Tokens that run through all layers"
+    panel: ClassVar[str] = EXPERT
 
-    sink: int = option("Tokens at a prompt's start.", min=0, default=PopMeta.sink_tokens)
-    tail: int = option("Tokens at a prompt's end.", min=0, default=TAIL_TOKENS)
+    sink: int = option(
+        "Tokens at a prompt's start that run through all layers.",
+        min=0,
+        default=PopMeta.sink_tokens,
+    )
+    tail: int = option(
+        "Tokens at a prompt's end that run through all layers.", min=0, default=TAIL_TOKENS
+    )
     min_prompt: int | None = option(
-        "All tokens of prompts shorter than this (default: based on the work saved, about 70).",
+        "Run shorter prompts through all layers (default: about 70 tokens, by the work saved).",
         min=0,
     )
-    deep_rows: DeepRows = option("Words chosen by this rule.", default=RowOptions.deep_rows)
+    deep_rows: DeepRows = option(
+        "Rule for the words that run through all layers.", default=RowOptions.deep_rows
+    )
 
     @property
     def rows(self) -> RowOptions:
@@ -95,7 +103,7 @@ class FullRowOptions(Group):
 
 @dataclass(frozen=True)
 class FittingOptions(Group):
-    panel: ClassVar[str] = "The fit"
+    panel: ClassVar[str] = EXPERT
 
     tokens: int | None = option(
         "Tokens to fit on (default: 24 per embedding dimension, but at least 16384). --distill"

@@ -18,7 +18,9 @@ from pop_local.workflows.demonstrate import MAX_TOKENS, Demonstration, demonstra
 def demo(
     model: opt.Converted = DEFAULT_MODEL,
     *,
-    pairs: Annotated[int, typer.Option(min=1, help="Pairs of answers (full and pruned).")] = 3,
+    pairs: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Pairs of answers (full and pruned).")
+    ] = 3,
     json: opt.Json = False,
     how: opt.OpenOptions,
 ) -> None:

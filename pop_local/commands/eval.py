@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pop_converter.popfile.format import DeepRows
 from pop_local.commands import shared_options as opt
-from pop_local.commands.option_expansion import Group, expand_options, option
+from pop_local.commands.option_expansion import Group, expand_options, expert, option
 from pop_local.ui.tables import print_json
 from pop_local.ui.views.quality_figures import evaluation_json, show_evaluation
 from pop_local.ui.watch import stoppable_watch
@@ -15,11 +15,11 @@ from pop_local.ui.watch import stoppable_watch
 class WindowOptions(Group):
     text: Path | None = option("Held-out text to measure on (default: built-in text).", "FILE")
     context: int = option("Context tokens per window.", min=2, default=512)
-    continuation: int = option("Scored tokens per window, after the context.", min=2, default=128)
+    continuation: int = expert("Scored tokens per window, after the context.", min=2, default=128)
     windows: int = option("Windows to score.", min=1, default=32)
     lookups: int = option("Number of questions about exact strings.", min=0, default=100)
-    seed: int = option("Seed for choosing passages, random tokens and look-ups.", min=0, default=0)
-    deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
+    seed: int = expert("Seed for choosing passages, random tokens and look-ups.", min=0, default=0)
+    deep_rows: DeepRows | None = expert(opt.DEEP_ROWS)
 
 
 @expand_options

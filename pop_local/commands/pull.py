@@ -30,7 +30,8 @@ def pull(
         ),
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--dir", help="Target folder (default: the models folder).")
+        Path | None,
+        typer.Option("--dir", metavar="DIR", help="Target folder (default: the models folder)."),
     ] = None,
     force: Force = False,
 ) -> None:

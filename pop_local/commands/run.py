@@ -44,10 +44,12 @@ def run(
     *,
     file: Annotated[
         list[Path] | None,
-        typer.Option("--file", "-f", help="Text, PDF or DOCX file to include; repeatable."),
+        typer.Option(
+            "--file", "-f", metavar="FILE", help="Text, PDF or DOCX file to include; repeatable."
+        ),
     ] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(help="Picture to include; repeatable.")
+        list[Path] | None, typer.Option(metavar="FILE", help="Picture to include; repeatable.")
     ] = None,
     json: opt.Json = False,
     system: opt.System = "",

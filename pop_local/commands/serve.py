@@ -10,7 +10,7 @@ import typer
 from pop_converter.base.errors import PopError
 from pop_local.commands import shared_options as opt
 from pop_local.commands.opening import Opener, default_model, lessons, open_prompt_cache
-from pop_local.commands.option_expansion import Group, expand_options, option
+from pop_local.commands.option_expansion import Group, expand_options, expert, option
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.model import PopModel
 from pop_local.models.model_names import lookup
@@ -31,8 +31,8 @@ class ServerOptions(Group):
         show_envvar=True,
         default="",
     )
-    name: str = option("Model name in the APIs (default: the catalog or file name).", default="")
-    strict_model: bool = option("Reject requests that name an unknown model.", default=False)
+    name: str = expert("Model name in the APIs (default: the catalog or file name).", default="")
+    strict_model: bool = expert("Reject requests that name an unknown model.", default=False)
     models: Path | None = option(
         "Serve every model in this folder under the name that `list` shows, and open each one on"
         " demand. MODEL, if given, is opened at startup and answers requests that do not name a"
@@ -50,7 +50,7 @@ class ServerOptions(Group):
     cors: list[str] | None = option(
         "Allow this origin's web pages to send requests without a key; repeatable.", "ORIGIN"
     )
-    cache_ram: int = option(
+    cache_ram: int = expert(
         "Memory for KV caches of earlier prompts (0: only the latest).", "MIB", min=0, default=2048
     )
     parallel: int | None = option(
@@ -60,8 +60,8 @@ class ServerOptions(Group):
         min=1,
         max=64,
     )
-    max_waiting: int = option("Maximum queue length (when full: status 503).", min=1, default=256)
-    repeatable: bool = option(
+    max_waiting: int = expert("Maximum queue length (when full: status 503).", min=1, default=256)
+    repeatable: bool = expert(
         "Read prompts without the cache, so that identical requests get identical answers at"
         " temperature 0 or with a fixed seed.",
         default=False,

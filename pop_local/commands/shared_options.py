@@ -10,7 +10,7 @@ import typer
 
 from pop_converter.base.errors import PlanError
 from pop_converter.popfile.pruning_plan import parse_skip
-from pop_local.commands.option_expansion import Group, option
+from pop_local.commands.option_expansion import Group, expert, option
 from pop_local.config.settings import MOST, MOST_GIB, MOST_SEED, load
 from pop_local.engine.prefill.plan import Reuse
 from pop_local.ui.console import warn
@@ -75,7 +75,7 @@ Output = Annotated[
     typer.Option("--output", "-o", metavar="OUT.gguf", help="Output file (same as OUT.gguf)."),
 ]
 Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
-System = Annotated[str, typer.Option("--system", help="System prompt.")]
+System = Annotated[str, typer.Option("--system", metavar="TEXT", help="System prompt.")]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ class HardwareOptions(Group):
     threads: int | None = option(
         "Number of CPU threads (default: physical cores).", min=1, callback=_no_more_than_cores
     )
-    gpu_layers: int = option("Number of layers on the GPU (-1: all).", min=-1, max=MOST, default=-1)
+    gpu_layers: int = option(
+        "Number of layers on the GPU (default: -1 for all).", min=-1, max=MOST, default=-1
+    )
 
     @property
     def hardware(self) -> Hardware:
@@ -111,7 +113,7 @@ class OpenOptions(HardwareOptions):
 
     panel: ClassVar[str] = "Model and hardware"
 
-    sidecar: Path | None = option(_SIDECAR, "PATH")
+    sidecar: Path | None = expert(_SIDECAR, "PATH")
     ctx: int | None = option(
         "Context length in tokens (default: the model's, up to 8192).", min=1, max=MOST
     )
@@ -122,25 +124,25 @@ class ModelOptions(OpenOptions):
     """Options for opening a model and for reading prompts."""
 
     mmproj: Path | None = option(MMPROJ, "FILE")
-    image_tokens: int | None = option(
-        "Maximum tokens per picture, if the mmproj allows a choice.", "MAX", min=1, max=MOST
+    image_tokens: int | None = expert(
+        "Maximum tokens per picture, if the mmproj allows a choice.", min=1, max=MOST
     )
     full: bool = option("Run prompts through all layers, without pruning.", default=False)
-    refill: Literal["idle", "off"] = option(
+    refill: Literal["idle", "off"] = expert(
         "Run pruned tokens through the skipped layers while the model is idle.", default="off"
     )
     learn: Literal["on", "off"] = option(
         "Store statistics about prompts, never text, to speed up later prompts.", default="off"
     )
-    reuse: Reuse = option(
+    reuse: Reuse = expert(
         "What a prompt may reuse from the cache: a common prefix and the passages after an edit"
         " (approximate until they have caught up), only a common prefix, or nothing.",
         default=Reuse.EDITED,
     )
-    cache_disk: int = option(
+    cache_disk: int = expert(
         "Disk space for KV caches of earlier prompts.", "GIB", min=0, max=MOST_GIB, default=0
     )
-    parse_special: bool = option("Parse special tokens (only for trusted text).", default=False)
+    parse_special: bool = expert("Parse special tokens (only for trusted text).", default=False)
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class SamplingOptions(Group):
 
     max_tokens: int | None = option("Maximum answer length in tokens (default: no limit).", min=1)
     temperature: float | None = option("Temperature (0: greedy).", min=0.0, callback=finite)
-    top_k: int | None = option("Sample from the K most likely tokens (0: all).", min=0, max=MOST)
+    top_k: int | None = expert("Sample from the K most likely tokens (0: all).", min=0, max=MOST)
     top_p: float | None = option(
         "Nucleus sampling threshold (1: all tokens).", min=0.0, max=1.0, callback=finite
     )

@@ -28,8 +28,8 @@ BY_ERRNO = {
 
 
 @functools.cache
-def hints_for(kind: Literal["causes", "commands", "options"]) -> dict[str, str]:
-    """Return hints by error cause, or by the name of another program's command or option."""
+def hints_for(kind: Literal["causes", "commands"]) -> dict[str, str]:
+    """Return hints by error cause, or by the name of another program's command."""
     text = Path(__file__).with_suffix(".toml").read_text("utf-8")
     return dict(tomlkit.parse(text).unwrap()[kind])
 

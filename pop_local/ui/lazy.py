@@ -3,6 +3,7 @@
 import importlib
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -13,6 +14,25 @@ from pop_local.ui.error_output import guard
 from pop_local.ui.hints import hints_for
 
 HELP_OPTIONS = ["-h", "--help"]
+COMMAND_ALIASES = {"ls": "list", "show": "inspect"}
+# Options of llama.cpp and Ollama, by the name of our parameter.
+OPTION_ALIASES = {
+    **dict.fromkeys(("ctx", "n_ctx"), ("-c", "--ctx-size")),
+    **dict.fromkeys(("max_tokens", "longest"), ("-n", "--n-predict", "--num-predict")),
+    "threads": ("-t",),
+    "gpu_layers": ("-ngl", "--n-gpu-layers"),
+    "temperature": ("--temp",),
+    "prompt": ("-p",),
+}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A command's panel and words in the list of commands, and its arguments in an example."""
+
+    panel: str
+    words: str
+    example: str
 
 
 def sub_app(**how: Any) -> typer.Typer:
@@ -31,18 +51,19 @@ def imported(package: str, name: str) -> Any:
     return getattr(importlib.import_module(f"{package}.{word}"), word)
 
 
-def _command(package: str, name: str) -> Any:
+def _command(package: str, name: str, example: str) -> Any:
     function = imported(package, name)
-    if isinstance(function, typer.Typer):
-        return typer.main.get_command(function)
-    single = sub_app()
-    single.command(
-        name=name,
-        help=_paragraphs(function.__doc__),
-        no_args_is_help=False,
-        context_settings={"help_option_names": HELP_OPTIONS},
-    )(function)
-    return typer.main.get_command(single)
+    if not isinstance(function, typer.Typer):
+        single = sub_app()
+        single.command(
+            name=name,
+            no_args_is_help=False,
+            context_settings={"help_option_names": HELP_OPTIONS},
+        )(function)
+        function = single
+    command = typer.main.get_command(function)
+    command.help = f"{_paragraphs(command.help)}\n\nExample: pop-local {name} {example}"
+    return command
 
 
 def _defaults(command: Any) -> dict[str, Any]:
@@ -53,13 +74,50 @@ def _defaults(command: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name in wanted}
 
 
-def _shown_without_type(command: Any, ctx: Any) -> None:
-    """Hide the type <bool>, which Typer 0.29 and later show for flags."""
+def _simplify_help(command: Any, ctx: Any) -> None:
+    """Hide types and ranges in the help, and end help texts with the default value."""
     for param in command.get_params(ctx):
-        if getattr(param, "is_flag", False):
-            param.metavar = ""
+        # Typer 0.29 calls these methods, and has no options for this.
+        param._get_number_range_help_str = lambda: None
+        if param.param_type_name == "argument" or getattr(param, "is_flag", False):
+            param.display_type_rich = lambda ctx: None
+        words = getattr(param, "help", None) or ""
+        if getattr(param, "show_default", False) and "(default" not in words:
+            default = getattr(param.default, "value", param.default)
+            if default not in (None, "") and default is not False:
+                param.help = f"{words.removesuffix('.')} (default: {default})."
+        param.show_default = False
     for each in getattr(command, "commands", {}).values():
-        _shown_without_type(each, ctx)
+        _simplify_help(each, ctx)
+
+
+def _with_aliases(command: Any) -> None:
+    """Accept other programs' names of the command's options, without listing them in the help."""
+    make_parser = command.make_parser
+
+    def with_aliases(ctx: Any) -> Any:
+        parser = make_parser(ctx)
+        for param in command.params:
+            if names := OPTION_ALIASES.get(param.name):
+                parser.add_option(obj=param, opts=names, dest=param.name, action="store")
+        return parser
+
+    command.make_parser = with_aliases
+
+
+def _translated(args: list[str]) -> list[str]:
+    """Replace Ollama's commands, and pass llama.cpp's -m and -p as arguments."""
+    name, *given = args
+    if name == "help" and given:
+        return [given[0], "--help"]
+    name = COMMAND_ALIASES.get(name, name)
+    for flag in ("-p", "-m") if name == "run" else ("-m",):
+        if flag in given[:-1]:
+            at = given.index(flag)
+            value = given.pop(at + 1)
+            given[at : at + 1] = []
+            given.insert(0 if flag == "-m" else len(given), value)
+    return [name, *given]
 
 
 def _paragraphs(docstring: str | None) -> str:
@@ -68,44 +126,43 @@ def _paragraphs(docstring: str | None) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-def lazy_group(package: str, commands: Mapping[str, str]) -> type[TyperGroup]:
-    """Return a group class for typer.Typer. `commands` maps command names to help texts."""
+def lazy_group(package: str, commands: Mapping[str, Listed]) -> type[TyperGroup]:
+    """Return a group class for typer.Typer. `commands` maps names to the commands' help."""
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes)
             # The list of commands needs only these placeholders.
-            self.commands = {name: TyperCommand(name, help=commands[name]) for name in commands}
+            self.commands = {
+                name: TyperCommand(name, help=each.words, rich_help_panel=each.panel)
+                for name, each in commands.items()
+            }
 
         def format_help(self, ctx: Any, formatter: Any) -> None:
-            _shown_without_type(self, ctx)
+            _simplify_help(self, ctx)
             super().format_help(ctx, formatter)
 
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            args = _translated(args)
             is_unknown = args[0] not in commands and not ctx.resilient_parsing
+            if args == ["help"]:
+                self.get_help(ctx)
+                ctx.exit()
             if is_unknown and (hint := hints_for("commands").get(args[0])):
                 ctx.fail(f"No such command {args[0]!r}: {hint}")
             name, known, given = super().resolve_command(ctx, args)
             if name is None:
                 return name, known, given
-            command = _command(package, name)
-            _shown_without_type(command, ctx)
+            command = _command(package, name, commands[name].example)
+            _simplify_help(command, ctx)
             # Completion and help must work with invalid settings.
             if not ctx.resilient_parsing and not {*given} & {*HELP_OPTIONS}:
                 ctx.default_map = {name: _defaults(command)}
-            ctx.obj = [*given]  # a copy, because parsing empties the list
+                _with_aliases(command)
             return name, command, given
 
         def invoke(self, ctx: Any) -> Any:
             with guard(debug=ctx.params["debug"]):
-                try:
-                    return super().invoke(ctx)
-                except Exception as error:
-                    if unknown := getattr(error, "option_name", ""):
-                        for option, hint in hints_for("options").items():
-                            if option in ctx.obj and option.startswith(unknown):
-                                message = f"No such option: {option}: {hint}"
-                                error.message = message  # type: ignore[attr-defined]
-                    raise
+                return super().invoke(ctx)
 
     return LazyGroup

@@ -7,7 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer
@@ -64,12 +64,26 @@ def test_a_command_of_another_program_names_ours(word, hint):
     assert f"No such command '{word}': {hint}" in done.stderr
 
 
-@pytest.mark.parametrize(("option", "hint"), hints_for("options").items())
-@pytest.mark.parametrize("command", ["chat", "run"])
-def test_an_option_of_another_program_names_ours(command, option, hint):
-    done = called(command, "model.gguf", option, "7", COLUMNS="300")
-    assert done.returncode == 2
-    assert f"No such option: {option}: {hint}" in done.stderr
+def test_commands_of_ollama_work(tiny):
+    assert called("ls", "--json").stdout == called("list", "--json").stdout
+    assert called("show", tiny).stdout == called("inspect", tiny).stdout
+    assert called("help", "run").stdout == called("run", "--help").stdout
+    assert called("help").stdout.strip() == called("--help").stdout.strip()
+
+
+def test_options_of_llama_cpp_work(tiny):
+    """Check that the options reach `run`, although the help does not list them."""
+    limits = ("-c", 64, "-n", 3, "-t", 1, "-ngl", 0, "--temp", 0)
+    done = called("run", "-m", tiny, "-p", "hello", *limits, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["stats"]["n_decoded"] == 3
+    same = ("--ctx", 64, "--max-tokens", 3, "--threads", 1, "--gpu-layers", 0, "--temperature", 0)
+    assert found["text"] == json.loads(called("run", tiny, "hello", *same, "--json").stdout)["text"]
+    assert "--temp " not in called("run", "--help").stdout
+    wrong = called("run", tiny, "hello", "-t", "x", COLUMNS="200")
+    assert wrong.returncode == 2
+    assert "Invalid value for '--threads'" in wrong.stderr
 
 
 def test_top_help_imports_no_command():
@@ -129,9 +143,24 @@ def test_the_blocker_blocks():
 
 def test_every_command_is_listed_with_its_help():
     output = CliRunner().invoke(app, ["--help"]).output
-    for name, words in COMMANDS.items():
+    for name, listed in COMMANDS.items():
         assert name in output
-        assert words in output
+        assert listed.words in output
+    panels = [f"─ {listed.panel} ─" for listed in COMMANDS.values()]
+    places = [output.index(panel) for panel in dict.fromkeys(panels)]
+    assert places == sorted(places)
+    assert len(places) == 4
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_has_an_example_that_the_command_accepts(command, help_without_heavy):
+    words = ["pop-local", command, *shlex.split(COMMANDS[command].example)]
+    shown = " ".join(help_without_heavy[command][1].split())
+    assert f"Example: pop-local {command} {COMMANDS[command].example}" in shown
+    group: Any = typer.main.get_command(app)
+    context = group.make_context("pop-local", words[1:], resilient_parsing=True)
+    _, found, given = group.resolve_command(context, words[1:])
+    found.make_context(command, given, parent=context)  # raises for wrong usage
 
 
 def test_version():
@@ -322,7 +351,7 @@ def test_a_reader_that_left_is_no_error(tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("pop-local c", ["chat", "convert", "compare", "cache", "config"]),
+        ("pop-local c", ["chat", "convert", "compare", "config", "cache"]),
         ("pop-local config s", ["set"]),
     ],
 )

@@ -1,6 +1,7 @@
 """Test option groups: objects for commands, headings in the help."""
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from pop_local.cli import COMMANDS
-from pop_local.commands.option_expansion import Group, expand_options, option
+from pop_local.commands.option_expansion import EXPERT, Group, expand_options, option
 from pop_local.ui.lazy import imported
 from support.program import called as run_here
 
@@ -57,19 +58,26 @@ def test_the_help_shows_options_under_their_heading():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_command_shows_more_options_at_once_than_one_can_read(name):
+def test_few_options_precede_those_for_experts(name):
+    """Count --help, too."""
     function = imported("pop_local.commands", name)
     if isinstance(function, typer.Typer):
         return
-    program = typer.Typer()
+    program = typer.Typer(add_completion=False)
     program.command()(function)
-    params = typer.main.get_command(program).params
-    seen = [
-        each.name
-        for each in params
-        if each.param_type_name == "option" and not getattr(each, "rich_help_panel", None)
+    options = [
+        getattr(each, "rich_help_panel", None) == EXPERT
+        for each in typer.main.get_command(program).params
+        if each.param_type_name == "option"
     ]
-    assert len(seen) <= MOST_IN_SIGHT, seen
+    assert options == sorted(options)
+    assert options.count(False) < MOST_IN_SIGHT
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_shows_no_ranges_and_one_style_of_defaults(name):
+    shown = run_here(name, "--help", COLUMNS="200").stdout
+    assert not re.search(r"\[default|<int|<float|<str|range|x>=|x<=", shown)
 
 
 def test_of_the_one_likeliest_token_no_temperature_takes_another(tiny):

@@ -15,7 +15,7 @@ from pop_local.cli import app
 from pop_local.config import settings
 from pop_local.config.settings import SettingValue, config_path, given, load
 from pop_local.models.model_names import models_dir
-from pop_local.ui.lazy import lazy_group
+from pop_local.ui.lazy import Listed, lazy_group
 from support.program import run
 
 
@@ -175,7 +175,7 @@ def bare() -> None:
 def probe(tmp_path, monkeypatch) -> typer.Typer:
     folder = tmp_path / "probe_commands"
     folder.mkdir()
-    commands = dict.fromkeys(("probe", "must", "bare"), "")
+    commands = dict.fromkeys(("probe", "must", "bare"), Listed("Use", "", ""))
     for name in commands:
         (folder / f"{name}.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
