@@ -17,7 +17,7 @@ COMMANDS = {
     "demo": Listed(_USE, "Answer one long prompt with and without pruning.", "smollm2"),
     "pull": Listed(_MODELS, "Fetch a model from the catalog or a hub.", "qwen3-8b"),
     "list": Listed(_MODELS, "List the local models.", "--json"),
-    "inspect": Listed(_MODELS, "Show the contents of a model file.", "smollm2 --verify"),
+    "inspect": Listed(_MODELS, "Show the contents of a model file.", "smollm2"),
     "rm": Listed(_MODELS, "Remove models.", "qwen3-8b"),
     "convert": Listed(
         _SPEED, "Write a copy of a GGUF model that reads prompts faster.", "model.gguf"
