@@ -5,8 +5,6 @@ a round, so a temporary slowdown affects both modes. The order of the runs is re
 round. Each run starts with an empty KV cache. The measured time includes prefill and sampling the
 first token; decode is measured separately. Each run raises PopError unless the backend's row
 counters show that all prompt tokens were evaluated and pruned as planned.
-
-The speed-up limit is also measured: each round includes a run without full rows.
 """
 
 import statistics
@@ -25,7 +23,6 @@ from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import NO_FULL_ROWS, plan_prefill
-from pop_local.engine.prefill.read import read_context_only
 from pop_local.engine.prefill.reading import Read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
@@ -55,10 +52,9 @@ class ModePair:
 class SpeedRow:
     """Speed measurements for one prompt length. Times are in seconds.
 
-    `speedup`: the TTFT in full mode divided by the TTFT in pruned mode. `limit`: the speed-up of a
-    run without full rows. `of_limit`: the median speed-up divided by `limit`. `n_deep`: the number
-    of the prompt's deep rows. `n_skipped_exact`: the number of rows that skipped layers without
-    loss. `upstream_ttft_s`: the TTFT of llama.cpp without our kernels (None: not measured).
+    `speedup`: the TTFT in full mode divided by the TTFT in pruned mode. `n_deep`: the number of the
+    prompt's deep rows. `n_skipped_exact`: the number of rows that skipped layers without loss.
+    `upstream_ttft_s`: the TTFT of llama.cpp without our kernels (None: not measured).
     `kernels_speedup`: the ratio of `upstream_ttft_s` to the full TTFT (None: not measured).
     """
 
@@ -69,8 +65,6 @@ class SpeedRow:
     full_ttft_s: Spread
     pop_ttft_s: Spread
     speedup: Spread
-    limit: float
-    of_limit: float
     decode_tokens_per_s: ModePair
     upstream_ttft_s: Spread | None = None
     kernels_speedup: Spread | None = None
@@ -98,7 +92,7 @@ def measure_speed(
     The context must have room for the longest prompt plus N_DECODE tokens. Raises PopError if the
     backend's counters differ from the plan.
     """
-    n_ways = 3 if upstream is None else 4
+    n_ways = 2 if upstream is None else 3
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
     prompts = [text_prompt(model, n_prompt) for n_prompt in n_prompts]
     return tuple(_row(model, upstream, prompt, n_rounds, ran) for prompt in prompts)
@@ -115,15 +109,11 @@ def _row(
     ways = [
         partial(run, model, Mode.OFF, prompt),
         partial(run, model, Mode.CONTEXT, prompt),
-        partial(run_context, model, prompt),
     ]
     if upstream is not None:
         ways.insert(0, partial(upstream, prompt))
-    *others, full, pop, context = run_rounds(ways, n_rounds, lambda: ran(n_prompt))
+    *others, full, pop = run_rounds(ways, n_rounds, lambda: ran(n_prompt))
     rows = pop[0].read.counters
-    speedup, limit = spread(ratios(full, pop)), statistics.median(ratios(full, context))
-    if rows.n_full == n_prompt:  # too short to be pruned
-        limit = 1.0
     return SpeedRow(
         n_prompt=n_prompt,
         n_pruned=rows.n_context,
@@ -131,9 +121,7 @@ def _row(
         n_skipped_exact=rows.n_exact,
         full_ttft_s=spread(run.ttft_s for run in full),
         pop_ttft_s=spread(run.ttft_s for run in pop),
-        speedup=speedup,
-        limit=limit,
-        of_limit=speedup.median / limit,
+        speedup=spread(ratios(full, pop)),
         decode_tokens_per_s=ModePair(
             full=statistics.median(run.decode_tokens_per_s for run in full),
             pop=statistics.median(run.decode_tokens_per_s for run in pop),
@@ -185,22 +173,6 @@ def run(
         decoded_s = clock()
     require_rows(model, mode, prompt, read.counters)
     return Run(first_s - started_s, n_decode / (decoded_s - first_s), read)
-
-
-def run_context(model: PopModel, prompt: Prompt) -> Run:
-    """Read a prompt into an empty cache, without full rows and without sampling a first token."""
-    model.engine.set_mode(Mode.CONTEXT)
-    model.engine.cache.clear()
-    started_s = time.perf_counter()
-    read = read_context_only(model.engine.cache, prompt)
-    read_s = time.perf_counter() - started_s
-    counters = read.counters
-    if counters.n_context + counters.n_exact != len(prompt) or counters.n_full:
-        raise PopError(
-            f"the measurement is invalid: all {len(prompt)} prompt tokens should be context tokens,"
-            f" but the backend counted {counters.n_full} full tokens"
-        )
-    return Run(read_s, 0.0, read)
 
 
 def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters) -> None:

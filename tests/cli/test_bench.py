@@ -4,7 +4,6 @@ import functools
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError
@@ -24,7 +23,6 @@ from pop_local.measure.speed import (
 )
 from pop_local.ui.views.speed_table import show_speed
 from pop_local.workflows import benchmark as workflow
-from support.calls import read
 from support.converted import converted
 from support.program import Done, called
 from support.shared_kv import make_shared
@@ -58,25 +56,22 @@ def test_json_is_one_object_of_the_agreed_shape(pop_file):
         for name in ("full_ttft_s", "pop_ttft_s", "speedup"):
             assert set(row[name]) == SPREAD
             assert 0 < row[name]["min"] <= row[name]["median"] <= row[name]["max"]
-        assert row["of_limit"] == pytest.approx(row["speedup"]["median"] / row["limit"])
         assert set(row["decode_tokens_per_s"]) == {"full", "pop"}
         assert min(row["decode_tokens_per_s"].values()) > 0
         assert row["n_deep"] == 0
-        assert len(row) == 12
+        assert len(row) == 10
 
 
-@pytest.mark.parametrize(("limit", "is_above"), [(1.45, False), (1.35, True)])
-def test_a_speedup_above_the_limit_is_explained(capsys, limit, is_above):
+def test_upstream_has_its_own_columns(capsys):
     some, ratio, pair = Spread(1.0, 1.0, 1.0), Spread(1.5, 1.4, 1.6), speed.ModePair(1, 1)
     row = speed.SpeedRow(
-        *(512, 495, 0, 0, some, some, ratio, limit, 1.5 / limit, pair),
+        *(512, 495, 0, 0, some, some, ratio, pair),
         upstream_ttft_s=some,
         kernels_speedup=ratio,
     )
     found = workflow.Speed("m.gguf", None, "CPU", "ours", 4, False, 8, 0, None, (row,))
     show_speed(found)
-    shown = capsys.readouterr().out
-    assert ("can exceed the limit" in shown) == is_above and "ours" not in shown
+    assert "ours" not in capsys.readouterr().out
     show_speed(replace(found, upstream="without flash attention"))
     shown = capsys.readouterr().out
     assert "ours, compared with llama.cpp's (without flash attention)" in shown
@@ -94,19 +89,10 @@ def test_table_is_markdown_on_stdout(pop_file):
     assert bench(pop_file, "--prompt", "100", "--repeat", 2).stderr == ""
 
 
-def test_another_boundary_has_another_limit(pop_file):
-    deep, shallow = (
-        report(pop_file, "--prompt", "512", "--repeat", 3, "--boundary", layer)["rows"][0]
-        for layer in (2, 7)
-    )
-    assert deep["limit"] > shallow["limit"]
-
-
-def test_a_prompt_too_short_to_be_pruned_has_none(tmp_path):
+def test_a_prompt_may_be_too_short_to_be_pruned(tmp_path):
     path = converted(make_gguf(tmp_path / "model.gguf", "llama"), tmp_path, min_prompt=200)
     short, long = report(path, "--prompt", "199,200", "--repeat", 1)["rows"]
-    assert (short["n_pruned"], short["limit"]) == (0, 1.0)
-    assert long["n_pruned"] == 200 - 17 and long["limit"] != 1.0
+    assert (short["n_pruned"], long["n_pruned"]) == (0, 200 - 17)
 
 
 def test_deep_rows(pop_file):
@@ -201,24 +187,7 @@ def test_rounds_change_their_order_and_the_first_one_is_not_counted():
 def test_each_run_advances(model):
     steps: list[tuple[int, int]] = []
     measure_speed(model, (100,), 2, lambda *step: steps.append(step))
-    assert steps == [(100 * n, 900) for n in range(10)]
-
-
-@pytest.mark.parametrize("is_exact", [False, True])
-def test_the_limit_is_a_reading_without_full_tokens(tmp_path, model, is_exact):
-    if is_exact:
-        model = PopModel(
-            EngineOptions.of(make_shared(tmp_path / "model.gguf", "gemma4"), n_ctx=512, n_threads=1)
-        )
-    counted = speed.run_context(model, text_prompt(model, 100)).read.counters
-    assert counted == (Counters(0, 0, 100) if is_exact else Counters(100, 0))
-
-
-def test_what_was_read_for_the_limit_answers_nothing(model):
-    tokens = text_prompt(model, 100)
-    expected = read(model, list(tokens.tokens))
-    speed.run_context(model, tokens)
-    np.testing.assert_array_equal(read(model, list(tokens.tokens)), expected)
+    assert steps == [(100 * n, 600) for n in range(7)]
 
 
 def test_upstream_is_measured_next_to_our_kernels(model):

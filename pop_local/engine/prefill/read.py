@@ -99,16 +99,6 @@ def append(
     return _PlannedReading(cache, prompt, rule, deep, on_prefill).complete()
 
 
-def read_context_only(cache: KvCache, prompt: Prompt) -> Read:
-    """Append a prompt as context only, so that no row is full or has logits.
-
-    This is the least work that a pruned prefill can do. Raises the same errors as `read`.
-    """
-    cache.make_room(len(prompt))
-    deep = np.zeros(len(prompt), bool)
-    return _PlannedReading(cache, prompt, NO_FULL_ROWS, deep, None, Outputs.NONE).complete()
-
-
 def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int]:
     """Empty a cache, read a text in full, and compute every row's logits.
 
@@ -141,11 +131,9 @@ class _PlannedReading(PromptReading):
         rule: RowRule,
         deep: NDArray[np.bool_],
         on_prefill: OnPrefill | None,
-        last: Outputs = Outputs.LAST,
     ) -> None:
-        """`last`: the outputs to request from the last batch."""
         super().__init__(cache, rule, on_prefill, len(prompt))
-        self._prompt, self._deep, self._last = prompt, deep, last
+        self._prompt, self._deep = prompt, deep
         self._n_cached = cache.n_tokens
         n_batch, end_rows_from = cache.context.n_batch, 0
         if cache.checkpoints.is_needed:
@@ -193,7 +181,7 @@ class _PlannedReading(PromptReading):
     def _decode(self, start: int, end: int, full_from: int) -> None:
         cache, prompt = self._cache, self._prompt
         positions = np.arange(end - start)
-        outputs = self._last if end == len(prompt) else Outputs.NONE
+        outputs = Outputs.LAST if end == len(prompt) else Outputs.NONE
         image = prompt.images.get(start)
         if image is not None:
             positions, outputs = positions * (not cache.context.is_mrope), Outputs.NONE

@@ -21,8 +21,6 @@ def show_speed(found: Speed) -> None:
         say(f"Prompt kernels: {found.kernels}, compared with llama.cpp's ({found.upstream})")
     say("")
     say(markdown([*_columns(found)], found.rows))
-    if any(row.speedup.min > row.limit for row in found.rows):
-        say(_ABOVE)
 
 
 def _columns(found: Speed) -> Iterator[Column]:
@@ -41,8 +39,6 @@ def _columns(found: Speed) -> Iterator[Column]:
         yield _number("by kernels", lambda row: _RATIO(row.kernels_speedup))
     yield _number(f"TTFT {how} (s)", lambda row: _PRECISE(row.pop_ttft_s))
     yield _number("Speed-up", lambda row: _RATIO(row.speedup))
-    yield _number("Limit", lambda row: f"{row.limit:.2f}")
-    yield _number("of limit", lambda row: f"{row.of_limit:.0%}")
     rates = "{0.full:.1f} / {0.pop:.1f}".format
     yield _number(f"Decode full / {how} (tokens/s)", lambda row: rates(row.decode_tokens_per_s))
 
@@ -54,6 +50,3 @@ def _number(title: str, cell: Callable[[Any], str]) -> Column:
 # The text of a Spread.
 _PRECISE = "{0.median:.3f} ({0.min:.3f}-{0.max:.3f})".format
 _RATIO = "{0.median:.2f}x ({0.min:.2f}-{0.max:.2f})".format
-_ABOVE = (
-    "\nA speed-up can exceed the limit if the timing noise is larger than the full tokens' cost."
-)
