@@ -2,6 +2,8 @@
 # make test: prepares everything that the tests need, then runs ruff, mypy and pytest (ARGS="-k name")
 # make check: runs ruff, mypy and the quick tests, which need the backend, but no models and no second library
 # make docs: generates the tables in the documents and the README's chart from docs/results
+# make site: writes the documents as a site to build/site, and fails on any warning (POP_LOCAL_REPOSITORY
+#   is the address of the repository that links to source files lead to)
 # make fuzz SECONDS=3600: feeds damaged files to each reader for SECONDS (FUZZ_SEED=N sets the seed,
 #   FUZZ_FILES=N stops after N files instead)
 # make sanitize: runs oracle, damaged-file and CPU kernel tests with AddressSanitizer and UBSan in the
@@ -37,7 +39,7 @@ FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check docs fuzz sanitize test-page test-gpu test-vulkan sidecars wheels test-wheels lint backend \
+.PHONY: demo test check docs site fuzz sanitize test-page test-gpu test-vulkan sidecars wheels test-wheels lint backend \
 	unpatched recipes clean
 
 demo: $(VENV)/.app $(SMOLLM2).gguf
@@ -51,6 +53,12 @@ check: lint
 
 docs: $(VENV)/.tools
 	$(BIN)/python tests/bench/render_docs.py
+
+# An environment without the backend suffices.
+site: $(VENV)/.ready
+	@$(BIN)/python -m pip install --quiet "pip>=25.1"
+	@$(BIN)/python -m pip install --quiet --group site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 SECONDS ?= 60
 fuzz: $(VENV)/.tools
