@@ -1,4 +1,4 @@
-"""Run README's commands and its Python unchanged in a clone with SmolLM2."""
+"""Run the commands of README and Getting started with SmolLM2, and README's Python."""
 
 import os
 import re
@@ -12,9 +12,16 @@ import pytest
 from support.paths import ROOT
 
 USE = (ROOT / "README.md").read_text("utf-8").split("## Use it")[1].split("\n## ")[0]
-COMMANDS = [
-    shlex.split(line, comments=True) for line in re.findall("^    pop-local (.*)", USE, re.M)
-]
+GUIDE = (ROOT / "docs" / "getting-started.md").read_text("utf-8")
+
+
+def commands_in(text: str) -> list[list[str]]:
+    lines = re.findall("^    pop-local (.*)", text, re.M)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+COMMANDS = commands_in(USE)
+OWN_MODEL = commands_in(GUIDE.split("## 6. Use your own model")[1])
 # Arguments that keep slow or endless commands short.
 LESS = {
     "chat": [],
@@ -25,12 +32,12 @@ LESS = {
 }
 
 
-def run(*words: str) -> str:
+def run(*words: str, typed: str = "") -> str:
     done = subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,
         env=os.environ | {"POP_LOCAL_MODEL": "smollm2", "POP_LOCAL_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
+        input=typed,
         capture_output=True,
         text=True,
         timeout=300,
@@ -47,3 +54,18 @@ def test_command_runs(words, smollm2):
 def test_python_example_runs(smollm2):
     [code] = re.findall(r"from Python:\n\n((?:    .*\n)+)", USE)
     assert run("-c", textwrap.dedent(code)).strip()
+
+
+def test_chat_of_the_guide_answers_with_and_without_fast_reading(smollm2):
+    [chat] = commands_in(GUIDE.split("## 2. Chat")[1].split("\n## ")[0])
+    typed = "".join(f"{line}\n" for line in re.findall("^    > (.*)", GUIDE, re.M))
+    answers = run("-m", "pop_local", *chat, typed=typed).splitlines()
+    [quoted] = re.findall(r'should contain "([^"]+)"', GUIDE)
+    assert len(answers) == 2 and all(quoted in answer for answer in answers)
+
+
+@pytest.mark.parametrize("words", OWN_MODEL, ids=" ".join)
+def test_own_model_of_the_guide(words, smollm2_q4_0, smollm2_pop):
+    paths = {"MODEL.gguf": str(smollm2_q4_0), "MODEL.pop.gguf": str(smollm2_pop)}
+    less = {"convert": ["--dry-run"], "bench": ["--prompt", "128", "--repeat", "1"]}
+    run("-m", "pop_local", *(paths.get(word, word) for word in words), *less.get(words[0], []))
