@@ -7,9 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
-from pop_converter.fit.least_squares import KvType
-from pop_converter.popfile.format import DeepRows, PopMeta
-from pop_converter.popfile.pruning_plan import TAIL_TOKENS
+from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.rewrite import check_target
 from pop_converter.projection import Projection
 from pop_local.calibration.fit_options import FitOptions
@@ -77,40 +75,17 @@ class LimitOptions(Group):
 
 
 @dataclass(frozen=True)
-class FullRowOptions(Group):
-    panel: ClassVar[str] = EXPERT
-
-    sink: int = option(
-        "Tokens at a prompt's start that run through all layers.",
-        min=0,
-        default=PopMeta.sink_tokens,
-    )
-    tail: int = option(
-        "Tokens at a prompt's end that run through all layers.", min=0, default=TAIL_TOKENS
-    )
-    min_prompt: int | None = option(
-        "Run shorter prompts through all layers (default: about 70 tokens, by the work saved).",
-        min=0,
-    )
-    deep_rows: DeepRows = option(
-        "Rule for the words that run through all layers.", default=RowOptions.deep_rows
-    )
-
-    @property
-    def rows(self) -> RowOptions:
-        return RowOptions(self.sink, self.tail, self.min_prompt, self.deep_rows)
-
-
-@dataclass(frozen=True)
 class FittingOptions(Group):
     panel: ClassVar[str] = EXPERT
 
+    deep_rows: DeepRows = option(
+        "Rule for the words that run through all layers.", default=RowOptions.deep_rows
+    )
     tokens: int | None = option(
         "Tokens to fit on (default: 24 per embedding dimension, but at least 16384). --distill"
         " uses the same number, but at least 65536.",
         min=1,
     )
-    kv_type: KvType | None = option("Type of the fitted weights (default: q8_0).")
     memory: float | None = option(
         "Memory limit for the fit's statistics (default: half of the free memory).",
         "GB",
@@ -124,7 +99,6 @@ class FittingOptions(Group):
         found = opt.given(
             tokens=self.tokens,
             texts=tuple(texts) or None,
-            kv_type=self.kv_type,
             memory_bytes=None if self.memory is None else int(self.memory * 10**9),
         )
         return FitOptions(**found) if found else None
@@ -148,7 +122,6 @@ def convert(
     how: HowOptions,
     json: opt.Json = False,
     limits: LimitOptions,
-    full: FullRowOptions,
     fitting: FittingOptions,
     processors: opt.HardwareOptions,
 ) -> None:
@@ -178,7 +151,7 @@ def convert(
     options = ConvertOptions(
         goal=_wanted(how.quality, own, named),
         fit=None if how.projection is Projection.OWN else fit,
-        rows=full.rows,
+        rows=RowOptions(deep_rows=fitting.deep_rows),
         output="sidecar" if how.sidecar else "copy",
         distiller=distiller,
         hardware=processors.hardware,

@@ -89,8 +89,6 @@ class Opener:
             warn("--learn has no effect with multiple slots; use --parallel 1")
         if options.image_tokens and engine.vision is None:
             warn("--image-tokens has no effect: this model has no mmproj")
-        elif options.image_tokens and engine.vision is not None and engine.vision.is_fixed:
-            warn("--image-tokens has no effect: this model's mmproj uses a fixed number of tokens")
 
 
 def open_prompt_cache(options: ModelOptions, ram_bytes: int = 0) -> PromptCache | None:

@@ -11,7 +11,7 @@ import gguf
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.skipping import SkippableLayers, skipping_of
-from pop_converter.architecture.work import LIMIT_PROMPT, Macs, left_share, speedup_limit
+from pop_converter.architecture.work import LIMIT_PROMPT, Macs, speedup_limit
 from pop_converter.base.errors import FormatError, PopError
 from pop_converter.gguf.header import Header, TensorInfo, read_header
 from pop_converter.gguf.source import Source, is_sidecar, read_source
@@ -34,14 +34,9 @@ class TensorGroup:
 
 @dataclass(frozen=True)
 class SkippingGain:
-    """The work saved when a prompt of LIMIT_PROMPT tokens skips layers.
-
-    `left_share`: the share of the skipped layers' multiply-accumulates that remains (None:
-    unknown).
-    """
+    """The work saved when a prompt of LIMIT_PROMPT tokens skips layers."""
 
     boundary: int
-    left_share: float | None
     speedup_limit: float
 
 
@@ -166,7 +161,7 @@ def _work(skipping: SkippableLayers, meta: PopMeta | None, macs: Macs) -> Skippi
     with suppress(PopError):
         n_full = meta.sink_tokens + meta.tail_tokens if meta else 1
         limit = speedup_limit(macs, LIMIT_PROMPT, boundary, n_full)
-        return SkippingGain(boundary, left_share(macs, boundary), limit)
+        return SkippingGain(boundary, limit)
     return None
 
 

@@ -238,10 +238,10 @@ def test_a_dry_run_refuses_the_same_outputs_as_a_conversion(tiny, tmp_path):
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
-    planned = json.loads(command(tiny, "--boundary", 3, "--tail", 4, "--dry-run", "--json").stdout)
+    planned = json.loads(command(tiny, "--boundary", 3, "--dry-run", "--json").stdout)
     assert names(tmp_path) == {"tiny.gguf"}
     assert planned.pop("source_sha256") is None
-    written = json.loads(command(tiny, "--boundary", 3, "--tail", 4, "--json").stdout)
+    written = json.loads(command(tiny, "--boundary", 3, "--json").stdout)
     assert written.pop("source_sha256") == hashlib.sha256(tiny.read_bytes()).hexdigest()
     phases = [(phase["name"], phase["seconds"] > 0) for phase in written.pop("phases")]
     assert phases == [("Writing and verifying", True)]
@@ -249,7 +249,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
     assert planned == written
     assert planned["schedule"] == "FFFSSSSS"
     assert planned["n_skipped"] == 5
-    assert planned["tail_tokens"] == 4
+    assert planned["tail_tokens"] == 32
     assert planned["source_bytes"] == tiny.stat().st_size
     written_bytes = (tmp_path / "tiny.pop.gguf").stat().st_size
     assert planned["output_bytes"] <= written_bytes < planned["output_bytes"] + 1024
@@ -261,7 +261,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
     [
         ("--skip", "1/3", "--boundary", "5"),
         ("--skip", "x"),
-        ("--tail", "-1"),
+        ("--tokens", "0"),
         ("--projection", "own", "--distill"),
     ],
 )

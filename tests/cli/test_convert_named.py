@@ -10,17 +10,32 @@ from unittest.mock import Mock
 import pytest
 from typer.testing import CliRunner, Result
 
+import pop_local
+from pop_converter.base.errors import PopError
 from pop_converter.fit import weights
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.cli import app
 from pop_local.measure import budget
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion import named as examining
+from pop_local.workflows.conversion.conversion_plan import ConvertOptions, RowOptions
+from pop_local.workflows.conversion.goals import Boundary, Goal, Within
+from pop_local.workflows.hardware import Hardware
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_examination")]
 
 ANYTHING = replace(budget.BALANCED, max_kl=50.0, max_ppl_ratio=1000.0, max_copy_ratio=1000.0)
+
+
+UNMEASURABLE = "the fit could not be measured: the context is too short"
+
+
+def options_without_context(goal: Goal, words: Path) -> ConvertOptions:
+    """Return options for a file whose full rows leave no context rows in a window."""
+    rows = RowOptions(tail_tokens=600)
+    return ConvertOptions(goal, FitOptions(2048, (words,)), rows, hardware=Hardware(1))
 
 
 def convert(*arguments: object) -> Result:
@@ -41,11 +56,11 @@ def shown(model: Path) -> str:
 def test_own_projections_are_measured_if_a_quality_is_given(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as unmeasured:
         unmeasured.setattr(examining.quality, "measure_pruning", None)
-        done = convert(tiny, "--projection", "own", "--boundary", 5, "--tail", 600)
+        done = convert(tiny, "--projection", "own", "--boundary", 5)
     assert done.exit_code == 0, done.stderr
     assert "The loss is not measured, because" in " ".join(done.stderr.split())
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
-    assert meta is not None and (meta.tail_tokens, meta.measured) == (600, None)
+    assert meta is not None and meta.measured is None
     assert "BROKEN" not in shown(tmp_path / "tiny.pop.gguf")
     limits = ("--max-kl", 50, "--max-ppl-ratio", 1000, "--max-copy-ratio", 1000)
     done = convert(tiny, "--projection", "own", "--boundary", 5, *limits, "--force")
@@ -63,20 +78,18 @@ def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, words, tmp_pat
 
 def test_a_fit_that_cannot_be_measured_is_not_started(tiny, words, tmp_path, monkeypatch):
     monkeypatch.setattr(fits, "calibrate", None)
-    done = convert(tiny, "--boundary", 5, "--tail", 600, "--text", words, "--tokens", 2048)
-    assert done.exit_code == 1
-    assert "the fit could not be measured: the context is too short" in done.stderr
-    assert "lower --sink and --tail" in done.stderr
+    with pytest.raises(PopError, match=UNMEASURABLE) as failure:
+        pop_local.convert(tiny, options=options_without_context(Boundary(5), words))
+    assert "lower sink_tokens and tail_tokens" in failure.value.hint
     assert not (tmp_path / "tiny.pop.gguf").exists()
 
 
-@pytest.mark.parametrize("depth", [(), ("--boundary", 5)])
-def test_a_search_that_cannot_measure_is_not_started(tiny, words, monkeypatch, depth):
+@pytest.mark.parametrize("at", [None, Boundary(5)])
+def test_a_search_that_cannot_measure_is_not_started(tiny, words, monkeypatch, at):
     monkeypatch.setattr(fits, "calibrate", None)
-    given = (tiny, *depth, "--quality", "fast", "--text", words, "--tokens", 2048)
-    done = convert(*given, "--tail", 600)
-    assert done.exit_code == 1
-    assert "the fit could not be measured: the context is too short" in done.stderr
+    with pytest.raises(PopError, match=UNMEASURABLE):
+        options = options_without_context(Within(budget.FAST, at), words)
+        pop_local.convert(tiny, options=options)
 
 
 def test_a_trained_context_shorter_than_a_window_is_a_warning(tmp_path):

@@ -46,15 +46,6 @@ def test_run_with_pictures(path):
     assert 0 < json.loads(done.stdout)["stats"]["n_image"] <= 16
 
 
-@pytest.mark.parametrize("arch", ["qwen2vl", "gemma3"])
-def test_a_limit_of_tokens_without_effect_gets_a_word(tmp_path, arch):
-    options = ("--image-tokens", 64, *OPTIONS)
-    done = called("run", make_vision_model(tmp_path, arch), "what?", *options)
-    assert done.returncode == 0, done.stderr
-    words = "--image-tokens has no effect: this model's mmproj uses a fixed number of tokens"
-    assert (words in done.stderr) == (arch == "gemma3")
-
-
 def test_run_refuses_in_one_line(path, tmp_path):
     done = called("run", path, "--image", path.parent / "no.png", "what?")
     assert done.returncode == 1

@@ -53,14 +53,3 @@ def fit_macs(shape: ModelShape, boundary: int, projection: Projection, n_prompt:
     n_unfused = sum(compress(shape.n_q[boundary + 1 :], shape.is_fused[boundary + 1 :]))
     saved = 0 if projection == Projection.OWN else n_unfused * shape.n_embd
     return n_prompt * (wide_weights(shape, boundary, projection) - saved)
-
-
-def left_share(macs: Macs, boundary: int, n_prompt: int = LIMIT_PROMPT) -> float | None:
-    """Return the share of the skipped layers' work that remains for context rows.
-
-    Full rows compute K/V twice, because true K/V replace projected K/V. The share is computed from
-    the extra work. Return None if full rows run in separate batches.
-    """
-    full = macs(n_prompt, None, n_prompt)
-    left = macs(n_prompt, boundary, n_prompt - 1) - full
-    return left / (full + left - macs(n_prompt, boundary, 1)) if left > 0 else None

@@ -1,4 +1,4 @@
-"""Grammars for llguidance: JSON schemas, GBNF, and regular expressions."""
+"""Grammars for llguidance: JSON schemas and GBNF."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llguidance import LLMatcher, regex_to_lark
+from llguidance import LLMatcher
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.decode import grammar_child
@@ -118,14 +118,6 @@ class Grammar:
             ) from error
         ignored = [name for rule in rules.values() for name in rule.ignored]
         return cls.of_lark(text, "a tool's schema" if rules else "the grammar", ignored)
-
-    @classmethod
-    def of_regex(cls, pattern: str) -> "Grammar":
-        """Allow only text that a regular expression (in Rust `regex` syntax) matches in full.
-
-        Raises GrammarError if the expression is invalid.
-        """
-        return cls.of_lark(f"start: /{regex_to_lark(pattern)}/", "the regular expression")
 
 
 def json_rule(schema: Any) -> JsonRule:

@@ -37,12 +37,6 @@ NO_TOKEN = -1
 _KNOWN_ROWS = 1 << 16
 # Tensors that every layer has if one layer has them.
 _PART = re.compile(r"v\.blk\.(\d+)\.((?:attn_(?:q|k|v|qkv|out)|ffn_(?:up|down))\.weight)")
-# Projector types of libmtmd's clip.cpp without a token limit. Old files name no type.
-_FIXED = re.compile(
-    r"|mlp|ldp|ldpv2|adapter|resampler|minicpmv4_6|internvl|nemotron_v2_vl|cogvlm|janus_pro|gemma3"
-    r"|gemma3nv|llama4|step3vl|yasa2|deepseekocr|deepseekocr2|granite4_vision|phi4|dots_ocr"
-    r"|dots3note_v|mimovl|paddleocr"
-)
 # Projector types that scale each picture to one square.
 _SQUARE = re.compile("gemma3|gemma3nv|nemotron_v2_vl")
 # Maximum bytes of decoded pixels that wait for encoding.
@@ -102,8 +96,7 @@ class _Cut:
 class Mmproj:
     """A model's mmproj file, which `open` loads.
 
-    `key`: identifies the file. `is_fixed`: whether the projector ignores `max_tokens`. Several
-    threads may call `see` while another thread is decoding.
+    `key`: identifies the file. Several threads may call `see` while another thread is decoding.
     """
 
     def __init__(
@@ -116,7 +109,8 @@ class Mmproj:
     ) -> None:
         """`max_tokens`: maximum tokens per image (None: the projector's default).
 
-        `should_stop` is called while an image is encoded. Raises PopError if the mmproj is invalid.
+        Some projectors ignore `max_tokens`. `should_stop` is called while an image is encoded.
+        Raises PopError if the mmproj is invalid.
         """
         if not path.is_file():
             raise PopError(f"the mmproj {path} does not exist", "check the path")
@@ -140,7 +134,6 @@ class Mmproj:
         self._last: _Cut | None = None
         kinds = map(header.get, ("clip.projector_type", "clip.vision.projector_type"))
         kind = next((str(kind) for kind in kinds if kind), "")
-        self.is_fixed = bool(_FIXED.fullmatch(kind))
         side = header.get("clip.vision.image_size")
         self._side = side if isinstance(side, int) and _SQUARE.fullmatch(kind) else 0
 

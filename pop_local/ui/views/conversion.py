@@ -240,8 +240,6 @@ def skipping_facts(found: SkippableLayers, work: SkippingGain | None = None) -> 
         layers += f"; layers {found.exact} and up without any loss"
     left = " and ".join(found.left) or "nothing"
     if work is not None:
-        if work.left_share is not None:
-            left = f"{left} ({work.left_share:.1%} of the skipped layers' work)"
         limit = f"up to {work.speedup_limit:.2f}x for {LIMIT_PROMPT:,} tokens"
         left = f"{left}; skipping from layer {work.boundary} on speeds up reading {limit}"
     projections = f"own only: {found.no_fit}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_converter.architecture.work import left_share, speedup_limit
+from pop_converter.architecture.work import speedup_limit
 from pop_converter.base.errors import PopError
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_local.engine.llama import graph_macs as module
@@ -76,17 +76,6 @@ def test_more_full_rows_and_fewer_skipped_layers_lower_the_limit(tmp_path):
     assert speedup_limit(macs, 400, 4, 17) > speedup_limit(macs, 400, 4, 100)
     assert speedup_limit(macs, 400, 4, 0) == speedup_limit(macs, 400, 4, 1)
     assert speedup_limit(macs, 400, 4, 17, more=10**6) < speedup_limit(macs, 400, 4, 17)
-
-
-def test_left_share_of_skipped_layers(tmp_path):
-    path = make_gguf(tmp_path / "model.gguf", "llama")
-    shape = read_shape(path)
-    # On average, attention covers half of the prompt. The last layer's FFN has a single row.
-    attention = (shape.n_q[0] + shape.n_heads_out[0]) * 2048 // 2
-    last_ffn = 3 * shape.n_embd * shape.n_neurons[7]
-    work = 4 * (shape.n_weights[0] + attention) - last_ffn
-    left = 4 * shape.n_embd * shape.n_kv(0)
-    assert left_share(GraphMacs(path), 4) == pytest.approx(left / work, rel=0.01)
 
 
 def test_long_prompts_are_extrapolated_from_cached_counts(tmp_path, monkeypatch):

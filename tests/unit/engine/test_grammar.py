@@ -74,14 +74,6 @@ def test_greedy_sampling_takes_the_most_likely_allowed_token(model):
     assert text.encode() == model.engine.token_tries.get().decode_bytes([best])
 
 
-def test_a_regular_expression_holds(model):
-    grammar = Grammar.of_regex(r"[0-9]{2}/[a-c]+x")
-    head, tail = answer(model, grammar=grammar, temperature=1.5, seed=3).split("/")
-    assert head.isdigit() and set(tail[:-1]) <= {*"abc"} and tail[-1] == "x"
-    with pytest.raises(GrammarError, match="regular expression"):
-        Grammar.of_regex("(")
-
-
 # --- GBNF semantics
 
 

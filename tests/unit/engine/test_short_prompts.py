@@ -14,6 +14,10 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.ui.views.stats import stats_line
+from pop_local.workflows.conversion.conversion_plan import ConvertOptions, RowOptions
+from pop_local.workflows.conversion.convert_model import convert
+from pop_local.workflows.conversion.goals import Skip
+from pop_local.workflows.hardware import Hardware
 from support.converted import converted
 from support.shapes import read_pop_meta, read_shape
 from support.synthetic import make_gguf
@@ -28,13 +32,11 @@ def min_prompt_of(path: Path) -> int:
 # --- the default of convert
 
 
-def test_convert_writes_twice_the_full_rows_by_default(tmp_path, monkeypatch):
+def test_convert_writes_twice_the_full_rows_by_default(tmp_path):
     source = make_gguf(tmp_path / "m.gguf", "llama")
-    runner = CliRunner()
-    for options, name in (([], "a.gguf"), (["--min-prompt", "7"], "b.gguf")):
-        given = ["convert", str(source), str(tmp_path / name), "--skip", "1/3", *options]
-        given += ["--projection", "own", "--threads", "1"]
-        assert runner.invoke(app, given).exit_code == 0
+    for rows, name in ((RowOptions(), "a.gguf"), (RowOptions(min_prompt=7), "b.gguf")):
+        options = ConvertOptions(Skip("1/3"), None, rows, hardware=Hardware(1))
+        convert(source, tmp_path / name, options)
     plan = make_plan(read_shape(source))
     assert min_prompt_of(tmp_path / "a.gguf") == plan.min_prompt == 66
     assert min_prompt_of(tmp_path / "b.gguf") == 7
