@@ -1,7 +1,6 @@
 """Check and lock a download's target file, and check the free disk space."""
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from pop_converter.base.errors import OutputExistsError, PopError
 from pop_local.models.model_names import MODELS_VARIABLE
 
 _CHUNK_BYTES = 1 << 20
-_MAX_NAME_BYTES = 255 - len(".partial")
 
 
 def safe_name(name: str) -> str:
@@ -31,14 +29,9 @@ def file_sha256(path: Path) -> str:
 def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
     """Return whether the target exists with the hash `sha256` and need not be downloaded.
 
-    Raises PopError if the target is a folder or its name is too long. Raises OutputExistsError if
-    the target is a different file, unless `force` is true.
+    Raises PopError if the target is a folder, or OutputExistsError if it is a different file,
+    unless `force` is true.
     """
-    if len(os.fsencode(target.name)) > _MAX_NAME_BYTES:
-        raise PopError(
-            f"the file name {target.name} is too long",
-            "download the file with a browser under a shorter name",
-        )
     if target.is_dir():
         raise PopError(
             f"{target} is a folder",

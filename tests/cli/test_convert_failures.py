@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from pop_converter.base.errors import FormatError, OutputExistsError, WriteError
+from pop_converter.base.progress import Ran
+from pop_converter.gguf.content import Content
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile import rewrite
 from pop_converter.popfile.rewrite import FileSizes, check_target
@@ -135,15 +137,15 @@ def test_a_disk_that_is_too_small_is_detected_before_writing(tiny, tmp_path, mon
 @pytest.mark.parametrize("at", [0, 1_000_000, -1])
 def test_a_damaged_output_is_detected(tiny, tmp_path, monkeypatch, at):
     """Flip a bit of the written file, which is then verified and deleted."""
-    real = rewrite._verify
+    real = rewrite.same_data
 
-    def verify(written: Path, *rest: object) -> None:
+    def compare(content: Content, written: Path, start: int, advance: Ran) -> bool:
         data = bytearray(written.read_bytes())
-        data[read_header(written).data_start + at if at >= 0 else -1] ^= 1
+        data[start + at if at >= 0 else -1] ^= 1
         written.write_bytes(data)
-        real(written, *rest)  # type: ignore[arg-type]
+        return real(content, written, start, advance)
 
-    monkeypatch.setattr(rewrite, "_verify", verify)
+    monkeypatch.setattr(rewrite, "same_data", compare)
     with pytest.raises(WriteError, match="differs from its source"):
         convert_default(tiny, tmp_path / "out.gguf")
     assert names(tmp_path) == {"tiny.gguf"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pop_converter.popfile import sidecar as sidecars
+from pop_converter.popfile import rewrite
 from pop_converter.popfile.format import DeepRows
 from pop_local.calibration import texts
 from pop_local.cli import app
@@ -108,11 +108,11 @@ def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monk
 def test_trials_do_not_hash_the_model(tiny, letters, monkeypatch):
     hashed: list[object] = []
 
-    def copy_data(content, *rest, real=sidecars.copy_data):
+    def copy_data(content, *rest, real=rewrite.copy_data):
         hashed.append(content)
         return real(content, *rest)
 
-    monkeypatch.setattr(sidecars, "copy_data", copy_data)
+    monkeypatch.setattr(rewrite, "copy_data", copy_data)
     done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
     assert done.exit_code == 0, done.stderr
     assert len(json.loads(done.stdout)["tried"]) > 1

@@ -3,6 +3,7 @@
 Stock llama.cpp ignores unknown keys, so it can open POP files that have no added tensors.
 """
 
+import hashlib
 import re
 import struct
 from dataclasses import MISSING, dataclass, fields
@@ -13,7 +14,7 @@ from gguf import GGUFValueType
 
 from pop_converter.base.errors import FormatError
 from pop_converter.gguf.header import Header
-from pop_converter.gguf.source import SIDECAR_ARCH
+from pop_converter.gguf.source import SIDECAR_ARCH, Source
 from pop_converter.projection import Projection
 
 PREFIX = "pop."
@@ -224,6 +225,18 @@ def pop_meta(header: Header) -> PopMeta | None:
     meta = PopMeta(**values)
     _check_schedule(meta, header)
     return meta
+
+
+def bind(base: Source) -> Binding:
+    """Return the identity of a base model. Raises FormatError."""
+    digest = hashlib.sha256()
+    for part in base.parts:
+        try:
+            with part.path.open("rb") as file:
+                digest.update(file.read(part.tensors_end))
+        except OSError as error:
+            raise FormatError(f"cannot read {part.path}: {error.strerror}") from error
+    return Binding(base.size_bytes, digest.hexdigest())
 
 
 def read_binding(header: Header) -> Binding:

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import BinaryIO
 
 from pop_converter import __version__
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.work import wide_weights
 from pop_converter.base.errors import FormatError, PlanError, WriteError
 from pop_converter.base.output_file import check_output, replacing
-from pop_converter.base.progress import Progress, Ran, counting
+from pop_converter.base.progress import Progress, counting
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.content import (
     Content,
@@ -26,10 +25,13 @@ from pop_converter.gguf.header import BLOCK_SIZES
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import (
     PREFIX,
+    Binding,
     Calibration,
     Measured,
     PopMeta,
+    bind,
     encode_keys,
+    encode_sidecar_keys,
     pop_meta,
 )
 from pop_converter.popfile.pruning_plan import Plan
@@ -97,52 +99,61 @@ def convert(
     examine: Examine | None = None,
     progress: Progress = lambda done, total: None,
     force: bool = False,
+    binding: Binding | None = None,
 ) -> PopMeta:
     """Write `src`, a file or a split model's first part, to `dst` with the keys of `plan`.
 
     The written file is then compared with its source byte for byte. `progress` counts the bytes
     written and compared. `fitted` is required if the plan has fitted projections. `examine`
-    measures the written file. Return the written keys.
+    measures the written file. With `binding`, the identity of `src`, the file is a sidecar, which
+    contains only the keys and the fitted tensors. Return the written keys.
 
     Raises FormatError, PlanError, OutputExistsError, WriteError, and any error that `examine`
     raises. After an error, an existing `dst` is unchanged and no temporary file remains.
     """
     source = planned_source(plan, src, fitted)
-    content = read_content(source, without=PREFIX)
-    meta = draft_meta(
-        plan, source, fitted, examine, source_bytes=content.size_bytes if fitted else 0
-    )
-    whole = with_tensors(content, fitted.tensors) if fitted else content
-    draft = whole.with_keys(encode_keys(meta))
+    content, is_copy = read_content(source, without=PREFIX), binding is None
+    base = content if is_copy else Content()
+    whole = with_tensors(base, fitted.tensors) if fitted else base
+    source_bytes = content.size_bytes if fitted and is_copy else 0
+    meta = draft_meta(plan, source, fitted, examine, source_bytes=source_bytes)
+
+    def encode(meta: PopMeta) -> tuple[bytes, ...]:
+        return encode_keys(meta) if binding is None else encode_sidecar_keys(meta, binding)
+
+    draft = whole.with_keys(encode(meta))
     check_output(dst, source.paths, draft.size_bytes, force=force)
-    ran = counting(2 * content.data_bytes, progress)
+    ran = counting((1 + is_copy) * content.data_bytes, progress)
     with replacing(dst, force=force) as file:
+        written = Path(file.name)
         file.write(draft.header)
-        sha256 = copy_data(content, content.header, file.write, ran)
-        meta = finish(file, whole, replace(meta, source_sha256=sha256), examine, encode_keys)
-        if not _verify(Path(file.name), content, whole, meta, ran):
-            raise WriteError(
-                f"the written file {dst} differs from its source", "check the disk, then try again"
-            )
+        sha256 = copy_data(content, content.header, file.write if is_copy else _drop, ran)
+        meta = replace(meta, source_sha256=sha256)
+        file.writelines(whole.added)
+        file.flush()
+        if examine:
+            meta = replace(meta, measured=examine(written))
+        header = whole.with_keys(encode(meta)).header
+        file.seek(0)
+        file.write(header)
+        file.flush()
+        is_same = _starts_with(written, header)
+        is_same = is_same and same_data(whole, written, len(header), ran if is_copy else _drop)
+        if not is_same or (is_copy and not _is_restorable(written, content, meta)):
+            what = "differs from its source" if is_copy else "is damaged"
+            raise WriteError(f"the written file {dst} {what}", "check the disk, then try again")
+        if binding is not None and bind(read_source(src)) != binding:
+            raise WriteError(f"{src} changed during the conversion", "try again")
     return meta
 
 
-def finish(
-    file: BinaryIO,
-    whole: Content,
-    meta: PopMeta,
-    examine: Examine | None,
-    encode: Callable[[PopMeta], tuple[bytes, ...]],
-) -> PopMeta:
-    """Append the added tensors, measure the file, and write the measurement to the header."""
-    file.writelines(whole.added)
-    file.flush()
-    if examine:
-        meta = replace(meta, measured=examine(Path(file.name)))
-    file.seek(0)
-    file.write(whole.with_keys(encode(meta)).header)
-    file.flush()
-    return meta
+def _drop(_: object) -> None:
+    """Ignore data that is only hashed or compared."""
+
+
+def _starts_with(path: Path, content: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(content)) == content
 
 
 def strip(
@@ -179,14 +190,10 @@ def original(source: Source, meta: PopMeta) -> Content:
     return without_last(content, added, meta.source_bytes) if added else content
 
 
-def _verify(written: Path, content: Content, whole: Content, meta: PopMeta, advance: Ran) -> bool:
-    """Return True if the file contains `meta`, the original's bytes and the added tensors."""
+def _is_restorable(written: Path, content: Content, meta: PopMeta) -> bool:
+    """Return True if a copy contains `meta`, and `strip` would restore the original's header."""
     source = read_source(written)
-    return (
-        pop_meta(source.first) == meta
-        and original(source, meta).header == content.header
-        and same_data(whole, written, source.first.data_start, advance)
-    )
+    return pop_meta(source.first) == meta and original(source, meta).header == content.header
 
 
 def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:

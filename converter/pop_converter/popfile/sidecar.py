@@ -5,30 +5,20 @@ of its headers are compared, since hashing the whole model (`pop.source.sha256`)
 """
 
 import glob
-import hashlib
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from pop_converter.base.errors import FormatError, WriteError
-from pop_converter.base.output_file import check_output, replacing
-from pop_converter.base.progress import Progress, counting
+from pop_converter.base.errors import FormatError
+from pop_converter.base.output_file import replacing
 from pop_converter.fit.least_squares import KvType
-from pop_converter.gguf.content import (
-    Content,
-    NewTensor,
-    copy_data,
-    read_content,
-    same_data,
-    with_tensors,
-)
+from pop_converter.gguf.content import Content, NewTensor, with_tensors
 from pop_converter.gguf.header import Header, read_header
-from pop_converter.gguf.source import Source, is_sidecar, read_source
+from pop_converter.gguf.source import Source, is_sidecar
 from pop_converter.popfile.format import (
     CONVERT_AGAIN,
-    PREFIX,
     Binding,
     PopMeta,
+    bind,
     encode_sidecar_keys,
     pop_meta,
     read_binding,
@@ -36,12 +26,10 @@ from pop_converter.popfile.format import (
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import (
     UNKNOWN_SHA256,
-    Examine,
     FileSizes,
     Fitted,
+    convert,
     draft_meta,
-    finish,
-    planned_source,
     stored_bytes,
     unconverted,
 )
@@ -74,18 +62,6 @@ def base_path(sidecar: Path, source_name: str) -> Path | None:
         return found
     parts = sidecar.parent.glob(f"{glob.escape(Path(name).stem)}-00001-of-?????.gguf")
     return next((part for part in sorted(parts) if part.is_file()), None)
-
-
-def bind(base: Source) -> Binding:
-    """Return the identity of a base model. Raises FormatError."""
-    digest = hashlib.sha256()
-    for part in base.parts:
-        try:
-            with part.path.open("rb") as file:
-                digest.update(file.read(part.tensors_end))
-        except OSError as error:
-            raise FormatError(f"cannot read {part.path}: {error.strerror}") from error
-    return Binding(base.size_bytes, digest.hexdigest())
 
 
 def read_sidecar(path: Path, base: Source) -> PopMeta:
@@ -186,42 +162,12 @@ def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Fil
     return FileSizes(source.size_bytes, len(header) + stored_bytes(plan, kv_type))
 
 
-def write_sidecar(
-    plan: Plan,
-    src: Path,
-    dst: Path,
-    *,
-    fitted: Fitted | None = None,
-    examine: Examine | None = None,
-    progress: Progress = lambda done, total: None,
-    force: bool = False,
-) -> PopMeta:
-    """Write a sidecar of `src` to `dst`, with the keys of `plan` and the tensors of `fitted`.
+def write_sidecar(plan: Plan, src: Path, dst: Path, **options: Any) -> PopMeta:
+    """Write a sidecar of `src`, with the options, the result and the errors of `rewrite.convert`.
 
-    `src` is read once for its hash, and `progress` counts the bytes read. The other parameters, the
-    result, and the errors are the same as for `rewrite.convert`.
+    `src` is read once for its hash, and `progress` counts the bytes read.
     """
-    source = planned_source(plan, src, fitted)
-    original = read_content(source, without=PREFIX)
-    binding = bind(source)
-    whole = with_tensors(_EMPTY, fitted.tensors) if fitted else _EMPTY
-    meta = draft_meta(plan, source, fitted, examine)
-    encode = partial(encode_sidecar_keys, binding=binding)
-    draft = whole.with_keys(encode(meta))
-    check_output(dst, source.paths, draft.size_bytes, force=force)
-    ran = counting(original.data_bytes, progress)
-    sha256 = copy_data(original, original.header, lambda chunk: None, ran)
-    with replacing(dst, force=force) as file:
-        file.write(draft.header)
-        meta = finish(file, whole, replace(meta, source_sha256=sha256), examine, encode)
-        header, written = whole.with_keys(encode(meta)).header, Path(file.name)
-        with written.open("rb") as check:
-            is_same = check.read(len(header)) == header
-        if not (is_same and same_data(whole, written, len(header), lambda n_bytes: None)):
-            raise WriteError(f"the written file {dst} is damaged", "check the disk, then try again")
-        if bind(read_source(src)) != binding:
-            raise WriteError(f"{src} changed during the conversion", "try again")
-    return meta
+    return convert(plan, src, dst, binding=bind(unconverted(src)), **options)
 
 
 def write_trial(
