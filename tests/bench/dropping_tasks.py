@@ -12,8 +12,11 @@ from typing import Any
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.measure.lookups import LookupSettings, is_right, make_documents
+from tasks import humaneval, passes
 
 N_LINES, N_FILE = 20, 6000  # lines to quote, characters of a file
+N_SHOTS = 3  # solved problems that precede a HumanEval problem
+_WHOLE = "Write the last function in whole, in a code block."
 _QUOTING = "```\n{piece}\n```\n\nSome lines of this file again, unchanged:\n\n```\n"
 _CALLING = (
     "You have these tools:\n\n{tools}\n\nAnswer each request with one JSON object only:"
@@ -102,6 +105,21 @@ def calling(model: PopModel, n_requests: int) -> Iterator[TaskDocument]:
     shown = "\n".join(json.dumps(_schema(tool)) for tool in tools)
     asked = [(tool["request"], called(tool)) for tool in tools[:n_requests]]
     yield _chat(model, _CALLING.format(tools=shown), asked, max_tokens=120, max_lines=40)
+
+
+def programming(model: PopModel, path: Path, n_problems: int) -> Iterator[TaskDocument]:
+    """Yield HumanEval problems, each after the same N_SHOTS solved problems."""
+    every = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    shots = [humaneval(entry) for entry in every[:N_SHOTS]]
+    solved = "\n\n".join(f"{shot.question}\n\n{shot.shown}" for shot in shots)
+    for entry in every[N_SHOTS : N_SHOTS + n_problems]:
+        document = f"{solved}\n\n{humaneval(entry).question}"
+        yield _chat(model, document, [(_WHOLE, solves(entry))], max_tokens=400, max_lines=60)
+
+
+def solves(entry: dict[str, Any]) -> Callable[[str], float]:
+    """Return the score of an answer: 1 if its program passes the problem's tests."""
+    return lambda text: float(passes(entry, text))
 
 
 def _schema(tool: dict[str, Any]) -> dict[str, Any]:

