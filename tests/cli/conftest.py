@@ -1,10 +1,12 @@
 """Fixtures for tests of commands: tiny models, a text, and shorter measurements."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pop_local.measure import estimate, probes
+from pop_local.measure.lookups import LookupSettings
 from pop_local.workflows import benchmark
 from pop_local.workflows.conversion import full_model, named, search
 from support import calibrating
@@ -13,12 +15,13 @@ from support.synthetic import make_gguf
 
 @pytest.fixture(autouse=True)
 def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw random tokens once, measure few windows, and read one document of look-ups.
+    """Draw random tokens once, measure few windows, and ask few questions about one document.
 
     `bench` skips the unpatched library, which needs three more processes; test_bench.py runs it.
     """
     for module in (named, full_model):
         monkeypatch.setattr(module, "N_DOCUMENTS", 1)
+        monkeypatch.setattr(module, "LookupSettings", partial(LookupSettings, n_per_document=4))
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     monkeypatch.setattr(benchmark, "has_kernels", lambda: False)
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pydoc_data.topics import topics
 
 import pytest
@@ -12,6 +13,7 @@ from pop_local.measure import probes
 from pop_local.measure.budget import BALANCED, copies
 from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import Text, shipped_part, shipped_text, tokenize
+from pop_local.measure.lookups import LookupSettings
 from pop_local.measure.quality import QualitySettings, measure_against, read_reference
 from pop_local.research import layer_analysis
 from pop_local.research.layer_analysis import measure_cliff, worth_measuring
@@ -30,6 +32,7 @@ def test_real_model_has_the_known_losses(smollm2_q4_0, tmp_path, monkeypatch):
     """
     monkeypatch.setattr(named, "N_WINDOWS", 1)
     monkeypatch.setattr(named, "N_DOCUMENTS", 1)
+    monkeypatch.setattr(named, "LookupSettings", partial(LookupSettings, n_per_document=4))
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     model = PopModel(EngineOptions.of(smollm2_q4_0, n_ctx=512, n_threads=1))
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
@@ -47,7 +50,7 @@ def test_real_model_has_the_known_losses(smollm2_q4_0, tmp_path, monkeypatch):
     assert not copies(half)
     text, target = tmp_path / "topics.txt", tmp_path / "fitted.gguf"
     text.write_text("\n".join(topics.values()))
-    done = convert(smollm2_q4_0, target, "--text", text, "--skip", "1/3", *FEW, "--tokens", 4096)
+    done = convert(smollm2_q4_0, target, "--text", text, "--skip", "1/3", *FEW, "--tokens", 2048)
     assert done.exit_code == 0, done.stderr
     model = PopModel(EngineOptions.of(target, n_ctx=512, n_threads=1))
     fitted = measure_against(reference, model, Pruning(20), ignore)

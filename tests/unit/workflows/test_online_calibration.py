@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -20,6 +21,7 @@ from pop_local.engine.learning import online_calibrator as learning
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure import estimate
+from pop_local.measure.lookups import LookupSettings
 from pop_local.models.sidecars import learned_files, sidecar_of
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
@@ -55,6 +57,7 @@ NONE = Budget(
 def small(tmp_path, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setattr(full_model, "N_DOCUMENTS", 1)
+    monkeypatch.setattr(full_model, "LookupSettings", partial(LookupSettings, n_per_document=4))
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)
     # Random tokens look like spelling, so nearly all of them would be deep rows.
     monkeypatch.setattr(RowOptions, "deep_rows", DeepRows.NONE)
@@ -196,14 +199,14 @@ def test_a_fit_outside_the_budget_is_not_used(plain):
 def test_work_that_is_stopped_at_any_time_continues(plain):
     model, lessons = taught(plain)
     stops = 0
-    for patience in count(5, 1500):
+    for patience in (int(5 * 1.5**n) for n in count()):
         asked = count(1)
         lesson = lessons.idle(lambda: next(asked) >= patience)  # noqa: B023
         if lesson:
             break
         stops += 1
         assert sidecar_of(model.engine.context.files.source) is None
-    assert stops > 1 and lesson.boundary == 4
+    assert stops > 5 and lesson.boundary == 4
 
 
 def test_a_later_fit_must_be_better(plain, monkeypatch):
