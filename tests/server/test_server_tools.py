@@ -180,7 +180,7 @@ def test_invalid_requests_are_refused(client, body, reason):
 
 
 def test_tool_beyond_limits_is_refused(client):
-    with one_second_limit(grammar._child):
+    with one_second_limit(*grammar._children.queue):
         refused = chat(client, tools=[function("a", b=BOMB)])
     assert refused.status_code == 400, refused.text
 

@@ -7,12 +7,15 @@ from pop_local.engine.limited.process import KeptProcess
 
 
 @contextmanager
-def one_second_limit(kept: KeptProcess) -> Iterator[None]:
-    """Limit each call of the child to one second."""
-    before, kept.limit_s = kept.limit_s, 1.0
-    kept.close()
+def one_second_limit(*children: KeptProcess) -> Iterator[None]:
+    """Limit each call of the children to one second."""
+    before = [each.limit_s for each in children]
+    for each in children:
+        each.limit_s = 1.0
+        each.close()
     try:
         yield
     finally:
-        kept.limit_s = before
-        kept.close()
+        for each, limit_s in zip(children, before, strict=True):
+            each.limit_s = limit_s
+            each.close()

@@ -1,6 +1,7 @@
 """Grammars for llguidance: JSON schemas and GBNF."""
 
 import json
+import queue
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from llguidance import LLMatcher
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.decode import grammar_child
-from pop_local.engine.decode.gbnf import lark_of
 from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess, RefusedError
 
 LIMIT_S = 3
 LIMIT_BYTES = 512 * 2**20
+# Grammars that compile concurrently, each in a separate child process.
+N_COMPILING = 2
 _MAX_CHARACTERS = 2**20
 _MAX_MESSAGE = 300
 # The model chooses every token, so llguidance does not expand `a{400000000}` in advance.
@@ -49,7 +51,12 @@ _STRICTER = {
     "date-time": [f"^(?:{_DAY})", "^[0-9]{0,3}[1-9]", ":[0-9]{2}:[0-5]"],
     "time": [":[0-9]{2}:[0-5]"],
 }
-_child = KeptProcess(grammar_child.GrammarCompiler, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
+# The last child used comes first, so that a lone caller starts only one.
+_children: queue.LifoQueue[KeptProcess] = queue.LifoQueue()
+for _ in range(N_COMPILING):
+    _children.put(
+        KeptProcess(grammar_child.GrammarCompiler, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
+    )
 
 
 @dataclass(frozen=True)
@@ -90,14 +97,11 @@ class Grammar:
         Raises GrammarError if the grammar is invalid or exceeds the limits.
         """
         text = LLMatcher.grammar_from_lark(f"{_HEAD}{lark}")
-        if len(text) > _MAX_CHARACTERS:
-            raise GrammarError(f"{noun} is too large: {len(text):,} characters")
+        _require_size(text, noun)
         try:
-            warnings = _child.call("warnings", text)
+            warnings = _called(noun, "warnings", text)
         except RefusedError as error:
             raise GrammarError(f"{noun} is not valid: {short(error.message)}") from error
-        except BeyondLimitsError as error:
-            raise GrammarError(f"{noun} takes {_child.limits}", "simplify it") from error
         found = [*ignored, *(name for each in warnings for name in _named(each))]
         return cls(text, tuple(dict.fromkeys(found)))
 
@@ -108,16 +112,34 @@ class Grammar:
         `instead`: replacement JSON schemas by rule name. Raises GrammarError for invalid GBNF.
         """
         rules = instead or {}
+        noun = "a tool's schema" if rules else "the grammar"
+        if not rules:  # the template's grammar also contains the rules that are replaced
+            _require_size(gbnf, noun)
+        texts = {name: rule.text for name, rule in rules.items()}
         try:
-            text = lark_of(gbnf, {name: rule.text for name, rule in rules.items()})
-            text.encode()
-        except ValueError as error:
+            text = _called(noun, "lark", gbnf, texts)
+        except RefusedError as error:
             raise GrammarError(
-                f"the grammar is not valid GBNF: {error}",
+                f"the grammar is not valid GBNF: {error.message[:_MAX_MESSAGE]}",
                 "write each rule as NAME ::= ..., and name one of the rules root",
             ) from error
-        ignored = [name for rule in rules.values() for name in rule.ignored]
-        return cls.of_lark(text, "a tool's schema" if rules else "the grammar", ignored)
+        return cls.of_lark(text, noun, [name for rule in rules.values() for name in rule.ignored])
+
+
+def _called(noun: str, method: str, *arguments: Any) -> Any:
+    """Call a method of GrammarCompiler. Raises RefusedError, or GrammarError beyond the limits."""
+    child = _children.get()
+    try:
+        return child.call(method, *arguments)
+    except BeyondLimitsError as error:
+        raise GrammarError(f"{noun} takes {child.limits}", "simplify it") from error
+    finally:
+        _children.put(child)
+
+
+def _require_size(text: str, noun: str) -> None:
+    if len(text) > _MAX_CHARACTERS:
+        raise GrammarError(f"{noun} is too large: {len(text):,} characters")
 
 
 def json_rule(schema: Any) -> JsonRule:

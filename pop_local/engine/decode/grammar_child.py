@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from pop_local.engine.decode.gbnf import lark_of
+
 # Messages omit the parser's state. Large lexemes are not precomputed, because compile time must not
 # depend on the vocabulary.
 LIMITS = LLParserLimits(verbose_errors=False, precompute_large_lexemes=False)
@@ -22,6 +24,10 @@ class GrammarCompiler:
     def __init__(self) -> None:
         self._tokenizer = LLTokenizer("byte")
         threading.stack_size(_STACK_BYTES)
+
+    def lark(self, gbnf: str, instead: dict[str, str]) -> str:
+        """Translate GBNF as gbnf.lark_of does. Raises ValueError for an invalid grammar."""
+        return lark_of(gbnf, instead)
 
     def warnings(self, grammar: str) -> list[str]:
         """Compile a grammar and return its warnings. Raises ValueError for invalid grammars."""

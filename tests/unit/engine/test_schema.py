@@ -407,7 +407,7 @@ def test_a_client_cannot_change_how_json_is_written(accepts):
 
 @pytest.fixture(scope="module")
 def in_a_hurry():
-    with one_second_limit(grammar._child):
+    with one_second_limit(*grammar._children.queue):
         yield
 
 
