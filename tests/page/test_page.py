@@ -155,6 +155,54 @@ def test_html_in_answer_stays_text(fed):
     shot(fed, "markdown")
 
 
+DEEP = {
+    "quotes": "> " * 1_900 + "deep",
+    "lists": "\n".join("  " * level + "- deep" for level in range(840)),
+    "emphasis": "*a **b " * 2_000 + "deep" + "** *" * 2_000,
+    "links": "[" * 5_000 + "deep" + "](http://a.example)" * 5_000,
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deeply_nested_answer_ends_and_is_stored(fed, kind):
+    ask(fed, "First")
+    answer(fed, "Short.")
+    fed.click("#chats :text('New chat')")
+    ask(fed, "Deep")
+    answer(fed, DEEP[kind])
+    assert "deep" in said(fed)
+    depth = "(body) => Math.max(...[...body.querySelectorAll('*')].map((one) => {"
+    depth += " let n = 0; for (; one !== body; one = one.parentElement) n += 1; return n; }))"
+    assert fed.locator("article.assistant .body").evaluate(depth) < 100
+    fed.reload()
+    fed.wait_for_selector(ANSWERED)
+    assert "deep" in said(fed)
+    assert fed.locator("#list a").all_text_contents() == ["Deep", "First"]
+
+
+STORE = """async (messages) => {
+  const opening = indexedDB.open("pop-local", 1);
+  await new Promise((resolve) => (opening.onsuccess = resolve));
+  const chats = opening.result.transaction("chats", "readwrite").objectStore("chats");
+  chats.put({ id: "zz", title: "Damaged", messages });
+  await new Promise((resolve) => (chats.transaction.oncomplete = resolve));
+}"""
+
+
+@pytest.mark.parametrize("messages", [None, [None], [{"role": "assistant", "usage": {}}]])
+def test_damaged_chat_hides_no_other_chat(fed, messages):
+    ask(fed, "First")
+    answer(fed, "Short.")
+    fed.evaluate(STORE, messages)
+    fed.goto("/#zz")
+    fed.reload()
+    fed.wait_for_selector("#notice:text('damaged')")
+    assert fed.locator("#list a").all_text_contents() == ["Damaged", "First"]
+    fed.click("#list a:text('First')")
+    fed.wait_for_selector(ANSWERED)
+    assert said(fed).strip() == "Short."
+
+
 def test_streamed_markdown_and_progress_bar(fed):
     ask(fed, "Hello")
     feed(fed, ": queued 2\n\n")

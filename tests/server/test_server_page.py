@@ -24,7 +24,7 @@ from support.serving import app_of, asking, counted
 
 STATIC = ROOT / "pop_local" / "server" / "page" / "static"
 OURS = [path for kind in ("html", "css", "js") for path in sorted(STATIC.glob(f"*.{kind}"))]
-MOST_LINES = 700
+MOST_LINES = 735
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 
@@ -104,7 +104,7 @@ def test_wheel_contains_the_page():
 
 
 def test_page_needs_no_key(path):
-    client = asking(app_of(opened(path), NAME, rules=AccessRules(api_key="secret")))
+    client = asking(app_of(opened(path), NAME, rules=AccessRules(api_keys=("secret",))))
     assert client.get("/", headers=BROWSER).status_code == 200
     assert client.get("/page/main.js").status_code == 200
     for response in (sent(client, b"text"), client.get("/metrics"), client.get("/v1/models")):
@@ -223,7 +223,7 @@ def test_web_option_opens_the_browser(path, monkeypatch):
 
     monkeypatch.setattr("webbrowser.open", opened_at.append)
     monkeypatch.setattr("pop_local.server.app.run_app", serve_instead)
-    monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda: None)
+    monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda _: None)
     assert called("chat", path, "--web").returncode == 0
     assert opened_at == served_at
 

@@ -83,7 +83,13 @@ async function open(id) {
   if (id !== location.hash.slice(1)) return; // the user has opened another chat
   chat = found ?? fresh();
   leave();
-  show();
+  try {
+    show();
+  } catch {
+    chat = fresh();
+    show();
+    tell("This chat is damaged, so it cannot be shown.");
+  }
   showEnd();
   await showList().catch(unkept);
 }
