@@ -47,16 +47,15 @@ def find_mmproj(model: Path) -> Path | None:
 
     An mmproj named after a different model is ignored, even if that model does not exist.
     """
-    files = [path for path in sorted(model.parent.glob("*.gguf")) if path != model]
-    found = [path for path in files if "mmproj" in path.name]
+    found = [path for path in sorted(model.parent.glob("*mmproj*.gguf")) if path != model]
     named = model.with_name(mmproj_name(model.name))
     chosen = named if named in found else found[0] if len(found) == 1 else None
     if chosen is None or not is_mmproj(chosen):
         return None
     if chosen == named or not _words(chosen.name):
         return chosen
-    rivals = [path.name for path in files if path not in found]
-    rivals = [name for name in rivals if _words(name) != _words(model.name)]
+    others = {path.name for path in model.parent.glob("*.gguf") if path not in found}
+    rivals = [name for name in others if _words(name) != _words(model.name)]
     most = max((n_shared(chosen.name, name) for name in rivals), default=0)
     return chosen if 0 < n_shared(chosen.name, model.name) >= most else None
 

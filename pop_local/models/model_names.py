@@ -129,7 +129,7 @@ def record_fetched(name: str, file: Path) -> None:
 
 
 def _fetched(folder: Path) -> dict[str, str]:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError, RecursionError):
         return dict(json.loads((folder / _FETCHED).read_text("utf-8")))
     return {}
 

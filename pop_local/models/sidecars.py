@@ -4,12 +4,13 @@ import glob
 import importlib.resources
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pop_converter.base.errors import FormatError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import Source, sampled_sha256
-from pop_converter.popfile.format import pop_meta, read_binding
+from pop_converter.popfile.format import Binding, pop_meta, read_binding
 from pop_converter.popfile.sidecar import SUFFIX, bind, existing_sidecar, read_sidecar
 from pop_local.config.settings import learned_dir
 
@@ -84,9 +85,13 @@ def is_shipped(sidecar: Path) -> bool:
     return sidecar.parent == SHIPPED
 
 
+@cache
+def _bindings(folder: Path) -> dict[Path, Binding]:
+    return {path: read_binding(read_header(path)) for path in folder.glob(f"*{SUFFIX}")}
+
+
 def _shipped(base: Source) -> Path | None:
-    for path in SHIPPED.glob(f"*{SUFFIX}"):
-        binding = read_binding(read_header(path))
+    for path, binding in _bindings(SHIPPED).items():
         # Sizes are compared first, since the hash reads the vocabulary.
         if binding.base_bytes == base.size_bytes and binding == bind(base):
             return path

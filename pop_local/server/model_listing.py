@@ -11,7 +11,9 @@ from typing import NamedTuple
 from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source, read_source
+from pop_converter.popfile.sidecar import SUFFIX as SIDECAR_SUFFIX
 from pop_converter.popfile.sidecar import pop_of
+from pop_local.config.settings import learned_dir
 from pop_local.engine.images.pictures import has_pillow
 from pop_local.engine.llama.loading import default_ctx, kv_bytes
 from pop_local.engine.model import PopModel
@@ -70,19 +72,9 @@ class ModelInfo:
 
         Raises PopError if the file is damaged.
         """
-        stat = file.path.stat()
-        source = _source(file.path, (stat.st_mtime_ns, stat.st_size))
-        if source.first.get("general.architecture") == ARCHITECTURE:
-            raise PopError(f"{file.path} is an mmproj, not a language model")
-        meta = pop_of(source, sidecar_of(source))
-        return cls(
-            file.name,
-            source,
-            n_ctx or default_ctx(source.first),
-            meta.boundary if meta else 0,
-            has_pillow() and find_mmproj(file.path) is not None,
-            n_parallel,
-        )
+        others = (file.path.parent, file.path.with_name(file.path.stem + SIDECAR_SUFFIX))
+        states = (_state(path) for path in (file.path, *others, learned_dir()))
+        return _described(file, n_ctx, n_parallel, tuple(states))
 
     @property
     def template(self) -> str:
@@ -100,9 +92,31 @@ class ModelInfo:
         return n_bytes
 
 
-@lru_cache(maxsize=256)
-def _source(path: Path, _state: tuple[int, int]) -> Source:
-    return read_source(path)
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """Return values that change with a file, or with the names in a folder (None: missing)."""
+    with suppress(OSError):
+        stat = path.stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _described(
+    file: ModelFile, n_ctx: int | None, n_parallel: int, _states: tuple[object, ...]
+) -> ModelInfo:
+    """Describe a model's file. `_states`: the states of the files that the result depends on."""
+    source = read_source(file.path)
+    if source.first.get("general.architecture") == ARCHITECTURE:
+        raise PopError(f"{file.path} is an mmproj, not a language model")
+    meta = pop_of(source, sidecar_of(source))
+    return ModelInfo(
+        file.name,
+        source,
+        n_ctx or default_ctx(source.first),
+        meta.boundary if meta else 0,
+        has_pillow() and find_mmproj(file.path) is not None,
+        n_parallel,
+    )
 
 
 def models_in(folder: Path) -> dict[str, Path]:
@@ -112,8 +126,8 @@ def models_in(folder: Path) -> dict[str, Path]:
 
 
 def printable(name: str) -> str:
-    """Return a file name as valid Unicode, with undecodable bytes replaced."""
-    return os.fsencode(name).decode(errors="replace")
+    """Return a file name as valid Unicode, with undecodable bytes escaped."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def find(name: str, files: Mapping[str, Path]) -> ModelFile | None:

@@ -33,7 +33,7 @@ def guard(*, debug: bool) -> Iterator[None]:
     """
     if debug:
         handler = logging.StreamHandler()
-        handler.setFormatter(_Printable("%(name)s: %(message)s"))
+        handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
         logging.basicConfig(level=logging.INFO, handlers=[handler])
     with suppress(OSError):  # stderr may be closed
         logs.on_abort = _last_words()
@@ -108,8 +108,14 @@ def _last_words() -> Callable[[str], None]:
     return say
 
 
-class _Printable(logging.Formatter):
-    """A log formatter that escapes untrusted text, such as a model's metadata."""
+class PrintableFormatter(logging.Formatter):
+    """A log formatter that escapes untrusted text, such as file names and a model's metadata.
+
+    A message stays on one line, so that it cannot imitate other messages.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        return printable(super().formatMessage(record))
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), kept="\n")

@@ -1,6 +1,7 @@
 """Load a model's files, and check whether a context fits in memory."""
 
 import ctypes
+import os
 from contextlib import suppress
 from operator import mul
 from pathlib import Path
@@ -32,9 +33,9 @@ def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, param
     api.llama_backend_init()
     path = source.first.path
     if sidecar is None:
-        model = api.llama_model_load_from_file(str(path).encode(), params)
+        model = api.llama_model_load_from_file(os.fsencode(path), params)
     else:
-        files = [str(file).encode() for file in (*source.paths, sidecar)]
+        files = [os.fsencode(file) for file in (*source.paths, sidecar)]
         paths = (ctypes.c_char_p * len(files))(*files)
         model = api.llama_model_load_from_splits(paths, len(files), params)
     if not model:
