@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.model import PopModel
 from pop_local.models.model_names import lookup
 from pop_local.ui.console import note, warn
+from pop_local.ui.error_output import PrintableFormatter
 
 if TYPE_CHECKING:
     from pop_local.server.model_pool import ModelPool
@@ -24,12 +25,16 @@ if TYPE_CHECKING:
 class ServerOptions(Group):
     host: str = option("Address to listen on (0.0.0.0: all interfaces).", default="127.0.0.1")
     port: int = option("Port to listen on (0: any free port).", min=0, max=65535, default=8080)
-    api_key: str = option(
-        "API key that clients must send. Without a key, the server rejects requests for other host"
-        " names and from other sites' web pages.",
+    api_key: list[str] | None = option(
+        "API key that clients must send; repeatable. Without a key, the server rejects requests for"
+        " other host names and from other sites' web pages.",
         envvar="POP_LOCAL_API_KEY",
         show_envvar=True,
-        default="",
+    )
+    cache_scope: Literal["client", "shared"] = option(
+        "Owner of cached rows: each client (its API key or, without keys, its address), or all"
+        " clients together (shared).",
+        default="client",
     )
     name: str = expert("Model name in the APIs (default: the catalog or file name).", default="")
     strict_model: bool = expert("Reject requests that name an unknown model.", default=False)
@@ -103,10 +108,11 @@ def serve_named(
     except ModuleNotFoundError as error:
         hint = "install the server's packages with: pip install 'pop-local[server]'"
         raise PopError(f"serving needs {error.name}", hint) from error
-    rules = AccessRules(to.api_key, to.host, tuple(map(parse_origin, to.cors or ())))
+    keys, origins = tuple(filter(None, to.api_key or ())), tuple(map(parse_origin, to.cors or ()))
+    rules = AccessRules(keys, to.host, origins, shares_cache=to.cache_scope == "shared")
     listening = app.bind(to.host, to.port)
     try:
-        app.log_to_stderr()
+        app.log_to_stderr(PrintableFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
         if to.models is None:
             model = model or default_model()
         prompts = open_prompt_cache(how, to.cache_ram * 2**20)
@@ -117,7 +123,7 @@ def serve_named(
 
     def announce(url: str) -> None:
         _announce(pool, to)
-        if rules.host not in LOOPBACK and not rules.api_key:
+        if rules.host not in LOOPBACK and not rules.api_keys:
             warn("Anyone who can reach this machine can use the model; set --api-key.")
         note(f"Serving at {url}/v1, with a web page at {url}/ (Ctrl-C to stop)")
         on_ready(url)

@@ -16,12 +16,12 @@ class SlotScheduler:
         # Least recently used first.
         self._free = list(range(len(model.engine.sequences)))
 
-    def take(self, prompt: Prompt) -> int:
+    def take(self, prompt: Prompt, scope: str = "") -> int:
         """Reserve the free sequence with the most reusable rows and, if tied, the fewest rows.
 
-        Returns the index of the sequence.
+        `scope`: the owner of reusable rows. Returns the index of the sequence.
         """
-        best = max(self._free, key=lambda index: self._score(index, prompt))
+        best = max(self._free, key=lambda index: self._score(index, prompt, scope))
         self._free.remove(best)
         return best
 
@@ -36,12 +36,14 @@ class SlotScheduler:
 
         Does nothing if sequence `index` already has a prefix that is at least as long.
         """
-        states = [sequence.states for sequence in self._model.engine.sequences]
+        scope = self.sequence(index).states.scope
+        states = [each.states for each in self._model.engine.sequences]
+        states = [each for each in states if each.scope == scope]
         if len(states) > 1:
             best = max(states, key=lambda each: each.n_same(prompt))
             n_here = self.sequence(index).n_reusable(prompt)
-            if best is not states[index] and best.n_same(prompt) > n_here:
-                states[index].share(best, prompt)
+            if best is not self.sequence(index).states and best.n_same(prompt) > n_here:
+                self.sequence(index).states.share(best, prompt)
 
     def refillable(self) -> int | None:
         """Return the most recently used free sequence with rows to refill, or None."""
@@ -63,11 +65,12 @@ class SlotScheduler:
         refiller = self.sequence(index).refiller
         return refiller.n_refillable if refiller.is_on else 0
 
-    def _score(self, index: int, prompt: Prompt) -> tuple[int, int]:
+    def _score(self, index: int, prompt: Prompt, scope: str) -> tuple[int, int]:
         """Return a sort key: (number of reusable rows, negative number of cached rows).
 
         Reusable rows count only if they are at least half of the cached rows.
         """
         sequence = self.sequence(index)
-        n_reusable, n_tokens = sequence.n_reusable(prompt), sequence.cache.n_tokens
+        n_tokens = sequence.cache.n_tokens
+        n_reusable = sequence.n_reusable(prompt) if sequence.states.scope == scope else 0
         return (n_reusable if 2 * n_reusable >= n_tokens else 0), -n_tokens

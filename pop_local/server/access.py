@@ -1,6 +1,7 @@
 """Middleware that enforces the access rules, counts requests and writes the access log."""
 
 import asyncio
+import hashlib
 import hmac
 import ipaddress
 import logging
@@ -22,6 +23,8 @@ from pop_local.server.page.page_routes import is_public
 log = logging.getLogger("pop_local.server")
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# "-": a client without an address, such as one that uses a Unix socket.
+_ON_THIS_MACHINE = ("127.0.0.1", "::1", "-")
 LOCAL_ORIGIN = r"(?:https?|tauri)://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 # Containers reach their host by this name, which DNS cannot rebind: .internal is reserved.
 _DOCKER = "host.docker.internal"
@@ -34,14 +37,27 @@ _MAX_LOGGED_NAME = 80  # characters
 class AccessRules:
     """The rules for accepting requests.
 
-    If `api_key` is set, the server accepts requests that carry the key. If `api_key` is "", it
-    accepts requests to loopback names and to `host`, its listening address. The server also accepts
-    requests from web pages whose origin is in `origins` (in lower case).
+    If `api_keys` is not empty, the server accepts requests that carry one of the keys. Otherwise,
+    it accepts requests to loopback names and to `host`, its listening address. The server also
+    accepts requests from web pages whose origin is in `origins` (in lower case). If `shares_cache`
+    is set, a client's prompts may reuse rows that were read for other clients.
     """
 
-    api_key: str = ""
+    api_keys: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     origins: tuple[str, ...] = ()
+    shares_cache: bool = False
+
+    def client_of(self, scope: Scope) -> str:
+        """Return a hash of the key that a request carries, or the client's address without keys."""
+        if self.api_keys:
+            return hashlib.sha256((sent_key(scope, self) or "").encode()).hexdigest()[:16]
+        return str(scope["client"][0]) if scope.get("client") else "-"
+
+    def cache_scope(self, client: str) -> str:
+        """Return the owner of a client's cached rows ("": shared by all clients and commands)."""
+        is_only = len(self.api_keys) == 1 or client in _ON_THIS_MACHINE
+        return "" if self.shares_cache or is_only else client
 
 
 def parse_origin(text: str) -> str:
@@ -60,9 +76,10 @@ def parse_origin(text: str) -> str:
 class AccessMiddleware:
     """ASGI middleware that checks, counts and logs each request.
 
-    The metrics count requests to each of `paths` separately. Handlers use the scope's state: `note`
-    is appended to the log line, `client_gone` marks an aborted stream, and `held` is closed after
-    the response. If the requested model does not exist, `requested` is the name in the request, and
+    The metrics count requests to each of `paths` separately. Handlers use the scope's state:
+    `client` identifies the client, and `cache_scope` is the owner of its cached rows. `note` is
+    appended to the log line, `client_gone` marks an aborted stream, and `held` is closed after the
+    response. If the requested model does not exist, `requested` is the name in the request, and
     `answering` is the name of the model that answers instead.
     """
 
@@ -89,6 +106,8 @@ class AccessMiddleware:
 
         state: dict[str, Any] = scope.setdefault("state", {})
         held = state["held"] = ExitStack()
+        state["client"] = self.rules.client_of(scope)
+        state["cache_scope"] = self.rules.cache_scope(state["client"])
         try:
             error = refusal(scope, self.rules)
             app = self.app if error is None else error.response(scope["path"])
@@ -124,12 +143,13 @@ def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
     address in the Host header, because DNS cannot rebind an address.
     """
     headers = Headers(scope=scope)
-    if rules.api_key:
-        _, _, bearer = headers.get("authorization", "").partition(" ")
-        key = rules.api_key.encode()
-        for sent in (bearer, headers.get("x-api-key", "")):  # x-api-key: Anthropic's clients
-            if hmac.compare_digest(sent.encode("latin-1"), key):
-                return None
+    if "content-length" in headers and "transfer-encoding" in headers:
+        error = ApiError(400, "a request must not have both Content-Length and Transfer-Encoding")
+        error.headers = {"Connection": "close"}  # the next request's start is ambiguous
+        return error
+    if rules.api_keys:
+        if sent_key(scope, rules) is not None:
+            return None
         if scope["path"] in _HEALTH or is_public(scope):
             return None
         return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
@@ -155,6 +175,17 @@ def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
             " --cors ORIGIN or --api-key to allow them"
         )
         return ApiError(403, message, code="foreign_origin")
+    return None
+
+
+def sent_key(scope: Scope, rules: AccessRules) -> str | None:
+    """Return the accepted API key that a request carries, or None."""
+    headers = Headers(scope=scope)
+    _, _, bearer = headers.get("authorization", "").partition(" ")
+    for sent in (bearer, headers.get("x-api-key", "")):  # x-api-key: Anthropic's clients
+        for key in rules.api_keys:
+            if hmac.compare_digest(sent.encode("latin-1"), key.encode()):
+                return key
     return None
 
 

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
 
@@ -16,8 +17,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from pop_converter.base.errors import StoppedError
+from pop_local.engine.decode.grammar import N_COMPILING
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.server.api_errors import ApiError, client_gone
+from pop_local.server.client_limits import ClientLimiter
 from pop_local.server.job_responses import streamed_answer, whole_answer
 from pop_local.server.model_listing import ModelFile
 from pop_local.server.model_pool import ModelPool, ServedModel
@@ -44,8 +47,8 @@ class Api:
         max_ctx = models.registry.max_ctx
         self._max_body_bytes = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * max_ctx)
         self._max_image_bytes = MAX_DATA_URL if models.registry.can_see else 0
-        # To bound memory, one request at a time may compile a grammar, and one may decode images.
-        self._grammar_limit = anyio.CapacityLimiter(1)
+        self._grammars = ClientLimiter(N_COMPILING, 1, models.registry.max_waiting)
+        # To bound memory, one request at a time may decode images.
         self._image_limit = anyio.CapacityLimiter(1)
         self._watchers: set[asyncio.Task[None]] = set()
 
@@ -143,7 +146,7 @@ class Api:
     ) -> list[Task]:
         async with AsyncExitStack() as limits:
             if body.has_grammar:
-                await limits.enter_async_context(self._grammar_limit)
+                await limits.enter_async_context(self._grammars.turn(request.state.client))
             if isinstance(body, ChatBody) and body.has_images:
                 await limits.enter_async_context(self._image_limit)
             return await self.work(request, served, lambda: make(served.tasks, body))
@@ -159,7 +162,7 @@ class Api:
         form = reply(served, body)
 
         def submit(task: Task) -> Job:
-            job = served.worker.submit(task)
+            job = served.worker.submit(replace(task, cache_scope=request.state.cache_scope))
             gone.add_done_callback(lambda _: job.cancel())
             return job
 

@@ -15,8 +15,14 @@ from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.limited.process import NoChildError
 
 CLIENT_GONE = 499  # nginx's status for a client that disconnected before the answer was complete
-_ANTHROPIC_KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
-_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+_RETRY = {"Retry-After": "5"}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: _RETRY, 503: _RETRY}
 
 
 class ApiError(HTTPException):
@@ -28,7 +34,8 @@ class ApiError(HTTPException):
     def __init__(
         self, status: int, message: str, *, code: str | None = None, param: str | None = None
     ) -> None:
-        super().__init__(status, message)
+        # A message may quote a file name that is not valid Unicode.
+        super().__init__(status, message.encode(errors="backslashreplace").decode())
         self.code, self.param = code, param
 
     @property
@@ -47,7 +54,7 @@ class ApiError(HTTPException):
         """Return the response in the format of the API that `path` belongs to."""
         body = {"error": self.detail} if path.startswith("/api/") else self.openai_body
         body = self.anthropic_body if path.startswith("/v1/messages") else body
-        return JSONResponse(body, self.status_code, _HEADERS.get(self.status_code))
+        return JSONResponse(body, self.status_code, self.headers or _HEADERS.get(self.status_code))
 
 
 def client_gone() -> ApiError:

@@ -94,11 +94,11 @@ def serve_models(
         pool.close()
 
 
-def log_to_stderr() -> None:
+def log_to_stderr(formatter: logging.Formatter) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(formatter)
     log.addHandler(handler)
 
 
@@ -109,7 +109,10 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
     async def health(request: Request) -> Response:
         if hung_s := models.hung_s():
             raise ApiError(503, f"the model has not responded for {hung_s:.0f} s")
-        return JSONResponse({"status": "ok"})
+        if models.problem:
+            raise ApiError(503, models.problem)
+        replaced = models.replaced()
+        return JSONResponse({"status": "ok"} | ({"replaced": replaced} if replaced else {}))
 
     async def metrics(request: Request) -> Response:
         text = generate_latest(models.metrics.registry)
@@ -135,7 +138,7 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
     app.add_middleware(
         CORSMiddleware,
         # With a key every origin is safe: a page has the key only if its user entered it.
-        allow_origins=["*"] if rules.api_key else rules.origins,
+        allow_origins=["*"] if rules.api_keys else rules.origins,
         allow_origin_regex=LOCAL_ORIGIN,
         allow_methods=["*"],
         allow_headers=["*"],

@@ -70,6 +70,11 @@ class ServedModel:
     worker: Worker
     needed_bytes: int
 
+    @property
+    def is_replaced(self) -> bool:
+        """True if the model's file was changed after it was opened."""
+        return bool(self.model.engine.context.files.replaced)
+
     def close(self) -> None:
         """Stash the model's cached rows in the prompt cache, and close the model."""
         self.worker.stop()
@@ -126,6 +131,7 @@ class ModelPool:
         self._n_leases: Counter[Path] = Counter()
         self._waiting: list[Lease] = []
         self._damaged: set[Path] = set()
+        self._problem = ""  # why the last attempt to open a model failed
         self._change: threading.Thread | None = None
         self._closing: Sequence[ServedModel] = ()  # models that the change closes
         self._stopping = threading.Event()
@@ -146,8 +152,14 @@ class ModelPool:
         """Create a pool with one open model. `options`: any optional fields of ModelRegistry."""
         files, engine = {file.name: file.path}, model.engine
         can_see, n = engine.prompter.can_see, len(engine.sequences)
+        opened = [model]
+
+        def open_(path: Path) -> PopModel:
+            return opened.pop() if opened else PopModel(engine.options)
+
+        n_ctx = engine.context.n_ctx
         registry = ModelRegistry(
-            lambda: files, lambda _: model, make_fitter, engine.context.n_ctx, can_see, n, **options
+            lambda: files, open_, make_fitter, n_ctx, can_see, n_parallel=n, **options
         )
         pool = cls(registry)
         pool.load(file)
@@ -207,9 +219,14 @@ class ModelPool:
 
     async def info(self, file: ModelFile) -> ModelInfo:
         """Describe a model. Raises PopError for a damaged file."""
-        if served := self._loaded.get(file.path):
+        if served := self.current(file.path):
             return ModelInfo.of_model(file.name, served.model)
         return await run_in_threadpool(self._read, file)
+
+    def current(self, path: Path) -> ServedModel | None:
+        """Return the open model, unless the model's file was replaced."""
+        served = self._loaded.get(path)
+        return None if served is None or served.is_replaced else served
 
     def _read(self, file: ModelFile) -> ModelInfo:
         info = ModelInfo.of_file(file, self.registry.n_ctx, self.registry.n_parallel)
@@ -238,7 +255,7 @@ class ModelPool:
         lease = Lease(file, needed_bytes, self._ended, future)
         self._waiting = self._still_waiting()
         n_waiting = len(self._waiting)
-        served = self._loaded.get(file.path)
+        served = self.current(file.path)
         if served is not None and (self._change is not None or not n_waiting):
             self._grant(lease, served)
             return lease
@@ -276,10 +293,10 @@ class ModelPool:
             if not self._waiting:
                 return
             first = self._waiting[0]
-            if served := self._loaded.get(first.file.path):
+            if served := self.current(first.file.path):
                 for lease in self._for_the_same(first):
                     self._grant(lease, served)
-            elif (idle := self._to_close(first.needed_bytes)) is not None:
+            elif (idle := self._to_close(first)) is not None:
                 self._start_change(first, idle)
             else:
                 return
@@ -287,13 +304,20 @@ class ModelPool:
     def _for_the_same(self, lease: Lease) -> list[Lease]:
         return [one for one in self._still_waiting() if one.file.path == lease.file.path]
 
-    def _to_close(self, needed_bytes: int) -> list[ServedModel] | None:
-        """Return the idle models to close, or None if busy models leave too little memory."""
+    def _to_close(self, lease: Lease) -> list[ServedModel] | None:
+        """Return the idle models to close before the lease's model is opened.
+
+        The result is None if busy models leave too little memory, or if the replaced file of the
+        lease's model is still busy.
+        """
         limit = self.registry.ram_bytes
-        n_bytes = needed_bytes + sum(served.needed_bytes for served in self.loaded)
+        n_bytes = lease.needed_bytes + sum(served.needed_bytes for served in self.loaded)
         idle: list[ServedModel] = []
         for served in self.loaded:
-            if n_bytes > limit and not self._n_leases[served.path]:
+            is_replaced, is_busy = served.path == lease.file.path, self._n_leases[served.path] > 0
+            if is_replaced and is_busy:
+                return None
+            if is_replaced or (n_bytes > limit and not is_busy):
                 idle.append(served)
                 n_bytes -= served.needed_bytes
         return idle if n_bytes <= limit or len(idle) == len(self._loaded) else None
@@ -337,7 +361,7 @@ class ModelPool:
         self._change.start()
 
     def _changed(self, lease: Lease, error: Exception | None) -> None:
-        self._change, self._closing = None, ()
+        self._change, self._closing, self._problem = None, (), ""
         if error is None:
             log.info("opened %s", lease.file.name)
             if 0 < self.registry.ram_bytes < lease.needed_bytes:
@@ -345,8 +369,10 @@ class ModelPool:
                 message = "%s needs about %s of memory, but --ram allows only %s"
                 log.warning(message, lease.file.name, needed, limit)
         else:
+            failed = self._failed(lease.file, error)
+            self._problem = failed.detail
             for each in self._for_the_same(lease):
-                each.refuse(self._failed(lease.file, error))
+                each.refuse(failed)
         self._advance()
 
     def _failed(self, file: ModelFile, error: Exception) -> ApiError:
@@ -378,6 +404,16 @@ class ModelPool:
     def _refuse_all(self) -> None:
         for lease in self._waiting:
             lease.refuse(stopping())
+
+    @property
+    def problem(self) -> str:
+        """The reason why the server cannot answer, although its model was open before, or ""."""
+        is_only = not self._loaded and len(self.registry.files()) == 1
+        return self._problem if is_only else ""
+
+    def replaced(self) -> list[str]:
+        """Return the open models whose files were replaced, and that the next request reopens."""
+        return [served.name for served in self.loaded if served.is_replaced]
 
     def hung_s(self) -> float:
         """Return how long a model has been hanging, in seconds (0: no model is hanging)."""

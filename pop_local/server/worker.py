@@ -38,7 +38,7 @@ class Task:
 
     `reason` explains why the prompt is read in full (None: it is pruned). The text `echo` precedes
     the answer. `n_prompt_logprobs` is the number of alternatives for each prompt token (None: no
-    log probabilities).
+    log probabilities). `cache_scope` is the owner of the cached rows ("": shared).
     """
 
     prompt: Prompt
@@ -47,6 +47,7 @@ class Task:
     echo: str = ""
     n_prompt_logprobs: int | None = None
     embeds: bool = False
+    cache_scope: str = ""
 
 
 class Job:
@@ -268,10 +269,11 @@ class Worker(threading.Thread):
         job.queued_s = time.perf_counter() - job.submitted_s
         self._seen_s[job] = time.monotonic()
         self._metrics.queued.observe(job.queued_s)
-        index = self._slots.take(job.task.prompt)
+        index = self._slots.take(job.task.prompt, job.task.cache_scope)
         sequence = self._slots.sequence(index)
         try:
             with sequence.cache.slot.working():
+                sequence.states.set_scope(job.task.cache_scope)
                 # A change of mode clears the KV cache: its rows are either full or pruned.
                 sequence.set_mode(Mode.CONTEXT if job.task.reason is None else Mode.OFF)
                 if not job.task.options.repeatable:

@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 
 def test_api_key_is_required(model):
-    client = asking(app_of(model, NAME, rules=AccessRules(api_key="secret")))
+    client = asking(app_of(model, NAME, rules=AccessRules(api_keys=("secret",))))
     for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
         refused = client.get("/v1/models", headers=header)
         assert refused.status_code == 401
@@ -102,7 +102,7 @@ def test_simple_cors_request_is_refused(model):
 
 
 def test_any_origin_with_key_is_accepted(model):
-    client = asking(app_of(model, NAME, rules=AccessRules(api_key="secret")))
+    client = asking(app_of(model, NAME, rules=AccessRules(api_keys=("secret",))))
     page = {"Host": "box.example", "Origin": "https://page.example"}
     allowed = client.options("/v1/chat/completions", headers=page | PREFLIGHT)
     assert allowed.status_code == 200
@@ -162,7 +162,7 @@ def test_command_passes_origins_and_strictness(model, monkeypatch):
         found.append(client.post("/api/show", json={"model": "other"}).status_code)
 
     monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
-    monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda: None)
+    monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda _: None)
     options = ("--port", 0, "--cors", "https://FRIEND.example/", "--strict-model")
     assert called("serve", model.engine.context.files.path, *options).returncode == 0
     assert found == [200, 403, 404]

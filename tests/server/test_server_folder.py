@@ -1,5 +1,6 @@
 """A folder of models: damaged files, names, listings, the command."""
 
+import json
 import logging
 import os
 import shutil
@@ -7,17 +8,20 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from pop_converter.base.errors import PopError
+from pop_converter.gguf.source import Source
+from pop_local.server import model_listing
 from pop_local.server.app import create_app
 from pop_local.server.model_pool import ModelPool
-from support.calls import wait_for
+from support.calls import opened, wait_for
 from support.converted import converted
 from support.library import NAMES, Library, asked
 from support.program import called
-from support.server_requests import N_CTX, chat, complete, text_of
-from support.serving import LOCAL, asking
+from support.server_requests import LONG, N_CTX, chat, complete, text_of
+from support.serving import LOCAL, app_of, asking, served
 
 
 def test_damaged_file_closes_no_model(folder, tmp_path, expected):
@@ -114,7 +118,7 @@ def test_listings_open_no_model(folder, tmp_path, caplog):
     names = ["one", "one.pop", "three", "two"]
     if sys.platform == "linux":
         shutil.copy(folder / "two.gguf", Path(os.fsdecode(bytes(tmp_path) + b"/z\xff.gguf")))
-        names += ["z\ufffd"]
+        names += ["z\\xff"]
     caplog.set_level(logging.WARNING, "pop_local.server")
     with asked(library) as client:
         cards = client.get("/v1/models").json()["data"]
@@ -176,7 +180,7 @@ def test_command_serves_a_folder(folder, expected, monkeypatch):
             found.append(text_of(complete(client, model="two")))
 
     monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
-    monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda: None)
+    monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda _: None)
     options = ("--models", folder, "--port", 0, "--threads", 1, "--ctx", 1024, "--learn", "off")
     done = called("serve", *options)
     assert done.returncode == 0, done.stderr
@@ -187,3 +191,117 @@ def test_command_serves_a_folder(folder, expected, monkeypatch):
     wrong = called("serve", "thre", *options)
     assert wrong.returncode == 1
     assert "did you mean three?" in wrong.stderr
+
+
+# --- replaced files
+
+
+def replaced(path: Path, source: Path) -> None:
+    shutil.copy(source, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize("ram_bytes", [0, 1 << 40])
+def test_replaced_file_is_reopened(folder, tmp_path, expected, ram_bytes):
+    for name in ("one", "three"):
+        shutil.copy(folder / f"{name}.gguf", tmp_path)
+    with asked(Library(tmp_path), ram_bytes=ram_bytes) as client:
+        assert text_of(complete(client, model="three")) == expected["three"]
+        assert text_of(complete(client, model="one")) == expected["one"]
+        replaced(tmp_path / "one.gguf", folder / "two.gguf")
+        assert client.get("/health").json() == {"status": "ok", "replaced": ["one"]}
+        for _ in range(2):
+            assert text_of(complete(client, model="one")) == expected["two"]
+        assert client.get("/health").json() == {"status": "ok"}
+        assert text_of(complete(client, model="three")) == expected["three"]
+
+
+def test_file_replaced_during_an_answer_is_reopened(folder, tmp_path, expected):
+    shutil.copy(folder / "one.gguf", tmp_path)
+    body = {"model": "one", "prompt": LONG, "temperature": 0, "max_tokens": 200, "stream": True}
+    with asked(Library(tmp_path)) as client, ThreadPoolExecutor(1) as other:
+        with client.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            replaced(tmp_path / "one.gguf", folder / "two.gguf")
+            answer = other.submit(complete, client, model="one")
+            last = json.loads([line[6:] for line in lines if line.startswith("data: {")][-1])
+        # The pages of a replaced file may have changed, so the old answer ends.
+        assert "was changed after it was opened" in last["error"]["message"]
+        assert text_of(answer.result()) == expected["two"]
+
+
+def test_health_reports_an_only_model_that_cannot_be_reopened(folder, tmp_path, expected):
+    shutil.copy(folder / "one.gguf", tmp_path)
+    library = Library(tmp_path)
+    with asked(library) as client:
+        assert text_of(complete(client)) == expected["one"]
+        replaced(tmp_path / "one.gguf", folder / "two.gguf")
+        library.problem = PopError("the memory is full")
+        assert complete(client).status_code == 500
+        assert client.get("/health").status_code == 503
+        assert "the memory is full" in client.get("/health").text
+        library.problem = None
+        assert text_of(complete(client)) == expected["two"]
+        assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_replaced_file_of_a_lone_model_is_reopened(folder, tmp_path, expected):
+    path = Path(shutil.copy(folder / "one.gguf", tmp_path))
+    app = app_of(opened(path, n_ctx=N_CTX), "mine")
+    with asking(app) as client:
+        assert text_of(complete(client)) == expected["one"]
+        replaced(path, folder / "two.gguf")
+        assert text_of(complete(client)) == expected["two"]
+    app.state.models.close()
+
+
+# --- file names
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names")
+def test_names_that_are_not_utf_8_are_all_served(folder, tmp_path, expected):
+    for name in (b"a\xfe", b"a\xff"):
+        shutil.copy(folder / "one.gguf", os.fsdecode(bytes(tmp_path) + b"/" + name + b".gguf"))
+    Path(os.fsdecode(bytes(tmp_path) + b"/b\xff.gguf")).write_bytes(b"GGUF" + bytes(100))
+    with asked(Library(tmp_path)) as client:
+        names = [card["id"] for card in client.get("/v1/models").json()["data"]]
+        assert names == ["a\\xfe", "a\\xff"]
+        for name in names:
+            assert text_of(complete(client, model=name)) == expected["one"]
+        damaged = client.get("/props", params={"model": "b\\xff"})
+        assert damaged.status_code == 500
+        assert "b\\udcff.gguf" in damaged.json()["error"]["message"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file names")
+def test_log_escapes_control_characters(tmp_path):
+    (tmp_path / "a\x1b[2J\n12:00:00 all is well.gguf").write_bytes(b"GGUF" + bytes(100))
+    with served(f"--models={tmp_path}", "--learn", "off") as server:
+        assert httpx2.get(f"{server.api}/models").json()["data"] == []
+        wait_for(lambda: "/v1/models" in server.log)
+        assert "skipping a\\x1b[2J\\n12:00:00 all is well:" in server.log
+        assert "\x1b" not in server.log
+
+
+def test_listing_reads_each_file_once(folder, tmp_path, monkeypatch):
+    for number in range(20):
+        shutil.copy(folder / "one.gguf", tmp_path / f"{number}.gguf")
+    read: list[Path] = []
+    read_source = model_listing.read_source
+
+    def counted(path: Path) -> Source:
+        read.append(path)
+        return read_source(path)
+
+    monkeypatch.setattr(model_listing, "read_source", counted)
+    with asked(Library(tmp_path)) as client:
+        assert len(client.get("/v1/models").json()["data"]) == 20
+        monkeypatch.setattr(model_listing, "sidecar_of", lambda source: pytest.fail("not cached"))
+        assert len(client.get("/v1/models").json()["data"]) == 20
+        monkeypatch.undo()
+        assert len(read) == 20
+        sidecar = converted(tmp_path / "3.gguf", tmp_path, boundary=4)
+        cards = client.get("/v1/models").json()["data"]
+        boundaries = {card["id"]: card["pop"]["boundary"] for card in cards}
+        assert boundaries[sidecar.stem] == 4

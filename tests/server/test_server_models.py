@@ -74,7 +74,21 @@ def test_every_api_opens_the_named_model(library):
             assert response.status_code == 200, response.text
             assert response.json().get("model", name) == name
             assert library.open_ones == [name]
-        assert client.get("/props", params={"model": "one"}).json()["model_alias"] == "one"
+
+
+def test_get_requests_open_and_close_no_model(library):
+    paths = ("props", "v1/models", "v1/models/two", "api/tags", "api/ps", "health", "metrics")
+    with asked(library) as client:
+        complete(client, model="one", max_tokens=1)
+        for path in paths:
+            assert client.get(f"/{path}", params={"model": "two"}).status_code == 200
+        closed = client.get("/props", params={"model": "two"}).json()
+        opened = client.get("/props", params={"model": "one"}).json()
+        assert (library.open_ones, library.n_tried) == (["one"], 1)
+    assert (closed["model_alias"], closed["is_sleeping"]) == ("two", True)
+    assert (opened["model_alias"], opened["is_sleeping"]) == ("one", False)
+    assert closed["chat_template"] == opened["chat_template"]
+    assert closed["default_generation_settings"] == opened["default_generation_settings"]
 
 
 def test_stream_keeps_its_model_open(library, expected):

@@ -179,7 +179,7 @@ def test_access_errors_have_ollama_shape(client, full):
     assert (foreign.status_code, foreign.json().keys()) == (403, {"error"})
     strict = asking(app_of(full, NAME, strict_model=True))
     assert "no model named 'other'" in strict.post("/api/show", json={"model": "other"}).text
-    keyed = asking(app_of(full, NAME, rules=AccessRules(api_key="secret")))
+    keyed = asking(app_of(full, NAME, rules=AccessRules(api_keys=("secret",))))
     assert keyed.get("/api/tags").status_code == 401
     assert "API key" in keyed.get("/api/tags").json()["error"]
 

@@ -254,7 +254,7 @@ def test_command_sets_queue_length(path, monkeypatch):
         asyncio.run(fill(served.worker))
 
     monkeypatch.setattr("pop_local.server.app.run_app", fill_instead)
-    monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda: None)
+    monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda _: None)
     assert called("serve", path, "--port", 0, "--max-waiting", 3).returncode == 0
 
 

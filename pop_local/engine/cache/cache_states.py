@@ -18,10 +18,22 @@ MIN_LOST = 256
 
 
 class CacheStates:
-    """Saved states of a KV cache. `prompts`: the prompt cache that stores the states, if any."""
+    """Saved states of a KV cache. `prompts`: the prompt cache that stores the states, if any.
+
+    `scope` is the owner of the cached rows ("": shared). An owner's prompts never reuse the rows of
+    another owner, because response times and counts of cached tokens would reveal its prompts.
+    """
 
     def __init__(self, cache: KvCache, keys: CacheKeys, prompts: PromptCache | None) -> None:
         self.cache, self.keys, self.prompts = cache, keys, prompts
+        self.scope = ""
+
+    def set_scope(self, scope: str) -> None:
+        """Store another owner's rows in the prompt cache, and empty the cache."""
+        if scope != self.scope and self.cache.n_tokens:
+            self.store()
+            self.cache.clear()
+        self.scope = scope
 
     @property
     def key(self) -> str:
@@ -111,7 +123,8 @@ class CacheStates:
 
     @property
     def _prompts_key(self) -> str:
-        return f"{self.keys.model}, {self.keys.mode}"
+        owner = f", client {self.scope}" if self.scope else ""
+        return f"{self.keys.model}, {self.keys.mode}{owner}"
 
     # Other sequences
 

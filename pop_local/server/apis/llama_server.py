@@ -12,6 +12,7 @@ from starlette.routing import Route
 from pop_local import __version__
 from pop_local.config.settings import MOST
 from pop_local.engine.chat_messages import TokenLogprob
+from pop_local.engine.decode.sampler import recommended
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn_options import TurnOptions
@@ -132,22 +133,23 @@ def routes(api: Api) -> list[Route]:
 
 
 async def _props(api: Api, request: Request) -> Response:
-    served = await api.served(request, request.query_params.get("model"))
-    engine = served.model.engine
-    template = engine.prompter.template
-    settings = _settings(TurnOptions(**engine.recommended))  # type: ignore[arg-type]
+    """Describe a model without opening it, because any web page can send GET requests."""
+    file = api.require_file(request, request.query_params.get("model"))
+    info, served = await api.models.info(file), api.models.current(file.path)
+    template = None if served is None else served.model.engine.prompter.template
+    settings = _settings(TurnOptions(**recommended(info.source.first)))  # type: ignore[arg-type]
     return JSONResponse(
         {
-            "default_generation_settings": {"n_ctx": engine.context.n_ctx, "params": settings},
-            "total_slots": len(engine.sequences),
-            "model_alias": served.name,
-            "model_path": printable(engine.context.files.path.name),
-            "modalities": {"vision": engine.prompter.can_see, "audio": False},
-            "chat_template": template.source,
-            "bos_token": template.bos,
-            "eos_token": template.eos,
+            "default_generation_settings": {"n_ctx": info.n_ctx, "params": settings},
+            "total_slots": info.n_parallel,
+            "model_alias": info.name,
+            "model_path": printable(info.source.first.path.name),
+            "modalities": {"vision": info.can_see, "audio": False},
+            "chat_template": template.source if template else info.template,
+            "bos_token": template.bos if template else "",
+            "eos_token": template.eos if template else "",
             "build_info": f"pop-local {__version__}",
-            "is_sleeping": False,
+            "is_sleeping": not info.is_loaded,
         }
     )
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import anyio
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -19,6 +18,7 @@ from starlette.types import Scope
 from pop_local.engine.images.pictures import MAX_BYTES as MAX_IMAGE_BYTES
 from pop_local.engine.limited.process import BeyondLimitsError, RefusedError
 from pop_local.server.api_errors import ApiError
+from pop_local.server.client_limits import ClientLimiter
 from pop_local.server.page.file_reader import reader
 from pop_local.texts.document_readers import MAX_BYTES as MAX_DOCUMENT_BYTES
 
@@ -43,7 +43,9 @@ _TYPES = {
 }
 _FILES = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*.*")}
 _MAX_NAME = 200
-_MAX_UPLOADS = 4  # concurrent uploads, which use disk space
+# Concurrent uploads, which use disk space: in total, and of one client.
+_MAX_UPLOADS, _MAX_CLIENT_UPLOADS = 8, 2
+_MAX_WAITING_UPLOADS = 16  # of one client
 _HINT = "save the file as plain text first"
 _IMAGE = re.compile(r"image/[\w.+-]{1,40}")
 
@@ -55,9 +57,10 @@ def is_public(scope: Scope) -> bool:
 
 
 def routes() -> list[Route]:
+    limiter = ClientLimiter(_MAX_UPLOADS, _MAX_CLIENT_UPLOADS, _MAX_WAITING_UPLOADS)
     return [
         Route("/", _root),
-        Route("/page/file", partial(_file, anyio.CapacityLimiter(_MAX_UPLOADS)), methods=["POST"]),
+        Route("/page/file", partial(_file, limiter), methods=["POST"]),
         Route("/page/{name:path}", _static),
     ]
 
@@ -84,10 +87,10 @@ def _shown(name: str) -> Response:
     return FileResponse(path, media_type=kind, headers=HEADERS)
 
 
-async def _file(limit: anyio.CapacityLimiter, request: Request) -> Response:
+async def _file(limiter: ClientLimiter, request: Request) -> Response:
     name = request.query_params.get("name", "")[-_MAX_NAME:] or "the file"
     image = _IMAGE.match(request.headers.get("content-type", ""))
-    async with limit:
+    async with limiter.turn(request.state.client):
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             suffix = re.search(r"\.[a-z0-9]{1,8}$", name.lower())
             path = Path(folder) / f"sent{suffix[0] if suffix else ''}"

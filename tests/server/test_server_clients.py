@@ -1,0 +1,207 @@
+"""Several clients: fair shares of expensive work, and separate caches."""
+
+import asyncio
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+import pytest
+from starlette.testclient import TestClient
+
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.decode.grammar import Grammar, GrammarError
+from pop_local.server.access import AccessRules
+from pop_local.server.api_errors import ApiError
+from pop_local.server.client_limits import ClientLimiter
+from support.calls import opened, wait_for
+from support.server_requests import LONG, N_CTX, NAME, text_of
+from support.serving import Served, app_of, asking, served
+
+ALICE, BOB = ({"Authorization": f"Bearer {name}"} for name in ("alice", "bob"))
+KEYS = AccessRules(api_keys=("alice", "bob"))
+
+
+def ask(client: TestClient, headers: dict[str, str], **body: Any):
+    body = {"prompt": LONG, "temperature": 0, "max_tokens": 8} | body
+    return client.post("/v1/completions", json=body, headers=headers)
+
+
+# --- shares
+
+
+async def _hold(limiter: ClientLimiter, client: str, began: list[str], ends: asyncio.Event) -> None:
+    async with limiter.turn(client):
+        began.append(client)
+        await ends.wait()
+
+
+def test_waiting_clients_take_turns():
+    async def run() -> list[str]:
+        limiter = ClientLimiter(1, 1, 8)
+        began: list[str] = []
+        order = [*["a"] * 4, "b", "b", "c"]
+        ends = asyncio.Event()
+        tasks = [asyncio.create_task(_hold(limiter, client, began, ends)) for client in order]
+        await asyncio.sleep(0)
+        ends.set()
+        await asyncio.gather(*tasks)
+        assert not limiter._waiting
+        return began
+
+    assert asyncio.run(run()) == ["a", "b", "c", "a", "b", "a", "a"]
+
+
+def test_client_cannot_fill_all_places():
+    async def run() -> None:
+        limiter, ends = ClientLimiter(3, 2, 2), asyncio.Event()
+        began: list[str] = []
+        tasks = [asyncio.create_task(_hold(limiter, "a", began, ends)) for _ in range(4)]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="2 of this client's requests are waiting") as caught:
+            async with limiter.turn("a"):
+                pass
+        assert caught.value.status_code == 429
+        tasks.append(asyncio.create_task(_hold(limiter, "b", began, ends)))
+        await asyncio.sleep(0)
+        assert began == ["a", "a", "b"]
+        tasks[2].cancel()  # frees a waiting place
+        await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(_hold(limiter, "a", began, ends)))
+        ends.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert began.count("a") == 4
+        assert not limiter._waiting and not limiter._running.total()
+
+    asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    model = opened(path, n_ctx=N_CTX)
+    yield model
+    model.close()
+
+
+def test_grammar_bombs_do_not_delay_other_clients(model, monkeypatch):
+    """One client's slow grammars block neither another client's grammars nor the queue."""
+    may_end = threading.Event()
+    of_schema = Grammar.of_schema
+
+    def slow(schema: Any) -> Grammar:
+        if "bomb" in schema:
+            assert may_end.wait(60)
+            raise GrammarError("the JSON schema takes more than 3 s or 512 MiB")
+        return of_schema(schema)
+
+    monkeypatch.setattr(Grammar, "of_schema", slow)
+    app = app_of(model, NAME, rules=KEYS, max_waiting=3)
+    form = {"type": "json_object", "schema": {"bomb": 1}}
+    with asking(app) as client, ThreadPoolExecutor(8) as threads:
+        bombs = [threads.submit(ask, client, ALICE, response_format=form) for _ in range(5)]
+        wait_for(lambda: any(bomb.done() for bomb in bombs))
+        refused = next(bomb.result() for bomb in bombs if bomb.done())
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "5"
+        short = {"type": "json_object", "schema": {"const": "a"}}
+        answer = ask(client, BOB, response_format=short, max_tokens=20)
+        assert text_of(answer) == '"a"'
+        may_end.set()
+        assert sorted(bomb.result().status_code for bomb in bombs) == [400] * 4 + [429]
+
+
+# --- caches
+
+
+def n_cached(client: TestClient, headers: dict[str, str]) -> int:
+    reply = ask(client, headers, max_tokens=1).json()
+    return int(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+@pytest.mark.parametrize("n_parallel", [1, 2, 3])
+def test_cached_tokens_reveal_no_other_clients_prompt(path, n_parallel):
+    prompts = PromptCache(1 << 26)
+    model = opened(path, n_ctx=N_CTX, n_parallel=n_parallel, prompt_cache=prompts)
+    with asking(app_of(model, NAME, rules=KEYS)) as client:
+        assert n_cached(client, ALICE) == 0
+        assert n_cached(client, BOB) == 0
+        assert n_cached(client, ALICE) > 100
+        assert n_cached(client, BOB) > 100
+        assert not any("alice" in key or "bob" in key for key, _ in prompts._states)
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("rules", "addresses", "is_shared"),
+    [
+        (AccessRules(api_keys=("alice", "bob"), shares_cache=True), ("::1", "::1"), True),
+        (AccessRules(host="0.0.0.0"), ("127.0.0.1", "::1"), True),
+        (AccessRules(host="0.0.0.0"), ("127.0.0.1", "10.0.0.9"), False),
+        (AccessRules(host="0.0.0.0", shares_cache=True), ("10.0.0.8", "10.0.0.9"), True),
+    ],
+)
+def test_clients_that_share_a_cache(path, rules, addresses, is_shared):
+    model = opened(path, n_ctx=N_CTX)
+    with asking(app_of(model, NAME, rules=rules)) as server:
+        found = []
+        for address, headers in zip(addresses, (ALICE, BOB), strict=True):
+            client = TestClient(server.app, "http://localhost:8080", client=(address, 1))
+            client.portal = server.portal
+            found.append(n_cached(client, headers))
+        assert (found[0], found[1] > 100) == (0, is_shared)
+    model.close()
+
+
+def test_single_key_shares_the_commands_cache():
+    rules = AccessRules(api_keys=("alice",))
+    assert {rules.cache_scope(name) for name in ("0123", "4567")} == {""}
+
+
+# --- connections
+
+
+@pytest.fixture(scope="module")
+def server(path):
+    with served(path, "--ctx", N_CTX, "--api-key", "alice", "--api-key", "bob") as server:
+        yield server
+
+
+def begun(server: Served, *lines: str) -> socket.socket:
+    """Return a connection with a begun request of Alice's."""
+    host, port = server.root.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    head = [*lines, f"Host: {host}", "Authorization: Bearer alice", "", ""]
+    connection.sendall("\r\n".join(head).encode())
+    return connection
+
+
+def test_slow_uploads_do_not_block_other_clients(server):
+    length = ("POST /page/file?name=a.txt HTTP/1.1", "Content-Length: 5")
+    slow = [begun(server, *length) for _ in range(12)]
+    for each in slow:
+        each.sendall(b"a")
+    url = f"{server.root}/page/file?name=b.txt"
+    answer = httpx2.post(url, content=b"words", headers=BOB, timeout=20)
+    assert answer.json()["text"] == "words"
+    refused = [begun(server, *length) for _ in range(12)]
+    time.sleep(0.5)
+    refused[-1].settimeout(10)
+    assert b" 429 " in refused[-1].recv(100)
+    for each in (*slow, *refused):
+        each.sendall(b"rest")
+    assert {b" 200 " in each.recv(100) for each in slow} == {True}
+    for each in (*slow, *refused):
+        each.close()
+
+
+def test_ambiguous_length_closes_the_connection(server):
+    lengths = ("Content-Length: 4", "Transfer-Encoding: chunked")
+    with begun(server, "POST /tokenize HTTP/1.1", *lengths) as connection:
+        connection.sendall(b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        found = b""
+        while piece := connection.recv(1000):
+            found += piece
+    assert found.startswith(b"HTTP/1.1 400")
+    assert found.count(b"HTTP/1.1 ") == 1  # the second request is not answered
