@@ -24,7 +24,7 @@ from starlette.routing import Route
 from pop_converter.base.errors import PopError
 from pop_local.server.access import LOCAL_ORIGIN, AccessMiddleware, AccessRules
 from pop_local.server.api import Api
-from pop_local.server.api_errors import ApiError, as_api_error
+from pop_local.server.api_errors import as_api_error
 from pop_local.server.apis import llama_server, messages, ollama, openai, responses
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
 from pop_local.server.model_pool import ModelPool
@@ -107,12 +107,7 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
     api = Api(models)
 
     async def health(request: Request) -> Response:
-        if hung_s := models.hung_s():
-            raise ApiError(503, f"the model has not responded for {hung_s:.0f} s")
-        if models.problem:
-            raise ApiError(503, models.problem)
-        replaced = models.replaced()
-        return JSONResponse({"status": "ok"} | ({"replaced": replaced} if replaced else {}))
+        return JSONResponse(models.health())
 
     async def metrics(request: Request) -> Response:
         text = generate_latest(models.metrics.registry)

@@ -18,6 +18,7 @@ from pop_local.engine.images.pictures import has_pillow
 from pop_local.engine.llama.loading import default_ctx, kv_bytes
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.infill import can_infill
+from pop_local.engine.prompt.templates import Template
 from pop_local.models.mmproj_files import ARCHITECTURE, find_mmproj
 from pop_local.models.model_files import known_name, models_by_name
 from pop_local.models.model_names import lookup
@@ -37,8 +38,8 @@ class ModelFile(NamedTuple):
 class ModelInfo:
     """A model's description in listings.
 
-    `boundary` is 0 if prompts are not pruned. While a model is closed, `exact` is None and
-    `can_infill` is False, because both are unknown.
+    `boundary` is 0 if prompts are not pruned. While a model is closed, `exact` and `open_template`
+    are None and `can_infill` is False, because they are unknown.
     """
 
     name: str
@@ -49,7 +50,11 @@ class ModelInfo:
     n_parallel: int
     exact: int | None = None
     can_infill: bool = False
-    is_loaded: bool = False
+    open_template: Template | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.open_template is not None
 
     @classmethod
     def of_model(cls, name: str, model: PopModel) -> "ModelInfo":
@@ -63,7 +68,7 @@ class ModelInfo:
             len(engine.sequences),
             engine.pruning.exact,
             can_infill(engine.context),
-            is_loaded=True,
+            engine.prompter.template,
         )
 
     @classmethod

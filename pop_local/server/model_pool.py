@@ -219,11 +219,11 @@ class ModelPool:
 
     async def info(self, file: ModelFile) -> ModelInfo:
         """Describe a model. Raises PopError for a damaged file."""
-        if served := self.current(file.path):
+        if served := self._current(file.path):
             return ModelInfo.of_model(file.name, served.model)
         return await run_in_threadpool(self._read, file)
 
-    def current(self, path: Path) -> ServedModel | None:
+    def _current(self, path: Path) -> ServedModel | None:
         """Return the open model, unless the model's file was replaced."""
         served = self._loaded.get(path)
         return None if served is None or served.is_replaced else served
@@ -255,7 +255,7 @@ class ModelPool:
         lease = Lease(file, needed_bytes, self._ended, future)
         self._waiting = self._still_waiting()
         n_waiting = len(self._waiting)
-        served = self.current(file.path)
+        served = self._current(file.path)
         if served is not None and (self._change is not None or not n_waiting):
             self._grant(lease, served)
             return lease
@@ -293,7 +293,7 @@ class ModelPool:
             if not self._waiting:
                 return
             first = self._waiting[0]
-            if served := self.current(first.file.path):
+            if served := self._current(first.file.path):
                 for lease in self._for_the_same(first):
                     self._grant(lease, served)
             elif (idle := self._to_close(first)) is not None:
@@ -405,20 +405,18 @@ class ModelPool:
         for lease in self._waiting:
             lease.refuse(stopping())
 
-    @property
-    def problem(self) -> str:
-        """The reason why the server cannot answer, although its model was open before, or ""."""
-        is_only = not self._loaded and len(self.registry.files()) == 1
-        return self._problem if is_only else ""
+    def health(self) -> dict[str, Any]:
+        """Return /health's fields. Raises ApiError if a model hangs or the only model is unusable.
 
-    def replaced(self) -> list[str]:
-        """Return the open models whose files were replaced, and that the next request reopens."""
-        return [served.name for served in self.loaded if served.is_replaced]
-
-    def hung_s(self) -> float:
-        """Return how long a model has been hanging, in seconds (0: no model is hanging)."""
+        `replaced` names the open models whose files were replaced. The next request reopens them.
+        """
         in_memory = [*self.loaded, *self._closing]
-        return max((served.worker.hung_s() for served in in_memory), default=0.0)
+        if hung_s := max((served.worker.hung_s() for served in in_memory), default=0.0):
+            raise ApiError(503, f"the model has not responded for {hung_s:.0f} s")
+        if self._problem and not self._loaded and len(self.registry.files()) == 1:
+            raise ApiError(503, self._problem)
+        replaced = [served.name for served in self.loaded if served.is_replaced]
+        return {"status": "ok"} | ({"replaced": replaced} if replaced else {})
 
     def join(self) -> None:
         """Wait until no thread is using a model. Must be called after `stop`."""

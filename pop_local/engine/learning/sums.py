@@ -51,7 +51,9 @@ class Sums:
         ours, theirs = self.wides.get(boundary), other.wides.get(boundary)
         if ours is None or theirs is None:
             return ours is theirs
-        same_width = len(self.grams[boundary].xx) == len(other.grams[boundary].xx)
+        ours_xy, theirs_xy = self.grams[boundary].xy, other.grams[boundary].xy
+        shapes = [{k: xy.shape for k, xy in each.items()} for each in (ours_xy, theirs_xy)]
+        same_width = shapes[0] == shapes[1]
         return same_width and bool(np.array_equal(ours.previous, theirs.previous))
 
     def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -81,8 +83,11 @@ class Sums:
         """Rebuild sums from the results of `arrays`."""
         sums = cls(stored_inputs(head, arrays))
         for boundary, layers, n_rows in head["grams"]:
-            xy = {layer: arrays[f"xy.{boundary}.{layer}"] for layer in layers}
-            sums.grams[boundary] = Gram(arrays[f"xx.{boundary}"], xy, n_rows)
+            xx = _floats(arrays, f"xx.{boundary}")
+            xy = {layer: _floats(arrays, f"xy.{boundary}.{layer}") for layer in layers}
+            if any(len(each) != len(xx) for each in (xx.T, *xy.values())):
+                raise ValueError(f"the shapes of the sums at layer {boundary} differ")
+            sums.grams[boundary] = Gram(xx, xy, n_rows)
         return sums
 
 
@@ -92,10 +97,33 @@ def stored_inputs(head: Any, arrays: Any) -> dict[int, WideInput]:
     for boundary, is_gelu in head["wides"]:
         neurons = None
         if is_gelu is not None:
-            gain, gate, up = (arrays[f"{part}.{boundary}"] for part in ("gain", "gate", "up"))
+            names = (f"{part}.{boundary}" for part in ("gain", "gate", "up"))
+            gain, gate, up = (_floats(arrays, name) for name in names)
             neurons = Neurons(gain, gate, up, is_gelu)
-        wides[boundary] = WideInput(arrays[f"previous.{boundary}"], neurons)
+        wides[boundary] = WideInput(_floats(arrays, f"previous.{boundary}"), neurons)
     return wides
+
+
+def _floats(arrays: Any, name: str) -> np.ndarray:
+    """Return a stored vector or matrix. Raises ValueError unless its values are finite floats."""
+    found: np.ndarray = arrays[name]
+    if found.dtype.kind != "f" or found.ndim not in (1, 2) or not np.isfinite(found).all():
+        raise ValueError(f"{name} is not a matrix of finite numbers")
+    return found
+
+
+def _read_head(arrays: Any) -> Any:
+    """Return a sums file's header. Raises ValueError or another error for wrong types."""
+    head = json.loads(str(arrays["head"]))
+    numbers = [number for boundary, layers, n in head["grams"] for number in (boundary, n, *layers)]
+    numbers += [boundary for boundary, _ in head.get("wides", ())]
+    if not all(isinstance(number, int) and 0 <= number < 2**53 for number in numbers):
+        raise ValueError("its header contains invalid numbers")
+    if not isinstance(named := head.get("kinds", {}), dict):
+        raise ValueError("its kinds are not an object")
+    for boundary, kinds in named.items():
+        int(boundary), list(map(Projection, kinds))
+    return head
 
 
 @dataclass(frozen=True)
@@ -116,15 +144,20 @@ class Known:
 
 @dataclass(frozen=True)
 class SumsFile:
-    """A model's sums file, to which several processes may add sums. `model`: the model's hash."""
+    """A model's sums file, to which several processes may add sums.
+
+    `model` is the model's hash, and `n_embd` the width of its states (None: not checked).
+    """
 
     path: Path
     model: str
+    n_embd: Any = None
 
     @classmethod
     def of(cls, source: Source) -> "SumsFile":
         """Return a model's sums file, which may not exist yet."""
-        return cls(LearnedFiles.of(source).sums, sampled_sha256(source))
+        n_embd = source.first.of_arch("embedding_length")
+        return cls(LearnedFiles.of(source).sums, sampled_sha256(source), n_embd)
 
     def load(self) -> Sums:
         """Return the stored sums (empty if none). A damaged file is renamed to *.damaged."""
@@ -138,8 +171,11 @@ class SumsFile:
     def _read(self, take: Callable[[Any, Any], T]) -> T | None:
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
-                head = json.loads(str(arrays["head"]))
+                head = _read_head(arrays)
                 if (head["version"], head["model"]) == (_VERSION, self.model):
+                    for wide in stored_inputs(head, arrays).values():
+                        if self.n_embd is not None and wide.previous.shape[1:] != (self.n_embd,):
+                            raise ValueError("its inputs have a different width")
                     return take(head, arrays)
                 log.warning("%s is for another model or version; learning starts over", self.path)
         except FileNotFoundError:
@@ -158,7 +194,7 @@ class SumsFile:
         """Return each boundary's row count, whichever model the file is for ({} if unreadable)."""
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
-                head = json.loads(str(arrays["head"]))
+                head = _read_head(arrays)
                 return {int(boundary): int(n_rows) for boundary, _, n_rows in head["grams"]}
         except DAMAGED_ARCHIVE:
             return {}

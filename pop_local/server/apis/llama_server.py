@@ -135,8 +135,8 @@ def routes(api: Api) -> list[Route]:
 async def _props(api: Api, request: Request) -> Response:
     """Describe a model without opening it, because any web page can send GET requests."""
     file = api.require_file(request, request.query_params.get("model"))
-    info, served = await api.models.info(file), api.models.current(file.path)
-    template = None if served is None else served.model.engine.prompter.template
+    info = await api.models.info(file)
+    template = info.open_template
     settings = _settings(TurnOptions(**recommended(info.source.first)))  # type: ignore[arg-type]
     return JSONResponse(
         {

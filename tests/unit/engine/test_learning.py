@@ -1,5 +1,6 @@
 """Online calibration: added rows, sums and their file."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -271,3 +272,51 @@ def test_learning_is_optional_and_has_a_goal(plain):
     model = learning_model(plain)
     assert model.engine.calibrator.n_wanted == learning.ROWS_TO_FIT * 128
     assert opened(plain, **LARGE).engine.calibrator is None
+
+
+# --- damaged or hostile files
+
+HEADS: dict[str, Any] = {
+    "no object": [],
+    "no list": {"grams": None},
+    "short": {"grams": [[4]]},
+    "text": {"grams": "abc"},
+    "boundary": {"grams": [["4", [5], 9]]},
+    "mixed": {"grams": [[4, [5, 6, 7], 9], ["x", [5], 9]]},
+    "list": {"grams": [[[4], [5], 9]]},
+    "float": {"grams": [[4.0, [5], 9]]},
+    "large": {"grams": [[10**30, [5], 9]]},
+    "rows": {"grams": [[4, [5, 6, 7], "many"]]},
+    "infinite": {"grams": [[4, [5, 6, 7], float("inf")]]},
+    "no kinds": {"kinds": None},
+    "kinds": {"kinds": {"x": ["own"]}},
+}
+ARRAYS: dict[str, Any] = {
+    "integers": {"xx.4": np.zeros((225, 225), np.int8)},
+    "shape": {"xy.4.5": np.zeros((2, 2), np.float32)},
+    "not finite": {"xy.4.5": np.full((225, 128), np.nan, np.float32)},
+    "input": {"previous.4": np.zeros((2, 2), np.float32)},
+    "words": {"previous.4": np.array("x")},
+}
+
+
+@pytest.mark.parametrize("case", [*HEADS, *ARRAYS, "nested"])
+def test_hostile_sums_file_is_set_aside(plain, case):
+    with learning_model(plain) as model:
+        read(model, prompt(N))
+        model.engine.calibrator.work(never)
+        file = model.engine.calibrator.file
+    good: dict[str, Any] = dict(np.load(file.path))
+    head = json.loads(str(good["head"]))
+    if case in HEADS:
+        change = HEADS[case]
+        good["head"] = np.array(json.dumps(head | change if change else change))
+    elif case == "nested":
+        good["head"] = np.array("[" * 100_000)
+    np.savez(file.path, **(good | ARRAYS.get(case, {})))
+    file.rows()
+    with learning_model(plain) as model:
+        read(model, prompt(N, 1))
+        model.engine.calibrator.work(never)
+    assert file.path.with_suffix(".damaged").exists()
+    assert set(file.rows().values()) == {N - 1}
