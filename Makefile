@@ -13,6 +13,7 @@
 # make wheels: writes the wheels of the backend, pop-local and all their dependencies to dist/
 # make test-wheels: installs only these wheels in a fresh environment, and asks one question
 # make test-page: tests the server's page in an installed browser (docs/server.md)
+# make test-llama-server: runs llama-server's own tests against `pop-local serve` (ARGS="unit/test_basic.py")
 # make test-gpu: compares the GPUs of a GPU build (CMAKE_ARGS, or macOS) with the CPU
 # make test-vulkan: compares a Vulkan build with the CPU on VULKAN_DEVICE=0, which may be Mesa's software
 #   device, lavapipe (Debian: libvulkan-dev glslc spirv-headers mesa-vulkan-drivers)
@@ -39,7 +40,8 @@ FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check docs site fuzz sanitize test-page test-gpu test-vulkan sidecars wheels test-wheels lint backend \
+.PHONY: demo test check docs site fuzz sanitize test-page test-llama-server test-gpu test-vulkan sidecars wheels \
+	test-wheels lint backend \
 	unpatched recipes clean
 
 demo: $(VENV)/.app $(SMOLLM2).gguf
@@ -103,6 +105,9 @@ test-page: $(VENV)/.tools | $(SMOLLM2).gguf
 	@{ command -v chromium && $(BIN)/python -c "import playwright"; } >/dev/null || \
 	{ echo "docs/server.md lists the two commands that install the browser"; exit 1; }
 	$(BIN)/pytest tests/page $(ARGS)
+
+test-llama-server: $(VENV)/.tools
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/llama_server/run_upstream.py $(ARGS)
 
 GPU_TESTS := POP_TEST_GPU_LAYERS=99 $(BIN)/pytest -rP tests/oracle/test_devices.py
 test-gpu: $(VENV)/.tools
