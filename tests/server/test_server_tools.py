@@ -164,11 +164,21 @@ def test_usage_lists_ignored_tool_keywords(client):
             "'x', which is missing from tools",
         ),
         ({"tools": TOOLS, "tool_choice": "some"}, "tool_choice"),
+        ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "send tools or grammar, not both"),
         (
-            {"tools": TOOLS, "response_format": {"type": "json_object"}},
-            "tools or response_format",
+            {"tools": TOOLS, "response_format": {"type": "json_object", "schema": {"enum": []}}},
+            "schema",
         ),
-        ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "tools or response_format"),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "x"}}]},
+                },
+            },
+            "'x', which is missing from tools",
+        ),
         ({"tools": [function("a", b={"type": "any"})]}, "a tool's schema is not valid"),
         ({"tools": [function("a", b={"$ref": "#/nowhere"})]}, "not valid"),
     ],
@@ -265,3 +275,40 @@ def test_tool_named_like_a_grammar_rule(client, name):
     body = FORCED | {"tools": [function(name, n={"enum": [1, 2]})], "parallel_tool_calls": False}
     [(given, arguments)] = called(message_of(chat(client, **body))[0])
     assert (given, arguments["n"] in (1, 2)) == (name, True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answer_beside_tools_matches_the_schema(client, stream):
+    form = {"type": "json_object", "schema": {"enum": ["57", "58"]}}
+    asked = {"tools": TOOLS, "response_format": form, "max_tokens": 600, "stream": stream}
+    # A bias makes the random model choose the schema's first character.
+    response = chat(client, "a", **asked, logit_bias={'"': 50})
+    message, _ = ({}, "") if stream else message_of(response)
+    content = joined(events(response))[1] if stream else message["content"]
+    assert content in ('"57"', '"58"')
+
+
+def test_calls_stay_possible_beside_schema(client):
+    form = {"type": "json_object", "schema": {"enum": ["57"]}}
+    asked = {"tools": TOOLS, "parallel_tool_calls": False, "max_tokens": 600}
+    message, reason = message_of(chat(client, **asked, response_format=form))
+    assert called(message) and reason == "tool_calls"
+
+
+def test_required_call_beside_schema(client):
+    form = {"type": "json_object", "schema": {"enum": ["57"]}}
+    message, reason = message_of(chat(client, **FORCED, response_format=form))
+    assert called(message) and reason == "tool_calls"
+    content = message_of(chat(client, tools=TOOLS, tool_choice="none", response_format=form))
+    assert content[0]["content"] == '"57"'
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_only_allowed_tools_are_called(client, mode):
+    choice = {"mode": mode, "tools": [{"type": "function", "function": {"name": "double"}}]}
+    asked = {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": choice}}
+    message, _ = message_of(chat(client, **asked, max_tokens=600 if mode == "required" else 8))
+    if mode == "required":
+        assert [name for name, _ in called(message)] == ["double"]
+    every = chat(client, tools=TOOLS, max_tokens=1).json()["usage"]["prompt_tokens"]
+    assert chat(client, **asked, max_tokens=1).json()["usage"]["prompt_tokens"] == every

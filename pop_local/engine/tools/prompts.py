@@ -22,30 +22,36 @@ _RESERVED_RULES = ("tool-call", "tool-calls", "tool-call-root", "tool-call-first
 _PLAIN_ID = re.compile("[a-zA-Z0-9]{9}")
 # A required call may start after the reasoning.
 _THOUGHT = re.compile(r"</think>()")
+_ANSWER = "pop-answer"
 _ROOT = re.compile(r"^root ::= (.*)$", re.MULTILINE)
 
 
 def prompt_with_tools(
-    prompter: Prompter, messages: Sequence[Message], tools: Tools
+    prompter: Prompter, messages: Sequence[Message], tools: Tools, schema: Any = None
 ) -> tuple[Prompt, CallForm | None]:
     """Return a prompt that describes the tools, and the form of the calls in the answer.
 
-    If llama.cpp supports the template, the template defines the form. Otherwise, calls are plain
-    text. The form is None if no tool may be called. Raises PopError if the model has no template or
-    the template rejects the conversation, or GrammarError if a schema is invalid.
+    `schema`: the JSON schema of an answer without a call (None: any text). If llama.cpp supports
+    the template, the template defines the form. Otherwise, calls are plain text. The form is None
+    if no tool may be called. Raises PopError if the model has no template or the template rejects
+    the conversation, or GrammarError if a schema is invalid.
     """
     if not prompter.has_template:
         hint = "send no tools, or use a model with a chat template"
         raise PopError("the model has no chat template, so it cannot call tools", hint)
     rules = {tool.name: json_rule(tool.schema) for tool in tools.all}
+    answer = None if schema is None or tools.must_call else json_rule(schema)
     own = _Native(prompter, messages, tools)
     if own.is_known:
         prompt = own.prompt()
-        return (replace(prompt, begun=""), own.form(rules)) if tools.callable_ else (prompt, None)
+        if not tools.callable_:
+            return prompt, None
+        return replace(prompt, begun=""), own.form(rules, answer)
     prompt = prompter.conversation(text_form.with_tools(messages, tools.all))
     if not tools.callable_:
         return prompt, None
-    return replace(prompt, begun="" if tools.must_call else prompt.begun), _text_form(tools, rules)
+    begun = "" if tools.must_call or answer else prompt.begun
+    return replace(prompt, begun=begun), _text_form(tools, rules, answer)
 
 
 class _Native:
@@ -90,8 +96,11 @@ class _Native:
         several = self._tools.several
         return native.render(self._prompter.template, messages, tools, several=several)
 
-    def form(self, rules: dict[str, JsonRule]) -> CallForm:
-        """Return the answer's form, with a grammar for the callable tools."""
+    def form(self, rules: dict[str, JsonRule], answer: JsonRule | None) -> CallForm:
+        """Return the answer's form, with a grammar for the callable tools.
+
+        `answer`: the rule for an answer without a call (None: any text).
+        """
         tools, made = self._tools, self._rendered
         assert made is not None
         if tools.callable_ != tools.all:
@@ -100,9 +109,14 @@ class _Native:
         instead = {f"tool-{tool.rule}-schema": rules[tool.name] for tool in tools.callable_}
         thinks = tools.must_call and made.prompt.rstrip().endswith(THINK)
         gbnf = _ROOT.sub(r"root ::= [ \\n]{0,4} (\1)", made.grammar) if thinks else made.grammar
+        if answer is not None:
+            gbnf = _ROOT.sub(rf"root ::= (\1) | {_ANSWER}", gbnf) + f'\n{_ANSWER} ::= ""'
+            instead[_ANSWER] = answer
         grammar = Grammar.of_gbnf(gbnf, instead)
         shown = frozenset(self._shown(made))
-        if not tools.must_call:
+        if answer is not None:
+            triggers: tuple[Trigger, ...] = ()
+        elif not tools.must_call:
             triggers = tuple(Trigger(_pattern(each), {"": grammar}) for each in made.triggers)
             triggers += (_in_json(tools, rules),)
         else:
@@ -119,13 +133,16 @@ class _Native:
                     yield token
 
 
-def _text_form(tools: Tools, rules: dict[str, JsonRule]) -> CallForm:
+def _text_form(tools: Tools, rules: dict[str, JsonRule], answer: JsonRule | None) -> CallForm:
     called = [(tool, rules[tool.name].text) for tool in tools.callable_]
     ignored = [name for tool in tools.callable_ for name in rules[tool.name].ignored]
     lark = text_form.lark(called, several=tools.several)
+    if answer is not None:
+        lark = lark.replace("start: ", "start: answer | ", 1) + f"\nanswer: {answer.text}"
+        ignored += answer.ignored
     grammar = Grammar.of_lark(lark, "a tool's schema", ignored)
     triggers: tuple[Trigger, ...] = ()
-    if not tools.must_call:
+    if not tools.must_call and answer is None:
         tagged = Trigger(re.compile("(<tool_call>)"), {"": grammar})
         triggers = (tagged, _in_json(tools, rules))
     return CallForm(tuple(tools.names), tools.must_call, triggers, grammar)
