@@ -67,8 +67,8 @@ class ServerOptions(Group):
     )
     max_waiting: int = expert("Maximum queue length (when full: status 503).", min=1, default=256)
     repeatable: bool = expert(
-        "Read prompts without the cache, so that identical requests get identical answers at"
-        " temperature 0 or with a fixed seed.",
+        "Read prompts without the cache, and one at a time, so that identical requests get"
+        " identical answers at temperature 0 or with a fixed seed.",
         default=False,
     )
 
@@ -143,10 +143,7 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
     for name, value in single.items():
         if value and to.models is not None:
             raise typer.BadParameter("cannot be combined with --models", param_hint=name)
-    if to.repeatable and (to.parallel or 1) > 1:
-        message = "--repeatable supports only one slot; remove --repeatable or pass --parallel 1"
-        raise typer.BadParameter(message, param_hint="--parallel")
-    return 1 if to.repeatable else to.parallel
+    return to.parallel or (1 if to.repeatable else None)
 
 
 def _pool(to: ServerOptions, opener: Opener, prompts: PromptCache | None) -> "ModelPool":

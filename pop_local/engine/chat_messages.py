@@ -1,6 +1,6 @@
 """A conversation's messages, and an answer's chunks and statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -155,6 +155,7 @@ class SessionStats:
 class TokenLogprob:
     """A token and its log probability (base e). `top`: the most likely tokens, best first."""
 
+    id: int
     text: bytes
     logprob: float | None
     top: "tuple[TokenLogprob, ...]" = ()
@@ -165,13 +166,15 @@ class Chunk:
     """A piece of an answer. The last chunk has the statistics and may have no text.
 
     `logprobs`: the tokens' log probabilities, if requested. `embedding`: the embedding, if
-    requested instead of an answer.
+    requested instead of an answer. `progress`: token counts and time while
+    the prompt is read, as in llama-server's `prompt_progress`.
     """
 
     text: str
     stats: TurnStats | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     embedding: tuple[float, ...] = ()
+    progress: Mapping[str, int] | None = None
 
 
 def _rate(n_tokens: int, seconds: float) -> float:

@@ -28,6 +28,12 @@ class SlotScheduler:
     def give_back(self, index: int) -> None:
         self._free.append(index)
 
+    def clear(self) -> None:
+        """Store all cached rows in the prompt cache, and empty all sequences."""
+        for sequence in self._model.engine.sequences:
+            sequence.states.store()
+            sequence.cache.clear()
+
     def sequence(self, index: int) -> CachedSequence:
         return self._model.engine.sequences[index]
 
@@ -68,9 +74,13 @@ class SlotScheduler:
     def _score(self, index: int, prompt: Prompt, scope: str) -> tuple[int, int]:
         """Return a sort key: (number of reusable rows, negative number of cached rows).
 
-        Reusable rows count only if they are at least half of the cached rows.
+        Reusable rows count only if they are at least half of the cached rows, or the whole prompt:
+        in other cells, the answer to a repeated prompt could differ.
         """
         sequence = self.sequence(index)
         n_tokens = sequence.cache.n_tokens
-        n_reusable = sequence.n_reusable(prompt) if sequence.states.scope == scope else 0
-        return (n_reusable if 2 * n_reusable >= n_tokens else 0), -n_tokens
+        if sequence.states.scope != scope:
+            return 0, -n_tokens
+        n_reusable = sequence.n_reusable(prompt)
+        counts = 2 * n_reusable >= n_tokens or sequence.states.n_same(prompt) == len(prompt)
+        return (n_reusable if counts else 0), -n_tokens

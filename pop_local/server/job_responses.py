@@ -60,7 +60,8 @@ async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> As
             shown, shown_s = "", time.monotonic()
             async for batch in job.batches(_PAUSE_S, _PROGRESS_S):
                 if batch:
-                    yield framed(await parser.parse(batch))
+                    read = [reply.progress(each.progress) for each in batch if each.progress]
+                    yield b"".join(map(reply.frame, read)) + framed(await parser.parse(batch))
                 elif job.progress != shown or time.monotonic() - shown_s >= _PING_S:
                     shown, shown_s = job.progress, time.monotonic()
                     yield reply.comment(shown)

@@ -30,6 +30,8 @@ log = logging.getLogger("pop_local.server")
 # A model counts as hung if no answer makes progress for this long. Workers record progress between
 # a graph's nodes, or between batches on a GPU.
 _HUNG_S = 60.0
+_POLL_S = 0.01
+_LOG_S = 10.0  # interval of log lines while a prompt is read
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Task:
 
     `reason` explains why the prompt is read in full (None: it is pruned). The text `echo` precedes
     the answer. `n_prompt_logprobs` is the number of alternatives for each prompt token (None: no
-    log probabilities). `cache_scope` is the owner of the cached rows ("": shared).
+    log probabilities). `cache_scope` is the owner of the cached rows ("": shared). `reports`: whether
+    to report the progress of reading the prompt. `alone`: whether no other answer may run at the
+    same time.
     """
 
     prompt: Prompt
@@ -48,18 +52,21 @@ class Task:
     n_prompt_logprobs: int | None = None
     embeds: bool = False
     cache_scope: str = ""
+    reports: bool = False
+    alone: bool = False
 
 
 class Job:
     """A queued or running task, whose answer a worker thread writes and the event loop reads.
 
     `queued_s` is 0 until the task runs. `read` contains the number of prefilled rows and the
-    prompt's total number of rows. `place` returns a job's position in the queue.
+    prompt's total number of rows, without the cached ones. `read_s` is the time that the prefilled
+    rows took. `place` returns a job's position in the queue.
     """
 
     def __init__(self, task: Task, place: Callable[["Job"], int] = lambda _: 0) -> None:
         self.task = task
-        self.read = (0, 0)
+        self.read, self.read_s = (0, 0), 0.0
         self._place = place
         self.queued_s = 0.0
         self.submitted_s = time.perf_counter()
@@ -93,6 +100,12 @@ class Job:
             return f"queued {place}"
         n_read, n_rows = self.read
         return f"read {n_read} of {n_rows}" if n_read < n_rows else ""
+
+    @property
+    def left_s(self) -> float | None:
+        """Estimated time until the prompt has been read, in seconds (None: not known yet)."""
+        n_read, n_rows = self.read
+        return round((n_rows - n_read) * self.read_s / n_read, 1) if n_read else None
 
     def _wake(self) -> None:
         if not self._awaited.done():
@@ -152,6 +165,7 @@ class Worker(threading.Thread):
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         # The time of each running job's last progress.
         self._seen_s: dict[Job, float] = {}
+        self.running: dict[int, Job] = {}  # by slot
         self.stopping = threading.Event()
 
     def stop(self) -> None:
@@ -269,8 +283,12 @@ class Worker(threading.Thread):
         job.queued_s = time.perf_counter() - job.submitted_s
         self._seen_s[job] = time.monotonic()
         self._metrics.queued.observe(job.queued_s)
+        if job.task.alone and len(self._model.engine.sequences) > 1:
+            end_turn = self._wait_until_alone()
         index = self._slots.take(job.task.prompt, job.task.cache_scope)
         sequence = self._slots.sequence(index)
+        self.running[index] = job
+        end: Chunk | Exception | None = None
         try:
             with sequence.cache.slot.working():
                 sequence.states.set_scope(job.task.cache_scope)
@@ -279,20 +297,35 @@ class Worker(threading.Thread):
                 if not job.task.options.repeatable:
                     self._slots.share(index, job.task.prompt)
                 for chunk in self._answer(job, sequence, end_turn):
-                    if chunk.stats is not None:
+                    if chunk.stats is None:
+                        job.put(chunk)
+                    else:
                         self._metrics.answered(chunk.stats)
-                    job.put(chunk)
+                        end = chunk
         except StoppedError:
-            job.put(stopping())
+            end = stopping()
         except Exception as error:
             if not isinstance(error, PopError):
                 log.exception("an answer failed")
-            job.put(error)
+            end = error
         finally:
             self._slots.give_back(index)
-            del self._seen_s[job]
+            del self._seen_s[job], self.running[index]
+            # A lone client's next request must find this slot free, or its cells would differ.
+            if end is not None:
+                job.put(end)
             if len(self._model.engine.sequences) > 1:
                 self._calls.put(None)  # wakes the waiting thread, which may refill now
+
+    def _wait_until_alone(self) -> Callable[[], None]:
+        """Wait for the other answers, and empty all slots, so that the cells are always the same.
+
+        Returns the job's `end_turn`, which keeps the turn until the answer ends.
+        """
+        while self.running and not self.stopping.wait(_POLL_S):
+            pass
+        self._slots.clear()
+        return lambda: None
 
     def _answer(
         self, job: Job, sequence: CachedSequence, end_turn: Callable[[], None]
@@ -301,14 +334,24 @@ class Worker(threading.Thread):
             self._seen_s[job] = time.monotonic()
             return job.cancelled.is_set() or self.stopping.is_set()
 
-        def has_read(n_done: int, n_rows: int) -> None:
-            job.read = (n_done, n_rows)
-            if n_done == n_rows:
-                end_turn()
-
-        started_s = time.perf_counter()
+        started_s = logged_s = time.perf_counter()
         task, cache = job.task, sequence.cache
         n_prompt = len(task.prompt)
+
+        def has_read(n_done: int, n_rows: int) -> None:
+            nonlocal logged_s
+            now_s, n_cached = time.perf_counter(), n_prompt - n_rows
+            job.read, job.read_s = (n_done, n_rows), now_s - started_s
+            if task.reports:
+                n_read, time_ms = n_cached + n_done, round(job.read_s * 1e3)
+                counts = {"total": n_prompt, "cache": n_cached, "processed": n_read}
+                job.put(Chunk("", progress={**counts, "time_ms": time_ms}))
+            if n_done == n_rows:
+                end_turn()
+            elif now_s - logged_s >= _LOG_S:
+                logged_s = now_s
+                log.info("%s prompt tokens, about %s s left", job.progress, job.left_s)
+
         options = replace(task.options, should_stop=should_stop, on_prefill=has_read)
         if task.embeds:
             sequence.states.stash(task.prompt.n_equal)

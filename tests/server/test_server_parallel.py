@@ -10,8 +10,10 @@ from typing import Any
 import httpx2
 import pytest
 
+from pop_local.engine.chat_messages import Chunk
+from pop_local.engine.slot_scheduler import SlotScheduler
 from pop_local.server.metrics import Metrics
-from pop_local.server.worker import Worker
+from pop_local.server.worker import Job, Worker
 from support.calls import opened, wait_for
 from support.server_requests import LONG, N_CTX, NAME, chat, complete, message_of, text_of
 from support.serving import app_of, asking, counted, served
@@ -44,7 +46,7 @@ def endless(client, content: str = LONG):
 
 
 def is_text(line: str) -> bool:
-    return '"content": ' in line and '"content": ""' not in line
+    return '"content": ' in line and '"content": null' not in line
 
 
 def begun(lines) -> None:
@@ -166,10 +168,46 @@ def test_idle_server_refills_every_sequence(path):
     model.close()
 
 
-def test_parallel_server_refuses_repeatable(several):
-    refused = chat(several, repeatable=True)
-    assert refused.status_code == 400
-    assert "--parallel 1" in refused.json()["error"]["message"]
+def test_repeatable_answers_beside_other_requests(several):
+    """Other answers occupy other cells in each round, which changes roundings."""
+
+    def ask(number: int) -> str:
+        return text_of(chat(several, f"{number} {LONG}", max_tokens=16, repeatable=True))
+
+    expected = [ask(0), ask(1)]
+    for number in range(4):
+        with ThreadPoolExecutor(4) as clients:
+            others = [clients.submit(chat, several, "x" * (9 * number + n)) for n in range(3)]
+            assert clients.submit(ask, number % 2).result() == expected[number % 2]
+            assert all(other.result().status_code == 200 for other in others)
+
+
+def test_lone_client_always_gets_the_same_slot(path, monkeypatch):
+    """Its next request arrives when the last event of an answer has been sent."""
+    taken = []
+    take = SlotScheduler.take
+
+    def noted(self, *arguments):
+        taken.append(take(self, *arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(SlotScheduler, "take", noted)
+    put = Job.put
+
+    def put_slowly(self, item):
+        put(self, item)
+        if isinstance(item, Chunk) and item.stats is not None:
+            time.sleep(0.05)  # the client is faster than this thread
+
+    monkeypatch.setattr(Job, "put", put_slowly)
+    with opened(path, n_ctx=N_CTX, n_parallel=4) as model, asking(app_of(model, NAME)) as client:
+        answers = {text_of(chat(client)) for _ in range(6)}
+        assert len(set(taken)) == len(answers) == 1
+        # The answer is longer than the prompt.
+        answers = {text_of(chat(client, "a", max_tokens=100)) for _ in range(6)}
+        assert len(set(taken[6:])) == len(answers) == 1
+        slots = client.get("/slots").json()
+    assert [slot["is_processing"] for slot in slots] == [False] * 4
 
 
 def test_props_report_number_of_slots(several):

@@ -130,7 +130,12 @@ class SequenceCells(Cells):
     """The KV cells of one of several sequences. Saved states contain only that sequence."""
 
     def clear(self) -> None:
-        self.truncate(0)
+        """Drop all cells. If no sequence has cells, the next ones are the memory's first cells."""
+        with self._locked():
+            self.truncate(0)
+            count, last = self._api.llama_n_seq_max(self._ctx), self._api.llama_memory_seq_pos_max
+            if all(last(self._memory, each) < 0 for each in range(count)):
+                super().clear()
 
     def _state(self, action: str, *values: Any) -> int:
         call = getattr(self._api, f"llama_state_seq_{action}")
