@@ -54,6 +54,7 @@ class AnswerOptions(TypedDict, total=False):
     frequency_penalty: float
     presence_penalty: float
     seed: int | None
+    logit_bias: tuple[tuple[int, float], ...]
     stops: tuple[str, ...]
     grammar: str | Grammar | None
     repeatable: bool

@@ -13,7 +13,7 @@ import anyio
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from pop_converter.base.errors import StoppedError
@@ -150,6 +150,17 @@ class Api:
             if isinstance(body, ChatBody) and body.has_images:
                 await limits.enter_async_context(self._image_limit)
             return await self.work(request, served, lambda: make(served.tasks, body))
+
+    async def prepared(self, request: Request, chat: ChatBody) -> tuple[ServedModel, list[Task]]:
+        """Return a chat's model and tasks without running the tasks."""
+        served = await self.served(request, chat.model)
+        chat = chat.model_copy(update={"n": None})
+        return served, await self.tasks(request, served, chat, TaskFactory.chat)
+
+    async def count(self, request: Request, chat: ChatBody) -> Response:
+        """Return the number of tokens in a chat's prompt."""
+        _, [task] = await self.prepared(request, chat)
+        return JSONResponse({"input_tokens": len(task.prompt)})
 
     async def answer(
         self, request: Request, body: AnyBody, make: MakeTasks[AnyBody], reply: MakeReply[AnyBody]

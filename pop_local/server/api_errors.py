@@ -1,6 +1,6 @@
 """Errors in the format that each API's clients expect."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -21,6 +21,11 @@ _ANTHROPIC_KINDS = {
     413: "request_too_large",
     429: "rate_limit_error",
 }
+# The types of errors at paths without /v1, by code.
+_LLAMA_SERVER_KINDS = {
+    "context_length_exceeded": "exceed_context_size_error",
+    "invalid_api_key": "authentication_error",
+}
 _RETRY = {"Retry-After": "5"}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: _RETRY, 503: _RETRY}
 
@@ -28,8 +33,10 @@ _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: _RETRY, 503: _RETRY}
 class ApiError(HTTPException):
     """An HTTP error response to a refused or failed request.
 
-    `param` is the name of the invalid field, if any.
+    `param` is the name of the invalid field, if any, and `figures` are added to the error.
     """
+
+    figures: Mapping[str, int] = {}
 
     def __init__(
         self, status: int, message: str, *, code: str | None = None, param: str | None = None
@@ -42,7 +49,7 @@ class ApiError(HTTPException):
     def openai_body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status_code < 500 else "server_error"
         error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+        return {"error": {**error, **self.figures}}
 
     @property
     def anthropic_body(self) -> dict[str, Any]:
@@ -52,8 +59,13 @@ class ApiError(HTTPException):
 
     def response(self, path: str) -> JSONResponse:
         """Return the response in the format of the API that `path` belongs to."""
-        body = {"error": self.detail} if path.startswith("/api/") else self.openai_body
-        body = self.anthropic_body if path.startswith("/v1/messages") else body
+        body = self.openai_body
+        if path.startswith("/api/"):
+            body = {"error": self.detail}
+        elif path.removeprefix("/v1").startswith("/messages"):
+            body = self.anthropic_body
+        elif not path.startswith("/v1/") and self.code in _LLAMA_SERVER_KINDS:
+            body["error"]["type"] = _LLAMA_SERVER_KINDS[self.code]
         return JSONResponse(body, self.status_code, self.headers or _HEADERS.get(self.status_code))
 
 

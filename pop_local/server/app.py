@@ -22,9 +22,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pop_converter.base.errors import PopError
+from pop_converter.base.nearest import nearest_hint
 from pop_local.server.access import LOCAL_ORIGIN, AccessMiddleware, AccessRules
 from pop_local.server.api import Api
-from pop_local.server.api_errors import as_api_error
+from pop_local.server.api_errors import ApiError, as_api_error
 from pop_local.server.apis import llama_server, messages, ollama, openai, responses
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
 from pop_local.server.model_pool import ModelPool
@@ -35,6 +36,7 @@ _KILL_S = 8.0
 _BACKLOG = 128
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _LARGE_BYTES = 1 << 20
+_MAX_PATH = 100  # characters shown in an error
 _BIND_HINTS = {
     errno.EADDRINUSE: "another program is using this port; pass --port 0 to use any free port",
     errno.EADDRNOTAVAIL: "pass an address of this machine, or 0.0.0.0 for all networks",
@@ -124,11 +126,29 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
         *messages.routes(api),
         *page_routes.routes(),
     ]
+    taken = {route.path for route in routes}
+    # Some clients append only an endpoint's name to the server's address.
+    short = ((route.path.removeprefix("/v1"), route) for route in routes)
+    routes += [
+        Route(path, route.endpoint, methods=route.methods)
+        for path, route in short
+        if path not in taken
+    ]
     handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
-    app = Starlette(
-        routes=routes, lifespan=api.lifespan, exception_handlers=dict.fromkeys(handled, _refuse)
-    )
     paths = frozenset(route.path for route in routes)
+    shown_paths = {path: path for path in paths if "{" not in path and path != "/"}
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        path = request.url.path
+        is_ours = isinstance(error, ApiError)
+        if isinstance(error, HTTPException) and error.status_code == 404 and not is_ours:
+            hint = nearest_hint(path[:_MAX_PATH], shown_paths, "see docs/server-reference.md")
+            error = ApiError(404, f"the server has no path {path[:_MAX_PATH]!r}; {hint}")
+        return as_api_error(error).response(path)
+
+    app = Starlette(
+        routes=routes, lifespan=api.lifespan, exception_handlers=dict.fromkeys(handled, refuse)
+    )
     app.add_middleware(AccessMiddleware, metrics=models.metrics, rules=rules, paths=paths)
     app.add_middleware(
         CORSMiddleware,
@@ -141,10 +161,6 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
     )
     app.state.models = models
     return app
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-    return as_api_error(error).response(request.url.path)
 
 
 class _Server(uvicorn.Server):

@@ -3,11 +3,12 @@
 import json
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+from pop_local import __version__
 from pop_local.engine.chat_messages import TokenLogprob, ToolCall, TurnStats
 from pop_local.engine.tools.reader import Piece, calls_of
 from pop_local.server.api_errors import ApiError
@@ -23,6 +24,7 @@ _COUNTS = (
     *("n_refilled", "n_exact", "n_stale", "n_image"),
 )
 _TIMES = ("ttft_s", "encode_s", "prefill_s", "decode_s")
+_FINGERPRINT = f"build-{__version__}"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,27 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
     }
 
 
+def timings(usage: Json) -> Json:
+    """Return llama-server's `timings`. The first token costs no step, so n tokens take n - 1."""
+    n_cached, pop = usage["prompt_tokens_details"]["cached_tokens"], usage["pop"]
+    n_prompt, n_predicted = usage["prompt_tokens"] - n_cached, usage["completion_tokens"]
+    return {
+        "cache_n": n_cached,
+        "prompt_n": n_prompt,
+        **_rates("prompt", n_prompt, pop["prefill_s"]),
+        "predicted_n": n_predicted,
+        **_rates("predicted", n_predicted - 1, pop["decode_s"]),
+    }
+
+
+def _rates(kind: str, n: int, seconds: float) -> Json:
+    return {
+        f"{kind}_ms": seconds * 1e3,
+        f"{kind}_per_token_ms": seconds * 1e3 / n if n > 0 else 0.0,
+        f"{kind}_per_second": n / seconds if n > 0 and seconds else 0.0,
+    }
+
+
 def total(ends: Sequence[AnswerEnd]) -> Json:
     """Sum the usage of several answers. All other fields come from the last answer."""
     return reduce(_sum, (end.usage for end in ends))
@@ -89,11 +112,11 @@ def _sum(one: Any, other: Any) -> Any:
 class Reply:
     """A formatter for OpenAI's text completions, and the base class of all formatters."""
 
-    id_prefix, kind = "cmpl", "text_completion"
+    id_prefix, kind = "cmpl-", "text_completion"
     media_type = "text/event-stream"
 
     def __init__(self, served: ServedModel, body: GenerationBody | None = None) -> None:
-        self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._id = f"{self.id_prefix}{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = served.name
         options = body.stream_options if body else None
@@ -110,6 +133,11 @@ class Reply:
         self._wants_logprobs = task.options.n_top_logprobs is not None
         return ()
 
+    def progress(self, read: Mapping[str, int]) -> Json:
+        """Return an event without text that reports the progress of reading the prompt."""
+        [event] = self.pieces(Piece(), ())
+        return {**event, "prompt_progress": read}
+
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> Iterable[Json]:
         return (self._choice({"text": piece.content}, logprobs),)
 
@@ -118,7 +146,7 @@ class Reply:
 
     def closing(self, ends: Sequence[AnswerEnd]) -> bytes:
         """Return the bytes that follow a stream's last event."""
-        figures = self._object([]) | {"usage": total(ends)}
+        figures = self._object([]) | self._figures(ends)
         return (self.frame(figures) if self._no_usage else b"") + b"data: [DONE]\n\n"
 
     def whole(self, end: AnswerEnd) -> Json:
@@ -126,7 +154,11 @@ class Reply:
 
     def joined(self, wholes: Sequence[Json], ends: Sequence[AnswerEnd]) -> Any:
         choices = [choice for whole in wholes for choice in whole["choices"]]
-        return wholes[0] | {"choices": choices, "usage": total(ends)}
+        return wholes[0] | {"choices": choices} | self._figures(ends)
+
+    def _figures(self, ends: Sequence[AnswerEnd]) -> Json:
+        usage = total(ends)
+        return {"usage": usage, "timings": timings(usage)}
 
     def failed(self, error: ApiError) -> Json:
         return error.openai_body
@@ -146,7 +178,8 @@ class Reply:
 
     def _object(self, choices: list[Json]) -> Json:
         head = {"id": self._id, "object": self.kind, "created": self._created}
-        return head | {"model": self._model, "choices": choices}
+        model = {"model": self._model, "system_fingerprint": _FINGERPRINT}
+        return head | model | {"choices": choices}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
         return {
@@ -157,11 +190,11 @@ class Reply:
 
 
 class ChatReply(Reply):
-    id_prefix, kind = "chatcmpl", "chat.completion.chunk"
+    id_prefix, kind = "chatcmpl-", "chat.completion.chunk"
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
         super().begin(index, task)
-        return (self._choice({"delta": {"role": "assistant", "content": ""}}),)
+        return (self._choice({"delta": {"role": "assistant", "content": None}}),)
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> Iterable[Json]:
         delta: Json = {"content": piece.content}
@@ -237,7 +270,8 @@ def chat_logprob(token: TokenLogprob) -> Json:
 
 
 def _described(token: TokenLogprob) -> Json:
-    return {"token": _text(token), "logprob": token.logprob, "bytes": list(token.text)}
+    found = {"id": token.id, "token": _text(token), "logprob": token.logprob}
+    return found | {"bytes": list(token.text)}
 
 
 def _text(token: TokenLogprob) -> str:

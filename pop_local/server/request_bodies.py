@@ -5,6 +5,7 @@ invalid entry of a list.
 """
 
 import json
+import re
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -30,6 +31,7 @@ MAX_ANSWERS = 128  # per request
 MAX_TEXTS = 2048
 MAX_PARTS = 1_000
 MAX_TOOLS = 256
+MAX_BIASES = 1024
 
 _FIELDS = json.loads(Path(__file__).with_name("unsupported_fields.json").read_text("utf-8"))
 
@@ -168,6 +170,18 @@ class NamedToolChoice(ChatTool):
     type: Literal["function"] = "function"
 
 
+class AllowedTools(LenientBody):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedToolChoice], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedToolsChoice(LenientBody):
+    """A choice that hides no tool from the prompt, but allows calls only to some tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ChatMessage(LenientBody):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
@@ -196,6 +210,19 @@ class ChatMessage(LenientBody):
         return found
 
 
+def _as_biases(sent: Any) -> Any:
+    """Convert OpenAI's object of token IDs to llama-server's list of pairs."""
+    pairs = sent.items() if isinstance(sent, dict) else ()
+    named = [[int(key) if re.fullmatch("[0-9]{1,9}", key) else key, bias] for key, bias in pairs]
+    return named if isinstance(sent, dict) else sent
+
+
+# Pairs of a token ID, or a text whose tokens are meant, and a bias (false: never sample).
+LogitBias = Annotated[
+    list[tuple[int | str, Literal[False] | Annotated[float, Field(ge=-1e6, le=1e6)]]] | None,
+    Field(fail_fast=True, max_length=MAX_BIASES),
+    BeforeValidator(_as_biases),
+]
 Limit = Annotated[int | None, replace(-1, MOST)]  # -1 is llama.cpp's "no limit"
 
 
@@ -232,6 +259,9 @@ class GenerationBody(ModelRequest, SamplingFields):
         replace("", None),
     ] = None
     response_format: ResponseFormat | None = None
+    json_schema: dict[str, Any] | None = None
+    logit_bias: LogitBias = None
+    return_progress: bool | None = None
     grammar: Annotated[str | None, replace("", None)] = None
     pop: bool | None = None
     repeatable: bool | None = None
@@ -247,6 +277,8 @@ class GenerationBody(ModelRequest, SamplingFields):
     def answer_schema(self) -> dict[str, Any] | None:
         """The JSON schema that the answer must match (None: free text)."""
         form = self.response_format
+        if self.json_schema is not None:
+            return self.json_schema
         if form is None or form.type == "text":
             return None
         return form.json_schema.schema_ if form.json_schema else form.schema_ or {"type": "object"}
@@ -279,8 +311,12 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: Annotated[list[ChatTool] | None, Field(fail_fast=True, max_length=MAX_TOOLS)] = None
-    tool_choice: Literal["auto", "none", "required"] | NamedToolChoice | None = None
+    tool_choice: (
+        Literal["auto", "none", "required"] | AllowedToolsChoice | NamedToolChoice | None
+    ) = None
     parallel_tool_calls: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
     @property
     def has_images(self) -> bool:
@@ -301,8 +337,18 @@ class ChatBody(GenerationBody):
     def _check_combination(self) -> "ChatBody":
         if self.limit == 0:
             raise ValueError("max_tokens must be at least 1")
-        if self.tools and super().has_grammar:
-            raise ValueError("send tools or response_format/grammar, not both")
+        if self.tools and self.grammar is not None:
+            raise ValueError("send tools or grammar, not both")
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise ValueError("continue_final_message excludes add_generation_prompt: true")
+            if self.has_tools:
+                raise ValueError("continue_final_message cannot be combined with tools")
+            last = self.messages[-1]
+            if last.role != "assistant" or last.tool_calls or last.image_urls:
+                raise ValueError("continue_final_message requires a last assistant text message")
+        elif self.add_generation_prompt is False:
+            raise ValueError("add_generation_prompt must be true without continue_final_message")
         if not self.tools and self.tool_choice not in (None, "auto", "none"):
             raise ValueError("tool_choice requires tools")
         if self.top_logprobs and not self.logprobs:
@@ -311,34 +357,58 @@ class ChatBody(GenerationBody):
 
 
 Tokens = Annotated[list[int], Field(fail_fast=True)]
+# One prompt whose texts are tokenized in place.
+MixedTokens = Annotated[list[int | str], Field(fail_fast=True)]
+
+
+def _simplified(prompt: Any) -> Any:
+    """Replace llama-server's objects with their text: `prompt_string`, or `content` of texts."""
+    if isinstance(prompt, list):
+        is_plain = not any(isinstance(each, dict) for each in prompt)
+        return prompt if is_plain else [_simplified(each) for each in prompt]
+    if not isinstance(prompt, dict):
+        return prompt
+    parts = prompt.get("content")
+    if not isinstance(parts, list):
+        return prompt.get("prompt_string") if prompt.keys() == {"prompt_string"} else prompt
+    texts = [each["text"] for each in parts if isinstance(each, dict) and "text" in each]
+    are_texts = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if are_texts else prompt
 
 
 def _check_prompts(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     try:
-        return handler(prompt)
+        found = handler(prompt)
     except ValidationError:
+        found = None
+    # A list of texts is also a list of texts and tokens.
+    if found is None or len(as_prompts(found)) > MAX_TEXTS:
         raise ValueError(
             f"send a string, a list of token ids, or a list with up to {MAX_TEXTS} of either"
-        ) from None
+        )
+    return found
 
 
 Prompts = Annotated[
     str
     | Annotated[list[str], Field(fail_fast=True, max_length=MAX_TEXTS)]
     | Tokens
-    | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_TEXTS)],
+    | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_TEXTS)]
+    | MixedTokens
+    | Annotated[list[str | MixedTokens], Field(fail_fast=True, max_length=MAX_TEXTS)],
     WrapValidator(_check_prompts),
+    BeforeValidator(_simplified),
 ]
 
 
-def as_prompts(prompt: Any) -> list[str] | list[list[int]]:
+def as_prompts(prompt: Any) -> list[str | list[int | str]]:
     """Return one or more prompts as a list of strings or token lists."""
-    is_one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
+    is_one = isinstance(prompt, str) or not prompt or any(isinstance(each, int) for each in prompt)
     return [prompt] if is_one else prompt
 
 
 class EmbeddingsBody(GenerationBody):
-    """A request for embeddings.
+    """A request for embeddings of `input`, which llama-server's clients call `content`.
 
     `stream` is ignored, and `dimensions` must equal the model's embedding size.
     """
@@ -347,6 +417,12 @@ class EmbeddingsBody(GenerationBody):
     input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, given: Any) -> Any:
+        is_content = isinstance(given, dict) and "input" not in given and "content" in given
+        return {**given, "input": given["content"]} if is_content else given
 
 
 class CompletionBody(GenerationBody):

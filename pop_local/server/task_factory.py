@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pop_local.config.settings import MOST_SEED
 from pop_local.engine.chat_messages import Message, ToolCall
@@ -24,6 +25,8 @@ from pop_local.server.worker import Task
 
 # OpenAI's default for text completions. Chat answers may fill the context.
 COMPLETION_TOKENS = 16
+# The logit bias of a forbidden token. An infinite one could leave no finite logit.
+_NEVER = -1e9
 # Sampling is greedy below this temperature, because scaled logits would overflow.
 _MIN_TEMPERATURE = 0.01
 
@@ -56,16 +59,19 @@ class TaskFactory:
             messages = [_message(message, unused) for message in body.messages]
             calls = None
             if body.has_tools:
-                prompt, calls = prompt_with_tools(prompter, messages, _tools(body))
+                tools = _tools(body)
+                prompt, calls = prompt_with_tools(prompter, messages, tools, body.answer_schema)
             else:
-                prompt = prompter.conversation(messages)
+                continues = bool(body.continue_final_message)
+                prompt = prompter.conversation(messages, continues=continues)
             if calls is not None:  # build the trie here, not in the worker thread
                 self.model.engine.token_tries.get(calls.shown)
         self._check_length(len(prompt), "messages")
         n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = self._options(body, body.limit, n_top_logprobs)
         options = replace(options, calls=calls, ends_repeats=True)
-        return _seeded(Task(prompt, options, self._full_reason(body.pop)), body.n)
+        reason = self._full_reason(body.pop)
+        return _seeded(Task(prompt, options, reason, **self._how(body)), body.n)
 
     def completions(self, body: bodies.CompletionBody) -> list[Task]:
         """Return `n` tasks with different seeds for each prompt. Raises ApiError."""
@@ -79,7 +85,8 @@ class TaskFactory:
         tasks: list[Task] = []
         for tokens in prompts:
             echo = self.text(tokens) if body.echo else ""
-            task = Task(Prompt(tokens), options, reason, echo, n_prompt_logprobs)
+            task = Task(Prompt(tokens), options, reason, **self._how(body))
+            task = replace(task, echo=echo, n_prompt_logprobs=n_prompt_logprobs)
             tasks += _seeded(task, body.n)
         return tasks
 
@@ -89,7 +96,9 @@ class TaskFactory:
             raise ApiError(400, message, param="dimensions")
         with bad_request():
             require_pooling(self.model.engine.cache)
-        prompts = map(Prompt, self._tokens(bodies.as_prompts(body.input), "input"))
+        # A space stands for an empty text, which has no rows.
+        texts = [text if text != "" else " " for text in bodies.as_prompts(body.input)]
+        prompts = map(Prompt, self._tokens(texts, "input"))
         reason = "embeddings require all layers"
         return [Task(prompt, TurnOptions(), reason, embeds=True) for prompt in prompts]
 
@@ -105,25 +114,28 @@ class TaskFactory:
         return "the request disables pruning" if pop is False else None
 
     def _tokens(
-        self, prompts: Sequence[str | list[int]], param: str, suffix: str | None = None
+        self, prompts: Sequence[str | list[int | str]], param: str, suffix: str | None = None
     ) -> list[list[int]]:
         """Return each prompt's tokens.
 
         Raises ApiError for unknown tokens or for prompts that exceed the context.
         """
+        split = self.model.engine.context.vocabulary.tokenize
+
+        def tokenize(part: int | str, at: int) -> list[int]:
+            if isinstance(part, int):
+                return [part]
+            return split(part, add_bos=not (at or suffix), special=True)
+
         found: list[list[int]] = []
         for prompt in prompts:
-            if not isinstance(prompt, str):
-                self.check_tokens(prompt, param)
+            parts = [prompt] if isinstance(prompt, str) else prompt
+            self.check_tokens([part for part in parts if isinstance(part, int)], param)
+            tokens = [token for at, part in enumerate(parts) for token in tokenize(part, at)]
             if suffix:
+                prefix = prompt if isinstance(prompt, str) else tokens
                 with bad_request("suffix"):
-                    tokens = infilling(self.model.engine.context, prompt, suffix)
-            elif isinstance(prompt, str):
-                tokens = self.model.engine.context.vocabulary.tokenize(
-                    prompt, add_bos=True, special=True
-                )
-            else:
-                tokens = prompt
+                    tokens = infilling(self.model.engine.context, prefix, suffix)
             self._check_length(len(tokens), param)
             found.append(tokens)
         return found
@@ -132,6 +144,15 @@ class TaskFactory:
         context = self.model.engine.context
         pieces = Pieces(context.vocabulary, range(context.vocabulary.n_tokens))
         return b"".join(pieces[token] for token in tokens).decode(errors="replace")
+
+    def rendered(self, prompt: Prompt) -> str:
+        """Return a prompt's text without the beginning-of-sequence token."""
+        vocabulary = self.model.engine.context.vocabulary
+        tokens = [token for token in prompt.tokens if token >= 0]  # images have no text
+        n_bos = len(vocabulary.bos) if tokens[:1] == list(vocabulary.bos) else 0
+        # SentencePiece puts a space before a text.
+        added = self.text(vocabulary.tokenize("a")).removesuffix("a")
+        return self.text(tokens[n_bos:]).removeprefix(added)
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         """Raise ApiError for tokens outside the vocabulary."""
@@ -151,7 +172,9 @@ class TaskFactory:
                 f"the context is too small: the prompt has {n_prompt} tokens, but the prompt"
                 f" and the answer together are limited to {context.n_ctx}; {hint}"
             )
-            raise ApiError(400, message, code="context_length_exceeded", param=param)
+            error = ApiError(400, message, code="context_length_exceeded", param=param)
+            error.figures = {"n_prompt_tokens": n_prompt, "n_ctx": context.n_ctx}
+            raise error
 
     def _options(
         self, body: bodies.GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
@@ -165,18 +188,30 @@ class TaskFactory:
             given["temperature"] = 0.0
         if body.seed is not None and body.seed != -1:
             given["seed"] = body.seed % (MOST_SEED + 1)
-        repeatable = self._repeatable if body.repeatable is None else body.repeatable
-        if repeatable and len(self.model.engine.sequences) > 1:
-            message = "repeatable answers require one slot: restart the server with --parallel 1"
-            raise ApiError(400, message, param="repeatable")
         return TurnOptions(
             max_tokens=max_tokens,
             stops=tuple(body.stop or ()),
             grammar=self._grammar(body),
+            logit_bias=self._logit_bias(body),
             n_top_logprobs=n_top_logprobs,
-            repeatable=repeatable or body.cache_prompt is False,
+            repeatable=self._how(body)["alone"] or body.cache_prompt is False,
             **{**self.model.engine.recommended, **given},
         )
+
+    def _how(self, body: bodies.GenerationBody) -> dict[str, Any]:
+        """Return the fields of Task that say how it runs."""
+        alone = self._repeatable if body.repeatable is None else body.repeatable
+        return {"reports": bool(body.stream and body.return_progress), "alone": alone}
+
+    def _logit_bias(self, body: bodies.GenerationBody) -> tuple[tuple[int, float], ...]:
+        """Return a token and a bias for each token ID and for each token of a text."""
+        found: list[tuple[int, float]] = []
+        for key, sent in body.logit_bias or ():
+            split = self.model.engine.context.vocabulary.tokenize
+            tokens = split(key) if isinstance(key, str) else [key]
+            self.check_tokens(tokens, "logit_bias")
+            found += [(token, _NEVER if sent is False else sent) for token in tokens]
+        return tuple(found)
 
     def _grammar(self, body: bodies.GenerationBody) -> Grammar | None:
         schema = body.answer_schema
@@ -216,12 +251,16 @@ def _tools(body: bodies.ChatBody) -> Tools:
     functions = [tool.function for tool in body.tools]
     listed = tuple(Tool(one.name, one.description or "", one.parameters or {}) for one in functions)
     callable_ = listed
-    if isinstance(choice, bodies.NamedToolChoice):
-        callable_ = tuple(tool for tool in listed if tool.name == choice.function.name)
-        if not callable_:
-            message = f"tool_choice names {choice.function.name!r}, which is missing from tools"
-            raise ApiError(400, message, param="tool_choice")
     must_call = choice not in (None, "auto")
+    chosen = [choice] if isinstance(choice, bodies.NamedToolChoice) else []
+    if isinstance(choice, bodies.AllowedToolsChoice):
+        chosen = choice.allowed_tools.tools
+        must_call = choice.allowed_tools.mode == "required"
+    if names := {tool.function.name for tool in chosen}:
+        if missing := names.difference(tool.name for tool in listed):
+            message = f"tool_choice names {min(missing)!r}, which is missing from tools"
+            raise ApiError(400, message, param="tool_choice")
+        callable_ = tuple(tool for tool in listed if tool.name in names)
     # A small model that must call a tool would otherwise keep calling tools.
     several = not must_call if body.parallel_tool_calls is None else body.parallel_tool_calls
     return Tools(listed, callable_, must_call, several)

@@ -73,8 +73,8 @@ def test_stream_equals_complete_answer(client, ask):
     streamed = events(ask(client, stream=True, stream_options={"include_usage": True}))
     *pieces, figures = streamed
     if ask is chat:
-        assert pieces[0]["choices"][0]["delta"]["role"] == "assistant"
-        text = "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces)
+        assert pieces[0]["choices"][0]["delta"] == {"role": "assistant", "content": None}
+        text = "".join(piece["choices"][0]["delta"].get("content") or "" for piece in pieces)
     else:
         text = "".join(piece["choices"][0]["text"] for piece in pieces)
     assert text == whole

@@ -53,6 +53,8 @@ def test_embeddings_keep_prompt_cache(path):
         ({"input": "a", "dimensions": 3}, "dimensions must be 128"),
         ({"input": [2**31]}, "token ids must be between 0 and"),
         ({"input": ["a"] * 2049}, "up to 2048"),
+        ({"input": []}, "the prompt is empty"),
+        ({"input": {"content": [{"type": "image_url"}]}}, "input: send a string"),
         ({"input": LONG * 20}, "the context is too small"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
     ],

@@ -87,9 +87,8 @@ def test_llama_cpp_field_names(client):
 @pytest.mark.parametrize(
     ("endpoint", "body", "reason"),
     [
-        ("completion", {"prompt": "a", "return_tokens": True}, "return_tokens is not supported"),
         ("completion", {"prompt": "a", "samplers": ["top_k"]}, "samplers is not supported"),
-        ("completion", {"prompt": {"prompt_string": "a"}}, "send a string, a list of token ids"),
+        ("completion", {"prompt": {"prompt_string": 5}}, "send a string, a list of token ids"),
         ("completion", {}, "prompt"),
         ("tokenize", {}, "content"),
         ("tokenize", {"content": [1, "a"]}, "content"),
@@ -98,6 +97,7 @@ def test_llama_cpp_field_names(client):
         ("detokenize", {"tokens": ["a"]}, "tokens.0"),
         ("infill", {"input_prefix": "a", "input_suffix": "b"}, "no fill-in-the-middle"),
         ("infill", {"input_extra": [{"text": 5}]}, "input_extra.0.text"),
+        ("infill", {"input_extra": [{"filename": "a"}]}, "input_extra.0.text"),
     ],
 )
 def test_errors_name_the_field(client, endpoint, body, reason):

@@ -45,7 +45,7 @@ def prompt_logprobs(cache: KvCache, tokens: Sequence[int], n_top: int) -> list[T
     Logits are computed for all rows, so all rows run all layers and replace the cached rows.
     """
     pieces = Pieces(cache.context.vocabulary, range(cache.context.vocabulary.n_tokens))
-    found = [TokenLogprob(pieces[tokens[0]], None)]
+    found = [TokenLogprob(tokens[0], pieces[tokens[0]], None)]
     for n_rows in append_all(cache, tokens, _MAX_ROWS):
         for row in cache.context.logits(n_rows)[: len(tokens) - len(found)]:
             found.append(_of_token(pieces, row, tokens[len(found)], n_top))
@@ -57,8 +57,5 @@ def _of_token(pieces: Pieces, logits: NDArray[np.float32], token: int, n_top: in
     norm = highest + float(np.log(np.exp(logits - highest, dtype=np.float32).sum(dtype=np.float64)))
     top = np.argpartition(logits, -n_top)[-n_top:] if n_top else np.empty(0, int)
     ranked = top[np.argsort(-logits[top], kind="stable")]
-    return TokenLogprob(
-        text=pieces[token],
-        logprob=float(logits[token]) - norm,
-        top=tuple(TokenLogprob(pieces[int(i)], float(logits[i]) - norm) for i in ranked),
-    )
+    top_logprobs = [TokenLogprob(int(i), pieces[int(i)], float(logits[i]) - norm) for i in ranked]
+    return TokenLogprob(token, pieces[token], float(logits[token]) - norm, tuple(top_logprobs))

@@ -29,7 +29,10 @@ _RECOMMENDED = {
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """Sampling parameters. Temperature 0 means greedy sampling. `seed`: None for a random seed."""
+    """Sampling parameters. Temperature 0 means greedy sampling. `seed`: None for a random seed.
+
+    `logit_bias`: (token, number to add to its logit) pairs.
+    """
 
     temperature: float = 0.8
     top_k: int = 40
@@ -39,6 +42,7 @@ class SamplerOptions:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 def recommended(header: Header) -> dict[str, float]:
@@ -70,6 +74,8 @@ class Sampler:
         self._slot, self._constraint = slot, constraint
         self._api = bindings()
         self._chain: Any = None
+        self._biased = np.array([token for token, _ in options.logit_bias], np.intp)
+        self._biases = np.array([bias for _, bias in options.logit_bias], np.float32)
         penalties = (options.repeat_penalty, options.frequency_penalty, options.presence_penalty)
         if options.temperature != 0 or penalties != (1.0, 0.0, 0.0):
             self._chain = self._chained(options, penalties)
@@ -100,7 +106,11 @@ class Sampler:
     def sample(self) -> int:
         """Choose the next token. Raises PopError if the constraint allows no token."""
         ids = None if self._constraint is None else self._constraint.allowed()
-        logits = self._slot.logits if ids is None else self._slot.logits[ids]
+        logits = self._slot.logits
+        if len(self._biased):
+            logits = logits.copy()
+            np.add.at(logits, self._biased, self._biases)
+        logits = logits if ids is None else logits[ids]
         if self._chain is not None:
             token = self._from_chain(ids, logits)
         else:

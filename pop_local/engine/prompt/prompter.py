@@ -61,14 +61,21 @@ class Prompter:
         """Return a prompt that makes the model continue a text. Raises PopError."""
         return Prompt(self.context.vocabulary.tokenize(text, add_bos=True))
 
-    def conversation(self, messages: Sequence[Message]) -> Prompt:
+    def conversation(self, messages: Sequence[Message], *, continues: bool = False) -> Prompt:
         """Return a conversation's prompt, up to the start of the answer.
 
-        Raises PopError if the template rejects the conversation.
+        `continues`: the answer starts with the last message's content. Raises PopError if the
+        template rejects the conversation.
         """
-        if any(message.role == "system" for message in messages) and not self._supports_system:
-            messages = _without_system(messages)
-        return self.render(messages, (), lambda contents, _: self._rendered(messages, contents))
+        before, begun = (messages[:-1], messages[-1:]) if continues else (messages, ())
+        if any(message.role == "system" for message in before) and not self._supports_system:
+            before = _without_system(before)
+        n = len(before)
+
+        def write(contents: list[str], _: Callable[[str], str]) -> str:
+            return "".join([self._rendered(before, contents[:n]), *contents[n:]])
+
+        return self.render([*before, *begun], (), write)
 
     def render(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
         """Return the prompt that `write` renders from the messages' contents and the other texts.

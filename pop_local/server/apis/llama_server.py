@@ -21,7 +21,14 @@ from pop_local.server.api import Api
 from pop_local.server.api_errors import bad_request
 from pop_local.server.model_listing import printable
 from pop_local.server.model_pool import ServedModel
-from pop_local.server.replies import AnswerEnd, Json, OtherApiReply, chat_logprob, text_of
+from pop_local.server.replies import (
+    AnswerEnd,
+    Json,
+    OtherApiReply,
+    chat_logprob,
+    text_of,
+    timings,
+)
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
@@ -36,24 +43,25 @@ class LlamaBody(bodies.CompletionBody):
     If `n_predict` is 0, this server generates a token, whereas llama-server only fills its cache.
     """
 
-    unsupported = (*bodies.CompletionBody.unsupported, "return_tokens", "post_sampling_probs")
+    unsupported = (*bodies.CompletionBody.unsupported, "post_sampling_probs")
+    return_tokens: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        renamed = {"n": given.get("n_cmpl"), "logprobs": given.get("n_probs") or None}
-        if (schema := given.get("json_schema")) is not None:
-            renamed["response_format"] = bodies.schema_format(schema)
+        # Log probabilities come with token IDs.
+        n_top = given.get("n_probs") or (0 if given.get("return_tokens") else None)
+        renamed = {"n": given.get("n_cmpl"), "logprobs": n_top}
         limit = given.get("n_predict")
         renamed["n_predict"] = -1 if limit is None else limit or 1
-        return {**given, **renamed, "n_cmpl": None, "json_schema": None}
+        return {**given, **renamed, "n_cmpl": None}
 
 
 class ExtraFile(bodies.LenientBody):
     filename: str = "tmp"
-    text: str = ""
+    text: str
 
 
 class InfillBody(LlamaBody):
@@ -87,36 +95,34 @@ class LlamaReply(OtherApiReply):
     def __init__(self, served: ServedModel, body: LlamaBody) -> None:
         super().__init__(served, body)
         self._n_ctx = served.model.engine.context.n_ctx
+        self._body, self._has_new_line = body, False
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
         return (self._shown(piece.content, logprobs),)
 
     def _shown(self, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
-        found: Json = {"index": self._index, "content": text, "tokens": [], "stop": False}
-        if self._wants_logprobs:
+        tokens = [token.id for token in logprobs if self._body.return_tokens]
+        found: Json = {"index": self._index, "content": text, "tokens": tokens, "stop": False}
+        self._has_new_line |= "\n" in text
+        if self._options.n_top_logprobs:
             found["completion_probabilities"] = [chat_logprob(token) for token in logprobs]
         return found
 
     def whole(self, end: AnswerEnd) -> Json:
         usage = end.usage
-        n_cached = usage["prompt_tokens_details"]["cached_tokens"]
-        n_prompt, n_predicted = usage["prompt_tokens"], usage["completion_tokens"]
         kind = "limit" if end.reason == "length" else "word" if end.stop else "eos"
         return self._shown(text_of(end.pieces), end.logprobs) | {
             "stop": True,
             "model": self._model,
-            "tokens_predicted": n_predicted,
-            "tokens_evaluated": n_prompt,
-            "tokens_cached": n_cached,
+            "tokens_predicted": usage["completion_tokens"],
+            "tokens_evaluated": usage["prompt_tokens"],
+            "tokens_cached": usage["prompt_tokens_details"]["cached_tokens"],
             "truncated": False,
+            "has_new_line": self._has_new_line,
             "stop_type": kind,
             "stopping_word": end.stop,
             "generation_settings": {"n_ctx": self._n_ctx, **_settings(self._options)},
-            "timings": {
-                "cache_n": n_cached,
-                **_timings("prompt", n_prompt - n_cached, usage["pop"]["prefill_s"]),
-                **_timings("predicted", n_predicted, usage["pop"]["decode_s"]),
-            },
+            "timings": timings(usage),
             "pop": usage["pop"],
         }
 
@@ -124,6 +130,8 @@ class LlamaReply(OtherApiReply):
 def routes(api: Api) -> list[Route]:
     return [
         Route("/props", partial(_props, api)),
+        Route("/slots", partial(_slots, api)),
+        Route("/apply-template", partial(_apply_template, api), methods=["POST"]),
         Route("/tokenize", partial(_tokenize, api), methods=["POST"]),
         Route("/detokenize", partial(_detokenize, api), methods=["POST"]),
         api.route("/completion", LlamaBody, TaskFactory.completions, LlamaReply),
@@ -152,6 +160,34 @@ async def _props(api: Api, request: Request) -> Response:
             "is_sleeping": not info.is_loaded,
         }
     )
+
+
+async def _slots(api: Api, request: Request) -> Response:
+    """List the slots of all open models, or of the model in the query."""
+    name = request.query_params.get("model")
+    found = [
+        _slot(served, number)
+        for served in api.models.loaded
+        if name in (None, served.name)
+        for number in range(len(served.model.engine.sequences))
+    ]
+    return JSONResponse(found)
+
+
+def _slot(served: ServedModel, number: int) -> Json:
+    """Describe a slot. While its prompt is read, `left_s` estimates the remaining seconds."""
+    job, n_ctx = served.worker.running.get(number), served.model.engine.context.n_ctx
+    slot = {"id": number, "model": served.name, "n_ctx": n_ctx, "speculative": False}
+    if job is None:
+        return slot | {"is_processing": False}
+    n_read, n_rows = job.read
+    reading = {"n_read": n_read, "n_rows": n_rows, "left_s": job.left_s}
+    return slot | {"is_processing": True, **reading}
+
+
+async def _apply_template(api: Api, request: Request) -> Response:
+    served, [task] = await api.prepared(request, await api.read(request, bodies.ChatBody))
+    return JSONResponse({"prompt": served.tasks.rendered(task.prompt)})
 
 
 async def _tokenize(api: Api, request: Request) -> Response:
@@ -191,13 +227,4 @@ def _settings(options: TurnOptions) -> Json:
         "seed": -1 if options.seed is None else options.seed,
         "stop": list(options.stops),
         **{name: getattr(options, name) for name in bodies.SamplingFields.model_fields},
-    }
-
-
-def _timings(kind: str, n: int, seconds: float) -> Json:
-    return {
-        f"{kind}_n": n,
-        f"{kind}_ms": seconds * 1e3,
-        f"{kind}_per_token_ms": seconds * 1e3 / n if n else 0.0,
-        f"{kind}_per_second": n / seconds if seconds else 0.0,
     }

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from pop_local.engine.chat_messages import TokenLogprob, ToolCall
@@ -37,6 +37,26 @@ class ImageBlock(bodies.LenientBody):
     source: Base64Source
 
 
+class TextSource(bodies.LenientBody):
+    type: Literal["text"]
+    data: str
+
+
+class DocumentBlock(bodies.LenientBody):
+    """A text document. The request must contain its text, since the server reads no PDF."""
+
+    type: Literal["document"]
+    source: TextSource
+    title: str | None = None
+
+    @property
+    def text(self) -> str:
+        return f"{self.title}\n\n{self.source.data}" if self.title else self.source.data
+
+
+_Shown = bodies.TextPart | ImageBlock | DocumentBlock
+
+
 class ToolUseBlock(bodies.LenientBody):
     type: Literal["tool_use"]
     id: str
@@ -60,12 +80,12 @@ def _blocks(kind: Any) -> Any:
 class ToolResultBlock(bodies.LenientBody):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: _blocks(bodies.TextPart | ImageBlock) = Field(default_factory=list)  # type: ignore[valid-type]
+    content: _blocks(_Shown) = Field(default_factory=list)  # type: ignore[valid-type]
 
 
 class AnthropicMessage(bodies.LenientBody):
     role: Literal["user", "assistant", "system"]
-    content: _blocks(bodies.TextPart | ImageBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock)  # type: ignore[valid-type]
+    content: _blocks(_Shown | ToolUseBlock | ToolResultBlock | ThinkingBlock)  # type: ignore[valid-type]
 
     def chat_messages(self) -> Iterator[Json]:
         """Yield this message as chat messages, with tool results before the user's text."""
@@ -142,7 +162,7 @@ class MessagesBody(CountTokensBody):
 class MessagesReply(replies.EventReply):
     """A formatter for Anthropic messages and their stream events; reasoning is omitted."""
 
-    id_prefix = "msg"
+    id_prefix = "msg_"
 
     def __init__(self, served: ServedModel, body: bodies.ChatBody) -> None:
         super().__init__(served, body)
@@ -235,13 +255,11 @@ async def _create(api: Api, request: Request) -> Response:
 async def _count(api: Api, request: Request) -> Response:
     body = await api.read(request, CountTokensBody)
     chat = await run_in_threadpool(body.chat)
-    served = await api.served(request, body.model)
-    [task] = await api.tasks(request, served, chat, TaskFactory.chat)
-    return JSONResponse({"input_tokens": len(task.prompt)})
+    return await api.count(request, chat)
 
 
-def _part(block: bodies.TextPart | ImageBlock) -> Json:
-    if isinstance(block, bodies.TextPart):
+def _part(block: _Shown) -> Json:
+    if not isinstance(block, ImageBlock):
         return {"type": "text", "text": block.text}
     return bodies.image_part(f"data:{block.source.media_type};base64,{block.source.data}")
 

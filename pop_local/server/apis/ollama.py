@@ -1,5 +1,6 @@
 """Ollama's API, as documented in docs/api.md in Ollama's repository."""
 
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -39,6 +40,7 @@ _OPTIONS = (
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop", "mirostat"),
     *("repeat_penalty", "repeat_last_n", "frequency_penalty", "presence_penalty"),
 )
+_QUIET_S = 3.0
 _NEVER = "2999-12-31T23:59:59Z"
 _MAX_VALUE = 1000  # characters; /api/show omits longer header values
 
@@ -131,8 +133,14 @@ class OllamaReply(replies.OtherApiReply):
 
     media_type = "application/x-ndjson"
 
+    _shown_s = 0.0
+
     def comment(self, progress: str) -> bytes:
-        return b""  # JSON lines have no comments
+        """Return an object without text every few seconds, because JSON lines have no comments."""
+        if (now_s := time.monotonic()) - self._shown_s < _QUIET_S:
+            return b""
+        self._shown_s = now_s
+        return self.frame(self._shown(()))
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
         return (self._shown((piece,), logprobs),)

@@ -43,9 +43,14 @@ def routes(api: Api) -> list[Route]:
         Route("/v1/models", partial(_list, api, started_s)),
         Route("/v1/models/{name:path}", partial(_show, api, started_s)),
         api.route("/v1/chat/completions", ChatBody, TaskFactory.chat, ChatReply),
+        Route("/v1/chat/completions/input_tokens", partial(_count, api), methods=["POST"]),
         api.route("/v1/completions", CompletionBody, TaskFactory.completions, Reply),
         api.route("/v1/embeddings", EmbeddingsBody, TaskFactory.embeddings, EmbeddingsReply),
     ]
+
+
+async def _count(api: Api, request: Request) -> Response:
+    return await api.count(request, await api.read(request, ChatBody))
 
 
 async def _list(api: Api, started_s: int, request: Request) -> Response:

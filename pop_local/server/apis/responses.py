@@ -5,12 +5,12 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pop_local.engine.chat_messages import TokenLogprob, ToolCall
@@ -91,9 +91,16 @@ class ResponsesTool(bodies.FunctionSpec):
     type: Literal["function"]
 
 
-class ToolChoice(bodies.LenientBody):
-    type: Literal["function"]
-    name: str
+def _chat_choice(choice: Any) -> Any:
+    """Return a tool choice in the form of chat completions, which ChatBody validates."""
+    if not isinstance(choice, dict):
+        return choice
+    kind = choice.get("type")
+    if kind == "allowed_tools":
+        tools = choice.get("tools")
+        tools = [*map(_chat_choice, tools)] if isinstance(tools, list) else tools
+        return {"type": kind, kind: {"mode": choice.get("mode"), "tools": tools}}
+    return {"type": kind, "function": {"name": choice.get("name")}}
 
 
 class ResponsesBody(bodies.ModelRequest):
@@ -119,22 +126,19 @@ class ResponsesBody(bodies.ModelRequest):
         Field(fail_fast=True, max_length=bodies.MAX_TOOLS),
         bodies.keep_tool_types("function"),
     ] = None
-    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
+    tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: bodies.FormatOptions | None = None
 
     def chat(self, earlier: Sequence[Json]) -> bodies.ChatBody:
         """Return the request as a chat that continues from the messages in `earlier`."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        choice: Any = self.tool_choice
-        if isinstance(choice, ToolChoice):
-            choice = {"type": "function", "function": {"name": choice.name}}
         return bodies.ChatBody.model_validate(
             {
                 "messages": [*system, *earlier, *self.messages()],
                 "max_tokens": self.max_output_tokens,
                 "tools": [{"type": "function", "function": tool} for tool in self.tools or ()],
-                "tool_choice": choice,
+                "tool_choice": _chat_choice(self.tool_choice),
                 "response_format": self.text and self.text.format,
                 **self.model_dump(include=_SAME),
             }
@@ -160,44 +164,57 @@ class ResponsesBody(bodies.ModelRequest):
         return found
 
 
-class ConversationStore:
-    """The conversations that clients can continue with `previous_response_id`."""
+class StoredResponse(NamedTuple):
+    """A response with its input items, and the conversation's messages up to and including it."""
+
+    response: Json
+    items: list[Json]
+    messages: list[Json]
+
+
+class ResponseStore:
+    """The responses that clients can retrieve, or continue with `previous_response_id`."""
 
     def __init__(self) -> None:
-        # The least recently used conversation comes first.
-        self._stored: OrderedDict[str, tuple[int, list[Json]]] = OrderedDict()
+        # The least recently used response comes first.
+        self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
         self._n_bytes = 0
 
-    def get(self, name: str | None) -> list[Json]:
+    def get(self, name: str) -> StoredResponse | None:
+        if name in self._stored:
+            self._stored.move_to_end(name)
+        return self._stored.get(name)
+
+    def messages(self, name: str | None) -> list[Json]:
         """Return a conversation's messages up to and including a response.
 
         Raises ApiError if the response is not stored.
         """
         if not name:
             return []
-        if name not in self._stored:
+        if (found := self.get(name)) is None:
             raise ApiError(
                 400,
                 f"response {name!r} is not stored: send all messages in the conversation",
                 code="previous_response_not_found",
                 param="previous_response_id",
             )
-        self._stored.move_to_end(name)
-        return self._stored[name][1]
+        return found.messages
 
-    def add(self, name: str, messages: list[Json]) -> None:
-        size = _size(messages)
-        self._stored[name] = (size, messages)
-        self._n_bytes += size
+    def add(self, stored: StoredResponse) -> None:
+        self._stored[stored.response["id"]] = stored
+        self._n_bytes += _size([*stored])
         while self._n_bytes > _MAX_STORED:
-            _, (size, _) = self._stored.popitem(last=False)
-            self._n_bytes -= size
+            self.remove(next(iter(self._stored)))
+
+    def remove(self, name: str) -> None:
+        self._n_bytes -= _size([*self._stored.pop(name)])
 
 
 class ResponsesReply(EventReply):
     """A formatter for OpenAI's responses and their stream events; reasoning is omitted."""
 
-    id_prefix = "resp"
+    id_prefix = "resp_"
 
     def __init__(
         self,
@@ -206,10 +223,10 @@ class ResponsesReply(EventReply):
         *,
         body: ResponsesBody,
         earlier: list[Json],
-        conversations: ConversationStore,
+        store: ResponseStore,
     ) -> None:
         super().__init__(served, chat)
-        self._body, self._earlier, self._conversations = body, earlier, conversations
+        self._body, self._earlier, self._store = body, earlier, store
         self._output: list[Json] = []
         self._n_events = 0
 
@@ -262,13 +279,15 @@ class ResponsesReply(EventReply):
 
     def ending(self, end: AnswerEnd) -> list[Json]:
         closed = [*self._close()]
+        status = "incomplete" if end.reason == "length" else "completed"
+        response = self._response(status, end)
         if self._body.store is not False:
             # The next request continues the conversation after this response.
             output = self._body.model_validate({"input": self._output})
-            messages = [*self._body.messages(), *output.messages()]
-            self._conversations.add(self._id, [*self._earlier, *messages])
-        status = "incomplete" if end.reason == "length" else "completed"
-        response = self._response(status, end)
+            messages = [*self._earlier, *self._body.messages(), *output.messages()]
+            items = [item.model_dump() for item in self._body.input]
+            items = [{"id": f"msg_{uuid.uuid4().hex}", **item} for item in items]
+            self._store.add(StoredResponse(response, items, messages))
         return [*closed, self._event(status, response=response)]
 
     def whole(self, end: AnswerEnd) -> Json:
@@ -313,15 +332,42 @@ class ResponsesReply(EventReply):
 
 
 def routes(api: Api) -> list[Route]:
-    return [Route("/v1/responses", partial(_create, api, ConversationStore()), methods=["POST"])]
+    store = ResponseStore()
+    return [
+        Route("/v1/responses", partial(_create, api, store), methods=["POST"]),
+        Route("/v1/responses/{name}/input_items", partial(_items, store)),
+        Route("/v1/responses/{name}", partial(_stored, store), methods=["GET", "DELETE"]),
+    ]
 
 
-async def _create(api: Api, conversations: ConversationStore, request: Request) -> Response:
+async def _create(api: Api, store: ResponseStore, request: Request) -> Response:
     body = await api.read(request, ResponsesBody)
-    earlier = conversations.get(body.previous_response_id)
+    earlier = store.messages(body.previous_response_id)
     chat = await run_in_threadpool(body.chat, earlier)
-    reply = partial(ResponsesReply, body=body, earlier=earlier, conversations=conversations)
+    reply = partial(ResponsesReply, body=body, earlier=earlier, store=store)
     return await api.answer(request, chat, TaskFactory.chat, reply)
+
+
+def _found(store: ResponseStore, request: Request) -> StoredResponse:
+    found = store.get(name := request.path_params["name"])
+    if found is None:
+        message = f"response {name!r} is not stored: the server keeps only the most recent ones"
+        raise ApiError(404, message, code="response_not_found")
+    return found
+
+
+async def _stored(store: ResponseStore, request: Request) -> Response:
+    found = _found(store, request)
+    if request.method != "DELETE":
+        return JSONResponse(found.response)
+    store.remove(name := found.response["id"])
+    return JSONResponse({"id": name, "object": "response", "deleted": True})
+
+
+async def _items(store: ResponseStore, request: Request) -> Response:
+    items = _found(store, request).items
+    ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {}
+    return JSONResponse({"object": "list", "data": items, "has_more": False, **ends})
 
 
 def _parts(content: Sequence[TextContent | ImageContent]) -> list[Json]:

@@ -1,0 +1,226 @@
+"""Paths and fields that clients of llama-server and of newer APIs use."""
+
+import json
+
+import pytest
+
+from pop_local.server.apis import ollama
+from support.server_requests import LONG, N_CTX, NAME, chat, complete, events, text_of
+
+SAID = {"messages": [{"role": "user", "content": LONG}], "temperature": 0, "max_tokens": 4}
+MESSAGE = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "field"),
+    [
+        ("/chat/completions", SAID, "choices"),
+        ("/embeddings", {"input": "a"}, "data"),
+        ("/responses", {"input": "a", "max_output_tokens": 2}, "output"),
+        ("/messages", MESSAGE, "content"),
+        ("/messages/count_tokens", {"messages": MESSAGE["messages"]}, "input_tokens"),
+        ("/chat/completions/input_tokens", SAID, "input_tokens"),
+    ],
+)
+def test_paths_without_version(client, endpoint, body, field):
+    short, long = client.post(endpoint, json=body), client.post(f"/v1{endpoint}", json=body)
+    assert short.status_code == long.status_code == 200
+    assert short.json().keys() == long.json().keys()
+    assert field in short.json()
+
+
+def test_models_and_errors_without_version(client):
+    assert client.get("/models").json() == client.get("/v1/models").json()
+    assert client.get(f"/models/{NAME}").json()["id"] == NAME
+    assert client.post("/messages", json={}).json()["type"] == "error"
+    # llama-server's own form of completions
+    assert "content" in client.post("/completions", json={"prompt": "a", "n_predict": 1}).json()
+
+
+def test_unknown_path_names_a_near_one(client):
+    missing = client.post("/v1/chat/completion", json={})
+    assert missing.status_code == 404
+    assert "did you mean /v1/chat/completions?" in missing.json()["error"]["message"]
+    assert "docs/server-reference.md" in client.get("/zzz").json()["error"]["message"]
+    assert len(client.get("/" + "x" * 5000).json()["error"]["message"]) < 400
+
+
+def test_counts_equal_usage(client):
+    n_counted = client.post("/v1/chat/completions/input_tokens", json=SAID).json()["input_tokens"]
+    assert n_counted == chat(client).json()["usage"]["prompt_tokens"]
+
+
+def test_slots(client):
+    [slot] = client.get("/slots").json()
+    assert slot == {
+        "id": 0, "model": NAME, "n_ctx": N_CTX, "is_processing": False, "speculative": False
+    }  # fmt: skip
+    assert client.get("/slots", params={"model": "other"}).json() == []
+
+
+def test_template_is_applied(client):
+    found = client.post("/apply-template", json=SAID).json()["prompt"]
+    assert found == f"user: {LONG}\nassistant:"
+
+
+def test_final_message_is_continued(client):
+    begun = [{"role": "user", "content": LONG}, {"role": "assistant", "content": "the fox"}]
+    asked = {"messages": begun, "continue_final_message": True, "add_generation_prompt": False}
+    found = client.post("/apply-template", json=asked).json()["prompt"]
+    assert found == f"user: {LONG}\nassistant:the fox"
+    by_hand = complete(client, f"user: {LONG}\nassistant:the fox", max_tokens=4)
+    assert text_of(chat(client, **(asked | {"max_tokens": 4}))) == text_of(by_hand)
+
+
+def test_schema_at_the_top(client):
+    assert text_of(chat(client, json_schema={"enum": [57]}, max_tokens=20)) == "57"
+
+
+@pytest.mark.parametrize("form", [dict, list])
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_logit_bias(client, ask, form):
+    letter = client.post("/tokenize", json={"content": "q"}).json()["tokens"][-1]
+    bias = {str(letter): 100} if form is dict else [[letter, 100]]
+    assert set(text_of(ask(client, logit_bias=bias)).replace(" ", "")) == {"q"}
+
+
+def test_logit_bias_forbids_tokens(client):
+    asked = {"prompt": LONG, "n_predict": 8, "temperature": 0, "return_tokens": True}
+    usual = client.post("/completion", json=asked).json()["tokens"]
+    for never in ([[token, False] for token in usual], {str(token): -1000 for token in usual}):
+        found = client.post("/completion", json=asked | {"logit_bias": never}).json()["tokens"]
+        assert found and not set(found) & set(usual)
+
+
+def test_logit_bias_of_text_and_within_grammar(client):
+    assert set(text_of(complete(client, logit_bias={"q": 100})).replace(" ", "")) == {"q"}
+    grammar = 'root ::= "a" | "b"'
+    for letter in "ab":
+        bias = [[client.post("/tokenize", json={"content": "x" + letter}).json()["tokens"][-1], 99]]
+        assert text_of(complete(client, grammar=grammar, logit_bias=bias)) == letter
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_forbidden_tokens_that_a_grammar_requires(client, temperature):
+    never = [[token, False] for token in range(384)]
+    asked = {"grammar": 'root ::= "a"', "logit_bias": never, "temperature": temperature}
+    assert text_of(complete(client, **asked)) == "a"
+
+
+def test_fingerprint_ids_and_timings(client):
+    found = chat(client).json()
+    assert found["id"].startswith("chatcmpl-") and found["system_fingerprint"].startswith("b")
+    assert found["timings"]["predicted_n"] == found["usage"]["completion_tokens"]
+    streamed = events(chat(client, stream=True, stream_options={"include_usage": True}))
+    assert {event["system_fingerprint"] for event in streamed} == {found["system_fingerprint"]}
+    assert streamed[-1]["timings"].keys() == found["timings"].keys()
+    assert client.post("/v1/messages", json=MESSAGE).json()["id"].startswith("msg_")
+    one = chat(client, max_tokens=1).json()["timings"]
+    assert (one["predicted_n"], one["predicted_per_second"]) == (1, 0.0)
+
+
+def test_mixed_prompts(client):
+    tokens = client.post("/tokenize", json={"content": LONG, "add_special": True}).json()["tokens"]
+    expected = text_of(complete(client))
+    for prompt in ({"prompt_string": LONG}, {"content": [{"type": "text", "text": LONG}]}):
+        assert text_of(complete(client, prompt)) == expected
+    several = complete(client, [LONG, tokens, {"prompt_string": LONG}]).json()["choices"]
+    assert [one["text"] for one in several] == [expected] * 3
+    at = len(tokens) // 2
+    rest = client.post("/detokenize", json={"tokens": tokens[at:]}).json()["content"]
+    mixed = complete(client, [*tokens[:at], rest.strip()])
+    assert mixed.json()["usage"]["prompt_tokens"] == pytest.approx(len(tokens), abs=2)
+
+
+def test_embeddings_of_empty_texts_and_content(client):
+    def vectors(path="/v1/embeddings", **body):
+        response = client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        return [one["embedding"] for one in response.json()["data"]]
+
+    [alone] = vectors(input="a b")
+    assert vectors(content="a b") == vectors(path="/embeddings", content="a b") == [alone]
+    parts = {"content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]}
+    assert vectors(input=["a b", parts]) == [alone, alone]
+    assert len(vectors(input="")) == 1
+    assert len(vectors(input=["", "a", ""])) == 3
+    of_ollama = client.post("/api/embed", json={"input": ["", "a"]}).json()
+    assert len(of_ollama["embeddings"]) == 2
+
+
+def test_token_ids(client):
+    asked = {"prompt": LONG, "n_predict": 4, "temperature": 0, "return_tokens": True}
+    answer = client.post("/completion", json=asked).json()
+    assert "completion_probabilities" not in answer
+    assert len(answer["tokens"]) == 4
+    assert client.post("/completion", json=asked | {"return_tokens": False}).json()["tokens"] == []
+    probable = client.post("/completion", json=asked | {"n_probs": 2}).json()
+    ids = [one["id"] for one in probable["completion_probabilities"]]
+    assert ids == [one["top_logprobs"][0]["id"] for one in probable["completion_probabilities"]]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        ("/v1/chat/completions", SAID),
+        ("/v1/completions", {"prompt": LONG}),
+        ("/completion", {"prompt": LONG, "n_predict": 2}),
+    ],
+)
+def test_progress_events(client, endpoint, body):
+    def progress(**more):
+        new = json.loads(json.dumps(body).replace("quick", f"slow {endpoint}"))
+        text = client.post(endpoint, json=new | {"stream": True, **more}).text
+        found = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        return [each["prompt_progress"] for each in found if "prompt_progress" in each]
+
+    read = progress(return_progress=True, cache_prompt=False)
+    assert read[0]["processed"] == read[0]["cache"]
+    assert read[-1]["processed"] == read[-1]["total"] > 0
+    assert [each["processed"] for each in read] == sorted(each["processed"] for each in read)
+    assert progress() == []
+
+
+def test_ollama_stream_shows_that_it_reads(client, monkeypatch):
+    monkeypatch.setattr(ollama, "_QUIET_S", 0.0)
+    monkeypatch.setattr("pop_local.server.job_responses._PROGRESS_S", 0.0)
+    body = {"messages": [{"role": "user", "content": LONG[::-1] * 2}]}
+    lines = client.post("/api/chat", json=body | {"options": {"num_predict": 1}}).text.split("\n")
+    first = json.loads(lines[0])
+    assert (first["message"], first["done"]) == ({"role": "assistant", "content": ""}, False)
+    assert "" not in lines[:-1]
+
+
+def test_text_documents_in_messages(client):
+    def n_tokens(*content):
+        body = {"messages": [{"role": "user", "content": [*content]}]}
+        response = client.post("/v1/messages/count_tokens", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()["input_tokens"]
+
+    source = {"type": "text", "media_type": "text/plain", "data": "rain"}
+    document = {"type": "document", "source": source, "title": "weather"}
+    question = {"type": "text", "text": "when"}
+    expected = n_tokens({"type": "text", "text": "weather\n\nrain"}, question)
+    assert n_tokens(document, question) == expected
+    pdf = {"type": "document", "source": {"type": "base64", "data": ""}}
+    body = MESSAGE | {"messages": [{"role": "user", "content": [pdf]}]}
+    assert client.post("/v1/messages", json=body).status_code == 400
+
+
+def test_stored_responses(client):
+    asked = {"input": LONG, "max_output_tokens": 2, "instructions": "Be brief."}
+    made = client.post("/v1/responses", json=asked).json()
+    path = f"/v1/responses/{made['id']}"
+    assert made["id"].startswith("resp_") and made["output"][0]["id"].startswith("msg_")
+    assert client.get(path).json() == made
+    [item] = client.get(f"{path}/input_items").json()["data"]
+    assert (item["type"], item["content"][0]["text"]) == ("message", LONG)
+    deleted = client.delete(path).json()
+    assert deleted == {"id": made["id"], "object": "response", "deleted": True}
+    for gone in (client.get(path), client.get(f"{path}/input_items"), client.delete(path)):
+        assert gone.status_code == 404
+        assert "is not stored" in gone.json()["error"]["message"]
+    assert client.post(
+        "/v1/responses", json=asked | {"previous_response_id": made["id"]}
+    ).status_code == 400  # fmt: skip
