@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pop_converter.base.errors import PopError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.llama import backend
+from pop_local.engine.llama.context import require_finite
 from pop_local.engine.prefill.read import append_all
 
 _MAX_ROWS = 512
@@ -33,7 +34,8 @@ def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     """Return a text's normalized embedding, float32 [n_embd] (llama_get_embeddings_ith).
 
     All rows run in full, and the KV cache is empty afterwards. Raises PopError if the text cannot
-    be decoded, or StoppedError or the signal handler's exception if decoding is interrupted.
+    be decoded or the vector is not finite. Raises StoppedError or the signal handler's exception if
+    decoding is interrupted.
     """
     pooling = require_pooling(cache)
     context, api = cache.context, backend.bindings()
@@ -49,5 +51,7 @@ def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
         finally:
             api.llama_set_embeddings(context.ctx, False)
             cache.clear()
-    vector: NDArray[np.float32] = (total / max(float(np.linalg.norm(total)), 1e-12)).astype("f4")
+    norm = float(np.linalg.norm(total))
+    require_finite(norm)
+    vector: NDArray[np.float32] = (total / max(norm, 1e-12)).astype("f4")
     return vector

@@ -194,6 +194,73 @@ def test_invisible_cells_change_nothing(rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(compute(shorter), want)
 
 
+def poisoned(op: Attention, name: str, cell: int, value: float) -> Attention:
+    """Replace a value of K or V in the last K/V head of a cell."""
+    stored: Stored = getattr(op, name)
+    data = stored.data.copy()
+    # The last value, or the scale of the last block.
+    size = {Type.F32: 4, Type.Q8_0: 34}.get(stored.type, 2)
+    kind = {Type.F32: "<f4", Type.BF16: "<u2"}.get(stored.type, "<f2")
+    bits = np.float32(value).view(np.uint32) >> 16 if stored.type == Type.BF16 else value
+    n_bytes = 4 if stored.type == Type.F32 else 2
+    start = data.shape[-1] - size
+    data[:, cell, -1, start : start + n_bytes] = np.array(bits).astype(kind).reshape(1).view("u1")
+    broken = Stored(stored.type, data)
+    return replace(op, k=broken) if name == "k" else replace(op, v=broken)
+
+
+BROKEN: dict[str, Make] = {
+    "f16": attention,
+    "bf16": COVERED["bf16"],
+    "f32": COVERED["f32"],
+    "q8_0": COVERED["q8_0"],
+    "heads of 80": COVERED["heads of 80"],
+    "soft cap": COVERED["soft cap"],
+    "sinks": COVERED["sinks"],
+    "ALiBi": lambda rng: alibi(rng, 4),
+    "several chunks": lambda rng: attention(rng, 5, n_kv=2100),
+}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("make", BROKEN.values(), ids=BROKEN.keys())
+def test_broken_cells_break_the_rows_that_see_them(
+    make: Make, name: str, value: float, rng: np.random.Generator
+) -> None:
+    """Also where upstream's result happens to be finite, because a score is infinite."""
+    op = make(rng)
+    assert op.mask is not None and is_covered(op)
+    want = compute(op)
+    for cell in (2, 7, op.n_kv - 2):
+        broken = poisoned(op, name, cell, value)
+        sees = np.broadcast_to(op.mask[0, 0, :, cell] != -np.inf, op.q.shape[1])
+        hit = np.zeros(want.shape[:3], bool)
+        hit[:, sees, want.shape[2] // 2 :] = True
+        for n_threads in (1, 3):
+            got = compute(broken, n_threads=n_threads)
+            assert np.isnan(got[hit]).all()
+            np.testing.assert_array_equal(got[~hit], want[~hit])
+        upstream = compute(broken, Rows.NONE)
+        assert np.isnan(got[~np.isfinite(upstream).all(-1)]).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_broken_first_cells_change_no_row_of_another_sequence(
+    softcap: float, value: float, rng: np.random.Generator
+) -> None:
+    """The bias of K is read from the first two cells."""
+    cells = np.ones((40, 100), bool)
+    cells[:, :2] = False
+    op = replace(biased_keys(rng), n_kv=100, mask=seen(cells), softcap=softcap)
+    broken = op
+    for cell in (0, 1):
+        broken = poisoned(broken, "k", cell, value)
+    got, want = compute(broken), compute(op)
+    assert rms(got - want) <= 1e-3 * rms(want)
+
+
 def test_streams_equal_separate_computations(rng: np.random.Generator) -> None:
     op = streams(rng)
     if not is_covered(op):

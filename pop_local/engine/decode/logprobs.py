@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.chat_messages import TokenLogprob
+from pop_local.engine.llama.context import require_finite
 from pop_local.engine.llama.slot import Slot
 from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.prefill.read import append_all
@@ -54,6 +55,7 @@ def prompt_logprobs(cache: KvCache, tokens: Sequence[int], n_top: int) -> list[T
 
 def _of_token(pieces: Pieces, logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprob:
     highest = float(logits.max())
+    require_finite(highest)
     norm = highest + float(np.log(np.exp(logits - highest, dtype=np.float32).sum(dtype=np.float64)))
     top = np.argpartition(logits, -n_top)[-n_top:] if n_top else np.empty(0, int)
     ranked = top[np.argsort(-logits[top], kind="stable")]

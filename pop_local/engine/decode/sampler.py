@@ -13,6 +13,7 @@ import numpy as np
 
 from pop_converter.gguf.header import Header
 from pop_local.engine.llama.backend import bindings
+from pop_local.engine.llama.context import require_finite
 from pop_local.engine.llama.slot import Slot
 
 _N_PENALISED = 64  # number of recent tokens that penalties apply to
@@ -104,9 +105,13 @@ class Sampler:
         return chain
 
     def sample(self) -> int:
-        """Choose the next token. Raises PopError if the constraint allows no token."""
+        """Choose the next token.
+
+        Raises PopError if the constraint allows no token, or if a logit is NaN or infinite.
+        """
         ids = None if self._constraint is None else self._constraint.allowed()
         logits = self._slot.logits
+        require_finite(logits.max())
         if len(self._biased):
             logits = logits.copy()
             np.add.at(logits, self._biased, self._biases)

@@ -1,6 +1,7 @@
 """An open model with its llama_context."""
 
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -271,6 +272,15 @@ class Context:
 
     def __del__(self) -> None:
         self.close()
+
+
+def require_finite(value: float) -> None:
+    """Raise PopError if a value that the model computed is NaN or infinite."""
+    if not math.isfinite(value):
+        raise PopError(
+            "the model's output is NaN or infinite, so it has no answer",
+            "the model file may be damaged, so download or convert it again",
+        )
 
 
 def _fill(params: Any, others: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(RowOptions, "deep_rows", DeepRows.NONE)
     monkeypatch.setattr(lessons_module, "LEAST_WINDOWS", 1)
     monkeypatch.setattr(learning, "N_APART", 3)
-    monkeypatch.setattr(learning, "LEAST_SAVED", 1)
+    monkeypatch.setattr(learning, "SAVED_ROWS", 0)
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 // Attention of one tile: pack Q, K and V, then compute scores, softmax and results of six rows. Layouts: attention-tile.h.
 //
+// If K or V of a cell is NaN or infinite, its score is NaN, and so is the sum of each row that sees the cell. A row that does not see the
+// cell gives it the weight 0.
+//
 // Products that are added use fma explicitly. If the compiler chose, a row's bits could depend on the other rows of its group.
 
 #pragma once
@@ -32,9 +35,9 @@ static inline floats weight_of(floats x) {
     return exp2_scaled<13, WEIGHT_MAX>(x);
 }
 
-// cap * tanh(x)
+// cap * tanh(x). NaN stays NaN: min returns its second operand.
 static inline floats soft_cap(floats x, float cap) {
-    const floats e = exp2_of(min(mul(x, splat(2.0f * LOG2_E)), splat(60.0f)));
+    const floats e = exp2_of(min(splat(60.0f), mul(x, splat(2.0f * LOG2_E))));
     return add(div(splat(-2.0f * cap), add(e, splat(1.0f))), splat(cap));
 }
 
@@ -46,11 +49,16 @@ template <ggml_type TYPE> static inline void load_dims(const char * row, int d, 
     }
 }
 
+// Return x, or NaN if x is infinite.
+static inline floats nan_if_infinite(floats x) {
+    return fma(x, splat(0.0f), x);
+}
+
 static inline floats max_abs(const floats x[SCALE_VECTORS]) {
     floats m = abs(x[0]);
     FAST_UNROLL
     for (int i = 1; i < SCALE_VECTORS; i++) {
-        m = max(m, abs(x[i]));
+        m = max_magnitude(m, abs(x[i]));
     }
     return m;
 }
@@ -119,8 +127,8 @@ static inline void pack_k_cells(const char * k, size_t stride, const head_dims &
         load_k<TYPE>(cell_at(k, stride, tile, i + j), b * SCALE_DIMS, dims, tile, x);
         maxima[j] = max_abs(x);
     }
-    const floats max_value = max(max_of_each(maxima), splat(MIN_SCALE * QK_MAX));
-    store(tile.k_scale + b * TILE_CELLS + i, mul(max_value, splat(1.0f / QK_MAX)));
+    const floats max_value = max(splat(MIN_SCALE * QK_MAX), max_of_each(maxima));
+    store(tile.k_scale + b * TILE_CELLS + i, nan_if_infinite(mul(max_value, splat(1.0f / QK_MAX))));
     store(inverse_scale, div(splat(QK_MAX), max_value));
     for (int j = 0; j < LANES; j++) {
         load_k<TYPE>(cell_at(k, stride, tile, i + j), b * SCALE_DIMS, dims, tile, x);
@@ -160,13 +168,13 @@ template <ggml_type TYPE> static void scale_v(const char * v, size_t stride, con
             const char * row = cell_at(v, stride, tile, i + j);
             maxima[j]        = splat(0.0f);
             for (int d = 0; d < dims.dv; d += LANES) {
-                maxima[j] = max(maxima[j], abs(load_row<TYPE>(row, d)));
+                maxima[j] = max_magnitude(maxima[j], abs(load_row<TYPE>(row, d)));
             }
         }
         // Read as an integer, a float's bits approximate its log2, from below by up to 0.0861. Any scale that is large enough works.
-        const floats scale = max(mul(max_of_each(maxima), splat(1.0f / V_MAX)), splat(MIN_SCALE));
+        const floats scale = max(splat(MIN_SCALE), mul(max_of_each(maxima), splat(1.0f / V_MAX)));
         const floats log   = fma(bits_as_number(scale), splat(1.0f / (1 << 23)), splat(0.0862f - 127.0f));
-        store(tile.v_log2 + i, log);
+        store(tile.v_log2 + i, fma(scale, splat(0.0f), log));
         store(tile.v_inverse + i, exp2_of(sub(splat(0.0f), log)));
     }
 }
@@ -255,7 +263,8 @@ static FAST_NOINLINE void cap_and_mask(const head_dims & dims, const kv_tile & t
             x = add(soft_cap(x, dims.cap), load(tile.v_log2 + i));
         }
         if (mask) {
-            x = fma(load_halves(mask + i), splat(slope), x);
+            const floats m = load_halves(mask + i);
+            x              = hide(fma(m, splat(slope), x), m);
         }
         store(scores + i, x);
     }

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <cmath>
 
 namespace fast {
 
@@ -218,12 +219,14 @@ struct attention_unit {
         return (const float *) ((const char *) a.q->data + at);
     }
 
-    void read_k(int cell, float * to) const {
+    // Read K with zeros for NaN and infinity, which would reach the scores of all cells through the centre.
+    void read_finite_k(int cell, float * to) const {
         if (a.k->type == GGML_TYPE_F32) {
             memcpy(to, cells_of(a.k, cell), a.dims.dk * sizeof(float));
         } else {
             ggml_get_type_traits(a.k->type)->to_float(cells_of(a.k, cell), to, a.dims.dk);
         }
+        std::replace_if(to, to + a.dims.dk, [](float x) { return !std::isfinite(x); }, 0.0f);
     }
 
     // Set the centre to the values of K that are large in both cells 0 and 1: the first token's K is often unlike all others.
@@ -232,10 +235,10 @@ struct attention_unit {
     bool find_centre() const {
         const int dk = a.dims.dk;
         float *   centre = s.tile.k_centre, * other = s.k_magnitudes;
-        read_k(0, centre);
+        read_finite_k(0, centre);
         std::fill_n(centre + dk, a.dims.blocks() * SCALE_DIMS - dk, 0.0f);
         if (a.n_cells > 1 && !a.needs_absolute_scores()) {
-            read_k(1, other);
+            read_finite_k(1, other);
             for (int d = 0; d < dk; d++) {
                 const float smaller = fabsf(other[d]) < fabsf(centre[d]) ? other[d] : centre[d];
                 centre[d]           = centre[d] * other[d] > 0.0f ? smaller : 0.0f;
@@ -358,11 +361,11 @@ struct attention_unit {
             const row_group group = s.group(a, p, row / TILE_ROWS);
             const int       c     = row % TILE_ROWS;
             float           sum   = sum_of_row(group.sum + c * MAX_LANES);
+            const bool      seen  = group.max_score[c] != NO_SCORE || std::isnan(sum);
             if (a.sinks) {
                 const float sink = ((const float *) a.sinks->data)[head_of(row)] * LOG2_E;
                 sum += (float) WEIGHT_MAX * exp2f(sink - group.max_score[c]);
             }
-            const bool   seen = group.max_score[c] != NO_SCORE;
             const float  factor = (seen ? 1.0f / sum : 0.0f) + nan_guard(q_row(row), a.dims.dk);
             const size_t to   = ((size_t) seq * a.n_queries + query_of(row)) * a.n_heads + head_of(row);
             write_row(group.out + (size_t) c * a.dims.dv, a.dims.dv, factor, (float *) a.out->data + to * a.dims.dv);

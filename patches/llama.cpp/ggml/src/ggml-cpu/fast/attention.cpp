@@ -2,7 +2,7 @@
 //
 // A row's result depends on the cells that the row sees, not on the other rows, the cache's length or the number of threads: tiles start
 // at multiples of 64 cells, and a fully masked tile changes no bit. One exception: the bias of K is read from the first two cells, even
-// if they belong to another sequence. A NaN in Q propagates to the result; K and V contain none.
+// if they belong to another sequence. A row's result is NaN if its Q, or K or V of a cell that it sees, contains NaN or infinity.
 
 #include "attention.h"
 

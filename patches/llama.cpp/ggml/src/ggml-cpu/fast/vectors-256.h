@@ -7,6 +7,7 @@
 #include "types.h"
 
 #include <immintrin.h>
+#include <math.h>
 
 namespace fast {
 
@@ -69,6 +70,12 @@ static inline ints narrow(ints a, ints b) { return _mm256_packs_epi32(a, b); }
 // Interleave the low 16 bits of a and of b.
 static inline ints interleave(ints a, ints b) { return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa); }
 
+// Return x, or -infinity where the mask is -infinity, even if x is NaN.
+static inline floats hide(floats x, floats mask) {
+    const floats hidden = _mm256_set1_ps(-INFINITY);
+    return _mm256_blendv_ps(x, hidden, _mm256_cmp_ps(mask, hidden, _CMP_EQ_OQ));
+}
+
 static inline floats load_halves(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
 
 // Load 8 values of a row from dim d on.
@@ -109,15 +116,15 @@ static inline void transpose(ints v[8]) {
     }
 }
 
-// Return the maximum of each of LANES vectors.
+// Return the maximum of each of LANES vectors of magnitudes. NaN is the largest.
 static inline floats max_of_each(const floats v[LANES]) {
-    return max_of_8(v);
+    return max_of_8<max_magnitude>(v);
 }
 
 // Return the maxima of six vectors in the first six lanes. The other lanes repeat some of them.
 static inline floats max_of_rows(const floats v[TILE_ROWS]) {
     const floats h[8] = { v[0], v[1], v[2], v[3], v[4], v[5], v[4], v[5] };
-    return max_of_8(h);
+    return max_of_8<max_number>(h);
 }
 
 // Classify the mask of 64 cells.

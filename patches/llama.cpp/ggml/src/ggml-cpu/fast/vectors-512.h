@@ -8,6 +8,7 @@
 #include "types.h"
 
 #include <immintrin.h>
+#include <math.h>
 
 namespace fast {
 
@@ -62,6 +63,12 @@ static inline ints narrow(ints a, ints b) { return _mm512_packs_epi32(a, b); }
 // Interleave the low 16 bits of a and of b.
 static inline ints interleave(ints a, ints b) { return _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)); }
 
+// Return x, or -infinity where the mask is -infinity, even if x is NaN.
+static inline floats hide(floats x, floats mask) {
+    const floats hidden = _mm512_set1_ps(-INFINITY);
+    return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(mask, hidden, _CMP_EQ_OQ), hidden);
+}
+
 static inline floats load_halves(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
 
 // Load 16 values of a row from dim d on.
@@ -82,25 +89,32 @@ template <ggml_type TYPE> static inline floats load_row(const char * row, int d)
 
 static inline void transpose(ints v[16]) { transpose_16(v); }
 
-static inline __m256 max_of_halves(floats x) {
-    return _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+static inline floats max_magnitude(floats a, floats b) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
 }
 
-// Return the maximum of each of LANES vectors.
+template <max_function MAX> static inline __m256 max_of_halves(floats x) {
+    return MAX(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+}
+
+// Return the maximum of each of LANES vectors of magnitudes. NaN is the largest.
 static inline floats max_of_each(const floats v[LANES]) {
     __m256 h[LANES];
     FAST_UNROLL
     for (int i = 0; i < LANES; i++) {
-        h[i] = max_of_halves(v[i]);
+        h[i] = max_of_halves<max_magnitude>(v[i]);
     }
-    return _mm512_insertf32x8(_mm512_castps256_ps512(max_of_8(h)), max_of_8(h + 8), 1);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(max_of_8<max_magnitude>(h)), max_of_8<max_magnitude>(h + 8), 1);
 }
 
 // Return the maxima of six vectors in the first six lanes. The other lanes repeat some of them.
 static inline floats max_of_rows(const floats v[TILE_ROWS]) {
-    const __m256 a = max_of_halves(v[4]), b = max_of_halves(v[5]);
-    const __m256 h[8] = { max_of_halves(v[0]), max_of_halves(v[1]), max_of_halves(v[2]), max_of_halves(v[3]), a, b, a, b };
-    return _mm512_castps256_ps512(max_of_8(h));
+    __m256 h[8];
+    FAST_UNROLL
+    for (int i = 0; i < 8; i++) {
+        h[i] = max_of_halves<max_number>(v[i < TILE_ROWS ? i : i - 2]);
+    }
+    return _mm512_castps256_ps512(max_of_8<max_number>(h));
 }
 
 // Classify the mask of 64 cells.

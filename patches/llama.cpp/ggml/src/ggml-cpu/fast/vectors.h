@@ -15,11 +15,12 @@
 namespace fast {
 
 // Return SCALE * 2^x with a relative error of 3e-6, exact at x = 0, for x up to 100. Results with an exponent below -126 are 0.
+// NaN stays NaN: max returns its second operand.
 // EXPONENT moves the range: 2^(x + EXPONENT) is computed and then scaled by SCALE / 2^EXPONENT.
 template <int EXPONENT, int SCALE> static inline floats exp2_scaled(floats x) {
     constexpr float mantissa = (float) SCALE / (1 << EXPONENT);
     const floats    magic    = splat(12583039.0f + EXPONENT); // 1.5 * 2^23 + 127: the low bits of the sum are the biased exponent
-    x                        = max(x, splat(-127.0f - EXPONENT));
+    x                        = max(splat(-127.0f - EXPONENT), x);
     const floats t           = add(x, magic);
     const floats r           = sub(x, sub(t, magic));
     floats       p           = fma(r, splat(0.009582853f * mantissa), splat(0.055906426f * mantissa));

@@ -1,0 +1,85 @@
+"""A model whose output is NaN ends each answer with one error, whichever API is used."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pop_converter.base.errors import PopError
+from pop_converter.gguf.header import read_header
+from support.calls import opened
+from support.server_requests import N_CTX, NAME
+from support.serving import app_of, asking
+from support.synthetic import TEMPLATE, make_gguf
+
+MESSAGES = {"messages": [{"role": "user", "content": "one two"}], "max_tokens": 4}
+TEXT = {"prompt": "one two", "max_tokens": 4}
+REQUESTS = {
+    "openai": ("/v1/chat/completions", MESSAGES),
+    "openai, sampled": ("/v1/chat/completions", MESSAGES | {"temperature": 1.0}),
+    "openai, logprobs": ("/v1/chat/completions", MESSAGES | {"logprobs": True, "top_logprobs": 2}),
+    "openai, schema": (
+        "/v1/chat/completions",
+        MESSAGES | {"response_format": {"type": "json_object"}},
+    ),
+    "openai, text": ("/v1/completions", TEXT | {"logprobs": 2}),
+    "openai, echo": ("/v1/completions", TEXT | {"logprobs": 2, "echo": True}),
+    "openai, prompt only": (
+        "/v1/completions",
+        TEXT | {"logprobs": 1, "echo": True, "max_tokens": 0},
+    ),
+    "responses": ("/v1/responses", {"input": "one two"}),
+    "anthropic": ("/v1/messages", MESSAGES | {"model": NAME}),
+    "ollama": ("/api/chat", MESSAGES | {"model": NAME}),
+    "ollama, text": ("/api/generate", {"model": NAME, "prompt": "one two"}),
+    "llama-server": ("/completion", {"prompt": "one two", "n_predict": 4, "n_probs": 2}),
+    "embeddings": ("/v1/embeddings", {"input": "one two"}),
+}
+
+
+def broken_model(path, name: str, value: float):
+    """Write a model with one tensor value replaced by NaN or infinity."""
+    make_gguf(path, "llama", chat_template=TEMPLATE)
+    header = read_header(path)
+    [tensor] = (each for each in header.tensors if each.name == name)
+    raw = bytearray(path.read_bytes())
+    at = header.data_start + tensor.offset
+    raw[at : at + 4] = np.float32(value).tobytes()
+    path.write_bytes(raw)
+    return path
+
+
+@pytest.fixture(scope="module", params=[np.nan, np.inf], ids=["nan", "infinity"])
+def model(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("broken") / "broken.gguf"
+    with opened(broken_model(path, "output_norm.weight", request.param), n_ctx=N_CTX) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def client(model):
+    with asking(app_of(model, NAME)) as client:
+        yield client
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(("path", "body"), REQUESTS.values(), ids=REQUESTS.keys())
+def test_every_api_reports_one_error(client, path, body, streams):
+    if streams and path == "/v1/embeddings":
+        pytest.skip("embeddings have no streams")
+    response = client.post(
+        path, json=body | ({} if path == "/v1/embeddings" else {"stream": streams})
+    )
+    assert response.text.count("is NaN or infinite") == 1
+    assert "unexpected" not in response.text and "NaN," not in response.text
+    assert streams or response.status_code == 500
+    for line in response.text.splitlines():
+        found = line.removeprefix("data:").strip()
+        if found.startswith("{"):
+            json.loads(found, parse_constant=pytest.fail)
+
+
+def test_python_reports_one_error(model):
+    for temperature in (0.0, 1.0):
+        with pytest.raises(PopError, match="is NaN or infinite"):
+            model.chat("one two", temperature=temperature)
