@@ -70,6 +70,14 @@ def test_quoted_messages_exist() -> None:
         assert any(pattern.search(text) for text in known), message
 
 
+def test_readme_is_short_and_the_verdict_needs_no_glossary() -> None:
+    readme, quality = (GUIDES[0], ROOT / "docs" / "quality.md")
+    assert len(readme.read_text(encoding="utf-8").splitlines()) <= 90
+    verdict = quality.read_text(encoding="utf-8").split("\n## ")[0]
+    terms = r"KL|PPL|[Pp]erplexity|[Ss]idecar|[Pp]rojection|[Bb]oundary|[Pp]run|[Pp]refill|TTFT"
+    assert not re.search(rf"\b(?:{terms})", verdict)
+
+
 def test_unknown_commands_and_options_are_found() -> None:
     text = (
         "    pop-local fly\n    a | pop-local run m --gone\n`pop-local cache gone`\n"
