@@ -28,6 +28,7 @@ class ServerOptions(Group):
     api_key: list[str] | None = option(
         "API key that clients must send; repeatable. Without a key, the server rejects requests for"
         " other host names and from other sites' web pages.",
+        "KEY",
         envvar="POP_LOCAL_API_KEY",
         show_envvar=True,
     )

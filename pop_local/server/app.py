@@ -160,6 +160,8 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
         expose_headers=["X-Model"],
     )
     app.state.models = models
+    # Without keys, an address identifies a client, so a local client must not choose its address.
+    app.state.has_proxy = bool(rules.api_keys)
     return app
 
 
@@ -211,6 +213,7 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=app.state.has_proxy,
         timeout_graceful_shutdown=_FAREWELL_S,
     )
     server = _Server(config)

@@ -196,6 +196,18 @@ def test_slow_uploads_do_not_block_other_clients(server):
         each.close()
 
 
+def test_client_cannot_choose_its_address(path):
+    with served(path, "--ctx", N_CTX) as server:
+        found = []
+        for address in ("10.0.0.8", "10.0.0.9"):
+            body = {"prompt": LONG, "max_tokens": 1}
+            headers = {"X-Forwarded-For": address}
+            answer = httpx2.post(f"{server.api}/completions", json=body, headers=headers)
+            found.append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 100)
+        assert found == [False, True]
+        assert "10.0.0" not in server.log
+
+
 def test_ambiguous_length_closes_the_connection(server):
     lengths = ("Content-Length: 4", "Transfer-Encoding: chunked")
     with begun(server, "POST /tokenize HTTP/1.1", *lengths) as connection:
