@@ -151,15 +151,15 @@ class Api:
                 await limits.enter_async_context(self._image_limit)
             return await self.work(request, served, lambda: make(served.tasks, body))
 
-    async def prepared(self, request: Request, chat: ChatBody) -> tuple[ServedModel, list[Task]]:
-        """Return a chat's model and tasks without running the tasks."""
+    async def prepared(self, request: Request, chat: ChatBody) -> tuple[ServedModel, Task]:
+        """Return a chat's model and first task without running the task."""
         served = await self.served(request, chat.model)
-        chat = chat.model_copy(update={"n": None})
-        return served, await self.tasks(request, served, chat, TaskFactory.chat)
+        first, *_ = await self.tasks(request, served, chat, TaskFactory.chat)
+        return served, first
 
     async def count(self, request: Request, chat: ChatBody) -> Response:
         """Return the number of tokens in a chat's prompt."""
-        _, [task] = await self.prepared(request, chat)
+        _, task = await self.prepared(request, chat)
         return JSONResponse({"input_tokens": len(task.prompt)})
 
     async def answer(

@@ -126,14 +126,10 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
         *messages.routes(api),
         *page_routes.routes(),
     ]
-    taken = {route.path for route in routes}
     # Some clients append only an endpoint's name to the server's address.
-    short = ((route.path.removeprefix("/v1"), route) for route in routes)
-    routes += [
-        Route(path, route.endpoint, methods=route.methods)
-        for path, route in short
-        if path not in taken
-    ]
+    short = [(route.path.removeprefix("/v1"), route) for route in routes]
+    taken = {route.path for route in routes}
+    routes += [Route(at, one.endpoint, methods=one.methods) for at, one in short if at not in taken]
     handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
     paths = frozenset(route.path for route in routes)
     shown_paths = {path: path for path in paths if "{" not in path and path != "/"}

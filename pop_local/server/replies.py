@@ -80,21 +80,13 @@ def timings(usage: Json) -> Json:
     """Return llama-server's `timings`. The first token costs no step, so n tokens take n - 1."""
     n_cached, pop = usage["prompt_tokens_details"]["cached_tokens"], usage["pop"]
     n_prompt, n_predicted = usage["prompt_tokens"] - n_cached, usage["completion_tokens"]
-    return {
-        "cache_n": n_cached,
-        "prompt_n": n_prompt,
-        **_rates("prompt", n_prompt, pop["prefill_s"]),
-        "predicted_n": n_predicted,
-        **_rates("predicted", n_predicted - 1, pop["decode_s"]),
-    }
-
-
-def _rates(kind: str, n: int, seconds: float) -> Json:
-    return {
-        f"{kind}_ms": seconds * 1e3,
-        f"{kind}_per_token_ms": seconds * 1e3 / n if n > 0 else 0.0,
-        f"{kind}_per_second": n / seconds if n > 0 and seconds else 0.0,
-    }
+    found: Json = {"cache_n": n_cached, "prompt_n": n_prompt, "predicted_n": n_predicted}
+    steps = {"prompt": (n_prompt, "prefill_s"), "predicted": (n_predicted - 1, "decode_s")}
+    for kind, (n, name) in steps.items():
+        found[f"{kind}_ms"] = pop[name] * 1e3
+        found[f"{kind}_per_token_ms"] = pop[name] * 1e3 / n if n > 0 else 0.0
+        found[f"{kind}_per_second"] = n / pop[name] if n > 0 and pop[name] else 0.0
+    return found
 
 
 def total(ends: Sequence[AnswerEnd]) -> Json:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -414,15 +415,9 @@ class EmbeddingsBody(GenerationBody):
     """
 
     stream: Annotated[None, BeforeValidator(lambda sent: None)] = None
-    input: Prompts
+    input: Prompts = Field(validation_alias=AliasChoices("input", "content"))
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _renamed(cls, given: Any) -> Any:
-        is_content = isinstance(given, dict) and "input" not in given and "content" in given
-        return {**given, "input": given["content"]} if is_content else given
 
 
 class CompletionBody(GenerationBody):

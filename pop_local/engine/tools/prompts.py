@@ -97,10 +97,7 @@ class _Native:
         return native.render(self._prompter.template, messages, tools, several=several)
 
     def form(self, rules: dict[str, JsonRule], answer: JsonRule | None) -> CallForm:
-        """Return the answer's form, with a grammar for the callable tools.
-
-        `answer`: the rule for an answer without a call (None: any text).
-        """
+        """Return the form of calls, or of an answer that `answer` allows (None: any text)."""
         tools, made = self._tools, self._rendered
         assert made is not None
         if tools.callable_ != tools.all:

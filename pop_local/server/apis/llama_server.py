@@ -21,14 +21,7 @@ from pop_local.server.api import Api
 from pop_local.server.api_errors import bad_request
 from pop_local.server.model_listing import printable
 from pop_local.server.model_pool import ServedModel
-from pop_local.server.replies import (
-    AnswerEnd,
-    Json,
-    OtherApiReply,
-    chat_logprob,
-    text_of,
-    timings,
-)
+from pop_local.server.replies import AnswerEnd, Json, OtherApiReply, chat_logprob, text_of, timings
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
@@ -186,7 +179,7 @@ def _slot(served: ServedModel, number: int) -> Json:
 
 
 async def _apply_template(api: Api, request: Request) -> Response:
-    served, [task] = await api.prepared(request, await api.read(request, bodies.ChatBody))
+    served, task = await api.prepared(request, await api.read(request, bodies.ChatBody))
     return JSONResponse({"prompt": served.tasks.rendered(task.prompt)})
 
 
