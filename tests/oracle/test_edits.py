@@ -8,6 +8,7 @@ import pytest
 
 from support import recipes
 from support.architectures import MORE_KEYS
+from support.lora import OF_KV, make_lora
 from support.oracle import Q8_0, Tokens, random_tokens
 from support.raw import Job, Step, run
 from support.synthetic import make_gguf
@@ -76,20 +77,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return recipes.make(name, folder / "model.gguf", MORE_KEYS.get(name.arch, ()))
 
 
-@pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("cache", CACHES)
-def test_an_edited_prompt_equals_a_fresh_one_after_repair(
-    model: Path, edit: str, cache: str, tmp_path: Path, unpatched_lib: Path
+def assert_repaired(
+    job: Job, edit: str, tmp_path: Path, unpatched_lib: Path, obstacle: str = ""
 ) -> None:
+    """Compare an edited and repaired prompt with a fresh one. `obstacle`: the expected error."""
     tokens, rows = edited(EDITS[edit])
     same = next(at for at, row in enumerate(rows) if row != at)
     fresh, repaired = tmp_path / "fresh", tmp_path / "repaired"
-    job = Job(str(model), (), n_ubatch=N_UBATCH, **CACHES[cache])
-    expected = run(
-        replace(
-            job, lib=str(unpatched_lib), steps=(*decoded(tokens), Step("save", path=str(fresh)))
-        )
-    )
     steps = (
         *decoded(OLD),
         Step("move", tokens=tokens[same:], rows=rows[same:], pos=same),
@@ -98,13 +92,34 @@ def test_an_edited_prompt_equals_a_fresh_one_after_repair(
         Step("overwrite", value=0),
         Step("save", path=str(repaired)),
     )
-    if any(row not in (-1, at) for at, row in enumerate(rows)) and not can_move(model, cache):
-        with pytest.raises(RuntimeError, match="rows of this model cannot move"):
+    if obstacle and any(row not in (-1, at) for at, row in enumerate(rows)):
+        with pytest.raises(RuntimeError, match=obstacle):
             run(replace(job, steps=steps))
         return
     found = run(replace(job, steps=steps))
+    steps = (*decoded(tokens), Step("save", path=str(fresh)))
+    expected = run(replace(job, lib=str(unpatched_lib), steps=steps))
     assert (found["last"] == expected["last"]).all()
     assert repaired.read_bytes() == fresh.read_bytes()
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("cache", CACHES)
+def test_an_edited_prompt_equals_a_fresh_one_after_repair(
+    model: Path, edit: str, cache: str, tmp_path: Path, unpatched_lib: Path
+) -> None:
+    job = Job(str(model), (), n_ubatch=N_UBATCH, **CACHES[cache])
+    obstacle = "" if can_move(model, cache) else "rows of this model cannot move"
+    assert_repaired(job, edit, tmp_path, unpatched_lib, obstacle)
+
+
+def test_an_edited_prompt_with_a_lora_adapter_equals_a_fresh_one_after_repair(
+    tmp_path: Path, unpatched_lib: Path
+) -> None:
+    model = make_gguf(tmp_path / "llama.gguf", "llama")
+    lora = make_lora(tmp_path / "lora.gguf", "llama", OF_KV)
+    job = Job(str(model), (), n_ubatch=N_UBATCH, lora=str(lora))
+    assert_repaired(job, "a longer first line", tmp_path, unpatched_lib)
 
 
 def test_missing_rows_are_refused_and_change_nothing(model: Path, tmp_path: Path) -> None:

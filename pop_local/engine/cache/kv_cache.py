@@ -1,6 +1,8 @@
 """The KV cache of one sequence."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -12,8 +14,10 @@ from pop_local.engine.cache.pruning_settings import PruningSettings
 from pop_local.engine.cache.rows import CachedRows, n_leading
 from pop_local.engine.cache.saved_state import SavedState
 from pop_local.engine.images.mmproj import NO_TOKEN, ImageChunk, Mmproj
+from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
+from pop_local.engine.llama.shifting import can_shift
 from pop_local.engine.llama.slot import Slot
 
 
@@ -53,6 +57,7 @@ class KvCache:
         self.epoch = 0
         self.learner: ReadObserver | None = None
         self._vision = vision
+        self._has_moved = False
         self._tokens = np.zeros(context.n_ctx, dtype=np.intc)
 
     @property
@@ -65,6 +70,11 @@ class KvCache:
         """Number of leading rows that equal the full model's."""
         return self.n_tokens if self.pruning.exact else min(self.rows.n_exact, self.n_tokens)
 
+    @cached_property
+    def can_shift(self) -> bool:
+        """Whether rows can move to other positions (see shifting.can_shift)."""
+        return can_shift(self.context)
+
     # Forgetting
 
     def clear(self) -> None:
@@ -72,6 +82,7 @@ class KvCache:
         with self.slot.locked():
             self.slot.require_idle()
             self.n_tokens = 0
+            self._has_moved = False
             self.images.clear()
             self.has_logits = False
             self.rows.forget_from(0)
@@ -189,7 +200,8 @@ class KvCache:
         """
         self.has_logits = False
         first = int(self.rows.positions[self.n_tokens])
-        self.slot.decode(tokens, first, outputs)
+        with self._placed(tokens):
+            self.slot.decode(tokens, first, outputs)
         positions = first + np.arange(len(tokens) + 1, dtype=np.int32)
         self._record(tokens, positions, full, keeps_states=self.pruning.keeps_states)
         self.has_logits = outputs is not Outputs.NONE
@@ -206,7 +218,7 @@ class KvCache:
         start, n = self.n_tokens, image.n_rows
         self.has_logits = False
         first = int(self.rows.positions[self.n_tokens])
-        with self.slot.exclusive():
+        with self.slot.exclusive(), self._placed([NO_TOKEN] * n):
             encode_s = self._vision.decode(self.slot, image, first)
         positions = first + np.arange(n + 1, dtype=np.int32)
         if self.context.is_mrope:
@@ -217,6 +229,21 @@ class KvCache:
         self._record([NO_TOKEN] * n, positions, full, keeps_states=has_states)
         self.images[start] = image.key
         return encode_s
+
+    @contextmanager
+    def _placed(self, tokens: Sequence[int]) -> Iterator[None]:
+        """Until exit, decode new rows into empty cells, also after rows of a window have moved.
+
+        llama.cpp would search from the first moved row on, and take cells of rows that have left
+        the window.
+        """
+        if not (self._has_moved and backend.bindings().llama_model_n_swa(self.context.model)):
+            yield
+            return
+        first, sources = int(self.rows.positions[self.n_tokens]), np.full(len(tokens), -1, np.int32)
+        self.slot.cells.move(first, sources, np.asarray(tokens, np.int32))
+        with self.slot.overwriting():
+            yield
 
     def _record(
         self,
@@ -247,6 +274,7 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
             cache.slot.cells.move(start, sources[start:], tokens[start:])
         except PopError:
             return False
+        cache._has_moved = True
         cache.n_tokens = len(tokens)  # `cache.tokens` ends there
         cache.tokens[:] = tokens
         cache.n_tokens = n_leading(sources >= 0)

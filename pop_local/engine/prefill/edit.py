@@ -30,6 +30,7 @@ class ReusableRows:
     def __init__(self, cache: KvCache, prompt: Prompt, rule: RowRule) -> None:
         self._prompt, self._rule = prompt, rule
         self._can_edit = rule.reuse is Reuse.EDITED and cache.pruning.is_pruning
+        self._cache = cache
         self._tokens = np.asarray(prompt.tokens, np.int32)
         self._found: dict[bytes, NDArray[np.int32]] = {}
 
@@ -98,6 +99,9 @@ class ReusableRows:
         n = min(len(cached), len(sources))
         n_same = n_leading(cached[:n] == self._tokens[:n])
         sources[:n_same] = np.arange(n_same)
+        is_moved = sources != np.arange(len(sources))
+        if (is_moved & (sources >= 0)).any() and not self._cache.can_shift:
+            sources[is_moved] = -1
         self._found[key] = sources
         return sources
 

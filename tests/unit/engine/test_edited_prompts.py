@@ -249,9 +249,10 @@ class Operations:
         self.n_checked += 1
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_random_operations_are_repaired(llama_file, seed):
-    with pruned(llama_file) as model, pruned(llama_file, full=True) as full:
+@pytest.mark.parametrize(("arch", "seed"), [("llama", 0), ("gemma3", 1)])
+def test_random_operations_are_repaired(tmp_path, arch, seed):
+    path = tiny(tmp_path, arch)
+    with pruned(path) as model, pruned(path, full=True) as full:
         operations = Operations(model, full, seed)
         operations.run(N_OPERATIONS)
         assert operations.n_edited > N_OPERATIONS // 50
@@ -290,6 +291,25 @@ def test_a_stopped_read_keeps_the_rows_after_its_gap(llama_file, after):
         assert found.counters.n_rows == 150 - n_decoded + 16
         assert found.n_stale == 500 - 16 == stopped.value.read.n_stale
         assert repaired(model)[0] == fresh(llama_file, tokens)[0]
+
+
+def test_twenty_edits_in_a_row_are_repaired(pop_file):
+    rng, tokens, n_edited = random.Random(0), OLD, 0
+    with pruned(pop_file) as model:
+        read(model, tokens)
+        for _ in range(20):
+            tokens = randomly_edited(rng, tokens)
+            n_edited += model.read(Prompt(tokens)).n_stale > 0
+        assert n_edited > 10
+        assert repaired(model)[0] == fresh(pop_file, tokens)[0]
+
+
+def test_rows_that_have_left_a_window_are_not_reused(tmp_path):
+    tokens = EDITS["a longer first line"]
+    with pruned(tiny(tmp_path, "gemma3"), swa_full=False) as model:
+        read(model, OLD)
+        assert model.read(Prompt(tokens)).n_stale == 0
+        np.testing.assert_allclose(last_logits(model), fresh_read(model, tokens), atol=NOISE)
 
 
 def test_answers_continue_after_stale_rows(llama_file):

@@ -1,0 +1,67 @@
+"""Check whether llama.cpp can move a model's rows to other positions."""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pop_converter.base.errors import PopError
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama.context import Context
+
+_TOKEN, _SHIFT = 1, 32
+# Maximum relative error of 64 adjacent values. In llama.cpp's test models of 100 architectures, F16
+# rounding causes up to 0.0007, and other positions or wrong rotations cause 0.2 or more.
+_MAX_ERROR = 0.05
+_ROPE = (
+    *("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor"),
+    *("yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
+)
+
+
+def can_shift(context: Context) -> bool:
+    """Return whether a moved row equals a row that was decoded at the new position.
+
+    The rows differ in models with learned positions. They also differ in layers that use no RoPE or
+    normalize K after RoPE, because llama.cpp rotates a moved row's K in all layers.
+    """
+    settings = {name: getattr(context.settings, name) for name in _ROPE}
+    tokens = np.full(_SHIFT + 1, _TOKEN, np.int32)
+    sources = np.append(np.full(_SHIFT, -1, np.int32), np.int32(0))
+    try:
+        with context.extra_context(n_ctx=2 * _SHIFT, n_batch=1, n_ubatch=1, **settings) as ctx:
+            memory = backend.bindings().llama_get_memory(ctx)
+            decoded = _decoded_at(ctx, _SHIFT)
+            backend.bindings().llama_memory_clear(memory, True)
+            _decoded_at(ctx, 0)
+            backend.move_rows(ctx, 0, 0, sources, tokens)
+            backend.bindings().llama_memory_seq_rm(memory, 0, 0, _SHIFT)
+            moved = _state(ctx)
+    except PopError:
+        return False
+    errors, sizes = (
+        np.sqrt(np.add.reduceat(np.square(each), np.arange(0, each.size, 64)))
+        for each in (moved - decoded, decoded)
+    )
+    return bool((errors <= _MAX_ERROR * sizes).all())
+
+
+def _decoded_at(ctx: Any, position: int) -> NDArray[np.float32]:
+    """Decode a token at a position of an empty cache, and return the state."""
+    batch = TokenBatch(1)
+    try:
+        batch.decode(ctx, [_TOKEN], position, Outputs.LAST)
+    finally:
+        batch.close()
+    return _state(ctx)
+
+
+def _state(ctx: Any) -> NDArray[np.float32]:
+    """Return the only row's state as F16 values, of which those in its header are equal."""
+    api = backend.bindings()
+    state = np.zeros(int(api.llama_state_seq_get_size(ctx, 0)) // 2, np.float16)
+    pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    api.llama_state_seq_get_data(ctx, pointer, state.nbytes, 0)
+    return np.nan_to_num(state.astype(np.float32))
