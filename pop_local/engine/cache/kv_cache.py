@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +16,6 @@ from pop_local.engine.images.mmproj import NO_TOKEN, ImageChunk, Mmproj
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
-from pop_local.engine.llama.shifting import can_shift
 from pop_local.engine.llama.slot import Slot
 
 
@@ -69,11 +67,6 @@ class KvCache:
     def n_exact(self) -> int:
         """Number of leading rows that equal the full model's."""
         return self.n_tokens if self.pruning.exact else min(self.rows.n_exact, self.n_tokens)
-
-    @cached_property
-    def can_shift(self) -> bool:
-        """Whether rows can move to other positions (see shifting.can_shift)."""
-        return can_shift(self.context)
 
     # Forgetting
 

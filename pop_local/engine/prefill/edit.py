@@ -5,6 +5,7 @@ stale, because they were computed after different text. Only the new tokens and 
 are decoded immediately. A refill decodes the stale rows again later.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
@@ -14,11 +15,17 @@ from numpy.typing import NDArray
 from pop_local.engine.cache.align import MIN_RUN, find_runs, in_order, window_hashes
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.rows import n_leading
+from pop_local.engine.llama.shifting import can_shift
 from pop_local.engine.prefill.plan import Reuse, RowRule
 from pop_local.engine.prompt.prompt import Prompt
 
 # An edit must reuse this many rows more than the common prefix has, or it saves too little time.
 MIN_REUSED = 256
+# The full rows among this many moved rows after a change are decoded again. SmolLM2 otherwise loses
+# exact strings there, but none in later rows (docs/notebook/depth-on-demand.md).
+_REDONE = 512
+# Decoding fewer rows between two gaps takes less time than another batch.
+_MIN_APART = 8
 
 
 class ReusableRows:
@@ -30,7 +37,7 @@ class ReusableRows:
     def __init__(self, cache: KvCache, prompt: Prompt, rule: RowRule) -> None:
         self._prompt, self._rule = prompt, rule
         self._can_edit = rule.reuse is Reuse.EDITED and cache.pruning.is_pruning
-        self._cache = cache
+        self._context = cache.context
         self._tokens = np.asarray(prompt.tokens, np.int32)
         self._found: dict[bytes, NDArray[np.int32]] = {}
 
@@ -67,9 +74,13 @@ class ReusableRows:
         if not self._can_pay(cache.tokens, n_usable):
             return None
         sources = self._sources(cache.tokens).copy()
-        sources[must_be_full & ~cache.rows.is_full[sources]] = -1
+        is_approximate = _follows_a_move(sources) | ~cache.rows.is_full[sources]
+        sources[must_be_full & is_approximate] = -1
         tail_from = len(sources) - max(1, self._rule.tail_tokens)
         sources[max(self._prompt.text_from, tail_from) :] = -1
+        for (_, start), (end, _) in itertools.pairwise(list(gaps(sources))):
+            if end - start < _MIN_APART:
+                sources[start:end] = -1
         return sources if self._pays(int((sources >= 0).sum()), n_usable) else None
 
     def _can_pay(self, cached: np.ndarray, n_prefix: int) -> bool:
@@ -100,10 +111,19 @@ class ReusableRows:
         n_same = n_leading(cached[:n] == self._tokens[:n])
         sources[:n_same] = np.arange(n_same)
         is_moved = sources != np.arange(len(sources))
-        if (is_moved & (sources >= 0)).any() and not self._cache.can_shift:
+        if (is_moved & (sources >= 0)).any() and not can_shift(self._context):
             sources[is_moved] = -1
         self._found[key] = sources
         return sources
+
+
+def _follows_a_move(sources: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Return which rows move and are close to the preceding change: bool [n]."""
+    rows = np.arange(len(sources))
+    is_change = np.diff(sources, prepend=-1) != 1
+    n_since_change = rows - np.maximum.accumulate(np.where(is_change, rows, -_REDONE))
+    found: NDArray[np.bool_] = (sources >= 0) & (sources != rows) & (n_since_change < _REDONE)
+    return found
 
 
 def gaps(sources: NDArray[np.int32]) -> Iterator[tuple[int, int]]:

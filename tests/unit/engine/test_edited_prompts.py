@@ -436,3 +436,20 @@ def test_a_conversation_that_continues_after_an_edit_is_not_stored(llama_file):
         for name in ("a changed line", "a removed passage", "an inserted passage"):
             read(model, EDITS[name])
         assert len(prompts) == 0
+
+
+@pytest.mark.parametrize(("name", "redone"), [("a longer first line", 8), ("a changed line", 0)])
+def test_full_rows_that_move_close_to_a_change_are_decoded_again(llama_file, name, redone):
+    tokens = EDITS[name]
+    must_be_full = np.zeros(len(tokens), bool)
+    must_be_full[[100, 105, 200, 541, 542]] = True
+    with pruned(llama_file) as model:
+        read(model, OLD)
+        cache, rule = model.engine.cache, model.engine.rule
+        cache.rows.is_full[:] = True
+        reusable = edit.ReusableRows(cache, Prompt(tokens), rule)
+        without = reusable.edit(cache, 0, np.zeros(len(tokens), bool))
+        sources = reusable.edit(cache, 0, must_be_full)
+    again = np.flatnonzero(sources != without)
+    # Between rows 100 and 105, another batch would take longer than four more rows.
+    assert again.tolist() == [*range(100, 106), 200, 541][:redone]
