@@ -68,7 +68,10 @@ class Opener:
             reuse=options.reuse,
             prompt_cache=self.prompt_cache,
             context=ContextOptions(
-                n_ctx=n_ctx or options.ctx, n_parallel=self.n_parallel, **vars(options.hardware)
+                n_ctx=n_ctx or options.ctx,
+                n_parallel=self.n_parallel,
+                **options.cache_types,
+                **vars(options.hardware),
             ),
         )
         with terminal_watch() as watch:

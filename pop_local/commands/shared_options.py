@@ -139,10 +139,26 @@ class ModelOptions(OpenOptions):
         " (approximate until they have caught up), only a common prefix, or nothing.",
         default=Reuse.EDITED,
     )
+    cache_type_k: Literal["f16", "q8_0"] = expert(
+        "Type of the K cache. q8_0 takes 53% of the memory of f16.", default="f16"
+    )
+    cache_type_v: Literal["f16", "q8_0"] = expert(
+        "Type of the V cache. q8_0 turns flash attention on.", default="f16"
+    )
     cache_disk: int = expert(
         "Disk space for KV caches of earlier prompts.", "GIB", min=0, max=MOST_GIB, default=0
     )
     parse_special: bool = expert("Parse special tokens (only for trusted text).", default=False)
+
+    @property
+    def cache_types(self) -> dict[str, Any]:
+        """Return ContextOptions' keywords for the types of the KV cache."""
+        from gguf import GGMLQuantizationType
+
+        types = {"type_k": self.cache_type_k, "type_v": self.cache_type_v}
+        others = {name: GGMLQuantizationType.Q8_0 for name in types if types[name] == "q8_0"}
+        # llama.cpp needs flash attention for a quantized V.
+        return {"others": others, "flash_attn": True if "type_v" in others else None}
 
 
 @dataclass(frozen=True)

@@ -86,3 +86,13 @@ def test_the_reuse_option_reads_a_changed_prompt_again(model):
     assert edited["n_stale"] > 256
     assert exact["n_stale"] == 0
     assert exact["n_cached"] < 5
+
+
+def test_a_quantized_cache_is_smaller_and_stored_under_its_own_key(model):
+    types = ("--cache-type-k", "q8_0", "--cache-type-v", "q8_0")
+    ask(model, TEXT, "--cache-disk", "1")
+    assert ask(model, TEXT, "--cache-disk", "1", *types)["n_cached"] == 0
+    assert ask(model, TEXT + "and more", "--cache-disk", "1", *types)["n_cached"] > 0
+    shown = json.loads(called("cache", "show", "--json").stdout)["prompts"]
+    per_token = sorted(each["size_bytes"] / each["n_tokens"] for each in shown)
+    assert 0.5 < per_token[0] / per_token[-1] < 0.6  # 34 bytes instead of 64 for 32 values

@@ -19,6 +19,7 @@ FULL = "mode OFF"
 # Fields of llama_context_params that K/V depend on. V's layout depends on flash attention.
 _FIELDS = (
     *("flash_attn_type", "rope_freq_base", "rope_freq_scale", "rope_scaling_type"),
+    *("type_k", "type_v"),
     *("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
 )
 
