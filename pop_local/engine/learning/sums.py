@@ -51,10 +51,25 @@ class Sums:
         ours, theirs = self.wides.get(boundary), other.wides.get(boundary)
         if ours is None or theirs is None:
             return ours is theirs
-        ours_xy, theirs_xy = self.grams[boundary].xy, other.grams[boundary].xy
-        shapes = [{k: xy.shape for k, xy in each.items()} for each in (ours_xy, theirs_xy)]
-        same_width = shapes[0] == shapes[1]
-        return same_width and bool(np.array_equal(ours.previous, theirs.previous))
+        return bool(np.array_equal(ours.previous, theirs.previous))
+
+    def merge(self, other: "Sums") -> None:
+        """Add the sums of newer rows. The wider inputs that `self` already has stay in effect.
+
+        Sums over different inputs cannot be added, so these rows are dropped with a warning.
+        """
+        for boundary, wide in other.wides.items():
+            if boundary not in self.grams:
+                self.wides.setdefault(boundary, wide)
+        for boundary, gram in other.grams.items():
+            mine = self.grams.get(boundary, gram)
+            ours, theirs = ({at: xy.shape for at, xy in each.xy.items()} for each in (mine, gram))
+            if ours != theirs or not self.has_same_input(other, boundary):
+                log.warning("%d rows have other inputs and were dropped", gram.n_rows)
+            elif mine is gram:
+                self.grams[boundary] = gram
+            else:
+                mine.merge(gram)
 
     def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Convert the sums to a JSON header and named arrays (inverse: `of`)."""
@@ -200,10 +215,9 @@ class SumsFile:
             return {}
 
     def add(self, sums: Sums, kinds: dict[int, list[Projection]]) -> None:
-        """Add sums for the given projection kinds to the file. Raises PopError if writing fails.
+        """Add sums for the given projection kinds to the file; see Sums.merge.
 
-        If the file has a different wider input for a boundary, the boundary's new sums are dropped,
-        because sums over different inputs cannot be added.
+        Raises PopError if writing fails.
         """
         try:
             make_private(self.path.parent)
@@ -212,15 +226,17 @@ class SumsFile:
         except OSError as error:
             raise WriteError(f"cannot write {self.path}: {error.strerror}") from error
 
+    def settle(self, wides: dict[int, WideInput]) -> dict[int, WideInput]:
+        """Store the wider inputs that the file lacks, and return the file's wider inputs.
+
+        Processes that start learning together thus use the same inputs. Raises PopError.
+        """
+        self.add(Sums(dict(wides)), {})
+        return self.known().wides
+
     def _add(self, sums: Sums, kinds: dict[int, list[Projection]]) -> None:
         every = self.load()
-        for boundary, gram in sums.grams.items():
-            if boundary not in every.grams:
-                every.grams[boundary] = gram
-                if boundary in sums.wides:
-                    every.wides[boundary] = sums.wides[boundary]
-            elif every.has_same_input(sums, boundary):
-                every.grams[boundary].merge(gram)
+        every.merge(sums)
         head, arrays = every.arrays()
         known = self.known().kinds
         named = {str(each): known.get(each) or kinds.get(each, []) for each in every.grams}
