@@ -136,8 +136,7 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
 
     async def refuse(request: Request, error: Exception) -> Response:
         path = request.url.path
-        is_ours = isinstance(error, ApiError)
-        if isinstance(error, HTTPException) and error.status_code == 404 and not is_ours:
+        if type(error) is HTTPException and error.status_code == 404:  # not an ApiError
             hint = nearest_hint(path[:_MAX_PATH], shown_paths, "see docs/server-reference.md")
             error = ApiError(404, f"the server has no path {path[:_MAX_PATH]!r}; {hint}")
         return as_api_error(error).response(path)

@@ -62,8 +62,9 @@ class TaskFactory:
                 tools = _tools(body)
                 prompt, calls = prompt_with_tools(prompter, messages, tools, body.answer_schema)
             else:
-                continues = bool(body.continue_final_message)
-                prompt = prompter.conversation(messages, continues=continues)
+                prompt = prompter.conversation(
+                    messages, continues=bool(body.continue_final_message)
+                )
             if calls is not None:  # build the trie here, not in the worker thread
                 self.model.engine.token_tries.get(calls.shown)
         self._check_length(len(prompt), "messages")
@@ -85,8 +86,8 @@ class TaskFactory:
         tasks: list[Task] = []
         for tokens in prompts:
             echo = self.text(tokens) if body.echo else ""
-            task = Task(Prompt(tokens), options, reason, **self._how(body))
-            task = replace(task, echo=echo, n_prompt_logprobs=n_prompt_logprobs)
+            how = {"n_prompt_logprobs": n_prompt_logprobs, **self._how(body)}
+            task = Task(Prompt(tokens), options, reason, echo, **how)
             tasks += _seeded(task, body.n)
         return tasks
 

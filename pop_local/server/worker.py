@@ -318,10 +318,7 @@ class Worker(threading.Thread):
                 self._calls.put(None)  # wakes the waiting thread, which may refill now
 
     def _wait_until_alone(self) -> Callable[[], None]:
-        """Wait for the other answers, and empty all slots, so that the cells are always the same.
-
-        Returns the job's `end_turn`, which keeps the turn until the answer ends.
-        """
+        """Wait for the other answers, empty all slots, and return an `end_turn` without effect."""
         while self.running and not self.stopping.wait(_POLL_S):
             pass
         self._slots.clear()
@@ -343,9 +340,8 @@ class Worker(threading.Thread):
             now_s, n_cached = time.perf_counter(), n_prompt - n_rows
             job.read, job.read_s = (n_done, n_rows), now_s - started_s
             if task.reports:
-                n_read, time_ms = n_cached + n_done, round(job.read_s * 1e3)
-                counts = {"total": n_prompt, "cache": n_cached, "processed": n_read}
-                job.put(Chunk("", progress={**counts, "time_ms": time_ms}))
+                counts = {"total": n_prompt, "cache": n_cached, "processed": n_cached + n_done}
+                job.put(Chunk("", progress={**counts, "time_ms": round(job.read_s * 1e3)}))
             if n_done == n_rows:
                 end_turn()
             elif now_s - logged_s >= _LOG_S:
