@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 from pop_converter.base.errors import PopError
 from pop_converter.base.files import read_file
 from pop_converter.base.progress import Progress
-from pop_converter.popfile.format import DeepRows
 from pop_local.calibration.carrier_windows import SHARE, carrier_windows
 from pop_local.calibration.samples import sample_windows
-from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
 from pop_local.engine.prompt.prompter import Prompter
@@ -107,27 +105,19 @@ def first_token(context: Context) -> int:
 
 @dataclass(frozen=True)
 class DistillText:
-    """The windows [n_windows, N_WINDOW] to distill on, with arrays of the same shape.
-
-    `weights`: each row's weight in the loss. `deep`: a mask of the deep rows.
-    """
+    """The windows [n_windows, N_WINDOW] to distill on, and each row's weight in the loss."""
 
     windows: Windows
     weights: NDArray[np.float32]
-    deep: NDArray[np.bool_]
 
 
 def distill_text(
-    context: Context,
-    text: CalibrationText,
-    paths: Sequence[Path],
-    n_windows: int,
-    deep_rows: DeepRows,
+    context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> DistillText:
     """Return a calibration's windows, further windows from the same texts, and look-ups.
 
     `paths`: the calibration's texts (empty: the default texts). The result has `n_windows` windows,
-    or fewer if the texts are too short. `deep_rows`: the rule that selects deep rows.
+    or fewer if the texts are too short.
     """
     groups = _grouped_texts(paths, n_windows) if paths else [_texts()]
     carriers = carrier_windows(context, n_windows // SHARE, N_WINDOW, groups[0][0], SEED + 1)
@@ -138,8 +128,7 @@ def distill_text(
     weights = np.ones(windows.shape, np.float32)
     # Each row predicts the next token.
     weights[len(chosen) :, :-1] += _ANSWER_WEIGHT * carriers.answers[:, 1:]
-    deep = np.stack([find_deep_rows(context, window, deep_rows) for window in windows])
-    return DistillText(windows, weights, deep)
+    return DistillText(windows, weights)
 
 
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:

@@ -1,12 +1,11 @@
 """Distill fitted K/V projections by training them on the full model's predictions.
 
 Least squares (pop_converter.fit.least_squares) approximates each layer's K and V without regard to
-the effect on later layers. Distillation runs the skipped layers as for a pruned prompt. Context
-rows after the sinks stop at the boundary, unless they are deep rows. Deep rows and answer rows run
-through all layers and attend to the projected K and V. The loss is KL(full || pruned) over the
-answer rows. Adam updates the projections with the gradient of the loss through the skipped layers,
-while the model's weights stay frozen (knowledge distillation: Hinton et al., arXiv 1503.02531;
-Adam: arXiv 1412.6980).
+the effect on later layers. Distillation runs the skipped layers as for a pruned prompt: context
+rows after the sinks stop at the boundary, while answer rows run through all layers and attend to
+the projected K and V. The loss is KL(full || pruned) over the answer rows. Adam updates the
+projections with the gradient of the loss through the skipped layers, while the model's weights stay
+frozen (knowledge distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980).
 
 Some windows end by repeating a passage from their context, because copying is the first ability
 that pruning damages.
@@ -26,7 +25,6 @@ from pop_converter.base.progress import Progress, Ran, counting
 from pop_converter.fit.least_squares import FitError, normalised
 from pop_converter.fit.weights import KvProjection
 from pop_converter.fit.wide import WideInput
-from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.pruning_plan import Plan
 from pop_local.calibration.texts import DistillText
 from pop_local.research.decoder import BASE_BYTES, Decoder, StoredKv
@@ -79,13 +77,11 @@ class TeacherStates:
     n_embd]: the inputs of layer `first`. `last`: the outputs of the last layer, with the same
     shape. `likely` [n_all, n_tokens, n_likely]: the most likely next tokens for each row that can
     be an answer row (0 for all other rows). `weights` [n_all, n_tokens]: each row's weight in the
-    loss. `deep` [n_all, n_tokens]: a mask of the rows that are deep if they are context rows. All
-    tensors are in main memory.
+    loss. All tensors are in main memory.
     """
 
     text: DistillText
     weights: Tensor
-    deep: Tensor
     first: int
     states: Tensor
     last: Tensor
@@ -102,11 +98,9 @@ def read(
     passages. `on_progress(done, total)` counts windows times layers and may raise an exception to
     stop the run.
     """
-    chosen, copies = _repeating(text.windows, np.random.default_rng(seed))
+    copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])
     weights = np.concatenate([text.weights, np.ones(copies.shape, np.float32)])
-    # The passage replaces only answer rows.
-    deep = torch.from_numpy(np.concatenate([text.deep, text.deep[chosen]]))
     ran = counting((decoder.n_layer + 1) * len(every), on_progress)
     parts = [every[at : at + _N_READ] for at in range(0, len(every), _N_READ)]
     states = torch.cat([decoder.embed(part).cpu() for part in parts])
@@ -121,7 +115,7 @@ def read(
         logits = decoder.logits(window[n_context:].to(decoder.device))
         tokens[n_context:] = logits.topk(likely.shape[-1]).indices
         ran(1)
-    return TeacherStates(text, torch.from_numpy(weights), deep, first, entering, states, likely)
+    return TeacherStates(text, torch.from_numpy(weights), first, entering, states, likely)
 
 
 def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
@@ -177,20 +171,16 @@ def distill(
     return student.trained()
 
 
-def _repeating(windows: Tokens, rng: np.random.Generator) -> tuple[NDArray[np.int64], Tokens]:
-    """Copy some windows [n, n_tokens], and repeat a passage from its context at each copy's end.
-
-    Returns the copied windows' numbers and the copies.
-    """
+def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
+    """Copy some windows [n, n_tokens], and repeat a passage from its context at each copy's end."""
     n_windows, n_tokens = windows.shape
-    chosen = rng.permutation(n_windows)[: round(_COPIES * n_windows)]
-    made: Tokens = windows[chosen].copy()
+    made = windows[rng.permutation(n_windows)[: round(_COPIES * n_windows)]].copy()
     for window in made:
         n_passage = min(int(rng.integers(*_PASSAGE)), n_tokens // 3)
         n_context = int(_COPY_CONTEXT[0] * n_tokens)
         begin = int(rng.integers(1, max(2, n_context - n_passage)))
         window[n_tokens - n_passage :] = window[begin : begin + n_passage]
-    return chosen, made
+    return made
 
 
 class _Student:
@@ -266,19 +256,11 @@ class _Student:
 
     def _last(self, chosen: list[int], n_context: int) -> Tensor:
         """Return the last layer's output for the answer rows [n_chosen, n_answer, n_embd]."""
-        is_full = self._reference.deep[chosen].clone()
-        is_full[:, : _n_sink(self._start.n_sink, is_full.shape[1])] = True
-        is_full[:, n_context:] = True
-        if (is_full == is_full[0]).all():
-            return self._run(chosen, is_full[0], n_context)
-        each = zip(chosen, is_full, strict=True)
-        return torch.cat([self._run([window], mask, n_context) for window, mask in each])
-
-    def _run(self, chosen: list[int], is_full: Tensor, n_context: int) -> Tensor:
-        """Run windows that share their full rows, and return the answer rows' output."""
         device = self._decoder.device
         states, inputs = self._states[chosen].to(device), self._inputs[chosen].to(device)
-        full, context = (mask.nonzero()[:, 0].to(device) for mask in (is_full, ~is_full))
+        n_sink = _n_sink(self._start.n_sink, states.shape[1])
+        every = torch.arange(states.shape[1], device=device)
+        full, context = torch.cat([every[:n_sink], every[n_context:]]), every[n_sink:n_context]
         rows = states[:, full]
         stored = self._deep[0].key_value(states[:, context], context)
         inputs = inputs[:, context]
@@ -288,7 +270,7 @@ class _Student:
                 n_k = self._start.projections[layer].n_k
                 stored = StoredKv(both[..., :n_k], both[..., n_k:], context)
             rows = computed(rows, full, stored)
-        return rows[:, n_context - is_full.shape[0] :]
+        return rows[:, n_sink:]
 
     def _changed(self, layer: int) -> Tensor:
         return self._weights[layer] + self._units[layer] * self._changes[layer]
@@ -354,10 +336,8 @@ def memory(
     weights = matrices.itemsize * kept + 4 * max(*shape.n_weights, head)
     projections = 6 * n_inputs * sum(map(shape.n_kv, plan.fitted_layers))
     n_head = max(shape.n_heads_out) // hyper.dim_v
-    n_rows = n_tokens  # of a context, all rows can be deep
-    if plan.deep_rows is DeepRows.NONE:
-        n_rows -= int(_CONTEXT[0] * n_tokens) - _n_sink(plan.sink_tokens, n_tokens)
-    n_rows *= N_BATCH
+    n_answer = n_tokens - int(_CONTEXT[0] * n_tokens)
+    n_rows = N_BATCH * (n_answer + _n_sink(plan.sink_tokens, n_tokens))
     per_row = 4 * min(shape.n_vocab, n_rows * _N_LIKELY) + plan.n_skipped * (
         12 * max(shape.n_neurons) + 5 * n_head * n_tokens
     )

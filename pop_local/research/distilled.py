@@ -84,9 +84,7 @@ class Distiller:
                 chosen = reference.text
             else:
                 with loaded(self.source.first.path, **vars(self.hardware)) as context:
-                    chosen = distill_text(
-                        context, text, self.options.texts, n_windows, plan.deep_rows
-                    )
+                    chosen = distill_text(context, text, self.options.texts, n_windows)
             self.reference = reference = None  # memory has room for only one reference
             reference = self.read(max(plan.boundary - n_deeper, 0), chosen, device)
         self.reference = reference if n_deeper else None

@@ -2,17 +2,16 @@
 
     python tests/bench/compare_fits.py MODEL.gguf --out FOLDER [--sidecar NAME=FILE ...]
         [--boundary 13,14 --text FILE ... --tokens 21504,86016 --deep-weight 1,0 --share 4,0]
-        [--distill no-lookups,all-pruned,deep --distill-windows 128]
+        [--distill no-lookups,lookups --distill-windows 128]
         [--rules none,names] [--lookups 200] [--windows 16] [--n-tokens 1024]
 
 `--boundary` computes plain wide fits, one for each combination of boundary, token count, weight and
 share. `--deep-weight` multiplies the weight of deep rows in the sums. One in `--share` windows is a
 window of look-ups (0: none). `--distill` also trains each plain fit with look-ups: on text alone,
-on text and look-ups with all context rows pruned, or as `convert --distill` does, with the deep
-rows run through all layers. `--sidecar` adds an existing sidecar. Each fit is measured with each
-rule for deep rows.
-FOLDER keeps the sidecars, the full model's answers and the figures: a second call computes only the
-missing ones. Prints one JSON line for each fit and rule.
+or as `convert --distill` does, on text and look-ups. `--sidecar` adds an existing sidecar. Each fit
+is measured with each rule for deep rows. FOLDER keeps the sidecars, the full model's answers and
+the figures: a second call computes only the missing ones. Prints one JSON line for each fit and
+rule.
 
 The figures are those of `pop-local eval`, except that a look-up is right only if each token of the
 answer is the model's first choice. Small models answer few look-ups, and most of the time would be
@@ -24,13 +23,11 @@ import json
 import pickle
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from pop_converter.architecture.shape import source_shape
 from pop_converter.fit.wide import WideInput, encode_input
@@ -67,7 +64,6 @@ from pop_local.measure.lookups import (
     make_documents,
 )
 from pop_local.measure.quality import QualitySettings, measure_against, read_reference
-from pop_local.research.distill import TeacherStates
 from pop_local.research.distilled import Distiller
 from pop_local.ui.watch import stoppable_watch
 from pop_local.workflows.hardware import Hardware
@@ -109,35 +105,26 @@ def fit_all(options: argparse.Namespace) -> dict[str, Path]:
     return found
 
 
-# The variants of distilling: whether a quarter of the windows are look-ups, and whether deep rows
-# run through all layers.
-VARIANTS = {"no-lookups": (False, False), "all-pruned": (True, False), "deep": (True, True)}
-_teachers: dict[bool, TeacherStates] = {}
+# The variants of distilling, and the share of look-ups in their text: one in N windows.
+VARIANTS = {"no-lookups": NEVER, "lookups": SHARE}
 
 
 def distill(options: argparse.Namespace, start: Path, variant: str, target: Path) -> None:
-    """Train a fit. The full model reads each text once for all variants of one boundary."""
-    source, (has_lookups, is_deep) = read_source(options.model), VARIANTS[variant]
+    """Train a fit on one variant's text."""
+    source = read_source(options.model)
     meta = read_sidecar(start, source)
     how = FitOptions(options.tokens[0], tuple(options.text), projection=WIDE)
     with stoppable_watch() as watch:
         distiller = Distiller(source, how, Hardware(n_threads=1, n_gpu_layers=0), watch)
-        rule = DeepRows.NAMES
-        plan = make_plan(
-            source_shape(source), boundary=meta.boundary, projection=WIDE, deep_rows=rule
-        )
+        plan = make_plan(source_shape(source), boundary=meta.boundary, projection=WIDE)
         device = distiller.require(plan)
-        if has_lookups not in _teachers or _teachers[has_lookups].first != plan.boundary:
-            texts.SHARE = SHARE if has_lookups else NEVER
-            n_windows, n_embd = options.distill_windows, plan.shape.n_embd
-            with loaded(options.model, n_threads=1) as context:
-                count = min(n_windows, options.tokens[0] // N_WINDOW)
-                text = texts.given_text(context, how.texts, count, n_embd)
-                chosen = texts.distill_text(context, text, how.texts, n_windows, rule)
-            _teachers[has_lookups] = distiller.read(plan.boundary, chosen, device)
-        teacher = _teachers[has_lookups]
-        if not is_deep:
-            teacher = replace(teacher, deep=torch.zeros_like(teacher.deep))
+        texts.SHARE = VARIANTS[variant]
+        n_windows, n_embd = options.distill_windows, plan.shape.n_embd
+        with loaded(options.model, n_threads=1) as context:
+            count = min(n_windows, options.tokens[0] // N_WINDOW)
+            text = texts.given_text(context, how.texts, count, n_embd)
+            chosen = texts.distill_text(context, text, how.texts, n_windows)
+        teacher = distiller.read(plan.boundary, chosen, device)
         assert meta.calibration is not None
         fitted = Fitted(meta.calibration, tuple(fitted_tensors(start).values()), WIDE)
         fitted = distiller.trained(plan, fitted, teacher, device)

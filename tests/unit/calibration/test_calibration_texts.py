@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_converter.popfile.format import DeepRows
 from pop_local.calibration import texts
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
@@ -80,8 +79,8 @@ def test_what_is_distilled_on_are_different_windows(llama: Path, tmp_path: Path)
     path.write_text(" ".join(f"w{number}" for number in range(3000)))
     with loaded(llama, n_threads=1) as context:
         text = given_text(context, (path,), 4, 128)
-        windows = distill_text(context, text, (path,), 128, DeepRows.NONE).windows
-        few = distill_text(context, text, (path,), 6, DeepRows.NONE).windows
+        windows = distill_text(context, text, (path,), 128).windows
+        few = distill_text(context, text, (path,), 6).windows
     assert windows[:4].tolist() == text.windows.tolist()
     assert 8 < len(windows) == len(np.unique(windows, axis=0)) < 128
     assert few[:4].tolist() == text.windows.tolist() and len(few) == 6

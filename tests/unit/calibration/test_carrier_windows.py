@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from pop_converter.popfile.format import DeepRows
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.carrier_windows import SHARE, carrier_windows
 from pop_local.calibration.texts import N_WINDOW, distill_text, given_text
@@ -46,12 +45,11 @@ def test_a_quarter_of_the_windows_are_look_ups_and_answers_count_more(context, t
     text = given_text(context, (path,), 16, 576)
     n_asked = sum("Question:" in spelled(context, window) for window in text.windows)
     assert (len(text.windows), n_asked) == (16, 16 // SHARE)
-    distilled = distill_text(context, text, (path,), 32, DeepRows.NAMES)
-    assert distilled.windows.shape == distilled.weights.shape == distilled.deep.shape
+    distilled = distill_text(context, text, (path,), 32)
+    assert distilled.windows.shape == distilled.weights.shape
     heavier = (distilled.weights > 1).any(axis=1)
     assert heavier.sum() == 32 // SHARE
     assert 0.05 < (distilled.weights[heavier] > 1).mean() < 0.5
-    assert distilled.deep[heavier].mean() > 2 * distilled.deep[~heavier].mean() > 0
 
 
 def test_a_vocabulary_of_single_bytes_has_no_room_for_a_document(pop_file):

@@ -9,15 +9,12 @@ import pytest
 from pop_converter.base.errors import PopError
 from pop_converter.fit import least_squares as fit
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
-from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.texts import DistillText
-from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions
@@ -46,28 +43,17 @@ def started(path: Path, made: Fitted) -> distilling.InitialFit:
     return start_of(pruned_plan(path, made), read_source(path), made)
 
 
-def pruned_plan(path: Path, made: Fitted, deep_rows: DeepRows = DeepRows.NONE) -> Plan:
+def pruned_plan(path: Path, made: Fitted) -> Plan:
     """A plan as distilling prunes: without a tail."""
     return replace(
-        planned(path, projection=made.projection),
-        sink_tokens=N_SINK,
-        tail_tokens=0,
-        min_prompt=0,
-        deep_rows=deep_rows,
+        planned(path, projection=made.projection), sink_tokens=N_SINK, tail_tokens=0, min_prompt=0
     )
 
 
-def backend_kl(
-    path: Path,
-    made: Fitted,
-    windows: np.ndarray,
-    folder: Path,
-    deep_rows: DeepRows = DeepRows.NONE,
-) -> np.ndarray:
+def backend_kl(path: Path, made: Fitted, windows: np.ndarray, folder: Path) -> np.ndarray:
     """KL(full || pruned) of the answers' rows [n_windows, n_answer], by llama.cpp."""
     sidecar = folder / "m.pop-sidecar.gguf"
-    plan = pruned_plan(path, made, deep_rows)
-    write_sidecar(plan, path, sidecar, fitted=made, force=True)
+    write_sidecar(pruned_plan(path, made), path, sidecar, fitted=made, force=True)
     found = []
     with (
         PopModel(
@@ -85,14 +71,8 @@ def backend_kl(
 
 
 def evenly(windows):
-    """Windows without deep rows, whose rows all count the same."""
-    return DistillText(windows, np.ones(windows.shape, np.float32), np.zeros(windows.shape, bool))
-
-
-def with_deep_rows(path, windows, criterion):
-    with loaded(path, n_threads=1) as context:
-        deep = [find_deep_rows(context, window, criterion) for window in windows]
-    return replace(evenly(windows), deep=np.stack(deep))
+    """Windows whose rows all count the same."""
+    return DistillText(windows, np.ones(windows.shape, np.float32))
 
 
 def test_rows_count_by_their_weights(letters, tmp_path):
@@ -101,7 +81,7 @@ def test_rows_count_by_their_weights(letters, tmp_path):
     windows = np.array([prompt(N_TOKENS, seed) for seed in range(2)], np.int32)
     weights = np.ones(windows.shape, np.float32)
     weights[:, -1] = 1e6
-    text = replace(evenly(windows), weights=weights)
+    text = DistillText(windows, weights)
     decoder = Decoder(read_source(path))
     reference = distilling.read(decoder, BOUNDARY, text, seed=0, on_progress=nothing)
     student = distilling._Student(decoder, started(path, made), reference, lambda n: None)
@@ -137,23 +117,6 @@ def test_the_loss_is_what_the_backend_loses(arch, kind, matrices, tolerance, let
     assert expected.mean() > 1e-3
     for layer, kept in student.trained().items():
         np.testing.assert_allclose(kept.bias, start.projections[layer].bias, atol=1e-4)
-
-
-def test_deep_rows_run_all_layers_as_in_the_backend(letters, tmp_path):
-    path, rule = make_gguf(tmp_path / "m.gguf", "llama"), DeepRows.SPELLING
-    made = fitted(path, settings(letters), projection=WIDE)
-    windows = np.array([prompt(N_TOKENS, seed) for seed in range(3)], np.int32)
-    text = with_deep_rows(path, windows, rule)
-    assert 0.05 < text.deep.mean() < 0.9
-    decoder, start = Decoder(read_source(path)), started(path, made)
-    reference = distilling.read(decoder, BOUNDARY, text, seed=0, on_progress=nothing)
-    student = distilling._Student(decoder, start, reference, lambda n: None)
-    with torch.no_grad():
-        computed = student.kl([0, 1, 2], N_CONTEXT - 1).numpy()[:, :-1]
-    expected = backend_kl(path, made, windows, tmp_path, rule)
-    np.testing.assert_allclose(computed, expected, rtol=0.1, atol=2e-4)
-    without = backend_kl(path, made, windows, tmp_path)
-    assert expected.mean() < 0.9 * without.mean(), "deep rows make a difference"
 
 
 def test_what_the_backend_loses_on_other_text_becomes_less(letters, tmp_path, monkeypatch):
@@ -193,10 +156,9 @@ def test_what_is_not_finite_is_no_fit(letters, tmp_path, monkeypatch):
 
 def test_a_passage_is_repeated_out_of_the_context():
     windows = np.arange(6 * 512, dtype=np.int32).reshape(6, 512)
-    chosen, made = distilling._repeating(windows, np.random.default_rng(0))
+    made = distilling._repeating(windows, np.random.default_rng(0))
     assert len(made) == 2
-    for number, window in zip(chosen, made, strict=True):
-        assert window[0] == windows[number, 0]
+    for window in made:
         jump = int(np.flatnonzero(np.diff(window) != 1)[0]) + 1
         begin, n_passage = int(window[jump] % 512), 512 - jump
         assert 96 <= n_passage <= 512 // 3
