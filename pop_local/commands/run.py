@@ -1,4 +1,4 @@
-"""`pop-local run MODEL "question"`: print one answer."""
+"""`pop-local run [MODEL] "question"`: print one answer."""
 
 import errno
 import os
@@ -13,7 +13,13 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from pop_local.commands import shared_options as opt
-from pop_local.commands.opening import Opener, open_prompt_cache, store_prompts, without_refill
+from pop_local.commands.opening import (
+    Opener,
+    default_model,
+    open_prompt_cache,
+    store_prompts,
+    without_refill,
+)
 from pop_local.commands.option_expansion import expand_options
 from pop_local.engine.answer import ContextFullError
 from pop_local.engine.chat_messages import Chunk
@@ -36,7 +42,7 @@ _PATIENCE_S = 5.0
 @expand_options
 def run(
     call: typer.Context,
-    model: opt.Model,
+    model: opt.OptionalModel = None,
     question: Annotated[
         str,
         typer.Argument(metavar="QUESTION", help="The question (optional with piped text)."),
@@ -60,6 +66,8 @@ def run(
 
     A model without a chat template continues the text instead of answering.
     """
+    if not question and _is_question(model or ""):
+        model, question = None, model or ""
     documents, pictures = tuple(_documents(file or [])), tuple(map(read_picture, image or []))
     turn = Turn(question, documents, pictures=pictures)
     if not turn.prompt and not pictures:
@@ -70,7 +78,8 @@ def run(
     if how.full or how.refill == "idle":
         why = "--full prunes nothing" if how.full else "a single question leaves no idle time"
         how = without_refill(how, why, asked)
-    opened = Opener(model, how, asked, prompt_cache=open_prompt_cache(how))()
+    name = model or default_model()
+    opened = Opener(name, how, asked, prompt_cache=open_prompt_cache(how))()
     engine = opened.engine
     n_ctx = engine.context.n_ctx
     for picture in pictures:
@@ -99,6 +108,12 @@ def run(
         store_prompts(opened)
     if interrupt.asked:
         raise KeyboardInterrupt
+
+
+def _is_question(text: str) -> bool:
+    """Return True if a single argument is a question instead of a model."""
+    # Path.exists raises OSError for long text.
+    return len(text.split()) > 1 and not os.path.exists(text)  # noqa: PTH110
 
 
 def _documents(files: list[Path]) -> Iterator[Document]:

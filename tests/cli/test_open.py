@@ -94,8 +94,12 @@ def test_the_default_model_of_the_chat_is_the_best_for_the_memory(monkeypatch, f
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Mock(available=free_gb * 10**9))
     for command in ("chat", "serve"):
         assert f"it would be {find(best).name}" in called(command).stderr
+    for question in ("Who are you?", "a " * 10_000):
+        assert f"it would be {find(best).name}" in called("run", question).stderr
     monkeypatch.setenv("POP_LOCAL_MODEL", "gemma3")
     assert "it would be gemma3" in called("chat").stderr
+    assert "it would be gemma3" in called("run", "Who are you?").stderr
+    assert "it would be my model.gguf" in called("run", "my model.gguf", "Who are you?").stderr
 
 
 @pytest.mark.parametrize(
