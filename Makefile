@@ -1,4 +1,4 @@
-# make demo: builds everything, then answers one long prompt with and without pruning
+# make demo: builds everything that chat and serve need, then answers one long prompt with and without pruning
 # make test: prepares everything that the tests need, then runs ruff, mypy and pytest (ARGS="-k name")
 # make check: runs ruff, mypy and the quick tests, which need the backend, but no models and no second library
 # make docs: generates the tables in the documents and the README's chart from docs/results
@@ -46,6 +46,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: $(VENV)/.app $(SMOLLM2).gguf
 	@$(BIN)/pop-local demo $(SMOLLM2).gguf
+	@echo
+	@echo "Next: . $(BIN)/activate && pop-local chat"
 
 test: lint recipes $(SMOLLM2).gguf $(GEMMA).gguf
 	$(PYTEST) $(ARGS)
@@ -164,7 +166,7 @@ backend: $(VENV)/.ready
 
 $(VENV)/.app: $(SOURCES) | backend
 	@rm -rf build pop_local.egg-info
-	$(BIN)/python -m pip install --quiet .
+	$(BIN)/python -m pip install --quiet ".[documents,images,server]"
 	@rm -rf build pop_local.egg-info
 	@touch $@
 

@@ -17,6 +17,7 @@ class ProbeOptions(Group):
     continuation: int = option("Answer tokens per window, after the context.", min=2, default=64)
     tokens: int | None = option("Tokens to fit on (default: 1/4 of convert's default).", min=1)
     seed: int = option("Seed for choosing passages and random tokens.", min=0, default=0)
+    markdown: bool = option(opt.MARKDOWN, default=False)
 
 
 @expand_options
@@ -39,4 +40,4 @@ def analyze(
     )
     with stoppable_watch() as watch:
         found = layer_analysis.analyze(model, options, hardware=processors.hardware, watch=watch)
-    print_json(as_json(found)) if json else show(found)
+    print_json(as_json(found)) if json else show(found, as_markdown=by.markdown)

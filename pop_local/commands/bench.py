@@ -20,6 +20,7 @@ class PromptOptions(Group):
     repeat: int = option("Pairs of runs (full and pruned) per prompt length.", min=1, default=5)
     boundary: int | None = option("First layer to skip (default: the file's boundary).", min=1)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
+    markdown: bool = option(opt.MARKDOWN, default=False)
 
 
 @expand_options
@@ -31,6 +32,7 @@ def bench(
     measured: opt.MeasureOptions,
 ) -> None:
     """Measure the time to first token with and without pruning, in alternating runs."""
+    from pop_local.engine.llama.devices import busy_cpus, default_threads
     from pop_local.workflows import benchmark as workflow
 
     options = workflow.BenchOptions(
@@ -41,9 +43,11 @@ def bench(
         hardware=measured.hardware,
         deep_rows=read.deep_rows,
     )
+    if n_busy := busy_cpus(measured.threads or default_threads()):
+        warn(f"Other programs keep {n_busy:.1f} CPUs busy, so the times are unreliable.")
     with stoppable_watch() as watch:
         speed = workflow.bench(model, measured.sidecar, options, watch)
-    print_json(speed) if json else show_speed(speed)
+    print_json(speed) if json else show_speed(speed, as_markdown=read.markdown)
     if read.repeat < 2:
         warn("A single pair of runs cannot show timing noise; pass --repeat 3 or more.")
 

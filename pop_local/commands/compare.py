@@ -18,6 +18,7 @@ class GreedyOptions(Group):
     # Not named max_tokens: the setting of that name is for conversations.
     longest: int = option("Maximum tokens per answer.", flag="--max-tokens", min=1, default=256)
     mmproj: Path | None = option(opt.MMPROJ, "FILE")
+    markdown: bool = option(opt.MARKDOWN, default=False)
 
 
 @expand_options
@@ -54,4 +55,4 @@ def compare(
             hardware=measured.hardware,
             watch=watch,
         )
-    print_json(comparison_json(found)) if json else show_comparison(found)
+    print_json(comparison_json(found)) if json else show_comparison(found, as_markdown=how.markdown)

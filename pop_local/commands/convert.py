@@ -1,5 +1,6 @@
 """`pop-local convert IN.gguf [OUT.gguf]`: write a prunable copy of a model."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,7 @@ class HowOptions(Group):
     )
     sidecar: bool = option("Write only the projections, to a small sidecar file.", default=False)
     dry_run: bool = option("Print the plan without writing anything.", default=False)
+    markdown: bool = option(opt.MARKDOWN, default=False)
     force: bool = option(
         "Replace an existing output file. With --skip or --boundary and no limit, write the"
         " model even if it can no longer copy from its prompt.",
@@ -161,25 +163,28 @@ def convert(
     planned = plan_conversion(base, output, options)
     if (found := sidecar_of(planned.source)) and is_shipped(found):
         note(f"pop-local ships the sidecar {found.name}, so this model needs no conversion.")
+        if not how.dry_run and sys.stdin.isatty() and not typer.confirm("Convert it?", err=True):
+            raise typer.Exit
+    # --force would replace an existing output, so a dry run accepts it.
+    force = how.force or how.dry_run
+    check_target(planned.path, planned.target, planned.sizes, force=force)
     if not json:
         view.show_plan(planned)
     elif how.dry_run:
         print_json(view.plan_json(planned))
     if how.dry_run:
-        # --force would replace an existing output, so a dry run accepts it.
-        check_target(planned.path, planned.target, planned.sizes, force=True)
         return
     try:
         with stoppable_watch() as watch:
             done = run_conversion(planned, force=how.force, watch=watch)
     except OverBudgetError as error:
         if not json:
-            view.show_trials(error.trials)
+            view.show_trials(error.trials, as_markdown=how.markdown)
         raise
     if json:
         print_json(view.converted_json(planned, done))
     else:
-        view.show_converted(planned, done)
+        view.show_converted(planned, done, as_markdown=how.markdown)
 
 
 def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:

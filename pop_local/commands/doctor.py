@@ -30,7 +30,6 @@ from pop_local.workflows.open import best_model
 
 Status = Literal["ok", "note", "fix"]
 MARKS = {"ok": ("ok  ", "good"), "note": ("note", "warn"), "fix": ("FIX ", "bad")}
-BUSY_SAMPLE_S = 0.2
 DRIVER = "check that the device's driver is installed and that you have permission to use it"
 NO_DEVICE = {
     "CUDA": "check that nvidia-smi shows a device, and a driver for this build's CUDA version",
@@ -111,10 +110,8 @@ def _kernels(name: str) -> Check:
 
 def _threads(n_threads: int) -> Check:
     """Check that other processes leave enough cores idle."""
-    n_cpus = os.cpu_count() or 1
-    found = f"{n_threads} on {n_cpus} logical CPUs"
-    n_busy = psutil.cpu_percent(BUSY_SAMPLE_S) * n_cpus / 100
-    if n_busy + n_threads < n_cpus + 0.5:
+    found = f"{n_threads} on {os.cpu_count() or 1} logical CPUs"
+    if not (n_busy := devices.busy_cpus(n_threads)):
         return Check("threads", "Threads", "ok", found)
     found += f", of which other processes keep {n_busy:.1f} busy"
     to_do = "expect slower answers and unreliable timings"

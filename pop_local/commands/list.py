@@ -1,24 +1,28 @@
 """`pop-local list`: list the local models."""
 
 from pop_converter.base.numbers import size
-from pop_local.commands.shared_options import Json
+from pop_local.commands.shared_options import Json, Markdown
 from pop_local.models.model_files import StoredModel, stock
-from pop_local.models.model_names import models_dirs, not_fetched
+from pop_local.models.model_names import load_catalog, models_dirs, not_fetched
 from pop_local.ui.console import note
 from pop_local.ui.tables import Column, print_json, print_table
 
 _COLUMNS = (
     Column("Model", lambda model: model.name),
+    Column("Short name", lambda model: _short_name(model)),
     Column("Size", lambda model: size(model.size_bytes), numeric=True),
-    Column("Architecture", lambda model: model.architecture),
-    Column("Boundary", lambda model: model.boundary, numeric=True),
-    Column("K/V", lambda model: model.projection),
-    Column("Sidecar", lambda model: model.sidecar and model.sidecar.name),
+    Column("Fast reading", lambda model: "yes" if model.boundary else None),
     Column("Problem", lambda model: model.problem),
 )
+_FOLDER = Column("Folder", lambda model: model.files[0].parent if model.files else None)
 
 
-def list(json: Json = False) -> None:  # noqa: A001
+def _short_name(model: StoredModel) -> str | None:
+    file = model.files[0].name if model.files else ""
+    return next((each.short_name for each in load_catalog() if each.file == file), None)
+
+
+def list(json: Json = False, markdown: Markdown = False) -> None:  # noqa: A001
     """List the local models and their problems, and the models that can be fetched by name.
 
     Commands with a MODEL argument accept the listed names. `chat` and `run` fetch missing models.
@@ -35,8 +39,10 @@ def list(json: Json = False) -> None:  # noqa: A001
         return
     where = " and ".join(map(str, folders))
     note(f"In {where}:" if models else f"No models in {where} yet.")
+    shown = models + absent
+    columns = [each for each in _COLUMNS if {*map(each.cell, shown)} - {None, ""}]
+    if len({model.name for model in models}) < len(models):
+        columns.insert(1, _FOLDER)
+    print_table(columns, shown, as_markdown=markdown)
     if absent:
         note(f"Fetch a missing model by its name, for example: pop-local pull {absent[0].name}")
-    shown = models + absent
-    # Omit empty columns.
-    print_table([each for each in _COLUMNS if {*map(each.cell, shown)} - {None, ""}], shown)

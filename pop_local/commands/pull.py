@@ -8,15 +8,25 @@ from typing import Annotated
 import typer
 
 from pop_converter.base.errors import PopError
-from pop_local.commands.shared_options import Force
+from pop_converter.base.numbers import size
+from pop_local.commands.shared_options import Force, Markdown
 from pop_local.fetching.hub_download import search_hub
-from pop_local.models.model_names import hub_names, load_catalog, models_dir
+from pop_local.models.model_names import CatalogModel, hub_names, load_catalog, models_dir
+from pop_local.models.sidecars import SHIPPED, SUFFIX
 from pop_local.ui.console import note, say
-from pop_local.ui.tables import Column, print_table
+from pop_local.ui.tables import Column, print_sentence, print_table
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.fetch import fetch_named
 
-_NAMES = (Column("Name", itemgetter(0)), Column("On the hub", itemgetter(1)))
+_CATALOG = (
+    Column("Name", lambda model: model.short_name),
+    Column("Size", lambda model: size(model.size_bytes), numeric=True),
+    Column("RAM", lambda model: size(model.ram_bytes), numeric=True),
+    Column("Kind", lambda model: model.kind),
+    Column("Fast", lambda model: "yes" if _has_sidecar(model) else "no"),
+    Column("License", lambda model: model.license.partition(" (")[0]),
+)
+_HUB = (Column("Name", itemgetter(0)), Column("On the hub", itemgetter(1)))
 
 
 def pull(
@@ -34,6 +44,7 @@ def pull(
         typer.Option("--dir", metavar="DIR", help="Target folder (default: the models folder)."),
     ] = None,
     force: Force = False,
+    markdown: Markdown = False,
 ) -> None:
     """Fetch a model, check its hash and print its path.
 
@@ -41,8 +52,10 @@ def pull(
     searches the hub for it.
     """
     if model is None:
-        catalog = ((each.short_name, each.source) for each in load_catalog())
-        print_table(_NAMES, (*catalog, *hub_names().items()))
+        print_table(_CATALOG, load_catalog(), as_markdown=markdown)
+        print_sentence("")
+        print_table(_HUB, [*hub_names().items()], as_markdown=markdown)
+        note("Before it downloads a model from the hub, pull shows the size and the license.")
         return
     folder = folder or models_dir()
     try:
@@ -57,6 +70,10 @@ def pull(
             _show_hits(model)
         raise
     say(str(path))
+
+
+def _has_sidecar(model: CatalogModel) -> bool:
+    return (SHIPPED / f"{Path(model.file).stem}{SUFFIX}").exists()
 
 
 def _show_hits(name: str) -> None:

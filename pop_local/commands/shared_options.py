@@ -56,6 +56,7 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
 
 _SIDECAR = "Sidecar (default: NAME.pop-sidecar.gguf next to the model, or the shipped sidecar)."
 MMPROJ = "Multimodal projector for pictures (default: mmproj*.gguf in the model's folder)."
+MARKDOWN = "Print tables as Markdown."
 DEEP_ROWS = "Rule for the words that run through all layers (default: the file's rule)."
 _MODEL = "A GGUF file, a name listed by `pop-local pull`, or hf:OWNER/REPO"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL}.")]
@@ -69,6 +70,7 @@ Converted = Annotated[
     str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or a model with a sidecar.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help=MARKDOWN)]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")]
 Output = Annotated[
     Path | None,

@@ -17,6 +17,7 @@ import tomlkit
 from pop_converter.base.errors import PopError
 from pop_converter.base.nearest import nearest_hint
 from pop_converter.base.output_file import replacing
+from pop_converter.gguf.header import TO_GGUF
 from pop_local.config import settings
 from pop_local.models.model_files import known_name, models_by_name
 
@@ -56,7 +57,7 @@ class WheelPart:
 
 @dataclass(frozen=True)
 class CatalogModel:
-    """A model in the catalog.
+    """A model in the catalog. `kind`: "instruct" or "base".
 
     `source` is the publisher's hub repository (OWNER/NAME). `sha256` and `size_bytes` are the hash
     and size of the complete model file.
@@ -69,6 +70,8 @@ class CatalogModel:
     sha256: str
     size_bytes: int
     license: str
+    ram_bytes: int
+    kind: str
     parts: tuple[WheelPart, ...]
 
     @property
@@ -234,7 +237,9 @@ def resolve(model: str, *, base: bool = False) -> Path:
 def _not_there(model: str) -> PopError:
     """Return the error for a model that is neither a file nor a known name."""
     if Path(model).is_dir():
-        return PopError(f"{model} is a folder", "pass a GGUF file from that folder")
+        is_hf = any(Path(model).glob("*.safetensors")) and not any(Path(model).glob("*.gguf"))
+        hint = TO_GGUF if is_hf else "pass a GGUF file from that folder"
+        return PopError(f"{model} is a folder", hint)
     if Path(model).exists():
         return PopError(f"{model} is a pipe or a device, not a file", "pass a GGUF file")
     if hub_name(model):

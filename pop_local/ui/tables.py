@@ -1,4 +1,4 @@
-"""Print tables (in a terminal or as Markdown), facts and JSON."""
+"""Print tables (as text or Markdown), facts and JSON."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rich import box
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from pop_local.ui.console import out, printable
+from pop_local.ui.console import THEME, out, printable
 
+# Width in columns of a table in a pipe.
+_UNLIMITED = 10_000
 # json.dumps escapes the other control characters.
 _CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -34,23 +38,34 @@ def _texts(columns: Sequence[Column], rows: Sequence[Any]) -> list[list[str]]:
 
 
 def rich_table(columns: Sequence[Column], rows: Sequence[Any]) -> RichTable:
-    drawn = RichTable(header_style="title")
-    for column in columns:
-        # Fold long names instead of cutting them, so that they can be copied.
-        drawn.add_column(
-            column.title, justify="right" if column.numeric else "left", overflow="fold"
-        )
-    for texts in _texts(columns, rows):
+    drawn = RichTable(
+        header_style="title", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
+    body = _texts(columns, rows)
+    for i, column in enumerate(columns):
+        justify: Literal["left", "right"] = "right" if column.numeric else "left"
+        # Numbers are never wrapped. Long names are folded instead of cut, so users can copy them.
+        width = max((len(texts[i]) for texts in body), default=0) if column.numeric else None
+        drawn.add_column(column.title, justify=justify, overflow="fold", min_width=width)
+    for texts in body:
         drawn.add_row(*map(Text, texts))
     return drawn
 
 
-def print_table(columns: Sequence[Column], rows: Sequence[Any]) -> None:
-    """Print a table on stdout, as Markdown unless stdout is a terminal."""
-    if out.is_terminal:
+def print_table(
+    columns: Sequence[Column], rows: Sequence[Any], *, as_markdown: bool = False
+) -> None:
+    """Print a table on stdout. A text table is as wide as the terminal, or unlimited in a pipe."""
+    if as_markdown:
+        out.file.write(markdown(columns, rows) + "\n")
+    elif out.is_terminal:
         out.print(rich_table(columns, rows))
     else:
-        out.file.write(markdown(columns, rows) + "\n")
+        wide = Console(file=out.file, width=_UNLIMITED, color_system=None, theme=THEME)
+        with wide.capture() as captured:
+            wide.print(rich_table(columns, rows))
+        lines = captured.get().splitlines()
+        out.file.writelines(f"{line.rstrip()}\n" for line in lines)
 
 
 def markdown(columns: Sequence[Column], rows: Sequence[Any]) -> str:
@@ -88,6 +103,11 @@ def _jsonable(value: object) -> object:
 
 
 Fact = tuple[str, str]
+
+
+def print_sentence(text: str) -> None:
+    """Print text on stdout, wrapped between words in a terminal."""
+    out.print(Text(printable(text)), soft_wrap=not out.is_terminal)
 
 
 def print_facts(facts: Sequence[Fact]) -> None:

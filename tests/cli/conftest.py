@@ -17,6 +17,8 @@ from support.synthetic import make_gguf
 def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw random tokens once, measure few windows, and ask few questions about one document.
 
+    No other program uses the processor.
+
     `bench` skips the unpatched library, which needs three more processes; test_bench.py runs it.
     """
     for module in (named, full_model):
@@ -25,6 +27,7 @@ def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     monkeypatch.setattr(benchmark, "has_kernels", lambda: False)
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 0.0)
 
 
 @pytest.fixture

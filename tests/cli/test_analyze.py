@@ -39,13 +39,14 @@ def test_a_seed_gives_the_same_figures_again(model, text):
 
 
 def test_a_pipe_gets_one_table_and_the_findings(model, text):
-    done = analyze(model, "--text", text)
+    done = analyze(model, "--text", text, "--markdown")
     assert done.exit_code == 0, done.output
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 3
     assert "Induction" in table[0]
-    for label in ("Copying", "Depth"):
-        assert label in done.stdout
+    assert "Copying" in done.stdout
+    assert "budget" in done.stdout.splitlines()[-1]
+    assert "|" not in analyze(model, "--text", text).stdout
 
 
 def test_where_copying_is_lost_nothing_else_is_measured(model, text, monkeypatch):
@@ -54,7 +55,7 @@ def test_where_copying_is_lost_nothing_else_is_measured(model, text, monkeypatch
     first, *others = report(*given)["boundaries"]
     assert first["quality"] is not None
     assert [(row["projection"], row["quality"]) for row in others] == [(None, None)] * 2
-    lines = analyze(*given).stdout.splitlines()
+    lines = analyze(*given, "--markdown").stdout.splitlines()
     head, _, *rows = ([*map(str.strip, line.split("|"))] for line in lines if line.startswith("|"))
     kinds = {row[1]: row[head.index("K/V")] for row in rows}
     assert [kinds[layer] for layer in ("3", "4", "5")] == ["", "", "own"]

@@ -41,14 +41,14 @@ def test_each_boundary_is_fitted_and_one_is_chosen(model, text):
 
 
 def test_the_choice_is_named_an_estimate(model, text):
-    done = analyze(model, "--text", text)
+    done = analyze(model, "--text", text, "--markdown")
     assert done.exit_code == 0, done.output
     [row] = [
         line for line in done.stdout.splitlines() if line.startswith("|") and "balanced" in line
     ]
     assert row.split("|")[1].strip() == "3"
     assert "2,048 tokens" in done.stdout
-    assert "the balanced budget allows boundary 3" in done.stdout
+    assert "The balanced budget allows boundary 3" in done.stdout
     assert "estimated from 3 windows" in done.stdout
 
 
@@ -56,7 +56,7 @@ def test_no_boundary_is_chosen_outside_the_budget(model, text, monkeypatch):
     monkeypatch.setattr(budget, "BALANCED", replace(budget.BALANCED, max_kl=-1.0))
     assert report(model, "--text", text)["chosen"]["boundary"] is None
     done = analyze(model, "--text", text)
-    assert "no measured boundary is within the balanced budget" in done.stdout
+    assert "No measured boundary is within the balanced budget." in done.stdout
 
 
 def test_too_little_memory_for_the_fit(model, text, monkeypatch):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -71,15 +72,28 @@ def test_upstream_has_its_own_columns(capsys):
     )
     found = workflow.Speed("m.gguf", None, "CPU", "ours", 4, False, 8, 0, None, (row,))
     show_speed(found)
-    assert "ours" not in capsys.readouterr().out
-    show_speed(replace(found, upstream="without flash attention"))
+    shown = capsys.readouterr().out
+    assert "ours" not in shown
+    assert "\npop-local reads a prompt of 512 tokens in 1 s fast and 1 s in full.\n" in shown
+    full = replace(found, upstream="without flash attention")
+    show_speed(full, as_markdown=True)
     shown = capsys.readouterr().out
     assert "ours, compared with llama.cpp's (without flash attention)" in shown
-    assert "TTFT llama.cpp (s)" in shown
+    assert "| llama.cpp |" in shown
+    show_speed(full)
+    shown = capsys.readouterr().out
+    assert "1 s fast and 1 s in full, and llama.cpp in 1 s.\n" in shown
 
 
-def test_table_is_markdown_on_stdout(pop_file):
-    done = bench(pop_file, "--prompt", "100", "--repeat", 1)
+def test_a_busy_machine_is_reported(pop_file, monkeypatch):
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 100.0)
+    done = bench(pop_file, "--prompt", "100", "--repeat", 2)
+    assert re.match(r"Other programs keep [\d.]+ CPUs busy, so the times are", done.stderr)
+
+
+def test_table_is_markdown_on_request(pop_file):
+    assert "|" not in bench(pop_file, "--prompt", "100", "--repeat", 2).stdout
+    done = bench(pop_file, "--prompt", "100", "--repeat", 1, "--markdown")
     lines = done.stdout.splitlines()
     assert lines[0] == f"{pop_file}: prompt tokens skip layers 4 to 7 of 8"
     _, rule, row = (line for line in lines if line.startswith("|"))

@@ -60,8 +60,9 @@ def test_both_answers_are_compared(pop_file, mine):
 
 
 def test_a_table_shows_what_differs(pop_file, mine):
-    done = answered(pop_file, mine)
+    done = answered(pop_file, mine, "--markdown")
     assert done.exit_code == 0, done.stderr
+    assert done.stdout.endswith(" Use --full to avoid any loss.\n")
     facts = " ".join(done.stdout.split())
     assert "Right 1 in full, 1 with pruning, of 2; 0 only in full, 0 only with pruning" in facts
     assert "Not pruned 2 prompts (short or cached)" in facts

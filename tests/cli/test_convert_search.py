@@ -121,7 +121,7 @@ def test_trials_do_not_hash_the_model(tiny, letters, monkeypatch):
 
 def test_a_strict_budget_skips_one_layer(tiny, tmp_path):
     """Expect one skipped layer: in a random model, only the last layer's projections are exact."""
-    done = convert(tiny, *FEW, "--max-kl", 0.0001)
+    done = convert(tiny, "--markdown", *FEW, "--max-kl", 0.0001)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
@@ -182,7 +182,7 @@ def test_lost_look_ups_put_a_boundary_outside(tiny, letters, tmp_path, monkeypat
     monkeypatch.setattr(full_model, "N_DOCUMENTS", 10)
     monkeypatch.setattr(LookupReference, "ask", ask)
     monkeypatch.setattr(LookupReference, "read", read)
-    done = convert(tiny, "--text", letters, *FEW, *LOOSE)
+    done = convert(tiny, "--markdown", "--text", letters, *FEW, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None

@@ -36,8 +36,7 @@ def test_the_real_model_answers_twice_and_the_program_leaves(smollm2):
     """Run the command of `make demo`, with the shipped sidecar."""
     done = run("demo", "--threads", 1, smollm2, "--pairs", 1)
     assert done.returncode == 0, done.stderr
-    [said] = [line for line in done.stderr.splitlines() if not line.endswith(" left")]
-    assert "pop-sidecar.gguf (shipped with pop-local)" in said
+    assert [line for line in done.stderr.splitlines() if not line.endswith(" left")] == []
     assert done.stdout.count("first token after") == 2
     assert "What rule was painted above the lamp-room door?" in done.stdout
     assert done.stdout.count("The light is never late") == 2, "both answers are in the document"

@@ -71,17 +71,13 @@ def rows(output: str) -> list[list[str]]:
 
 
 def test_the_folder_is_shown_with_damaged_files(store):
-    done = pop_local("list")
+    done = pop_local("list", "--markdown")
     assert done.exit_code == 0
     head, _, *body = rows(done.stdout)
-    assert head == ["Model", "Size", "Architecture", "Boundary", "K/V", "Problem"]
-    shown = {row[0]: row[2:5] for row in body if not row[5]}
-    assert shown == {
-        "parted": ["qwen2", "", ""],
-        "Tiny.Q8_0": ["llama", "", ""],
-        "Tiny.Q8_0.pop": ["llama", "6", "own"],
-    }
-    problems = {row[0]: row[5] for row in body if row[5] and row[5] != "not fetched"}
+    assert head == ["Model", "Size", "Fast reading", "Problem"]
+    shown = {row[0]: row[2] for row in body if not row[3]}
+    assert shown == {"parted": "", "Tiny.Q8_0": "", "Tiny.Q8_0.pop": "yes"}
+    problems = {row[0]: row[3] for row in body if row[3] and row[3] != "not fetched"}
     assert list(problems) == ["cut", "new.gguf.partial", "page"]
     assert problems["cut"].startswith("is truncated")
     assert "download is unfinished" in problems["new.gguf.partial"]
@@ -106,12 +102,29 @@ def test_a_pipe_is_a_problem_and_is_not_read(store):
 def test_the_catalogs_models_are_shown_that_are_not_here(store):
     (store / models.find("gemma3").file).touch()
     absent = ["smollm2", "qwen-0.5b", "qwen-1.5b"]
-    body = [row for row in rows(pop_local("list").stdout) if "not fetched" in row]
+    body = [row for row in rows(pop_local("list", "--markdown").stdout) if "not fetched" in row]
     assert [row[0] for row in body] == absent
-    assert body[0][1] == "98.4 MB"
+    assert body[0][2] == "98.4 MB"
     found = json.loads(pop_local("list", "--json").stdout)["not_fetched"]
     assert [model["name"] for model in found] == absent
     assert found[0]["size_bytes"] == models.find("smollm2").size_bytes
+
+
+def test_the_catalogs_models_have_short_names(store):
+    (store / models.find("gemma3").file).touch()
+    (row,) = (row for row in rows(pop_local("list", "--markdown").stdout) if "gemma3" in row)
+    assert row[0] == "gemma-3-270m.Q4_K_M"
+
+
+def test_the_folder_is_shown_if_two_models_are_alike(tmp_path, monkeypatch):
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder in folders:
+        folder.mkdir()
+        make_gguf(folder / "same.gguf", "llama")
+    monkeypatch.setattr("pop_local.commands.list.models_dirs", lambda: folders)
+    head, _, *body = rows(pop_local("list", "--markdown").stdout)
+    assert head[1] == "Folder"
+    assert [row[1] for row in body[:2]] == [str(folder) for folder in folders]
 
 
 def test_a_model_of_the_user_is_listed_and_removed_in_a_clone(store, monkeypatch):
@@ -134,7 +147,7 @@ def test_names_stay_whole_in_a_narrow_terminal(store, monkeypatch, capsys):
     list_models(json=False)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 60
-    first_cells = "".join(line.split("│")[1].strip() for line in lines if line.startswith("│"))
+    first_cells = "".join(line.split(" ")[0] for line in lines)
     assert "Tiny.Q8_0.pop" in first_cells
 
 
@@ -190,7 +203,7 @@ def test_an_empty_folder_suggests_a_command(tmp_path, monkeypatch, exists):
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path / "none"))
     if exists:
         (tmp_path / "none").mkdir()
-    done = pop_local("list")
+    done = pop_local("list", "--markdown")
     assert done.exit_code == 0
     assert {row[-1] for row in rows(done.stdout)[2:]} == {"not fetched"}
     assert "pop-local pull" in done.stderr

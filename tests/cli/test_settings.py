@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -245,9 +246,7 @@ def test_config_shows_values_and_where_they_come_from(file, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CTXX", "1")
     done = pop_local("config")
     assert done.exit_code == 0
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()
-    ]
+    cells = [re.split(" {2,}", line) for line in done.stdout.splitlines()]
     shown = {row[0]: row[1:3] for row in cells[2:]}
     assert list(shown) == list(settings.KEYS)
     assert shown["threads"] == ["4", "file"]

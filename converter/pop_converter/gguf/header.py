@@ -19,6 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from pop_converter.base.errors import FormatError, TruncatedError
 
+TO_GGUF = "pass the model's GGUF file, or create it with llama.cpp's convert_hf_to_gguf.py"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -228,9 +229,9 @@ def read_header(path: Path) -> Header:
 
 def _check_magic(path: Path, start: bytes) -> None:
     if start[:4] != MAGIC:
-        raise FormatError(
-            f"{path} is not a GGUF file", "pass a model in llama.cpp's format (NAME.gguf)"
-        )
+        is_hf = path.suffix == ".safetensors"
+        hint = TO_GGUF if is_hf else "pass a model in llama.cpp's format (NAME.gguf)"
+        raise FormatError(f"{path} is not a GGUF file", hint)
     if len(start) < len(MAGIC) + 4:
         raise truncated(path, "the header is incomplete")
     version = int.from_bytes(start[4:8], "little")

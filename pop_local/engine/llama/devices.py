@@ -16,6 +16,7 @@ from pop_local.engine.llama import backend
 
 _POINTER = ctypes.c_void_p
 NO_KERNELS = "none"
+_BUSY_SAMPLE_S = 0.2
 KERNELS_OFF = "off"
 # GGML_BACKEND_DEVICE_TYPE_GPU and GGML_BACKEND_DEVICE_TYPE_IGPU.
 _GPU_TYPES = (1, 2)
@@ -104,6 +105,13 @@ def default_threads() -> int:
         except OSError:
             return len(cpus)
     return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
+def busy_cpus(n_threads: int) -> float:
+    """Return how many logical CPUs other processes use (0.0 if `n_threads` CPUs are idle)."""
+    n_cpus = os.cpu_count() or 1
+    n_busy = psutil.cpu_percent(_BUSY_SAMPLE_S) * n_cpus / 100
+    return n_busy if n_busy + n_threads >= n_cpus + 0.5 else 0.0
 
 
 def devices() -> tuple[Device, ...]:

@@ -1,12 +1,11 @@
-"""The output of `analyze` as a table, facts and JSON."""
+"""The output of `analyze` as a table, facts, a sentence and JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pop_local.ui.console import say
-from pop_local.ui.tables import Column, Fact, fields_of, markdown, print_facts
+from pop_local.ui.tables import Column, Fact, fields_of, print_facts, print_sentence, print_table
 from pop_local.ui.views.quality_figures import bare, figures
 
 if TYPE_CHECKING:
@@ -43,10 +42,12 @@ def _depth_json(depth: DepthCost) -> dict[str, Any]:
     }
 
 
-def show(found: Analysis) -> None:
+def show(found: Analysis, *, as_markdown: bool = False) -> None:
     layers = sorted(depth.boundary for depth in found.depths)
-    say(f"{markdown([*_columns(found)], layers)}\n")
+    print_table([*_columns(found)], layers, as_markdown=as_markdown)
+    print_sentence("")
     print_facts([*_facts(found)])
+    print_sentence(_choice(found))
 
 
 def _columns(found: Analysis) -> Iterator[Column]:
@@ -74,17 +75,16 @@ def _facts(found: Analysis) -> Iterator[Fact]:
     yield "Copying", _cliff(found)
     if (made := found.calibration) is not None:
         yield "Fitted on", f"{made.name}: {made.n_tokens:,} tokens"
-    yield "Depth", _choice(found)
 
 
 def _choice(found: Analysis) -> str:
     name, depth = found.budget.quality, found.chosen
     if depth is None or depth.quality is None:
-        return f"no measured boundary is within the {name} budget"
+        return f"No measured boundary is within the {name} budget."
     return (
-        f"the {name} budget allows boundary {depth.boundary}, for a speed-up of up to"
+        f"The {name} budget allows boundary {depth.boundary}, for a speed-up of up to"
         f" {depth.speedup_limit:.2f}x (estimated from {depth.quality.n_windows} windows; `convert`"
-        " measures more windows)"
+        " measures more windows)."
     )
 
 

@@ -1,4 +1,4 @@
-"""The output of `compare` as facts, a table of differences and JSON."""
+"""The output of `compare` as a table of differences, facts, a sentence and JSON."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from pop_local.measure.verdict import comparison_in_words
-from pop_local.ui.console import out
-from pop_local.ui.tables import Column, Fact, fields_of, print_facts, print_table
+from pop_local.ui.tables import Column, Fact, fields_of, print_facts, print_sentence, print_table
 from pop_local.ui.views.quality_figures import with_advice
 
 if TYPE_CHECKING:
@@ -18,7 +17,10 @@ _N_SHOWN = 60
 _N_SHARED = 15
 
 
-def show_comparison(found: Comparison) -> None:
+def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
+    if found.different:
+        print_table(_COLUMNS, found.different, as_markdown=as_markdown)
+        print_sentence("")
     n = len(found.answers)
     facts: list[Fact] = [
         ("Prompts", f"{found.prompts.name}: {n} prompts, answered with greedy decoding"),
@@ -33,11 +35,8 @@ def show_comparison(found: Comparison) -> None:
     facts.append(("To first token", f"{times}: {ratio:.2f}x (not paired)"))
     if found.n_unpruned:
         facts.append(("Not pruned", f"{found.n_unpruned} prompts (short or cached)"))
-    facts.append(("Verdict", with_advice(comparison_in_words(found))))
     print_facts(facts)
-    if found.different:
-        out.file.write("\n")
-        print_table(_COLUMNS, found.different)
+    print_sentence(with_advice(comparison_in_words(found)))
 
 
 def comparison_json(found: Comparison) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def _shown(each: Compared, text: str) -> str:
 _VERDICTS = {True: "right", False: "wrong", None: "-"}
 _COLUMNS = (
     Column("Line", lambda each: each.line, numeric=True),
-    Column("Same tokens", lambda each: each.first_difference, numeric=True),
+    Column("Same", lambda each: each.first_difference, numeric=True),
     Column("Full", lambda each: _VERDICTS[each.is_full_right]),
     Column("Pruned", lambda each: _VERDICTS[each.is_pruned_right]),
     Column("In full", lambda each: _shown(each, each.full.text)),

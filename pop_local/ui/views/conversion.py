@@ -15,8 +15,8 @@ from pop_converter.projection import Projection
 from pop_local.measure.budget import FAST, limits_in_words
 from pop_local.measure.verdict import verdict_in_words
 from pop_local.ui.console import note, out
-from pop_local.ui.tables import Column, Fact, fields_of, print_facts, print_table
-from pop_local.ui.views.quality_figures import figures, with_advice, with_se
+from pop_local.ui.tables import Column, Fact, fields_of, print_facts, print_sentence, print_table
+from pop_local.ui.views.quality_figures import bare, figures, with_advice, with_se
 
 if TYPE_CHECKING:
     from pop_converter.architecture.skipping import SkippableLayers
@@ -46,6 +46,16 @@ _COLUMNS = (
     Column("Look-ups lost", lambda trial: _lost(trial), numeric=True),
     Column("In budget", lambda trial: "yes" if trial.in_budget else "no"),
 )
+_BRIEF = (
+    Column("Boundary", lambda trial: trial.plan.boundary, numeric=True),
+    Column("K/V", lambda trial: _kind(trial.plan)),
+    Column("Limit", lambda trial: f"{trial.plan.speedup_limit:.2f}x", numeric=True),
+    Column("KL", lambda trial: bare(trial.quality.kl_mean, ".4f"), numeric=True),
+    Column("PPL", lambda trial: bare(trial.quality.ppl_ratio, ".3f"), numeric=True),
+    Column("Copy", lambda trial: bare(trial.quality.copy_ppl_ratio, ".3f"), numeric=True),
+    Column("Lost", lambda trial: _lost(trial), numeric=True),
+    Column("In budget", lambda trial: "yes" if trial.in_budget else "no"),
+)
 # Names in `figures` of the values that a budget limits.
 _JUDGED = (
     *("n_windows", "kl_mean", "kl_se", "ppl_ratio", "ppl_ratio_se", "copy_ppl_ratio"),
@@ -65,8 +75,9 @@ def budget_fact(budget: Budget) -> Fact:
     return "Budget", f"{budget.quality} allows {limits_in_words(budget)}"
 
 
-def show_trials(trials: Sequence[Trial]) -> None:
-    print_table(_COLUMNS, trials)
+def show_trials(trials: Sequence[Trial], *, as_markdown: bool = False) -> None:
+    """Show the tried candidates, or with `as_markdown` also their standard errors."""
+    print_table(_COLUMNS if as_markdown else _BRIEF, trials, as_markdown=as_markdown)
     out.file.write("\n")
 
 
@@ -104,16 +115,16 @@ def show_plan(conversion: Conversion) -> None:
     print_facts([*_facts(conversion, plan, layers, where, output, limit), *fits])
 
 
-def show_converted(conversion: Conversion, done: Converted) -> None:
+def show_converted(conversion: Conversion, done: Converted, *, as_markdown: bool = False) -> None:
     if done.trials:
-        show_trials(done.trials)
+        show_trials(done.trials, as_markdown=as_markdown)
     is_known = conversion.is_named and not done.trials
     # The conversion may have chosen another kind of fit.
     if not is_known or done.plan.projection != conversion.deepest.projection:
         print_facts(_plan_facts(conversion, done.plan, done.sizes))
     print_facts([*measured_facts(done.meta), ("Written", str(done.path))])
     if (found := done.meta.measured) is not None:
-        print_facts([("Verdict", with_advice(verdict_in_words(found)))])
+        print_sentence(with_advice(verdict_in_words(found)))
     if conversion.is_sidecar and done.path != sidecar_path(conversion.source):
         note(f"The sidecar is not next to the model, so open the model with --sidecar {done.path}.")
 

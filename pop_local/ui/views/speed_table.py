@@ -1,46 +1,46 @@
-"""The output of `bench`: a Markdown table."""
+"""The output of `bench`: a table of medians and a sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pop_local.ui.console import say
-from pop_local.ui.tables import Column, markdown
+from pop_local.ui.tables import Column, print_sentence, print_table
 
 if TYPE_CHECKING:
+    from pop_local.measure.speed import SpeedRow
     from pop_local.workflows.benchmark import Speed
 
 
-def show_speed(found: Speed) -> None:
+def show_speed(found: Speed, *, as_markdown: bool = False) -> None:
     layers = f"{found.boundary} to {found.n_layer - 1} of {found.n_layer}"
     layers += ", exactly" if found.is_exact else ""
-    say(f"{found.model}: prompt tokens skip layers {layers}")
-    say(f"{found.backend}; medians (minimum-maximum)")
+    print_sentence(f"{found.model}: prompt tokens skip layers {layers}")
+    print_sentence(f"{found.backend}; medians (speed-up: minimum-maximum)")
     if found.upstream is not None:
-        say(f"Prompt kernels: {found.kernels}, compared with llama.cpp's ({found.upstream})")
-    say("")
-    say(markdown([*_columns(found)], found.rows))
+        kernels = f"{found.kernels}, compared with llama.cpp's ({found.upstream})"
+        print_sentence(f"Prompt kernels: {kernels}")
+    print_sentence("")
+    print_table([*_columns(found)], found.rows, as_markdown=as_markdown)
+    print_sentence("")
+    print_sentence(_in_words(found.rows[-1]))
+
+
+def _in_words(row: SpeedRow) -> str:
+    """Return a sentence about the longest prompt."""
+    seconds = f"{row.pop_ttft_s.median:.3g} s fast and {row.full_ttft_s.median:.3g} s in full"
+    if row.upstream_ttft_s is not None:
+        seconds += f", and llama.cpp in {row.upstream_ttft_s.median:.3g} s"
+    return f"pop-local reads a prompt of {row.n_prompt:,} tokens in {seconds}."
 
 
 def _columns(found: Speed) -> Iterator[Column]:
-    how = "exact" if found.is_exact else "pruned"
-    yield _number("Prompt tokens", lambda row: f"{row.n_prompt:,}")
-    if found.is_exact:
-        yield _number("left exactly", lambda row: f"{row.n_skipped_exact:,}")
-    else:
-        yield _number("pruned", lambda row: f"{row.n_pruned:,}")
-    if any(row.n_deep for row in found.rows):
-        yield _number("deep", lambda row: f"{row.n_deep:,}")
+    yield _number("Tokens", lambda row: f"{row.n_prompt:,}")
     if found.upstream is not None:
-        yield _number("TTFT llama.cpp (s)", lambda row: _PRECISE(row.upstream_ttft_s))
-    yield _number("TTFT full (s)", lambda row: _PRECISE(row.full_ttft_s))
-    if found.upstream is not None:
-        yield _number("by kernels", lambda row: _RATIO(row.kernels_speedup))
-    yield _number(f"TTFT {how} (s)", lambda row: _PRECISE(row.pop_ttft_s))
+        yield _number("llama.cpp", lambda row: f"{row.upstream_ttft_s.median:.3f} s")
+    yield _number("In full", lambda row: f"{row.full_ttft_s.median:.3f} s")
+    yield _number("Fast", lambda row: f"{row.pop_ttft_s.median:.3f} s")
     yield _number("Speed-up", lambda row: _RATIO(row.speedup))
-    rates = "{0.full:.1f} / {0.pop:.1f}".format
-    yield _number(f"Decode full / {how} (tokens/s)", lambda row: rates(row.decode_tokens_per_s))
 
 
 def _number(title: str, cell: Callable[[Any], str]) -> Column:
@@ -48,5 +48,5 @@ def _number(title: str, cell: Callable[[Any], str]) -> Column:
 
 
 # The text of a Spread.
-_PRECISE = "{0.median:.3f} ({0.min:.3f}-{0.max:.3f})".format
 _RATIO = "{0.median:.2f}x ({0.min:.2f}-{0.max:.2f})".format
+_ABOVE = "A speed-up can exceed the limit if the timing noise is larger than the full tokens' cost."

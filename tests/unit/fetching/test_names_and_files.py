@@ -71,6 +71,8 @@ def tiny(monkeypatch) -> CatalogModel:
         sha256=hashlib.sha256(whole).hexdigest(),
         size_bytes=len(whole),
         license="MIT",
+        ram_bytes=0,
+        kind="instruct",
         parts=(part(1), part(2)),
     )
     monkeypatch.setattr(models, "load_catalog", lambda: (model,))

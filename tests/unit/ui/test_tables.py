@@ -26,6 +26,16 @@ def test_markdown_is_aligned_and_escaped():
     ]
 
 
+def test_a_table_is_markdown_on_request(capsys):
+    tables.print_table(*SPEEDS, as_markdown=True)
+    assert capsys.readouterr().out == markdown(*SPEEDS) + "\n"
+
+
+def test_a_table_in_a_pipe_is_not_wrapped(capsys):
+    tables.print_table((Column("Name", itemgetter(0)),), (("x" * 500,),))
+    assert capsys.readouterr().out.splitlines()[2] == "x" * 500
+
+
 def test_rich_table_shows_the_same_cells(monkeypatch, capsys):
     console.out.print(tables.rich_table(*SPEEDS))
     shown = capsys.readouterr().out
@@ -68,7 +78,8 @@ def test_a_pipe_gets_plain_text_in_any_environment(monkeypatch, capsys, variable
     print_facts([("A", "x" * 200)])
     console.note("a note")
     printed = capsys.readouterr()
-    assert printed.out == f"{markdown(*SPEEDS)}\nA  {'x' * 200}\n"
+    table = ["Name         Speed-up", "─" * 22, "a|b             1.41x", "longer name    12.00x"]
+    assert printed.out.splitlines() == [*table, "A  " + "x" * 200]
     assert printed.err == "a note\n"
 
 
