@@ -170,7 +170,7 @@ def test_a_sidecar_belongs_to_its_model(store):
     assert model.sidecar == path
     assert (model.boundary, model.projection, model.problem) == (5, "fitted", "")
     assert model.size_bytes == (store / "Tiny.Q8_0.gguf").stat().st_size + path.stat().st_size
-    assert path.name in pop_local("list").stdout
+    assert path.name in pop_local("list", "--json").stdout
     assert path.name.removesuffix(".gguf") not in models_by_name(store)
 
 

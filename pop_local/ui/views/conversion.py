@@ -16,7 +16,7 @@ from pop_local.measure.budget import FAST, limits_in_words
 from pop_local.measure.verdict import verdict_in_words
 from pop_local.ui.console import note, out
 from pop_local.ui.tables import Column, Fact, fields_of, print_facts, print_sentence, print_table
-from pop_local.ui.views.quality_figures import bare, figures, with_advice, with_se
+from pop_local.ui.views.quality_figures import bare, figures, with_advice
 
 if TYPE_CHECKING:
     from pop_converter.architecture.skipping import SkippableLayers
@@ -29,24 +29,7 @@ if TYPE_CHECKING:
     from pop_local.workflows.inspect_file import SkippingGain
 
 
-def _estimate(name: str, title: str, spec: str) -> Column:
-    return Column(title, lambda trial: with_se(getattr(trial.quality, name), spec), numeric=True)
-
-
 _COLUMNS = (
-    Column("Boundary", lambda trial: trial.plan.boundary, numeric=True),
-    Column("Skipped", lambda trial: trial.plan.n_skipped, numeric=True),
-    Column("K/V", lambda trial: _kind(trial.plan)),
-    Column("Deep rows", lambda trial: f"{trial.plan.deep_rows} {trial.plan.deep_share:.0%}"),
-    Column("Limit", lambda trial: f"{trial.plan.speedup_limit:.2f}x", numeric=True),
-    Column("Windows", lambda trial: trial.quality.n_windows, numeric=True),
-    _estimate("kl_mean", "KL", ".4f"),
-    _estimate("ppl_ratio", "PPL ratio", ".3f"),
-    _estimate("copy_ppl_ratio", "Copy ratio", ".3f"),
-    Column("Look-ups lost", lambda trial: _lost(trial), numeric=True),
-    Column("In budget", lambda trial: "yes" if trial.in_budget else "no"),
-)
-_BRIEF = (
     Column("Boundary", lambda trial: trial.plan.boundary, numeric=True),
     Column("K/V", lambda trial: _kind(trial.plan)),
     Column("Limit", lambda trial: f"{trial.plan.speedup_limit:.2f}x", numeric=True),
@@ -76,8 +59,7 @@ def budget_fact(budget: Budget) -> Fact:
 
 
 def show_trials(trials: Sequence[Trial], *, as_markdown: bool = False) -> None:
-    """Show the tried candidates, or with `as_markdown` also their standard errors."""
-    print_table(_COLUMNS if as_markdown else _BRIEF, trials, as_markdown=as_markdown)
+    print_table(_COLUMNS, trials, as_markdown=as_markdown)
     out.file.write("\n")
 
 

@@ -49,4 +49,3 @@ def _number(title: str, cell: Callable[[Any], str]) -> Column:
 
 # The text of a Spread.
 _RATIO = "{0.median:.2f}x ({0.min:.2f}-{0.max:.2f})".format
-_ABOVE = "A speed-up can exceed the limit if the timing noise is larger than the full tokens' cost."
