@@ -9,11 +9,11 @@ from pop_local.ui.lazy import HELP_OPTIONS, Listed, lazy_group
 
 _USE, _MODELS, _SPEED, _SETUP = "Use", "Models", "Speed and quality", "Setup"
 COMMANDS = {
-    "chat": Listed(_USE, "Chat with a model in the terminal.", "gemma3"),
+    "chat": Listed(_USE, "Chat with a model in the terminal.", "qwen-1.5b"),
     "run": Listed(
-        _USE, "Ask one question, optionally about files or piped text.", '-f report.pdf "Who paid?"'
+        _USE, "Ask one question, optionally about files.", 'qwen-1.5b -f report.pdf "Who paid?"'
     ),
-    "serve": Listed(_USE, "Serve a model over the OpenAI, Anthropic and Ollama APIs.", "gemma3"),
+    "serve": Listed(_USE, "Serve a model over the OpenAI, Anthropic and Ollama APIs.", "qwen-1.5b"),
     "demo": Listed(_USE, "Answer one long prompt with and without pruning.", "smollm2"),
     "pull": Listed(_MODELS, "Fetch a model from the catalog or a hub.", "qwen3-8b"),
     "list": Listed(_MODELS, "List the local models.", "--json"),
@@ -32,10 +32,10 @@ COMMANDS = {
     "compare": Listed(
         _SPEED, "Compare full and pruned answers to your prompts.", "smollm2 prompts.jsonl"
     ),
-    "analyze": Listed(_SPEED, "Measure which layers are needed to read prompts.", "model.gguf"),
+    "analyze": Listed(_SPEED, "Measure how many layers prompts can skip.", "model.gguf"),
     "config": Listed(_SETUP, "Show and change settings.", "set threads 4"),
     "learn": Listed(_SETUP, "Show or delete the statistics learned from your prompts.", "show"),
-    "cache": Listed(_SETUP, "Show or remove the stored KV caches of earlier prompts.", "rm"),
+    "cache": Listed(_SETUP, "Show or remove the stored KV caches of earlier prompts.", "show"),
     "doctor": Listed(_SETUP, "Check this installation and suggest fixes.", "--json"),
 }
 

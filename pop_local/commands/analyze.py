@@ -1,4 +1,4 @@
-"""`pop-local analyze MODEL`: measure which layers context tokens need."""
+"""`pop-local analyze MODEL`: measure what each boundary costs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ def analyze(
     json: opt.Json = False,
     processors: opt.HardwareOptions,
 ) -> None:
-    """Measure which layers prompts need, and how many layers prompts can skip."""
+    """Measure the cost of each boundary, and how many layers prompts can skip."""
     from pop_local.research import layer_analysis
 
     options = layer_analysis.AnalyzeOptions(

@@ -160,7 +160,10 @@ def test_the_help_has_an_example_that_the_command_accepts(command, help_without_
     group: Any = typer.main.get_command(app)
     context = group.make_context("pop-local", words[1:], resilient_parsing=True)
     _, found, given = group.resolve_command(context, words[1:])
-    found.make_context(command, given, parent=context)  # raises for wrong usage
+    context = found.make_context(command, [*given], parent=context)  # raises for wrong usage
+    if hasattr(found, "resolve_command"):
+        found.resolve_command(context, given)
+    assert context.params.get("question") != ""  # `run` needs a model and a question
 
 
 def test_version():

@@ -77,7 +77,7 @@ def test_few_options_precede_those_for_experts(name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_shows_no_ranges_and_one_style_of_defaults(name):
     shown = run_here(name, "--help", COLUMNS="200").stdout
-    assert not re.search(r"\[default|<int|<float|<str|range|x>=|x<=", shown)
+    assert not re.search(r"\[default|<int|<float|<str|<list|range|x>=|x<=", shown)
 
 
 def test_of_the_one_likeliest_token_no_temperature_takes_another(tiny):
