@@ -70,51 +70,30 @@ class Inspection:
     opens_in_stock_llama_cpp: bool
 
 
-@dataclass(frozen=True)
-class SidecarInspection:
-    """The contents of a sidecar.
-
-    `model`: the path of the sidecar's model (None if the model is not in the sidecar's folder).
-    """
-
-    file: str
-    size_bytes: int
-    model: str | None
-    tensors: tuple[TensorGroup, ...]
-    boundary: int
-    n_skipped: int
-    pop: PopMeta
-
-
-def inspect(model: str, sidecar: Path | None = None) -> Inspection | SidecarInspection:
-    """Inspect a model with its sidecar, or a sidecar alone, given by path or name.
+def inspect(model: str, sidecar: Path | None = None) -> Inspection:
+    """Inspect a model with its sidecar. `model`: a path, a name, or the path of a sidecar.
 
     Raises PopError.
     """
     path = resolve(model)
     header = read_header(path)
     if is_sidecar(header) and sidecar is None:
-        return _of_sidecar(header)
+        path, sidecar = _model_of(header), path
     source = read_source(path)
     sidecar = sidecar or sidecar_of(source)
     return _of_model(source, sidecar, pop_of(source, sidecar))
 
 
-def _of_sidecar(header: Header) -> SidecarInspection:
-    meta = sidecar_meta(header)
-    path = base_path(header.path, meta.source_name)
-    source = read_source(path) if path else None
-    if source is not None:
-        pop_of(source, header.path)
-    return SidecarInspection(
-        file=str(header.path),
-        size_bytes=header.size_bytes,
-        model=str(path) if path else None,
-        tensors=_groups(header.tensors),
-        boundary=meta.boundary,
-        n_skipped=meta.n_layer - meta.boundary,
-        pop=meta,
-    )
+def _model_of(header: Header) -> Path:
+    """Return the path of a sidecar's model. Raises PopError if it is in a different folder."""
+    name = sidecar_meta(header).source_name
+    path = base_path(header.path, name)
+    if path is None:
+        raise PopError(
+            f"{header.path} is a sidecar, and its model {name} is not in the same folder",
+            f"run: pop-local inspect MODEL --sidecar {header.path}",
+        )
+    return path
 
 
 def _of_model(source: Source, sidecar: Path | None, meta: PopMeta | None) -> Inspection:

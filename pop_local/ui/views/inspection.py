@@ -11,14 +11,10 @@ from pop_local.ui.views.conversion import (
     measured_facts,
     skipping_facts,
 )
-from pop_local.workflows.inspect_file import Inspection, SidecarInspection, TensorGroup
+from pop_local.workflows.inspect_file import Inspection, TensorGroup
 
 
-def inspection_facts(found: Inspection | SidecarInspection) -> list[Fact]:
-    return _model_facts(found) if isinstance(found, Inspection) else _sidecar_facts(found)
-
-
-def _model_facts(found: Inspection) -> list[Fact]:
+def inspection_facts(found: Inspection) -> list[Fact]:
     files = f", in {found.n_files} files" if found.n_files > 1 else ""
     facts = [
         ("File", found.file),
@@ -46,16 +42,6 @@ def _model_facts(found: Inspection) -> list[Fact]:
         *(skipping_facts(found.skipping, found.work) if found.skipping else []),
         *([] if is_exact else _pruning_facts(found.pop)),
         ("Stock llama.cpp", stock),
-    ]
-
-
-def _sidecar_facts(found: SidecarInspection) -> list[Fact]:
-    return [
-        ("File", found.file),
-        ("Size", size(found.size_bytes)),
-        ("Sidecar of", found.model or f"{found.pop.source_name} (not in this folder)"),
-        ("Tensors", _tensors(found.tensors)),
-        *_pruning_facts(found.pop),
     ]
 
 
