@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pop_converter.base.errors import PopError
 from pop_converter.base.numbers import size
 from pop_local.commands.shared_options import Force, Markdown
-from pop_local.fetching.hub_download import search_hub
 from pop_local.models.model_names import CatalogModel, hub_names, load_catalog, models_dir
 from pop_local.models.sidecars import SHIPPED, SUFFIX
 from pop_local.ui.console import note, say
@@ -48,8 +46,7 @@ def pull(
 ) -> None:
     """Fetch a model, check its hash and print its path.
 
-    An interrupted download resumes if the server supports it. If the name is unknown, the command
-    searches the hub for it.
+    An interrupted download resumes if the server supports it.
     """
     if model is None:
         print_table(_CATALOG, load_catalog(), as_markdown=markdown)
@@ -65,20 +62,8 @@ def pull(
     except KeyboardInterrupt:
         note("Run the same command again to resume the download.")
         raise
-    except PopError as error:
-        if error.cause == "unknown-model":
-            _show_hits(model)
-        raise
     say(str(path))
 
 
 def _has_sidecar(model: CatalogModel) -> bool:
     return (SHIPPED / f"{Path(model.file).stem}{SUFFIX}").exists()
-
-
-def _show_hits(name: str) -> None:
-    try:
-        for repo in search_hub(name):
-            note(f"pop-local pull hf:{repo}")
-    except PopError as error:
-        note(f"Could not search the hub for {name}: {error.message}.")

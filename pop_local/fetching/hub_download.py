@@ -22,8 +22,6 @@ from pop_local.models.model_files import PARTIAL_SUFFIX
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_N_HITS = 5
-_SEARCH_S = 10
 _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNORECASE)
 
 
@@ -53,20 +51,6 @@ class HubModel:
         if self.mmproj:
             names[-1] = mmproj_name(names[0])
         return tuple(folder / safe_name(name) for name in names)
-
-
-def search_hub(words: str) -> tuple[str, ...]:
-    """Return the five most downloaded GGUF repositories that match `words`. Raises PopError."""
-    from huggingface_hub.utils import get_session, hf_raise_for_status
-
-    client = _client()
-    wanted = {"search": words, "filter": "gguf", "sort": "downloads", "limit": f"{_N_HITS}"}
-    with _explained(words):  # without a network, list_models would retry for half a minute
-        headers = client._build_hf_headers()
-        url = f"{client.endpoint}/api/models"
-        found = get_session().get(url, params=wanted, headers=headers, timeout=_SEARCH_S)
-        hf_raise_for_status(found)
-        return tuple(str(each["id"]) for each in found.json())
 
 
 def find_on_hub(name: str) -> HubModel:

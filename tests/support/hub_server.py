@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 
@@ -140,8 +140,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self._bytes(self.hub.plain[name])
         elif path.startswith("/cdn/"):
             self._bytes(self._by_hash(path.removeprefix("/cdn/")))
-        elif path == "/api/models":
-            self._search(parse_qs(urlsplit(self.path).query))
         elif path.startswith("/api/models/"):
             self._info(path.removeprefix("/api/models/"))
         elif "/resolve/" in path:
@@ -153,14 +151,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _by_hash(self, sha256: str) -> bytes:
         files = [file for repo in self.hub.repos.values() for file in repo.files.values()]
         return next(file for file in files if _sha256(file) == sha256)
-
-    def _search(self, query: dict[str, list[str]]) -> None:
-        """Answer with the repositories of a name, in the order of `repos`."""
-        assert (query["filter"], query["sort"]) == (["gguf"], ["downloads"])
-        words = query["search"][0].lower()
-        found = [{"_id": "0" * 24, "id": name} for name in self.hub.repos if words in name.lower()]
-        body = json.dumps(found[: int(query["limit"][0])]).encode()
-        self._send(200, body, {"Content-Type": "application/json"})
 
     def _info(self, name: str) -> None:
         repo = self._open(name, for_files=False)
