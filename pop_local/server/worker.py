@@ -284,7 +284,7 @@ class Worker(threading.Thread):
         self._seen_s[job] = time.monotonic()
         self._metrics.queued.observe(job.queued_s)
         if job.task.alone and len(self._model.engine.sequences) > 1:
-            end_turn = self._wait_until_alone()
+            end_turn = self._wait_until_alone(job)
         index = self._slots.take(job.task.prompt, job.task.cache_scope)
         sequence = self._slots.sequence(index)
         self.running[index] = job
@@ -317,11 +317,15 @@ class Worker(threading.Thread):
             if len(self._model.engine.sequences) > 1:
                 self._calls.put(None)  # wakes the waiting thread, which may refill now
 
-    def _wait_until_alone(self) -> Callable[[], None]:
-        """Wait for the other answers, empty all slots, and return an `end_turn` without effect."""
-        while self.running and not self.stopping.wait(_POLL_S):
+    def _wait_until_alone(self, job: Job) -> Callable[[], None]:
+        """Wait for the other answers, empty all slots, and return an `end_turn` without effect.
+
+        A job that must stop does not wait, and empties no slot.
+        """
+        while self.running and not (job.cancelled.is_set() or self.stopping.wait(_POLL_S)):
             pass
-        self._slots.clear()
+        if not self.running:
+            self._slots.clear()
         return lambda: None
 
     def _answer(

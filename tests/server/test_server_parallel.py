@@ -182,6 +182,28 @@ def test_repeatable_answers_beside_other_requests(several):
             assert all(other.result().status_code == 200 for other in others)
 
 
+@pytest.mark.parametrize("ends", ["server", "client"])
+def test_waiting_repeatable_answer_stops_without_changing_others(path, ends):
+    """It waits for a running answer until the server stops or its client disconnects."""
+    model = opened(path, n_ctx=N_CTX, n_parallel=2)
+    app = app_of(model, NAME)
+    (served,) = app.state.models.loaded
+    with asking(app) as client, ThreadPoolExecutor(2) as clients:
+        endless_answer = clients.submit(chat, client, grammar=ENDLESS, max_tokens=900)
+        wait_for(lambda: served.worker.running)
+        waiting = clients.submit(chat, client, "a", repeatable=True)
+        wait_for(lambda: len(served.worker._seen_s) == 2)
+        if ends == "client":
+            [job] = served.worker._seen_s.keys() - served.worker.running.values()
+            job.cancelled.set()
+            assert waiting.result(timeout=30).status_code == 499
+            assert served.worker.running
+        app.state.models.stop()
+        assert endless_answer.result(timeout=30).status_code == 503
+        assert waiting.result(timeout=30).status_code == (503 if ends == "server" else 499)
+    model.close()
+
+
 def test_lone_client_always_gets_the_same_slot(path, monkeypatch):
     """Its next request arrives when the last event of an answer has been sent."""
     taken = []
