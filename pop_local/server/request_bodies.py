@@ -214,7 +214,7 @@ class ChatMessage(LenientBody):
 def _as_biases(sent: Any) -> Any:
     """Convert OpenAI's object of token IDs to llama-server's list of pairs."""
     pairs = sent.items() if isinstance(sent, dict) else ()
-    named = [[int(key) if re.fullmatch("[0-9]{1,9}", key) else key, bias] for key, bias in pairs]
+    named = [[int(key) if re.fullmatch("-?[0-9]+", key) else key, bias] for key, bias in pairs]
     return named if isinstance(sent, dict) else sent
 
 
