@@ -159,6 +159,14 @@ def test_token_ids(client):
     assert ids == [one["top_logprobs"][0]["id"] for one in probable["completion_probabilities"]]
 
 
+def test_each_answer_reports_its_own_new_lines(client):
+    forms = {"prompt": "a", "n_predict": 4, "temperature": 1.9, "n_cmpl": 12, "seed": 1}
+    answers = client.post("/completion", json=forms | {"grammar": r'root ::= "a" [\nb] "c"'}).json()
+    found = [answer["has_new_line"] for answer in answers]
+    assert found == ["\n" in answer["content"] for answer in answers]
+    assert found != sorted(found)  # an answer without a new line follows one with a new line
+
+
 @pytest.mark.parametrize(
     ("endpoint", "body"),
     [

@@ -88,7 +88,11 @@ class LlamaReply(OtherApiReply):
     def __init__(self, served: ServedModel, body: LlamaBody) -> None:
         super().__init__(served, body)
         self._n_ctx = served.model.engine.context.n_ctx
-        self._body, self._has_new_line = body, False
+        self._body = body
+
+    def begin(self, index: int, task: Task) -> tuple[Json, ...]:
+        self._has_new_line = False
+        return super().begin(index, task)
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
         return (self._shown(piece.content, logprobs),)
