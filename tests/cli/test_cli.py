@@ -163,7 +163,6 @@ def test_the_help_has_an_example_that_the_command_accepts(command, help_without_
     context = found.make_context(command, [*given], parent=context)  # raises for wrong usage
     if hasattr(found, "resolve_command"):
         found.resolve_command(context, given)
-    assert context.params.get("question") != ""  # `run` needs a model and a question
 
 
 def test_version():
