@@ -370,7 +370,6 @@ class ModelPool:
                 log.warning(message, lease.file.name, needed, limit)
         else:
             failed = self._failed(lease.file, error)
-            self._problem = failed.detail
             for each in self._for_the_same(lease):
                 each.refuse(failed)
         self._advance()
@@ -382,7 +381,8 @@ class ModelPool:
         is_expected = isinstance(error, PopError | OSError)
         reason = as_api_error(error).detail
         log.error("cannot open %s: %s", file.name, reason, exc_info=None if is_expected else error)
-        return ApiError(500, f"cannot open {file.name}: {reason}", param="model")
+        self._problem = f"cannot open {file.name}: {reason}"
+        return ApiError(500, self._problem, param="model")
 
     # Life cycle
 
@@ -413,9 +413,10 @@ class ModelPool:
         in_memory = [*self.loaded, *self._closing]
         if hung_s := max((served.worker.hung_s() for served in in_memory), default=0.0):
             raise ApiError(503, f"the model has not responded for {hung_s:.0f} s")
-        if self._problem and not self._loaded and len(self.registry.files()) == 1:
-            raise ApiError(503, self._problem)
         replaced = [served.name for served in self.loaded if served.is_replaced]
+        is_usable = len(replaced) < len(self._loaded)
+        if self._problem and not is_usable and len(self.registry.files()) == 1:
+            raise ApiError(503, self._problem)
         return {"status": "ok"} | ({"replaced": replaced} if replaced else {})
 
     def join(self) -> None:

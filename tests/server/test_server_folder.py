@@ -246,6 +246,19 @@ def test_health_reports_an_only_model_that_cannot_be_reopened(folder, tmp_path, 
         assert client.get("/health").json() == {"status": "ok"}
 
 
+def test_health_reports_an_only_model_whose_new_file_is_damaged(folder, tmp_path, expected):
+    shutil.copy(folder / "one.gguf", tmp_path)
+    with asked(Library(tmp_path)) as client:
+        assert text_of(complete(client)) == expected["one"]
+        (tmp_path / "damaged").write_bytes(b"GGUF" + bytes(100))
+        replaced(tmp_path / "one.gguf", tmp_path / "damaged")
+        assert complete(client).status_code == 500
+        assert client.get("/health").status_code == 503
+        replaced(tmp_path / "one.gguf", folder / "two.gguf")
+        assert text_of(complete(client)) == expected["two"]
+        assert client.get("/health").json() == {"status": "ok"}
+
+
 def test_replaced_file_of_a_lone_model_is_reopened(folder, tmp_path, expected):
     path = Path(shutil.copy(folder / "one.gguf", tmp_path))
     app = app_of(opened(path, n_ctx=N_CTX), "mine")
