@@ -165,8 +165,12 @@ class ResponsesBody(bodies.ModelRequest):
 
 
 class StoredResponse(NamedTuple):
-    """A response with its input items, and the conversation's messages up to and including it."""
+    """A response with its input items, and the conversation's messages up to and including it.
 
+    `owner`: the cache scope of the client that may use the response.
+    """
+
+    owner: str
     response: Json
     items: list[Json]
     messages: list[Json]
@@ -180,19 +184,21 @@ class ResponseStore:
         self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
         self._n_bytes = 0
 
-    def get(self, name: str) -> StoredResponse | None:
-        if name in self._stored:
-            self._stored.move_to_end(name)
-        return self._stored.get(name)
+    def get(self, name: str, owner: str) -> StoredResponse | None:
+        found = self._stored.get(name)
+        if found is None or found.owner != owner:
+            return None
+        self._stored.move_to_end(name)
+        return found
 
-    def messages(self, name: str | None) -> list[Json]:
+    def messages(self, name: str | None, owner: str) -> list[Json]:
         """Return a conversation's messages up to and including a response.
 
         Raises ApiError if the response is not stored.
         """
         if not name:
             return []
-        if (found := self.get(name)) is None:
+        if (found := self.get(name, owner)) is None:
             raise ApiError(
                 400,
                 f"response {name!r} is not stored: send all messages in the conversation",
@@ -224,9 +230,10 @@ class ResponsesReply(EventReply):
         body: ResponsesBody,
         earlier: list[Json],
         store: ResponseStore,
+        owner: str,
     ) -> None:
         super().__init__(served, chat)
-        self._body, self._earlier, self._store = body, earlier, store
+        self._body, self._earlier, self._store, self._owner = body, earlier, store, owner
         self._output: list[Json] = []
         self._n_events = 0
 
@@ -287,7 +294,7 @@ class ResponsesReply(EventReply):
             messages = [*self._earlier, *self._body.messages(), *output.messages()]
             items = [item.model_dump() for item in self._body.input]
             items = [{"id": f"msg_{uuid.uuid4().hex}", **item} for item in items]
-            self._store.add(StoredResponse(response, items, messages))
+            self._store.add(StoredResponse(self._owner, response, items, messages))
         return [*closed, self._event(status, response=response)]
 
     def whole(self, end: AnswerEnd) -> Json:
@@ -342,14 +349,15 @@ def routes(api: Api) -> list[Route]:
 
 async def _create(api: Api, store: ResponseStore, request: Request) -> Response:
     body = await api.read(request, ResponsesBody)
-    earlier = store.messages(body.previous_response_id)
+    owner = request.state.cache_scope
+    earlier = store.messages(body.previous_response_id, owner)
     chat = await run_in_threadpool(body.chat, earlier)
-    reply = partial(ResponsesReply, body=body, earlier=earlier, store=store)
+    reply = partial(ResponsesReply, body=body, earlier=earlier, store=store, owner=owner)
     return await api.answer(request, chat, TaskFactory.chat, reply)
 
 
 def _found(store: ResponseStore, request: Request) -> StoredResponse:
-    found = store.get(name := request.path_params["name"])
+    found = store.get(name := request.path_params["name"], request.state.cache_scope)
     if found is None:
         message = f"response {name!r} is not stored: the server keeps only the most recent ones"
         raise ApiError(404, message, code="response_not_found")
