@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 # Shorter runs are read again, because their K/V depend mostly on the tokens around them.
 MIN_RUN = 32
-# Repeated text matches in many places. Comparing only a few of them keeps the search linear.
+# Repeated text matches in many places. Comparing only a few matches bounds the search time.
 _MAX_CANDIDATES = 8
 _HASH_BASE = 0x9E3779B97F4A7C15  # odd, so that its powers are invertible modulo 2^64
 _COMPARED_AT_ONCE = 256
@@ -17,7 +17,7 @@ _COMPARED_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class TokenRun:
-    """A run of `n` matching tokens, with its first row in the cache and in the prompt."""
+    """A run of `n` matching tokens. `cached`, `prompt`: its first row in the cache and prompt."""
 
     cached: int
     prompt: int
@@ -40,11 +40,11 @@ def find_runs(
     prompt_hashes: NDArray[np.uint64],
     min_run: int = MIN_RUN,
 ) -> list[TokenRun]:
-    """Return the runs of at least `min_run` matching tokens, in the prompt's order.
+    """Return the runs of at least `min_run` matching tokens, in prompt order.
 
     `cached`, `prompt`: int [n]. `prompt_hashes`: the prompt's `window_hashes` for windows of
     `min_run` tokens. Each prompt token is in at most one run. A cached token can be in several
-    runs, and the cache can contain the runs in a different order. Takes linear time.
+    runs, and the cache can contain the runs in a different order. Takes O(n log n) time.
     """
     cached_hashes = window_hashes(cached, min_run)
     order = np.argsort(cached_hashes, kind="stable")
@@ -69,7 +69,7 @@ def find_runs(
 
 
 def in_order(runs: Sequence[TokenRun]) -> list[TokenRun]:
-    """Return the runs with the same order in cache and prompt that maximize the token count."""
+    """Return the runs with the most tokens among those in the same order in cache and prompt."""
     best: list[tuple[int, int]] = []  # for each run: tokens up to its end, and the previous run
     for at, run in enumerate(runs):
         before = [

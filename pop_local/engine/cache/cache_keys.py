@@ -1,4 +1,4 @@
-"""Keys of cached rows: the model, mode, boundary and conversion that computed them."""
+"""Keys of cached rows, built from the model, mode, boundary and conversion."""
 
 import hashlib
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ from pop_local.engine.images.mmproj import Mmproj
 from pop_local.engine.llama.backend import Mode, bindings
 from pop_local.engine.llama.context import Context
 
-# Key of K/V that equal the full model's (see CacheStates.key).
+# Key of rows whose K/V are identical to the full model's (see CacheStates.key).
 FULL = "mode OFF"
-# Fields of llama_context_params that K/V depend on. V's layout depends on flash attention.
+# Fields of llama_context_params that affect K/V. Flash attention determines V's layout.
 _FIELDS = (
     *("flash_attn_type", "rope_freq_base", "rope_freq_scale", "rope_scaling_type"),
     *("type_k", "type_v"),
@@ -34,8 +34,8 @@ class CacheKeys:
         self._context, self._pruning, self._vision = context, pruning, vision
         files = context.files
         self._conversion = conversion(files.meta, files.source, files.sidecar)
-        # Hashes are computed now, because the file may be deleted later. A model and its
-        # conversion have the same hash. The hash distinguishes models of the same shape.
+        # Both hashes are computed now, because the files may be deleted later. A model and its
+        # conversion share a model hash, which distinguishes models of the same shape.
         self._model_hash = _tensors_hash(files.source.parts, are_fitted=False)
 
     @property
@@ -53,12 +53,12 @@ class CacheKeys:
         return f"mode {pruning.mode.name}, boundary {pruning.boundary}, {self._conversion}"
 
     def accepts(self, key: str) -> bool:
-        """Return whether a prompt can continue after cached rows with this key."""
+        """Return whether a prompt can extend cached rows with this key."""
         return key in (FULL, self.mode)
 
 
 def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
-    """Return a conversion's name and fingerprint.
+    """Return a model's projection type, followed by its conversion's fingerprint if converted.
 
     The fingerprint covers the keys that pruned K/V depend on, and the names, shapes and
     first bytes of the fitted tensors. A sidecar and a converted file with the same fit have the
@@ -66,7 +66,7 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
     """
     if meta is None:
         return f"{Projection.OWN} projections"
-    # K/V do not depend on the source of the keys, the measured quality or the budget.
+    # K/V do not depend on the source file, the tool, the measured quality or the budget.
     keys = replace(meta, source_name="", source_bytes=0, tool="")
     keys = replace(keys, measured=None, budget=None)
     headers = base.parts if sidecar is None else (read_header(sidecar),)
@@ -86,7 +86,7 @@ def opened_with(context: Context) -> str:
 
 
 def _tensors_hash(headers: Iterable[Header], *, are_fitted: bool, start: bytes = b"") -> str:
-    """Return a hash of `start` and the first bytes of all fitted tensors or of all others."""
+    """Hash `start` and the names, shapes, types and first bytes of fitted or all other tensors."""
     digest = hashlib.sha256(start)
     for header in headers:
         with header.path.open("rb") as file:

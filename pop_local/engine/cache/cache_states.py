@@ -12,16 +12,16 @@ from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.cache.saved_state import CountReusable, SavedState
 from pop_local.engine.prompt.prompt import Prompt
 
-# If a prompt would lose this many of the last rows, another conversation may need them again.
-# Reading 256 rows takes longer than copying the state.
+# If a prompt would drop at least this many trailing rows, they are stored in case another
+# conversation needs them. Reading 256 rows takes longer than copying the state.
 MIN_LOST = 256
 
 
 class CacheStates:
-    """Saved states of a KV cache. `prompts`: the prompt cache that stores the states, if any.
+    """Access to a KV cache's saved states. `prompts`: the prompt cache that stores them, if any.
 
-    `scope` is the owner of the cached rows ("": shared). An owner's prompts never reuse the rows of
-    another owner, because response times and counts of cached tokens would reveal its prompts.
+    `scope` names the owner of the cached rows ("": shared). An owner's prompts never reuse another
+    owner's rows, because response times and cached-token counts would reveal that owner's prompts.
     """
 
     def __init__(self, cache: KvCache, keys: CacheKeys, prompts: PromptCache | None) -> None:
@@ -29,7 +29,7 @@ class CacheStates:
         self.scope = ""
 
     def set_scope(self, scope: str) -> None:
-        """Store another owner's rows in the prompt cache, and empty the cache."""
+        """Set the owner. If it changes, store the old owner's rows and empty the KV cache."""
         if scope != self.scope and self.cache.n_tokens:
             self.store()
             self.cache.clear()
@@ -41,11 +41,11 @@ class CacheStates:
         return FULL if 0 < self.cache.n_tokens == self.cache.n_exact else self.keys.mode
 
     def n_same(self, prompt: Prompt) -> int:
-        """Return how many of a prompt's leading rows are cached."""
+        """Return the number of a prompt's leading rows that are cached."""
         return prompt.n_equal(self.cache.tokens, self.cache.images)
 
     def save(self) -> SavedState:
-        """Return the cache's state. Raises PopError as KvCache.forget_unfinished does."""
+        """Return a copy of the cache's state. Raises PopError if KvCache.forget_unfinished does."""
         cache = self.cache
         with cache.context.locked():
             cache.forget_unfinished()
@@ -65,7 +65,7 @@ class CacheStates:
     def restore(self, state: SavedState) -> None:
         """Replace the cached rows with a saved state.
 
-        Raises PopError if the state belongs to a different model, mode, boundary or conversion.
+        Raises PopError if the state does not fit, or if its model or key is not accepted.
         """
         if state.model != self.keys.model:
             raise PopError(
@@ -83,10 +83,10 @@ class CacheStates:
     # The prompt cache
 
     def stash(self, count: CountReusable, end: CountReusable | None = None) -> None:
-        """Store the rows in the prompt cache if a prompt would lose many of them.
+        """Store the rows in the prompt cache if a prompt would drop many of them.
 
-        A prompt may lose up to half of the rows, but fewer than MIN_LOST of the last ones. `end`
-        returns the row that follows the last reusable row (default: `count`).
+        The rows are stored if the prompt can reuse fewer than half of them, or if it would drop
+        MIN_LOST or more at the end. `end` returns the end of the reusable rows (default: `count`).
         """
         tokens, images = self.cache.tokens, self.cache.images
         n_lost = len(tokens) - (end or count)(tokens, images)
@@ -94,7 +94,7 @@ class CacheStates:
             self.store()
 
     def store(self) -> None:
-        """Store the rows in the prompt cache, if the prompt cache exists and has room."""
+        """Store the rows in the prompt cache, if one exists and accepts a state of this size."""
         if self.prompts is None or not self.cache.n_tokens:
             return
         if self.prompts.accepts(self.cache.slot.cells.state_size()):
@@ -102,7 +102,7 @@ class CacheStates:
                 self.prompts.add(self._prompts_key, self.save())
 
     def restore_best(self, count: CountReusable) -> None:
-        """Restore the prompt cache's best state if it has more rows that a prompt can reuse."""
+        """Restore the prompt cache's best state if it has more reusable rows than the KV cache."""
         if self.prompts is None:
             return
         tokens, images = self.cache.tokens, self.cache.images
@@ -118,7 +118,7 @@ class CacheStates:
         n_here = max(count_kept(tokens, images), n_returned)
         state = self.prompts.best(self._prompts_key, count_kept, n_here)
         if state is not None:
-            with suppress(PopError):  # for example, if a larger context saved the state
+            with suppress(PopError):  # for example, the state was saved from a larger context
                 self.restore(state)
 
     @property
@@ -131,7 +131,7 @@ class CacheStates:
     def share(self, other: "CacheStates", prompt: Prompt) -> None:
         """Share a prompt's longest prefix that another sequence has cached.
 
-        Does nothing if this cache has a prefix that is at least as long, or if the keys differ.
+        Does nothing if this cache has a prefix that is at least as long, or if mode keys differ.
         """
         with self.cache.slot.locked():
             n = prompt.whole(other.n_same(prompt))

@@ -5,23 +5,23 @@ import numpy as np
 from pop_local.engine.llama.cells import Cells
 from pop_local.engine.llama.context import Context
 
-# A prompt that diverges reads up to this many unchanged rows again. 1,024 rows are two batches.
+# If a prompt diverges from the cache, up to this many matching rows (two batches) are read again.
 EVERY = 1024
 # A prompt ends with the start of the answer, which a chat template may change once the answer is
-# complete. A checkpoint precedes these rows, where the tail of a pruned prompt starts by default.
+# complete. A checkpoint is taken before these rows, where a pruned prompt's tail starts by default.
 END_ROWS = 32
-# Each turn adds three checkpoints, so five turns fit before the gaps between older ones grow.
+# Each turn adds three checkpoints, so five turns fit before older checkpoints are dropped.
 MAX_CHECKPOINTS = 16
-# Recurrent states of 24 to 48 layers with 32 heads of 128 x 128 floats take 48 to 96 MiB, so at
-# least five checkpoints of such a model fit.
+# A recurrent layer's state with 32 heads of 128 x 128 floats takes 2 MiB. At least five checkpoints
+# of a model with 48 such layers fit.
 MAX_BYTES = 512 * 2**20
 
 
 class Checkpoints:
     """A sequence's checkpoints, in ascending order of row count.
 
-    `is_needed`: whether the model has recurrent layers, or sliding windows that drop rows. If
-    False, no method copies anything.
+    `is_needed`: whether the model has recurrent layers, or sliding windows that drop rows. If it is
+    False, `add` does nothing.
     """
 
     def __init__(self, context: Context, cells: Cells) -> None:
@@ -46,7 +46,7 @@ class Checkpoints:
         return max((n for n in self._states if n <= n_rows), default=0)
 
     def add(self, n_rows: int) -> None:
-        """Copy the state after `n_rows` rows, which must be all of the sequence's rows."""
+        """Copy the state after the sequence's `n_rows` rows, unless a checkpoint covers them."""
         if not self.is_needed or n_rows <= self.last:
             return
         state = self._cells.checkpoint(MAX_BYTES)

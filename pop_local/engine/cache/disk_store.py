@@ -1,4 +1,4 @@
-"""Saved states in a folder, where they survive a restart.
+"""Saved states on disk, which survive a restart.
 
 Each state is one zip file (see saved_state.py) with mode 0600, named after a hash of its key and
 tokens. If the files exceed the capacity, the least recently used files are removed. Several
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredState:
-    """A stored state without its cells. `used_s`: the Unix time of its last use."""
+    """A stored state without its cells. `used_s`: the Unix time at which it was last used."""
 
     path: Path
     size_bytes: int
@@ -65,7 +65,7 @@ class DiskStore:
     def __init__(self, folder: Path, capacity_bytes: int = 0) -> None:
         """Raises PopError if the folder cannot be created."""
         self.folder, self.capacity_bytes = folder, capacity_bytes
-        # Another version of llama.cpp may compute other K/V.
+        # Another version of llama.cpp may compute different K/V.
         self._format = f"{_FORMAT}, {backend.version()} abi {backend.library_abi()}"
         self._known: dict[Path, StoredState] = {}
         self._writer = ThreadPoolExecutor(1, "pop-local disk store")
@@ -109,7 +109,7 @@ class DiskStore:
         return list(found.values())
 
     def find(self, key: str, count: CountReusable, n_least: int) -> SavedState | None:
-        """Return the state with the most reusable rows, or None if all have `n_least` or fewer."""
+        """Return the state with the most reusable rows, or None if none has more than `n_least`."""
         best, n_best = None, n_least
         for each in self.stored():
             if each.prompts_key == key and (n := count(each.tokens, each.images)) > n_best:
@@ -139,7 +139,7 @@ class DiskStore:
         return len(files)
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
-        """Return each file and its status, least recently used first."""
+        """Return the state files and their status, least recently used first."""
         found = []
         for path in self.folder.glob(f"*{SUFFIX}"):
             with suppress(OSError):
@@ -198,7 +198,7 @@ class DiskStore:
         return self.folder / f"{digest.hexdigest()[:32]}{SUFFIX}"
 
     def _evict(self, newest_path: Path, prompts_key: str, newest: SavedState) -> None:
-        """Remove the states of the newest state's prefixes, then the least recently used states."""
+        """Remove states of the newest state's prefixes, then old states until the rest fit."""
         for each in self.stored():
             is_prefix = each.prompts_key == prompts_key and newest.extends(each.tokens, each.images)
             if each.path != newest_path and is_prefix:
@@ -212,7 +212,7 @@ class DiskStore:
             n_bytes -= status.st_size
 
     def _read(self, path: Path, read: Callable[[zipfile.ZipFile], T]) -> T | None:
-        """Return the result of `read`, or None for a missing or unreadable file."""
+        """Return the result of `read`, or None if the file is missing or unreadable."""
         try:
             with zipfile.ZipFile(path) as archive:
                 return read(archive)

@@ -32,7 +32,7 @@ class ReadObserver(Protocol):
         """Handle tokens that have been prefilled into the rows from `start` on."""
 
     def computed(self) -> None:
-        """Handle computed rows, whose taps can now be read (engine/llama/taps.py)."""
+        """Handle the end of a computation, after which taps can be read (engine/llama/taps.py)."""
 
 
 class KvCache:
@@ -65,7 +65,7 @@ class KvCache:
 
     @property
     def n_exact(self) -> int:
-        """Number of leading rows that equal the full model's."""
+        """Number of leading rows that are identical to the full model's."""
         return self.n_tokens if self.pruning.exact else min(self.rows.n_exact, self.n_tokens)
 
     # Forgetting
@@ -124,8 +124,8 @@ class KvCache:
     def _lacks_rows_before(self, row: int) -> bool:
         """Return whether a sliding window has dropped rows that this row attends to.
 
-        llama.cpp does not check for dropped rows (llama_kv_cache_iswa::seq_rm). A recurrent state
-        has a single position, and llama.cpp never truncates it.
+        llama.cpp does not check for dropped rows (llama_kv_cache_iswa::seq_rm). Recurrent models
+        need no check, because llama.cpp never truncates their state.
         """
         window = 0 if self.context.is_recurrent else self.context.window
         seen_from = max(0, int(self.rows.positions[row]) - window + 1)
@@ -159,7 +159,7 @@ class KvCache:
         self.images = dict(state.images)
         self.rows.take_over(state.is_full, state.positions, is_exact=state.key == FULL)
         if state.first_stale < n:
-            # Earlier rows have lost their boundary states, so a refill must decode them again too.
+            # Rows before the stale ones have no boundary states, so a refill must decode them too.
             self.rows.n_exact = self.rows.first_stale = state.n_exact
         self.n_tokens = n
 
@@ -225,10 +225,10 @@ class KvCache:
 
     @contextmanager
     def _placed(self, tokens: Sequence[int]) -> Iterator[None]:
-        """Until exit, decode new rows into empty cells, also after rows of a window have moved.
+        """Place new rows in empty cells until exit, even after rows of a window have moved.
 
-        llama.cpp would search from the first moved row on, and take cells of rows that have left
-        the window.
+        Otherwise llama.cpp would search from the first moved row on, and reuse the cells of rows
+        that have left the window.
         """
         if not (self._has_moved and backend.bindings().llama_model_n_swa(self.context.model)):
             yield
@@ -258,8 +258,8 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
     """Replace the rows with an edited prompt's rows. No image may follow the first changed row.
 
     `tokens`: int32 [n]. `sources`: int32 [n], the row that contains each token's K/V, or -1 for
-    rows that `decode_again` must decode. Until the caller extends the cache, it ends before the
-    first such row, so no other sequence shares these rows. Returns False if rows cannot be moved.
+    rows that `decode_again` must decode. The cache ends before the first such row until the caller
+    extends it, so no other sequence shares these rows. Returns False if rows cannot be moved.
     """
     start = n_leading(sources == np.arange(len(sources)))
     with cache.slot.locked():
@@ -282,7 +282,7 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
 def decode_again(
     cache: KvCache, start: int, tokens: np.ndarray, outputs: Outputs, full: np.ndarray
 ) -> None:
-    """Decode rows in place from `start` on, within Slot.overwriting.
+    """Decode rows again in place, from `start` on. The caller must be in Slot.overwriting.
 
     `tokens`: int32 [n]. `full`: bool [n], True if a row runs all layers. Raises PopError if the
     rows cannot be decoded.

@@ -10,12 +10,12 @@ class PromptCache:
     """LRU cache of saved states, indexed by key and tokens, with up to `capacity_bytes` of cells.
 
     A prompt's state replaces the states of its prefixes. Models and threads may share a cache.
-    Evicted states are moved to `store`.
+    Evicted states are moved to `store`, if given.
     """
 
     def __init__(self, capacity_bytes: int, store: DiskStore | None = None) -> None:
         self.capacity_bytes, self.store = capacity_bytes, store
-        # States with their keys, the least recently used first.
+        # Keys and states, least recently used first.
         self._states: list[tuple[str, SavedState]] = []
         self._lock = threading.Lock()
 
@@ -53,7 +53,7 @@ class PromptCache:
                 self.store.add(*each)
 
     def best(self, key: str, count: CountReusable, n_least: int = 0) -> SavedState | None:
-        """Return the state with the most reusable rows, or None if all have `n_least` or fewer."""
+        """Return the state with the most reusable rows, or None if none has more than `n_least`."""
         best, n_best = None, n_least
         with self._lock:
             for index, (other_key, state) in enumerate(self._states):

@@ -43,7 +43,7 @@ class PruningSettings:
         self.mode = self._slot.mode
 
     def keep_states(self, keep: bool) -> None:
-        """Store the boundary states of new rows if `keep` is set; otherwise drop all states."""
+        """Start storing new rows' boundary states, or drop all states if `keep` is False."""
         backend.call("llama_pop_set_snapshots", self._slot.context.ctx, keep)
         self.keeps_states = keep
 

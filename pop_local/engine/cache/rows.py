@@ -17,16 +17,16 @@ def n_leading(flags: np.ndarray) -> int:
 class CachedRows:
     """Position, depth and exactness of each row.
 
-    The first `n_exact` rows equal the full model's. A row is exact only if all earlier rows are,
-    because it attends to them. Full rows after a context row are not exact, so a refill also
-    recomputes them. A refill needs each row's boundary state (`has_state`).
+    The first `n_exact` rows are identical to the full model's. A row is exact only if all earlier
+    rows are, because it attends to them. Full rows after a context row are not exact, so a refill
+    recomputes them too. A refill needs each row's boundary state (`has_state`).
 
     Rows from `first_stale` on are stale: they were computed before an earlier row was edited. A
     refill decodes stale rows again, so stale rows need no boundary state.
 
     `positions`: int32 [n_ctx + 1], ending with the next row's position. An image's rows may share a
-    position. `readings`: the serial number of the read that computed each row, which identifies
-    shared rows.
+    position. `readings`: the serial number of the read that computed each row. Rows with the same
+    number are shared.
     """
 
     def __init__(self, n_ctx: int) -> None:
@@ -116,7 +116,7 @@ class CachedRows:
             self.first_stale = other.first_stale
 
     def follow(self, other: "CachedRows", n_rows: int) -> bool:
-        """Mark shared rows as full if `other` refilled them. Returns True if more are exact."""
+        """Mark rows that `other` has refilled as full. Returns True if more rows are exact now."""
         n_shared = n_leading(self.readings[:n_rows] == other.readings[:n_rows])
         n_exact = min(other.n_exact, n_shared)
         self.is_full[:n_shared] |= other.is_full[:n_shared]
@@ -126,6 +126,6 @@ class CachedRows:
         return is_more
 
     def can_be_redone(self, n_rows: int) -> bool:
-        """Return whether any of the first `n_rows` are not exact and can be redone by a refill."""
+        """Return whether some of the first `n_rows` are inexact and a refill can redo them all."""
         with_states = slice(self.n_exact, min(n_rows, self.first_stale))
         return bool(self.n_exact < n_rows and self.has_state[with_states].all())

@@ -6,8 +6,8 @@
     stale.npy      int32 (2): number of exact rows and first stale row, only if a row is stale
     kv.bin         llama.cpp's state: only the used cells
 
-The zip format's CRC-32 detects damage. numpy's reader parses any header and allocates the size in
-the header, so `decoded_array` checks the header and the size first.
+The zip format's CRC-32 detects damage. numpy's reader accepts any header and allocates the size it
+declares, so `decoded_array` checks the header and the size first.
 """
 
 import io
@@ -22,11 +22,11 @@ from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.cache.rows import NO_STALE
 from pop_local.engine.images.mmproj import NO_TOKEN
 
-# Errors that a damaged or foreign archive raises. RuntimeError: encrypted archives, and deeply
+# Errors raised for a damaged or foreign archive. RuntimeError covers encrypted archives and deeply
 # nested JSON.
 DAMAGES = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError)
 
-# The header that numpy writes for an array of one dimension.
+# The header that numpy writes for a one-dimensional array.
 _NPY = re.compile(
     rb"\x93NUMPY\x01\0..\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \((\d{1,9}),\), }"
     rb" *\n",
@@ -122,13 +122,13 @@ def _is_consistent(state: SavedState) -> bool:
 
 
 def add_member(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """Add a member without a timestamp, because zip cannot represent every date."""
+    """Add a member with a fixed date, because zip cannot represent every system date."""
     archive.writestr(zipfile.ZipInfo(name), content)
 
 
 def read_member(archive: zipfile.ZipFile, name: str, most_bytes: int | None = None) -> bytes:
-    """Return a member. Raises ValueError if it is compressed, since it could expand to any size."""
-    info = archive.getinfo(name)
+    """Return a member's content. Raises ValueError if it is compressed or too long."""
+    info = archive.getinfo(name)  # a compressed member could expand to any size
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ValueError(f"{name} is compressed")
     if most_bytes is not None and info.file_size > most_bytes:

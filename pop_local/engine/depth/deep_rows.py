@@ -16,13 +16,13 @@ from pop_local.engine.llama.vocabulary import Pieces
 # Brackets, quotes and commas end a word. Otherwise a single number would make a
 # whole line of CSV deep.
 _WORD = re.compile(rb"[^\s,;\"'`(){}\[\]<>|*]+")
-# Up to 4 bytes separate a word from the preceding sentence: a space, quotes, brackets.
+# A space, quotes and brackets between two words take up to 4 bytes.
 _LOOK_BACK = 4
 _SPELLED = re.compile(rb"\d|[a-z][A-Z]|/|\w[@_\\#=+~-]+\w")
 
 
 def find_deep_rows(context: Context, tokens: np.ndarray, criterion: DeepRows) -> NDArray[np.bool_]:
-    """Return a mask of the rows that run all layers because of their words, bool [n_tokens].
+    """Return a mask of the deep rows, bool [n_tokens].
 
     `tokens`: int [n_tokens], from the start of the prompt, negative for image rows. All rows of a
     deep word are deep. Control tokens and images separate words. A recurrent model has no deep

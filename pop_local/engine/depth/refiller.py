@@ -12,7 +12,7 @@ from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import stopped_by
 
 # Target time of a refill chunk. On the CPU, the abort callback stops a chunk between graph nodes.
-# On a GPU, a question waits until the chunk is complete.
+# On a GPU, a new prompt waits until the chunk is complete, so its target is shorter.
 CHUNK_S = 1.0
 CHUNK_ON_DEVICE_S = 0.2
 _FIRST_CHUNK = 64
@@ -91,7 +91,7 @@ class Refiller:
         self._adapt(len(rows), time.perf_counter() - started_s)
 
     def _decode_again(self, rows: range) -> None:
-        """Re-decode stale rows in full, in place. If interrupted, the remaining rows stay stale."""
+        """Re-decode stale rows in place, in all layers. After an interrupt, the rest stay stale."""
         slot = self._cache.slot
         slot.begin_prefill()
         slot.set_full(0, 0)

@@ -78,7 +78,7 @@ class KeptProcess:
         """Start the child process unless it is running. Startup takes a fraction of a second."""
         with self._lock:
             child = self._child
-            # After a fork, the child still belongs to the forking process.
+            # After a fork, the child still belongs to the process that started it.
             if child is None or self._owner != os.getpid() or child.poll() is not None:
                 self.close()
                 given = json.dumps([*self._place, self.limit_s, self.limit_bytes])
@@ -106,7 +106,7 @@ class KeptProcess:
                     child.stdin.write(json.dumps([name, *arguments]).encode() + b"\n")
                     child.stdin.flush()
                     line = child.stdout.readline()
-            except BaseException:  # the next call would read this call's result
+            except BaseException:  # otherwise the next call would read this call's result
                 self.close()
                 raise
             if not line.endswith(b"\n"):
@@ -128,5 +128,5 @@ class KeptProcess:
         child.wait()
         for pipe in (child.stdin, child.stdout):
             assert pipe is not None
-            with suppress(OSError):  # closing flushes data that the child has not read
+            with suppress(OSError):  # closing flushes data that the child can no longer read
                 pipe.close()
