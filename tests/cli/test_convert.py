@@ -243,9 +243,6 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
     assert planned.pop("source_sha256") is None
     written = json.loads(command(tiny, "--boundary", 3, "--json").stdout)
     assert written.pop("source_sha256") == hashlib.sha256(tiny.read_bytes()).hexdigest()
-    phases = [(phase["name"], phase["seconds"] > 0) for phase in written.pop("phases")]
-    assert phases == [("Writing and verifying", True)]
-    assert planned.pop("phases") == []
     assert planned == written
     assert planned["schedule"] == "FFFSSSSS"
     assert planned["n_skipped"] == 5

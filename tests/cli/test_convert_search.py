@@ -75,19 +75,9 @@ def test_the_deepest_boundary_inside_is_written_with_its_figures(
     assert meta.measured.kl_mean == last["kl_mean"]
     assert meta.calibration is not None and meta.calibration.n_tokens == 2048
     assert not names(temporary)
-    seconds = {phase["name"]: phase["seconds"] for phase in found["phases"]}
-    assert list(seconds) == [
-        "Fitting",
-        "Running the full model",
-        *(f"Measuring boundary {boundary}" for boundary in (5, 4, 3, 2)),
-        "Running look-ups on the full model",
-        "Running look-ups, boundary 2 (names)",
-        "Reading the model",
-    ]
     assert last["lookups"]["n"] == meta.measured.lookups_n > 0
     assert last["lookups"]["logprob_lost"] == meta.measured.lookups_logprob_lost
     assert found["verdict"].endswith("Use --full to avoid any loss.")
-    assert min(seconds.values()) > 0
 
 
 def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monkeypatch):

@@ -129,10 +129,10 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
 
 
 def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
-    """Return a result as a JSON object that includes all tried boundaries and each phase's time."""
+    """Return a result as a JSON object that includes all tried boundaries."""
     tried = [trial_json(trial) for trial in done.trials]
     found = _object(conversion, done.plan, done.sizes, done.meta)
-    return found | {"tried": tried, "phases": done.phases}
+    return found | {"tried": tried}
 
 
 def _object(
@@ -148,7 +148,6 @@ def _object(
         "verdict": meta and meta.measured and with_advice(verdict_in_words(meta.measured)),
         "budget": plan.budget,
         "tried": (),
-        "phases": (),
     }
 
 

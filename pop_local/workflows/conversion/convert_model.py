@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 from pop_converter.architecture.arch_keys import trained_ctx
@@ -26,16 +23,8 @@ from pop_local.workflows.conversion.refusals import Trial
 from pop_local.workflows.conversion.search import write_within
 from pop_local.workflows.conversion.stages import planned_stages
 from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.events import Unit, Watch
+from pop_local.workflows.events import Watch
 from pop_local.workflows.open import base_file
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The total duration of all stages that have the same name."""
-
-    name: str
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -48,7 +37,6 @@ class Converted:
     sizes: FileSizes
     trials: tuple[Trial, ...]
     warnings: tuple[PopError, ...]
-    phases: tuple[Phase, ...]
 
 
 def convert(
@@ -79,15 +67,10 @@ def run_conversion(
     """Run a planned conversion. The arguments, result and errors are the same as for `convert`."""
     check_target(conversion.path, conversion.target, conversion.sizes, force=force)
     warnings: list[PopError] = []
-    stages = [("", time.monotonic())]
 
     def warned(error: PopError) -> None:
         warnings.append(error)
         watch.on_warning(error)
-
-    def begun(name: str, unit: Unit) -> object:
-        stages.append((name, time.monotonic()))
-        return watch.on_stage(name, unit)
 
     trained = trained_ctx(conversion.source.first)
     if trained is not None and 0 < trained < N_WINDOW:
@@ -98,7 +81,7 @@ def run_conversion(
                 "do not rely on the measured loss",
             )
         )
-    watched = replace(watch, on_warning=warned, on_stage=begun)
+    watched = replace(watch, on_warning=warned)
     watch.on_stages(planned_stages(conversion))
     runner = TrialRunner(conversion.source, conversion.options.hardware, watched)
     run, budget = ConversionRun(conversion, force, runner), conversion.budget
@@ -113,14 +96,4 @@ def run_conversion(
         sizes=conversion.sizes_of(plan),
         trials=done.trials,
         warnings=tuple(warnings),
-        phases=_phases(stages),
     )
-
-
-def _phases(stages: Sequence[tuple[str, float]]) -> tuple[Phase, ...]:
-    """Return the duration of each stage. The first stage includes the time before its start."""
-    seconds: dict[str, float] = {}
-    for (name, began_s), (following, ended_s) in pairwise([*stages, ("", time.monotonic())]):
-        name = name or following
-        seconds[name] = seconds.get(name, 0.0) + ended_s - began_s
-    return tuple(Phase(*each) for each in seconds.items())
