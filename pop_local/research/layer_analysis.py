@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 from pop_converter.architecture.shape import source_shape
@@ -51,8 +50,6 @@ from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened, row_options
 from pop_local.workflows.open import base_file
 
-# A layer is a cliff if skipping it loses this share of the full model's gain or more.
-CLIFF = 0.2
 # Boundaries with a smaller speed-up limit are not measured.
 LEAST_LIMIT = 1.05
 # Windows of prose for the probes: enough to compare boundaries. `convert` measures more.
@@ -86,23 +83,17 @@ class AnalyzeOptions:
 class DepthCost:
     """The loss and the speed-up at one boundary.
 
-    `retention`: the `induction_retention` of `Quality` with the layers' own projections.
-    `lost_retention`: the additional share of the full model's gain that is lost by skipping the
-    boundary layer. Both fields are None if the full model shows no gain. `quality` and `projection`
-    are None if the boundary was not measured on prose.
+    `retention`: the `induction_retention` of `Quality` with the layers' own projections (None if
+    the full model shows no gain). `quality` and `projection` are None if the boundary was not
+    measured on prose.
     """
 
     boundary: int
     n_skipped: int
     speedup_limit: float
     retention: Estimate | None
-    lost_retention: float | None
     quality: Quality | None = None
     projection: Projection | None = None
-
-    @property
-    def is_cliff(self) -> bool:
-        return self.lost_retention is not None and self.lost_retention >= CLIFF
 
 
 @dataclass(frozen=True)
@@ -121,11 +112,6 @@ class Analysis:
     calibration: Calibration | None
     budget: Budget
     chosen: DepthCost | None
-
-    @property
-    def cliff(self) -> tuple[DepthCost, ...]:
-        """The boundaries whose layers account for much of the model's ability to copy."""
-        return tuple(depth for depth in self.depths if depth.is_cliff)
 
 
 def analyze(
@@ -244,9 +230,8 @@ class _Run:
             tokens = tokenize(model, self.text)
             advance = self.watch.stage("Running the full model")
             reference = read_reference(model, tokens, settings, advance)
-            depths = measure_cliff(
-                model, reference, self.watch.stage("Measuring copying at each boundary")
-            )
+            advance = self.watch.stage("Measuring copying at each boundary")
+            depths = measure_copying(model, reference, advance)
         return depths, reference
 
     def measured(
@@ -268,10 +253,10 @@ class _Run:
         return found, fitted[0].calibration if fitted else None
 
 
-def measure_cliff(
+def measure_copying(
     model: PopModel, reference: QualityReference, on_progress: Progress
 ) -> tuple[DepthCost, ...]:
-    """Measure the retention at each boundary, and the retention lost by skipping each layer.
+    """Measure the retention at each boundary.
 
     The speed-up limits apply to prompts of LIMIT_PROMPT tokens. `on_progress` reports each draw.
     """
@@ -289,22 +274,9 @@ def measure_cliff(
             n_skipped=context.files.shape.n_layer - boundary,
             speedup_limit=speedup_limit(context.files.macs, LIMIT_PROMPT, boundary, n_full),
             retention=retained,
-            lost_retention=lost,
         )
-        for boundary, retained, lost in zip(tried, retentions, losses(retentions), strict=True)
+        for boundary, retained in zip(tried, retentions, strict=True)
     )
-
-
-def losses(retentions: Sequence[Estimate | None]) -> list[float | None]:
-    """Return how much retention each boundary loses compared with the next shallower boundary.
-
-    The boundaries are in order of increasing depth. Negative retentions count as 0. All losses are
-    None if the full model cannot copy.
-    """
-    kept = [max(0.0, each.value) for each in retentions if each is not None]
-    if len(kept) < len(retentions):
-        return [None] * len(retentions)
-    return [before - now for before, now in pairwise((1.0, *kept))]
 
 
 def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:

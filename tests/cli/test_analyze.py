@@ -1,4 +1,4 @@
-"""Test `pop-local analyze`: options, output, refusals, and the real models' cliffs."""
+"""Test `pop-local analyze`: options, output, refusals, and the real models' figures."""
 
 from types import SimpleNamespace
 from typing import NoReturn
@@ -7,7 +7,6 @@ import pytest
 
 from pop_converter.base.errors import PlanError, PopError
 from pop_local.measure.budget import boundaries
-from pop_local.measure.estimate import Estimate
 from pop_local.research import layer_analysis
 from support.analyzed import analyze, report
 from support.converted import paired
@@ -28,7 +27,7 @@ def test_json_has_all_boundaries(model, text):
     last = found["boundaries"][0]
     assert last["quality"]["kl_mean"] == pytest.approx(0, abs=1e-6)
     assert last["projection"] == "own"
-    assert {"speedup_limit", "induction_retention", "lost_retention"} <= set(last)
+    assert {"speedup_limit", "induction_retention"} <= set(last)
     assert found["text"]["name"] == "text.txt"
 
 
@@ -44,7 +43,6 @@ def test_a_pipe_gets_one_table_and_the_findings(model, text):
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 3
     assert "Induction" in table[0]
-    assert "Copying" in done.stdout
     assert "budget" in done.stdout.splitlines()[-1]
     assert "|" not in analyze(model, "--text", text).stdout
 
@@ -114,9 +112,3 @@ def test_the_deeper_half_is_probed(n_layer, deepest):
 def test_a_single_layer_has_nothing_to_skip():
     with pytest.raises(PlanError):
         boundaries(SimpleNamespace(n_layer=1))  # type: ignore[arg-type]
-
-
-def test_what_a_layer_loses_is_counted_down_to_not_copying_at_all():
-    found = [Estimate(value, 0.0) for value in (1.0, 0.9, 0.2, -0.5, -2.0)]
-    assert layer_analysis.losses(found) == pytest.approx([0, 0.1, 0.7, 0.2, 0])
-    assert layer_analysis.losses([None]) == [None]

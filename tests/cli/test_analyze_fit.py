@@ -82,7 +82,7 @@ def test_prose_is_measured_down_to_one_boundary_past_hope():
     assert set(_boundaries(depths[:3])) == {9, 8, 7}
     # Boundary 9 saves too little work.
     assert set(_boundaries([replace(depths[0], speedup_limit=1.04), *depths[1:3]])) == {8, 7}
-    # A model that does not copy has no cliff.
+    # A model that does not copy is measured at every boundary.
     assert _boundaries([replace(d, retention=None) for d in depths]) == [9, 8, 7, 6, 5, 4]
 
 
@@ -99,7 +99,7 @@ def test_the_deepest_within_is_among_those_measured_on_prose():
 
 def made(boundary: int, retention: float = 1.0) -> DepthCost:
     """Return the cost of a boundary in a model of ten layers."""
-    return DepthCost(boundary, 10 - boundary, 1.5, Estimate(retention, 0.0), 0.0)
+    return DepthCost(boundary, 10 - boundary, 1.5, Estimate(retention, 0.0))
 
 
 def cost(boundary: int, kl: float) -> Quality:

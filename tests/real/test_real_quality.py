@@ -3,6 +3,7 @@
 import argparse
 import sys
 from functools import partial
+from itertools import pairwise
 from pydoc_data.topics import topics
 
 import pytest
@@ -16,7 +17,7 @@ from pop_local.measure.heldout import Text, shipped_part, shipped_text, tokenize
 from pop_local.measure.lookups import LookupSettings
 from pop_local.measure.quality import QualitySettings, measure_against, read_reference
 from pop_local.research import layer_analysis
-from pop_local.research.layer_analysis import measure_cliff, worth_measuring
+from pop_local.research.layer_analysis import measure_copying, worth_measuring
 from pop_local.workflows.conversion import named
 from support.calls import ignore
 from support.conversion_runs import FEW, convert
@@ -68,10 +69,10 @@ def test_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, clif
     tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
     settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=1)
     reference = read_reference(opened, tokens, settings, ignore)
-    found = measure_cliff(opened, reference, ignore)
-    assert {d.boundary for d in found[1:] if (d.lost_retention or 0) > 0.4} == cliff
-    assert found[-1].retention is not None
-    assert found[-1].retention.value < 0.3
+    found = measure_copying(opened, reference, ignore)
+    kept = {each.boundary: each.retention.value for each in found if each.retention}
+    assert {deep for shallow, deep in pairwise(kept) if kept[shallow] - kept[deep] > 0.4} == cliff
+    assert kept[tried[-1]] < 0.3
     # Down to the cliff's layer.
     assert min(each.boundary for each in worth_measuring(found)) == min(cliff)
 

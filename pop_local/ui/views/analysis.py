@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pop_local.ui.tables import Column, Fact, fields_of, print_facts, print_sentence, print_table
+from pop_local.ui.tables import Column, fields_of, print_facts, print_sentence, print_table
 from pop_local.ui.views.quality_figures import bare, figures
 
 if TYPE_CHECKING:
+    from pop_local.measure.estimate import Estimate
     from pop_local.research.layer_analysis import Analysis, DepthCost
 
 
@@ -20,7 +21,6 @@ def as_json(found: Analysis) -> dict[str, Any]:
         "text": fields_of(found.text, "name", "sha256"),
         "seed": found.seed,
         "boundaries": [_depth_json(depth) for depth in found.depths],
-        "cliff_layers": [depth.boundary for depth in found.cliff],
         "calibration": found.calibration,
         "chosen": {
             "budget": found.budget,
@@ -37,7 +37,7 @@ def _depth_json(depth: DepthCost) -> dict[str, Any]:
         **fields_of(depth, "boundary", "n_skipped", "speedup_limit"),
         "induction_retention": kept and kept.value,
         "induction_retention_se": kept and kept.se,
-        **fields_of(depth, "lost_retention", "projection"),
+        "projection": depth.projection,
         "quality": depth.quality and figures(depth.quality),
     }
 
@@ -46,7 +46,8 @@ def show(found: Analysis, *, as_markdown: bool = False) -> None:
     layers = sorted(depth.boundary for depth in found.depths)
     print_table([*_columns(found)], layers, as_markdown=as_markdown)
     print_sentence("")
-    print_facts([*_facts(found)])
+    if (made := found.calibration) is not None:
+        print_facts([("Fitted on", f"{made.name}: {made.n_tokens:,} tokens")])
     print_sentence(_choice(found))
 
 
@@ -62,19 +63,12 @@ def _columns(found: Analysis) -> Iterator[Column]:
     yield of_depth("K/V", lambda depth: depth.projection, numeric=False)
     yield of_depth("KL", lambda depth: depth.quality and bare(depth.quality.kl_mean, ".3f"))
     yield of_depth("Copy", lambda d: d.quality and bare(d.quality.copy_ppl_ratio, ".2f"))
-    yield of_depth("Induction", lambda d: "-" if d.retention is None else _share(d.retention.value))
-    yield of_depth("Lost", lambda depth: _share(depth.lost_retention))
+    yield of_depth("Induction", lambda depth: _share(depth.retention))
     yield of_depth("Note", lambda depth: _note(depth, found), numeric=False)
 
 
 def _note(depth: DepthCost, found: Analysis) -> str:
-    return found.budget.quality if depth is found.chosen else "cliff" if depth.is_cliff else ""
-
-
-def _facts(found: Analysis) -> Iterator[Fact]:
-    yield "Copying", _cliff(found)
-    if (made := found.calibration) is not None:
-        yield "Fitted on", f"{made.name}: {made.n_tokens:,} tokens"
+    return found.budget.quality if depth is found.chosen else ""
 
 
 def _choice(found: Analysis) -> str:
@@ -88,16 +82,6 @@ def _choice(found: Analysis) -> str:
     )
 
 
-def _cliff(found: Analysis) -> str:
-    deepest = found.depths[-1]
-    if deepest.lost_retention is None:
-        return "unknown: the full model does not copy random tokens"
-    if not found.cliff:
-        return f"works down to boundary {deepest.boundary}"
-    layers = [f"{depth.boundary} ({_share(depth.lost_retention)})" for depth in found.cliff]
-    return f"lost at layer {' and '.join(layers)}"
-
-
-def _share(value: float | None) -> str:
+def _share(share: Estimate | None) -> str:
     """Format a share as a percentage, with 0% instead of -0%."""
-    return "-" if value is None else f"{round(value, 2) + 0.0:.0%}"
+    return "-" if share is None else f"{round(share.value, 2) + 0.0:.0%}"

@@ -16,7 +16,7 @@ from pop_local.measure.quality import (
     read_reference,
 )
 from pop_local.research import layer_analysis
-from pop_local.research.layer_analysis import measure_cliff
+from pop_local.research.layer_analysis import measure_copying
 from support.calls import ignore
 from support.converted import paired
 from support.synthetic import make_gguf
@@ -60,7 +60,7 @@ def test_the_retention_equals_that_of_a_whole_measurement(pair, reference, monke
     monkeypatch.setattr(quality, "_LEAST_INDUCTION", -1.0)
     model = PopModel(EngineOptions.of(pair.base, n_ctx=257, n_threads=1))
     monkeypatch.setattr(layer_analysis, "boundaries", lambda shape: (4, 3))
-    found = measure_cliff(model, reference, ignore)
+    found = measure_copying(model, reference, ignore)
     for each in found:
         whole = measure_against(reference, model, Pruning(each.boundary), ignore)
         assert each.retention == whole.induction_retention is not None
@@ -76,7 +76,7 @@ def test_progress_ends_at_its_total(pair, reference):
     measure_against(reference, model, Pruning(3), lambda *now: seen.append(now))
     assert seen[-1][0] == seen[-1][1]
     seen.clear()
-    measure_cliff(model, reference, lambda *now: seen.append(now))
+    measure_copying(model, reference, lambda *now: seen.append(now))
     assert seen[-1][0] == seen[-1][1]
 
 
