@@ -127,7 +127,7 @@ def machines() -> str:
         cells = [[f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.1f}x"] for a, b in pairs]
         rows.append([f"`{row['name']}`", *cells[0], *cells[1]])
     here, other = (f"{result['machine']} ({result['date']})" for result in map(read, MACHINES))
-    text = f"The first three columns are of {here}, the last three of {other}."
+    text = f"We measured the first three figures on {here}, and the last three on {other}."
     return f"\n{markdown(titles, rows)}\n{text}\n"
 
 
@@ -203,10 +203,8 @@ def _found(name: str) -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     "kernels": lambda: span(_ratios("full", "llama")),
     "fast-reading": lambda: span(_ratios("pruned", "full"), "{:.2f}"),
-    "together": lambda: span(_ratios("pruned", "llama")),
     "kernels-amx": lambda: span(_amx()),
     "look-ups": _look_ups,
-    "same-word": lambda: span([100 * r["same_first"] for r in read("shipped")["rows"]], "{:.0f}"),
     "1.5b-same": lambda: f"{100 * _shipped('qwen-1.5b')['same_first']:.0f}",
     "1.5b-worse": lambda: f"{_shipped('qwen-1.5b')['ppl_ratio'][0] - 1:.1%}",
     "1.5b-found": lambda: _found("qwen-1.5b"),
