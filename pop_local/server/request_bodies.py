@@ -68,7 +68,10 @@ class JsonSchema(LenientBody):
 
 
 class ResponseFormat(LenientBody):
-    """The required format of an answer. Some clients send `schema` without `json_schema`."""
+    """The required format of an answer.
+
+    Some clients send the schema as a top-level `schema` instead of `json_schema.schema`.
+    """
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None

@@ -23,8 +23,8 @@ class Use(Enum):
 class Words:
     """The word lists for the documents of one use.
 
-    `fields` maps each kind of value to field names. The names of entities and families are built
-    from a start and an end. `phone`, `date` and `amount` are format strings.
+    `fields` maps each kind of value to field names. Entity names and family names are
+    each built from a random prefix and suffix. `phone`, `date` and `amount` are format strings.
     """
 
     nouns: list[str]

@@ -93,8 +93,8 @@ class TimeLeft:
 class Watch:
     """A workflow's callbacks, all of which are optional.
 
-    `on_stages(stages)` announces the planned stages in order. `on_stage(name, unit)` announces the
-    start of a stage, and `on_progress(done, total)` reports the stage's progress in `unit`.
+    `on_stages(stages)` receives the planned stages in execution order. `on_stage(name, unit)` is
+    called when a stage starts, and `on_progress(done, total)` receives its progress in `unit`.
     `on_note(text)` receives information for the user. `on_warning(error)` receives an error that
     did not stop the work. Workflows call `should_stop` at each progress report and while llama.cpp
     computes. If `should_stop` returns True, the workflow raises StoppedError and leaves no files.

@@ -1,4 +1,4 @@
-"""Types of progress callbacks, and a function that counts steps."""
+"""Type aliases for progress callbacks, and a helper that adds up steps."""
 
 from collections.abc import Callable
 

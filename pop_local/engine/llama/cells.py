@@ -96,7 +96,8 @@ class Cells:
     def checkpoint(self, max_bytes: int) -> np.ndarray | None:
         """Return a copy of the recurrent states and of the rows in sliding windows.
 
-        The copy is uint8 [n_bytes] in llama.cpp's format, or None if it exceeds `max_bytes`.
+        Returns uint8 [n_bytes] in llama.cpp's format, or None if the state is empty, exceeds
+        `max_bytes`, or cannot be read.
         """
         api, flags = self._api, self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
         with self._locked():

@@ -58,7 +58,7 @@ class ContextOptions:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "ContextOptions":
-        """Build options from keywords. Raises TypeError if a keyword is unknown."""
+        """Create the options from keyword arguments. Raises TypeError if one is unknown."""
         api = backend.bindings()
         known = cls.__dataclass_fields__.keys() - {"others"}
         others = {name: value for name, value in given.items() if name not in known}

@@ -33,9 +33,10 @@ class Trigger:
 class CallForm:
     """The form of an answer's tool calls.
 
-    `must_call`: whether the answer must contain a call. `triggers`: patterns that start a grammar.
-    If there are no triggers, `grammar` applies from the first token. `shown`: special tokens that
-    appear as text in this form. `native`: llama.cpp's format (None: the text form).
+    `must_call`: whether the answer must contain a call. `triggers`: patterns, each of which
+    activates a grammar when it matches the answer. Without triggers, `grammar` applies from the
+    first token. `shown`: special tokens that appear as text in this form. `native`: llama.cpp's
+    format (None: the text form).
     """
 
     names: tuple[str, ...]

@@ -53,9 +53,9 @@ def convert(
     `force`: whether to replace an existing output. At a boundary that is named without a budget,
     `force` also writes a model that can no longer copy from its prompt.
 
-    Raises PopError (for example OutputExistsError, OverBudgetError or CopyingBrokenError), and
-    StoppedError if the watch stops the conversion. An existing output stays unchanged if an error
-    occurs.
+    Raises PopError, or a subclass such as OutputExistsError, OverBudgetError or CopyingBrokenError,
+    if the conversion fails, and StoppedError if `watch.should_stop` returns True. An existing
+    output stays unchanged if an error occurs.
     """
     planned = plan_conversion(base_file(os.fspath(model), watch), out, options)
     return run_conversion(planned, force=force, watch=watch)
