@@ -60,7 +60,7 @@ SETTINGS = (
     Setting("gpu_layers", int, "-1 (all)", least=-1, most=MOST),
     Setting("temperature", float, "the model's value, or else the engine's", least=0),
     Setting("top_p", float, "the model's value, or else the engine's", least=0, most=1),
-    Setting("max_tokens", int, "the number of free tokens in the context", least=1, most=MOST),
+    Setting("max_tokens", int, "the number of tokens left in the context", least=1, most=MOST),
     Setting("system", str, "none"),
     Setting("cache_disk", int, "0 (store no prompts)", least=0, most=MOST_GIB),
 )

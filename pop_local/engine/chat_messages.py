@@ -42,7 +42,7 @@ class TurnStats:
 
     n_cached: prompt tokens with K/V in the cache. n_stale: cached tokens with approximate K/V,
     because an earlier part of the prompt has changed since. n_pruned: prompt tokens that stopped at
-    the boundary layer. n_skipped_exact: prompt tokens that stopped at exact_layer without loss,
+    the boundary layer. n_skipped_exact: prompt tokens that stopped before exact_layer without loss,
     because later layers share the K/V of earlier layers. n_full: prompt tokens that ran through all
     layers, including n_deep deep rows. n_exact: prompt tokens with the same K/V as in the full
     model. n_refilled: cached tokens that were refilled since the previous answer. n_image: the
@@ -95,7 +95,8 @@ class TurnStats:
         stale = f" ({self.n_stale:,} stale)" if self.n_stale else ""
         cached = f"{self.n_cached:,} cached{stale}, " if self.n_cached else ""
         if self.n_skipped_exact:
-            return f"{cached}{self.n_skipped_exact:,} skipped layers {self.exact_layer}+ exactly"
+            stopped = f"{self.n_skipped_exact:,} stopped before layer {self.exact_layer}"
+            return f"{cached}{stopped} without loss"
         deep = f", {self.n_deep:,} deep" if self.n_deep else ""
         short = ": short" if self.reading == "short" else ""
         return f"{cached}{self.n_pruned:,} pruned{deep}{short}"

@@ -179,7 +179,7 @@ def _prompt(path: Path, number: int, line: str) -> ComparedPrompt:
     if ("prompt" in entry) == ("messages" in entry):
         raise wrong("the object must have either prompt or messages")
     if "messages" in entry and entry.keys() & {"documents", "images"}:
-        raise wrong("documents and images require a prompt")
+        raise wrong('"documents" and "images" are allowed only with "prompt", not with "messages"')
     try:
         messages = _messages(entry, path.parent)
         expected = entry.get("answer")
@@ -231,7 +231,7 @@ def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answer
         error.message = f"line {prompt.line}: {error.message}"
         raise
     stats = chunks[-1].stats
-    assert stats is not None, "the last chunk has the statistics"
+    assert stats is not None, "the last chunk has no statistics"
     shared = {each.name: getattr(stats, each.name) for each in fields(Answered)[1:]}
     return Answered("".join(chunk.text for chunk in chunks), **shared)
 

@@ -65,7 +65,7 @@ def parse_origin(text: str) -> str:
     origin = text.strip().removesuffix("/").lower()
     if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
         raise PopError(
-            f"{text!r} is not the origin of a web page",
+            f"{text!r} is not a valid web origin",
             "pass the scheme, host, and port, for example https://example.org:8443, or use"
             " --api-key, which allows all origins",
         )

@@ -83,7 +83,7 @@ def test_a_model_that_rows_leave_exactly_is_measured_at_an_earlier_depth(tmp_pat
 
 def test_without_json_figures_are_printed_as_lines(pop_file, text):
     one = evaluate(pop_file, "--text", text, *SHORT, "--lookups", 0)
-    assert "Same first choice" in one.stdout
+    assert "Same top prediction" in one.stdout
 
 
 @pytest.mark.parametrize(

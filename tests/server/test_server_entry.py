@@ -149,7 +149,7 @@ def test_local_origins_are_allowed_without_key(model, origin, is_allowed):
 def test_cors_option_rejects_invalid_origins(origin):
     done = called("serve", "model.gguf", "--cors", origin)
     assert done.returncode == 1
-    assert "is not the origin" in done.stderr
+    assert "is not a valid web origin" in done.stderr
 
 
 def test_command_passes_origins_and_strictness(model, monkeypatch):

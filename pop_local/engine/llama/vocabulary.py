@@ -90,4 +90,5 @@ def utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise PopError("the prompt is not UTF-8 text", "save or enter the text as UTF-8") from error
+        hint = "save the file as UTF-8, or set the terminal's encoding to UTF-8"
+        raise PopError("the prompt is not UTF-8 text", hint) from error

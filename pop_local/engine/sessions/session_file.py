@@ -330,7 +330,8 @@ def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
     if saved.mmproj != ours.mmproj and session.conversation.pictures:
         return "the session was saved with a different mmproj"
     if saved.backend != ours.backend:
-        return f"the session was saved with backend {saved.backend}, but this is {ours.backend}"
+        was, now = saved.backend, ours.backend
+        return f"the session was saved with backend {was}, but the current backend is {now}"
     if session.mode is not Mode.OFF and not engine.pruning.can_switch:
         return "the session was saved with pruning, but this model has not been converted"
     if session.n_tokens > engine.context.n_ctx:

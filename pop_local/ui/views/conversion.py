@@ -264,10 +264,10 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     if (found := meta.measured) is None:
         return
     kl, ratio = f"{found.kl_mean:.4f} ± {found.kl_se:.4f}", f"{found.ppl_ratio:.3f}"
-    agreement = f"{found.top1_agreement:.1%}"
-    yield "Quality", f"KL {kl}, perplexity ratio {ratio}, same first choice for {agreement}"
-    ratio, right = f"{found.copy_ppl_ratio:.3f}", f"{found.copy_top1:.1%}"
-    yield "Copying", f"perplexity ratio {ratio}, right first choice for {right}"
+    agreement = f"{found.top1_agreement:.1%} of tokens"
+    yield "Quality", f"KL {kl}, perplexity ratio {ratio}, same top prediction for {agreement}"
+    ratio, right = f"{found.copy_ppl_ratio:.3f}", f"{found.copy_top1:.1%} of tokens"
+    yield "Copying", f"perplexity ratio {ratio}, correct top prediction for {right}"
     if found.copy_ppl_ratio > FAST.max_copy_ratio:
         most = FAST.max_copy_ratio
         yield "", f"BROKEN: above {most:g}, a model can no longer copy from its prompt"

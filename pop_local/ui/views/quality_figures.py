@@ -79,10 +79,10 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     full, pruned = with_se(q.ppl_full, ".2f"), with_se(q.ppl_pruned, ".2f")
     yield "Perplexity", f"full {full}, pruned {pruned}"
     yield "", f"ratio {with_se(q.ppl_ratio, '.3f')}"
-    yield "Same first choice", with_se(q.top1_agreement, ".3f")
+    yield "Same top prediction", with_se(q.top1_agreement, ".3f")
     yield "Copying", f"perplexity ratio {with_se(q.copy_ppl_ratio, '.3f')}"
     right, right_full = with_se(q.copy_top1, ".3f"), with_se(q.copy_top1_full, ".3f")
-    yield "", f"right first choices: pruned {right}, full {right_full}"
+    yield "", f"correct top predictions: pruned {right}, full {right_full}"
     retained = "but the full model cannot copy random tokens either"
     if q.induction_retention is not None:
         retained = f"{q.induction_retention.value:.0%} of the full model's gain"

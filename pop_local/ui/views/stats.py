@@ -47,7 +47,7 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int) -> Iterator[str]:
     yield f"Answers: {len(answers)}, with {total.n_decoded:,} tokens."
     left = f"{total.n_pruned:,} read fast"
     if total.n_skipped_exact:
-        left = f"{total.n_skipped_exact:,} skipped layers {last.exact_layer} and up without loss"
+        left = f"{total.n_skipped_exact:,} stopped before layer {last.exact_layer} without loss"
     yield (
         f"Prompt tokens: {left}, {total.n_full:,} in full,"
         f" {total.n_cached:,} reused from the cache."

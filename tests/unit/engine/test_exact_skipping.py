@@ -165,9 +165,9 @@ def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     )
     off = "# Exact skipping is off: prompt tokens run through all layers, with the same result."
     assert said[1] == on
-    assert any("983 skipped layers 15+ exactly) · TTFT" in line for line in said)
+    assert any("983 stopped before layer 15 without loss) · TTFT" in line for line in said)
     assert any(
-        line.startswith("# Prompt tokens: 983 skipped layers 15 and up without loss, ")
+        line.startswith("# Prompt tokens: 983 stopped before layer 15 without loss, ")
         for line in said
     )
     assert [line for line in said if "skipping is off" in line] == [off, off]

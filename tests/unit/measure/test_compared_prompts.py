@@ -59,7 +59,7 @@ def test_a_right_answer_contains_a_text_or_matches_a_regex(expected, answer, is_
         ({"prompt": 5}, "wrong type"),
         ({"messages": []}, "wrong type"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "wrong type"),
-        ({"messages": [{"role": "user", "content": "a"}], "documents": ["b"]}, "require a prompt"),
+        ({"messages": [{"role": "user", "content": "a"}], "documents": ["b"]}, "are allowed only"),
         ({"prompt": "a", "documents": [{"path": "b"}]}, "wrong type"),
         ({"prompt": "a", "documents": [{"file": "nowhere"}]}, "cannot read"),
         ({"prompt": "a", "answer": {"regex": "("}}, "the regular expression is invalid"),
