@@ -106,11 +106,16 @@ def _state(path: Path) -> tuple[int, int, int] | None:
 
 
 @lru_cache(maxsize=1024)
+def _source(path: Path, _file_state: object) -> Source:
+    return read_source(path)
+
+
+@lru_cache(maxsize=1024)
 def _described(
-    file: ModelFile, n_ctx: int | None, n_parallel: int, _states: tuple[object, ...]
+    file: ModelFile, n_ctx: int | None, n_parallel: int, states: tuple[object, ...]
 ) -> ModelInfo:
-    """Describe a model's file. `_states`: the states of the files that the result depends on."""
-    source = read_source(file.path)
+    """Describe a model's file. `states`: the states of the files that the result depends on."""
+    source = _source(file.path, states[0])
     if source.first.get("general.architecture") == ARCHITECTURE:
         raise PopError(f"{file.path} is an mmproj, not a language model")
     meta = pop_of(source, sidecar_of(source))

@@ -310,6 +310,9 @@ def test_listing_reads_each_file_once(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(model_listing, "read_source", counted)
     with asked(Library(tmp_path)) as client:
         assert len(client.get("/v1/models").json()["data"]) == 20
+        (tmp_path / "notes.txt").touch()
+        assert len(client.get("/v1/models").json()["data"]) == 20
+        assert len(read) == 20
         monkeypatch.setattr(model_listing, "sidecar_of", lambda source: pytest.fail("not cached"))
         assert len(client.get("/v1/models").json()["data"]) == 20
         monkeypatch.undo()
