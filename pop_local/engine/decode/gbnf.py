@@ -1,7 +1,7 @@
 """Translate llama.cpp's GBNF into llguidance's Lark.
 
 llguidance's own converter turns strings and classes into lexemes, and its lexer matches the longest
-lexeme. The lexer wrongly rejects "ab" for `"a" "b" | "ab" "c"`. In this module, each character is a
+lexeme. As a result, it wrongly rejects "ab" for `"a" "b" | "ab" "c"`. Here, each character is a
 lexeme, and a grammar without recursion becomes a single regular expression.
 """
 
@@ -70,7 +70,7 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
     if len(rules) > MAX_RULES:
         raise ValueError(f"it has {len(rules):,} rules, more than {MAX_RULES:,}")
     # Lark compiles names in capitals to regular expressions, which cannot be recursive.
-    # The sorter returns a rule once all rules that it uses have been returned.
+    # The sorter returns a rule only after all rules that the rule refers to.
     sorter = TopologicalSorter(named | {name: {name} for name in instead.keys() & rules.keys()})
     with suppress(CycleError):
         sorter.prepare()

@@ -15,11 +15,11 @@ from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess, Ref
 
 LIMIT_S = 3
 LIMIT_BYTES = 512 * 2**20
-# Grammars that compile concurrently, each in a separate child process.
+# Maximum number of grammars that compile concurrently, each in a separate child process.
 N_COMPILING = 2
 _MAX_CHARACTERS = 2**20
 _MAX_MESSAGE = 300
-# The model chooses every token, so llguidance does not expand `a{400000000}` in advance.
+# With no_forcing, the model chooses every token: llguidance does not expand `a{400000000}` first.
 _HEAD = '%llguidance {"no_forcing": true}\n'
 _OPTIONS: Any = {
     # With unlimited white space, an answer may never end.
@@ -51,7 +51,7 @@ _STRICTER = {
     "date-time": [f"^(?:{_DAY})", "^[0-9]{0,3}[1-9]", ":[0-9]{2}:[0-5]"],
     "time": [":[0-9]{2}:[0-5]"],
 }
-# The last child used comes first, so that a lone caller starts only one.
+# The most recently used child is taken first, so that sequential calls start only one.
 _children: queue.LifoQueue[KeptProcess] = queue.LifoQueue()
 for _ in range(N_COMPILING):
     _children.put(
@@ -83,7 +83,7 @@ class Grammar:
 
     @classmethod
     def of_schema(cls, schema: Any) -> "Grammar":
-        """Allow only JSON that matches a schema (draft 2020-12), with properties in schema order.
+        """Return a grammar for JSON that matches a schema (draft 2020-12), in its property order.
 
         Raises GrammarError if the schema is invalid, unsatisfiable, or unsupported.
         """
@@ -107,7 +107,7 @@ class Grammar:
 
     @classmethod
     def of_gbnf(cls, gbnf: str, instead: Mapping[str, "JsonRule"] | None = None) -> "Grammar":
-        """Allow only text that matches the `root` rule of a grammar in llama.cpp's GBNF format.
+        """Return a grammar for text that matches the `root` rule of llama.cpp's GBNF.
 
         `instead`: replacement JSON schemas by rule name. Raises GrammarError for invalid GBNF.
         """
@@ -145,7 +145,7 @@ def _require_size(text: str, noun: str) -> None:
 def json_rule(schema: Any) -> JsonRule:
     """Translate a JSON schema into Lark. Raises GrammarError if the schema is invalid."""
     try:
-        # The copy has only JSON's types, and _prepared changes the copy.
+        # Copy the schema with JSON types only, because _prepared changes its argument.
         given = {"allOf": [schema]} if isinstance(schema, bool) else schema
         given = json.loads(json.dumps(given))
         if not isinstance(given, dict):

@@ -1,7 +1,7 @@
 """A child process that compiles grammars first, so that a hostile grammar cannot crash the parent.
 
 llguidance limits each compilation step, but not the total. 1,000 chained `$ref` keywords overflow
-the stack. A six-digit `multipleOf` takes half a minute, as do 10,000 optional properties.
+the stack. Compiling a six-digit `multipleOf` or 10,000 optional properties takes half a minute.
 """
 
 import threading
@@ -14,7 +14,7 @@ from pop_local.engine.decode.gbnf import lark_of
 # Messages omit the parser's state. Large lexemes are not precomputed, because compile time must not
 # depend on the vocabulary.
 LIMITS = LLParserLimits(verbose_errors=False, precompute_large_lexemes=False)
-# The stack of a compiling thread, smaller than any server thread's.
+# Stack size of a compiling thread, which is smaller than any server thread's stack.
 _STACK_BYTES = 4 << 20
 
 

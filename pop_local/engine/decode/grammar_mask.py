@@ -15,7 +15,7 @@ from pop_local.engine.llama.vocabulary import Pieces, Vocabulary
 class _TokenBytes:
     """A llama.cpp vocabulary behind the interface that llguidance expects (`TokenizerWrapper`).
 
-    `Pieces` provides each token's bytes. Control tokens have no bytes, so they are never allowed.
+    Control tokens outside `shown` have no bytes, so only end tokens among them are ever allowed.
     """
 
     is_tokenizer_wrapper = True

@@ -43,7 +43,7 @@ class Logprobs:
 def prompt_logprobs(cache: KvCache, tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:
     """Return each prompt token's log probability (None for the first token).
 
-    Logits are computed for all rows, so all rows run all layers and replace the cached rows.
+    Replaces the cached rows. All new rows run all layers, because each row's logits are needed.
     """
     pieces = Pieces(cache.context.vocabulary, range(cache.context.vocabulary.n_tokens))
     found = [TokenLogprob(tokens[0], pieces[tokens[0]], None)]

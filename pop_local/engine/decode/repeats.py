@@ -4,7 +4,7 @@ import re
 from collections import deque
 
 _LONGEST = 64
-# Minimum numbers of repeated tokens and of repeats for blocks that contain whole sentences.
+# Minimum numbers of repeated tokens and of repeats for blocks of prose.
 _N_TOKENS, _N_TIMES = 128, 3
 # Other blocks need more repeats, because users may request repeated numbers, words or table rows.
 _N_TIMES_OF_ANY = 256
@@ -17,7 +17,7 @@ class Repeats:
 
     def __init__(self) -> None:
         self._last: deque[tuple[int, bytes]] = deque(maxlen=_LONGEST + 1)
-        # By block length: the number of last tokens that equal the token one block earlier.
+        # By block length: the number of trailing tokens that match the token one block earlier.
         self._n_equal = [0] * (_LONGEST + 1)
 
     def push(self, token: int, piece: bytes) -> bool:

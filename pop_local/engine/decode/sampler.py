@@ -18,7 +18,7 @@ from pop_local.engine.llama.slot import Slot
 
 _N_PENALISED = 64  # number of recent tokens that penalties apply to
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-# GGUF keys of recommended options (llama.cpp's src/llama-arch.cpp). Older files have no such keys.
+# GGUF keys of recommended options (llama.cpp's src/llama-arch.cpp), which older files lack.
 _RECOMMENDED = {
     "general.sampling.temp": ("temperature", float),
     "general.sampling.top_k": ("top_k", int),

@@ -17,7 +17,7 @@ class TextStream:
         self.stop = ""
 
     def push(self, piece: bytes) -> str:
-        """Return the text that can be shown now. If a stop string is complete, set `stop`."""
+        """Return the text that can be shown now. Sets `stop` once a stop string is complete."""
         self._held += self._decoder.decode(piece)
         found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
@@ -33,7 +33,7 @@ class TextStream:
         self._stops = ()
 
     def flush(self) -> str:
-        """Return the text held back when an answer ends, except for an incomplete character."""
+        """Return the held-back text after the answer's end, without any incomplete character."""
         shown, self._held = self._held, ""
         return shown
 
