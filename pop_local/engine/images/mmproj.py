@@ -1,7 +1,6 @@
 """An mmproj: the vision encoder of a vision-language model, run by libmtmd.
 
-A prompt's tokens contain NO_TOKEN for each row of an image. Cached rows of an image are identified
-by the image's key.
+A prompt's tokens contain NO_TOKEN for each image row. The image's key identifies its cached rows.
 """
 
 import ctypes
@@ -33,15 +32,15 @@ if TYPE_CHECKING:
 
 # Token id of an image's rows (LLAMA_TOKEN_NULL).
 NO_TOKEN = -1
-# Maximum number of rows of all cached TokenizedPictures, so that a chat splits each picture once.
+# Maximum total tokens of cached TokenizedPictures. Cached pictures need not be split again.
 _KNOWN_ROWS = 1 << 16
-# Tensors that every layer has if one layer has them.
+# Tensors that every layer must have if any layer has them.
 _PART = re.compile(r"v\.blk\.(\d+)\.((?:attn_(?:q|k|v|qkv|out)|ffn_(?:up|down))\.weight)")
 # Projector types that scale each picture to one square.
 _SQUARE = re.compile("gemma3|gemma3nv|nemotron_v2_vl")
-# Maximum bytes of decoded pixels that wait for encoding.
+# Maximum bytes of decoded pixels that are kept until their pictures are encoded.
 _KEPT_BYTES = 1 << 26
-# Nodes of the encoder's graph between two calls of `should_stop`.
+# Number of nodes in the encoder's graph between two calls to `should_stop`.
 _NODES_AT_ONCE = 32
 
 
@@ -162,7 +161,7 @@ class Mmproj:
         params.use_gpu, params.n_threads, params.warmup = self._use_gpu, n_threads, False
         params.print_timings = False
         params.image_max_tokens = self.max_tokens or params.image_max_tokens
-        # The structure does not keep the callback alive.
+        # The ctypes structure does not keep the callback alive.
         self._callback = bindings().ggml_backend_sched_eval_callback(self._on_node)
         params.cb_eval = self._callback
         logs.forget_errors()
@@ -271,9 +270,9 @@ class Mmproj:
     def _on_node(self, _tensor: int, is_query: bool, _data: object) -> bool:
         """Handle a node of the encoder's graph (ggml_backend_sched_eval_callback).
 
-        If `is_query` is set, returns whether llama.cpp should call it again after computing the
-        node. The second call returns False to stop the encoder. The encoder still reports success,
-        so `_stop_error` stores the reason.
+        If `is_query` is True, returns whether llama.cpp should call this method again after
+        computing the node. The second call returns False to stop the encoder. The encoder still
+        reports success, so `_stop_error` stores the reason.
         """
         if is_query:
             self._n_nodes += 1
@@ -288,7 +287,7 @@ class Mmproj:
     def _cut_up(self, picture: Picture) -> _Cut:
         """Return a picture's chunks, which are cached until the next picture.
 
-        Decoding the pixels takes seconds, so it runs without holding the lock. The pixels are kept
+        Decoding the pixels takes seconds, so the lock is not held then. The pixels are kept
         until the picture's rows are encoded, so that each request decodes the pixels only once.
         """
         if (last := self._last) is not None and last.sha256 == picture.sha256:

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000
-# Pixels in all passes of a progressive JPEG. A small file may have any number of passes.
+# Maximum pixels in all passes of a progressive JPEG. Even a small file can have many passes.
 MAX_SCANNED = 20 * MAX_PIXELS
-# A longer strip would disappear when scaled to a model's input.
+# A more elongated picture would disappear when scaled to a model's input.
 MAX_ASPECT = 100
 _WHITE = (255, 255, 255, 255)
-# Larger pictures are scaled down first. Models use fewer pixels.
+# Larger pictures are scaled down first, because models use fewer pixels.
 MAX_SHOWN = 8_000_000
-# Pillow cannot decode a WebP at reduced size, and holds several copies of it.
+# Pillow cannot decode a WebP at reduced size, and keeps several copies of its pixels in memory.
 MAX_WEBP_PIXELS = 2 * MAX_SHOWN
 # Decoding a larger WebP takes longer than starting a child process.
 _MAX_INLINE = 1_000_000
@@ -190,7 +190,7 @@ def _opened(content: bytes, name: str) -> "Iterator[Image]":
     except MemoryError as error:
         message = f"{name} takes too much memory to decode"
         raise PopError(message, "scale the picture down") from error
-    except Exception as error:  # decoders raise any error on damaged files
+    except Exception as error:  # decoders may raise any exception on damaged files
         raise PopError(
             f"{name} is not a readable picture",
             f"use a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file",
