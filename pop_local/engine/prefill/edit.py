@@ -19,12 +19,12 @@ from pop_local.engine.llama.shifting import can_shift
 from pop_local.engine.prefill.plan import Reuse, RowRule
 from pop_local.engine.prompt.prompt import Prompt
 
-# An edit must reuse this many rows more than the common prefix has, or it saves too little time.
+# An edit must reuse at least this many rows beyond the common prefix, or it saves too little time.
 MIN_REUSED = 256
-# The full rows among this many moved rows after a change are decoded again. SmolLM2 otherwise loses
-# exact strings there, but none in later rows (docs/notebook/depth-on-demand.md).
+# Among this many moved rows after a change, full rows are decoded again. Otherwise SmolLM2 fails to
+# copy exact strings from these rows, but not from later rows (docs/notebook/depth-on-demand.md).
 _REDONE = 512
-# Decoding fewer rows between two gaps takes less time than another batch.
+# Decoding fewer rows between two gaps takes less time than decoding the gaps in two batches.
 _MIN_APART = 8
 
 
@@ -69,7 +69,7 @@ class ReusableRows:
         """Return each token's cached row, or -1 if the row must be decoded: int32 [n_prompt].
 
         `n_usable`: the number of reusable rows in the common prefix. `must_be_full`: bool
-        [n_prompt]. Returns None if reusing rows would save too little time.
+        [n_prompt]. Returns None if an edit is not possible or would save too little time.
         """
         if not self._can_pay(cache.tokens, n_usable):
             return None
@@ -86,7 +86,7 @@ class ReusableRows:
     def _can_pay(self, cached: np.ndarray, n_prefix: int) -> bool:
         """Return whether an edit may reuse more rows than the common prefix has.
 
-        The prefix must contain all images, because stale image rows could never catch up.
+        The prefix must contain all images, because a refill cannot make stale image rows exact.
         """
         n_most = min(len(cached), len(self._tokens))
         has_images = self._prompt.text_from <= n_prefix
@@ -118,7 +118,7 @@ class ReusableRows:
 
 
 def _follows_a_move(sources: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Return which rows move and are close to the preceding change: bool [n]."""
+    """Return a mask of the moved rows that closely follow a change: bool [n]."""
     rows = np.arange(len(sources))
     is_change = np.diff(sources, prepend=-1) != 1
     n_since_change = rows - np.maximum.accumulate(np.where(is_change, rows, -_REDONE))

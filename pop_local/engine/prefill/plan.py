@@ -49,7 +49,7 @@ class RowRule:
         return cls(meta.sink_tokens, meta.tail_tokens, meta.min_prompt, meta.deep_rows)
 
 
-# Rule in which only rows with logits are full.
+# Rule under which only rows with logits are full.
 NO_FULL_ROWS = RowRule(sink_tokens=0, tail_tokens=0)
 
 
@@ -57,9 +57,9 @@ NO_FULL_ROWS = RowRule(sink_tokens=0, tail_tokens=0)
 class PrefillPlan:
     """Plan for decoding a prompt's uncached tokens.
 
-    `full_from`: the first row of the tail. `chunks`: (start, end) offsets into the uncached tokens;
-    each chunk is either text or one image. `n_pruned`: the number of rows that stop at the boundary
-    in mode CONTEXT.
+    `full_from`: the first row of the tail. `chunks`: (start, end) offsets into the uncached tokens,
+    for text or a single image. `n_pruned`: the number of rows that stop at the boundary in mode
+    CONTEXT.
     """
 
     full_from: int

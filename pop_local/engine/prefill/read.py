@@ -51,7 +51,7 @@ def read(
             cache.make_room(len(prompt) - cache.n_tokens)
             if move_rows(cache, tokens, sources):
                 return EditedReading(cache, tokens, sources, deep, rule, on_prefill).complete()
-            # The memory cannot move rows, so the prompt cache must get those that it replaces.
+            # The memory cannot move rows. The second call stashes the rows that will be replaced.
             return read(states, prompt, replace(rule, reuse=Reuse.EXACT), on_prefill)
     if n_usable == len(prompt) == cache.n_tokens and cache.has_logits:
         return Read(
@@ -94,7 +94,7 @@ def append(
     if deep is None:
         tokens = np.concatenate([cache.tokens, prompt.tokens])
         deep = _deep_rows(cache, tokens, rule)[cache.n_tokens :]
-    # With exact skipping, sink and tail need no full rows.
+    # With exact skipping, the rows of the sink and tail need not be full.
     rule = NO_FULL_ROWS if cache.pruning.exact else rule
     return _PlannedReading(cache, prompt, rule, deep, on_prefill).complete()
 

@@ -45,7 +45,7 @@ class EditedReading(PromptReading):
             self._report(0)
             cache.slot.set_full(self._rule.sink_tokens, self._full_from)
             n_done = 0
-            # The outer block may free the context at its exit, which the inner block uses.
+            # The outer block may free the context on exit, so the inner block must exit first.
             with cache.slot.interruptible(), cache.slot.overwriting():
                 for (start, stop), (next_start, _) in itertools.pairwise([*self._chunks(), end]):
                     outputs = Outputs.LAST if stop == end[0] else Outputs.NONE

@@ -14,7 +14,7 @@ from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import DisplacedError
 from pop_local.engine.prefill.plan import RowRule
 
-# Called with (done, total) uncached rows after each batch.
+# Called with (done, total) uncached rows at the start and after each batch.
 OnPrefill = Callable[[int, int], None]
 
 
@@ -23,8 +23,8 @@ class Read:
     """The result of reading a prompt.
 
     `n_cached`: the number of reused rows, of which `n_stale` are stale. `counters`: the backend's
-    counters. `encode_s`: image encoding time in seconds. `n_exact`: the number of leading rows
-    equal to the full model's after the read. `is_short`: whether the prompt was too short to prune.
+    counters. `encode_s`: image encoding time in seconds. `n_exact`: the number of leading rows that
+    are exact after the read (see CachedRows). `is_short`: whether the prompt is too short to prune.
     """
 
     n_prompt: int
