@@ -13,7 +13,7 @@ PLAIN_TEMPLATE = (
     "{% endfor %}Assistant:"
 )
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
-# Some templates of reasoning models end with this tag, so the model generates only the end tag.
+# Some reasoning models' templates end with this tag, so the model generates only the end tag.
 THINK = "<think>"
 
 

@@ -58,7 +58,7 @@ class Prompter:
         return self._vision is not None and has_pillow()
 
     def text(self, text: str) -> Prompt:
-        """Return a prompt that makes the model continue a text. Raises PopError."""
+        """Return a prompt for continuing a text. Raises the same errors as Vocabulary.tokenize."""
         return Prompt(self.context.vocabulary.tokenize(text, add_bos=True))
 
     def conversation(self, messages: Sequence[Message], *, continues: bool = False) -> Prompt:
@@ -80,9 +80,9 @@ class Prompter:
     def render(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
         """Return the prompt that `write` renders from the messages' contents and the other texts.
 
-        If a text contains special tokens, `write` is called again with a mark in place of each
-        token. The first argument of `write` is the marked contents, and the second is a function
-        that marks the other texts. Raises PopError if `write` raises ValueError.
+        If a text contains special tokens, `write` is called again with a mark in place of each such
+        token. The first argument of `write` is the list of marked contents, and the second is a
+        function that marks the other texts. Raises PopError if `write` raises ValueError.
         """
         texts = [*(message.content for message in messages), *others]
         utf8("".join(texts))
@@ -137,7 +137,7 @@ class Prompter:
         return len(self.open_vision().see(picture).tokens)
 
     def open_vision(self) -> Mmproj:
-        """Load the mmproj on first use. Raises PopError if no mmproj exists or loading fails."""
+        """Load the mmproj on first use. Raises PopError if none was given or loading fails."""
         if self._vision is None:
             raise PopError(
                 "cannot read a picture: the model was opened without an mmproj",
