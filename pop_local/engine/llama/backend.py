@@ -24,7 +24,7 @@ OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
     f"install it with: pip install ./patches/llama-cpp-python, or reinstall the wheel of {OURS}"
 )
-# Number of times that a libgomp thread spins at a barrier. The default of 300,000 takes
+# Number of times that a libgomp thread spins at a barrier. The default of 300,000 spins takes
 # milliseconds, so threads on a busy machine would spend their time slices waiting for each other.
 SPINS = "1000"
 
@@ -59,7 +59,7 @@ class Counters:
 
     `n_context` rows stopped at the boundary, and `n_full` rows ran all layers. `n_exact` rows
     skipped layers exactly, because all of the skipped layers share earlier layers' K/V. `n_deep`:
-    the `n_full` rows that `set_deep_rows` selected (llama_pop_counters: n_marked).
+    how many of the `n_full` rows `set_deep_rows` selected (llama_pop_counters: n_marked).
     """
 
     n_context: int
@@ -257,7 +257,7 @@ def set_overwrite(ctx: Any, is_on: bool) -> None:
 
 
 def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
-    """Count the multiply-accumulates for a prompt with `n_full` full rows in the context's mode.
+    """Count a prompt's multiply-accumulates in the context's mode. `n_full`: number of full rows.
 
     The count assumes an empty cache, and includes the last row's logits. Raises PopError if the
     backend cannot build the graph.
@@ -272,9 +272,9 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
 def set_reading(ctx: Any, reading: Reading) -> None:
     """Declare the kind of prompt rows in the following batches.
 
-    With flash attention and pop-local's kernels, results then do not depend on the batch size,
-    because the kernels compute even the smallest prompt batch. In decode, the kernels compute only
-    the operations that they speed up.
+    With flash attention and pop-local's kernels, the results do not depend on the batch size,
+    because the kernels process even the smallest prompt batch. In decode, the kernels run only the
+    operations that they speed up.
     """
     call("llama_pop_set_reading", ctx, reading)
 

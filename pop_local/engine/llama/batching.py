@@ -159,7 +159,7 @@ class Batcher:
         wanted = np.zeros(len(tokens), bool)
         wanted[ends] = [one.gives_logits(n) for one, n in parts]
         logs.forget_errors()
-        # The callback runs at each node and waits for the GIL, and a batch of answers is short.
+        # The callback waits for the GIL at each node, so short batches of answers run without it.
         has_prompt = len(tokens) > len(parts)
         callback = api.ggml_abort_callback(should_stop if has_prompt else 0)
         api.llama_set_abort_callback(ctx, callback, None)
@@ -174,7 +174,7 @@ class Batcher:
             one.n_done += n
             if one.outputs is Outputs.LAST and one.is_over:
                 row = api.llama_get_logits_ith(ctx, end)
-                # The next batch overwrites the row.
+                # Copy the row, because the next batch overwrites it.
                 one.slot._logits = np.ctypeslib.as_array(row, (n_vocab,)).copy()
 
 
@@ -302,8 +302,8 @@ class BatchedSlot(Slot):
 
 def batched_slots(context: Context, n: int) -> list[BatchedSlot]:
     """Return a context's slots. Raises PopError if the context cannot have several sequences."""
-    # Even with swa_full, llama.cpp gives cells that have left a sequence's window to other
-    # sequences. The sequence then cannot be truncated or refilled.
+    # Even with swa_full, llama.cpp reuses cells that have left a sequence's window for other
+    # sequences. The first sequence then cannot be truncated or refilled.
     if context.is_recurrent or backend.bindings().llama_model_n_swa(context.model):
         raise PopError(
             "a model with recurrent layers or sliding windows can read only one prompt at a time",

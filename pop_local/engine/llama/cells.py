@@ -122,7 +122,7 @@ class Cells:
             )
 
     def _state(self, action: str, *values: Any) -> int:
-        """Call one of llama.cpp's three functions for saved states. Returns the number of bytes."""
+        """Call one of llama.cpp's functions for saved states. Returns the number of bytes."""
         call = getattr(self._api, f"llama_state_{action}")
         return int(call(self._ctx, *values))
 
@@ -131,7 +131,7 @@ class SequenceCells(Cells):
     """The KV cells of one of several sequences. Saved states contain only that sequence."""
 
     def clear(self) -> None:
-        """Drop all cells. If no sequence has cells, the next ones are the memory's first cells."""
+        """Drop all cells. If no sequence has cells left, later rows start at the first cell."""
         with self._locked():
             self.truncate(0)
             count, last = self._api.llama_n_seq_max(self._ctx), self._api.llama_memory_seq_pos_max

@@ -32,7 +32,7 @@ class ContextOptions:
     `n_ctx`: context length per sequence in tokens (None: the model's, up to 8,192).
     `n_parallel`: number of sequences that share batches.
     `n_threads`: CPU threads (None: the number of physical cores).
-    `n_gpu_layers`: number of layers on GPUs (-1: all), ignored if there is no GPU.
+    `n_gpu_layers`: number of layers on GPUs (-1: all). Without a GPU, the value is ignored.
     `kernels`: whether to use pop-local's kernels, if they support this CPU.
     `flash_attn`: None enables it on CPUs with pop-local's kernels and on GPUs that support it.
     `repack`: whether llama.cpp repacks weights for its own CPU kernels, which pop-local's kernels
@@ -63,7 +63,7 @@ class ContextOptions:
         known = cls.__dataclass_fields__.keys() - {"others"}
         others = {name: value for name, value in given.items() if name not in known}
         structures = (api.llama_model_params, api.llama_context_params)
-        # Pointers and callbacks are not options.
+        # Fields that are pointers or callbacks cannot be set.
         fields = {
             name
             for each in structures
@@ -104,14 +104,14 @@ class Context:
         backend.require_patched()
         self._api = backend.bindings()
         self.options = options
-        # Created before loading, to detect any later change of the files.
+        # Created before loading, so that any later change to the files is detected.
         self.files = OpenedFiles(source, meta, sidecar, are_mapped=options.use_mmap)
         self.n_threads = options.n_threads or default_threads()
         self._has_kernels = options.kernels and has_kernels()
         has_gpu = any(device.is_gpu for device in devices())
         self.on_device = options.n_gpu_layers != 0 and has_gpu
         self.settings = self._context_params()
-        # By default llama.cpp keeps all rows.
+        # By default, sliding-window layers keep all rows.
         is_windowed = options.others.get("swa_full") is False
         loading.require_room(
             source,
@@ -136,7 +136,7 @@ class Context:
     def _context_params(self) -> Any:
         api, options = self._api, self.options
         params = api.llama_context_default_params()
-        # default_ctx rejects a file with an invalid context length, whether or not n_ctx is set.
+        # Call default_ctx even if n_ctx is set, because it rejects an invalid context length.
         default = loading.default_ctx(self.files.header)
         n_ctx = options.n_ctx or default
         if options.n_sequences < 1:
@@ -187,7 +187,7 @@ class Context:
     def extra_context(self, **params: Any) -> Iterator[Any]:
         """Open another llama_context with the same weights until exit.
 
-        `params`: llama_context_params fields that override the defaults. Raises PopError.
+        `params`: llama_context_params fields to set. Raises PopError if llama.cpp returns an error.
         """
         settings = self._api.llama_context_default_params()
         settings.n_threads = settings.n_threads_batch = self.n_threads
@@ -202,9 +202,9 @@ class Context:
             self._api.llama_free(ctx)
 
     def locked(self) -> AbstractContextManager[Any]:
-        """Make other threads that use the context's only sequence wait until exit.
+        """Prevent other threads from using the context's only sequence until exit.
 
-        If the context has several sequences, each sequence may be used by one thread.
+        Does nothing if the context has several sequences, because each has its own thread.
         """
         return self.interrupt.lock if self.options.n_sequences == 1 else nullcontext()
 
@@ -253,7 +253,7 @@ class Context:
         return np.ctypeslib.as_array(found, (n_rows, self.vocabulary.n_tokens))
 
     def close(self) -> None:
-        """Free the model after stopping the running batch, which may be another thread's.
+        """Stop the running batch, even if another thread runs it, and free the model.
 
         If this thread is running the batch, the model is freed after the batch.
         """

@@ -10,7 +10,7 @@ from pop_converter.popfile.sidecar import pop_of
 from pop_local.engine.llama import backend, loading, logs
 from pop_local.engine.llama.backend import Mode
 
-# Longest prompt that is counted directly, in tokens: graphs of some recurrent layers grow with it.
+# Longer prompts' counts are extrapolated, because some recurrent layers' graphs grow with length.
 _N_CTX = 2048
 
 
@@ -18,8 +18,8 @@ class GraphMacs:
     """A counter for a prompt's multiply-accumulates (pop_converter.architecture.work.Macs).
 
     The first call reads the headers of the model's file and sidecar, which takes a few tenths of a
-    second. Counts are cached. Counts for more than 2,048 tokens are extrapolated, which is exact
-    for sliding windows of up to 1,024 tokens.
+    second. Counts are cached. Counts for more than 2,048 tokens are extrapolated. The result is
+    exact for sliding windows of up to 1,024 tokens.
     """
 
     def __init__(self, path: Path, sidecar: Path | None = None) -> None:
@@ -71,7 +71,7 @@ class GraphMacs:
                 api.llama_free(self._ctx)
             params = api.llama_context_default_params()
             params.n_ctx = params.n_batch = params.n_ubatch = max(n_prompt, _N_CTX)
-            # Flash attention's nodes lack the layer's number.
+            # Flash-attention nodes lack a layer number.
             params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
             logs.forget_errors()
             self._ctx = api.llama_init_from_model(self._model, params)

@@ -134,7 +134,7 @@ class Interrupt:
     def check(self) -> None:
         """Raise the exception that stopped the last batch, if any. Call this after each batch.
 
-        The exception is StoppedError if `should_stop` returned true. Decoded rows stay cached.
+        The exception is StoppedError if `should_stop` returned True. Decoded rows stay cached.
         """
         if self._raised is not None:
             raise self._raised
@@ -143,7 +143,7 @@ class Interrupt:
             raise StoppedError
 
     def should_stop(self) -> bool:
-        """Return whether the batch must stop. The next call to `check` raises the exception."""
+        """Return whether the batch must stop. If so, the next call to `check` raises the reason."""
         if self._raised is None:
             self._in_callback = True
             try:
@@ -158,7 +158,7 @@ class Interrupt:
 
     @contextmanager
     def _deferred_signals(self) -> Iterator[None]:
-        """In the main thread, which handles all signals, defer signal handlers until exit."""
+        """Defer signal handlers until exit if this is the main thread, which runs all of them."""
         self._pending.clear()
         self._handlers.clear()
         if threading.current_thread() is threading.main_thread():

@@ -71,7 +71,7 @@ def require_room(
 ) -> None:
     """Raise PopError if a context needs more memory than is free.
 
-    Without this check, the system would kill the process when llama.cpp fills the cache with zeros.
+    Without this check, the system could kill the process when llama.cpp zeroes the cache.
     `is_windowed`: whether sliding-window layers keep only the window. `holds_kv`: whether K/V are
     stored in main memory, in F16. `holds_states`: whether each row's boundary state is stored (in
     main memory, in F32). Other parts of a context are not counted.

@@ -33,7 +33,7 @@ class OpenedFiles:
         self.n_positions = dims.get("position_embd.weight", (0,))[-1]
         self.macs = GraphMacs(self.path, sidecar)
         mapped = list(source.paths) if are_mapped else []
-        # A learned sidecar is only replaced by renaming, so its pages stay mapped.
+        # A learned sidecar is replaced only by renaming, so the old file's pages stay mapped.
         if are_mapped and sidecar is not None and not is_learned(sidecar):
             mapped.append(sidecar)
         self._marks = {path: _mark(path) for path in mapped}

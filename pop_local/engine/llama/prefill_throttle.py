@@ -1,6 +1,6 @@
 """Limit the number of prompt rows in batches that also contain answer rows."""
 
-# Prompt rows in a batch with answers until enough batches have been timed.
+# Limit on prompt rows until enough batches have been timed, and the smallest limit afterwards.
 _FIRST_ROWS = 64
 # Maximum time that prompt rows delay an answer's next token. Shorter batches would read a prompt
 # more slowly.

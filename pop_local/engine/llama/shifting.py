@@ -14,7 +14,7 @@ from pop_local.engine.llama.context import Context
 
 _TOKEN, _SHIFT = 1, 32
 # Maximum relative error of 64 adjacent values. In llama.cpp's test models of 100 architectures, F16
-# rounding causes up to 0.0007, and other positions or wrong rotations cause 0.2 or more.
+# rounding causes errors of up to 0.0007. Other positions or wrong rotations cause 0.2 or more.
 _MAX_ERROR = 0.05
 _ROPE = (
     *("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor"),
@@ -22,12 +22,12 @@ _ROPE = (
 )
 
 
-# The results by model, because each takes 40 ms or more.
+# Cached results by model, because each check takes 40 ms or more.
 _known: WeakKeyDictionary[Context, bool] = WeakKeyDictionary()
 
 
 def can_shift(context: Context) -> bool:
-    """Return whether a moved row equals a row that was decoded at the new position.
+    """Return whether a moved row equals, up to rounding, a row decoded at the new position.
 
     The rows differ in models with learned positions. They also differ in layers that use no RoPE or
     normalize K after RoPE, because llama.cpp rotates a moved row's K in all layers.
@@ -70,7 +70,7 @@ def _decoded_at(ctx: Any, position: int) -> NDArray[np.float32]:
 
 
 def _state(ctx: Any) -> NDArray[np.float32]:
-    """Return the only row's state as F16 values, of which those in its header are equal."""
+    """Return the only row's state, read as F16. States at the same position have equal headers."""
     api = backend.bindings()
     state = np.zeros(int(api.llama_state_seq_get_size(ctx, 0)) // 2, np.float16)
     pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -1,6 +1,6 @@
 """Taps: intermediate values of full rows, used to fit K/V projections.
 
-See llama_pop_add_tap in llama-pop.h. A batch or a deep pass provides the values of its last ubatch.
+See llama_pop_add_tap in llama-pop.h. After a batch or deep pass, `take` reads the last ubatch only.
 """
 
 import ctypes
@@ -58,7 +58,7 @@ class Tapped:
 
 
 def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
-    """Request values from the following batches (None: no values). Raises PopError."""
+    """Request values from the following batches (None: no values). Raises backend.call's errors."""
     backend.require_patched().llama_pop_remove_taps(ctx)
     if wanted is not None:
         # In the order of enum llama_pop_tap_kind.
