@@ -1,1 +1,1 @@
-"""Online calibration: collect sums for fitting projections from the user's prompts."""
+"""Online calibration: sums for fitting projections, collected from the user's prompts."""

@@ -1,7 +1,7 @@
 """Online calibration: learn from rows that run all layers anyway.
 
-Full prompts provide rows for several boundaries, but refills only for the current boundary. Prefill
-queues the rows, and the calibrator adds them to the sums while the model is idle.
+Full prompts yield rows for several boundaries, but refills yield rows only for the current one. The
+rows are queued after each batch, and added to the sums while the model is idle.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pop_local.learning")
 
-# The share of layers that each candidate boundary skips.
+# Shares of the layers to skip, one for each candidate boundary.
 _SHARES = (0.5, 0.46, 0.4, 1 / 3)
 # One prompt chunk in N_APART is held out for measuring. The newest N_HELD_OUT chunks are kept.
 N_APART = 6
 N_HELD_OUT = 16
 N_WINDOW = 512
-# Rows per element of n_embd that are needed to choose the wider input, and to try a fit.
+# Numbers of rows, as multiples of n_embd, needed to choose the wider input and to try a fit.
 _ROWS_TO_CHOOSE, ROWS_TO_FIT = 2, 16
 _LEAST_ROWS = 32
-# Rows per input of the sums that are written. At 400, an attack separates a tiny model's rows from
-# unread ones with an AUC of .57, at 96 with .81 (docs/learning.md).
+# Minimum rows per input before sums are written. An attack distinguishes a tiny model's summed rows
+# from other rows with an AUC of .57 at 400 rows per input, and .81 at 96 (docs/learning.md).
 SAVED_ROWS = 400
 
 
@@ -140,7 +140,7 @@ class OnlineCalibrator:
         self.held_out: deque[HeldOutChunk] = deque(maxlen=N_HELD_OUT)
         self._waiting: deque[Tapped] = deque()
         self._used: list[Rows] = []
-        # Hashes of the added chunks, so that a repeated prompt counts only once.
+        # Hashes of the added chunks, so that a repeated prompt is added only once.
         self._seen: set[int] = set()
         self._n_chunks = self.n_missed = self._waiting_bytes = 0
         self._known = self.file.known()
@@ -156,7 +156,7 @@ class OnlineCalibrator:
         self.boundaries = (meta.boundary,) if meta else self._candidates(memory_bytes // 2)
         kinds: dict[int, tuple[Projection, ...]]
         kinds = dict.fromkeys(self.boundaries, (Projection.FITTED, Projection.WIDE))
-        # Sums that started without a fit have several kinds. Any of them can be fitted.
+        # Sums that were started without a fit support several projection kinds.
         if meta and meta.is_fitted and len(self._known.kinds.get(meta.boundary, ())) <= 1:
             start = fitted_tensors(context.files.sidecar or context.files.path)
             kinds = {meta.boundary: (meta.projection,)}
@@ -184,7 +184,7 @@ class OnlineCalibrator:
             log.warning("cannot save the learned sums: %s", error)
 
     def _candidates(self, memory_bytes: int) -> tuple[int, ...]:
-        """Choose the file's boundaries, or else the default ones, whose sums fit in memory."""
+        """Choose boundaries whose sums fit in memory: the sums file's, or else the default ones."""
         n = self._shape.n_layer
         known = sorted(self._known.n_rows)
         wanted = known or [n - max(1, round(n * share)) for share in _SHARES]
@@ -218,7 +218,7 @@ class OnlineCalibrator:
             self.held_out.append(HeldOutChunk(start, np.asarray(tokens[:N_WINDOW])))
 
     def computed(self) -> None:
-        """Queue the computed rows whose states equal the full model's states."""
+        """Queue the last ubatch's rows if they are exact, new and not held out."""
         cache = self._cache
         used = self._used.pop() if self._used else None
         tapped = taps.take(cache.context.ctx, used)
@@ -249,7 +249,7 @@ class OnlineCalibrator:
         return bool(self._waiting)
 
     def work(self, should_stop: Callable[[], bool]) -> None:
-        """Add the queued rows to the sums, and save the sums. Raises PopError."""
+        """Add the queued rows to the sums, and save the sums. Raises PopError if saving fails."""
         while self.has_work and not should_stop():
             lacking = [each for each in self.boundaries if self._lacks_input(each)]
             if lacking:
@@ -267,7 +267,7 @@ class OnlineCalibrator:
             self.save()
 
     def save(self) -> None:
-        """Add new sums over enough rows to the file, and keep the others in memory.
+        """Move new sums over enough rows to the file, and keep the others in memory.
 
         On failure, raise PopError and keep all sums in memory.
         """
@@ -281,7 +281,7 @@ class OnlineCalibrator:
             self._new = Sums(self._new.wides | self._known.wides, rest)
 
     def sums(self) -> Sums:
-        """Return the file's sums and this process's unsaved sums. Raises PopError."""
+        """Merge the file's sums with this process's unsaved sums. Raises PopError like `save`."""
         self.save()
         self._known = self.file.known()
         every = self.file.load()
@@ -311,7 +311,7 @@ class OnlineCalibrator:
         return self.summing.is_wide(boundary) and boundary not in self._new.wides
 
     def _choose(self, boundaries: Sequence[int]) -> None:
-        """Choose wider inputs from shipped text, since they reveal the rows that they fit."""
+        """Choose wider inputs from shipped text, because inputs reveal the text they fit."""
         n_windows = _ROWS_TO_CHOOSE * self._shape.n_embd // N_WINDOW + 1
         wanted, context = self.summing.wanted(boundaries), self._cache.context
         windows = list(read_shipped_windows(context, wanted, n_windows, N_WINDOW))

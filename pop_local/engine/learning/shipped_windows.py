@@ -1,4 +1,4 @@
-"""The activations of windows of shipped text, which reveal nothing about the user's prompts."""
+"""Activations for windows of shipped text, which reveal nothing about the user's prompts."""
 
 import importlib.resources
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _TEXTS = importlib.resources.files("pop_local") / "data" / "heldout"
 def read_shipped_windows(
     context: Context, wanted: TapRequest, n_windows: int, n_window: int
 ) -> Iterator[Tapped]:
-    """Yield the activations of evenly spaced windows of `n_window` tokens, read in full.
+    """Yield the full model's activations for evenly spaced windows of `n_window` tokens.
 
     Raises PopError if llama.cpp fails, or StoppedError if the caller's `should_stop` returns True.
     """

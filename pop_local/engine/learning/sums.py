@@ -2,7 +2,7 @@
 
 `convert` adds rows from text windows, online_calibrator.py adds rows from prompts, and both compute
 the same sums from the same rows. A sums file contains sums of products over thousands of rows, but
-no single row or token. Sums files are in a folder that only its owner can read (docs/learning.md).
+no individual row or token. Only the folder's owner can read sums files (docs/learning.md).
 """
 
 import json
@@ -32,10 +32,10 @@ from pop_local.models.sidecars import LearnedFiles
 log = logging.getLogger("pop_local.learning")
 
 T = TypeVar("T")
-# The version of a file of sums.
+# Version of the sums file format.
 _VERSION = 1
 
-# The attention of this many last layers determines the weights of the rows.
+# Number of last layers whose attention determines the row weights.
 N_WEIGHING = 4
 
 
@@ -54,7 +54,7 @@ class Sums:
         return bool(np.array_equal(ours.previous, theirs.previous))
 
     def merge(self, other: "Sums") -> None:
-        """Add the sums of newer rows. The wider inputs that `self` already has stay in effect.
+        """Add the sums of newer rows. Wider inputs that `self` already has are not replaced.
 
         Sums over different inputs cannot be added, so these rows are dropped with a warning.
         """
@@ -175,7 +175,7 @@ class SumsFile:
         return cls(LearnedFiles.of(source).sums, sampled_sha256(source), n_embd)
 
     def load(self) -> Sums:
-        """Return the stored sums (empty if none). A damaged file is renamed to *.damaged."""
+        """Return the stored sums, if any. A damaged or foreign file is renamed to *.damaged."""
         return self._read(Sums.of) or Sums()
 
     def known(self) -> Known:
@@ -206,7 +206,7 @@ class SumsFile:
         return None
 
     def rows(self) -> dict[int, int]:
-        """Return each boundary's row count, whichever model the file is for ({} if unreadable)."""
+        """Return each boundary's row count, for any model's file ({} if the file is unreadable)."""
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
                 head = _read_head(arrays)
@@ -215,7 +215,7 @@ class SumsFile:
             return {}
 
     def add(self, sums: Sums, kinds: dict[int, list[Projection]]) -> None:
-        """Add sums for the given projection kinds to the file; see Sums.merge.
+        """Add sums for the given projection kinds to the file (see Sums.merge).
 
         Raises PopError if writing fails.
         """
@@ -229,7 +229,7 @@ class SumsFile:
     def settle(self, wides: dict[int, WideInput]) -> dict[int, WideInput]:
         """Store the wider inputs that the file lacks, and return the file's wider inputs.
 
-        Processes that start learning together thus use the same inputs. Raises PopError.
+        Processes that start learning together thus use the same inputs. Raises PopError like `add`.
         """
         self.add(Sums(dict(wides)), {})
         return self.known().wides
