@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-# A file's path or its bytes.
+# A file's path or bytes, or a picture.
 GivenImage = str | os.PathLike[str] | bytes | Picture
 
 
@@ -146,7 +146,7 @@ class ChatSession:
         return tuple(stats for stats in self._stats if stats.n_decoded)
 
     def chat(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:
-        """Return the complete answer, for which other threads wait.
+        """Return the complete answer. Other threads cannot use the model until then.
 
         Arguments and errors are the same as for `stream`.
         """
@@ -203,7 +203,7 @@ class ChatSession:
         return turns[-1]
 
     def forget_oldest(self, n_turns: int) -> None:
-        """Remove the first `n_turns` turns. The other turns are then read again."""
+        """Remove the first `n_turns` turns. The next question's prompt is then read again."""
         self._conversation = self.conversation.without_oldest(n_turns)
 
     def forget(self) -> None:

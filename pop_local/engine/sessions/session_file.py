@@ -52,7 +52,7 @@ _NAME = re.compile(r"\w(?:[\w .+-]{0,78}[\w.+-])?")
 
 T = TypeVar("T")
 
-# Returns the picture with this name and hash.
+# A function that returns the picture with a given name and hash.
 ReadPicture = Callable[[str, str], Picture]
 
 
@@ -104,9 +104,9 @@ class Restored:
 def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     """Count the leading cached tokens that belong to the conversation.
 
-    The tokens counted are the last question's prompt and the cached part of the answer. Returns 0
-    if part of the prompt is not cached. Answers are compared as text, because tokenizing an answer
-    may not reproduce the sampled tokens.
+    The count includes the last question's prompt and the cached part of the answer. It is 0 if part
+    of the prompt is not cached. Answers are compared as text, because tokenizing an answer may not
+    reproduce the sampled tokens.
     """
     if not conversation.turns:
         return 0
@@ -155,7 +155,7 @@ class Sessions:
         return sorted(filter(_NAME.fullmatch, names))
 
     def listed(self) -> Iterator[SavedFile]:
-        """Yield all sessions in order of name, without the contents of pictures."""
+        """Yield all sessions in name order, without the pictures' contents."""
         for name in self.names():
             status = self.path(name).stat()
             session = None
@@ -175,7 +175,7 @@ class Sessions:
     def save(
         self, name: str, engine: Engine, conversation: Conversation, *, with_cache: bool = True
     ) -> int:
-        """Write the file atomically, and return its size in bytes. Raises PopError.
+        """Write the file atomically, and return its size in bytes. Raises PopError on failure.
 
         `with_cache`: include the cached rows if they belong to the conversation. In that case, all
         rows after the conversation are dropped from the cache.
@@ -254,7 +254,7 @@ def encoded(session: Session) -> str:
 
 
 def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session:
-    """Parse an archive's transcript. Unless `with_pictures` is set, pictures have no content.
+    """Parse an archive's transcript. Pictures have no content unless `with_pictures` is True.
 
     Raises PopError for a different format version, or one of DAMAGES for invalid JSON.
     """
