@@ -13,13 +13,13 @@ from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.decode.grammar_mask import Constraint
 from pop_local.engine.llama.vocabulary import Pieces
 
-# Number of characters at the end of the text in which triggers are searched for.
+# Triggers are searched for in this many characters at the end of the text.
 _N_TRIGGER = 512
 
 
 @dataclass(frozen=True)
 class Trigger:
-    """A pattern that starts a grammar for the rest of an answer.
+    """A pattern that activates a grammar for the rest of an answer.
 
     `grammars`: grammars, keyed by the text of group `name` ("" if the pattern has no such group).
     The grammar applies from the start of group `rest`, or else of the first group that matched.

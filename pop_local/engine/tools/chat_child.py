@@ -1,4 +1,4 @@
-"""Child process that runs llama.cpp's chat code, which templates and answers can crash.
+"""Child process that runs llama.cpp's chat code, which a template or an answer can crash.
 
 The library is `libpop-chat` (patches/llama.cpp/common/pop/pop-chat.cpp).
 """

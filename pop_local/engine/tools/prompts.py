@@ -55,7 +55,7 @@ def prompt_with_tools(
 
 
 class _Native:
-    """A conversation with tools that llama.cpp renders in the template's form."""
+    """A conversation with tools, rendered by llama.cpp in the template's form."""
 
     def __init__(self, prompter: Prompter, messages: Sequence[Message], tools: Tools) -> None:
         self._prompter, self._messages, self._tools = prompter, _numbered(messages), tools
@@ -69,7 +69,7 @@ class _Native:
         made, tools = self._rendered, self._tools.all
         if made is None or not made.takes_tools:
             return False
-        # A tool's rule must not replace a rule of llama.cpp.
+        # A tool's rule must not replace one of llama.cpp's rules.
         is_clear = all(f"tool-{tool.rule}" not in _RESERVED_RULES for tool in tools)
         return not tools or (bool(made.grammar) and is_clear)
 

@@ -16,7 +16,7 @@ _LETTERS = string.ascii_letters + string.digits
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer: content, reasoning, or part of the call `index`.
+    """A part of an answer: content, reasoning, or part of call number `index`.
 
     The first part of a call has an ID and a name. Later parts of the call have only arguments.
     """

@@ -26,7 +26,7 @@ _CALL = "<tool_call>"
 _SPACE = r"/[ \n]{0,4}/"
 _END = r"/\}?\s{0,4}(<\/tools?(_call)?>\s{0,4})?(```)?/"
 # A call starts after a tag, or at the start of an answer, where a fence may precede it. Qwen2.5's
-# template shows calls in double braces, so its models write two braces.
+# template shows calls in double braces, so Qwen2.5 models write two braces.
 _OPEN = r"(?:<tool_call>\s*|\A\s*(?:```\w*\s*)?(?:<tools?>\s*)?)"
 _CLOSE = re.compile(r"\s*\}{1,2}\s*(?:</tools?(?:_call)?>\s*)?(?:```\s*)?")
 _CLOSING = re.compile(r"\s*\}{0,2}\s*(?:<[/tols_ca>]*)?\s*`{0,3}\s*")  # an incomplete _CLOSE
@@ -85,7 +85,7 @@ def rest_of_json(rule: str) -> str:
 
 
 def opening(names: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern that matches a call's start. Group `rest` is where the arguments start."""
+    """Return a pattern for a call's start. Its group `rest` marks the start of the arguments."""
     either = "|".join(map(re.escape, names))
     return re.compile(
         rf'{_OPEN}\{{{{1,2}}\s*"name"\s*:\s*"(?P<name>{either})"\s*,\s*'

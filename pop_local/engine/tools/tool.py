@@ -7,7 +7,7 @@ from typing import Any
 
 from pop_converter.base.errors import PopError
 
-# Schemas with these keywords may name properties elsewhere.
+# Schemas with these keywords may define properties elsewhere.
 _COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "dependentSchemas"}
 _NO_ARGUMENTS = {"type": "object", "properties": {}}
 
