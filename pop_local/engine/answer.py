@@ -56,7 +56,7 @@ def answer(
     options: TurnOptions,
     constraint: Callable[[], Allowed | None] = lambda: None,
 ) -> Answering:
-    """Stream the answer to a prompt; the last chunk contains the statistics."""
+    """Stream the answer to a prompt. The last chunk contains the statistics."""
     if options.repeatable:
         sequence = replace(sequence, rule=replace(sequence.rule, reuse=Reuse.OFF))
     lock = sequence.cache.context.locked
@@ -73,7 +73,7 @@ def answer(
 
 
 class _Turn:
-    """An answer in progress. The constructor starts the clock."""
+    """An answer in progress. The constructor starts timing the answer."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class _Turn:
                     self._read = self._sequence.read(self._prompt, options.on_prefill)
                     token = next(sampled)
             except PrefillStoppedError as error:
-                if options.should_stop is None:  # another caller's `should_stop` returned true
+                if options.should_stop is None:  # another caller's `should_stop` returned True
                     raise
                 self._read, token = error.read, -1
             now_s = time.perf_counter()
@@ -170,7 +170,7 @@ class _Turn:
         if self._logprobs is None:
             return Chunk(text, stats)
         self._n_shown += len(text.encode())
-        # The last chunk includes tokens without text and with incomplete characters.
+        # The last chunk includes tokens that have no text or only an incomplete character.
         is_whole = stats is not None and not self._text.stop
         return Chunk(text, stats, self._logprobs.take(math.inf if is_whole else self._n_shown))
 

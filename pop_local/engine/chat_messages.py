@@ -13,7 +13,7 @@ PrefillKind = Literal["pruned", "exact", "short", "full"]
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function call that the model requested; `arguments` is JSON."""
+    """A function call that the model requested. `arguments`: JSON text."""
 
     id: str
     name: str
@@ -53,9 +53,9 @@ class TurnStats:
     encode_s. decode_s: seconds from the first to the last sampled token, excluding the caller's
     time.
 
-    is_short: pruning was on, but the uncached part of the prompt was too short to prune. fit: the
-    source of the pruned tokens' projections, or "". stop: the stop string that ended the answer, or
-    "". is_repeating: whether the answer ended because it repeated itself.
+    is_short: whether pruning was on but the uncached part of the prompt was too short to prune.
+    fit: the source of the pruned tokens' projections, or "". stop: the stop string that ended the
+    answer, or "". is_repeating: whether the answer ended because it repeated itself.
     """
 
     n_prompt: int
@@ -167,8 +167,8 @@ class Chunk:
     """A piece of an answer. The last chunk has the statistics and may have no text.
 
     `logprobs`: the tokens' log probabilities, if requested. `embedding`: the embedding, if
-    requested instead of an answer. `progress`: token counts and time while
-    the prompt is read, as in llama-server's `prompt_progress`.
+    requested instead of an answer. `progress`: token counts and time during prefill, as in
+    llama-server's `prompt_progress`.
     """
 
     text: str

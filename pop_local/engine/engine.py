@@ -106,7 +106,7 @@ class Engine:
         return engine
 
     def close(self) -> None:
-        """Free the model after stopping any prompt that is being read."""
+        """Stop reading any prompt, and free the model."""
         self.context.close()
         if self.calibrator is not None:
             self.calibrator.detach()
@@ -138,7 +138,7 @@ class Engine:
     # Settings of all sequences
 
     def set_mode(self, mode: Mode, *, keeps_exact: bool = False) -> None:
-        """Switch the prefill mode; see CachedSequence.set_mode."""
+        """Switch the prefill mode (see CachedSequence.set_mode)."""
         for sequence in self.sequences:
             sequence.set_mode(mode, keeps_exact=keeps_exact)
 
@@ -174,7 +174,7 @@ class Engine:
     ) -> Answering:
         """Answer a prompt. The last chunk contains the statistics.
 
-        `prompt`: a prompt, or a function to render one (the time counts toward TTFT). `sequence`:
+        `prompt`: a prompt, or a function to render one (its time counts toward TTFT). `sequence`:
         the sequence to use (default: the first). The engine stays usable after the iterator is
         closed or raises an error. Raises PopError if the prompt exceeds the context.
         """

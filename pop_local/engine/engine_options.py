@@ -1,4 +1,4 @@
-"""Options for opening a model, built once by the CLI, the server, or the Python API."""
+"""Options for opening a model, created once by the CLI, the server, or the Python API."""
 
 import os
 from collections.abc import Mapping
@@ -48,9 +48,9 @@ class EngineOptions:
 
     @classmethod
     def of(cls, model: str | os.PathLike[str], **options: Any) -> "EngineOptions":
-        """Build options from keywords: fields of this class, ContextOptions, or llama.cpp's params.
+        """Create the options from keyword arguments. Raises TypeError if a keyword is unknown.
 
-        Raises TypeError if a keyword is unknown.
+        `options`: fields of this class, ContextOptions, and llama.cpp's parameters.
         """
         known = {each.name for each in fields(cls)}
         own = {name: value for name, value in options.items() if name in known}

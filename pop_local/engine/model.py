@@ -116,7 +116,7 @@ class PopModel:
                 engine.set_mode(Mode.OFF)
             engine.prompter.parse_special = before.prompter.parse_special
             if state is not None:
-                with suppress(PopError):  # the next question then reads the prompt again
+                with suppress(PopError):  # the next prompt is then read from the start
                     engine.states.restore(state)
             # The old context stays open while another thread uses it.
             self._engine = replace(engine, calibrator=before.calibrator)
@@ -151,13 +151,13 @@ class PopModel:
     def chat(
         self, question: str, *, system: str = "", **options: Unpack[QuestionOptions]
     ) -> Answer:
-        """Answer a single question without history; see ChatSession.stream."""
+        """Answer a single question without history (see ChatSession.stream)."""
         return self.session(system=system).chat(question, **options)
 
     def stream(
         self, question: str, *, system: str = "", **options: Unpack[QuestionOptions]
     ) -> Stream:
-        """Stream the answer to a single question; see ChatSession.stream."""
+        """Stream the answer to a single question (see ChatSession.stream)."""
         return self.session(system=system).stream(question, **options)
 
     def session(self, *, system: str = "") -> ChatSession:
@@ -169,7 +169,7 @@ class PopModel:
         return load_session(self, path)
 
     def read(self, prompt: Prompt, on_prefill: Callable[[int, int], None] | None = None) -> Read:
-        """Read a prompt into the KV cache; see prefill.read.read."""
+        """Read a prompt into the KV cache (see prefill.read.read)."""
         return self._engine.sequences[0].read(prompt, on_prefill)
 
     def ask(self, messages: Sequence[Message], **options: Any) -> Answering:

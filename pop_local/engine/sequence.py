@@ -25,9 +25,9 @@ from pop_local.engine.prompt.prompt import Prompt
 class CachedSequence:
     """A KV cache, its saved states, its refiller, and the rule that selects full rows.
 
-    Changing the boundary empties the cache. Changing the mode also empties the cache, unless the
-    model skips layers exactly, or all rows equal the full model's and the new mode is OFF or the
-    caller passes `keeps_exact`.
+    Changing the boundary empties the cache. Changing the mode also empties the cache, with two
+    exceptions: the model skips layers exactly, or all rows are exact and the new mode is OFF (any
+    mode if the caller passes `keeps_exact`).
     """
 
     states: CacheStates
@@ -59,7 +59,7 @@ class CachedSequence:
                 )
             if not pruning.exact:
                 self.states.store()
-            # By default, full rows are dropped before pruning, so callers can compare both modes.
+            # By default, full rows are dropped before pruning, so that callers can compare modes.
             is_reusable = (mode is Mode.OFF or keeps_exact) and cache.n_exact == cache.n_tokens
             pruning.set_mode(mode)
             if not (is_reusable or pruning.exact):
@@ -104,12 +104,12 @@ class CachedSequence:
         return ReusableRows(cache, prompt, self.rule).count(cache.tokens, cache.images)
 
     def read(self, prompt: Prompt, on_prefill: OnPrefill | None = None) -> Read:
-        """Read a prompt into the cache; see prefill.read.read."""
+        """Read a prompt into the cache (see prefill.read.read)."""
         with self.cache.context.locked():
             return read(self.states, prompt, self.rule, on_prefill)
 
     def step(self, token: int) -> None:
-        """Append a token of an answer, which runs in full unless the mode is ALWAYS."""
+        """Append an answer's token. Its row runs all layers unless the mode is ALWAYS."""
         self.cache.make_room(1)
         self.cache.slot.begin_decode()
         self.cache.append([token], Outputs.LAST, np.ones(1, bool))

@@ -38,7 +38,7 @@ class SlotScheduler:
         return self._model.engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Copy the longest prefix of the prompt that any other sequence, even if busy, has cached.
+        """Share the prompt's longest prefix that another sequence, even a busy one, has cached.
 
         Does nothing if sequence `index` already has a prefix that is at least as long.
         """
@@ -57,7 +57,7 @@ class SlotScheduler:
         return next(found, None)
 
     def n_refillable(self) -> int:
-        """Return the number of cached rows for which the skipped layers have not run yet."""
+        """Return the number of cached rows that can be refilled in all sequences."""
         return sum(map(self._n_refillable, range(len(self._model.engine.sequences))))
 
     def refilled(self, index: int) -> None:
@@ -74,8 +74,8 @@ class SlotScheduler:
     def _score(self, index: int, prompt: Prompt, scope: str) -> tuple[int, int]:
         """Return a sort key: (number of reusable rows, negative number of cached rows).
 
-        Reusable rows count only if they are at least half of the cached rows, or the whole prompt:
-        in other cells, the answer to a repeated prompt could differ.
+        Reusable rows count only if they make up at least half of the cached rows or match the whole
+        prompt. In other cells, the answer to a repeated prompt could differ.
         """
         sequence = self.sequence(index)
         n_tokens = sequence.cache.n_tokens

@@ -22,10 +22,10 @@ class TurnOptions(SamplerOptions):
     or the temperature is 0. `ends_repeats`: end the answer if it repeats a block, unless a grammar
     is set.
 
-    `on_prefill(done, total)` is called once per batch; both arguments count uncached tokens.
-    `should_stop` is called during prefill and after each token. If `should_stop` returns true, the
-    answer ends as "interrupted", with statistics. During tokenization, StoppedError is raised
-    instead.
+    `on_prefill(done, total)` is called before the first batch and after each batch. Both arguments
+    count uncached tokens. `should_stop` is called during prefill and after each token. If it
+    returns True, the answer ends as "interrupted", with statistics. During tokenization,
+    StoppedError is raised instead.
     """
 
     max_tokens: int | None = None
