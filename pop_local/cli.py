@@ -22,9 +22,6 @@ COMMANDS = {
     "convert": Listed(
         _SPEED, "Write a copy of a GGUF model that reads prompts faster.", "model.gguf"
     ),
-    "strip": Listed(
-        _SPEED, "Restore the original file from a converted copy.", "in.pop.gguf out.gguf"
-    ),
     "bench": Listed(
         _SPEED, "Measure the time to first token with and without pruning.", "smollm2 --repeat 3"
     ),

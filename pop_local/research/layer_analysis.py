@@ -129,9 +129,7 @@ def analyze(
     if pop_of(source, None) is not None:
         raise PopError(
             f"{source.first.path} is already converted",
-            "analyze the original model (strip the converted file to restore it)",
-            cause="analyze-converted",
-            path=source.first.path,
+            "use the original model, which pop_converter.popfile.rewrite.strip restores",
         )
     shipped = Text("prose of pop-local", (shipped_part("prose"),))
     text = given_text(options.text) if options.text else shipped

@@ -27,7 +27,8 @@ import numpy as np
 
 import shared  # noqa: F401
 from pop_converter.fit.least_squares import Gram
-from pop_local.commands import convert, pull, strip  # noqa: F401  # not in each child
+from pop_converter.popfile.rewrite import strip
+from pop_local.commands import convert, pull  # noqa: F401  # not in each child
 from pop_local.engine.learning.sums import Sums, SumsFile
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, Sessions
@@ -111,6 +112,9 @@ def works(folder: Path) -> dict[str, Work]:
     def to(*words: object) -> Work:
         return Work(lambda at: command(*words, at / "out.gguf", "--force"))
 
+    def restore(at: Path) -> None:
+        strip(pop, at / "out.gguf", force=True)
+
     sums = folder / "sums.npz"
     return {
         "a session": Work(lambda at: save(tiny, at), f"talk{SUFFIX}"),
@@ -118,7 +122,7 @@ def works(folder: Path) -> dict[str, Work]:
         "convert with a fit": to("convert", *fit, tiny),
         "convert to a sidecar": to("convert", *fit, "--sidecar", tiny),
         "pull": Work(lambda at: command("pull", "hf:acme/out", "--force", "--dir", at)),
-        "strip": to("strip", pop),
+        "strip": Work(restore),
         "learn": Work(learn, sums.name, sums.read_bytes(), are_sums),
     }
 

@@ -84,7 +84,7 @@ def test_the_label_of_a_bar(monkeypatch, capsys):
         ["bench", EVIL],
         ["run", EVIL, "hi"],
         ["run", "model", "hi", EVIL],
-        ["--debug", "strip", EVIL],
+        ["--debug", "convert", EVIL],
         [EVIL],
     ],
     ids=lambda arguments: " ".join(arguments).replace(EVIL, "EVIL"),

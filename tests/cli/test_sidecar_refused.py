@@ -182,7 +182,6 @@ def test_two_sidecars(fitted, tmp_path):
 
 
 REFUSED = {
-    "strip": (("strip", "tiny.pop-sidecar.gguf"), "nothing to strip"),
     "convert": (("convert", "tiny.pop-sidecar.gguf"), "is a sidecar"),
     "run": (("run", "tiny.pop-sidecar.gguf", "hi"), "is a sidecar"),
     "bench": (("bench", "tiny.pop-sidecar.gguf"), "is a sidecar"),

@@ -1,23 +1,16 @@
-"""Test `pop-local strip`: it restores the original byte for byte, or writes no file."""
+"""Test `strip`: it restores the original byte for byte, or writes no file."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from pop_converter.base.errors import FormatError, OutputExistsError, WriteError
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert, strip
-from pop_local.cli import app
 from support.shapes import read_shape
 from support.synthetic import DEFAULTS, add_keys, make_gguf, make_split
-
-
-def command(*arguments: object):
-    return CliRunner().invoke(app, ["strip", *map(str, arguments)])
 
 
 def converted(src: Path, dst: Path) -> Path:
@@ -86,38 +79,3 @@ def test_outputs_that_must_not_be_replaced(tiny, pop):
         strip(pop, tiny)
     with pytest.raises(WriteError, match="input file"):
         strip(pop, pop, force=True)
-
-
-def test_command_restores_the_original_name(tiny, pop):
-    before = tiny.read_bytes()
-    assert command(pop).exit_code == 1
-    tiny.unlink()
-    done = command(pop, "--json")
-    assert done.exit_code == 0
-    assert json.loads(done.stdout) == {
-        "source": str(pop),
-        "output": str(tiny),
-        "output_bytes": len(before),
-        "sha256": hashlib.sha256(before).hexdigest(),
-    }
-    assert tiny.read_bytes() == before
-
-
-def test_name_from_the_file_does_not_leave_its_folder(tmp_path, tiny):
-    keys: dict[str, int | str] = {"pop__version": 1, "pop__schedule": "F" * 4 + "S" * 4}
-    keys |= {"pop__source__name": "../elsewhere.gguf", "pop__source__sha256": "0" * 64}
-    (tmp_path / "in").mkdir()
-    pop = add_keys(tiny, tmp_path / "in" / "evil.pop.gguf", **keys)
-    (tmp_path / "in" / "elsewhere.gguf").touch()
-    failed = command(pop)
-    assert failed.exit_code == 1
-    assert "in/elsewhere.gguf exists" in failed.stderr.replace("\\", "/")
-
-
-def test_the_output_is_an_option_too(tiny, pop):
-    back = tiny.with_name("back.gguf")
-    assert command(pop, "-o", back).exit_code == 0
-    assert back.read_bytes() == tiny.read_bytes()
-    done = command(pop, back, "--output", back, "--force")
-    assert done.exit_code == 2
-    assert "already names the output" in done.stderr

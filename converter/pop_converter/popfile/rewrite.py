@@ -242,7 +242,6 @@ def unconverted(src: Path) -> Source:
     if pop_meta(source.first) is not None:
         raise FormatError(
             f"{src} is already converted",
-            "first restore the original with strip",
-            cause="converted-already",
+            "use the original model, which pop_converter.popfile.rewrite.strip restores",
         )
     return source
