@@ -2,15 +2,16 @@
 
     python tests/bench/measure_speed.py MODEL.gguf --unpatched FOLDER [--skips 1/4,1/3] [--pairs 9]
 
-FOLDER contains upstream's libllama of the same release and flags. --other FOLDER is another build
-of the patched library instead, such as a wheel's. Two child processes stay open, on one core
-and one thread: one with the unpatched library and llama_cpp's own `Llama.generate`, one with the
-patched library and PopModel. In each round, every variant runs once, in a rotating order; ratios
-are computed within the round. A model with exact skipping is measured without boundaries. Row
-counters of the patched runs prove that the whole prompt was evaluated, and count pruned rows.
-Decoding follows a prompt of 16 tokens; llama-bench's `tg` has no prompt (give its path with
---llama-bench). If other work runs, `--clock cpu` takes the process's CPU time, which is comparable
-with one thread.
+FOLDER contains upstream's libllama of the same release and flags, built with
+`CMAKE_ARGS=-DUNPATCHED_FLAGS= python patches/llama-cpp-python/tool.py unpatched FOLDER` (the tests'
+build of libllama is less optimized). --other FOLDER is another build of the patched library
+instead, such as a wheel's. Two child processes stay open, on one core and one thread: one with the
+unpatched library and llama_cpp's own `Llama.generate`, one with the patched library and PopModel.
+In each round, every variant runs once, in a rotating order; ratios are computed within the round. A
+model with exact skipping is measured without boundaries. Row counters of the patched runs prove
+that the whole prompt was evaluated, and count pruned rows. Decoding follows a prompt of 16 tokens;
+llama-bench's `tg` has no prompt (give its path with --llama-bench). If other work runs, `--clock
+cpu` takes the process's CPU time, which is comparable with one thread.
 
 Prints tables and, last, one JSON object.
 """
