@@ -19,7 +19,7 @@ _MAX_NUMBER = 2**31 - 1
 # llama_cpp allocates a buffer as long as the context for every tokenization.
 _MAX_CTX = 1 << 27
 MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
-# llama.cpp treats models of these architectures as dense if they have only one expert.
+# llama.cpp treats models of these architectures as dense if they have at most one expert.
 _DENSE_BY_COUNT = ("hunyuan-dense", "hunyuan_vl")
 _EPSILONS = tuple(
     f"attention.{kind}_epsilon" for kind in ("layer_norm", "layer_norm_rms", "group_norm")
@@ -58,7 +58,7 @@ def require_loadable(header: Header) -> None:
     is_dense = n_expert <= 1 and arch in _DENSE_BY_COUNT
     turns_all = bool(TURNS_ALL.fullmatch(arch))
     has_one_width = turns_all or SAME_WIDTHS.fullmatch(arch)
-    # Some graphs divide by the number of heads; recurrent models have no heads.
+    # Some graphs divide by the number of heads, but recurrent models have no heads.
     is_recurrent = any(name.startswith((f"{arch}.ssm.", f"{arch}.wkv.")) for name in header.keys)
     is_mla = most("attention.key_length_mla") and most("attention.value_length_mla")
     wrong = {

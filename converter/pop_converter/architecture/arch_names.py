@@ -1,4 +1,4 @@
-"""Properties of architectures that GGUF files do not record.
+"""Architecture properties that GGUF files do not record.
 
 The names come from llama.cpp's src/llama-arch.cpp. Unlisted architectures are treated as ordinary
 decoders.
@@ -63,7 +63,7 @@ TURNS_ALL = re.compile(
     "|qwen2vl|qwen3|qwen3moe|qwen3tts|qwen3vl|qwen3vlmoe|seed_oss|smallthinker|smollm3|starcoder2"
     "|talkie|xverse"
 )
-# Further architectures for which llama.cpp asserts that K and V heads have the same width.
+# Other architectures for which llama.cpp asserts that K and V heads have the same width.
 SAME_WIDTHS = re.compile(
     "bailingmoe|bitnet|bloom|cohere2|command-r|deepseek2-ocr|deepseek4|falcon|gpt2|gpt-oss|gptneox"
     "|jais|jamba|lfm2|lfm2moe|maple|mpt|nemotron|openelm|phi2|phimoe|qwen|starcoder"
@@ -75,8 +75,8 @@ HEADS_OF_STATES = ("qwen35", "qwen35moe", "qwen3next", "qwen4exp")
 # Architectures whose gated FFN uses GELU instead of SiLU.
 GELU = ("gemma", "gemma2", "gemma3", "grok", "spark2_5")
 
-# Layers per attention period if the file does not say. The last layer of each period attends to all
-# positions.
+# Number of layers per attention period if the file has no key for it. The last layer of each period
+# attends to all positions.
 PERIODS = {"gemma2": 2, "gemma3": 6, "llama": 1, "phi3": 1, "qwen2": 1, "qwen3": 1}
 # Attention window in tokens if the file has no key for it.
 WINDOWS = {"gemma2": 4096}
@@ -84,7 +84,7 @@ WINDOWS = {"gemma2": 4096}
 # Gemma 3n files do not record how many layers compute K/V.
 GEMMA3N_KV_LAYERS = 20
 
-# Architectures measured on real models. All others were only tested with random weights.
+# Architectures measured with real models. All others were tested only with random weights.
 MEASURED = ("llama", "qwen2", "gemma3")
 
 

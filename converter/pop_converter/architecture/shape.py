@@ -9,7 +9,7 @@ from pop_converter.base.errors import FormatError
 from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
 
-# Block size of ggml's quantized types. Rows of added tensors must have whole blocks.
+# Block size of ggml's quantized types. Each row of an added tensor must consist of whole blocks.
 _BLOCK_SIZE = 32
 _MROPE = "each row has several positions (M-RoPE)"
 _RMS_KEY = "attention.layer_norm_rms_epsilon"
@@ -55,13 +55,13 @@ class ModelShape:
         return self.n_k[layer] + self.n_v[layer]
 
     def fits(self, boundary: int) -> bool:
-        """Return True if `boundary` skips two or more layers and all of them can be fitted."""
+        """Return True if the layers from `boundary` on can all be fitted and number at least 2."""
         return boundary < self.n_layer - 1 and all(self.is_fittable[boundary:])
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:
         """Return the numbers of previous-token values and neurons in a wide fit (fit/wide.py).
 
-        The numbers are up to a quarter and half of the state's size, in whole quantization blocks.
+        They are about a quarter and at most half of the state's size, in whole quantization blocks.
         """
         n_prev = max(self.n_embd // 4 // _BLOCK_SIZE, 1) * _BLOCK_SIZE
         n_most = min(self.n_embd // 2, self.n_neurons[boundary])

@@ -1,13 +1,13 @@
 """The speed-up limit: the ratio of multiply-accumulates without pruning to those with pruning.
 
 The caller counts a prompt's multiply-accumulates in llama.cpp's graph, from an empty cache to the
-last token's logits. The limit covers only matrix products, as if products with few rows were as
-efficient as products with many rows.
+last token's logits. The count covers only matrix products. The limit assumes that products with few
+rows are as efficient as products with many rows.
 
 Fitted projections cost as much as the layers' own projections, or less if the layers' own K and V
-are fused with Q. A *wide* fit (fit/wide.py) also computes extra inputs once per row, and multiplies
-them by weights in each layer after the boundary. This module adds the work of planned fits to the
-caller's count.
+are fused with Q. A *wide* fit (fit/wide.py) also needs extra inputs, which are computed once per
+row and multiplied by weights in each layer after the boundary. This module adds the work of planned
+fits to the caller's count.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from pop_converter.architecture.shape import ModelShape
 from pop_converter.base.errors import PopError
 from pop_converter.projection import Projection
 
-# A typical length of a document with a question, long enough for full rows to hardly matter.
+# The typical length of a document with a question. At this length, full rows hardly matter.
 LIMIT_PROMPT = 2048
 
 # Returns the multiply-accumulates for (n_prompt, boundary, n_full). `boundary` is None for the full
@@ -49,7 +49,7 @@ def wide_weights(shape: ModelShape, boundary: int, projection: Projection) -> in
 
 
 def fit_macs(shape: ModelShape, boundary: int, projection: Projection, n_prompt: int) -> int:
-    """Return the multiply-accumulates that a fit adds (negative if it replaces a fused product)."""
+    """Return the multiply-accumulates that a fit adds (negative if it avoids fused products)."""
     n_unfused = sum(compress(shape.n_q[boundary + 1 :], shape.is_fused[boundary + 1 :]))
     saved = 0 if projection == Projection.OWN else n_unfused * shape.n_embd
     return n_prompt * (wide_weights(shape, boundary, projection) - saved)

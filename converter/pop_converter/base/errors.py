@@ -4,8 +4,8 @@ import zlib
 from tokenize import TokenError
 from zipfile import BadZipFile
 
-# Errors that numpy.load raises for a damaged archive. RuntimeError: the zip is encrypted or has an
-# unknown compression. TokenError: numpy parses array headers as Python.
+# Errors that numpy.load raises for a damaged archive. RuntimeError: the zip is encrypted or uses an
+# unknown compression method. TokenError: numpy parses array headers as Python.
 DAMAGED_ARCHIVE = (
     OSError,
     ValueError,
@@ -43,7 +43,7 @@ class StoppedError(Exception):
 
 
 class FormatError(PopError):
-    """Error for a file that is not GGUF, is truncated, or has inconsistent POP keys."""
+    """Error for a file that is not a GGUF file, is truncated, or has inconsistent POP keys."""
 
 
 class TruncatedError(FormatError):

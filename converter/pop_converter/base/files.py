@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pop_converter.base.errors import PopError
 
-# How long to wait for a pipe's writer.
+# Maximum time to wait for a pipe's writer.
 _PATIENCE_S = 5.0
 
 

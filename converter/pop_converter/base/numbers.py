@@ -12,7 +12,7 @@ def size(n_bytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format an estimated duration with about two digits: 40 s, 12 min, 3 h."""
+    """Format an estimated duration to about two significant digits: 40 s, 12 min, 3 h."""
     if seconds < 90:
         return f"{max(1, round(seconds)):d} s"
     minutes = seconds / 60

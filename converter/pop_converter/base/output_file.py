@@ -1,4 +1,4 @@
-"""Write files atomically, so that an output file is either complete or absent."""
+"""Write files atomically, so that an output file is never incomplete."""
 
 import os
 import shutil

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-# Called with (done, total).
+# Callback that receives the amount done and the total.
 Progress = Callable[[int, int], object]
-# Called with each step's size.
+# Callback that receives each step's size.
 Ran = Callable[[int], None]
 
 

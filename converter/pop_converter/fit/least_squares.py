@@ -36,8 +36,8 @@ BIAS_RIDGE = 1e-6
 _BLOCK = 128
 # Maximum number of rows per input at full weight. Beyond it, `Gram.merge` scales older rows down.
 ROWS_KEPT = 64
-# Inputs with less than this share of the mean power keep their own weights. Dividing by their small
-# gain would yield large weights, which would ruin the scale of their quantization block.
+# Inputs with less than this share of the mean power have a larger ridge. Otherwise, dividing by
+# their small gain would yield large weights, which would ruin their quantization block's scale.
 _WEAK_INPUT = 1e-4
 # Minimum token weight, and maximum attention as a multiple of the mean.
 LEAST_WEIGHT = 0.2
@@ -69,7 +69,7 @@ class Gram:
     """Sums that determine all fits at one boundary.
 
     `xx` is X'DX [n_inputs + 1, n_inputs + 1]. `xy` maps layers to X'DY [n_inputs + 1, n_k + n_v].
-    The last input is constant. `n_rows` is the number of rows in the sums. The sums are in float32,
+    The last input is constant. `n_rows` is the number of rows in the sums. The sums can be float32,
     since the ridge far exceeds the rounding error.
     """
 
@@ -100,7 +100,7 @@ class Gram:
     def merge(self, other: "Gram") -> None:
         """Add the sums of newer rows, which must have the same inputs and layers.
 
-        If there are more than ROWS_KEPT rows per input, each newer row scales the older sums down.
+        If the total exceeds ROWS_KEPT rows per input, the older sums are scaled down.
         """
         n_kept = ROWS_KEPT * len(self.xx)
         is_full = self.n_rows + other.n_rows > n_kept
@@ -151,7 +151,7 @@ def with_bias(*inputs: Floats) -> Floats:
 
 
 def token_weights(mass: Floats) -> Floats:
-    """Return token weights [n] for the attention `mass` [n] that later tokens pay to each token."""
+    """Return token weights [n] for the attention `mass` [n] received from later tokens."""
     mean = float(mass.mean())
     if mean <= 0:
         return np.ones_like(mass)
@@ -223,7 +223,7 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
 
 
 def _solve_triangles(lower: Doubles, x: Doubles) -> None:
-    """Replace x by (lower lower')^-1 x. Works in blocks, since numpy has no triangular solver."""
+    """Replace x with (lower lower')^-1 x, in blocks, since numpy has no triangular solver."""
     parts = [slice(at, at + _BLOCK) for at in range(0, len(x), _BLOCK)]
     for part in parts:
         x[part] -= lower[part, : part.start] @ x[: part.start]

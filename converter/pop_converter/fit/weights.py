@@ -61,7 +61,7 @@ class Weights:
         by_row = raw.reshape(*tensor.dims[:0:-1], -1)
         try:
             values = dequantize(by_row[numbers], GGMLQuantizationType(tensor.type))
-            # The scale of an NVFP4 matrix is another tensor (llama.cpp's build_lora_mm).
+            # An NVFP4 matrix's scale is a separate tensor (llama.cpp's build_lora_mm).
             scale = name.removesuffix("weight") + "scale"
             if name.endswith(".weight") and scale in self:
                 values = values * self[scale]

@@ -23,14 +23,14 @@ TO_GGUF = "pass the model's GGUF file, or create it with llama.cpp's convert_hf_
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-# Limits far above any model's header, whose vocabulary takes a few megabytes.
+# These limits far exceed any model's header, in which the vocabulary takes a few megabytes.
 MAX_HEADER_BYTES = 1 << 28
 _MAX_KEYS = 1 << 16
 _MAX_TENSORS = 1 << 18
 _MAX_NAME_BYTES = (1 << 16) - 1
 # llama.cpp reads tensors in place, with vectors of MIN_ALIGNMENT bytes.
 MIN_ALIGNMENT, MAX_ALIGNMENT = 32, 1 << 20
-# Longer arrays belong to vocabularies, since llama.cpp allows up to 512 layers.
+# Longer arrays belong to vocabularies, since arrays with one item per layer have up to 512 items.
 MAX_KEPT_ITEMS = 1024
 
 _SCALARS: dict[int, str] = {
@@ -95,7 +95,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A GGUF file without tensor data. Positions are in bytes from the start of the file."""
+    """A GGUF file's header. Positions are in bytes from the start of the file."""
 
     path: Path
     version: int
@@ -183,7 +183,7 @@ class _Cursor:
         return items if is_array else cast(Scalar, items[0])
 
     def _skip_texts(self, count: int) -> None:
-        # Inlined for speed: a vocabulary has up to half a million entries.
+        # This loop is inlined for speed, since a vocabulary has up to half a million entries.
         view, at, end = self.view, self.at, self.end
         size = struct.Struct("<Q")
         for _ in range(count):

@@ -11,7 +11,7 @@ from pop_converter.gguf.header import Header, Scalar, TensorInfo, read_header
 SPLIT_PREFIX = "split."
 # Architecture of a sidecar, which llama.cpp rejects as unknown.
 SIDECAR_ARCH = "pop-sidecar"
-# Number of bytes of each tensor that `sampled_sha256` hashes.
+# Number of bytes that `sampled_sha256` hashes from the start of each tensor.
 SAMPLED_BYTES = 4096
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -110,7 +110,7 @@ def read_source(path: Path) -> Source:
 
 
 def sampled_sha256(source: Source) -> str:
-    """Return a hex hash of the headers and each tensor's start, which differs among fine-tunes."""
+    """Return a hex sha256 of the headers and each tensor's start, to tell fine-tunes apart."""
     digest = hashlib.sha256()
     for header in source.parts:
         with header.path.open("rb") as file:

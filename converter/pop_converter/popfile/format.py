@@ -178,8 +178,8 @@ _KEYS: tuple[tuple[str, str, type[Any]], ...] = (
     ("pop.source.size_bytes", "source_bytes", int),
 )
 # Keys that are written only if they differ from their defaults. Older files may also have
-# `pop.select`, `pop.refilled.*` and `pop.image_rows`. The backend still reads `pop.image_rows`,
-# which applies the fit to image rows.
+# `pop.select`, `pop.refilled.*` and `pop.image_rows`. If `pop.image_rows` is set, the
+# backend still applies the fit to image rows.
 _OPTIONAL = ("pop.deep_rows", "pop.source.size_bytes")
 # Groups of keys by field of PopMeta: `budget` holds the keys `pop.budget.*`.
 _GROUPS: dict[str, type[Any]] = {
@@ -196,7 +196,7 @@ _SIZE = "_bytes"
 def pop_meta(header: Header) -> PopMeta | None:
     """Return a header's POP keys, or None if the header has none.
 
-    Raises FormatError if the keys contradict each other or the model.
+    Raises FormatError if the keys are invalid or contradict the model.
     """
     if not any(name.startswith(PREFIX) for name in header.keys):
         return None

@@ -11,10 +11,10 @@ from pop_converter.base.errors import PlanError, UnsupportedArchitectureError
 from pop_converter.popfile.format import MAX_TOKENS, Budget, DeepRows, PopMeta
 from pop_converter.projection import Projection
 
-# The paper's middle setting.
+# The middle setting in the POP paper.
 DEFAULT_SKIP = Fraction(1, 3)
-# With 32 tokens instead of 16, a prompt takes 0.5 % longer, but the error at the first answer token
-# drops by a factor of 1.4 (docs/notebook).
+# With 32 tokens instead of 16, a prompt takes 0.5% longer to read, but the error at the first
+# answer token drops by a factor of 1.4 (docs/notebook).
 TAIL_TOKENS = 32
 
 # A fraction of a model's layers, or a number of layers.
@@ -84,7 +84,7 @@ def parse_skip(text: str) -> Share:
 def boundary_of(shape: ModelShape, skip: Share) -> int:
     """Return the boundary for a number or share of skipped layers.
 
-    A share is rounded to at least one layer. Raises PlanError if no layer would remain.
+    A share is rounded to at least one whole layer. Raises PlanError if no layer would remain.
     """
     if isinstance(skip, Fraction):
         skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))

@@ -1,4 +1,4 @@
-"""Stream a model to a converted file atomically, verify the file, and restore the original."""
+"""Write and verify a converted file or sidecar, and restore a converted file's original."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ from pop_converter.popfile.format import (
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.projection import TENSOR_MARK, Projection
 
-# Placeholder of the final length, so that the size of the header does not change.
+# Placeholder for a sha256 of the same length, so that the size of the header does not change.
 UNKNOWN_SHA256 = "0" * 64
 
 
@@ -103,10 +103,10 @@ def convert(
 ) -> PopMeta:
     """Write `src`, a file or a split model's first part, to `dst` with the keys of `plan`.
 
-    The written file is then compared with its source byte for byte. `progress` counts the bytes
-    written and compared. `fitted` is required if the plan has fitted projections. `examine`
-    measures the written file. With `binding`, the identity of `src`, the file is a sidecar, which
-    contains only the keys and the fitted tensors. Return the written keys.
+    The written file is then compared with its source byte for byte. `progress` receives the
+    number of bytes written and compared. `fitted` is required if the plan has fitted projections.
+    `examine` measures the written file. If `binding` (the identity of `src`) is passed, `dst` is a
+    sidecar, which contains only the keys and the fitted tensors. Return the written keys.
 
     Raises FormatError, PlanError, OutputExistsError, WriteError, and any error that `examine`
     raises. After an error, an existing `dst` is unchanged and no temporary file remains.

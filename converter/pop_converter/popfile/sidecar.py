@@ -165,7 +165,7 @@ def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Fil
 def write_sidecar(plan: Plan, src: Path, dst: Path, **options: Any) -> PopMeta:
     """Write a sidecar of `src`, with the options, the result and the errors of `rewrite.convert`.
 
-    `src` is read once for its hash, and `progress` counts the bytes read.
+    `src` is read once to compute its hash, and `progress` receives the number of bytes read.
     """
     return convert(plan, src, dst, binding=bind(unconverted(src)), **options)
 
