@@ -16,7 +16,7 @@ from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.texts.carrier_values import Use
 from pop_local.texts.carriers import Span, make_carrier, with_answers
 
-# One in SHARE windows is a window of look-ups.
+# One in every SHARE windows contains look-ups.
 SHARE = 4
 # The document's share of a window. Questions and answers fill the rest.
 _DOCUMENT = 0.55
@@ -34,9 +34,9 @@ class CarrierWindows:
 def carrier_windows(
     context: Context, n: int, n_tokens: int, prose: str, seed: int
 ) -> CarrierWindows:
-    """Build `n` windows of `n_tokens` tokens. The same seed builds the same windows.
+    """Build `n` windows of `n_tokens` tokens. The same seed yields the same windows.
 
-    The result has fewer windows if a document does not fit, which happens with tiny vocabularies.
+    The result ends before the first document that does not fit (possible with a tiny vocabulary).
     """
     rng = np.random.default_rng(seed)
     windows = np.zeros((n, n_tokens), np.int32)
@@ -51,7 +51,7 @@ def carrier_windows(
         tokens = context.vocabulary.tokenize(text)
         is_answer = _marked(context, tokens, text, answer_spans)
         # With a tiny vocabulary, the text may be too long. Its start is cut, since the questions
-        # at the end must stay.
+        # at its end must be kept.
         tokens, is_answer = tokens[-n_tokens + len(prefix) :], is_answer[-n_tokens + len(prefix) :]
         row = [*prefix, *tokens]
         window[:] = np.resize([*row, *filler], n_tokens)

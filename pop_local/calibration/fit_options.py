@@ -14,8 +14,8 @@ from pop_local.calibration.texts import (
     require_text,
 )
 
-# Distilling on fewer windows overfits: SmolLM2 did with 32 windows. More windows help, but take
-# time.
+# Distillation on fewer windows can overfit, as it did for SmolLM2 on 32 windows. More windows help,
+# but take longer.
 N_DISTILLED = 128
 
 
@@ -41,7 +41,7 @@ class FitOptions:
         return ", ".join(map(str, self.texts)) or DEFAULT_NAME
 
     def n_tokens(self, n_embd: int) -> int:
-        """Return how many tokens to fit on, a multiple of N_WINDOW. Raises CalibrationError."""
+        """Return the number of tokens to fit on, in whole windows. Raises CalibrationError."""
         default, least = default_tokens(n_embd), least_tokens(n_embd)
         n_tokens = default if self.tokens is None else self.tokens
         if n_tokens < least:

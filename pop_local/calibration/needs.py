@@ -22,9 +22,9 @@ from pop_local.calibration.samples import MAX_SEQUENCES
 from pop_local.calibration.texts import N_WINDOW, n_sampled_of
 from pop_local.engine.llama.devices import has_kernels
 
-# Size of the square matrices whose product measures the machine's speed.
+# Size of the square matrices that are multiplied to measure the machine's speed.
 _N_PRODUCT = 1024
-# Conservative speed of pop-local's kernels relative to numpy (four with AMX, less on some CPUs).
+# Conservative estimate of the kernels' speed relative to numpy's (4 with AMX, less on some CPUs).
 _READING_GAIN = 2
 # Cost of sampling a token relative to reading one. Each sampling step reads all weights for only a
 # few tokens.
@@ -40,8 +40,8 @@ _LEAST_WINDOWS = 4
 # Size of the weights after llama.cpp repacks them for AMX, relative to their size in the file
 # (measured on an 8B model in Q8_0).
 _REPACKED = 1.05
-# Number of stored rows of the full model's predictions, which take two bytes for each token of the
-# vocabulary. In the window that is being compared, rows take eight more bytes.
+# Number of stored rows of the full model's predictions. A row takes two bytes for each token of the
+# vocabulary, and eight more bytes while its window is being compared.
 _N_PREDICTED = 16 * 128
 _N_COMPARED = 128
 # Maximum share of a plain fit's speed that a wide fit may cost
@@ -164,7 +164,7 @@ def plan_needs(
     is_wide = any(plan.projection != Projection.FITTED for plan in plans)
     choosing = is_wide * _choosing_bytes(shape, len(boundaries))
     fitting = reading + max(n_sums, choosing)
-    # Measuring a fit stores predictions of the full model.
+    # While a fit is measured, the full model's predictions stay in memory.
     predicted = (2 * _N_PREDICTED + 8 * _N_COMPARED) * shape.n_vocab
     measuring = _context_bytes(shape, 2 * N_WINDOW, N_WINDOW) + predicted
     repacked = 0 if has_kernels() else int(_REPACKED * source.size_bytes)
@@ -181,7 +181,7 @@ class FitWork(NamedTuple):
 
 
 def reading_work(plan: Plan, n_tokens: int) -> float:
-    """Return the work of a full prefill of `n_tokens`. Propagates errors from `Plan.macs`."""
+    """Return a full prefill's work, in multiply-accumulates at numpy's speed. Raises PopError."""
     return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
 
 

@@ -134,8 +134,8 @@ def distill_text(
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
     """Choose equal shares of windows from all paths and, within a folder, from all kinds of files.
 
-    If a text is too short for its share, longer texts make up the difference. Windows are spread
-    evenly over each text. Raises PopError if the texts are empty, binary, too short or repetitive.
+    Longer texts make up for texts that are too short. Windows are spread evenly over each text, and
+    one in SHARE has look-ups instead. Raises PopError for empty, binary, short or repetitive texts.
     """
     groups = _grouped_texts(paths, count)
     least = least_tokens(n_embd)

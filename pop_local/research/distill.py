@@ -7,7 +7,7 @@ the projected K and V. The loss is KL(full || pruned) over the answer rows. Adam
 projections with the gradient of the loss through the skipped layers, while the model's weights stay
 frozen (knowledge distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980).
 
-Some windows end by repeating a passage from their context, because copying is the first ability
+Some windows end with a passage repeated from their context, because copying is the first ability
 that pruning damages.
 """
 
@@ -47,7 +47,7 @@ _PASSAGE = (96, 200)
 # The range of the context's share of a window. Steps with a repeated passage use a smaller share.
 _CONTEXT = (0.47, 0.78)
 _COPY_CONTEXT = (0.47, 0.58)
-# Rows of each window that are used for the statistics of the inputs.
+# Number of each window's rows that are used for the inputs' statistics.
 _ROWS_EACH = 64
 # The minimum power of an input, relative to the mean power of all inputs.
 _LEAST_POWER = 0.1
@@ -59,8 +59,8 @@ _N_LIKELY = 64
 class InitialFit:
     """The fit from which distillation starts: projections for all skipped layers except the first.
 
-    `wide`: the parameters of the projections' wider input (None: no wider input). `n_sink`: the
-    number of rows at the start of the prompt that are never pruned (at most a quarter of a window).
+    `wide`: the function that computes a wide fit's extra inputs (None for other fits). `n_sink`:
+    the number of leading rows that are never pruned (reduced to a quarter of a window if larger).
     """
 
     boundary: int
@@ -73,7 +73,7 @@ class InitialFit:
 class TeacherStates:
     """The full model's states for the text's windows and for windows with a repeated passage.
 
-    `first`: the shallowest boundary whose fits can be distilled. `states` [n_all, n_tokens,
+    `first`: the smallest boundary whose fits can be distilled. `states` [n_all, n_tokens,
     n_embd]: the inputs of layer `first`. `last`: the outputs of the last layer, with the same
     shape. `likely` [n_all, n_tokens, n_likely]: the most likely next tokens for each row that can
     be an answer row (0 for all other rows). `weights` [n_all, n_tokens]: each row's weight in the
@@ -94,9 +94,9 @@ def read(
 ) -> TeacherStates:
     """Run the full model on a text's windows and on copies of some windows with a repeated passage.
 
-    `first`: the shallowest boundary whose fits can be distilled. `seed`: the seed for choosing the
-    passages. `on_progress(done, total)` counts windows times layers and may raise an exception to
-    stop the run.
+    `first`: the smallest boundary whose fits can be distilled. `seed`: the seed for choosing the
+    passages. `on_progress(done, total)` receives progress in windows times layers, and may raise an
+    exception to stop the run.
     """
     copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])
@@ -137,10 +137,10 @@ def distill(
 ) -> dict[int, KvProjection]:
     """Train a fit's projections on the full model's states, and return the trained projections.
 
-    The fit's boundary must be `reference.first` or deeper. `on_progress(done, total)` counts
-    windows times layers, forward and backward, and may raise an exception to stop the training. The
-    seed determines the order of the windows and the lengths of their contexts. Raises FitError if
-    any trained weight is not finite.
+    The fit's boundary must be at least `reference.first`. `on_progress(done, total)` receives
+    progress in windows times layers, forward and backward, and may raise an exception to stop the
+    training. `seed`: the seed for choosing the order of the windows and their context lengths.
+    Raises FitError if any trained weight is not finite.
     """
     rng = np.random.default_rng(seed)
     n_windows, n_tokens = reference.states.shape[:2]
@@ -172,7 +172,7 @@ def distill(
 
 
 def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
-    """Copy some windows [n, n_tokens], and repeat a passage from its context at each copy's end."""
+    """Copy some windows [n, n_tokens], and end each copy with a passage from its context."""
     n_windows, n_tokens = windows.shape
     made = windows[rng.permutation(n_windows)[: round(_COPIES * n_windows)]].copy()
     for window in made:
@@ -225,7 +225,7 @@ class _Student:
         for layer, weights in self._weights.items():
             gain = torch.tensor(start.projections[layer].gain, device=decoder.device)
             gain = functional.pad(gain, (0, n_inputs - len(gain)), value=1.0)
-            # The inputs are centered, so that a change of the weights does not move the mean of K
+            # The inputs are centered, so that changing the weights does not shift the mean of K
             # and V.
             weights[:, -1] += weights @ (gain * self._mean)
             self._gains[layer], self._units[layer] = gain, _units(rows * gain, weights)

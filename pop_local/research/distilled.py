@@ -91,7 +91,7 @@ class Distiller:
         return self.trained(plan, fitted, reference, device)
 
     def read(self, first: int, text: DistillText, device: TorchDevice) -> TeacherStates:
-        """Run the full model on a text's windows, to distill at `first` and deeper boundaries."""
+        """Run the full model on a text's windows, to distill fits at boundaries from `first` up."""
         from pop_local.research.decoder import Decoder
         from pop_local.research.distill import read
 

@@ -13,8 +13,8 @@ from pop_converter.gguf.source import Source
 
 GEMMAS = ("gemma2", "gemma3")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", *GEMMAS)
-# Gemma's 27B models, identified by their number of layers, scale scores by the state's width
-# instead of the head's width.
+# Gemma's 27B models, identified by their number of layers, scale attention scores by n_embd /
+# n_head instead of the head's width.
 _WIDE_SCALE = {"gemma2": 46, "gemma3": 62}
 _FINAL_CAP = {"gemma2": 30, "gemma3": 0}
 _SCALINGS = ("none", "linear")

@@ -1,9 +1,9 @@
-"""Analysis of a model: each boundary's loss and speed-up.
+"""Measure the loss and the speed-up at each of a model's boundaries.
 
-At each boundary in the model's deeper half, repeated random tokens show how well the model still
-copies with the layers' own projections. Fitting hardly changes this result. At boundaries where the
-model still copies, the KL and the copy ratio are then measured on a few windows of prose, with
-fitted projections if possible.
+At each boundary in the second half of the layers, repeated random tokens show how well the model
+still copies with the layers' own projections. Fitting hardly changes this result. At boundaries
+where the model still copies, the KL and the copy ratio are then measured on a few windows of prose,
+with fitted projections if possible.
 """
 
 import os
@@ -52,7 +52,7 @@ from pop_local.workflows.open import base_file
 
 # Boundaries with a smaller speed-up limit are not measured.
 LEAST_LIMIT = 1.05
-# Windows of prose for the probes: enough to compare boundaries. `convert` measures more.
+# Number of prose windows, enough to compare boundaries. `convert` measures more.
 _N_PROBED = 3
 # Number of random sequences. With two sequences, the retention has an error of a few percent.
 _N_DRAWS = 2
@@ -100,9 +100,9 @@ class DepthCost:
 class Analysis:
     """The results of `analyze`.
 
-    `calibration` is None if no boundary needed a fit. `depths`: the boundaries in order of
-    increasing depth, starting at the last layer. `chosen`: the deepest boundary whose measured loss
-    is within `budget`.
+    `calibration` is None if no boundary needed a fit. `depths`: the boundaries from the last layer
+    down. `chosen`: the boundary that skips the most layers with a measured loss within `budget`
+    (None: every boundary's loss exceeds the budget).
     """
 
     model: Path
@@ -256,7 +256,7 @@ def measure_copying(
 ) -> tuple[DepthCost, ...]:
     """Measure the retention at each boundary.
 
-    The speed-up limits apply to prompts of LIMIT_PROMPT tokens. `on_progress` reports each draw.
+    The speed-up limits apply to prompts of LIMIT_PROMPT tokens. Progress is reported in draws.
     """
     context, rule = model.engine.context, model.engine.rule
     tried, retentions = boundaries(context.files.shape), []
@@ -278,7 +278,7 @@ def measure_copying(
 
 
 def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
-    """Return the boundaries at which copying may survive, and the next deeper boundary.
+    """Return the boundaries at which the model may still copy, and the first one below them.
 
     Boundaries with a speed-up limit below LEAST_LIMIT are omitted.
     """

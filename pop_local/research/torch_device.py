@@ -1,4 +1,4 @@
-"""Choose the torch device for gradients, which llama.cpp cannot compute."""
+"""Choose the torch device on which gradients are computed."""
 
 from __future__ import annotations
 

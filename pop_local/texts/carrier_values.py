@@ -1,4 +1,4 @@
-"""Draw random values for look-up documents. Each use has its own word lists."""
+"""Draw random values for look-up documents. Fitting and measurement have separate word lists."""
 
 import json
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def words(use: Use) -> Words:
 
 
 def value(rng: np.random.Generator, kind: str, lists: Words) -> str:
-    """Draw a random value of the given kind, one of `KINDS`."""
+    """Draw a random value. `kind` is one of `KINDS`."""
 
     def pick(items: Sequence[str]) -> str:
         return items[int(rng.integers(len(items)))]

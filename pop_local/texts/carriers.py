@@ -21,7 +21,7 @@ CountTokens = Callable[[str], int]
 # The (start, end) of a part of a text, in characters.
 Span = tuple[int, int]
 
-# Records and fields per block, so that several similar values compete for every answer.
+# Numbers of records and fields per block, enough to surround each answer with similar values.
 _N_RECORDS = 4
 _N_FIELDS = 2
 _PROSE_SHARE = 0.5
@@ -70,7 +70,7 @@ def make_carrier(
     a text's length in tokens. The document has one question for each value, up to `n_questions`.
     Raises PopError if the blocks leave no room for prose.
     """
-    # Seed with the use, so that one seed yields different values for both uses.
+    # The seed includes the use, so that the two uses get different values.
     rng = np.random.default_rng([*use.value.encode(), int(rng.integers(1 << 62))])
     writer = _Writer(rng, use)
     sentences = _sentences(prose)

@@ -153,7 +153,7 @@ def _mail(path: Path, content: bytes) -> str:
 
 
 def _table(table: Any) -> str:
-    """Return a table's text. Unlike `row.cells`, do not repeat cells that span columns."""
+    """Return a table's text. Unlike in `row.cells`, cells that span columns are not repeated."""
     rows = []
     for row in table._tbl.tr_lst:
         cells = ["\n".join(paragraph.text for paragraph in cell.p_lst) for cell in row.tc_lst]
@@ -164,7 +164,7 @@ def _table(table: Any) -> str:
 def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
     """Return each path's texts: a file's text, or one text per kind of file in a folder.
 
-    Files of the same kind share a top-level subfolder and a suffix. Files are read in a fixed
+    Files of one kind have the same top-level subfolder and suffix. Files are read in a fixed
     pseudorandom order, up to about `most_chars` characters of each kind. Binary files, duplicates
     and hidden files are skipped. Raises PopError if a path is unreadable or has no new text.
     """
