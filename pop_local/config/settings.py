@@ -50,7 +50,7 @@ class Setting:
         return PREFIX + self.key.upper()
 
 
-# A key is the name of the commands' parameter.
+# Each key is also the name of a command parameter.
 SETTINGS = (
     Setting("models_dir", str, is_path=True),
     Setting("state_dir", str, is_path=True),
@@ -208,7 +208,7 @@ def _line(text: str, key: str) -> int:
 
 
 def located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
-    """Return the result of `call`. Adds `where` and, if missing, `hint` to a PopError."""
+    """Return the result of `call`, adding `where` and, if missing, `hint` to a PopError."""
     try:
         return call()
     except PopError as error:

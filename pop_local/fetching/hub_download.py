@@ -56,8 +56,8 @@ class HubModel:
 def find_on_hub(name: str) -> HubModel:
     """Find the model hf:OWNER/REPO[:FILE]. FILE may be part of a file name, such as Q4_K_M.
 
-    Raises PopError if the repository is missing or private. Unless FILE matches exactly one file,
-    the error lists the repository's files.
+    Raises PopError if the repository is missing or private. If FILE is unknown or ambiguous, the
+    error's hint lists the repository's models.
     """
     match = _SPEC.fullmatch(name)
     if match is None:
@@ -93,7 +93,7 @@ def find_on_hub(name: str) -> HubModel:
 def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: bool) -> Path:
     """Download a model's files into `folder`, and return the first file's path.
 
-    Files with the hub's hash are kept. `advance` is called with (done_bytes, total_bytes). Raises
+    Files with the correct hash are kept. `advance` is called with (done_bytes, total_bytes). Raises
     PopError, or OutputExistsError for a different existing file unless `force` is true.
     """
     targets = model.targets(folder)

@@ -10,8 +10,8 @@ from pop_converter.gguf.source import part_names, part_of
 from pop_local.models.mmproj_files import n_shared
 from pop_local.models.model_files import SUFFIX
 
-# The first match is the default quantization: small types with good quality, then larger types, and
-# finally types that lose quality or waste space.
+# The first match is the default quantization. Small types with good quality come first, then larger
+# types, and finally types that reduce quality or waste space.
 PREFERRED = (
     *("Q4_K_M", "Q4_K_S", "Q4_K_L", "IQ4_XS", "IQ4_NL", "Q4_1", "Q4_0"),
     *("Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q6_K", "Q8_0"),

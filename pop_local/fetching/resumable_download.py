@@ -1,6 +1,6 @@
 """Download a file from a hub with the hub client's connections, and verify the file's hash.
 
-An unfinished download is stored as NAME.gguf.partial, and the next download continues it. The hub
+An unfinished download is stored as NAME.gguf.partial, and the next call resumes it. The hub
 client's own downloads would start over.
 """
 
@@ -65,8 +65,8 @@ def download(remote: RemoteFile, target: Path, advance: Progress) -> None:
         raise PopError(f"the hub's file {remote.name} is empty", "choose a different file")
     partial = target.with_suffix(PARTIAL_SUFFIX)
     with download_lock(target):
-        # Without a hash, the resumed file could mix parts of two files. Through a link, the
-        # download would overwrite another file.
+        # Without a hash, a resumed file could mix parts of two files. If the partial file is a
+        # link, the download would overwrite the link's target.
         if not remote.sha256 or partial.is_symlink() or _size(partial) > remote.size_bytes:
             partial.unlink(missing_ok=True)
         _receive(remote, partial, advance)
@@ -114,7 +114,7 @@ def _receive(remote: RemoteFile, partial: Path, advance: Progress) -> None:
 
 
 def _append(remote: RemoteFile, partial: Path, start: int, advance: Progress) -> None:
-    """Request the bytes from `start` on. A server that sends the whole file starts it over."""
+    """Request the bytes from `start` on. If the server sends the whole file, start it over."""
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     headers = {"Accept-Encoding": "identity", **remote.headers}
@@ -124,7 +124,7 @@ def _append(remote: RemoteFile, partial: Path, start: int, advance: Progress) ->
         hf_raise_for_status(response)
         with partial.open("ab" if response.status_code == 206 else "wb") as file:
             done = file.tell()
-            # Raw bytes cannot grow without limit, unlike those of a compressed reply.
+            # Unlike a decompressed reply, raw bytes cannot grow beyond the bytes received.
             for chunk in response.iter_raw(_CHUNK_BYTES):
                 if (done := done + len(chunk)) > remote.size_bytes:
                     raise PopError(

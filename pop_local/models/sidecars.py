@@ -92,7 +92,7 @@ def _bindings(folder: Path) -> dict[Path, Binding]:
 
 def _shipped(base: Source) -> Path | None:
     for path, binding in _bindings(SHIPPED).items():
-        # Sizes are compared first, since the hash reads the vocabulary.
+        # Sizes are compared first, since computing the hash reads the vocabulary.
         if binding.base_bytes == base.size_bytes and binding == bind(base):
             return path
     return None
