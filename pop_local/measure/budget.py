@@ -36,10 +36,10 @@ FAST = Budget(
 )
 BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 
-# A model that retains less than this share of the full model's gain on random tokens can no longer
-# copy.
+# A model that retains less than this share of the full model's gain on repeated random tokens can
+# no longer copy.
 LEAST_RETENTION = 0.7
-# Largest gain in retention from a fit, among models that can still copy.
+# Largest gain in retention that a fit yields for models that can still copy.
 _RETENTION_GAIN = 0.05
 
 

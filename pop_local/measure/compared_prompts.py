@@ -223,7 +223,7 @@ def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answer
     """Answer a prompt greedily with the model's current pruning settings.
 
     The prefix that the prompt shares with the previous prompt stays cached. Raises PopError if the
-    prompt does not fit in the context, or StoppedError if the watch stops the answer.
+    prompt does not fit in the context, or StoppedError if the caller stops the answer.
     """
     try:
         chunks = list(model.ask(prompt.messages, temperature=0.0, max_tokens=max_tokens))

@@ -15,7 +15,7 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Logits = NDArray[np.floating[Any]]
 
-# Number of values in a float64 block: its size of 1 MB fits into a core's L2 cache.
+# Number of values in a float64 block. A block of this size (1 MB) fits in a core's L2 cache.
 _CHUNK_VALUES = 1 << 17
 
 

@@ -42,7 +42,7 @@ def exp_mean(per_window: Floats) -> Estimate:
 
 
 def ratio(upper: Floats, lower: Floats) -> Estimate:
-    """Return the ratio of two figures' means [n_windows], with a first-order error estimate."""
+    """Return the ratio of two figures' means over windows, with a first-order error estimate."""
     value = float(upper.mean() / lower.mean())
     return Estimate(value, mean((upper - value * lower) / lower.mean()).se)
 

@@ -2,7 +2,7 @@
 
 Rows with requested logits run all layers, so only the context's last token yields a prediction.
 `Forced` raises PopError unless the backend's row counters show the planned number of pruned rows
-after each context and text. `stopped_by` can end a measurement with StoppedError.
+after each context and text. In a `stopped_by` block, a measurement can raise StoppedError.
 """
 
 from collections.abc import Iterator, Sequence
@@ -83,7 +83,7 @@ class Forced:
         self._state = self._sequence.states.save() if self._context.is_recurrent else None
 
     def resume(self) -> None:
-        """Use the rows and logits that the caller has cached as the context."""
+        """Use the cached rows and the latest logits as the context."""
         self._next, self._state = self._context.logits().copy(), None
 
     def predict(self, tokens: Tokens) -> Logits:
@@ -123,7 +123,7 @@ class Forced:
     def _append_full(
         self, tokens: Tokens, outputs: Outputs, n_rows: int
     ) -> Iterator[tuple[int, int]]:
-        """Append tokens in full, in batches of up to `n_rows`, and yield each batch's range."""
+        """Run tokens through all layers in batches of up to `n_rows`, and yield each range."""
         cache, step = self._cache, min(n_rows, self._context.n_batch)
         backend.reset_counters(self._context.ctx)
         cache.slot.set_mode(Mode.OFF)

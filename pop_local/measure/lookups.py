@@ -120,8 +120,8 @@ def measure_lookups(
 ) -> Lookups:
     """Answer the questions about each document, once with pruning and once without.
 
-    `on_progress` counts questions. Raises PopError if a prompt does not fit in the context or was
-    not pruned as planned.
+    Progress is reported in questions. Raises PopError if a prompt does not fit in the context or
+    was not pruned as planned.
     """
     reference = LookupReference(settings, make_documents(model, settings), [])
     pruned: Answers = []
@@ -152,7 +152,7 @@ class LookupReference:
         return replace(found, full=known[: len(found.documents)])
 
     def ask(self, model: PopModel, pruning: Pruning, on_progress: Progress, known: Answers) -> None:
-        """Add a pruned model's missing answers to `known`, as `read` does for the full model."""
+        """Answer the questions that `known` does not cover yet, and append the answers to it."""
         new = self.documents[len(known) :]
         ran = counting(sum(len(each.questions) for each in new), on_progress)
         with forced(model) as reader:

@@ -61,7 +61,7 @@ class Quality:
     """The loss from pruning at one boundary, relative to the full model.
 
     kl_*: KL(full || pruned) in nats over the continuation's tokens (kl_first: over the first token
-    only). ppl_*: the continuation's perplexity. top1_agreement: the fraction of tokens for which
+    only). ppl_*: the continuations' perplexity. top1_agreement: the fraction of tokens for which
     both models' top predictions agree. copy_*: results for a repeated passage from the context.
     copy_top1: the fraction of the repeated tokens that the model ranks first. induction_*: results
     for repeated random tokens. delta_nll: the increase in the repetition's NLL due to pruning.
@@ -146,9 +146,9 @@ def measure_pruning(
     """Measure the loss from pruning relative to the full model.
 
     A file's fitted projections are used only at the file's boundary. `text_tokens`: one token
-    sequence per part of the text, without BOS. `on_progress` reports progress in windows and draws.
-    The measurement takes 8 * n_continuation * n_vocab bytes of memory. Raises PopError if the text
-    is too short, if no token would be pruned, or if the backend's counters differ from the plan.
+    sequence per part of the text, without BOS. Progress is reported in windows and draws. The
+    measurement takes 8 * n_continuation * n_vocab bytes of memory. Raises PopError if the text is
+    too short, if no token would be pruned, or if the backend's counters differ from the plan.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
@@ -168,8 +168,8 @@ def read_reference(
     """Run the full model on windows of text and on random tokens.
 
     `known` contains the scores already computed. This function appends the remaining scores to
-    `known`, so a later call can resume an interrupted run. `on_progress` reports progress in
-    windows and draws. Raises PopError if the text is too short, or if no token would be pruned.
+    `known`, so a later call can resume an interrupted run. Progress is reported in windows and
+    draws. Raises PopError if the text is too short, or if no token would be pruned.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
@@ -190,8 +190,8 @@ def measure_against(
 ) -> Quality:
     """Measure pruning against a reference, using the loaded file's projections.
 
-    `known` contains the scores already computed, as in `read_reference`. `on_progress` reports
-    progress in windows and draws. Raises the same errors as `measure_pruning`.
+    `known` contains the scores already computed, as in `read_reference`. Progress is reported in
+    windows and draws. Raises the same errors as `measure_pruning`.
     """
     known = [] if known is None else known
     with forced(model) as reader:

@@ -54,7 +54,7 @@ class SpeedRow:
 
     `speedup`: the TTFT in full mode divided by the TTFT in pruned mode. `n_deep`: the number of the
     prompt's deep rows. `n_skipped_exact`: the number of rows that skipped layers without loss.
-    `upstream_ttft_s`: the TTFT of llama.cpp without our kernels (None: not measured).
+    `upstream_ttft_s`: the TTFT without pop-local's kernels (None: not measured).
     `kernels_speedup`: the ratio of `upstream_ttft_s` to the full TTFT (None: not measured).
     """
 
@@ -86,9 +86,9 @@ def measure_speed(
     on_progress: Progress,
     upstream: Callable[[Prompt], Run] | None = None,
 ) -> tuple[SpeedRow, ...]:
-    """Measure each prompt length in `n_rounds` rounds, following a warm-up round.
+    """Measure each prompt length in `n_rounds` rounds, after a warm-up round.
 
-    `upstream` runs a prompt without our kernels. `on_progress` reports progress in prompt tokens.
+    `upstream` runs a prompt without pop-local's kernels. Progress is reported in prompt tokens.
     The context must have room for the longest prompt plus N_DECODE tokens. Raises PopError if the
     backend's counters differ from the plan.
     """
@@ -134,7 +134,7 @@ def _row(
 def run_rounds(
     ways: Sequence[Callable[[], Run]], n_rounds: int, ran: Callable[[], None] = lambda: None
 ) -> list[list[Run]]:
-    """Run each function once per round, following a warm-up round, and return each function's runs.
+    """Run each function once per round, after a warm-up round, and return each function's runs.
 
     The order of the functions is reversed after each round. `ran` is called after each run.
     """
