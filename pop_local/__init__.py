@@ -13,7 +13,7 @@ _MODULES = {name: module for _, module, _, name, *_ in _IMPORTS}
 __all__ = ["__version__", *_MODULES]
 
 
-# Names are imported on first access: the commands' --help must not load llama.cpp.
+# Names are imported on first access, so that the commands' --help does not load llama.cpp.
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

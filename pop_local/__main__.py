@@ -1,4 +1,4 @@
-"""`python -m pop_local` runs `pop-local`."""
+"""Entry point for `python -m pop_local`, which runs the command `pop-local`."""
 
 import codecs
 import io

@@ -15,7 +15,7 @@ from pop_local.ui.watch import stoppable_watch
 
 @dataclass(frozen=True)
 class GreedyOptions(Group):
-    # Not named max_tokens: the setting of that name is for conversations.
+    # The field is not named max_tokens, because the setting `max_tokens` is for conversations.
     longest: int = option("Maximum tokens per answer.", flag="--max-tokens", min=1, default=256)
     mmproj: Path | None = option(opt.MMPROJ, "FILE")
     markdown: bool = option(opt.MARKDOWN, default=False)

@@ -165,7 +165,7 @@ def convert(
         note(f"pop-local ships the sidecar {found.name}, so this model needs no conversion.")
         if not how.dry_run and sys.stdin.isatty() and not typer.confirm("Convert it?", err=True):
             raise typer.Exit
-    # --force would replace an existing output, so a dry run accepts it.
+    # A dry run writes nothing, so an existing output is not an error.
     force = how.force or how.dry_run
     check_target(planned.path, planned.target, planned.sizes, force=force)
     if not json:

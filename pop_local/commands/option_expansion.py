@@ -42,7 +42,7 @@ def _is_expert(parameter: inspect.Parameter) -> bool:
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each Group parameter of a command with the group's options, for Typer.
 
-    A Group parameter's default value holds the defaults of the group's options.
+    If a Group parameter has a default value, the value's fields are the options' defaults.
     """
     options: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}

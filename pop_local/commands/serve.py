@@ -98,7 +98,7 @@ def serve_named(
     asked: Collection[str],
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve models until a signal arrives. Calls `on_ready` with the URL once clients can connect.
+    """Serve models until a signal arrives. Once clients can connect, call `on_ready` with the URL.
 
     `asked`: the names of the options given on the command line.
     """

@@ -48,7 +48,7 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
         return n_threads
     if "threads" in given_names(call):
         raise typer.BadParameter(f"{n_threads} threads exceed this machine's {n_cores} cores")
-    # Machines with fewer cores may share a settings file.
+    # The settings file may be shared with a machine that has more cores.
     where = next(value.where for value in load() if value.key == "threads")
     warn(f"{where} requests {n_threads} threads, but this machine has only {n_cores} cores")
     return n_cores
@@ -103,7 +103,7 @@ class MeasureOptions(HardwareOptions):
     panel: ClassVar[str] = "Model and hardware"
 
     sidecar: Path | None = option(_SIDECAR, "PATH")
-    # Not named ctx: the setting of that name is for conversations.
+    # The field is not named ctx, because the setting `ctx` is for conversations.
     n_ctx: int | None = option(
         "Context length in tokens (default: as long as needed).", flag="--ctx", min=1, max=MOST
     )
@@ -154,12 +154,12 @@ class ModelOptions(OpenOptions):
 
     @property
     def cache_types(self) -> dict[str, Any]:
-        """Return ContextOptions' keywords for the types of the KV cache."""
+        """Return keyword arguments of ContextOptions for the KV cache's types."""
         from gguf import GGMLQuantizationType
 
         types = {"type_k": self.cache_type_k, "type_v": self.cache_type_v}
         others = {name: GGMLQuantizationType.Q8_0 for name in types if types[name] == "q8_0"}
-        # llama.cpp needs flash attention for a quantized V.
+        # llama.cpp requires flash attention for a quantized V cache.
         return {"others": others, "flash_attn": True if "type_v" in others else None}
 
 
@@ -177,7 +177,7 @@ class SamplingOptions(Group):
 
     @property
     def given(self) -> dict[str, Any]:
-        """Return the options that the user set. The engine supplies all other defaults."""
+        """Return the options that the user set. The other options have the engine's defaults."""
         return given(**vars(self))
 
 

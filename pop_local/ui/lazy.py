@@ -15,7 +15,7 @@ from pop_local.ui.hints import hints_for
 
 HELP_OPTIONS = ["-h", "--help"]
 COMMAND_ALIASES = {"ls": "list", "show": "inspect"}
-# Options of llama.cpp and Ollama, by the name of our parameter.
+# Options of llama.cpp and Ollama, by the name of the commands' parameter.
 OPTION_ALIASES = {
     **dict.fromkeys(("ctx", "n_ctx"), ("-c", "--ctx-size")),
     **dict.fromkeys(("max_tokens", "longest"), ("-n", "--n-predict", "--num-predict")),
@@ -77,7 +77,7 @@ def _defaults(command: Any) -> dict[str, Any]:
 def _simplify_help(command: Any, ctx: Any) -> None:
     """Hide types and ranges in the help, and end help texts with the default value."""
     for param in command.get_params(ctx):
-        # Typer 0.29 calls these methods, and has no options for this.
+        # Typer 0.29 has no options for this, so its methods are replaced.
         param._get_number_range_help_str = lambda: None
         if param.param_type_name == "argument" or getattr(param, "is_flag", False):
             param.display_type_rich = lambda ctx: None
@@ -92,7 +92,7 @@ def _simplify_help(command: Any, ctx: Any) -> None:
 
 
 def _with_aliases(command: Any) -> None:
-    """Accept other programs' names of the command's options, without listing them in the help."""
+    """Accept other programs' names for the command's options, without listing them in the help."""
     make_parser = command.make_parser
 
     def with_aliases(ctx: Any) -> Any:

@@ -81,7 +81,7 @@ def _in_words(what: str, pace: Pace) -> Advance:
     def advance(done: int, total: int) -> None:
         nonlocal begun
         now_s = time.monotonic()
-        # The rate excludes work that was resumed.
+        # The rate excludes work that was already done before the first call.
         first_done, first_s = begun = begun or (done, now_s)
         if now_s - pace.said_s < _LINE_EVERY_S or not first_done < done < total:
             return

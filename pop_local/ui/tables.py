@@ -17,7 +17,7 @@ from rich.text import Text
 
 from pop_local.ui.console import THEME, out, printable
 
-# Width in columns of a table in a pipe.
+# Width in columns of a table that is written to a pipe.
 _UNLIMITED = 10_000
 # json.dumps escapes the other control characters.
 _CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")

@@ -73,7 +73,7 @@ def terminal_watch() -> Iterator[Watch]:
 
 @contextmanager
 def stoppable_watch() -> Iterator[Watch]:
-    """Show progress like `terminal_watch`. The first Ctrl-C only sets `should_stop`."""
+    """Show progress as in `terminal_watch`. After the first Ctrl-C, `should_stop` returns True."""
     with deferred_interrupt() as interrupt, terminal_watch() as watch:
 
         def may(question: str) -> bool:

@@ -30,7 +30,7 @@ _OFFER = "Pruning may cause errors in numbers, names and paths; /full on disable
 
 # Opens a model by name (None: the current model) with a context in tokens (None: the default).
 ModelOpener = Callable[[str | None, int | None], PopModel]
-# ChatSession's stream, retry or edit, called with the options of an answer.
+# ChatSession's stream, retry or edit, which are called with an answer's options.
 Ask = Callable[..., Stream]
 
 
@@ -70,7 +70,7 @@ class Dialogue:
     # The model
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
-        """Replace the model, or only its context, which keeps the cache (`name`: None).
+        """Replace the model, or only its context if `name` is None (the cache is then kept).
 
         If opening fails, the current model stays open.
         """
@@ -84,11 +84,11 @@ class Dialogue:
         before, self.model = self.model, opened
         self.session.model = opened
         self.fitter = self._make_fitter(opened)
-        # A model that cannot be pruned is always OFF, even if the user did not choose this.
+        # A model that cannot be pruned is always in mode OFF, regardless of the user's choice.
         if before.engine.pruning.can_switch and opened.engine.pruning.can_switch:
             opened.engine.set_mode(before.engine.pruning.mode)
         if state is not None:
-            with suppress(PopError):  # the next question then reads the prompt again
+            with suppress(PopError):  # the prompt is then read again with the next question
                 opened.engine.states.restore(state)
         before.close()
         self.model.engine.set_refill(self.refill != "off")
@@ -164,7 +164,7 @@ class Dialogue:
         self.screen.error(error)
 
     def refuse(self, line: str) -> None:
-        """Show why a slash command was refused."""
+        """Show the reason that a slash command was refused."""
         self.has_failed = True
         self.screen.note(line)
 

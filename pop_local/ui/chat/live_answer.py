@@ -28,7 +28,7 @@ _REST = 74
 
 
 class PlainAnswer:
-    """Writes an answer as plain text, without control characters if the output is a terminal."""
+    """A plain-text writer for an answer. In a terminal, control characters are removed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -48,14 +48,14 @@ class PlainAnswer:
 
 
 class ThinkingSplitter:
-    """Splits a streamed answer into reasoning (a <think> block at its start) and content."""
+    """A splitter of a streamed answer into reasoning (an initial <think> block) and content."""
 
     def __init__(self) -> None:
         self._held = ""
         self._at: Literal["beginning", "thought", "gap", "answer"] = "beginning"
 
     def push(self, text: str, *, is_last: bool = False) -> Iterator[Piece]:
-        """Yield the next pieces. Hold back possible tags unless `is_last` is set."""
+        """Yield the next pieces, without an incomplete tag at the end unless `is_last` is set."""
         self._held += text
         if self._at == "beginning":
             begun = self._held.lstrip()
@@ -99,7 +99,7 @@ class Tail:
 
 
 class MarkdownAnswer:
-    """Renders an answer as Markdown, with the model's reasoning as dim plain text."""
+    """A Markdown renderer for an answer. The model's reasoning is shown as dim plain text."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -54,7 +54,7 @@ def idling(chat: Dialogue) -> Iterator[None]:
 
 
 def _join(thread: threading.Thread) -> None:
-    """Wait for the thread even after Ctrl-C, because it uses the model."""
+    """Wait for the thread, which uses the model, even after Ctrl-C."""
     interrupted = False
     while thread.is_alive():
         try:

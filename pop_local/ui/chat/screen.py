@@ -13,7 +13,7 @@ from pop_local.ui.progress_bars import Advance, prefill_progress
 
 
 class Screen:
-    """Shows a chat's answers, notes and errors, and asks the user to choose."""
+    """A chat's output of answers, notes and errors, and its multiple-choice questions."""
 
     def __init__(self) -> None:
         self._answer: PlainAnswer | MarkdownAnswer | None = None
@@ -50,8 +50,8 @@ class Screen:
     def choose(self, question: str, choices: Mapping[str, str], enter: str = "") -> str | None:
         """Return the key that the user chooses, or None if there is no choice or no terminal.
 
-        `choices` maps keys to descriptions. The last choice must have no effect, because the user
-        is not asked if it is the only choice. `enter`: the key that an empty line chooses, if any.
+        `choices` maps keys to descriptions. The last choice must have no effect, since the user is
+        not asked if no other choice exists. `enter`: the key that an empty line chooses, if any.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:

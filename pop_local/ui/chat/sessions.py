@@ -99,7 +99,7 @@ def _changed(stored: SavedFile) -> str:
 
 
 class Unsaved:
-    """This chat's transcript in `folder`, which is removed when the block ends without an error."""
+    """This chat's transcript in a file that is removed when the block ends without an error."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

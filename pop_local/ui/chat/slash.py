@@ -22,13 +22,13 @@ HELP_NOTES = (
     'Between """ and """, Enter also starts a new line.',
     "A line that starts with a space is always a question.",
 )
-# Words of Ollama and of shells.
+# Names that Ollama and shells use for these commands.
 ALIASES = {
     **dict.fromkeys(("?", "/?"), "/help"),
     **dict.fromkeys(("exit", "quit", "/quit", "/bye"), "/exit"),
 }
 _FULL = {"on": Mode.OFF, "off": Mode.CONTEXT}
-# Fields of TurnOptions.
+# The parameters that /set accepts, which are fields of TurnOptions.
 _ALL_PARAMS = (
     find("temperature"),
     Setting("top_k", int, least=0, most=MOST),

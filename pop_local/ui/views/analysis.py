@@ -52,7 +52,7 @@ def show(found: Analysis, *, as_markdown: bool = False) -> None:
 
 
 def _columns(found: Analysis) -> Iterator[Column]:
-    """Yield the columns, which show the cost of skipping from each layer on."""
+    """Yield the columns. Each row shows the cost of skipping the layers from one layer on."""
     depths = {depth.boundary: depth for depth in found.depths}
 
     def of_depth(title: str, show: Callable[[DepthCost], object], numeric: bool = True) -> Column:

@@ -112,7 +112,7 @@ def show_converted(conversion: Conversion, done: Converted, *, as_markdown: bool
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
-    """Return a plan as a JSON object, which lists the boundaries to try if there are several."""
+    """Return a plan as a JSON object. For a search, the object lists the boundaries to try."""
     plans, limits = conversion.plans, conversion.budget
     distills = conversion.options.distiller is not None
     wished = replace(conversion.deepest, is_distilled=distills)
