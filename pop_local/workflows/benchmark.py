@@ -40,7 +40,7 @@ _SETTINGS = {
     "flash attention, weights not repacked": (False, True),
     "no flash attention, weights not repacked": (False, False),
 }
-# Maximum length in tokens of the prompt that selects llama.cpp's fastest settings.
+# Maximum length in tokens of the prompt with which llama.cpp's settings are compared.
 _N_TRIED = 512
 
 
@@ -67,8 +67,8 @@ class Speed:
 
     `backend`: the device's name and the number of threads. `kernels`: the result of `cpu_kernels`
     ("" on a GPU). `is_exact`: whether skipping the layers from `boundary` on leaves the output
-    unchanged. `upstream`: llama.cpp's fastest settings without our kernels (None if they were not
-    measured).
+    unchanged. `upstream`: llama.cpp's fastest settings without pop-local's kernels (None if they
+    were not measured).
     """
 
     model: str
@@ -183,7 +183,7 @@ def _context(source: Source, options: BenchOptions) -> int:
 
 
 def _backend(model: PopModel, hardware: Hardware) -> tuple[str, str]:
-    """Return a description of the device and its threads, and the names of our kernels in use."""
+    """Return a description of the device and its threads, and the CPU kernels ("" on a GPU)."""
     found = devices()
     gpus = [device for device in found if device.is_gpu]
     device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]

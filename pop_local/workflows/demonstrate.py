@@ -51,7 +51,7 @@ class Demonstration:
 def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     """Answer the question with and without pruning, in pairs with alternating order.
 
-    Pruning is on when this returns. Raises StoppedError, or PopError if the model is not converted
+    Pruning is turned on at the end. Raises StoppedError, or PopError if the model is not converted
     or the row counters have unexpected values.
     """
     files, boundary = opened.engine.context.files, opened.engine.pruning.boundary

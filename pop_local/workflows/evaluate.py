@@ -48,7 +48,7 @@ class EvaluateOptions:
 class Evaluation:
     """A model's loss from pruning at one boundary.
 
-    `speedup_limit`: the number of multiply-accumulates in full, divided by the number with pruning.
+    `speedup_limit`: the ratio of a full prefill's multiply-accumulates to a pruned prefill's.
     """
 
     model: Path

@@ -48,9 +48,9 @@ class TimeLeft:
         self._share = self._done = 0.0
 
     def begin(self, name: str) -> None:
-        """Start a stage, which ends all earlier stages that occur only once.
+        """Start a stage. Earlier stages that occur only once then count as finished.
 
-        The last stage ends all stages.
+        If the stage is the last one, all earlier stages count as finished.
         """
         self._done, self._share = self._passed, 0.0
         found = [i for i, stage in enumerate(self._stages) if name.startswith(stage.name)]
@@ -97,7 +97,7 @@ class Watch:
     called when a stage starts, and `on_progress(done, total)` receives its progress in `unit`.
     `on_note(text)` receives information for the user. `on_warning(error)` receives an error that
     did not stop the work. Workflows call `should_stop` at each progress report and while llama.cpp
-    computes. If `should_stop` returns True, the workflow raises StoppedError and leaves no files.
+    computes. If `should_stop` returns True, the workflow raises StoppedError and leaves no output.
     `may(question)` returns whether the user allows a download.
     """
 

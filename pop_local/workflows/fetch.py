@@ -13,7 +13,7 @@ from pop_local.workflows.events import Unit, Watch
 def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -> Path:
     """Fetch a model by name into `folder`, and return the model file's path.
 
-    A model is downloaded from a hub only if the watch's `may` returns True. `force`: whether to
+    A model is downloaded from a hub only if `watch.may` returns True. `force`: whether to
     replace an existing file. Raises PopError.
     """
     hub = hub_name(name)

@@ -85,7 +85,7 @@ def inspect(model: str, sidecar: Path | None = None) -> Inspection:
 
 
 def _model_of(header: Header) -> Path:
-    """Return the path of a sidecar's model. Raises PopError if it is in a different folder."""
+    """Return the path of a sidecar's model. Raises PopError if the folder lacks the model."""
     name = sidecar_meta(header).source_name
     path = base_path(header.path, name)
     if path is None:
@@ -132,7 +132,7 @@ def _of_model(source: Source, sidecar: Path | None, meta: PopMeta | None) -> Ins
 
 
 def _work(skipping: SkippableLayers, meta: PopMeta | None, macs: Macs) -> SkippingGain | None:
-    """Count the work at the file's boundary, the exact boundary, or two thirds of the layers."""
+    """Count the work saved at the file's or the exact boundary, or else by skipping a third."""
     two_thirds = max(skipping.first, round((skipping.last + 1) * (1 - DEFAULT_SKIP)))
     boundary = meta.boundary if meta else skipping.exact or min(skipping.last, two_thirds)
     if not 0 < boundary <= skipping.last:

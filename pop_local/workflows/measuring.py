@@ -24,7 +24,7 @@ from pop_local.workflows.hardware import Hardware
 def opened(
     files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any
 ) -> Iterator[PopModel]:
-    """Open a model for a task that the watch can stop. `options`: see `EngineOptions.of`."""
+    """Open a model for a task that `watch.should_stop` can stop. `options`: see EngineOptions."""
     options |= {"reuse": Reuse.EXACT, "sidecar": files.sidecar}  # stale rows would add to the loss
     model = PopModel(EngineOptions.of(files.path, **vars(hardware), **options))
     with model, stopped_by(watch.should_stop):

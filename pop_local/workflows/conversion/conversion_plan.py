@@ -52,8 +52,8 @@ class RowOptions:
 class ConvertOptions:
     """Options for a conversion.
 
-    `goal`: a named boundary (`Skip`, `Boundary`), or a budget (`Within`) that the fastest candidate
-    must meet. `fit`: the fit's options (None keeps the skipped layers' own projections).
+    `goal`: a named boundary (`Skip`, `Boundary`), or a budget (`Within`) within which the fastest
+    candidate is chosen. `fit`: the fit's options (None keeps the skipped layers' own projections).
     `distiller`: a factory for an object that trains the fit end to end (None: no distillation).
     """
 
@@ -69,7 +69,7 @@ class ConvertOptions:
 class Conversion:
     """A planned conversion, before the model is measured or a file is written.
 
-    `plans`: a named boundary's plan, or all plans of a search in order of increasing depth.
+    `plans`: a named boundary's plan, or a search's plans by increasing number of skipped layers.
     """
 
     source: Source
@@ -144,11 +144,11 @@ class Conversion:
 
     @cached_property
     def sizes(self) -> FileSizes:
-        """Return the sizes of the files that the deepest plan would write."""
+        """Return the sizes of the model and of the output for the deepest plan."""
         return self.sizes_of(self.deepest)
 
     def sizes_of(self, plan: Plan) -> FileSizes:
-        """Return the sizes of the files that the given plan would write."""
+        """Return the sizes of the model and of the output for the given plan."""
         kv_type = (self.fit or FitOptions()).kv_type
         measure = measure_sidecar if self.is_sidecar else measure_copy
         return measure(plan, self.path, kv_type)

@@ -51,7 +51,7 @@ def convert(
 
     `out`: the output's path (default: NAME.pop.gguf or NAME.pop-sidecar.gguf next to the model).
     `force`: whether to replace an existing output. At a boundary that is named without a budget,
-    `force` also writes a model that can no longer copy from its prompt.
+    `force` also permits a model that can no longer copy from its prompt.
 
     Raises PopError, or a subclass such as OutputExistsError, OverBudgetError or CopyingBrokenError,
     if the conversion fails, and StoppedError if `watch.should_stop` returns True. An existing

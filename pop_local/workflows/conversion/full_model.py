@@ -13,7 +13,7 @@ from pop_local.measure.lookups import Answers, LookupReference, LookupSettings
 from pop_local.measure.quality import FullScores, QualityReference, QualitySettings, read_reference
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 
-# With 16 windows, the mean KL has a relative standard error of 20 % or less.
+# With 16 windows, the mean KL has a relative standard error of 20% or less.
 N_WINDOWS = 16
 N_DOCUMENTS = 10
 
@@ -23,9 +23,8 @@ class FullModel:
     """The full model's scores on held-out text and look-ups, with the plan's full rows.
 
     `settings`: the measurement's settings, including the maximum number of windows. `text`: the
-    tokens to score (default: the shipped held-out text). The first use computes the scores, and
-    raises PopError or StoppedError if this fails. After a stop, the next use resumes the
-    computation.
+    tokens to score (default: the shipped held-out text). The scores are computed on first use,
+    which may raise PopError or StoppedError. After a stop, the next use resumes the computation.
     """
 
     runner: TrialRunner

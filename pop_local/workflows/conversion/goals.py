@@ -52,7 +52,7 @@ Goal = Named | Within
 
 
 def plans_of(goal: Goal, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-    """Return the plans that a goal may choose, in order of increasing depth. Raises PlanError.
+    """Return a goal's plans by increasing number of skipped layers. Raises PlanError.
 
     `rows`: keyword arguments for make_plan.
     """

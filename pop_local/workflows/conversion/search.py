@@ -7,13 +7,13 @@ then on look-ups. 2. Bisection assumes that skipping more layers never improves 
 starts at the middle boundary (`budget.undecided`). 3. One pass over the text fits a boundary and
 the boundaries that bisection may need next, if memory allows. 4. After bisection, the search
 distills fits, starting at the fastest candidate. Distillation continues with the next deeper
-boundary until a candidate exceeds the budget. If a step fails (for example, if memory runs out),
-the earlier results remain valid. 5. At the end, the search tries rules that select fewer deep rows.
-For each rule, the search starts at the deepest boundary within the budget, and skips fewer layers
-as long as the candidate would be the fastest. 6. The search chooses the fastest candidate within
-the budget. Among equally fast candidates, the search prefers a distilled candidate, unless its KL
-is larger by more than the standard error. Otherwise, the search chooses the candidate with the
-smallest KL.
+boundary until a candidate exceeds the budget. If distillation fails (for example, if memory runs
+out), the earlier results remain valid. 5. At the end, the search tries rules that select fewer deep
+rows. For each rule, the search starts at the deepest boundary within the budget, and skips fewer
+layers as long as the candidate would be the fastest. 6. The search chooses the fastest candidate
+within the budget. Among equally fast candidates, the search prefers a distilled candidate, unless
+its KL is larger by more than the standard error. Otherwise, the search chooses the candidate with
+the smallest KL.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Candidate:
     """A plan that a search may choose, and the plan's fit and measurements so far.
 
     `fitted`: the fit (None before fitting, and always None for `Projection.OWN`). `start`: the fit
-    that distillation starts from. `is_inside`: whether the candidate is currently within the budget
-    (None before the first measurement). A stopped search resumes from `scores` and `answers`.
+    to distill, if any. `is_inside`: whether the candidate is currently within the budget (None
+    before the first measurement). A stopped search resumes from `scores` and `answers`.
     """
 
     plan: Plan
@@ -102,9 +102,9 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
 
 @dataclass
 class Search:
-    """A search among plans in order of increasing depth.
+    """A search among plans, which are sorted by increasing number of skipped layers.
 
-    `plain` and `distilled`: the candidates, in order of increasing depth. `traded`: the candidates
+    `plain` and `distilled`: the candidates, in the order of the plans. `traded`: the candidates
     with fewer deep rows. After a stop, `run` continues the search.
     """
 
@@ -254,8 +254,8 @@ class Search:
     def trade_rows(self) -> None:
         """Try rules with fewer deep rows (rule 5).
 
-        The search assumes that fewer deep rows never improve quality, so each rule starts at the
-        boundary that the previous rule reached.
+        The search assumes that fewer deep rows never improve quality, so the search for each rule
+        starts at the boundary that was reached with the previous rule.
         """
         ready = {it.boundary: it for it in (*self.plain, *self.distilled) if it.is_ready}
         start = min(each.boundary for each in self.inside)
