@@ -31,7 +31,7 @@ _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 
 
 class LlamaBody(bodies.CompletionBody):
-    """A request to /completion, whose field names differ from OpenAI's.
+    """A request to /completion, some of whose field names differ from OpenAI's.
 
     If `n_predict` is 0, this server generates a token, whereas llama-server only fills its cache.
     """
@@ -44,7 +44,7 @@ class LlamaBody(bodies.CompletionBody):
     def _renamed(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        # Log probabilities come with token IDs.
+        # Chunks include token IDs only if they include log probabilities.
         n_top = given.get("n_probs") or (0 if given.get("return_tokens") else None)
         renamed = {"n": given.get("n_cmpl"), "logprobs": n_top}
         limit = given.get("n_predict")
@@ -172,7 +172,7 @@ async def _slots(api: Api, request: Request) -> Response:
 
 
 def _slot(served: ServedModel, number: int) -> Json:
-    """Describe a slot. While its prompt is read, `left_s` estimates the remaining seconds."""
+    """Describe a slot. `left_s` is the estimated time in seconds until its prompt is read."""
     job, n_ctx = served.worker.running.get(number), served.model.engine.context.n_ctx
     slot = {"id": number, "model": served.name, "n_ctx": n_ctx, "speculative": False}
     if job is None:

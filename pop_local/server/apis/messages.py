@@ -43,7 +43,7 @@ class TextSource(bodies.LenientBody):
 
 
 class DocumentBlock(bodies.LenientBody):
-    """A text document. The request must contain its text, since the server reads no PDF."""
+    """A document that is sent as plain text. PDFs are refused."""
 
     type: Literal["document"]
     source: TextSource
@@ -116,10 +116,7 @@ class AnthropicToolChoice(bodies.LenientBody):
 
 
 class CountTokensBody(bodies.ModelRequest):
-    """A request to count tokens.
-
-    The fields `thinking`, `metadata` and `cache_control` are ignored.
-    """
+    """A request to count tokens. `thinking`, `metadata` and `cache_control` are ignored."""
 
     unsupported = ("mcp_servers", "container")
     messages: Annotated[
@@ -160,7 +157,7 @@ class MessagesBody(CountTokensBody):
 
 
 class MessagesReply(replies.EventReply):
-    """A formatter for Anthropic messages and their stream events; reasoning is omitted."""
+    """A formatter for Anthropic messages and their stream events, without reasoning."""
 
     id_prefix = "msg_"
 

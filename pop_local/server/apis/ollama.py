@@ -67,10 +67,7 @@ class OllamaMessage(bodies.LenientBody):
 
 
 class OllamaBody(bodies.ModelRequest):
-    """The fields that /api/chat and /api/generate share.
-
-    The fields `keep_alive` and `think` are ignored.
-    """
+    """The fields of both /api/chat and /api/generate. `keep_alive` and `think` are ignored."""
 
     stream: bool | None = None
     options: dict[str, Any] | None = None
@@ -129,14 +126,14 @@ class OllamaGenerate(OllamaBody):
 
 
 class OllamaReply(replies.OtherApiReply):
-    """A formatter for replies to /api/generate, which are streamed as lines of JSON."""
+    """A formatter for replies to /api/generate, which are streamed as JSON lines."""
 
     media_type = "application/x-ndjson"
 
     _shown_s = 0.0
 
     def comment(self, progress: str) -> bytes:
-        """Return an object without text every few seconds, because JSON lines have no comments."""
+        """Return an object without text every few seconds, since a JSON stream has no comments."""
         if (now_s := time.monotonic()) - self._shown_s < _QUIET_S:
             return b""
         self._shown_s = now_s

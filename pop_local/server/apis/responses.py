@@ -30,7 +30,7 @@ _REPEATED = {
     *("instructions", "previous_response_id", "max_output_tokens"),
     *("temperature", "top_p", "tool_choice"),
 }
-# Limit for all stored conversations, in estimated bytes.
+# Limit on the estimated total size of stored responses, in bytes.
 _MAX_STORED = 1 << 25
 
 
@@ -145,10 +145,7 @@ class ResponsesBody(bodies.ModelRequest):
         )
 
     def messages(self) -> list[Json]:
-        """Return the input as chat messages.
-
-        Function calls are merged into the preceding assistant message.
-        """
+        """Return the input as chat messages. Calls are added to a preceding assistant message."""
         found: list[Json] = []
         for item in self.input:
             if isinstance(item, MessageItem):
@@ -165,7 +162,7 @@ class ResponsesBody(bodies.ModelRequest):
 
 
 class StoredResponse(NamedTuple):
-    """A response with its input items, and the conversation's messages up to and including it.
+    """A response, its input items, and the conversation's messages including the response's.
 
     `owner`: the cache scope of the client that may use the response.
     """
@@ -177,7 +174,7 @@ class StoredResponse(NamedTuple):
 
 
 class ResponseStore:
-    """The responses that clients can retrieve, or continue with `previous_response_id`."""
+    """The responses that clients can retrieve, or continue from (`previous_response_id`)."""
 
     def __init__(self) -> None:
         # The least recently used response comes first.
@@ -218,7 +215,7 @@ class ResponseStore:
 
 
 class ResponsesReply(EventReply):
-    """A formatter for OpenAI's responses and their stream events; reasoning is omitted."""
+    """A formatter for OpenAI's responses and their stream events, without reasoning."""
 
     id_prefix = "resp_"
 
@@ -289,7 +286,7 @@ class ResponsesReply(EventReply):
         status = "incomplete" if end.reason == "length" else "completed"
         response = self._response(status, end)
         if self._body.store is not False:
-            # The next request continues the conversation after this response.
+            # A later request may continue the conversation from this response.
             output = self._body.model_validate({"input": self._output})
             messages = [*self._earlier, *self._body.messages(), *output.messages()]
             items = [item.model_dump() for item in self._body.input]
