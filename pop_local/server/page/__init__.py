@@ -1,1 +1,1 @@
-"""The web page at /, which offers a chat and reads uploaded files."""
+"""The chat page at /, and the endpoint that reads its uploaded files."""

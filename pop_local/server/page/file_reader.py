@@ -23,7 +23,7 @@ class FileReader:
 
     @staticmethod
     def picture(path: str) -> str:
-        """Return an image file as base64. Only the image's header is decoded."""
+        """Return an image file as base64 after checking the image's header."""
         return base64.b64encode(read_picture(path).content).decode()
 
 

@@ -43,9 +43,9 @@ _TYPES = {
 }
 _FILES = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*.*")}
 _MAX_NAME = 200
-# Concurrent uploads, which use disk space: in total, and of one client.
+# Limits on concurrent uploads, which use disk space: in total and per client.
 _MAX_UPLOADS, _MAX_CLIENT_UPLOADS = 8, 2
-_MAX_WAITING_UPLOADS = 16  # of one client
+_MAX_WAITING_UPLOADS = 16  # per client
 _HINT = "save the file as plain text first"
 _IMAGE = re.compile(r"image/[\w.+-]{1,40}")
 

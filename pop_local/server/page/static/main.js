@@ -164,7 +164,7 @@ const single = (mine, message, asked) =>
 async function compare(mine, message, asked) {
   const isOn = $("pruning").checked;
   const alike = { ...asked, cache_prompt: false, temperature: 0, max_tokens: COMPARED_TOKENS };
-  // Warm-up: the first prompt would wait for the disk.
+  // Warm up, so that the first measured prompt does not wait for the disk.
   const short = { messages: [{ role: "user", content: "Hi" }], max_tokens: 1, pop: false };
   await stream(mine, { text: "" }, { ...alike, ...short });
   message.sides = [{ name: "In full", text: "" }, { name: "Pruned", text: "" }];
@@ -207,7 +207,7 @@ async function stream(mine, target, asked) {
 
 async function watchRefilling() {
   let most = 0;
-  // If the server is down, the next question reports it.
+  // If the server is down, the next question shows the error.
   for (let n; !running && (n = await refillable().catch(() => 0)); ) {
     most = Math.max(most, n);
     showBar("refilling", "Catching up", most - n, most);
