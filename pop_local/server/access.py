@@ -37,10 +37,10 @@ _MAX_LOGGED_NAME = 80  # characters
 class AccessRules:
     """The rules for accepting requests.
 
-    If `api_keys` is not empty, the server accepts requests that carry one of the keys. Otherwise,
-    it accepts requests to loopback names and to `host`, its listening address. The server also
-    accepts requests from web pages whose origin is in `origins` (in lower case). If `shares_cache`
-    is set, a client's prompts may reuse rows that were read for other clients.
+    If `api_keys` is not empty, requests must carry one of the keys. Otherwise, the server accepts
+    requests to loopback names and to `host`, its listening address. It then refuses web pages from
+    other machines unless `origins` contains their origin (in lower case). If `shares_cache` is set,
+    a client's prompts may reuse rows that were read for other clients.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class AccessRules:
     shares_cache: bool = False
 
     def client_of(self, scope: Scope) -> str:
-        """Return a hash of the key that a request carries, or the client's address without keys."""
+        """Return a hash of the request's API key, or the client's address if no keys are set."""
         if self.api_keys:
             return hashlib.sha256((sent_key(scope, self) or "").encode()).hexdigest()[:16]
         return str(scope["client"][0]) if scope.get("client") else "-"
@@ -61,7 +61,7 @@ class AccessRules:
 
 
 def parse_origin(text: str) -> str:
-    """Return a web page's origin in the form that browsers send. Raises PopError."""
+    """Return an origin in the form that browsers send. Raises PopError if it is invalid."""
     origin = text.strip().removesuffix("/").lower()
     if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
         raise PopError(
@@ -76,11 +76,11 @@ def parse_origin(text: str) -> str:
 class AccessMiddleware:
     """ASGI middleware that checks, counts and logs each request.
 
-    The metrics count requests to each of `paths` separately. Handlers use the scope's state:
-    `client` identifies the client, and `cache_scope` is the owner of its cached rows. `note` is
-    appended to the log line, `client_gone` marks an aborted stream, and `held` is closed after the
-    response. If the requested model does not exist, `requested` is the name in the request, and
-    `answering` is the name of the model that answers instead.
+    The metrics count requests to each of `paths` separately. In the scope's state, `client`
+    identifies the client, and `cache_scope` is the owner of its cached rows. `note` is appended to
+    the log line, `client_gone` marks an aborted stream, and `held` is closed after the response. If
+    the requested model does not exist, `requested` is the name in the request, and `answering` is
+    the name of the model that answers instead.
     """
 
     app: ASGIApp
@@ -112,7 +112,7 @@ class AccessMiddleware:
             error = refusal(scope, self.rules)
             app = self.app if error is None else error.response(scope["path"])
             await app(scope, receive, send_and_note)
-        except asyncio.CancelledError:  # the server stopped before the body was complete
+        except asyncio.CancelledError:  # the server stopped before the request was complete
             if is_started:
                 raise
             await stopping().response(scope["path"])(scope, receive, send_and_note)
@@ -138,9 +138,9 @@ class AccessMiddleware:
 def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
     """Return the error for a request that the rules reject, or None if they accept the request.
 
-    Without a key, the Host header must name this machine, which blocks DNS rebinding, and the
-    server refuses web pages from other origins. A server that listens on 0.0.0.0 accepts any IP
-    address in the Host header, because DNS cannot rebind an address.
+    If no keys are set, the Host header must name this machine, which blocks DNS rebinding, and a
+    web page's origin must be allowed. A server that listens on 0.0.0.0 accepts any IP address in
+    the Host header, because DNS cannot rebind an address.
     """
     headers = Headers(scope=scope)
     if "content-length" in headers and "transfer-encoding" in headers:
@@ -158,7 +158,7 @@ def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
     try:
         ipaddress.ip_address(name)
         is_any_address = ipaddress.ip_address(host).is_unspecified
-    except ValueError:  # the name or the host is not an address
+    except ValueError:  # the name or the host is not an IP address
         is_any_address = False
     is_docker = name == _DOCKER and host not in LOOPBACK
     if name not in (*LOOPBACK, host) and not is_any_address and not is_docker:

@@ -48,7 +48,7 @@ class Api:
         self._max_body_bytes = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * max_ctx)
         self._max_image_bytes = MAX_DATA_URL if models.registry.can_see else 0
         self._grammars = ClientLimiter(N_COMPILING, 1, models.registry.max_waiting)
-        # To bound memory, one request at a time may decode images.
+        # To limit memory use, only one request at a time decodes images.
         self._image_limit = anyio.CapacityLimiter(1)
         self._watchers: set[asyncio.Task[None]] = set()
 
@@ -66,7 +66,7 @@ class Api:
     async def read(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
         """Read and validate a request's body.
 
-        Raises ApiError if the body is too large, or ValidationError if the body is invalid.
+        Raises ApiError or ValidationError if the body is too large or invalid.
         """
         raw = bytearray()
         async for piece in request.stream():
@@ -83,7 +83,7 @@ class Api:
             message = f"the images in a request are limited to a total of {MAX_BYTES >> 20} MiB"
             raise ApiError(413, message, code="request_too_large")
         body = kind.model_validate_json(raw)
-        if _MAYBE_NO_NUMBER.search(raw):  # Pydantic accepts NaN and infinity within JSON schemas
+        if _MAYBE_NO_NUMBER.search(raw):  # Pydantic accepts NaN and infinity in JSON schemas
             try:
                 json.dumps(json.loads(raw), allow_nan=False)
             except ValueError as error:
@@ -94,7 +94,7 @@ class Api:
     # Models
 
     def require_file(self, request: Request, name: str | None) -> ModelFile:
-        """Return the file of the requested or default model. Raises ApiError."""
+        """Return the file of the requested or else the default model. Raises ApiError."""
         file = self.models.find(name)
         if name and file is None:
             if self.models.registry.strict_model:
@@ -115,7 +115,7 @@ class Api:
     async def served(self, request: Request, name: str | None) -> ServedModel:
         """Return the requested or default model, which stays open until the response is sent.
 
-        Raises ApiError for an unknown model, a full queue or a disconnected client.
+        Raises ApiError if the model cannot be opened, the queue is full or the client disconnects.
         """
         lease = await self.models.lease(self.require_file(request, name))
         request.state.held.callback(lease.end)
@@ -127,7 +127,7 @@ class Api:
     async def work(
         self, request: Request, served: ServedModel, function: Callable[[], Result]
     ) -> Result:
-        """Call a function in a thread. Raises ApiError if the client disconnects."""
+        """Call `function` in a thread. Raises ApiError on a disconnect or if the server stops."""
         gone, worker = self._disconnected(request), served.worker
 
         def stoppable() -> Result:
@@ -152,13 +152,13 @@ class Api:
             return await self.work(request, served, lambda: make(served.tasks, body))
 
     async def prepared(self, request: Request, chat: ChatBody) -> tuple[ServedModel, Task]:
-        """Return a chat's model and first task without running the task."""
+        """Return a chat's model and its first task, without running the task."""
         served = await self.served(request, chat.model)
         first, *_ = await self.tasks(request, served, chat, TaskFactory.chat)
         return served, first
 
     async def count(self, request: Request, chat: ChatBody) -> Response:
-        """Return the number of tokens in a chat's prompt."""
+        """Return a response with the number of tokens in a chat's prompt."""
         _, task = await self.prepared(request, chat)
         return JSONResponse({"input_tokens": len(task.prompt)})
 

@@ -21,7 +21,7 @@ _ANTHROPIC_KINDS = {
     413: "request_too_large",
     429: "rate_limit_error",
 }
-# The types of errors at paths without /v1, by code.
+# llama-server's error types by code, for paths without /v1.
 _LLAMA_SERVER_KINDS = {
     "context_length_exceeded": "exceed_context_size_error",
     "invalid_api_key": "authentication_error",
@@ -33,7 +33,7 @@ _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: _RETRY, 503: _RETRY}
 class ApiError(HTTPException):
     """An HTTP error response to a refused or failed request.
 
-    `param` is the name of the invalid field, if any, and `figures` are added to the error.
+    `param` is the name of the invalid field, if any. OpenAI's format also includes `figures`.
     """
 
     figures: Mapping[str, int] = {}
@@ -83,7 +83,7 @@ def bad_request(
 ) -> Iterator[None]:
     """Convert a PopError raised in the `with` block to an ApiError 400 that names `param`.
 
-    For a GrammarError, the code is "invalid_grammar", and `grammar_param` is named if it is set.
+    A GrammarError has the code "invalid_grammar" and, if `grammar_param` is set, names that field.
     """
     try:
         yield
@@ -104,7 +104,7 @@ def as_api_error(error: Exception) -> ApiError:
             return client_gone()
         case ValidationError():
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            # Pydantic lists a union's tag before a field of the same name.
+            # Pydantic inserts a union's tag before a field of the same name.
             where = ".".join(str(part) for part, _ in groupby(first["loc"]))
             message = first["msg"].removeprefix("Value error, ")
             return ApiError(400, f"{where}: {message}" if where else message, param=where or None)

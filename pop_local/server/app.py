@@ -36,7 +36,7 @@ _KILL_S = 8.0
 _BACKLOG = 128
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _LARGE_BYTES = 1 << 20
-_MAX_PATH = 100  # characters shown in an error
+_MAX_PATH = 100  # maximum length of a path in an error message
 _BIND_HINTS = {
     errno.EADDRINUSE: "another program is using this port; pass --port 0 to use any free port",
     errno.EADDRNOTAVAIL: "pass an address of this machine, or 0.0.0.0 for all networks",
@@ -126,7 +126,7 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
         *messages.routes(api),
         *page_routes.routes(),
     ]
-    # Some clients append only an endpoint's name to the server's address.
+    # Some clients append an endpoint's path to the server's address without /v1.
     short = [(route.path.removeprefix("/v1"), route) for route in routes]
     taken = {route.path for route in routes}
     routes += [Route(at, one.endpoint, methods=one.methods) for at, one in short if at not in taken]
@@ -147,7 +147,7 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
     app.add_middleware(AccessMiddleware, metrics=models.metrics, rules=rules, paths=paths)
     app.add_middleware(
         CORSMiddleware,
-        # With a key every origin is safe: a page has the key only if its user entered it.
+        # With a key, every origin is safe: a page has the key only if its user entered it.
         allow_origins=["*"] if rules.api_keys else rules.origins,
         allow_origin_regex=LOCAL_ORIGIN,
         allow_methods=["*"],
@@ -155,7 +155,7 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
         expose_headers=["X-Model"],
     )
     app.state.models = models
-    # Without keys, an address identifies a client, so a local client must not choose its address.
+    # Without keys, an address identifies a client, so local clients must not choose theirs.
     app.state.has_proxy = bool(rules.api_keys)
     return app
 
@@ -169,7 +169,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         for one in sockets or ():
-            one.listen(_BACKLOG)  # uvicorn's `backlog` is ACCEPTED_AT_ONCE
+            one.listen(_BACKLOG)  # uvicorn listened with ACCEPTED_AT_ONCE
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         def end() -> None:

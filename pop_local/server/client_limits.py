@@ -10,10 +10,10 @@ from pop_local.server.api_errors import ApiError
 
 
 class ClientLimiter:
-    """A limiter of concurrent work, in total and for each client.
+    """A limit on concurrent work, in total and per client.
 
-    A client's requests wait for the client's share first. A client with many waiting requests
-    therefore does not delay the other clients.
+    A request waits for its client's limit first, and only then for the total limit. A client with
+    many waiting requests therefore does not delay the other clients.
     """
 
     def __init__(self, total: int, per_client: int, max_waiting: int) -> None:

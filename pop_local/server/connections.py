@@ -1,4 +1,4 @@
-"""Limits that uvicorn lacks: the number of connections, and the time to receive a request."""
+"""HTTP connections with limits on their number and on the time to receive a request."""
 
 import asyncio
 import sys
@@ -10,11 +10,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 REQUEST_S = 60.0  # time limit for receiving a whole request
 ACCEPTED_AT_ONCE = 8  # connections that asyncio accepts before it handles the first
 _MAX_CONNECTIONS = 512
-_SPARE = 32  # file descriptors for connections in transition and for child processes
+_SPARE = 32  # file descriptors kept free for new connections and child processes
 
 
 def max_connections() -> int:
-    """Return how many connections this process's file-descriptor limit allows."""
+    """Return the maximum number of connections, given the limit on file descriptors."""
     if sys.platform == "win32":
         return _MAX_CONNECTIONS
     import resource
@@ -29,7 +29,8 @@ def max_connections() -> int:
 class Connection(H11Protocol):
     """An HTTP connection with a time limit for receiving each request.
 
-    At the connection limit, a new connection replaces the one that has been idle the longest.
+    At the connection limit, a new connection replaces the one that has waited longest for its next
+    request.
     """
 
     _deadline: asyncio.TimerHandle | None = None

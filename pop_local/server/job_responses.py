@@ -72,7 +72,7 @@ async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> As
         yield last + reply.closing(ends)
     except Exception as error:
         complete = not job.cancelled.is_set()
-        job.cancelled.set()  # nothing reads the rest of the answer
+        job.cancelled.set()  # the rest of the answer will not be read
         yield reply.frame(reply.failed(as_api_error(error)))
     finally:
         if not complete:
@@ -104,7 +104,7 @@ class _AnswerParser:
         return [(piece, ()) for piece in rest]
 
     def end(self, state: State, job: Job, last: Chunk) -> AnswerEnd:
-        """Return a finished answer's finish reason and usage.
+        """Return the answer's finish reason and usage, and set the access log's note.
 
         Raises ApiError if the answer was interrupted.
         """

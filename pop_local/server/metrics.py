@@ -1,4 +1,4 @@
-"""A server's Prometheus metrics, in a separate registry."""
+"""A server's Prometheus metrics."""
 
 from functools import partial
 
@@ -48,7 +48,7 @@ class Metrics:
         self.refillable = gauge("pop_refillable_tokens", not_refilled)
 
     def answered(self, stats: TurnStats) -> None:
-        """Update the metrics for an answer, even if the answer was interrupted."""
+        """Add a complete or interrupted answer to the metrics."""
         for name, metric in self._of_answers.items():
             metric.inc(getattr(stats, name))
         if stats.n_decoded:

@@ -1,4 +1,4 @@
-"""Find a server's models by name, and describe the models based on their file headers."""
+"""Find a server's models by name, and describe them from their file headers."""
 
 import os
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ class ModelInfo:
     """A model's description in listings.
 
     `boundary` is 0 if prompts are not pruned. While a model is closed, `exact` and `open_template`
-    are None and `can_infill` is False, because they are unknown.
+    are None and `can_infill` is False, because the values are unknown.
     """
 
     name: str
@@ -73,10 +73,7 @@ class ModelInfo:
 
     @classmethod
     def of_file(cls, file: ModelFile, n_ctx: int | None, n_parallel: int) -> "ModelInfo":
-        """Describe a model's file (`n_ctx` None: the default context).
-
-        Raises PopError if the file is damaged.
-        """
+        """Describe a model's file (`n_ctx` None: the default). Raises PopError if it is damaged."""
         others = (file.path.parent, file.path.with_name(file.path.stem + SIDECAR_SUFFIX))
         states = (_state(path) for path in (file.path, *others, learned_dir()))
         return _described(file, n_ctx, n_parallel, tuple(states))
@@ -98,7 +95,7 @@ class ModelInfo:
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:
-    """Return values that change with a file, or with the names in a folder (None: missing)."""
+    """Return values that change if a file or a folder's list of names changes (None: missing)."""
     with suppress(OSError):
         stat = path.stat()
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -114,7 +111,7 @@ def _source(path: Path, _file_state: object) -> Source:
 def _described(
     file: ModelFile, n_ctx: int | None, n_parallel: int, states: tuple[object, ...]
 ) -> ModelInfo:
-    """Describe a model's file. `states`: the states of the files that the result depends on."""
+    """Describe a model's file. `states`: the results of `_state` for all files that are used."""
     source = _source(file.path, states[0])
     if source.first.get("general.architecture") == ARCHITECTURE:
         raise PopError(f"{file.path} is an mmproj, not a language model")

@@ -1,4 +1,4 @@
-"""The pool of a server's open models: requests lease models, and idle models are closed."""
+"""A server's pool of open models. Each request leases a model."""
 
 import asyncio
 import logging
@@ -37,10 +37,10 @@ class ModelRegistry:
     is each model's context length (None: the model's default), and `n_parallel` is each model's
     number of sequences. `can_see` is true if at least one model may be able to read images.
 
-    `max_waiting` is the maximum queue length. `repeatable` is the default for requests that do not
-    set this field. `ram_bytes` limits the total memory of all open models. A model that needs more
-    than `ram_bytes` is opened alone. If `strict_model` is set, requests for unknown models are
-    refused. Otherwise, the default model answers requests for unknown models.
+    `max_waiting` is the maximum queue length. `repeatable` is the default for requests without the
+    field `repeatable`. `ram_bytes` limits the total memory of all open models. A model that needs
+    more than `ram_bytes` is opened alone. If `strict_model` is set, requests for unknown models are
+    refused. Otherwise, the default model answers them.
     """
 
     files: Callable[[], Mapping[str, Path]]
@@ -72,7 +72,7 @@ class ServedModel:
 
     @property
     def is_replaced(self) -> bool:
-        """True if the model's file was changed after it was opened."""
+        """True if any of the model's files was changed after the model was opened."""
         return bool(self.model.engine.context.files.replaced)
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class ServedModel:
         try:
             for sequence in self.model.engine.sequences:
                 sequence.states.store()
-        except Exception:  # for example a lack of memory, which closing the model frees
+        except Exception:  # such as too little memory: closing the model frees some
             log.exception("the KV cache of %s could not be stashed", self.name)
         finally:
             self.model.close()
@@ -91,7 +91,7 @@ class ServedModel:
 
 @dataclass(eq=False)
 class Lease:
-    """A request's claim on a model, which stays open from the call to `grant` until `end`."""
+    """A request's claim on a model, which must stay open between `grant` and `end`."""
 
     file: ModelFile
     needed_bytes: int
@@ -104,7 +104,7 @@ class Lease:
         self.served.set_result(served)
 
     def refuse(self, error: ApiError) -> None:
-        """Fail the waiting request with an error, unless the lease has already been granted."""
+        """Fail the waiting request with an error, unless the lease was granted or has ended."""
         if not self.served.done():
             self.served.set_exception(error)
 
@@ -133,7 +133,7 @@ class ModelPool:
         self._damaged: set[Path] = set()
         self._problem = ""  # why the last attempt to open a model failed
         self._change: threading.Thread | None = None
-        self._closing: Sequence[ServedModel] = ()  # models that the change closes
+        self._closing: Sequence[ServedModel] = ()  # models that are being closed
         self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.metrics.open.set_function(lambda: len(self._loaded))
@@ -201,7 +201,7 @@ class ModelPool:
         return found[0] if found else None
 
     async def listed(self) -> list[ModelInfo]:
-        """Describe all models. Damaged files are logged and omitted."""
+        """Return descriptions of all models. Damaged files are logged and omitted."""
         opened = self.opened
         names = {info.name for info in opened}
         files = [ModelFile(*each) for each in self.registry.files().items() if each[0] not in names]
@@ -218,13 +218,13 @@ class ModelPool:
         return [ModelInfo.of_model(served.name, served.model) for served in self.loaded]
 
     async def info(self, file: ModelFile) -> ModelInfo:
-        """Describe a model. Raises PopError for a damaged file."""
+        """Describe a model. Raises PopError or OSError if its file is damaged or unreadable."""
         if served := self._current(file.path):
             return ModelInfo.of_model(file.name, served.model)
         return await run_in_threadpool(self._read, file)
 
     def _current(self, path: Path) -> ServedModel | None:
-        """Return the open model, unless the model's file was replaced."""
+        """Return the open model at this path, or None if it is closed or its file was replaced."""
         served = self._loaded.get(path)
         return None if served is None or served.is_replaced else served
 
@@ -244,7 +244,10 @@ class ModelPool:
     # Leases
 
     async def lease(self, file: ModelFile) -> Lease:
-        """Start a lease, which the caller must end. Raises ApiError if the queue is full."""
+        """Start a lease, which the caller must end.
+
+        Raises ApiError if the file is unreadable, the queue is full or the server is stopping.
+        """
         try:
             needed_bytes = (await self.info(file)).needed_bytes
         except (PopError, OSError) as error:
@@ -287,7 +290,7 @@ class ModelPool:
         self._advance()
 
     def _advance(self) -> None:
-        """Grant waiting leases in order, and start opening the first waiting lease's model."""
+        """Grant waiting leases in order, and start opening the first closed model they need."""
         while self._change is None and not self._stopping.is_set():
             self._waiting = self._still_waiting()
             if not self._waiting:
@@ -307,8 +310,8 @@ class ModelPool:
     def _to_close(self, lease: Lease) -> list[ServedModel] | None:
         """Return the idle models to close before the lease's model is opened.
 
-        The result is None if busy models leave too little memory, or if the replaced file of the
-        lease's model is still busy.
+        Returns None if busy models leave too little memory, or if the lease's model is itself busy
+        and must be reopened because its file was replaced.
         """
         limit = self.registry.ram_bytes
         n_bytes = lease.needed_bytes + sum(served.needed_bytes for served in self.loaded)
@@ -325,7 +328,7 @@ class ModelPool:
     # Opening and closing
 
     def load(self, file: ModelFile) -> ServedModel:
-        """Open a model without starting its worker. Raises PopError."""
+        """Open a model without starting its worker. Raises PopError or StoppedError."""
         with stopped_by(self._stopping.is_set):
             model = self.registry.open(file.path)
         tasks = TaskFactory(model, repeatable=self.registry.repeatable)
@@ -408,7 +411,8 @@ class ModelPool:
     def health(self) -> dict[str, Any]:
         """Return /health's fields. Raises ApiError if a model hangs or the only model is unusable.
 
-        `replaced` names the open models whose files were replaced. The next request reopens them.
+        `replaced` lists the open models whose files were replaced. The next request for such a
+        model reopens it.
         """
         in_memory = [*self.loaded, *self._closing]
         if hung_s := max((served.worker.hung_s() for served in in_memory), default=0.0):

@@ -77,7 +77,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
 
 
 def timings(usage: Json) -> Json:
-    """Return llama-server's `timings`. The first token costs no step, so n tokens take n - 1."""
+    """Return llama-server's `timings`. Prefill yields token 1: n tokens take n - 1 steps."""
     n_cached, pop = usage["prompt_tokens_details"]["cached_tokens"], usage["pop"]
     n_prompt, n_predicted = usage["prompt_tokens"] - n_cached, usage["completion_tokens"]
     found: Json = {"cache_n": n_cached, "prompt_n": n_prompt, "predicted_n": n_predicted}
@@ -90,7 +90,7 @@ def timings(usage: Json) -> Json:
 
 
 def total(ends: Sequence[AnswerEnd]) -> Json:
-    """Sum the usage of several answers. All other fields come from the last answer."""
+    """Add up the numbers in several answers' usage. Other values come from the last answer."""
     return reduce(_sum, (end.usage for end in ends))
 
 
@@ -253,7 +253,7 @@ def _top(token: TokenLogprob) -> Json | None:
     """Return the log probabilities of the token and the most likely tokens, keyed by token text."""
     if token.logprob is None:
         return None
-    # If two tokens have the same text, the more likely token counts.
+    # If two tokens have the same text, the more likely token's value is used.
     return {_text(one): one.logprob for one in (token, *reversed(token.top))}
 
 

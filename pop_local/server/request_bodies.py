@@ -42,7 +42,7 @@ class LenientBody(BaseModel):
 
 
 class ModelRequest(LenientBody):
-    """A request to `model` (None: the default model).
+    """A request for `model` (None: the default model).
 
     Requests with a field in `unsupported` are refused, because ignoring the field would change the
     answer.
@@ -68,10 +68,7 @@ class JsonSchema(LenientBody):
 
 
 class ResponseFormat(LenientBody):
-    """The required format of an answer.
-
-    Some clients send the schema as a top-level `schema` instead of `json_schema.schema`.
-    """
+    """An answer's format. Some clients send `schema` instead of `json_schema.schema`."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
@@ -85,7 +82,7 @@ class ResponseFormat(LenientBody):
 
 
 class FormatOptions(LenientBody):
-    """The answer options in the APIs of OpenAI (`text`) and Anthropic (`output_config`)."""
+    """The format options that OpenAI calls `text` and Anthropic calls `output_config`."""
 
     format: ResponseFormat | None = None
 
@@ -121,7 +118,7 @@ def _as_parts(content: Any) -> Any:
 
 
 def replace(sent: Any, meant: Any) -> BeforeValidator:
-    """Return a validator that replaces the value `sent` by some clients with the value `meant`."""
+    """Return a validator that replaces the value `sent` with the value `meant`."""
     return BeforeValidator(lambda value: meant if value == sent else value)
 
 
@@ -147,7 +144,7 @@ class ChatToolCall(LenientBody):
 
 
 class FunctionSpec(LenientBody):
-    """A function that the model may call. The schema is enforced even without `strict`."""
+    """A function that the model may call. `parameters` is enforced even without `strict`."""
 
     name: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")]
     description: str | None = None
@@ -160,7 +157,7 @@ class ChatTool(LenientBody):
 
 
 def keep_tool_types(*types: str | None) -> BeforeValidator:
-    """Return a validator that drops tools of all other types, which the vendor would run."""
+    """Return a validator that drops tools of other types, which only the vendor can run."""
 
     def kept(tools: Any) -> Any:
         if not isinstance(tools, list):
@@ -180,7 +177,7 @@ class AllowedTools(LenientBody):
 
 
 class AllowedToolsChoice(LenientBody):
-    """A choice that hides no tool from the prompt, but allows calls only to some tools."""
+    """A choice that keeps all tools in the prompt, but allows calls to only some of them."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
@@ -215,13 +212,13 @@ class ChatMessage(LenientBody):
 
 
 def _as_biases(sent: Any) -> Any:
-    """Convert OpenAI's object of token IDs to llama-server's list of pairs."""
+    """Convert OpenAI's object, whose keys are token IDs, to llama-server's list of pairs."""
     pairs = sent.items() if isinstance(sent, dict) else ()
     named = [[int(key) if re.fullmatch("-?[0-9]+", key) else key, bias] for key, bias in pairs]
     return named if isinstance(sent, dict) else sent
 
 
-# Pairs of a token ID, or a text whose tokens are meant, and a bias (false: never sample).
+# Each pair has a token ID, or a text for all its tokens, and a bias (false: never sample).
 LogitBias = Annotated[
     list[tuple[int | str, Literal[False] | Annotated[float, Field(ge=-1e6, le=1e6)]]] | None,
     Field(fail_fast=True, max_length=MAX_BIASES),
@@ -273,7 +270,7 @@ class GenerationBody(ModelRequest, SamplingFields):
 
     @property
     def limit(self) -> int | None:
-        """The maximum number of generated tokens, from the first of three fields that is set."""
+        """The maximum number of generated tokens, from the first field that is set."""
         given = (self.n_predict, self.max_completion_tokens, self.max_tokens)
         return next((limit for limit in given if limit is not None), None)
 
@@ -361,12 +358,12 @@ class ChatBody(GenerationBody):
 
 
 Tokens = Annotated[list[int], Field(fail_fast=True)]
-# One prompt whose texts are tokenized in place.
+# One prompt: token IDs, and texts to tokenize.
 MixedTokens = Annotated[list[int | str], Field(fail_fast=True)]
 
 
 def _simplified(prompt: Any) -> Any:
-    """Replace llama-server's objects with their text: `prompt_string`, or `content` of texts."""
+    """Replace llama-server's prompt objects with their text (`prompt_string` or `content`)."""
     if isinstance(prompt, list):
         is_plain = not any(isinstance(each, dict) for each in prompt)
         return prompt if is_plain else [_simplified(each) for each in prompt]
@@ -385,7 +382,7 @@ def _check_prompts(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         found = handler(prompt)
     except ValidationError:
         found = None
-    # A list of texts is also a list of texts and tokens.
+    # A list of too many texts passes validation as MixedTokens.
     if found is None or len(as_prompts(found)) > MAX_TEXTS:
         raise ValueError(
             f"send a string, a list of token ids, or a list with up to {MAX_TEXTS} of either"

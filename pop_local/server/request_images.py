@@ -9,30 +9,30 @@ from itertools import islice
 from pop_local.engine.images.pictures import MAX_BYTES, MAX_PIXELS, Picture, picture_of
 from pop_local.server.api_errors import ApiError, bad_request
 
-# Limits for all images of a request, which are decoded before the request is queued.
+# Limits on all images in a request, which are decoded before the request is queued.
 MAX_IMAGES = 64
 MAX_REQUEST_PIXELS = 2 * MAX_PIXELS
-# In a partially received body, the last image may be incomplete. Ollama's clients send lists of
-# base64, which must not contain escapes: an escaped quote would hide the end of an image.
+# In a partially received body, the last image may be incomplete. Ollama's clients send images as
+# lists of base64. The pattern allows no escapes, as an escaped quote would hide an image's end.
 _URL = re.compile(
     rb'"data:image[^"]*"?|"data"\s*:\s*"[^"\\]*"?|"images"\s*:\s*\[(?:\s*"[^"\\]*"?\s*,?){0,%d}'
     % MAX_IMAGES,
     re.IGNORECASE,
 )
 _HEAD = re.compile(r"data:image/[\w.+-]{1,40};base64,", re.IGNORECASE)
-# The largest image as base64, in lines of 64 letters that end with an escaped CRLF.
+# The largest image as base64, in lines of 64 characters that end with an escaped CRLF.
 MAX_DATA_URL = MAX_BYTES // 3 * 4 * 17 // 16 + 100
 
 
 def n_image_bytes(body: bytes | bytearray) -> int:
-    """Count the bytes of a body's first MAX_IMAGES images."""
+    """Return the total size in bytes of a body's first MAX_IMAGES images."""
     return sum(len(match[0]) for match in islice(_URL.finditer(body), MAX_IMAGES))
 
 
 def parse_images(urls: Sequence[str]) -> list[Picture]:
     """Decode the images in `data:` URLs, and check each image's header.
 
-    Raises ApiError for other URLs, invalid base64, unknown formats, or images that are too large.
+    Raises ApiError for other URLs, invalid base64, unknown formats, and too many or large images.
     """
     if len(urls) > MAX_IMAGES:
         raise _refused(f"the request has {len(urls)} images; the limit is {MAX_IMAGES}")

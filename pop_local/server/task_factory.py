@@ -35,7 +35,7 @@ class TaskFactory:
     """A factory for a model's tasks, which rejects invalid requests before they are queued.
 
     Several threads may use the factory, even while the model decodes. `repeatable` is the default
-    for requests that do not set this field.
+    for requests without the field `repeatable`.
     """
 
     def __init__(self, model: PopModel, *, repeatable: bool = False) -> None:
@@ -44,7 +44,7 @@ class TaskFactory:
         self._is_full = model.engine.pruning.can_switch and model.engine.pruning.mode is Mode.OFF
 
     def chat(self, body: bodies.ChatBody) -> list[Task]:
-        """Return `n` tasks with different seeds for a chat. Raises ApiError."""
+        """Return a chat's `n` tasks, which use different seeds. Raises ApiError."""
         urls = [url for message in body.messages for _, url in message.image_urls]
         if urls and not self.model.engine.prompter.can_see:
             raise ApiError(400, "this server's model cannot read images", param="messages")
@@ -75,7 +75,7 @@ class TaskFactory:
         return _seeded(Task(prompt, options, reason, **self._how(body)), body.n)
 
     def completions(self, body: bodies.CompletionBody) -> list[Task]:
-        """Return `n` tasks with different seeds for each prompt. Raises ApiError."""
+        """Return each prompt's `n` tasks, which use different seeds. Raises ApiError."""
         prompts = self._tokens(bodies.as_prompts(body.prompt), "prompt", body.suffix)
         max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
         options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
@@ -97,14 +97,14 @@ class TaskFactory:
             raise ApiError(400, message, param="dimensions")
         with bad_request():
             require_pooling(self.model.engine.cache)
-        # A space stands for an empty text, which has no rows.
+        # An empty text has no rows to embed, so a space replaces it.
         texts = [text if text != "" else " " for text in bodies.as_prompts(body.input)]
         prompts = map(Prompt, self._tokens(texts, "input"))
         reason = "embeddings require all layers"
         return [Task(prompt, TurnOptions(), reason, embeds=True) for prompt in prompts]
 
     def _full_reason(self, pop: bool | None) -> str | None:
-        """Return the reason for reading a prompt in full, or None to prune the prompt."""
+        """Return the reason for reading a prompt in full (None: prune it). Raises ApiError."""
         if not self.model.engine.pruning.can_switch:
             no_keys = "the model has no pruning keys"
             if pop:
@@ -119,7 +119,7 @@ class TaskFactory:
     ) -> list[list[int]]:
         """Return each prompt's tokens.
 
-        Raises ApiError for unknown tokens or for prompts that exceed the context.
+        Raises ApiError if a token is unknown, or if a prompt is empty or too long for the context.
         """
         split = self.model.engine.context.vocabulary.tokenize
 
@@ -151,12 +151,12 @@ class TaskFactory:
         vocabulary = self.model.engine.context.vocabulary
         tokens = [token for token in prompt.tokens if token >= 0]  # images have no text
         n_bos = len(vocabulary.bos) if tokens[:1] == list(vocabulary.bos) else 0
-        # SentencePiece puts a space before a text.
+        # SentencePiece adds a space at the start of a text.
         added = self.text(vocabulary.tokenize("a")).removesuffix("a")
         return self.text(tokens[n_bos:]).removeprefix(added)
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
-        """Raise ApiError for tokens outside the vocabulary."""
+        """Raise ApiError if any token is outside the vocabulary."""
         n_vocab = self.model.engine.context.vocabulary.n_tokens
         if any(not 0 <= token < n_vocab for token in tokens):
             raise ApiError(400, f"token ids must be between 0 and {n_vocab - 1}", param=param)
@@ -180,10 +180,7 @@ class TaskFactory:
     def _options(
         self, body: bodies.GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
-        """Return a request's options.
-
-        Missing options use the model's recommended values or, failing that, the engine's defaults.
-        """
+        """Return a request's options, with defaults from the model or else from the engine."""
         given = body.model_dump(include=set(bodies.SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
             given["temperature"] = 0.0
@@ -200,12 +197,12 @@ class TaskFactory:
         )
 
     def _how(self, body: bodies.GenerationBody) -> dict[str, Any]:
-        """Return the fields of Task that say how it runs."""
+        """Return the values of the Task fields `reports` and `alone`."""
         alone = self._repeatable if body.repeatable is None else body.repeatable
         return {"reports": bool(body.stream and body.return_progress), "alone": alone}
 
     def _logit_bias(self, body: bodies.GenerationBody) -> tuple[tuple[int, float], ...]:
-        """Return a token and a bias for each token ID and for each token of a text."""
+        """Return pairs of a token and its bias. A text's bias applies to each of its tokens."""
         found: list[tuple[int, float]] = []
         for key, sent in body.logit_bias or ():
             split = self.model.engine.context.vocabulary.tokenize

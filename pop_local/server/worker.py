@@ -31,7 +31,7 @@ log = logging.getLogger("pop_local.server")
 # a graph's nodes, or between batches on a GPU.
 _HUNG_S = 60.0
 _POLL_S = 0.01
-_LOG_S = 10.0  # interval of log lines while a prompt is read
+_LOG_S = 10.0  # interval between log lines while a prompt is read
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Task:
 
 
 class Job:
-    """A queued or running task, whose answer a worker thread writes and the event loop reads.
+    """A queued or running task. A worker thread writes the answer, and the event loop reads it.
 
-    `queued_s` is 0 until the task runs. `read` contains the number of prefilled rows and the
-    prompt's total number of rows, without the cached ones. `read_s` is the time that the prefilled
-    rows took. `place` returns a job's position in the queue.
+    `queued_s` is the time in the queue (0 until the task runs). `read` contains the number of rows
+    prefilled so far and the total number of rows to prefill. `read_s` is the prefill time so far.
+    `place` returns a job's position in the queue.
     """
 
     def __init__(self, task: Task, place: Callable[["Job"], int] = lambda _: 0) -> None:
@@ -103,7 +103,7 @@ class Job:
 
     @property
     def left_s(self) -> float | None:
-        """Estimated time until the prompt has been read, in seconds (None: not known yet)."""
+        """Estimated time until the prompt has been read, in seconds (None: unknown)."""
         n_read, n_rows = self.read
         return round((n_rows - n_read) * self.read_s / n_read, 1) if n_read else None
 
@@ -118,11 +118,11 @@ class Job:
     async def batches(
         self, pause_s: float, idle_s: float | None = None
     ) -> AsyncIterator[list[Chunk]]:
-        """Yield chunks that arrived together, or an empty list after `idle_s` without a chunk.
+        """Yield lists of chunks that arrived together, or [] after `idle_s` seconds without any.
 
-        Raises the exception that ended the answer, if any. For `pause_s` after a batch, only the
-        answer's end wakes this coroutine, because wake-ups on a busy core cost 5% of a small
-        model's decode time.
+        Raises the exception that ended the answer, if any. For `pause_s` seconds after a batch,
+        only the answer's end wakes this coroutine, because wake-ups on a busy core cost 5% of a
+        small model's decode time.
         """
         while True:
             self._is_awaited = True
@@ -174,7 +174,7 @@ class Worker(threading.Thread):
         self._calls.put(None)
 
     def hung_s(self) -> float:
-        """Return how long the model has been hanging, in seconds (0: it is not hanging)."""
+        """Return how long the model has been hung, in seconds (0: not hung)."""
         # The most recent progress counts: jobs pause while another job has the model to itself.
         seen_s = max(self._seen_s.copy().values(), default=None)
         unseen_s = 0.0 if seen_s is None else time.monotonic() - seen_s
@@ -190,7 +190,7 @@ class Worker(threading.Thread):
             return len(self._still_waiting())
 
     def n_unread(self) -> int:
-        """Return the number of rows not yet prefilled, summed over all running prompts."""
+        """Return the total number of rows left to prefill in all running prompts."""
         return sum(job.read[1] - job.read[0] for job in self._seen_s.copy())
 
     def n_refillable(self) -> int:
@@ -206,7 +206,7 @@ class Worker(threading.Thread):
         return [job for job in self._waiting if not job.cancelled.is_set()]
 
     def submit(self, task: Task) -> Job:
-        """Queue a task. Raises ApiError if the queue is full."""
+        """Queue a task. Raises ApiError if the queue is full or the server is stopping."""
         job = Job(task, self.place)
         with self._lock:
             self._waiting = deque(self._still_waiting())
@@ -261,7 +261,7 @@ class Worker(threading.Thread):
             n_rows = refiller.refill(lambda: not self._calls.empty())
             self._slots.refilled(index)
             self._metrics.refilled.inc(n_rows)
-        except Exception:  # requests can still be answered
+        except Exception:  # the failure must not stop the worker
             log.exception("catching up failed and is now disabled")
             self._model.engine.set_refill(False)
 
@@ -292,7 +292,7 @@ class Worker(threading.Thread):
         try:
             with sequence.cache.slot.working():
                 sequence.states.set_scope(job.task.cache_scope)
-                # A change of mode clears the KV cache: its rows are either full or pruned.
+                # A mode change clears the KV cache if the cached rows depend on the mode.
                 sequence.set_mode(Mode.CONTEXT if job.task.reason is None else Mode.OFF)
                 if not job.task.options.repeatable:
                     self._slots.share(index, job.task.prompt)
@@ -311,16 +311,16 @@ class Worker(threading.Thread):
         finally:
             self._slots.give_back(index)
             del self._seen_s[job], self.running[index]
-            # A lone client's next request must find this slot free, or its cells would differ.
+            # Sent after give_back: a lone client's next request must reuse this slot and its cells.
             if end is not None:
                 job.put(end)
             if len(self._model.engine.sequences) > 1:
                 self._calls.put(None)  # wakes the waiting thread, which may refill now
 
     def _wait_until_alone(self, job: Job) -> Callable[[], None]:
-        """Wait for the other answers, empty all slots, and return an `end_turn` without effect.
+        """Wait until all other answers end, clear all slots, and return a no-op `end_turn`.
 
-        A job that must stop does not wait, and empties no slot.
+        If the job must stop while other answers run, the slots stay unchanged.
         """
         while self.running and not (job.cancelled.is_set() or self.stopping.wait(_POLL_S)):
             pass
