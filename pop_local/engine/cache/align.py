@@ -69,7 +69,7 @@ def find_runs(
 
 
 def in_order(runs: Sequence[TokenRun]) -> list[TokenRun]:
-    """Return the runs with the most tokens among those in the same order in cache and prompt."""
+    """Return the subset of `runs` that is also in cache order and has the most tokens."""
     best: list[tuple[int, int]] = []  # for each run: tokens up to its end, and the previous run
     for at, run in enumerate(runs):
         before = [

@@ -58,7 +58,7 @@ class CacheKeys:
 
 
 def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
-    """Return a model's projection type, followed by its conversion's fingerprint if converted.
+    """Return a model's projection type and, if it is converted, the conversion's fingerprint.
 
     The fingerprint covers the keys that pruned K/V depend on, and the names, shapes and
     first bytes of the fitted tensors. A sidecar and a converted file with the same fit have the
@@ -86,7 +86,7 @@ def opened_with(context: Context) -> str:
 
 
 def _tensors_hash(headers: Iterable[Header], *, are_fitted: bool, start: bytes = b"") -> str:
-    """Hash `start` and the names, shapes, types and first bytes of fitted or all other tensors."""
+    """Hash `start` and the fitted (or all other) tensors' names, shapes, types and first bytes."""
     digest = hashlib.sha256(start)
     for header in headers:
         with header.path.open("rb") as file:

@@ -46,7 +46,7 @@ class Checkpoints:
         return max((n for n in self._states if n <= n_rows), default=0)
 
     def add(self, n_rows: int) -> None:
-        """Copy the state after the sequence's `n_rows` rows, unless a checkpoint covers them."""
+        """Copy the state after the sequence's `n_rows` rows, unless a checkpoint already does."""
         if not self.is_needed or n_rows <= self.last:
             return
         state = self._cells.checkpoint(MAX_BYTES)
@@ -54,7 +54,7 @@ class Checkpoints:
             return
         self._states[n_rows] = state
         while len(self._states) > MAX_CHECKPOINTS or self.size_bytes > MAX_BYTES:
-            # Drop the checkpoint between the closest neighbours, but never the last one.
+            # Drop the checkpoint between the closest neighbors, but never the last one.
             rows = [0, *self._states]
             gaps = {rows[i]: rows[i + 1] - rows[i - 1] for i in range(1, len(rows) - 1)}
             del self._states[min(gaps, key=gaps.__getitem__)]

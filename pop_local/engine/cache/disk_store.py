@@ -63,7 +63,7 @@ class DiskStore:
     """
 
     def __init__(self, folder: Path, capacity_bytes: int = 0) -> None:
-        """Raises PopError if the folder cannot be created."""
+        """Create the folder unless the capacity is 0. Raises PopError if that fails."""
         self.folder, self.capacity_bytes = folder, capacity_bytes
         # Another version of llama.cpp may compute different K/V.
         self._format = f"{_FORMAT}, {backend.version()} abi {backend.library_abi()}"

@@ -25,8 +25,8 @@ class CachedRows:
     refill decodes stale rows again, so stale rows need no boundary state.
 
     `positions`: int32 [n_ctx + 1], ending with the next row's position. An image's rows may share a
-    position. `readings`: the serial number of the read that computed each row. Rows with the same
-    number are shared.
+    position. `readings`: the serial number of the read that computed each row. Two sequences share
+    a row if it has the same number in both.
     """
 
     def __init__(self, n_ctx: int) -> None:

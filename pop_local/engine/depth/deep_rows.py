@@ -1,4 +1,4 @@
-"""Deep rows: prompt rows that run all layers because their tokens spell a name or a number.
+"""Deep rows: prompt rows that run all layers because they spell names, numbers or identifiers.
 
 Deep rows depend only on the prompt's tokens, so later questions can reuse the cached rows
 regardless of the batch size and the number of sequences.

@@ -12,7 +12,7 @@ from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import stopped_by
 
 # Target time of a refill chunk. On the CPU, the abort callback stops a chunk between graph nodes.
-# On a GPU, a new prompt waits until the chunk is complete, so its target is shorter.
+# On a GPU, a new prompt waits until the chunk is complete, so GPU chunks are shorter.
 CHUNK_S = 1.0
 CHUNK_ON_DEVICE_S = 0.2
 _FIRST_CHUNK = 64

@@ -19,15 +19,15 @@ _START = (
 
 
 class RefusedError(PopError, ValueError):
-    """The called method raised an exception with this error's message and hint."""
+    """Error for an exception in the called method, with the exception's message and hint."""
 
 
 class NoChildError(PopError):
-    """The child process could not be started, for reasons unrelated to the call."""
+    """Error for a child process that could not be started, regardless of the call."""
 
 
 class BeyondLimitsError(PopError):
-    """A call exceeded its time or memory limit."""
+    """Error for a call that exceeded its time or memory limit."""
 
 
 def _python() -> str:
