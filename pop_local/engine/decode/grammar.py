@@ -19,7 +19,7 @@ LIMIT_BYTES = 512 * 2**20
 N_COMPILING = 2
 _MAX_CHARACTERS = 2**20
 _MAX_MESSAGE = 300
-# With no_forcing, the model chooses every token: llguidance does not expand `a{400000000}` first.
+# With no_forcing, the model chooses every token, so `a{400000000}` is not expanded in advance.
 _HEAD = '%llguidance {"no_forcing": true}\n'
 _OPTIONS: Any = {
     # With unlimited white space, an answer may never end.
@@ -68,7 +68,7 @@ class JsonRule:
 
 
 class GrammarError(PopError):
-    """A grammar or JSON schema is unusable, or the grammar allows no next token."""
+    """Error for an unusable grammar or JSON schema, or a grammar that allows no next token."""
 
 
 @dataclass(frozen=True)

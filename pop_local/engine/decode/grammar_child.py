@@ -1,4 +1,4 @@
-"""A child process that compiles grammars first, so that a hostile grammar cannot crash the parent.
+"""A child process that test-compiles grammars, so that a hostile one cannot crash the parent.
 
 llguidance limits each compilation step, but not the total. 1,000 chained `$ref` keywords overflow
 the stack. Compiling a six-digit `multipleOf` or 10,000 optional properties takes half a minute.
@@ -31,7 +31,7 @@ class GrammarCompiler:
 
     def warnings(self, grammar: str) -> list[str]:
         """Compile a grammar and return its warnings. Raises ValueError for invalid grammars."""
-        with ThreadPoolExecutor(1) as thread:  # a thread's stack is limited
+        with ThreadPoolExecutor(1) as thread:  # its stack size is limited
             made = thread.submit(
                 LLMatcher, self._tokenizer, grammar, log_level=0, limits=LIMITS
             ).result()

@@ -17,7 +17,7 @@ _MAX_ROWS = 64
 
 
 class Logprobs:
-    """Log probabilities of sampled tokens, before applying temperature, penalties, and grammar."""
+    """Log probabilities of sampled tokens before temperature, penalties and grammar apply."""
 
     def __init__(self, slot: Slot, n_top: int) -> None:
         self._slot = slot

@@ -50,7 +50,7 @@ class ImageChunk:
 
     `number`: index among libmtmd's chunks of the picture. `key`: identifies the image's rows.
     `n_pos`: number of positions that the image's rows occupy. `is_mutual`: whether every row
-    attends to all rows of the image, so that the image must be decoded in one batch.
+    attends to all rows of the image. Such an image must be decoded in one batch.
     """
 
     picture: Picture
@@ -287,7 +287,7 @@ class Mmproj:
     def _cut_up(self, picture: Picture) -> _Cut:
         """Return a picture's chunks, which are cached until the next picture.
 
-        Decoding the pixels takes seconds, so the lock is not held then. The pixels are kept
+        Decoding the pixels takes seconds, so it happens outside the lock. The pixels are kept
         until the picture's rows are encoded, so that each request decodes the pixels only once.
         """
         if (last := self._last) is not None and last.sha256 == picture.sha256:

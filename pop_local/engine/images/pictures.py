@@ -113,7 +113,7 @@ def _rgb(content: bytes, name: str, most: int) -> tuple[int, int, bytes]:
     with _opened(content, name) as opened:
         _orientation(opened)
         shown: Image.Image = opened
-        if opened.mode.startswith("I"):  # convert would clip 16-bit grey at 255
+        if opened.mode.startswith("I"):  # convert would clip 16-bit gray at 255
             shown = opened.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             shown.info.pop("transparency", None)
         n_pixels = opened.width * opened.height
