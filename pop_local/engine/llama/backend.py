@@ -33,7 +33,7 @@ class Reading(IntEnum):
     """The kind of prompt rows in a batch.
 
     NONE: the batch has no prompt rows. SOME: the prompt rows may include full rows. CONTEXT: all
-    prompt rows are context rows, so full rows belong to answers.
+    prompt rows are context rows, so any full rows belong to answers.
     """
 
     NONE = 0

@@ -129,7 +129,7 @@ class Batcher:
         before = backend.get_counters(ctx)
         started_s = time.perf_counter()
         if of_prompts and prompts[0].slot._is_overwriting:
-            # An answer's new row cannot share a batch with rows that have cells.
+            # An answer's new row cannot share a batch with rows that already have cells.
             if of_steps:
                 self._run(of_steps)
             with Slot.overwriting(prompts[0].slot):

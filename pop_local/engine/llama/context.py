@@ -35,8 +35,8 @@ class ContextOptions:
     `n_gpu_layers`: number of layers on GPUs (-1: all). Without a GPU, the value is ignored.
     `kernels`: whether to use pop-local's kernels, if they support this CPU.
     `flash_attn`: None enables it on CPUs with pop-local's kernels and on GPUs that support it.
-    `repack`: whether llama.cpp repacks weights for its own CPU kernels, which pop-local's kernels
-    cannot use (None: only if pop-local's kernels are not used).
+    `repack`: whether llama.cpp repacks weights for its own CPU kernels. pop-local's kernels cannot
+    use repacked weights (None: only if pop-local's kernels are not used).
     `others`: other fields of llama_model_params and llama_context_params by name.
     """
 
@@ -147,7 +147,7 @@ class Context:
         params.n_ubatch = min(params.n_batch, options.n_ubatch)
         params.n_threads = params.n_threads_batch = self.n_threads
         if self.files.header.of_arch("pooling_type") is not None:
-            params.pooling_type = api.LLAMA_POOLING_TYPE_NONE  # embeddings are pooled here
+            params.pooling_type = api.LLAMA_POOLING_TYPE_NONE  # pop-local pools them
         flash_attn = options.flash_attn
         if flash_attn is None:
             flash_attn = self._has_kernels

@@ -36,7 +36,7 @@ def current_should_stop() -> Callable[[], bool]:
 
 
 class DisplacedError(PopError):
-    """The KV cache was emptied or overwritten during an answer."""
+    """Error for an answer during which the KV cache was emptied or overwritten."""
 
     def __init__(self) -> None:
         super().__init__(

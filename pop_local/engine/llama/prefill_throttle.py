@@ -2,8 +2,8 @@
 
 # Limit on prompt rows until enough batches have been timed, and the smallest limit afterwards.
 _FIRST_ROWS = 64
-# Maximum time that prompt rows delay an answer's next token. Shorter batches would read a prompt
-# more slowly.
+# Maximum time that prompt rows delay an answer's next token. With a shorter time, prompts would be
+# read more slowly.
 _WAIT_S = 0.25
 # 0.52: answers keep half their tokens per second during a prefill (docs/server-reference.md).
 _SHARE = 0.52
