@@ -1,7 +1,7 @@
 """Online calibration: learn from rows that run all layers anyway.
 
-Full prompts yield rows for several boundaries, but refills yield rows only for the current one. The
-rows are queued after each batch, and added to the sums while the model is idle.
+Unpruned prompts yield rows for several boundaries, but refills yield rows only for the current one.
+The rows are queued after each batch, and added to the sums while the model is idle.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Fitter(Protocol):
         """Return True if `idle` has work to do."""
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
-        """Work until a fit is ready, no work is left, or a stop is requested. Raises PopError."""
+        """Return a better fit, or None if none is found or a stop is requested. Raises PopError."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ class OnlineCalibrator:
             self._new = Sums(self._new.wides | self._known.wides, rest)
 
     def sums(self) -> Sums:
-        """Merge the file's sums with this process's unsaved sums. Raises PopError like `save`."""
+        """Return the file's sums merged with the unsaved ones. Raises PopError like `save`."""
         self.save()
         self._known = self.file.known()
         every = self.file.load()
@@ -311,7 +311,7 @@ class OnlineCalibrator:
         return self.summing.is_wide(boundary) and boundary not in self._new.wides
 
     def _choose(self, boundaries: Sequence[int]) -> None:
-        """Choose wider inputs from shipped text, because inputs reveal the text they fit."""
+        """Choose wider inputs from shipped text: an input reveals the text it is chosen from."""
         n_windows = _ROWS_TO_CHOOSE * self._shape.n_embd // N_WINDOW + 1
         wanted, context = self.summing.wanted(boundaries), self._cache.context
         windows = list(read_shipped_windows(context, wanted, n_windows, N_WINDOW))

@@ -161,7 +161,7 @@ class Known:
 class SumsFile:
     """A model's sums file, to which several processes may add sums.
 
-    `model` is the model's hash, and `n_embd` the width of its states (None: not checked).
+    `model`: the model's hash. `n_embd`: the width of its states (None: not checked).
     """
 
     path: Path
@@ -333,7 +333,7 @@ class Summing:
     def solve(
         self, gram: Gram, boundary: int, layer: int, kind: Projection, ridge: float, stored: KvType
     ) -> tuple[NewTensor, ...]:
-        """Solve a layer's fit from the sums at a boundary. Raises FitError."""
+        """Solve a layer's fit from the sums at a boundary. Raises FitError for unusable sums."""
         own = self._weights.own_projection(layer, self.shape.n_k[layer], self.shape.n_v[layer])
         if self._start:
             own = fit.decode(layer, self._start, own)

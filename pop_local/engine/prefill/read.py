@@ -100,7 +100,7 @@ def append(
 
 
 def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int]:
-    """Empty a cache, read a text in full, and compute every row's logits.
+    """Empty a cache, run a text's rows through all layers, and compute their logits.
 
     Yields the number of rows in each decoded piece (up to `step`).
     """

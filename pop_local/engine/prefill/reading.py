@@ -37,7 +37,7 @@ class Read:
 
 
 class PrefillStoppedError(StoppedError):
-    """Raised when a read is stopped. `read`: the result for the rows decoded so far."""
+    """Error for a read that was stopped. `read`: the result for the rows decoded so far."""
 
     def __init__(self, read: Read) -> None:
         super().__init__()

@@ -26,8 +26,8 @@ Write = Callable[[list[str], Callable[[str], str]], str]
 class Prompter:
     """A builder of a model's prompts.
 
-    `parse_special`: whether to parse special tokens in messages and documents. If set, a document
-    can contain forged turns of the conversation.
+    `parse_special`: whether to parse special tokens in messages and documents. If True, a document
+    can forge turns of the conversation.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Prompter:
     def conversation(self, messages: Sequence[Message], *, continues: bool = False) -> Prompt:
         """Return a conversation's prompt, up to the start of the answer.
 
-        `continues`: the answer starts with the last message's content. Raises PopError if the
-        template rejects the conversation.
+        `continues`: whether the answer starts with the last message's content. Raises PopError if
+        the template rejects the conversation.
         """
         before, begun = (messages[:-1], messages[-1:]) if continues else (messages, ())
         if any(message.role == "system" for message in before) and not self._supports_system:
