@@ -106,7 +106,7 @@ class Engine:
         return engine
 
     def close(self) -> None:
-        """Stop reading any prompt, and free the model."""
+        """Stop any prompt that is being read, and free the model."""
         self.context.close()
         if self.calibrator is not None:
             self.calibrator.detach()

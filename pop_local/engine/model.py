@@ -85,8 +85,8 @@ class PopModel:
     def close(self) -> None:
         """Stop any prompt that is being read, and free the model.
 
-        If another thread is running a batch, `close` waits for its end. That thread's answer then
-        raises PopError.
+        If another thread is running a batch, `close` waits until the batch ends. That thread's
+        answer then raises PopError.
         """
         self._engine.close()
 
@@ -116,7 +116,7 @@ class PopModel:
                 engine.set_mode(Mode.OFF)
             engine.prompter.parse_special = before.prompter.parse_special
             if state is not None:
-                with suppress(PopError):  # the next prompt is then read from the start
+                with suppress(PopError):  # on failure, the next prompt is read from the start
                     engine.states.restore(state)
             # The old context stays open while another thread uses it.
             self._engine = replace(engine, calibrator=before.calibrator)

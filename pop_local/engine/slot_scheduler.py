@@ -57,7 +57,7 @@ class SlotScheduler:
         return next(found, None)
 
     def n_refillable(self) -> int:
-        """Return the number of cached rows that can be refilled in all sequences."""
+        """Return the total number of rows in all sequences that can be refilled."""
         return sum(map(self._n_refillable, range(len(self._model.engine.sequences))))
 
     def refilled(self, index: int) -> None:

@@ -42,7 +42,7 @@ class TurnOptions(SamplerOptions):
 
 
 class AnswerOptions(TypedDict, total=False):
-    """The fields of TurnOptions that callers may set (defaults: as recommended by the file)."""
+    """The fields of TurnOptions that callers may set (defaults: the file's recommendations)."""
 
     max_tokens: int | None
     min_answer: int

@@ -146,7 +146,7 @@ class ChatSession:
         return tuple(stats for stats in self._stats if stats.n_decoded)
 
     def chat(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:
-        """Return the complete answer. Other threads cannot use the model until then.
+        """Return the complete answer. Until it is complete, other threads cannot use the model.
 
         Arguments and errors are the same as for `stream`.
         """
