@@ -24,7 +24,7 @@ class LayerTensors(dict[str, TensorInfo]):
         return self[name].dims[0] if self.rows(name) else 0
 
     def attention(self, dim_k: int, dim_v: int) -> tuple[int, int, int]:
-        """Return the numbers of Q, K, and V rows (0 for a missing projection)."""
+        """Return the row counts of Q, K, and V (0 for a missing projection)."""
         # KDA convolves K inside its recurrence, so the cache has no K.
         if self.is_recurrent and ("attn_k" not in self or "ssm_conv1d_k" in self):
             return 0, 0, 0

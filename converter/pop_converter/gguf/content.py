@@ -1,6 +1,6 @@
 """Content of a GGUF file to write: a new header, and data copied from other files.
 
-The source's keys, tensor tables and data are copied byte for byte.
+The source's keys and tensor data are copied byte for byte.
 """
 
 import hashlib

@@ -251,7 +251,7 @@ Group = TypeVar("Group", Calibration, Measured, Budget, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
-    """Return the keys that start with `prefix`, or None if no key does. Raises FormatError."""
+    """Return the group of keys that start with `prefix`, or None. Raises FormatError."""
     found: dict[str, Any] = {field.name: header.get(prefix + field.name) for field in fields(group)}
     if all(value is None for value in found.values()):
         return None

@@ -50,7 +50,7 @@ class Fitted:
     projection: Projection = Projection.FITTED
 
 
-# Measures the written file before it replaces the target. An exception leaves the target unchanged.
+# Callback that measures the written file. An exception leaves the target unchanged.
 Examine = Callable[[Path], Measured]
 
 

@@ -155,7 +155,7 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
 
 
 def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return the sizes of the model and its future sidecar, like `rewrite.measure`."""
+    """Return the sizes of the model and its future sidecar (see `rewrite.measure`)."""
     source = unconverted(src)
     binding = Binding(source.size_bytes, UNKNOWN_SHA256)
     header = _EMPTY.with_keys(encode_sidecar_keys(draft_meta(plan, source), binding)).header
