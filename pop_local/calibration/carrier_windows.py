@@ -81,7 +81,7 @@ def _written(
 def _marked(
     context: Context, tokens: Sequence[int], text: str, answers: Sequence[Span]
 ) -> list[bool]:
-    """Return a flag for each token, which is True if the token overlaps an answer."""
+    """Return a flag for each token: True if the token overlaps an answer."""
     pieces = Pieces(context.vocabulary)
     ends = np.cumsum([len(pieces[token]) for token in tokens])
     # Some tokenizers insert a space at the start of a text.

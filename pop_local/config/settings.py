@@ -95,7 +95,7 @@ def expanded(path: str) -> Path:
 
 
 def load() -> tuple[SettingValue, ...]:
-    """Return all settings in order. Raises PopError with the location of an invalid setting."""
+    """Return all settings, as in SETTINGS. Raises PopError with an invalid setting's location."""
     path = config_path()
     document = read_document(path)
     text = tomlkit.dumps(document)

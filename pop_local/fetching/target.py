@@ -27,7 +27,7 @@ def file_sha256(path: Path) -> str:
 
 
 def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
-    """Return whether the target exists with the hash `sha256` and need not be downloaded.
+    """Return whether the target already exists with the hash `sha256`.
 
     Raises PopError if the target is a folder, or OutputExistsError if the target is a different
     file and `force` is false.

@@ -205,7 +205,7 @@ def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDoc
             n_tokens=settings.n_tokens,
             n_questions=settings.n_per_document,
         )
-        # The document includes the blank line, which most vocabularies merge with a full stop.
+        # The document includes the blank line, which most vocabularies merge with a period.
         tokens = (*vocabulary.bos, *vocabulary.tokenize(carrier.text + "\n\n"))
         questions = tuple(_tokenize_question(model, each) for each in carrier.questions)
         documents.append(LookupDocument(tokens, questions))
@@ -225,7 +225,7 @@ def is_right(text: str, answer: str) -> bool:
     """Return True if the first line of a continuation contains the exact answer.
 
     Quotes and words may surround the answer, but the answer must not be part of a longer value. No
-    letter or digit may adjoin the answer, either directly or across a character of `.,-/@`.
+    letter or digit may adjoin the answer, either directly or separated by one of `.,-/@`.
     """
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"

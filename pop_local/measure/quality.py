@@ -1,7 +1,7 @@
 """Measure the loss from pruning by comparing the pruned model's scores with the full model's.
 
 A window consists of a context and a continuation. The context is read either with pruning or in
-full. The continuation runs through all layers, teacher-forced over the context's K/V. For each
+full. The continuation runs through all layers, with teacher forcing on the context's K/V. For each
 continuation token, the two models' predicted distributions are compared. The context's last token
 predicts the continuation's first token.
 """
@@ -65,9 +65,9 @@ class Quality:
     both models' top predictions agree. copy_*: results for a repeated passage from the context.
     copy_top1: the fraction of the repeated tokens that the model ranks first. induction_*: results
     for repeated random tokens. delta_nll: the increase in the repetition's NLL due to pruning.
-    retention: the fraction of the full model's gain from the repetition that pruning retains (None
-    if the full model shows no gain). n_pruned: the number of context tokens that stopped at the
-    boundary, counted by the backend over all windows.
+    retention: the fraction of the full model's gain from the repetition that the pruned model
+    retains (None if the full model shows no gain). n_pruned: the number of context tokens that
+    stopped at the boundary, counted by the backend over all windows.
     """
 
     boundary: int
@@ -281,7 +281,7 @@ def _nll(scores: Iterable[Likelihood]) -> Floats:
 
 
 def retention(repeated: Repeated, pruned: Floats) -> Estimate | None:
-    """Return the fraction of the full model's gain from the repetition that pruning retains.
+    """Return the fraction of the full model's gain from the repetition that a pruned model retains.
 
     Returns None if the full model shows almost no gain. `pruned`: the NLL [n_draws] in nats.
     """

@@ -36,7 +36,7 @@ def _strings(found: Measured) -> str:
 
 
 def comparison_in_words(found: "Comparison") -> str:
-    """Report how many correct answers pruning loses, or how many answers it changes."""
+    """Describe how many correct answers are lost with pruning, or how many answers change."""
     n = len(found.answers)
     if not found.n_judged:
         differ = f"{len(found.different) or 'none'} of {n} differ"

@@ -74,7 +74,7 @@ def parts_folder(model: Path) -> Path:
 
 
 def stock(folder: Path) -> tuple[StoredModel, ...]:
-    """Return a folder's models, sidecars without a model and unfinished downloads, by name."""
+    """Return a folder's models, sidecars without a model and unfinished downloads by name."""
     found = map(_examined, _unread(folder))
     return tuple(sorted(found, key=lambda model: model.name.lower()))
 
@@ -101,7 +101,7 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
 def known_name(name: str, known: Collection[str]) -> str | None:
     """Return the known name that matches `name`, ignoring case and the suffix .gguf, or None.
 
-    A name with the same case takes precedence over a name with different case.
+    A match with the same case takes precedence.
     """
     for wanted in (name, name.removesuffix(SUFFIX)):
         if wanted in known:

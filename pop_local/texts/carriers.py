@@ -96,7 +96,7 @@ def make_carrier(
 
 
 def with_answers(carrier: Carrier) -> tuple[str, list[Span]]:
-    """Return a text for training, and the answers' positions in the text.
+    """Return a text to fit projections on, and the answers' positions in the text.
 
     The text is the document, followed by its questions and answers. An answer's position excludes
     the preceding space.
