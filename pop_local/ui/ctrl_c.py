@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class CtrlC:
-    """The state of Ctrl-C: whether it was pressed (`asked`) or raises immediately (`at_once`)."""
+    """Flags for Ctrl-C: `asked` if it was pressed, `at_once` if it must raise immediately."""
 
     def __init__(self) -> None:
         self.asked = self.at_once = False

@@ -85,7 +85,7 @@ def inspect(model: str, sidecar: Path | None = None) -> Inspection:
 
 
 def _model_of(header: Header) -> Path:
-    """Return the path of a sidecar's model. Raises PopError if the folder lacks the model."""
+    """Return the path of a sidecar's model. Raises PopError if it is not in the same folder."""
     name = sidecar_meta(header).source_name
     path = base_path(header.path, name)
     if path is None:

@@ -130,7 +130,7 @@ def model_files(
 ) -> ModelFiles:
     """Return the model's files. A note reports which sidecar was found, if any. Raises PopError.
 
-    `names_shipped`: whether to report a shipped sidecar, too.
+    `names_shipped`: whether the note also reports a shipped sidecar.
     """
     files = _files(model, sidecar, watch)
     if files.sidecar is not None and sidecar is None:

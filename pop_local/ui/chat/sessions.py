@@ -1,7 +1,7 @@
 """The chat's session files: /save, /load, and recovery after a crash.
 
 A running chat keeps its transcript (without the KV cache) in a locked file, and removes the file at
-exit. An unlocked file was left by a chat that crashed.
+exit. An unlocked file belongs to a chat that crashed.
 """
 
 import time

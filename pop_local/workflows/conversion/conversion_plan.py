@@ -39,7 +39,7 @@ class RowOptions:
     """Options that select the prompt tokens that run through all layers.
 
     `deep_rows`: the words whose tokens run through all layers. `min_prompt`: the minimum prompt
-    length for pruning, in tokens (default: the length from which pruning saves enough time).
+    length for pruning, in tokens (default: twice the number of sink and tail tokens).
     """
 
     sink_tokens: int = PopMeta.sink_tokens
@@ -102,7 +102,7 @@ class Conversion:
 
     @cached_property
     def not_counted(self) -> str:
-        """Return why the plans' work cannot be counted, or "" if the work can be counted."""
+        """Return the reason that the plans' work cannot be counted, or "" if it can."""
         try:
             _ = self.deepest.speedup_limit
         except PopError as error:

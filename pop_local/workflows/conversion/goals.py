@@ -42,7 +42,7 @@ Named = Skip | Boundary
 
 @dataclass(frozen=True)
 class Within:
-    """The goal of meeting a budget at the boundary `at` (None: at the fastest boundary)."""
+    """The goal of meeting a budget at the boundary `at` (None: the fastest one that meets it)."""
 
     budget: Budget
     at: Named | None = None
@@ -52,7 +52,7 @@ Goal = Named | Within
 
 
 def plans_of(goal: Goal, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-    """Return a goal's plans by increasing number of skipped layers. Raises PlanError.
+    """Return a goal's plans in order of increasing number of skipped layers. Raises PlanError.
 
     `rows`: keyword arguments for make_plan.
     """

@@ -1,19 +1,18 @@
 """Search for the fastest candidate within a budget.
 
-A candidate is a boundary with a fit. The search follows these rules:
+A candidate is a boundary with its projections and deep rows. The search follows these rules:
 
-1. Each candidate is measured with the sidecar that would be written, first on held-out text and
-then on look-ups. 2. Bisection assumes that skipping more layers never improves quality. Bisection
-starts at the middle boundary (`budget.undecided`). 3. One pass over the text fits a boundary and
-the boundaries that bisection may need next, if memory allows. 4. After bisection, the search
-distills fits, starting at the fastest candidate. Distillation continues with the next deeper
-boundary until a candidate exceeds the budget. If distillation fails (for example, if memory runs
-out), the earlier results remain valid. 5. At the end, the search tries rules that select fewer deep
-rows. For each rule, the search starts at the deepest boundary within the budget, and skips fewer
-layers as long as the candidate would be the fastest. 6. The search chooses the fastest candidate
-within the budget. Among equally fast candidates, the search prefers a distilled candidate, unless
-its KL is larger by more than the standard error. Otherwise, the search chooses the candidate with
-the smallest KL.
+1. Each candidate is measured with the sidecar that would be written: first on held-out text, then
+   on look-ups.
+2. Bisection (`budget.undecided`) assumes that skipping more layers never improves quality.
+3. If memory allows, each pass over the text also fits the boundaries that bisection may need next.
+4. After bisection, fits are distilled if requested, starting at the fastest candidate and
+   continuing with deeper boundaries until a candidate exceeds the budget or distillation fails.
+5. Finally, rules with fewer deep rows are tried. For each rule, the search starts at the deepest
+   boundary within the budget, and skips fewer layers while the candidate would be the fastest.
+6. The fastest candidate within the budget is chosen. Among equally fast candidates, a distilled one
+   is preferred, unless its KL is larger by more than the standard error. Otherwise, the candidate
+   with the smallest KL is preferred.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from pop_local.workflows.conversion.refusals import OverBudgetError, Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
-# Maximum number of deeper boundaries that share the text read for distilling at one boundary.
+# Maximum number of deeper boundaries whose distillation reuses the states read for a boundary.
 N_DEEPER = 3
 
 
@@ -134,7 +133,7 @@ class Search:
         return [each for each in self.judged if each.is_inside]
 
     def run(self) -> Candidate:
-        """Return the fastest candidate within the budget, whose plan lists all tried candidates.
+        """Return the fastest candidate within the budget. Its plan lists all tried candidates.
 
         Raises OverBudgetError, PopError or StoppedError.
         """
