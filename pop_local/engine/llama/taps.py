@@ -1,6 +1,6 @@
 """Taps: intermediate values of full rows, used to fit K/V projections.
 
-See llama_pop_add_tap in llama-pop.h. After a batch or deep pass, `take` reads the last ubatch only.
+See llama_pop_add_tap in llama-pop.h. After a batch or deep pass, `take` reads only the last ubatch.
 """
 
 import ctypes
