@@ -2,8 +2,6 @@
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from pop_local.config.settings import expanded
@@ -19,31 +17,16 @@ _ATTACHED = "Your next question includes the attachment."
 
 
 def attach_file(chat: Dialogue, argument: str) -> None:
-    """Attach a file's text. If the text is too long, the user may attach only part of it."""
     if not argument:
         chat.refuse("/file needs a path.")
         return
     document = read_document(given_path(argument))
     context = chat.model.engine.context
-    tokens = context.vocabulary.tokenize(document.text)
-    chat.screen.note(counted_line(document.name, len(tokens), context.n_ctx))
-    while len(tokens) > (room := _room_in(chat)):
-        cuts = {}
-        if room > 0:
-            cuts = {
-                "b": f"attach only the first {room:,} tokens",
-                "e": f"attach only the last {room:,} tokens",
-            }
-        chosen = _choose(chat, len(tokens), room, cuts)
-        if chosen is None:
-            return
-        if chosen != "l":
-            tokens = tokens[:room] if chosen == "b" else tokens[-room:]
-            vocabulary = chat.model.engine.context.vocabulary
-            document = replace(document, text=vocabulary.detokenize(tokens))
-            break
-    chat.documents.append(document)
-    chat.screen.note(_ATTACHED)
+    n_tokens = len(context.vocabulary.tokenize(document.text))
+    chat.screen.note(counted_line(document.name, n_tokens, context.n_ctx))
+    if _has_room(chat, n_tokens):
+        chat.documents.append(document)
+        chat.screen.note(_ATTACHED)
 
 
 def attach_image(chat: Dialogue, argument: str) -> None:
@@ -54,11 +37,9 @@ def attach_image(chat: Dialogue, argument: str) -> None:
     picture = read_picture(given_path(argument))
     n_tokens = engine.prompter.count_picture(picture)
     chat.screen.note(picture_line(picture, n_tokens, engine.context.n_ctx))
-    while n_tokens > (room := _room_in(chat)):
-        if _choose(chat, n_tokens, room, {}) is None:
-            return
-    chat.pictures.append(picture)
-    chat.screen.note(_ATTACHED)
+    if _has_room(chat, n_tokens):
+        chat.pictures.append(picture)
+        chat.screen.note(_ATTACHED)
 
 
 def _room_in(chat: Dialogue) -> int:
@@ -72,24 +53,20 @@ def _room_in(chat: Dialogue) -> int:
     return context.n_ctx - n_messages - n_attached - n_answer - _QUESTION_TOKENS
 
 
-def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Mapping[str, str]) -> str | None:
-    """Ask the user what to do with an attachment that does not fit in the context.
-
-    Return a key of `cuts`, "l" after enlarging the context, or None to attach nothing.
-    """
-    n_larger = larger_ctx(chat.model, n_tokens - room + chat.model.engine.context.n_ctx)
-    larger = {"l": f"use a larger context (--ctx {n_larger})"} if n_larger else {}
-    question = (
-        f"The attachment is {n_tokens - room:,} tokens too long ({max(0, room):,} tokens left)."
-    )
-    chosen = chat.screen.choose(question, {**cuts, **larger, "s": "skip it"})
-    if chosen == "l" and n_larger and chat.enlarge(n_larger):
-        return "l"
-    if chosen in (None, "s", "l"):
-        chat.has_failed |= chosen is None
-        chat.screen.note("Nothing was attached.")
-        return None
-    return chosen
+def _has_room(chat: Dialogue, n_tokens: int) -> bool:
+    """Return whether an attachment fits in the context, which the user may enlarge."""
+    while n_tokens > (room := _room_in(chat)):
+        n_larger = larger_ctx(chat.model, n_tokens - room + chat.model.engine.context.n_ctx)
+        larger = {"l": f"use a larger context (--ctx {n_larger})"} if n_larger else {}
+        question = (
+            f"The attachment is {n_tokens - room:,} tokens too long ({max(0, room):,} tokens left)."
+        )
+        chosen = chat.screen.choose(question, {**larger, "s": "skip it"})
+        if chosen != "l" or not n_larger or not chat.enlarge(n_larger):
+            chat.has_failed |= chosen is None
+            chat.screen.note("Nothing was attached.")
+            return False
+    return True
 
 
 def given_path(path: str) -> Path:

@@ -195,27 +195,14 @@ def test_a_file_goes_with_the_next_question_alone(report):
     assert model.asked[1][-1] == Message("user", "sure?")
 
 
-@pytest.mark.parametrize(
-    ("key", "kept"), [("b", ["w0", "w1"]), ("e", ["w48", "w49"]), ("s", None), ("", None)]
-)
-def test_a_file_that_is_too_large_is_the_users_choice(report, key, kept):
+def test_a_file_that_is_too_large_is_not_attached(report):
     # The answer gets 20 tokens (an eighth of the context), the question 64.
     model = ScriptedModel(["Hm.", STATS], n_ctx=98)
     model.engine.context.files.n_ctx_train = 98
-    shown = talk(model, f"/file {report}", key, "what is it?", sampling={})
-    assert shown[2:6] == [
-        "? The attachment is 28 tokens too long (22 tokens left).",
-        "?   b  attach only the first 22 tokens",
-        "?   e  attach only the last 22 tokens",
-        "?   s  skip it",
-    ]
-    words = model.asked[0][0].content.split("\n\n")[0].split()
-    if kept is None:
-        assert "# Nothing was attached." in shown
-        assert words == ["what", "is", "it?"]
-    else:
-        assert len(words) == 22
-        assert kept == (words[:2] if key == "b" else words[-2:])
+    shown = talk(model, f"/file {report}", "s", "what is it?", sampling={})
+    assert shown[2] == "? The attachment is 28 tokens too long (22 tokens left)."
+    assert "# Nothing was attached." in shown
+    assert model.asked[0][0].content == "what is it?"
 
 
 def test_a_larger_context_makes_room_for_a_file(report):
