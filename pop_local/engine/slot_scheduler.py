@@ -56,10 +56,6 @@ class SlotScheduler:
         found = (index for index in reversed(self._free) if self._n_refillable(index))
         return next(found, None)
 
-    def n_refillable(self) -> int:
-        """Return the total number of rows in all sequences that can be refilled."""
-        return sum(map(self._n_refillable, range(len(self._model.engine.sequences))))
-
     def refilled(self, index: int) -> None:
         """Mark the rows that other sequences share with sequence `index` as refilled."""
         states = self.sequence(index).states

@@ -41,11 +41,6 @@ class Metrics:
         }
         self.queue = gauge("pop_queue_length", "Queued requests")
         self.open = gauge("pop_models_open", "Models in memory")
-        self.unread = gauge(
-            "pop_unread_tokens", "Tokens in running prompts that have not been prefilled yet"
-        )
-        not_refilled = "Cached tokens that have not been run through the skipped layers yet"
-        self.refillable = gauge("pop_refillable_tokens", not_refilled)
 
     def answered(self, stats: TurnStats) -> None:
         """Add a complete or interrupted answer to the metrics."""

@@ -138,8 +138,6 @@ class ModelPool:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.metrics.open.set_function(lambda: len(self._loaded))
         self.metrics.queue.set_function(self.n_waiting)
-        self.metrics.unread.set_function(lambda: self._total(Worker.n_unread))
-        self.metrics.refillable.set_function(lambda: self._total(Worker.n_refillable))
 
     @classmethod
     def of_one(
@@ -274,10 +272,8 @@ class ModelPool:
 
     def n_waiting(self) -> int:
         """Return the number of requests waiting for a slot or for a closed model to open."""
-        return len(self._still_waiting()) + self._total(Worker.n_waiting)
-
-    def _total(self, figure: Callable[[Worker], int]) -> int:
-        return sum(figure(served.worker) for served in self.loaded)
+        in_workers = sum(served.worker.n_waiting() for served in self.loaded)
+        return len(self._still_waiting()) + in_workers
 
     def _grant(self, lease: Lease, served: ServedModel) -> None:
         self._loaded[served.path] = self._loaded.pop(served.path)

@@ -189,13 +189,6 @@ class Worker(threading.Thread):
         with self._lock:
             return len(self._still_waiting())
 
-    def n_unread(self) -> int:
-        """Return the total number of rows left to prefill in all running prompts."""
-        return sum(job.read[1] - job.read[0] for job in self._seen_s.copy())
-
-    def n_refillable(self) -> int:
-        return self._slots.n_refillable()
-
     def place(self, job: Job) -> int:
         """Return a job's position in the queue, starting at 1 (0: the job has left the queue)."""
         with self._lock:

@@ -359,16 +359,14 @@ def test_refilled_model_can_be_closed(folder, tmp_path, monkeypatch):
             assert works.wait(30)
 
 
-def test_gauges_sum_all_models(library, monkeypatch):
+def test_the_queue_length_sums_all_models(library, monkeypatch):
     with asked(library, ram_bytes=1 << 40) as client:
         for name in ("one", "two"):
             complete(client, model=name)
-        for figure in ("n_waiting", "n_unread", "n_refillable"):
-            monkeypatch.setattr(Worker, figure, lambda self: 3)
+        monkeypatch.setattr(Worker, "n_waiting", lambda self: 3)
         figures = counted(client)
         monkeypatch.undo()
-    for name in ("queue_length", "unread_tokens", "refillable_tokens"):
-        assert figures[f"pop_{name}"] == 6
+    assert figures["pop_queue_length"] == 6
 
 
 def test_model_closes_if_storing_its_prompt_fails(library, expected, monkeypatch):

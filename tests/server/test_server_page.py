@@ -20,7 +20,7 @@ from support.calls import opened
 from support.paths import ROOT
 from support.program import called
 from support.server_requests import NAME
-from support.serving import app_of, asking, counted
+from support.serving import app_of, asking
 
 STATIC = ROOT / "pop_local" / "server" / "page" / "static"
 OURS = [path for kind in ("html", "css", "js") for path in sorted(STATIC.glob(f"*.{kind}"))]
@@ -202,10 +202,6 @@ def test_slow_reader_is_killed(client, monkeypatch):
     message = refusal(sent(client, b"text " * 1_000_000, "story"), 400)
     assert message.startswith("reading story takes more than 0 s")
     slow.close()
-
-
-def test_refillable_tokens_metric(client):
-    assert counted(client)["pop_refillable_tokens"] == 0
 
 
 def test_document_length_is_limited(client):
