@@ -74,7 +74,7 @@ def parts_folder(model: Path) -> Path:
 
 
 def stock(folder: Path) -> tuple[StoredModel, ...]:
-    """Return a folder's models, sidecars without a model and unfinished downloads by name."""
+    """Return a folder's models, orphaned sidecars and unfinished downloads, sorted by name."""
     found = map(_examined, _unread(folder))
     return tuple(sorted(found, key=lambda model: model.name.lower()))
 

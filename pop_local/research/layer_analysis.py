@@ -288,6 +288,6 @@ def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
 
 
 def deepest_within(budget: Budget, depths: Sequence[DepthCost]) -> DepthCost | None:
-    """Return the deepest boundary within a budget, or None if every boundary exceeds it."""
+    """Return the deepest boundary within a budget, or None if no measured boundary is."""
     inside = [d for d in depths if d.quality is not None and is_inside(budget, d.quality)]
     return min(inside, key=lambda depth: depth.boundary, default=None)
