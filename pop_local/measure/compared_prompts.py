@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from hashlib import sha256
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -41,20 +40,6 @@ class PromptFile:
 
     name: str
     prompts: tuple[ComparedPrompt, ...]
-
-    @property
-    def sha256(self) -> str:
-        """Return a hash of all prompts with their line numbers, pictures, and expected answers."""
-        parts = [
-            (
-                prompt.line,
-                [(message.role, message.content) for message in prompt.messages],
-                [shown.sha256 for message in prompt.messages for _, shown in message.pictures],
-                prompt.expected and prompt.expected.pattern,
-            )
-            for prompt in self.prompts
-        ]
-        return sha256(repr(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

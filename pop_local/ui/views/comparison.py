@@ -41,7 +41,7 @@ def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
 
 def comparison_json(found: Comparison) -> dict[str, Any]:
     return {
-        "prompts": fields_of(found.prompts, "name", "sha256"),
+        "prompts": {"name": found.prompts.name},
         "n": len(found.answers),
         "n_same": len(found.answers) - len(found.different),
         **fields_of(found, "n_judged", "full_hits", "pruned_hits", "n_only_full", "n_only_pruned"),

@@ -95,23 +95,6 @@ def test_a_line_must_be_json(line, tmp_path):
         read_prompts(path)
 
 
-def test_the_hash_covers_texts_answers_and_lines(tmp_path):
-    same, again, other, judged = (
-        read_prompts(written(tmp_path, entry)).sha256
-        for entry in (
-            {"prompt": "a"},
-            {"messages": [{"role": "user", "content": "a"}]},
-            {"prompt": "b"},
-            {"prompt": "a", "answer": "b"},
-        )
-    )
-    assert same == again
-    assert len({same, other, judged}) == 3
-    later = tmp_path / "later.jsonl"
-    later.write_text('\n{"prompt": "a"}')
-    assert read_prompts(later).sha256 != same
-
-
 @pytest.mark.parametrize(
     ("n_first", "n_second", "p"),
     [
