@@ -36,8 +36,6 @@ def show(json: Json = False) -> None:
     """Show each stored prompt's tokens, size and last use."""
     store = DiskStore(settings.prompts_dir())
     found = store.stored()
-    used_bytes = sum(each.size_bytes for each in found)
-    unreadable_bytes = store.size_bytes - used_bytes
     if json:
         prompts = [
             {
@@ -48,19 +46,13 @@ def show(json: Json = False) -> None:
             }
             for each in found
         ]
-        shown = {"folder": store.folder, "prompts": prompts, "unreadable_bytes": unreadable_bytes}
-        print_json(shown)
+        print_json({"folder": store.folder, "prompts": prompts})
         return
     if found:
         print_table(_COLUMNS, found)
-        note(f"The stored prompts take up {size(used_bytes)} in {store.folder}.")
+        note(f"The stored prompts take up {size(store.size_bytes)} in {store.folder}.")
     else:
         note("No prompts are stored.")
-    if unreadable_bytes:
-        note(
-            f"{store.folder} also contains {size(unreadable_bytes)} of files that are damaged or"
-            " from a different version. `pop-local cache clear` removes them."
-        )
 
 
 @cache.command()

@@ -55,10 +55,7 @@ def test_show_keeps_files_of_another_version():
     leftover = settings.prompts_dir() / ".a.popstate.4194305.partial"
     leftover.write_bytes(b"x")
     shown = called("cache", "show")
-    first, second = shown.stderr.splitlines()
-    assert first == "No prompts are stored."
-    assert "1 B of files that are damaged or from a different version" in second
-    assert json.loads(called("cache", "show", "--json").stdout)["unreadable_bytes"] == 1
+    assert shown.stderr == "No prompts are stored.\n"
     assert foreign.exists() and leftover.exists()
 
 
