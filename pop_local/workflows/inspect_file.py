@@ -1,19 +1,15 @@
 """Inspect model files and sidecars."""
 
-from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import gguf
 
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.skipping import SkippableLayers, skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT, Macs, speedup_limit
 from pop_converter.base.errors import FormatError, PopError
-from pop_converter.gguf.header import Header, TensorInfo, read_header
+from pop_converter.gguf.header import Header, read_header
 from pop_converter.gguf.source import Source, is_sidecar, read_source
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.pruning_plan import DEFAULT_SKIP
@@ -23,13 +19,6 @@ from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.models.mmproj_files import ARCHITECTURE, find_mmproj
 from pop_local.models.model_names import resolve
 from pop_local.models.sidecars import sidecar_of
-
-
-@dataclass(frozen=True)
-class TensorGroup:
-    type: str
-    n_tensors: int
-    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +50,6 @@ class Inspection:
     n_embd: int
     n_ctx_train: int
     has_chat_template: bool
-    tensors: tuple[TensorGroup, ...]
     boundary: int | None
     n_skipped: int | None
     pop: PopMeta | None
@@ -121,7 +109,6 @@ def _of_model(source: Source, sidecar: Path | None, meta: PopMeta | None) -> Ins
         n_embd=_number(source, "embedding_length"),
         n_ctx_train=trained_ctx(first) or 0,
         has_chat_template=first.get("tokenizer.chat_template") is not None,
-        tensors=_groups(source.tensors),
         boundary=meta.boundary if meta else None,
         n_skipped=meta.n_layer - meta.boundary if meta else None,
         pop=meta,
@@ -147,17 +134,3 @@ def _work(skipping: SkippableLayers, meta: PopMeta | None, macs: Macs) -> Skippi
 def _number(source: Source, name: str) -> int:
     value = source.first.of_arch(name)
     return value if isinstance(value, int) else 0
-
-
-def _groups(tensors: Iterable[TensorInfo]) -> tuple[TensorGroup, ...]:
-    counts: Counter[int] = Counter()
-    sizes: Counter[int] = Counter()
-    for tensor in tensors:
-        counts[tensor.type] += 1
-        sizes[tensor.type] += tensor.size_bytes
-    # The gguf package may lack types that llama.cpp added later.
-    names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
-    return tuple(
-        TensorGroup(names.get(kind, f"type {kind}"), counts[kind], n_bytes)
-        for kind, n_bytes in sizes.most_common()
-    )

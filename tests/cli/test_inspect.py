@@ -35,8 +35,6 @@ def test_unconverted_file(tiny):
     assert found["pop"] is None
     assert found["opens_in_stock_llama_cpp"]
     assert found["size_bytes"] == tiny.stat().st_size
-    assert sum(group["size_bytes"] for group in found["tensors"]) < tiny.stat().st_size
-    assert {group["type"] for group in found["tensors"]} == {"F16", "F32"}
 
 
 def test_converted_file(tiny, converted):

@@ -11,7 +11,7 @@ from pop_local.ui.views.conversion import (
     measured_facts,
     skipping_facts,
 )
-from pop_local.workflows.inspect_file import Inspection, TensorGroup
+from pop_local.workflows.inspect_file import Inspection
 
 
 def inspection_facts(found: Inspection) -> list[Fact]:
@@ -20,7 +20,6 @@ def inspection_facts(found: Inspection) -> list[Fact]:
         ("File", found.file),
         ("Size", f"{size(found.size_bytes)}{files}"),
         ("Name", found.name or "none"),
-        ("Tensors", _tensors(found.tensors)),
     ]
     if found.architecture == ARCHITECTURE:
         return [*facts, ("Kind", "multimodal projector for pictures (--mmproj)")]
@@ -43,10 +42,6 @@ def inspection_facts(found: Inspection) -> list[Fact]:
         *([] if is_exact else _pruning_facts(found.pop)),
         ("Stock llama.cpp", stock),
     ]
-
-
-def _tensors(groups: tuple[TensorGroup, ...]) -> str:
-    return ", ".join(f"{g.n_tensors} {g.type} ({size(g.size_bytes)})" for g in groups) or "none"
 
 
 def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
