@@ -133,7 +133,7 @@ def models_in(folder: Path) -> dict[str, Path]:
 
 
 def printable(name: str) -> str:
-    """Return a file name as valid Unicode, with undecodable bytes escaped."""
+    """Return text with a file name as valid Unicode, with undecodable bytes escaped."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 

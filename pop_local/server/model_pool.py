@@ -21,7 +21,7 @@ from pop_local.engine.llama.loading import DEFAULT_CTX
 from pop_local.engine.model import PopModel
 from pop_local.server.api_errors import ApiError, as_api_error, stopping
 from pop_local.server.metrics import Metrics
-from pop_local.server.model_listing import ModelFile, ModelInfo, find
+from pop_local.server.model_listing import ModelFile, ModelInfo, find, printable
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Worker
 
@@ -235,7 +235,7 @@ class ModelPool:
         try:
             return self._read(file)
         except (PopError, OSError) as error:
-            log.warning("skipping %s: %s", file.name, error)
+            log.warning("skipping %s: %s", file.name, printable(str(error)))
             self._damaged.add(file.path)
             return None
 

@@ -79,7 +79,9 @@ def _model_of(header: Header) -> Path:
     if path is None:
         raise PopError(
             f"{header.path} is a sidecar, and its model {name} is not in the same folder",
-            f"run: pop-local inspect MODEL --sidecar {header.path}",
+            "inspect the model with this sidecar",
+            cause="sidecar-alone",
+            sidecar=header.path,
         )
     return path
 

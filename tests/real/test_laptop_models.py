@@ -29,7 +29,7 @@ def test_shipped_sidecar_has_its_measured_quality(name):
         text = tokenize(model, shipped_text())
         found = measure_pruning(model, text, settings, pruning, lambda *_: None)
         lookups = measure_lookups(model, LookupSettings(2), pruning, lambda *_: None)
-    assert found.n_pruned > 1800
+    assert found.n_pruned > 1500
     # The sidecar was measured on sixteen windows; this test uses four.
     assert abs(found.kl_mean.value - meta.measured.kl_mean) < 3 * (found.kl_mean.se or 0)
     assert abs(found.ppl_ratio.value - meta.measured.ppl_ratio) < 3 * (found.ppl_ratio.se or 0)

@@ -40,6 +40,8 @@ def _columns(found: Speed) -> Iterator[Column]:
         yield _number("llama.cpp", lambda row: f"{row.upstream_ttft_s.median:.3f} s")
     yield _number("In full", lambda row: f"{row.full_ttft_s.median:.3f} s")
     yield _number("Fast", lambda row: f"{row.pop_ttft_s.median:.3f} s")
+    if any(row.n_deep for row in found.rows):
+        yield _number("Deep", lambda row: f"{row.n_deep / row.n_prompt:.0%}")
     yield _number("Speed-up", lambda row: _RATIO(row.speedup))
 
 
