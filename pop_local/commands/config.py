@@ -12,7 +12,7 @@ from pop_local.commands.shared_options import Json
 from pop_local.config import settings
 from pop_local.config.settings import Scalar, SettingValue, expanded, state_dir
 from pop_local.models.model_names import models_dir
-from pop_local.ui.console import note, say, warn
+from pop_local.ui.console import note, warn
 from pop_local.ui.lazy import sub_app
 from pop_local.ui.tables import Column, print_json, print_table
 
@@ -49,12 +49,6 @@ def _shown(value: SettingValue) -> object:
         return value.value
     computed = {"models_dir": models_dir, "state_dir": state_dir}.get(value.key)
     return computed() if computed else settings.find(value.key).default
-
-
-@config.command()
-def path() -> None:
-    """Print the path of the settings file."""
-    say(str(settings.config_path()))
 
 
 # Without this, Click would parse the value -1 as an option.

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import FormatError, PopError
-from pop_converter.base.numbers import size
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.calibration.needs import free_bytes
-from pop_local.engine.llama.loading import default_ctx, kv_bytes
 from pop_local.models import model_names as names
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.model_files import ModelFiles
@@ -55,8 +53,6 @@ def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
     from pop_local.engine.model import PopModel
 
     def opened_with(n: int) -> PopModel:
-        if n > 1:
-            _tell_memory(files.path, options.context.n_ctx, n, watch)
         context = replace(options.context, n_parallel=n)
         return PopModel(replace(options, learn=False, context=context))
 
@@ -115,14 +111,6 @@ def _n_at_once(options: "EngineOptions") -> int:
     with suppress(PopError):
         return 1 if any(source_shape(source).windows) else 2
     return 2
-
-
-def _tell_memory(path: Path, n_ctx: int | None, n: int, watch: Watch) -> None:
-    source = read_source(path)
-    n_each = n_ctx or default_ctx(source.first)
-    with suppress(PopError):
-        n_bytes = kv_bytes(source_shape(source), n * n_each)
-        watch.on_note(f"{n} slots of {n_each:,} tokens each, with a KV cache of {size(n_bytes)}.")
 
 
 def model_files(

@@ -113,12 +113,10 @@ def test_the_default_model_of_the_chat_is_the_best_for_the_memory(monkeypatch, f
 )
 def test_how_many_are_answered_at_once(tmp_path, monkeypatch, free_gb, how, n):
     monkeypatch.setattr(opening, "free_bytes", lambda: free_gb * 10**9)
-    notes: list[str] = []
     wanted: dict[str, Any] = {"n_ctx": 256, "n_parallel": None, "n_threads": 1}
     options = EngineOptions.of(tiny(tmp_path), **(wanted | how))
-    with opening.open_model(options, Watch(on_note=notes.append)) as model:
+    with opening.open_model(options, Watch()) as model:
         assert len(model.engine.sequences) == n
-    assert notes == [] or f"{max(2, n)} slots of 256 tokens each" in notes[0]
 
 
 def test_a_model_that_learns_answers_one_at_a_time(tmp_path, monkeypatch):

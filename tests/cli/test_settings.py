@@ -268,12 +268,6 @@ def test_config_as_json(file, monkeypatch):
     assert by_key["system"] == {"value": None, "origin": "default", "where": ""}
 
 
-def test_config_path_works_with_a_broken_file(file):
-    file.write_text("nonsense")
-    done = pop_local("config", "path")
-    assert (done.exit_code, done.stdout) == (0, f"{file}\n")
-
-
 def test_config_set_keeps_comments_and_unset_takes_out(file):
     file.write_text("# Mine.\nthreads = 4  # of 8\n")
     assert pop_local("config", "set", "gpu_layers", "-1").exit_code == 0
