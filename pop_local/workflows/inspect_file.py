@@ -9,11 +9,10 @@ from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.skipping import SkippableLayers, skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT, Macs, speedup_limit
 from pop_converter.base.errors import FormatError, PopError
-from pop_converter.gguf.header import Header, read_header
-from pop_converter.gguf.source import Source, is_sidecar, read_source
+from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.pruning_plan import DEFAULT_SKIP
-from pop_converter.popfile.sidecar import base_path, pop_of, sidecar_meta
+from pop_converter.popfile.sidecar import pop_of
 from pop_converter.projection import TENSOR_MARK
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.models.mmproj_files import ARCHITECTURE, find_mmproj
@@ -59,31 +58,10 @@ class Inspection:
 
 
 def inspect(model: str, sidecar: Path | None = None) -> Inspection:
-    """Inspect a model with its sidecar. `model`: a path, a name, or the path of a sidecar.
-
-    Raises PopError.
-    """
-    path = resolve(model)
-    header = read_header(path)
-    if is_sidecar(header) and sidecar is None:
-        path, sidecar = _model_of(header), path
-    source = read_source(path)
+    """Inspect a model, given by path or name, with its sidecar. Raises PopError."""
+    source = read_source(resolve(model))
     sidecar = sidecar or sidecar_of(source)
     return _of_model(source, sidecar, pop_of(source, sidecar))
-
-
-def _model_of(header: Header) -> Path:
-    """Return the path of a sidecar's model. Raises PopError if it is not in the same folder."""
-    name = sidecar_meta(header).source_name
-    path = base_path(header.path, name)
-    if path is None:
-        raise PopError(
-            f"{header.path} is a sidecar, and its model {name} is not in the same folder",
-            "inspect the model with this sidecar",
-            cause="sidecar-alone",
-            sidecar=header.path,
-        )
-    return path
 
 
 def _of_model(source: Source, sidecar: Path | None, meta: PopMeta | None) -> Inspection:

@@ -183,6 +183,7 @@ def test_two_sidecars(fitted, tmp_path):
 
 REFUSED = {
     "convert": (("convert", "tiny.pop-sidecar.gguf"), "is a sidecar"),
+    "inspect": (("inspect", "tiny.pop-sidecar.gguf"), "is a sidecar"),
     "run": (("run", "tiny.pop-sidecar.gguf", "hi"), "is a sidecar"),
     "bench": (("bench", "tiny.pop-sidecar.gguf"), "is a sidecar"),
     "eval": (("eval", "tiny.pop-sidecar.gguf"), "is a sidecar"),

@@ -4,7 +4,6 @@ The model is neither copied nor changed. When a sidecar is opened, only the mode
 of its headers are compared, since hashing the whole model (`pop.source.sha256`) takes too long.
 """
 
-import glob
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +47,6 @@ def existing_sidecar(base: Source) -> Path | None:
     """Return the file at `sidecar_path`, or None if it is missing or the model is converted."""
     found = sidecar_path(base)
     return found if found.is_file() and pop_meta(base.first) is None else None
-
-
-def base_path(sidecar: Path, source_name: str) -> Path | None:
-    """Return the sidecar's model (or its first part) in the same folder, or None if it is missing.
-
-    The caller must check the model's identity (`bind`). `source_name` is untrusted, so its folder
-    is ignored.
-    """
-    name = Path(source_name).name
-    found = sidecar.with_name(name or sidecar.name)
-    if found != sidecar and found.is_file():
-        return found
-    parts = sidecar.parent.glob(f"{glob.escape(Path(name).stem)}-00001-of-?????.gguf")
-    return next((part for part in sorted(parts) if part.is_file()), None)
 
 
 def read_sidecar(path: Path, base: Source) -> PopMeta:
