@@ -28,8 +28,6 @@ MODEL_TEXTS = {
     ROOT / "pop_local/engine/tools/text_form.py",
     ROOT / "pop_local/texts/carrier_layouts.py",
 }
-# Pages about earlier versions keep their words.
-ARCHIVE = "docs/notebook/archive"
 MEAN_WORDS = 20
 
 # A docstring starts with an imperative or a noun phrase.
@@ -117,11 +115,7 @@ def findings_in(sentence: Sentence) -> Iterator[Finding]:
 def files_under(path: Path) -> Iterator[Path]:
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
         name = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else file.name
-        if (
-            file.is_file()
-            and file.suffix in PROSE_SUFFIXES
-            and not name.startswith((*EXCLUDED, ARCHIVE))
-        ):
+        if file.is_file() and file.suffix in PROSE_SUFFIXES and not name.startswith(EXCLUDED):
             yield file
 
 
