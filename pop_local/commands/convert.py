@@ -119,7 +119,6 @@ def convert(
         ),
     ] = None,
     *,
-    out: opt.Output = None,
     at: opt.BoundaryOptions,
     how: HowOptions,
     json: opt.Json = False,
@@ -139,7 +138,6 @@ def convert(
     the copy. With --projection own, the copy has no additional weights, and stock llama.cpp can
     open it (without pruning).
     """
-    output = opt.one_output(output, out)
     named, own = at.named, opt.given(**vars(limits))
     fit = fitting.fit(how.text or ())
     if how.projection is Projection.OWN and (fit or how.distill):

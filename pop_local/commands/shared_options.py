@@ -34,14 +34,6 @@ def positive(value: float | None) -> float | None:
     return finite(value)
 
 
-def one_output(argument: Path | None, option: Path | None) -> Path | None:
-    """Return the output path from the argument or from --output."""
-    if argument and option:
-        message = "the argument OUT.gguf already names the output; remove --output"
-        raise typer.BadParameter(message, param_hint="--output")
-    return argument or option
-
-
 def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | None:
     n_cores = os.cpu_count()
     if n_threads is None or n_cores is None or n_threads <= n_cores:
@@ -72,10 +64,6 @@ Converted = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help=MARKDOWN)]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="OUT.gguf", help="Output file (same as OUT.gguf)."),
-]
 Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
 System = Annotated[str, typer.Option("--system", metavar="TEXT", help="System prompt.")]
 

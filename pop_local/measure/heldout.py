@@ -3,7 +3,6 @@
 import importlib.resources
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +25,6 @@ class Text:
 
     name: str
     parts: tuple[str, ...]
-
-    @property
-    def sha256(self) -> str:
-        return sha256("".join(self.parts).encode()).hexdigest()
 
 
 def shipped_text() -> Text:

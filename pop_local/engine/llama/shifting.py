@@ -1,6 +1,7 @@
 """Check whether llama.cpp can move a model's rows to other positions."""
 
 import ctypes
+from contextlib import closing
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -61,11 +62,8 @@ def _is_equal_after_a_shift(context: Context) -> bool:
 
 def _decoded_at(ctx: Any, position: int) -> NDArray[np.float32]:
     """Decode a token at a position of an empty cache, and return the state."""
-    batch = TokenBatch(1)
-    try:
+    with closing(TokenBatch(1)) as batch:
         batch.decode(ctx, [_TOKEN], position, Outputs.LAST)
-    finally:
-        batch.close()
     return _state(ctx)
 
 

@@ -18,7 +18,7 @@ def as_json(found: Analysis) -> dict[str, Any]:
     chosen = found.chosen
     return {
         "model": str(found.model),
-        "text": fields_of(found.text, "name", "sha256"),
+        "text": {"name": found.text.name},
         "seed": found.seed,
         "boundaries": [_depth_json(depth) for depth in found.depths],
         "calibration": found.calibration,

@@ -50,7 +50,7 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
     """Return an evaluation's figures and verdict as a JSON object."""
     return {
         "model": str(found.model),
-        "text": fields_of(found.text, "name", "sha256"),
+        "text": {"name": found.text.name},
         **fields_of(found, "n_skipped", "projection", "speedup_limit"),
         **figures(found.quality),
         "deep_rows": found.deep_rows,
