@@ -47,10 +47,5 @@ def show_demonstration(found: Demonstration) -> None:
     pairs = f", {speedup.min:.2f}-{speedup.max:.2f} in {found.n_pairs} pairs" * (found.n_pairs > 1)
     fewer = f"multiply-accumulates cut by a factor of {found.limit:.2f}"
     say(f"Speed-up: {speedup.median:.2f}x{pairs} ({fewer})")
-    if speedup.min > found.limit:
-        say(
-            "The speed-up exceeds this factor, because skipping layers also saves other operations,"
-            " and because attention is slower than matrix products."
-        )
     skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
     say(f"Tokens pruned: {pop.n_pruned:,} of {found.n_prompt:,} (each skipped {skipped})")

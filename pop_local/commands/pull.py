@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pop_converter.base.numbers import size
-from pop_local.commands.shared_options import Force, Markdown
+from pop_local.commands.shared_options import Markdown
 from pop_local.models.model_names import CatalogModel, hub_names, load_catalog, models_dir
 from pop_local.models.sidecars import SHIPPED, SUFFIX
 from pop_local.ui.console import note, say
@@ -41,7 +41,7 @@ def pull(
         Path | None,
         typer.Option("--dir", metavar="DIR", help="Target folder (default: the models folder)."),
     ] = None,
-    force: Force = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
     markdown: Markdown = False,
 ) -> None:
     """Fetch a model, check its hash and print its path.
@@ -54,11 +54,10 @@ def pull(
         print_table(_HUB, [*hub_names().items()], as_markdown=markdown)
         note("Before it downloads a model from the hub, pull shows the size and the license.")
         return
-    folder = folder or models_dir()
     try:
         with terminal_watch() as watch:
             may = replace(watch, may=lambda question: True)  # running `pull` is consent
-            path = fetch_named(model, folder, may, force=force)
+            path = fetch_named(model, folder or models_dir(), may, force=force)
     except KeyboardInterrupt:
         note("Run the same command again to resume the download.")
         raise

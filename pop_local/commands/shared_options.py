@@ -63,7 +63,6 @@ Converted = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help=MARKDOWN)]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")]
 Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
 System = Annotated[str, typer.Option("--system", metavar="TEXT", help="System prompt.")]
 

@@ -272,8 +272,7 @@ class ModelPool:
 
     def n_waiting(self) -> int:
         """Return the number of requests waiting for a slot or for a closed model to open."""
-        in_workers = sum(served.worker.n_waiting() for served in self.loaded)
-        return len(self._still_waiting()) + in_workers
+        return len(self._still_waiting()) + sum(one.worker.n_waiting() for one in self.loaded)
 
     def _grant(self, lease: Lease, served: ServedModel) -> None:
         self._loaded[served.path] = self._loaded.pop(served.path)

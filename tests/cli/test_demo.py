@@ -5,10 +5,7 @@ import re
 
 import pytest
 
-from pop_local.commands.demo import show_demonstration
-from pop_local.measure.speed import Spread
 from pop_local.workflows import demonstrate as workflow
-from pop_local.workflows.demonstrate import Demonstration, TimedAnswer
 from support.converted import converted
 from support.program import Done, called, run
 from support.synthetic import make_gguf
@@ -48,16 +45,6 @@ def test_the_real_model_answers_twice_and_the_program_leaves(smollm2):
 def short(monkeypatch):
     """Shorten the document, which has about 9,000 tokens in a byte-level vocabulary."""
     monkeypatch.setattr(workflow, "_text", lambda name, real=workflow._text: real(name)[:1000])
-
-
-@pytest.mark.parametrize(("least", "is_above"), [(1.42, False), (1.43, True)])
-def test_a_speedup_above_the_count_is_explained(capsys, least, is_above):
-    answer = TimedAnswer("Yes.", 1.0, 10, 7)
-    speedup = Spread(1.5, least, 1.6)
-    show_demonstration(
-        Demonstration("m.gguf", 4, 8, "Why?", 17, answer, answer, 3, speedup, limit=1.425)
-    )
-    assert ("exceeds this factor" in capsys.readouterr().out) == is_above
 
 
 def test_json_has_all_figures_and_the_counters_add_up(tiny_file, short):

@@ -90,7 +90,6 @@ def test_chat_attaches_pictures(path):
 def test_chat_shows_the_time_for_encoding_pictures(path):
     a = path.parent / "a.png"
     shown = chatted(path, f"/image {a}", "what?", "/stats", "/retry")
-    assert "Encoding pictures took" in shown and "which pruning does not reduce" in shown
     assert shown.count("pictures 48 tokens") >= 2
 
 

@@ -26,7 +26,6 @@ def as_json(found: Analysis) -> dict[str, Any]:
             "budget": found.budget,
             "boundary": chosen and chosen.boundary,
             "projection": chosen and chosen.projection,
-            "is_estimate": True,
         },
     }
 

@@ -57,8 +57,6 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int) -> Iterator[str]:
             f"Names, numbers and symbols: {total.n_deep:,} tokens in full."
             f" Caught up later: {total.n_refilled:,} tokens."
         )
-    if total.n_image:
-        yield f"Encoding pictures took {total.encode_s:.2f} s, which pruning does not reduce."
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
 
 
