@@ -62,9 +62,8 @@ def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Seq
     rooms = [len(text) // n_tokens for text in texts]
     if sum(rooms) < n_windows:
         raise PopError(
-            f"the text is too short for {n_windows} windows of {n_tokens:,} tokens: the windows"
-            f" need {n_windows * n_tokens:,} tokens, but the text has"
-            f" {sum(len(text) for text in texts):,}, which is enough for {sum(rooms)} windows",
+            f"the text is too short for {n_windows} windows of {n_tokens:,} tokens:"
+            f" it has room for {sum(rooms)}",
             "use a longer text, or fewer or shorter windows",
             cause="text-too-short",
         )

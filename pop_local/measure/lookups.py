@@ -97,8 +97,8 @@ class Lookups:
     the number of questions that only the full model answers correctly. `gained`: the number of
     questions that only the pruned model answers correctly. `p`: the two-sided p-value of McNemar's
     exact test. `logprob_*`: the mean log-probability of the right strings in nats; `logprob_lost`
-    is full minus pruned. `expected_lost`: the share of the right strings' mean probability that is
-    lost. Errors are computed from the spread between documents.
+    is full minus pruned. `expected_lost`: the relative drop in the right strings' mean probability.
+    Errors are computed from the spread between documents.
     """
 
     n: int

@@ -39,7 +39,7 @@ _LARGE_BYTES = 1 << 20
 _MAX_PATH = 100  # maximum length of a path in an error message
 _BIND_HINTS = {
     errno.EADDRINUSE: "another program is using this port; pass --port 0 to use any free port",
-    errno.EADDRNOTAVAIL: "pass an address of this machine, or 0.0.0.0 for all networks",
+    errno.EADDRNOTAVAIL: "pass an address of this machine, or 0.0.0.0 to listen on all interfaces",
     errno.EACCES: "ports below 1024 are reserved; pass a higher port, for example --port 8080",
 }
 

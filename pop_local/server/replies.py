@@ -90,7 +90,7 @@ def timings(usage: Json) -> Json:
 
 
 def total(ends: Sequence[AnswerEnd]) -> Json:
-    """Add up the numbers in several answers' usage. Other values come from the last answer."""
+    """Sum the numeric usage fields of several answers. Other values come from the last answer."""
     return reduce(_sum, (end.usage for end in ends))
 
 

@@ -163,7 +163,7 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
     """Fit a layer's projections, starting from `own`: its own projections or an earlier fit.
 
     `ridge` is the strength of the pull toward `own`, relative to the diagonal of X'DX. Raises
-    FitError for singular or non-finite sums.
+    FitError if the sums are not finite or their matrix is singular.
     """
     xy = gram.xy[layer]
     if not (np.isfinite(gram.xx).all() and np.isfinite(xy).all()):

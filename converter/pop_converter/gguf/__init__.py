@@ -1,1 +1,1 @@
-"""GGUF files: headers, split models, and content to write."""
+"""Read and write GGUF files, including headers and split models."""

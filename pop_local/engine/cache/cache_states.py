@@ -18,7 +18,7 @@ MIN_LOST = 256
 
 
 class CacheStates:
-    """A manager of a KV cache's saved states. `prompts`: the cache that stores them, if any.
+    """Manager for a KV cache's saved states. `prompts`: the cache that stores them, if any.
 
     `scope` names the owner of the cached rows ("": shared). An owner's prompts never reuse another
     owner's rows, because response times and cached-token counts would reveal that owner's prompts.

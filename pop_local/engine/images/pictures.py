@@ -1,4 +1,4 @@
-"""Read picture files, and decode them within limits on size, time, and memory.
+"""Read and decode image files within limits on size, time and memory.
 
 Pillow decodes pictures, because libmtmd's decoder is not meant for untrusted files, does not
 support WebP, and ignores the EXIF orientation. Large WebP files are decoded in a child process,

@@ -161,7 +161,7 @@ class Known:
 class SumsFile:
     """A model's sums file, to which several processes may add sums.
 
-    `model`: the model's hash. `n_embd`: the width of its states (None: not checked).
+    `model`: the model's hash. `n_embd`: the model's embedding width (None: not checked).
     """
 
     path: Path

@@ -270,7 +270,7 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     yield "Copying", f"perplexity ratio {ratio}, correct top prediction for {right}"
     if found.copy_ppl_ratio > FAST.max_copy_ratio:
         most = FAST.max_copy_ratio
-        yield "", f"BROKEN: above {most:g}, a model can no longer copy from its prompt"
+        yield "", f"BROKEN: above a copy ratio of {most:g}, a model cannot copy from its prompt"
     if found.lookups_n:
         shares = f"{found.lookups_lost} of {found.lookups_full} lost, {found.lookups_gained} gained"
         lost = f"{found.lookups_logprob_lost:.2f} ± {found.lookups_logprob_se:.2f}"

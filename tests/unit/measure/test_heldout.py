@@ -16,8 +16,8 @@ def test_windows_do_not_overlap_and_are_spread_evenly():
     assert [starts.count(part) for part in (0, 2, 3)] == [3, 2, 3]
 
 
-def test_errors_name_the_needed_tokens():
-    with pytest.raises(PopError, match="need 800 tokens, but the text has 799"):
+def test_errors_name_the_windows_that_fit():
+    with pytest.raises(PopError, match="8 windows of 100 tokens: it has room for 7"):
         spread_windows([range(799)], 8, 100)
 
 
