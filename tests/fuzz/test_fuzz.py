@@ -108,7 +108,7 @@ def test_sidecars(tmp_path, not_counted):
         target.write_bytes(mutated_bytes(rng, content, 0, end))
         assert existing_sidecar(source) == target
         sidecar_meta(read_header(target))
-        inspect(str(target))
+        inspect(str(base), sidecar=target)
         read_sidecar(target, source)
 
     campaign(attempt)
