@@ -6,25 +6,19 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError, StoppedError
-from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.edit import MIN_REUSED
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.slot_scheduler import SlotScheduler
 from support.calls import opened, prompt, read
 from support.converted import tiny
+from support.edited_prompts import NEW, OLD, pruned
 
-OLD = prompt(700)
-NEW = prompt(300, seed=1)
 LONG_EDIT = OLD[:60] + NEW[:250] + OLD[60:]
 
 
 @pytest.fixture(scope="module")
 def llama_file(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("llama"))
-
-
-def pruned(path, **options) -> PopModel:
-    return opened(path, keep_states=True, n_ctx=2048, **options)
 
 
 def test_several_sequences_reuse_and_repair_edited_prompts(llama_file):

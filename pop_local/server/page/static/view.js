@@ -7,7 +7,6 @@ const TAGS = "a blockquote br code del em h1 h2 h3 h4 h5 h6 hr li ol p pre stron
   + " table tbody td th thead tr";
 const SHOWN = { ALLOWED_TAGS: TAGS.split(" "), ALLOWED_ATTR: ["href", "start"] };
 
-// HTML and images in an answer are shown as source.
 const MAX_DEPTH = 30; // of nested quotes, lists and emphasis, which marked parses recursively
 let depth = 0;
 
@@ -23,6 +22,7 @@ const bounded = (name) => function (...given) {
 };
 
 const NESTED = ["blockquote", "list", "emStrong", "del", "link", "reflink"];
+// HTML and images in an answer are shown as source.
 const escaped = (text) => h("p", {}, text).innerHTML;
 const markdown = new Marked({
   tokenizer: Object.fromEntries(NESTED.map((name) => [name, bounded(name)])),
