@@ -46,7 +46,7 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
     return n_cores
 
 
-_SIDECAR = "Sidecar (default: NAME.pop-sidecar.gguf next to the model, or the shipped sidecar)."
+_SIDECAR = "Sidecar (default: the one in the model's folder, or the learned or shipped one)."
 MMPROJ = "Multimodal projector for pictures (default: mmproj*.gguf in the model's folder)."
 MARKDOWN = "Print tables as Markdown."
 DEEP_ROWS = "Rule for the words that run through all layers (default: the file's rule)."
@@ -104,7 +104,10 @@ class OpenOptions(HardwareOptions):
 
     sidecar: Path | None = expert(_SIDECAR, "PATH")
     ctx: int | None = option(
-        "Context length in tokens (default: the model's, up to 8192).", min=1, max=MOST
+        "Context length in tokens (default: the trained length, or less if the context would take"
+        " more than a quarter of the free memory).",
+        min=1,
+        max=MOST,
     )
 
 

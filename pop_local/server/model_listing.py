@@ -119,7 +119,7 @@ def _described(
     return ModelInfo(
         file.name,
         source,
-        n_ctx or default_ctx(source.first),
+        n_ctx or default_ctx(source, n_parallel),
         meta.boundary if meta else 0,
         has_pillow() and find_mmproj(file.path) is not None,
         n_parallel,

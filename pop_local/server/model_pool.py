@@ -17,7 +17,6 @@ from pop_converter.base.nearest import nearest_hint
 from pop_converter.base.numbers import size
 from pop_local.engine.learning.online_calibrator import Fitter
 from pop_local.engine.llama.interrupt import stopped_by
-from pop_local.engine.llama.loading import DEFAULT_CTX
 from pop_local.engine.model import PopModel
 from pop_local.server.api_errors import ApiError, as_api_error, stopping
 from pop_local.server.metrics import Metrics
@@ -26,6 +25,9 @@ from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Worker
 
 log = logging.getLogger("pop_local.server")
+
+# Context length for which requests may be large enough, if the models' lengths are unknown.
+_LONG_CTX = 131_072
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class ModelRegistry:
 
     @property
     def max_ctx(self) -> int:
-        return self.n_ctx or DEFAULT_CTX
+        return self.n_ctx or _LONG_CTX
 
 
 @dataclass(frozen=True)

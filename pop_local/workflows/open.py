@@ -99,6 +99,11 @@ def _warn_of_context(context: "Context", watch: Watch) -> None:
                 f"use a context of up to {n_trained:,} tokens",
             )
         )
+    if not n_ctx and context.n_ctx < n_trained:
+        watch.on_note(
+            f"To save memory, the context is limited to {context.n_ctx:,} of {n_trained:,} tokens;"
+            " --ctx N sets a different length."
+        )
 
 
 def _n_at_once(options: "EngineOptions") -> int:

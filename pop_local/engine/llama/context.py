@@ -29,7 +29,8 @@ _N_BATCH = 512
 class ContextOptions:
     """Options for opening a model.
 
-    `n_ctx`: context length per sequence in tokens (None: the model's, up to 8,192).
+    `n_ctx`: context length per sequence in tokens (None: the trained length, or less if all K/V
+    would take more than a quarter of the free memory).
     `n_parallel`: number of sequences that share batches.
     `n_threads`: CPU threads (None: the number of physical cores).
     `n_gpu_layers`: number of layers on GPUs (-1: all). Without a GPU, the value is ignored.
@@ -108,9 +109,9 @@ class Context:
         self.files = OpenedFiles(source, meta, sidecar, are_mapped=options.use_mmap)
         self.n_threads = options.n_threads or default_threads()
         self._has_kernels = options.kernels and has_kernels()
-        has_gpu = any(device.is_gpu for device in devices())
-        self.on_device = options.n_gpu_layers != 0 and has_gpu
-        self.settings = self._context_params()
+        gpu_bytes = [device.memory_free_bytes for device in devices() if device.is_gpu]
+        self.on_device = options.n_gpu_layers != 0 and bool(gpu_bytes)
+        self.settings = self._context_params(sum(gpu_bytes) if self.on_device else None)
         # By default, sliding-window layers keep all rows.
         is_windowed = options.others.get("swa_full") is False
         loading.require_room(
@@ -133,14 +134,14 @@ class Context:
         self.is_mrope = self._api.llama_model_rope_type(self.model) in mrope
         self._opened_by = os.getpid()
 
-    def _context_params(self) -> Any:
+    def _context_params(self, free_bytes: int | None) -> Any:
         api, options = self._api, self.options
         params = api.llama_context_default_params()
-        # Call default_ctx even if n_ctx is set, because it rejects an invalid context length.
-        default = loading.default_ctx(self.files.header)
-        n_ctx = options.n_ctx or default
         if options.n_sequences < 1:
             raise PopError(f"n_parallel is {options.n_parallel}", "set n_parallel to 1 or more")
+        # Call default_ctx even if n_ctx is set, because it rejects an invalid context length.
+        default = loading.default_ctx(self.files.source, options.n_sequences, free_bytes)
+        n_ctx = options.n_ctx or default
         params.n_ctx = min(n_ctx * options.n_sequences, 2**32 - 1)  # prevents an overflow
         params.n_seq_max, params.kv_unified = options.n_sequences, True
         params.n_batch = min(n_ctx, options.n_batch)

@@ -12,12 +12,15 @@ import psutil
 from pop_converter.architecture.arch_keys import require_loadable, trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.base.errors import PopError
-from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
 from pop_local.engine.llama import backend, logs
 
-DEFAULT_CTX = 8192
+# Context length of models whose trained length or size per token is unknown.
+_UNKNOWN_CTX = 8192
+_LEAST_CTX = 2048
+# llama.cpp rounds context lengths up to a multiple of this number.
+_CTX_STEP = 256
 
 
 def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, params: Any) -> Any:
@@ -54,9 +57,21 @@ def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, param
     return model
 
 
-def default_ctx(header: Header) -> int:
-    """Return the trained context length in tokens, up to DEFAULT_CTX."""
-    return min(trained_ctx(header) or DEFAULT_CTX, DEFAULT_CTX)
+def default_ctx(source: Source, n_sequences: int, free_bytes: int | None = None) -> int:
+    """Return the trained context length in tokens, or less if memory is limited.
+
+    The K/V of all sequences take up to a quarter of `free_bytes` (default: the free main memory),
+    unless that would leave fewer than _LEAST_CTX tokens. Raises FormatError.
+    """
+    if free_bytes is None:
+        free_bytes = psutil.virtual_memory().available
+    trained = trained_ctx(source.first)
+    with suppress(PopError):
+        row_bytes = kv_bytes(source_shape(source), n_sequences)
+        if trained and row_bytes:
+            affordable = free_bytes // 4 // row_bytes // _CTX_STEP * _CTX_STEP
+            return min(trained, max(affordable, _LEAST_CTX))
+    return min(trained or _UNKNOWN_CTX, _UNKNOWN_CTX)
 
 
 def kv_bytes(shape: ModelShape, n_ctx: int, *, is_windowed: bool = False) -> int:
