@@ -33,8 +33,9 @@ class ServerOptions(Group):
         show_envvar=True,
     )
     cache_scope: Literal["client", "shared"] = option(
-        "Owner of cached rows: each client (its API key or, without keys, its address), or all"
-        " clients together (shared).",
+        "Owner of cached rows: \"client\" (an API key or, without keys, an address), or \"shared\""
+        " (all clients together).",
+        "OWNER",
         default="client",
     )
     name: str = expert("Model name in the APIs (default: the catalog or file name).", default="")

@@ -5,6 +5,7 @@ UPDATE_SCREENS=1 records them again. Look at the changes before you commit them.
 
 import io
 import os
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -39,17 +40,31 @@ def check(name: str, shown: str) -> None:
     assert lines == path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_helps(width):
-    helps = (called(*name.split(), "--help", COLUMNS=str(width)) for name in ("", *COMMANDS))
-    shown = f"Typer {TYPER}\n" + "".join(done.stdout for done in helps)
-    assert max(map(len, shown.splitlines())) <= width
-    name = f"help-{width}"
-    recorded = SCREENS / f"{name}.txt"
+def helps(width: int) -> str:
+    shown = (called(*name.split(), "--help", COLUMNS=str(width)) for name in ("", *COMMANDS))
+    return f"Typer {TYPER}\n" + "".join(done.stdout for done in shown)
+
+
+def test_helps():
+    shown = helps(80)
+    assert max(map(len, shown.splitlines())) <= 80
+    recorded = SCREENS / "help-80.txt"
     is_same = recorded.exists() and recorded.read_text("utf-8").startswith(f"Typer {TYPER}\n")
     if not is_same and not os.environ.get("UPDATE_SCREENS"):
         pytest.skip(f"recorded with another version than Typer {TYPER}")
-    check(name, shown)
+    check("help-80", shown)
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_helps_of_other_widths_have_the_same_words(width):
+    shown = helps(width)
+    assert max(map(len, shown.splitlines())) <= width
+    assert words(shown) == words(helps(80))
+
+
+def words(shown: str) -> Counter[str]:
+    """Count the letters and digits in boxes and paragraphs, whose words may be split."""
+    return Counter(char for char in shown if char.isalnum())
 
 
 def row(n_prompt: int, seconds: float) -> SpeedRow:
