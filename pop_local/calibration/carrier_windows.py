@@ -1,6 +1,6 @@
-"""Windows of synthetic look-ups: documents with exact values, followed by questions and answers.
+"""Windows of synthetic lookups: documents with exact values, followed by questions and answers.
 
-Ordinary text rarely repeats an exact string from its context, so look-ups are the first to fail if
+Ordinary text rarely repeats an exact string from its context, so lookups are the first to fail if
 a fit uses ordinary text alone.
 """
 
@@ -16,7 +16,7 @@ from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.texts.carrier_values import Use
 from pop_local.texts.carriers import Span, make_carrier, with_answers
 
-# One in every SHARE windows contains look-ups.
+# One in every SHARE windows contains lookups.
 SHARE = 4
 # The document's share of a window. Questions and answers fill the rest.
 _DOCUMENT = 0.55
@@ -25,7 +25,7 @@ _MOST = 64
 
 @dataclass(frozen=True)
 class CarrierWindows:
-    """Look-up windows, and a mask of their answer tokens (`answers`); both are [n, n_tokens]."""
+    """Lookup windows, and a mask of their answer tokens (`answers`); both are [n, n_tokens]."""
 
     windows: NDArray[np.int32]
     answers: NDArray[np.bool_]

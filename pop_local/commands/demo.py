@@ -46,6 +46,6 @@ def show_demonstration(found: Demonstration) -> None:
         say("The answers differ. `pop-local eval` measures the quality loss.\n")
     pairs = f", {speedup.min:.2f}-{speedup.max:.2f} in {found.n_pairs} pairs" * (found.n_pairs > 1)
     fewer = f"multiply-accumulates cut by a factor of {found.limit:.2f}"
-    say(f"Speed-up: {speedup.median:.2f}x{pairs} ({fewer})")
+    say(f"Speedup: {speedup.median:.2f}x{pairs} ({fewer})")
     skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
     say(f"Tokens pruned: {pop.n_pruned:,} of {found.n_prompt:,} (each skipped {skipped})")

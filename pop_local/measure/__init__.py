@@ -1,1 +1,1 @@
-"""Measure the speed-up and the quality loss from pruning, and check the loss against budgets."""
+"""Measure the speedup and the quality loss from pruning, and check the loss against budgets."""

@@ -1,4 +1,4 @@
-"""Measure the loss and the speed-up at each of a model's boundaries.
+"""Measure the loss and the speedup at each of a model's boundaries.
 
 At each boundary in the second half of the layers, repeated random tokens show how well the model
 still copies with the layers' own projections. Fitting hardly changes this result. At boundaries
@@ -50,7 +50,7 @@ from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened, row_options
 from pop_local.workflows.open import base_file
 
-# Boundaries with a smaller speed-up limit are not measured.
+# Boundaries with a smaller speedup limit are not measured.
 LEAST_LIMIT = 1.05
 # Number of prose windows, enough to compare boundaries. `convert` measures more.
 _N_PROBED = 3
@@ -81,7 +81,7 @@ class AnalyzeOptions:
 
 @dataclass(frozen=True)
 class DepthCost:
-    """The loss and the speed-up at one boundary.
+    """The loss and the speedup at one boundary.
 
     `retention`: the `induction_retention` of `Quality` with the layers' own projections (None if
     the full model shows no gain). `quality` and `projection` are None if the boundary was not
@@ -121,7 +121,7 @@ def analyze(
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Analysis:
-    """Measure each boundary's loss and speed-up.
+    """Measure each boundary's loss and speedup.
 
     `model`: the path or name of an unconverted model. Raises PopError or StoppedError.
     """
@@ -256,7 +256,7 @@ def measure_copying(
 ) -> tuple[DepthCost, ...]:
     """Measure the retention at each boundary.
 
-    The speed-up limits apply to prompts of LIMIT_PROMPT tokens. Progress is reported in draws.
+    The speedup limits apply to prompts of LIMIT_PROMPT tokens. Progress is reported in draws.
     """
     context, rule = model.engine.context, model.engine.rule
     tried, retentions = boundaries(context.files.shape), []
@@ -280,7 +280,7 @@ def measure_copying(
 def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
     """Return the boundaries at which the model may still copy, and the first one below them.
 
-    Boundaries with a speed-up limit below LEAST_LIMIT are omitted.
+    Boundaries with a speedup limit below LEAST_LIMIT are omitted.
     """
     hopeful = [may_copy(depth.retention) for depth in depths]
     n_worth = hopeful.index(False) + 1 if False in hopeful else len(depths)

@@ -1,1 +1,1 @@
-"""Read texts from users' files, and generate documents for look-ups."""
+"""Read texts from users' files, and generate documents for lookups."""

@@ -83,7 +83,7 @@ def make_carrier(
     n_prose = n_tokens - sum(map(count, blocks))
     if n_prose <= 0:
         raise PopError(
-            f"a document of {n_tokens} tokens has no room for a look-up",
+            f"a document of {n_tokens} tokens has no room for a lookup",
             "increase the document length",
             cause="documents-too-short",
         )
@@ -125,7 +125,7 @@ def _sentences(prose: str) -> list[str]:
     parts = [part.strip(" *") + "." for part in " ".join(prose.split()).split(". ")]
     found = [part for part in parts if 20 < len(part) < 400]
     if not found:
-        raise PopError("the prose for look-up documents has no sentences", "pass a longer text")
+        raise PopError("the prose for lookup documents has no sentences", "pass a longer text")
     return found
 
 
@@ -187,7 +187,7 @@ class _Writer:
         entity = next(self._entities, None)
         if entity is None:
             raise PopError(
-                "a look-up document needs more names than the word list has", "shorten the document"
+                "a lookup document needs more names than the word list has", "shorten the document"
             )
         return entity, tuple(map(self._new_value, kinds))
 

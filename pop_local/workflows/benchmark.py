@@ -63,7 +63,7 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Speed:
-    """The measured speed-ups by prompt length, and the measurement conditions.
+    """The measured speedups by prompt length, and the measurement conditions.
 
     `backend`: the device's name and the number of threads. `kernels`: the result of `cpu_kernels`
     ("" on a GPU). `is_exact`: whether skipping the layers from `boundary` on leaves the output

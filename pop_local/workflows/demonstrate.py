@@ -31,9 +31,9 @@ class TimedAnswer:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A full and a pruned answer, and the measured speed-up.
+    """A full and a pruned answer, and the measured speedup.
 
-    `limit`: the ratio of the two prefills' multiply-accumulates, which limits the speed-up.
+    `limit`: the ratio of the two prefills' multiply-accumulates, which limits the speedup.
     """
 
     model: str

@@ -115,7 +115,7 @@ def evaluate(
         quality = measure_pruning(loaded, tokens, options.settings, pruning, advance)
         lookups = None
         if asked is not None:
-            lookups = measure_lookups(loaded, asked, pruning, watch.stage("Running look-ups"))
+            lookups = measure_lookups(loaded, asked, pruning, watch.stage("Running lookups"))
         macs = loaded.engine.context.files.macs
         limit = speedup_limit(macs, LIMIT_PROMPT, boundary, _n_full(rule, quality))
     return Evaluation(
@@ -146,7 +146,7 @@ def _n_ctx(source: Source, options: EvaluateOptions, lookups: LookupSettings | N
     if limit is not None and limit < needed:
         raise PopError(
             f"the measurement needs a context of {needed} tokens, but the limit is {limit}",
-            "use shorter windows, or no look-ups",
+            "use shorter windows, or no lookups",
             cause="windows-too-long",
         )
     return given or needed

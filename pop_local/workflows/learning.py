@@ -78,9 +78,9 @@ class _LearnedFitter(PlanFitter):
 
 @dataclass
 class _LookupSums:
-    """Learned sums to which windows of look-ups are added.
+    """Learned sums to which windows of lookups are added.
 
-    The user's prompts may not contain any look-ups. `n_done`: the number of windows added so far.
+    The user's prompts may not contain any lookups. `n_done`: the number of windows added so far.
     """
 
     sums: Sums
@@ -89,7 +89,7 @@ class _LookupSums:
     def add(self, learner: OnlineCalibrator, runner: TrialRunner) -> Sums:
         """Add the remaining windows, and return the sums. Raises PopError or StoppedError.
 
-        The windows are weighted so that look-ups make up at least one in SHARE rows. The number of
+        The windows are weighted so that lookups make up at least one in SHARE rows. The number of
         learned rows in each Gram matrix does not change.
         """
         summing, grams, wides = learner.summing, self.sums.grams, self.sums.wides

@@ -75,7 +75,7 @@ def users_rows() -> list[Row]:
 
 
 def kept(row: Row) -> str:
-    """Return how many of the full model's correct look-ups fast reading keeps."""
+    """Return how many of the full model's correct lookups fast reading keeps."""
     found = row["lookups"]
     return f"{found['full'] - found['lost']} of {found['full']}"
 
@@ -89,7 +89,7 @@ def origin(name: str, verb: str = "We measured") -> str:
 def summary() -> str:
     """Return README's table for users."""
     titles = ["model", " download", " RAM", *(f" {way}" for way in WAYS.values())]
-    titles += [" faster by", " same next word", " look-ups kept"]
+    titles += [" faster by", " same next word", " lookups kept"]
     rows = []
     for row in users_rows():
         times = [row["full"] / row["llama"], row["pruned"] / row["llama"]]
@@ -204,12 +204,12 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kernels": lambda: span(_ratios("full", "llama")),
     "fast-reading": lambda: span(_ratios("pruned", "full"), "{:.2f}"),
     "kernels-amx": lambda: span(_amx()),
-    "look-ups": _look_ups,
+    "lookups": _look_ups,
     "1.5b-same": lambda: f"{100 * _shipped('qwen-1.5b')['same_first']:.0f}",
     "1.5b-worse": lambda: f"{_shipped('qwen-1.5b')['ppl_ratio'][0] - 1:.1%}",
     "1.5b-found": lambda: _found("qwen-1.5b"),
     "smollm2-found": lambda: _found("smollm2"),
-    "0.5b-speed-up": lambda: f"{_shipped('qwen-0.5b')['speedup_2048'][0]:.2f}",
+    "0.5b-speedup": lambda: f"{_shipped('qwen-0.5b')['speedup_2048'][0]:.2f}",
     "0.5b-deep": lambda: f"{_shipped('qwen-0.5b')['deep']:.0%}",
     "0.5b-limit": lambda: f"{_shipped('qwen-0.5b')['limit']:.2f}",
 }

@@ -59,7 +59,7 @@ def test_json_has_all_figures_and_the_counters_add_up(tiny_file, short):
 
 def test_the_speed_up_is_of_several_pairs(tiny_file, short):
     done = demo(tiny_file, *WIDE, "--pairs", 2)
-    said = re.search(r"Speed-up: (.+)x, (.+)-(.+) in 2 pairs \(.+ 1\.", done.stdout)
+    said = re.search(r"Speedup: (.+)x, (.+)-(.+) in 2 pairs \(.+ 1\.", done.stdout)
     assert said is not None, done.stdout
     middle, least, most = map(float, said.groups())
     assert least <= middle <= most

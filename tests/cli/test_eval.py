@@ -1,4 +1,4 @@
-"""Test `pop-local eval`: options, output, refusals, look-ups."""
+"""Test `pop-local eval`: options, output, refusals, lookups."""
 
 import json
 
@@ -129,7 +129,7 @@ def plain(tmp_path_factory):
     return make_gguf(tmp_path_factory.mktemp("plain") / "plain.gguf", "llama")
 
 
-# --- look-ups
+# --- lookups
 
 
 @pytest.mark.slow

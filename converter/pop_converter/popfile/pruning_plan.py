@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def speedup_limit(self) -> float:
-        """The speed-up limit for a prompt of LIMIT_PROMPT tokens. Propagates errors from `macs`."""
+        """The speedup limit for a prompt of LIMIT_PROMPT tokens. Propagates errors from `macs`."""
         n_ends = self.sink_tokens + self.tail_tokens
         n_full = n_ends + round(self.deep_share * (LIMIT_PROMPT - n_ends))
         more = fit_macs(self.shape, self.boundary, self.projection, LIMIT_PROMPT)

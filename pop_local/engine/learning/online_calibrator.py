@@ -76,7 +76,7 @@ def _require_learnable(cache: KvCache) -> None:
 
 @dataclass(frozen=True)
 class LearnedFit:
-    """A sidecar learned from `n_rows` tokens. `speedup_limit`: the maximum prefill speed-up."""
+    """A sidecar learned from `n_rows` tokens. `speedup_limit`: the maximum prefill speedup."""
 
     sidecar: Path
     boundary: int

@@ -75,7 +75,7 @@ def _choice(found: Analysis) -> str:
     if depth is None or depth.quality is None:
         return f"No measured boundary is within the {name} budget."
     return (
-        f"The {name} budget allows boundary {depth.boundary}, for a speed-up of up to"
+        f"The {name} budget allows boundary {depth.boundary}, for a speedup of up to"
         f" {depth.speedup_limit:.2f}x (estimated from {depth.quality.n_windows} windows; `convert`"
         " measures more windows)."
     )

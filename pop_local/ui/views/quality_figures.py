@@ -70,7 +70,7 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     layers = f"{found.n_skipped} layers from {q.boundary} on, with {found.projection} projections"
     if found.deep_rows is not DeepRows.NONE:
         layers += f" and deep rows selected by the rule {found.deep_rows}"
-    yield "Skipped", f"{layers}; the speed-up is up to {found.speedup_limit:.2f}x"
+    yield "Skipped", f"{layers}; the speedup is up to {found.speedup_limit:.2f}x"
     yield "Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"
     yield "Tokens pruned", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} context tokens"
     yield "KL to full", f"mean {with_se(q.kl_mean, '.4f')}, median {with_se(q.kl_median, '.4f')}"
@@ -91,6 +91,6 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     if (lookups := found.lookups) is not None:
         counts = f"full {lookups.full}, pruned {lookups.pruned}, of {lookups.n}"
         changes = f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"
-        yield "Look-ups", f"{counts}; {changes}"
+        yield "Lookups", f"{counts}; {changes}"
         full, lost = with_se(lookups.logprob_full, ".2f"), with_se(lookups.logprob_lost, ".2f")
         yield "", f"log-probability of the right string: full {full}, lower by {lost} with pruning"

@@ -16,7 +16,7 @@ def show_speed(found: Speed, *, as_markdown: bool = False) -> None:
     layers = f"{found.boundary} to {found.n_layer - 1} of {found.n_layer}"
     layers += ", exactly" if found.is_exact else ""
     print_sentence(f"{found.model}: prompt tokens skip layers {layers}")
-    print_sentence(f"{found.backend}; medians (speed-up: minimum-maximum)")
+    print_sentence(f"{found.backend}; medians (speedup: minimum-maximum)")
     if found.upstream is not None:
         kernels = f"{found.kernels}, compared with llama.cpp's ({found.upstream})"
         print_sentence(f"Prompt kernels: {kernels}")
@@ -42,7 +42,7 @@ def _columns(found: Speed) -> Iterator[Column]:
     yield _number("Fast", lambda row: f"{row.pop_ttft_s.median:.3f} s")
     if any(row.n_deep for row in found.rows):
         yield _number("Deep", lambda row: f"{row.n_deep / row.n_prompt:.0%}")
-    yield _number("Speed-up", lambda row: _RATIO(row.speedup))
+    yield _number("Speedup", lambda row: _RATIO(row.speedup))
 
 
 def _number(title: str, cell: Callable[[Any], str]) -> Column:

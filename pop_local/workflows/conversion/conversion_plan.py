@@ -128,7 +128,7 @@ class Conversion:
         )
 
     def limit(self, plan: Plan) -> float | None:
-        """Return a plan's maximum speed-up, or None if the plan's work cannot be counted."""
+        """Return a plan's maximum speedup, or None if the plan's work cannot be counted."""
         return None if self.not_counted else plan.speedup_limit
 
     @cached_property

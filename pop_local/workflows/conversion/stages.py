@@ -8,7 +8,7 @@ from pop_local.workflows.conversion.conversion_plan import Conversion
 from pop_local.workflows.conversion.full_model import N_DOCUMENTS, N_WINDOWS
 from pop_local.workflows.events import PlannedStage
 
-# Typical number of candidates whose look-ups are measured.
+# Typical number of candidates whose lookups are measured.
 _N_LOOKED_UP = 3
 # Number of multiply-accumulates that take as long as writing a byte and reading it back.
 _WRITING = 100
@@ -42,8 +42,8 @@ def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
         PlannedStage("Running the full model", whole),
         PlannedStage("Measuring", whole),
         PlannedStage("Measuring boundary", whole, n_tried),
-        PlannedStage("Running look-ups", lookups),
-        PlannedStage("Running look-ups on the full model", lookups),
-        PlannedStage("Running look-ups, boundary", lookups, _N_LOOKED_UP),
+        PlannedStage("Running lookups", lookups),
+        PlannedStage("Running lookups on the full model", lookups),
+        PlannedStage("Running lookups, boundary", lookups, _N_LOOKED_UP),
         PlannedStage(planned.writing_stage, _WRITING * planned.sizes.output_bytes),
     )

@@ -119,7 +119,7 @@ def test_figures_are_computed_from_the_results(monkeypatch: pytest.MonkeyPatch) 
     row |= {"lookups": {"full": 5, "lost": 1}}
     rows = [row, row | {"full": 40, "pruned": 40}]
     monkeypatch.setattr(doc_figures, "read", lambda _: {"rows": rows})
-    names = ("kernels", "fast-reading", "look-ups")
+    names = ("kernels", "fast-reading", "lookups")
     text = "".join(f"<!-- figure {name} -->old<!-- end -->\n" for name in names)
     shown = re.sub("<!--.*?-->", "", render_docs.rendered(text)).split("\n")[:-1]
     assert shown == ["2.0 to 4.0", "1.00 to 1.50", "8 of 10"]

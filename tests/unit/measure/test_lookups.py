@@ -1,4 +1,4 @@
-"""Look-ups: strict verdicts, shared documents, counts against the full model."""
+"""Lookups: strict verdicts, shared documents, counts against the full model."""
 
 from dataclasses import replace
 

@@ -12,17 +12,17 @@ from pop_local.ui import console, tables
 from pop_local.ui.tables import Column, markdown, print_facts, print_json
 
 SPEEDS = (
-    (Column("Name", itemgetter(0)), Column("Speed-up", lambda row: f"{row[1]:.2f}x", numeric=True)),
+    (Column("Name", itemgetter(0)), Column("Speedup", lambda row: f"{row[1]:.2f}x", numeric=True)),
     (("a|b", 1.4142), ("longer name", 12.0)),
 )
 
 
 def test_markdown_is_aligned_and_escaped():
     assert markdown(*SPEEDS).splitlines() == [
-        "| Name        | Speed-up |",
-        "| ----------- | -------: |",
-        "| a\\|b        |    1.41x |",
-        "| longer name |   12.00x |",
+        "| Name        | Speedup |",
+        "| ----------- | ------: |",
+        "| a\\|b        |   1.41x |",
+        "| longer name |  12.00x |",
     ]
 
 
@@ -78,7 +78,7 @@ def test_a_pipe_gets_plain_text_in_any_environment(monkeypatch, capsys, variable
     print_facts([("A", "x" * 200)])
     console.note("a note")
     printed = capsys.readouterr()
-    table = ["Name         Speed-up", "─" * 22, "a|b             1.41x", "longer name    12.00x"]
+    table = ["Name         Speedup", "─" * 21, "a|b            1.41x", "longer name   12.00x"]
     assert printed.out.splitlines() == [*table, "A  " + "x" * 200]
     assert printed.err == "a note\n"
 
