@@ -33,7 +33,7 @@ class ServerOptions(Group):
         show_envvar=True,
     )
     cache_scope: Literal["client", "shared"] = option(
-        "Owner of cached rows: \"client\" (an API key or, without keys, an address), or \"shared\""
+        'Owner of cached rows: "client" (an API key or, without keys, an address), or "shared"'
         " (all clients together).",
         "OWNER",
         default="client",

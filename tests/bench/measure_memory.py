@@ -19,8 +19,10 @@ QUESTION = "What rule was painted above the lamp-room door?"
 
 def measure(model: str) -> dict[str, object]:
     """Run one question, and return the model's name and its memory. Raises CalledProcessError."""
-    options = ["--threads", "1", "--ctx", "8192", "--max-tokens", "32", "--file", DOCUMENT]
-    subprocess.run([sys.executable, *COMMAND, model, *options, QUESTION], check=True, stdout=sys.stderr)
+    options = ["--threads", "1", "--ctx", "8192", "--max-tokens", "32"]
+    asked = ["--file", DOCUMENT, QUESTION]
+    command = [sys.executable, *COMMAND, model, *options, *asked]
+    subprocess.run(command, check=True, stdout=sys.stderr)
     kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {"model": model, "ram_bytes": kib * 1024}
 

@@ -46,9 +46,7 @@ def test_the_free_memory_counts_when_a_model_is_opened(source, monkeypatch):
     monkeypatch.setattr(
         loading,
         "psutil",
-        SimpleNamespace(
-            virtual_memory=lambda: memory, swap_memory=lambda: SimpleNamespace(free=0)
-        ),
+        SimpleNamespace(virtual_memory=lambda: memory, swap_memory=lambda: SimpleNamespace(free=0)),
     )
     notes: list[str] = []
     options = EngineOptions(str(source.first.path))
