@@ -172,37 +172,22 @@ def plan_needs(
     return FitNeeds(tuple(map(tuple, groups)), n_sums, total, n_inputs, n_sampled)
 
 
-class FitWork(NamedTuple):
-    """The work of each part of a fit, in multiply-accumulates."""
-
-    sampling: float
-    reading: float
-    solving: float
-
-
-def reading_work(plan: Plan, n_tokens: int) -> float:
-    """Return a full prefill's work, in multiply-accumulates at numpy's speed. Raises PopError."""
-    return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
-
-
-def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
-    """Return the work of all fits, excluding measurements. Propagates errors from `Plan.macs`.
+def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> float:
+    """Return the work of all fits in multiply-accumulates at numpy's speed, without measurements.
 
     Each pass adds the text's rows to the sums. Each pair's linear system is solved in float64.
+    Propagates errors from `Plan.macs`.
     """
     shape = plans[0].shape
     n_windows = options.n_tokens(shape.n_embd) // N_WINDOW
-    window = reading_work(plans[0], N_WINDOW)
+    window = plans[0].macs(N_WINDOW, None, N_WINDOW) / (_READING_GAIN if has_kernels() else 1)
     pairs, n_inputs = [pair for group in needs.groups for pair in group], needs.n_inputs
     n_out = [shape.n_kv(pair.layer) for pair in pairs]
     n_boundaries = len({pair.boundary for pair in pairs})
     adding = n_windows * N_WINDOW * n_inputs * (n_boundaries * n_inputs + sum(n_out))
     solving = 2 * sum(n_inputs**2 * (n_inputs // 3 + n) for n in n_out)
-    return FitWork(
-        needs.n_sampled * window * _SAMPLING_COST,
-        n_windows * len(needs.groups) * window,
-        adding + solving,
-    )
+    n_read = needs.n_sampled * _SAMPLING_COST + n_windows * len(needs.groups)
+    return n_read * window + adding + solving
 
 
 @cache

@@ -43,9 +43,8 @@ from pop_local.measure.quality import (
 )
 from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.conversion.fits import PlanFitter
-from pop_local.workflows.conversion.stages import fit_stages
 from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.events import PlannedStage, Watch
+from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened, row_options
 from pop_local.workflows.open import base_file
@@ -139,7 +138,6 @@ def analyze(
         needed_bytes, hint = run.needs.total_bytes, "fit on fewer tokens or close other programs"
         needed_bytes += source.size_bytes
         memory.require_memory("the fit needs", needed_bytes, hint, cause="no-memory-for-fit")
-    watch.on_stages(run.planned_stages())
     depths, reference = run.probed()
     found, calibration = run.measured(reference, worth_measuring(depths))
     measured = {depth.boundary: depth for depth in found}
@@ -197,22 +195,6 @@ class _Run:
     @property
     def _n_ctx(self) -> int:
         return max(self.options.n_window, 2 * N_REPEATED + 1)
-
-    def planned_stages(self) -> tuple[PlannedStage, ...]:
-        """Return the stages that may run."""
-        n_tried = len(self.plans)
-        window = memory.reading_work(self.last, self.options.n_window)
-        draws = _N_DRAWS * memory.reading_work(self.last, 2 * N_REPEATED)
-        probes = _N_PROBED * window + draws
-        fit = None
-        if self.needs:
-            fit = memory.fit_work(self._fitted, self._fit_options, self.needs)
-        return (
-            PlannedStage("Running the full model", probes),
-            PlannedStage("Measuring copying at each boundary", n_tried * draws),
-            *fit_stages(fit),
-            PlannedStage("Measuring boundary", probes, n_tried),
-        )
 
     def probed(self) -> tuple[tuple[DepthCost, ...], QualityReference]:
         """Run the full model, then measure each boundary's retention. Raises PopError.

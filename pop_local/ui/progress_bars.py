@@ -19,9 +19,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from pop_converter.base.numbers import duration
 from pop_local.ui.console import err, note, printable
-from pop_local.workflows.events import TimeLeft, Unit
+from pop_local.workflows.events import Unit
 
 Advance = Callable[[int, int], None]
 _NARROW_COLUMNS = 70
@@ -34,17 +33,9 @@ _RATE, _LEFT = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[left]
 
 @dataclass
 class Pace:
-    """State shared by consecutive bars: when a line was last printed, and the time left."""
+    """State shared by consecutive bars: when a line was last printed."""
 
     said_s: float = field(default_factory=lambda: time.monotonic())
-    time_left: TimeLeft = field(default_factory=lambda: TimeLeft(()))
-
-    def left(self) -> str:
-        """Return the time left for all stages, or "" if it is unknown."""
-        if (left_s := self.time_left.left_s) is None:
-            return ""
-        about = "up to" if self.time_left.is_at_most else "about"
-        return f"{about} {duration(left_s)} left in total"
 
 
 def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[Advance]:
@@ -87,7 +78,7 @@ def _in_words(what: str, pace: Pace) -> Advance:
             return
         pace.said_s = now_s
         left_s = (now_s - first_s) * (total - done) / (done - first_done)
-        note(f"{what}: {done / total:.0%}, {pace.left() or f'{_clock(left_s)} left'}")
+        note(f"{what}: {done / total:.0%}, {_clock(left_s)} left")
 
     return advance
 
@@ -116,7 +107,6 @@ def _bar(what: str, wide: tuple[ProgressColumn, ...], pace: Pace) -> Iterator[Ad
             # rich's own rate is unknown before the second batch.
             rate = f"{done / taken_s:,.0f} tokens/s" if done else ""
             left = _clock(taken_s * (total - done) / done) if done else "-:--"
-            left = pace.left() or left
             shown.update(task, completed=done, total=total or None, rate=rate, left=left)
 
         yield advance

@@ -1,7 +1,7 @@
 """Connect a workflow's Watch to the terminal: progress bars, notes, questions and Ctrl-C."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from pop_local.ui.console import note, warn
 from pop_local.ui.ctrl_c import deferred_interrupt
 from pop_local.ui.hints import hint_of
 from pop_local.ui.progress_bars import Advance, Pace, stage_progress
-from pop_local.workflows.events import PlannedStage, TimeLeft, Unit, Watch
+from pop_local.workflows.events import Unit, Watch
 
 
 def asked(question: str) -> bool:
@@ -29,18 +29,13 @@ class _Stages:
         self._bar: Advance | None = None
         self._pace = Pace()
 
-    def plan(self, stages: Sequence[PlannedStage]) -> None:
-        self._pace.time_left = TimeLeft(stages)
-
     def begin(self, name: str, unit: Unit) -> None:
         self.end()
-        self._pace.time_left.begin(name)
         self._stage = (name, unit)
 
     def advance(self, done: int, total: int) -> None:
         if self._bar is None:
             self._bar = self._stack.enter_context(stage_progress(*self._stage, self._pace))
-        self._pace.time_left.advance(done, total)
         self._bar(done, total)
 
     def end(self) -> None:
@@ -66,7 +61,7 @@ def terminal_watch() -> Iterator[Watch]:
     stages = _Stages()
     try:
         shown = Watch(stages.begin, stages.advance, stages.tell, stages.warn)
-        yield replace(shown, may=stages.ask, on_stages=stages.plan)
+        yield replace(shown, may=stages.ask)
     finally:
         stages.end()
 

@@ -24,6 +24,8 @@ from pop_local.measure.speed import (
 )
 from pop_local.ui.views.speed_table import show_speed
 from pop_local.workflows import benchmark as workflow
+from pop_local.workflows.events import Watch
+from pop_local.workflows.hardware import Hardware
 from support.converted import converted
 from support.program import Done, called
 from support.shared_kv import make_shared
@@ -231,3 +233,12 @@ def test_a_model_that_rows_leave_exactly_needs_no_conversion(tmp_path):
     assert (row["n_pruned"], row["n_skipped_exact"]) == (0, 99)
     table = bench(model, "--prompt", "100", "--repeat", 1).stdout
     assert "skip layers 4 to 7 of 8, exactly" in " ".join(table.split())
+
+
+def test_llama_cpps_settings_are_tried_in_a_stage_of_their_own(tiny, monkeypatch):
+    started: list[str] = []
+    watch = Watch(on_stage=lambda name, unit: started.append(name))
+    options = workflow.BenchOptions((32,), 1, 4, None, Hardware(n_threads=1, n_gpu_layers=0))
+    monkeypatch.setattr(workflow, "has_kernels", lambda: True)
+    workflow.bench(str(tiny), None, options, watch)
+    assert started == ["Trying llama.cpp's settings", "Measuring"]

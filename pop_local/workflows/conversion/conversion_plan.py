@@ -119,13 +119,9 @@ class Conversion:
     @cached_property
     def fit_seconds(self) -> float | None:
         """Return the estimated duration of all fits in seconds."""
-        return None if self.fit_work is None else sum(self.fit_work) / costs.macs_per_s()
-
-    @property
-    def fit_work(self) -> costs.FitWork | None:
-        return (
-            costs.fit_work(self._fitted, self.fit, self.needs) if self.fit and self.needs else None
-        )
+        if self.fit is None or self.needs is None:
+            return None
+        return costs.fit_work(self._fitted, self.fit, self.needs) / costs.macs_per_s()
 
     def limit(self, plan: Plan) -> float | None:
         """Return a plan's maximum speedup, or None if the plan's work cannot be counted."""

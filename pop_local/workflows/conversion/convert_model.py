@@ -21,7 +21,6 @@ from pop_local.workflows.conversion.conversion_plan import (
 from pop_local.workflows.conversion.named import write_named
 from pop_local.workflows.conversion.refusals import Trial
 from pop_local.workflows.conversion.search import write_within
-from pop_local.workflows.conversion.stages import planned_stages
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Watch
 from pop_local.workflows.open import base_file
@@ -82,7 +81,6 @@ def run_conversion(
             )
         )
     watched = replace(watch, on_warning=warned)
-    watch.on_stages(planned_stages(conversion))
     runner = TrialRunner(conversion.source, conversion.options.hardware, watched)
     run, budget = ConversionRun(conversion, force, runner), conversion.budget
     done = write_named(run) if budget is None else write_within(run, budget)

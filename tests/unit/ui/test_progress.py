@@ -11,8 +11,7 @@ from pop_converter.base.errors import PopError, StoppedError
 from pop_local.ui import progress_bars
 from pop_local.ui.console import THEME
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows import events
-from pop_local.workflows.events import PlannedStage, TimeLeft, Unit, Watch
+from pop_local.workflows.events import Unit, Watch
 
 
 @pytest.fixture
@@ -92,83 +91,6 @@ def test_resumed_work_does_not_raise_the_rate(monkeypatch, capsys):
         clock.now_s = 25.0
         advance(91, 100)
     assert capsys.readouterr().err.splitlines() == ["Fitting: 91%, 3:45 left"]
-
-
-STAGES = (
-    PlannedStage("Reading", 10),
-    PlannedStage("Fitting", 60),
-    PlannedStage("Measuring", 10, 3),
-    PlannedStage("Writing", 0),
-)
-
-
-@pytest.fixture
-def clock(monkeypatch) -> SimpleNamespace:
-    clock = SimpleNamespace(now_s=0.0)
-    for module in (progress_bars, events):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
-    return clock
-
-
-def test_the_time_left_is_of_all_the_work_by_the_rate_so_far(clock):
-    whole = TimeLeft(STAGES)
-    whole.begin("Reading")
-    whole.advance(0, 2)
-    clock.now_s = 4.0
-    whole.advance(1, 2)
-    assert not whole.left_s
-    clock.now_s = 20.0
-    whole.advance(2, 2)
-    assert whole.left_s == pytest.approx(180)
-    whole.begin("Fitting")
-    whole.advance(0, 2)
-    clock.now_s = 110.0
-    whole.advance(1, 2)
-    assert whole.left_s == pytest.approx(110 * 60 / 40) and whole.is_at_most
-    whole.begin("Measuring boundary 7")
-    whole.begin("Measuring boundary 8")
-    whole.advance(0, 2)
-    whole.advance(2, 2)
-    assert whole.left_s == pytest.approx(110 * 10 / 50)
-    whole.begin("Writing")
-    assert whole.left_s == 0 and not whole.is_at_most
-
-
-def test_skipped_work_does_not_raise_the_total_rate(clock):
-    whole = TimeLeft(STAGES)
-    whole.begin("Fitting")
-    clock.now_s = 10.0
-    whole.advance(30, 60)
-    assert whole.left_s == pytest.approx(10 * (30 + 30) / 30)
-    whole.begin("Something else")
-    assert whole.left_s == pytest.approx(10 * 30 / 30)
-
-
-def test_a_log_gets_the_time_left_of_the_whole_however_short_its_stages_are(clock, capsys):
-    with terminal_watch() as watch:
-        watch.on_stages(STAGES)
-        for name in ("Reading", "Fitting"):
-            advance = watch.stage(name)
-            for done in range(9):
-                clock.now_s += 2.5
-                advance(done, 8)
-    assert capsys.readouterr().err.splitlines() == [
-        "Reading: 88%, up to 3 min left in total",
-        "Fitting: 75%, up to 33 s left in total",
-    ]
-
-
-def test_a_bar_shows_the_time_left_of_the_whole(clock, monkeypatch):
-    file = io.StringIO()
-    monkeypatch.setattr(progress_bars, "err", Console(file=file, force_terminal=True, width=100))
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with terminal_watch() as watch:
-        watch.on_stages(STAGES)
-        advance = watch.stage("Reading")
-        advance(0, 2)
-        clock.now_s = 20.0
-        advance(2, 2)
-    assert "up to 3 min left in total" in file.getvalue()
 
 
 def test_a_bar_makes_way_for_another(monkeypatch):
