@@ -283,5 +283,5 @@ def _unknown(message: str, name: str, here: dict[str, str]) -> PopError:
     known = {alias: model.short_name for model in catalog for alias in (model.name, *model.aliases)}
     known |= {each: each for each in hub_names()}
     listed = f"pass {', '.join(model.short_name for model in catalog)} or a GGUF file"
-    hint = nearest_hint(name, here | known, listed)
+    hint = nearest_hint(name, here | known) or listed
     return PopError(message, hint, cause="unknown-model")

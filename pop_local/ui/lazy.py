@@ -23,6 +23,10 @@ OPTION_ALIASES = {
     "gpu_layers": ("-ngl", "--n-gpu-layers"),
     "temperature": ("--temp",),
     "prompt": ("-p",),
+    "cache_type_k": ("-ctk",),
+    "cache_type_v": ("-ctv",),
+    "parallel": ("-np",),
+    "system": ("-sys",),
 }
 
 
@@ -106,17 +110,18 @@ def _with_aliases(command: Any) -> None:
 
 
 def _translated(args: list[str]) -> list[str]:
-    """Replace Ollama's commands, and pass llama.cpp's -m and -p as arguments."""
+    """Replace Ollama's commands, and pass llama.cpp's -m, -hf and -p as arguments."""
     name, *given = args
     if name == "help" and given:
         return [given[0], "--help"]
     name = COMMAND_ALIASES.get(name, name)
-    for flag in ("-p", "-m") if name == "run" else ("-m",):
+    for flag in ("-p", "-m", "-hf") if name == "run" else ("-m", "-hf"):
         if flag in given[:-1]:
             at = given.index(flag)
             value = given.pop(at + 1)
             given[at : at + 1] = []
-            given.insert(0 if flag == "-m" else len(given), value)
+            value = f"hf:{value}" if flag == "-hf" else value
+            given.insert(len(given) if flag == "-p" else 0, value)
     return [name, *given]
 
 

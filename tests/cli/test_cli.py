@@ -73,17 +73,21 @@ def test_commands_of_ollama_work(tiny):
 
 def test_options_of_llama_cpp_work(tiny):
     """Check that the options reach `run`, although the help does not list them."""
-    limits = ("-c", 64, "-n", 3, "-t", 1, "-ngl", 0, "--temp", 0)
+    limits = ("-c", 64, "-n", 3, "-t", 1, "-ngl", 0, "--temp", 0, "-ctk", "q8_0", "-sys", "Hi")
     done = called("run", "-m", tiny, "-p", "hello", *limits, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["stats"]["n_decoded"] == 3
     same = ("--ctx", 64, "--max-tokens", 3, "--threads", 1, "--gpu-layers", 0, "--temperature", 0)
+    same += ("--cache-type-k", "q8_0", "--system", "Hi")
     assert found["text"] == json.loads(called("run", tiny, "hello", *same, "--json").stdout)["text"]
     assert "--temp " not in called("run", "--help").stdout
     wrong = called("run", tiny, "hello", "-t", "x", COLUMNS="200")
     assert wrong.returncode == 2
     assert "Invalid value for '--threads'" in wrong.stderr
+    wrong = called("run", tiny, "hello", "-ctv", "x", COLUMNS="200")
+    assert "Invalid value for '--cache-type-v'" in wrong.stderr
+    assert "hf:nowhere is not the name" in called("chat", "-hf", "nowhere").stderr.replace("'", "")
 
 
 def test_top_help_imports_no_command():

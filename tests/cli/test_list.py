@@ -233,8 +233,9 @@ def test_a_split_model_is_named_as_one(store):
     [
         ("Tiny.Q8", "Tiny.Q8_0"),
         ("partet", "parted"),
-        ("Tiny.Q8_1.gguf", "Tiny.Q8_0"),
+        ("Tiny.Q8_1.gguf", "Tiny.Q8_0 or Tiny.Q8_0.pop"),
         ("smolm2", "smollm2"),
+        ("qwen9-7b", "qwen3-1.7b, qwen2.5-7b or qwen3-8b"),
     ],
 )
 def test_the_nearest_name_is_suggested(store, name, nearest):

@@ -48,7 +48,8 @@ def run(*words: str, typed: str = "") -> str:
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_command_runs(words, smollm2):
-    run("-m", "pop_local", *words, *LESS[words[0]])
+    given = [str(smollm2) if word == "MODEL.gguf" else word for word in words]
+    run("-m", "pop_local", *given, *LESS[words[0]])
 
 
 def test_python_example_runs(smollm2):

@@ -1,20 +1,26 @@
-"""Suggest the known name most similar to an unknown name."""
+"""Suggest the known names most similar to an unknown name."""
 
 import difflib
 from collections.abc import Mapping
 
 _CUTOFF = 0.5
+# Names that are less similar than the most similar name by up to this much are suggested, too.
+_SLACK = 0.05
+_MOST = 3
 
 
 def nearest_hint(wanted: str, known: Mapping[str, str], listed: str = "") -> str:
-    """Return a hint that suggests the known name most similar to `wanted`, followed by `listed`.
+    """Return a hint that suggests the known names most similar to `wanted`, followed by `listed`.
 
     If no name is similar, the hint is `listed` alone. `known` maps names to the texts shown to the
     user. Case is ignored.
     """
-    shown = {name.lower(): text for name, text in known.items()}
-    near = difflib.get_close_matches(wanted.lower(), shown, n=1, cutoff=_CUTOFF)
+    shown, wanted = {name.lower(): text for name, text in known.items()}, wanted.lower()
+    near = difflib.get_close_matches(wanted, shown, n=_MOST, cutoff=_CUTOFF)
     if not near:
         return listed
-    question = f"did you mean {shown[near[0]]}?"
+    least = difflib.SequenceMatcher(None, near[0], wanted).ratio() - _SLACK
+    near = difflib.get_close_matches(wanted, near, n=_MOST, cutoff=max(least, _CUTOFF))
+    *others, last = dict.fromkeys(shown[name] for name in near)
+    question = f"did you mean {', '.join(others)}{' or ' * bool(others)}{last}?"
     return f"{question} ({listed})" if listed else question
