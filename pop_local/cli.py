@@ -14,6 +14,7 @@ COMMANDS = {
         _USE, "Ask one question, optionally about files.", 'qwen-1.5b -f report.pdf "Who paid?"'
     ),
     "serve": Listed(_USE, "Serve a model over the OpenAI, Anthropic and Ollama APIs.", "qwen-1.5b"),
+    "launch": Listed(_USE, "Start a coding agent that uses a local model.", "opencode qwen-1.5b"),
     "demo": Listed(_USE, "Answer one long prompt with and without pruning.", "smollm2"),
     "pull": Listed(_MODELS, "Fetch a model from the catalog or a hub.", "qwen3-8b"),
     "list": Listed(_MODELS, "List the local models.", "--json"),

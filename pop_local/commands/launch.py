@@ -1,0 +1,109 @@
+"""`pop-local launch AGENT [MODEL]`: start a server and a coding agent that uses it."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pop_converter.base.errors import PopError
+from pop_local.commands import shared_options as opt
+from pop_local.commands.agents import AGENTS
+from pop_local.commands.opening import default_model
+from pop_local.commands.option_expansion import expand_options
+from pop_local.models.model_names import lookup
+from pop_local.ui.console import note, say
+from pop_local.ui.error_output import EXIT_FAILED
+from pop_local.ui.watch import terminal_watch
+from pop_local.workflows.open import model_files
+
+_PRINTED_PORT = 8080  # the default of `serve`
+_POLL_S = 0.1
+_SERVING = re.compile(r"Serving at (http://\S+/v1)")
+
+
+@expand_options
+def launch(
+    agent: Annotated[
+        Literal["opencode", "codex", "aider", "qwen-code"],
+        typer.Argument(metavar="AGENT", help="opencode, codex, aider or qwen-code."),
+    ],
+    model: opt.OptionalModel = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="-- ARGUMENTS", help="The agent's arguments.")
+    ] = None,
+    *,
+    prints: Annotated[
+        bool, typer.Option("--print", help="Print the two commands instead of running them.")
+    ] = False,
+    how: opt.MeasureOptions,
+) -> None:
+    """Start a coding agent that uses a local model.
+
+    The command starts a server on a free port, connects the agent to the server with arguments and
+    environment variables, and ends the server when the agent ends. The agent's own settings files
+    stay unchanged.
+    """
+    if model and model.startswith("-"):
+        raise typer.BadParameter("a model must precede the agent's arguments", param_hint="MODEL")
+    chosen = AGENTS[agent]
+    if not prints and shutil.which(chosen.program) is None:
+        raise PopError(f"{agent} is not installed", f"install it with: {chosen.install}")
+    model = model or default_model()
+    name = model if lookup(model) else re.sub(r"[^\w.-]+", "-", Path(model).stem)
+    n_ctx = how.n_ctx or chosen.n_ctx
+    given = opt.given(name=name, ctx=n_ctx, sidecar=how.sidecar, threads=how.threads)
+    given |= {"gpu-layers": how.gpu_layers}
+    serving = ["serve", model, *(f"--{flag}={value}" for flag, value in given.items())]
+    if prints:
+        words, variables = chosen.settings(f"http://127.0.0.1:{_PRINTED_PORT}/v1", name, n_ctx)
+        say(shlex.join(["pop-local", *serving, f"--port={_PRINTED_PORT}"]))
+        settings = [f"{variable}={shlex.quote(value)}" for variable, value in variables.items()]
+        say(" ".join([*settings, shlex.join([chosen.program, *words, *(arguments or ())])]))
+        return
+    with terminal_watch() as watch:
+        model_files(model, how.sidecar, watch)  # downloads a missing model, with a progress bar
+    with _server(serving) as url:
+        words, variables = chosen.settings(url, name, n_ctx)
+        command = [chosen.program, *words, *(arguments or ())]
+        # Ctrl-C is for the agent, which does not inherit a handler (unlike SIG_IGN).
+        signal.signal(signal.SIGINT, lambda *_: None)
+        status = subprocess.run(command, env=os.environ | variables, check=False).returncode
+    raise typer.Exit(status if status >= 0 else 128 - status)
+
+
+@contextmanager
+def _server(arguments: list[str]) -> Iterator[str]:
+    """Run a server on a free port, and yield its URL once clients can connect.
+
+    If the server ends before that, print its messages and raise typer.Exit.
+    """
+    command = [sys.executable, "-m", "pop_local", *arguments, "--port=0"]
+    with tempfile.TemporaryDirectory(prefix="pop-local-") as folder:
+        log = Path(folder) / "server.log"
+        with log.open("wb") as stderr:
+            # In a new session, the server does not receive the terminal's Ctrl-C.
+            server = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+            )
+        try:
+            note(f"Starting the server, whose log is {log}.")
+            while (found := _SERVING.search(log.read_text("utf-8", "replace"))) is None:
+                if server.poll() is not None:
+                    sys.stderr.write(log.read_text("utf-8", "replace"))
+                    raise typer.Exit(EXIT_FAILED)
+                time.sleep(_POLL_S)
+            yield found[1]
+        finally:
+            server.terminate()  # a server that hangs kills its own process after seconds
+            server.wait()

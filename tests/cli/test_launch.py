@@ -1,0 +1,146 @@
+"""Test `pop-local launch` with a program in the agent's place on PATH."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from pop_local.commands.agents import AGENTS
+from support.program import called, run
+
+URL = re.compile(r"http://127\.0\.0\.1:\d+/v1")
+# Reports its settings, sends a request, and then ends with code 3, or 7 after Ctrl-C.
+AGENT = f"""#!{sys.executable}
+import json, os, re, signal, sys, time, urllib.request
+from pathlib import Path
+def stop(*_):
+    sys.exit(7)
+signal.signal(signal.SIGINT, stop)
+given = " ".join([*sys.argv, *os.environ.values()])
+url = re.search(r"http://127[.]0[.]0[.]1:[0-9]+/v1", given)[0]
+models = json.load(urllib.request.urlopen(url + "/models"))["data"]
+report = {{"arguments": sys.argv[1:], "url": url, "models": models, "pid": os.getpid()}}
+part = Path("report.part")
+part.write_text(json.dumps(report))
+part.rename("report")
+time.sleep(60 if "wait" in sys.argv else 0)
+sys.exit(3)
+"""
+
+
+@pytest.fixture
+def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder in which the agents' programs find their work. HOME is an empty folder."""
+    for name in ("bin", "home", "work"):
+        (tmp_path / name).mkdir()
+    for each in AGENTS.values():
+        program = tmp_path / "bin" / each.program
+        program.write_text(AGENT)
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def launching(tiny: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start `launch` in a new session, as a terminal does."""
+    command = [sys.executable, "-m", "pop_local", "launch", "codex", tiny, "--threads", "1"]
+    return subprocess.Popen([*map(str, command), "--", *arguments], start_new_session=True)
+
+
+def report_of(folder: Path, process: "subprocess.Popen[bytes] | None" = None) -> Any:
+    report = folder / "report"
+    while process is not None and not report.exists() and process.poll() is None:
+        time.sleep(0.05)
+    return json.loads(report.read_text())
+
+
+def assert_ended(report: Any) -> None:
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(report["url"] + "/models")
+    with pytest.raises(ProcessLookupError):
+        os.kill(report["pid"], 0)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_agent_reaches_a_server_that_ends_with_it(name, agent, tiny):
+    done = run("launch", name, tiny, "--ctx", 4096, "--threads", 1, "--", "do", "--it well")
+    assert done.returncode == 3, done.stderr
+    report = report_of(agent)
+    assert report["arguments"][-2:] == ["do", "--it well"]
+    [model] = report["models"]
+    assert model["id"] == "tiny"
+    assert_ended(report)
+    settings = [path for path in agent.parent.joinpath("home").rglob("*") if path.is_file()]
+    assert [path for path in settings if "pop-local" not in str(path)] == []
+
+
+def test_ctrl_c_is_left_to_the_agent(agent, tiny):
+    process = launching(tiny, "wait")
+    report = report_of(agent, process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 7
+    assert_ended(report)
+
+
+def test_termination_ends_the_agent_and_the_server(agent, tiny):
+    process = launching(tiny, "wait")
+    report = report_of(agent, process)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert_ended(report)
+
+
+def test_a_server_that_cannot_start_is_reported(agent, tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(100))
+    done = run("launch", "aider", broken)
+    assert (done.returncode, (agent / "report").exists()) == (1, False)
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    done = run("launch", "aider", tmp_path / "tiny.gguf", "--sidecar", broken)
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1
+
+
+def test_missing_agent_is_named_with_its_install_command(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = called("launch", "qwen-code", tiny)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "error: qwen-code is not installed",
+        "hint: install it with: npm install -g @qwen-code/qwen-code",
+    ]
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_print_shows_commands_for_a_shell_and_starts_nothing(name, tmp_path):
+    model = tmp_path / 'odd "name" $x.gguf'
+    done = called("launch", name, model, "--print", "--threads", 1, "--", "two words")
+    assert (done.returncode, done.stderr) == (0, "")
+    server, shown = map(shlex.split, done.stdout.splitlines())
+    named = ["--name=odd-name-x", f"--ctx={AGENTS[name].n_ctx}", "--threads=1"]
+    assert server[:6] == ["pop-local", "serve", str(model), *named]
+    assert server[6:] == ["--gpu-layers=-1", "--port=8080"]
+    assert AGENTS[name].program in shown and shown[-1] == "two words"
+    assert "http://127.0.0.1:8080/v1" in done.stdout and "odd-name-x" in shlex.join(shown)
+
+
+def test_opencode_settings_are_json():
+    _, variables = AGENTS["opencode"].settings("http://h/v1", "m", 4096)
+    settings = json.loads(variables["OPENCODE_CONFIG_CONTENT"])
+    assert settings["model"] == "pop-local/m"
+    assert settings["provider"]["pop-local"]["models"]["m"]["limit"]["context"] == 4096
+
+
+def test_arguments_without_a_model_are_wrong_usage():
+    done = called("launch", "codex", "--", "--help")
+    assert done.returncode == 2 and "a model must precede" in done.stderr
