@@ -79,8 +79,8 @@ def test_options_of_llama_cpp_work(tiny):
     found = json.loads(done.stdout)
     assert found["stats"]["n_decoded"] == 3
     same = ("--ctx", 64, "--max-tokens", 3, "--threads", 1, "--gpu-layers", 0, "--temperature", 0)
-    same += ("--cache-type-k", "q8_0", "--system", "Hi")
-    assert found["text"] == json.loads(called("run", tiny, "hello", *same, "--json").stdout)["text"]
+    more = ("--cache-type-k", "q8_0", "--system", "Hi", "--json")
+    assert found["text"] == json.loads(called("run", tiny, "hello", *same, *more).stdout)["text"]
     assert "--temp " not in called("run", "--help").stdout
     wrong = called("run", tiny, "hello", "-t", "x", COLUMNS="200")
     assert wrong.returncode == 2
