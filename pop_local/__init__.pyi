@@ -1,6 +1,7 @@
 from pop_converter.base.errors import OutputExistsError as OutputExistsError
 from pop_converter.base.errors import PopError as PopError
 from pop_converter.base.errors import StoppedError as StoppedError
+from pop_converter.base.progress import Watch as Watch
 from pop_local.calibration.fit_options import FitOptions as FitOptions
 from pop_local.engine.answer import ContextFullError as ContextFullError
 from pop_local.engine.cache.prompt_cache import PromptCache as PromptCache
@@ -38,7 +39,6 @@ from pop_local.workflows.conversion.refusals import OverBudgetError as OverBudge
 from pop_local.workflows.evaluate import EvaluateOptions as EvaluateOptions
 from pop_local.workflows.evaluate import Evaluation as Evaluation
 from pop_local.workflows.evaluate import evaluate as evaluate
-from pop_local.workflows.events import Watch as Watch
 from pop_local.workflows.hardware import Hardware as Hardware
 from pop_local.workflows.learning import OnlineCalibration as OnlineCalibration
 

@@ -1,12 +1,11 @@
 """Calibrate one or more plans: read the text in passes, and solve for the projections."""
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
-from pop_converter.base.errors import StoppedError
-from pop_converter.base.progress import Progress
+from pop_converter.base.progress import Watch
 from pop_converter.fit.wide import WideInput, encode_input
 from pop_converter.gguf.content import NewTensor
 from pop_converter.gguf.source import Source
@@ -25,20 +24,6 @@ from pop_local.engine.llama.taps import Rows, TapRequest
 
 
 @dataclass(frozen=True)
-class Callbacks:
-    """A calibration's callbacks: progress in tokens, and the caller's `should_stop`."""
-
-    on_sampling: Progress
-    on_reading: Progress
-    should_stop: Callable[[], bool]
-
-    def check_stop(self) -> None:
-        """Raise StoppedError if the caller has requested a stop."""
-        if self.should_stop():
-            raise StoppedError
-
-
-@dataclass(frozen=True)
 class Calibrated:
     """The fitted projections of each plan, and the text that they were fitted on."""
 
@@ -51,36 +36,37 @@ def calibrate(
     context: Context,
     source: Source,
     options: FitOptions,
-    follow: Callbacks,
+    watch: Watch,
     text: CalibrationText | None = None,
 ) -> Calibrated:
     """Fit each plan's projections for all skipped layers except the first.
 
     No two plans may have the same boundary and the same kind of fit. If memory allows, one pass
     over the text serves all plans (see `plan_needs`). `text`: the text of an earlier calibration
-    with the same model and options. Raises PopError or StoppedError.
+    with the same model and options. The stages of `watch` count tokens. Raises PopError or
+    StoppedError.
     """
     shape = plans[0].shape
     if text is None:
-        text = _text(context, options, shape.n_embd, follow)
+        text = _text(context, options, shape.n_embd, watch)
     kinds: dict[int, list[Projection]] = {}
     for plan in plans:
         kinds.setdefault(plan.boundary, []).append(plan.projection)
     summing, sums = Summing(source, shape, kinds), Sums()
     tensors: dict[tuple[int, Projection], list[NewTensor]] = {}
     groups, n_read = plan_needs(plans, source, options).groups, 0
+    advance = watch.stage("Fitting")
     for pairs in groups:
         boundaries = {pair.boundary for pair in pairs}
         unknown = boundaries - sums.wides.keys()
-        sums.wides |= _choose_inputs(summing, context, text.windows, unknown, follow)
+        sums.wides |= _choose_inputs(summing, context, text.windows, unknown, watch)
         layers = {each: [layer for b, layer in pairs if b == each] for each in boundaries}
         sums.grams = {each: summing.empty(each, layers[each]) for each in boundaries}
         reader = WindowReader(context, summing.wanted(boundaries))
         for window in text.windows:
             summing.add(sums, reader.window(window.tolist()))
             n_read += N_WINDOW
-            follow.on_reading(n_read, len(groups) * text.n_tokens)
-            follow.check_stop()
+            advance(n_read, len(groups) * text.n_tokens)
         for boundary, layer in pairs:
             for kind in kinds[boundary]:
                 made = tensors.setdefault((boundary, kind), [])
@@ -88,7 +74,7 @@ def calibrate(
                     made += encode_input(boundary, sums.wides[boundary], options.kv_type)
                 gram, stored = sums.grams[boundary], options.kv_type
                 made += summing.solve(gram, boundary, layer, kind, options.ridge, stored)
-                follow.check_stop()
+                watch.check_stop()
     calibration = Calibration(text.name, text.sha256, text.n_tokens, options.ridge)
     fitted = tuple(
         Fitted(calibration, tuple(tensors[plan.boundary, plan.projection]), plan.projection)
@@ -97,20 +83,15 @@ def calibrate(
     return Calibrated(fitted, text)
 
 
-def _text(context: Context, options: FitOptions, n_embd: int, follow: Callbacks) -> CalibrationText:
+def _text(context: Context, options: FitOptions, n_embd: int, watch: Watch) -> CalibrationText:
     count = options.n_tokens(n_embd) // N_WINDOW
     if options.texts:
         return texts.given_text(context, options.texts, count, n_embd)
-
-    def sampled(done: int, total: int) -> None:
-        follow.on_sampling(done, total)
-        follow.check_stop()
-
-    return texts.own_text(context, count, sampled)
+    return texts.own_text(context, count, watch.stage("Sampling text"))
 
 
 def _choose_inputs(
-    summing: Summing, context: Context, windows: Windows, boundaries: Set[int], follow: Callbacks
+    summing: Summing, context: Context, windows: Windows, boundaries: Set[int], watch: Watch
 ) -> dict[int, WideInput]:
     """Choose the inputs of wide fits from the states of windows spread evenly over the text."""
     wanted = sorted(filter(summing.is_wide, boundaries))
@@ -123,9 +104,9 @@ def _choose_inputs(
         tapped = reader.window(windows[number].tolist())
         for boundary in wanted:
             seen[boundary].append(summing.state(boundary, tapped)[1:])
-        follow.check_stop()
+        watch.check_stop()
     chosen = {}
     for boundary in wanted:
-        follow.check_stop()
+        watch.check_stop()
         chosen[boundary] = summing.choose_input(boundary, seen.pop(boundary))
     return chosen

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import PopError, UnsupportedArchitectureError
+from pop_converter.base.progress import Watch
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.weights import Weights
 from pop_converter.fit.wide import decode_input
@@ -20,7 +21,6 @@ from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, SEED, CalibrationText, DistillText, distill_text
 from pop_local.research.hyper import read_hyper
 from pop_local.research.torch_device import TorchDevice, computing, torch_device
-from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:

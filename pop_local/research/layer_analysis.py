@@ -15,7 +15,7 @@ from pathlib import Path
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
 from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Progress, counting
+from pop_converter.base.progress import Progress, Watch, counting
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Budget, Calibration
 from pop_converter.popfile.pruning_plan import Plan, make_plan
@@ -44,7 +44,6 @@ from pop_local.measure.quality import (
 from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened, row_options
 from pop_local.workflows.open import base_file

@@ -19,8 +19,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from pop_converter.base.progress import Unit
 from pop_local.ui.console import err, note, printable
-from pop_local.workflows.events import Unit
 
 Advance = Callable[[int, int], None]
 _NARROW_COLUMNS = 70

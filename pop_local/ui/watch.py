@@ -8,11 +8,11 @@ from dataclasses import replace
 import typer
 
 from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Unit, Watch
 from pop_local.ui.console import note, warn
 from pop_local.ui.ctrl_c import deferred_interrupt
 from pop_local.ui.hints import hint_of
 from pop_local.ui.progress_bars import Advance, Pace, stage_progress
-from pop_local.workflows.events import Unit, Watch
 
 
 def asked(question: str) -> bool:

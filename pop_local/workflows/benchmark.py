@@ -9,7 +9,7 @@ from pathlib import Path
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import PopError
-from pop_converter.base.progress import counting
+from pop_converter.base.progress import Watch, counting
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.sidecar import pop_of
@@ -28,7 +28,6 @@ from pop_local.measure.speed import (
     text_prompt,
 )
 from pop_local.models.model_files import ModelFiles
-from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_boundary, model_files

@@ -4,12 +4,11 @@ import os
 from pathlib import Path
 
 from pop_converter.base.errors import PopError
-from pop_converter.base.progress import counting
+from pop_converter.base.progress import Watch, counting
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.measure.compared_prompts import Comparison, answered, compared, read_prompts
 from pop_local.models.mmproj_files import find_mmproj
-from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import model_files

@@ -6,13 +6,13 @@ from statistics import median
 
 from pop_converter.architecture.work import speedup_limit
 from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Watch
 from pop_converter.popfile.pruning_plan import require_prunable
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure.speed import Spread, spread
-from pop_local.workflows.events import Watch
 
 # Maximum length of an answer in tokens.
 MAX_TOKENS = 32

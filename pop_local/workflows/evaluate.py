@@ -8,6 +8,7 @@ from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
 from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Watch
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.pruning_plan import require_prunable
@@ -21,7 +22,6 @@ from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import Quality, QualitySettings, measure_pruning
 from pop_local.measure.verdict import verdict_in_words
 from pop_local.workflows.conversion.goals import Named
-from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import measured, opened
 from pop_local.workflows.open import files_at_boundary, model_files

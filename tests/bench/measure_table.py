@@ -25,7 +25,7 @@ from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
-from pop_local.calibration.job import Callbacks, calibrate
+from pop_local.calibration.job import calibrate
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.forced import Pruning
 from pop_local.measure.lookups import Answers
@@ -51,9 +51,7 @@ def fit(model: Path, recipes: list[Recipe], folder: Path) -> dict[Recipe, Path]:
         shape = source_shape(source)
         plans = [make_plan(shape, boundary=b, projection=kind) for b, kind in missing]
         with terminal_watch() as watch, loaded(model, **vars(ONE_THREAD)) as context:
-            watch.stage("Sampling and fitting")
-            follow = Callbacks(watch.on_progress, watch.on_progress, watch.should_stop)
-            done = calibrate(plans, context, source, FitOptions(), follow)
+            done = calibrate(plans, context, source, FitOptions(), watch)
         for plan, fitted in zip(plans, done.fitted, strict=True):
             write_sidecar(plan, model, sidecars[plan.boundary, plan.projection], fitted=fitted)
     return sidecars

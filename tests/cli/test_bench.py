@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Watch
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
@@ -24,7 +25,6 @@ from pop_local.measure.speed import (
 )
 from pop_local.ui.views.speed_table import show_speed
 from pop_local.workflows import benchmark as workflow
-from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 from support.converted import converted
 from support.program import Done, called

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Watch
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile.format import read_binding
 from pop_converter.popfile.sidecar import sidecar_meta
@@ -25,7 +26,6 @@ from pop_local.models.model_files import ModelFiles, stock
 from pop_local.models.model_names import DEFAULT_MODEL, find
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
-from pop_local.workflows.events import Watch
 from support.converted import paired, tiny
 from support.program import called
 from support.synthetic import make_gguf

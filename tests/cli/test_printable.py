@@ -8,11 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Unit
 from pop_local.cli import app
 from pop_local.ui import console, error_output, progress_bars
 from pop_local.ui.console import printable
 from pop_local.ui.tables import print_json
-from pop_local.workflows.events import Unit
 from support.synthetic import make_gguf
 
 # Sequences that set the title, clear the screen and reverse the text, and a CSI of C1.

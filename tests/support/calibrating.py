@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pop_converter.base.progress import Watch
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.source import read_source
@@ -16,7 +17,7 @@ from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import WindowReader, loaded
 from pop_local.calibration.fit_options import FitOptions
-from pop_local.calibration.job import Callbacks, calibrate
+from pop_local.calibration.job import calibrate
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.graph_macs import GraphMacs
@@ -29,13 +30,12 @@ OWN, FITTED, WIDE = Projection
 BOUNDARY, N_LAYER, N_TOKENS = 4, 8, 2048
 WEIGHING = (4, 5, 6, 7)
 ARCHS = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"]
-SILENT = Callbacks(lambda done, total: None, lambda done, total: None, lambda: False)
 
 
-def stopped_at(n: int) -> Callbacks:
+def stopped_at(n: int) -> Watch:
     """Return callbacks that request a stop at the n-th check."""
     asked = count(1)
-    return replace(SILENT, should_stop=lambda: next(asked) == n)
+    return Watch(should_stop=lambda: next(asked) == n)
 
 
 def attention(path: Path, tokens: Sequence[int], layers: Sequence[int]) -> list[np.ndarray]:
@@ -78,9 +78,9 @@ def planned(path: Path, boundary: int = BOUNDARY, projection: Projection = FITTE
 
 
 def fitted(
-    path: Path, options: FitOptions, follow: Callbacks = SILENT, projection: Projection = FITTED
+    path: Path, options: FitOptions, watch: Watch = Watch(), projection: Projection = FITTED
 ):
-    [found] = fitted_at((BOUNDARY,), path, options, follow, (projection,))
+    [found] = fitted_at((BOUNDARY,), path, options, watch, (projection,))
     return found
 
 
@@ -88,12 +88,12 @@ def fitted_at(
     boundaries,
     path: Path,
     options: FitOptions,
-    follow: Callbacks = SILENT,
+    watch: Watch = Watch(),
     projections=(FITTED,),
 ):
     plans = [planned(path, boundary, each) for boundary in boundaries for each in projections]
     with loaded(path, n_threads=1) as context:
-        return calibrate(plans, context, read_source(path), options, follow).fitted
+        return calibrate(plans, context, read_source(path), options, watch).fitted
 
 
 def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7)) -> list[Tapped]:

@@ -1,6 +1,10 @@
-"""Type aliases for progress callbacks, and a helper that adds up steps."""
+"""A task's callbacks to its caller, and a helper that adds up steps."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from pop_converter.base.errors import PopError, StoppedError
 
 # Callback that receives the amount done and the total.
 Progress = Callable[[int, int], object]
@@ -22,3 +26,45 @@ def counting(total: int, on_progress: Progress) -> Ran:
 
     ran(0)
     return ran
+
+
+class Unit(Enum):
+    TOKENS = "tokens"
+    BYTES = "bytes"
+
+
+def _ignore(*_: object) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A task's callbacks, all of which are optional.
+
+    `on_stage(name, unit)` is called when a stage starts, and `on_progress(done, total)` receives
+    its progress in `unit`. `on_note(text)` receives information for the user. `on_warning(error)`
+    receives an error that did not stop the work. Tasks call `should_stop` at each progress
+    report and while llama.cpp computes. If `should_stop` returns True, the task raises
+    StoppedError and leaves no output. `may(question)` returns whether the user allows a download.
+    """
+
+    on_stage: Callable[[str, Unit], object] = _ignore
+    on_progress: Callable[[int, int], object] = _ignore
+    on_note: Callable[[str], object] = _ignore
+    on_warning: Callable[[PopError], object] = _ignore
+    should_stop: Callable[[], bool] = _ignore
+    may: Callable[[str], bool] = _ignore
+
+    def stage(self, name: str, unit: Unit = Unit.TOKENS) -> Progress:
+        """Start a stage and return its progress callback, which may raise StoppedError."""
+        self.on_stage(name, unit)
+        return self._count
+
+    def _count(self, done: int, total: int) -> None:
+        self.on_progress(done, total)
+        self.check_stop()
+
+    def check_stop(self) -> None:
+        """Raise StoppedError if the caller has requested a stop."""
+        if self.should_stop():
+            raise StoppedError

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Unit, Watch
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Budget, DeepRows, Measured, PopMeta
@@ -30,7 +31,6 @@ from pop_local.workflows.conversion.fits import MakeDistiller, PlanFitter
 from pop_local.workflows.conversion.goals import Goal, Within, plans_of
 from pop_local.workflows.conversion.refusals import Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.hardware import Hardware
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Watch
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import FileSizes, check_target
@@ -22,7 +23,6 @@ from pop_local.workflows.conversion.named import write_named
 from pop_local.workflows.conversion.refusals import Trial
 from pop_local.workflows.conversion.search import write_within
 from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.events import Watch
 from pop_local.workflows.open import base_file
 
 

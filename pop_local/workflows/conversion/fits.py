@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from pop_converter.base.progress import Watch
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
-from pop_local.calibration.job import Callbacks, calibrate
+from pop_local.calibration.job import calibrate
 from pop_local.calibration.needs import fit_kind
 from pop_local.calibration.texts import CalibrationText
 from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.events import Progress, Watch
 from pop_local.workflows.hardware import Hardware
 
 
@@ -53,14 +53,12 @@ class PlanFitter:
         """Fit all plans on the same text. Raises PopError or StoppedError."""
         if not plans:
             return ()
-        follow = Callbacks(
-            self._lazily("Sampling text"), self._lazily("Fitting"), self.runner.watch.should_stop
-        )
         self.kind = self.kind or fit_kind(plans[0], self.options)
         options = replace(self.options, projection=self.kind)
         wanted = [replace(plan, projection=self.kind) for plan in plans]
         with loaded(self.runner.path, **vars(self.runner.hardware)) as context:
-            done = calibrate(wanted, context, self.runner.source, options, follow, self.text)
+            watch = self.runner.watch
+            done = calibrate(wanted, context, self.runner.source, options, watch, self.text)
         self.text = done.text
         return done.fitted
 
@@ -68,16 +66,3 @@ class PlanFitter:
         """Train a plan's fit end to end, and return the result. Raises PopError or StoppedError."""
         assert self.distiller is not None and self.text is not None, "nothing was fitted"
         return self.distiller.train(plan, fitted, self.text, n_deeper)
-
-    def _lazily(self, name: str) -> Progress:
-        """Return a progress callback that starts the stage on the first call."""
-        watch, begun = self.runner.watch, False
-
-        def advance(done: int, total: int) -> None:
-            nonlocal begun
-            if not begun:
-                watch.stage(name)
-                begun = True
-            watch.on_progress(done, total)
-
-        return advance

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pop_converter.base.progress import Watch
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import Binding
@@ -18,7 +19,6 @@ from pop_converter.popfile.sidecar import bind, measure_sidecar, write_trial
 from pop_local.engine.model import PopModel
 from pop_local.measure.quality import QualitySettings
 from pop_local.models.model_files import ModelFiles
-from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened, row_options
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Watch
 from pop_local.calibration import texts
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
@@ -18,7 +19,7 @@ from pop_local.calibration.texts import (
     own_text,
 )
 from pop_local.engine.prompt.prompter import Prompter
-from support.calibrating import SILENT, fitted, settings
+from support.calibrating import fitted, settings
 from support.synthetic import make_gguf
 
 
@@ -92,7 +93,7 @@ def test_how_much_is_distilled_on():
 
 
 def test_samples_are_repeatable_and_begin_as_told(llama: Path):
-    starts, silent = [[1], [5, 6, 7], [9]], SILENT.on_sampling
+    starts, silent = [[1], [5, 6, 7], [9]], Watch().on_progress
     with loaded(llama, n_threads=1) as context:
         first, again, other = (
             sample_windows(context, starts, 32, seed=seed, on_progress=silent) for seed in (0, 0, 1)
@@ -108,7 +109,7 @@ def test_the_default_text_is_documentation_code_and_samples_alone_and_in_chat(te
     path = make_gguf(tmp_path / "chat.gguf", "llama", chat_template=template)
     with loaded(path, n_threads=1) as context:
         before = context.vocabulary.tokenize("<s>user: ", special=True)
-        text = own_text(context, 8, SILENT.on_sampling)
+        text = own_text(context, 8, Watch().on_progress)
         topics, code = (
             texts._cut(context, whole, 1) for whole in (texts._topics(), texts._library_code())
         )

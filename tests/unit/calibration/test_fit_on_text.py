@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import StoppedError
+from pop_converter.base.progress import Watch
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import Gram
 from pop_converter.fit.weights import Weights
@@ -21,7 +22,6 @@ from support.calibrating import (
     BOUNDARY,
     N_LAYER,
     N_TOKENS,
-    SILENT,
     WEIGHING,
     fitted,
     fitted_at,
@@ -104,7 +104,7 @@ def test_groups_of_layers_give_the_same_fit(llama: Path, letters: Path, whole: F
 def test_several_depths_are_fitted_in_one_pass(memory_bytes, llama, letters, apart):
     options = settings(letters, memory_bytes=memory_bytes)
     read: list[int] = []
-    watch = replace(SILENT, on_reading=lambda done, total: read.append(done))
+    watch = Watch(on_progress=lambda done, total: read.append(done))
     together = fitted_at((3, 5), llama, options, watch)
     assert read[-1] == N_TOKENS * (1 if memory_bytes > 1 else 6)
     assert [len(each.tensors) for each in together] == [4 * 4, 2 * 4]

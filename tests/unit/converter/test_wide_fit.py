@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pop_converter.architecture.work import LIMIT_PROMPT, fit_macs, speedup_limit, wide_weights
+from pop_converter.base.progress import Watch
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import KvType
 from pop_converter.fit.weights import Weights
@@ -27,7 +28,6 @@ from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 from support.calibrating import (
     BOUNDARY,

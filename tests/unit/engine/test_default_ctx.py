@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 
 from pop_converter.architecture.shape import source_shape
+from pop_converter.base.progress import Watch
 from pop_converter.gguf.source import read_source
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import loading
 from pop_local.engine.llama.context import ContextOptions
 from pop_local.engine.llama.loading import default_ctx, kv_bytes
-from pop_local.workflows.events import Watch
 from pop_local.workflows.open import open_model
 from support.synthetic import make_gguf
 

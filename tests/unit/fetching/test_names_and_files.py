@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Watch
 from pop_local.engine.model import PopModel
 from pop_local.fetching import wheel_download
 from pop_local.fetching.wheel_download import fetch
@@ -26,7 +27,6 @@ from pop_local.models.model_names import (
     resolve,
 )
 from pop_local.ui.hints import hint_of
-from pop_local.workflows.events import Watch
 from pop_local.workflows.fetch import fetch_named
 
 PIECES = (b"GGUF first half, " * 1000, b"second half" * 1000)

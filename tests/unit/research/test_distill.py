@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Watch
 from pop_converter.fit import least_squares as fit
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.pruning_plan import Plan
@@ -22,7 +23,6 @@ from pop_local.measure.forced import FULL, Pruning, forced
 from pop_local.research import distill as distilling
 from pop_local.research.distilled import Distiller, start_of
 from pop_local.research.torch_device import TorchDevice, computing
-from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 from support.calibrating import BOUNDARY, fitted, planned, prompt, settings
 from support.synthetic import make_gguf

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from pop_converter.base.errors import PopError, StoppedError
+from pop_converter.base.progress import Unit, Watch
 from pop_local.ui import progress_bars
 from pop_local.ui.console import THEME
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.events import Unit, Watch
 
 
 @pytest.fixture
