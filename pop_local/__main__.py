@@ -17,10 +17,10 @@ def main() -> None:
 
 
 def _prepare_streams() -> None:
-    """Redirect closed streams to the null device, and let stdout accept any character.
+    """Redirect closed streams to the null device, and make stdout accept any character.
 
     On Windows, pipes and files are written as UTF-8. In UTF-8, undecodable file names are written
-    as their original bytes. In other encodings, characters that cannot be encoded are escaped.
+    as their original bytes. Other encodings escape characters that they cannot represent.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

@@ -62,7 +62,7 @@ def options(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Run language models on your own machine, and read long prompts faster."""
+    """Run language models on your own machine and read long prompts faster."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Run windows of text through all layers, and return the model's activations."""
+"""Run windows of text through all layers and return the model's activations."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,7 +17,7 @@ from pop_local.engine.llama.taps import Tapped, TapRequest
 
 
 def loaded(path: Path, *, n_threads: int | None = None, n_gpu_layers: int = -1) -> closing[Context]:
-    """Open a model with a context for windows of N_WINDOW tokens. Raises PopError."""
+    """Open a model with a context of N_WINDOW tokens. Raises PopError."""
     options = ContextOptions(
         n_ctx=N_WINDOW,
         n_batch=N_WINDOW,
@@ -41,7 +41,7 @@ class WindowReader:
     def window(self, tokens: Sequence[int]) -> Tapped:
         """Run a window of two or more tokens, starting with an empty KV cache.
 
-        Raises PopError if llama.cpp fails. Exceptions from signal handlers (Ctrl-C) propagate.
+        Raises PopError if llama.cpp fails. Propagates exceptions from signal handlers (Ctrl-C).
         """
         self._slot.cells.clear()
         with self._slot.interruptible():

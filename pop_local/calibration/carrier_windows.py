@@ -1,7 +1,7 @@
 """Windows of synthetic lookups: documents with exact values, followed by questions and answers.
 
-Ordinary text rarely repeats an exact string from its context, so lookups are the first to fail if
-a fit uses ordinary text alone.
+Ordinary text rarely repeats exact strings from its context, so a fit on ordinary text alone hurts
+lookups first.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,8 @@ def carrier_windows(
 ) -> CarrierWindows:
     """Build `n` windows of `n_tokens` tokens. The same seed yields the same windows.
 
-    The result ends before the first document that does not fit (possible with a tiny vocabulary).
+    If a document does not fit, as with a tiny vocabulary, the result contains only the documents
+    before it.
     """
     rng = np.random.default_rng(seed)
     windows = np.zeros((n, n_tokens), np.int32)
@@ -81,7 +82,7 @@ def _written(
 def _marked(
     context: Context, tokens: Sequence[int], text: str, answers: Sequence[Span]
 ) -> list[bool]:
-    """Return a flag for each token: True if the token overlaps an answer."""
+    """Return a mask of the tokens that overlap an answer."""
     pieces = Pieces(context.vocabulary)
     ends = np.cumsum([len(pieces[token]) for token in tokens])
     # Some tokenizers insert a space at the start of a text.

@@ -59,7 +59,7 @@ class FitOptions:
         return max(self.n_tokens(n_embd) // N_WINDOW, N_DISTILLED)
 
     def require_text(self, n_embd: int) -> None:
-        """Raise PopError, before anything is measured, if the text is too short to fit on."""
+        """Raise PopError if the text is too short to fit on."""
         self.n_tokens(n_embd)
         if self.texts:
             require_text(self.texts, n_embd)

@@ -1,4 +1,4 @@
-"""Calibrate one or more plans: read the text in passes, and solve for the projections."""
+"""Calibrate one or more plans: read the text in passes and solve for the projections."""
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from pop_local.engine.llama.taps import Rows, TapRequest
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The fitted projections of each plan, and the text that they were fitted on."""
+    """Each plan's fitted projections and the text they were fitted on."""
 
     fitted: tuple[Fitted, ...]
     text: CalibrationText
@@ -93,7 +93,7 @@ def _text(context: Context, options: FitOptions, n_embd: int, watch: Watch) -> C
 def _choose_inputs(
     summing: Summing, context: Context, windows: Windows, boundaries: Set[int], watch: Watch
 ) -> dict[int, WideInput]:
-    """Choose the inputs of wide fits from the states of windows spread evenly over the text."""
+    """Choose the inputs of wide fits from windows spread evenly over the text."""
     wanted = sorted(filter(summing.is_wide, boundaries))
     if not wanted:
         return {}

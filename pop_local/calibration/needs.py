@@ -1,4 +1,4 @@
-"""The cost of a calibration: passes over the text, memory and time."""
+"""Calibration cost: passes over the text, memory and time."""
 
 import time
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ MAX_WIDE_COST = 0.015
 
 
 class FitPair(NamedTuple):
-    """A boundary, and a skipped layer whose projections are fitted on the boundary's state."""
+    """A boundary and a skipped layer whose projections are fitted to the boundary's state."""
 
     boundary: int
     layer: int
@@ -58,11 +58,11 @@ class FitPair(NamedTuple):
 
 @dataclass(frozen=True)
 class FitNeeds:
-    """The cost of a calibration.
+    """Cost of a calibration.
 
     `groups`: the (boundary, layer) pairs to fit in each pass over the text. `n_inputs`: the largest
     number of inputs to any fit. `n_sampled`: the number of text windows to sample from the model
-    first. `sums_bytes`: the memory for the largest group's Gram matrices, including scratch memory.
+    first. `sums_bytes`: memory for the largest group's Gram matrices, including scratch memory.
     `total_bytes`: the process's peak memory, excluding the mapped model file.
     """
 
@@ -86,7 +86,7 @@ def require_memory(what: str, needed_bytes: int, hint: str, *, cause: str) -> No
 
 
 def fit_cost(plan: Plan, projection: Projection) -> float:
-    """Return the fraction of a plain fit's speed that is lost with the given projection."""
+    """Return the fraction of speed that the given projection loses compared with a plain fit."""
     plain, wide = (
         replace(plan, projection=kind).speedup_limit for kind in (Projection.FITTED, projection)
     )
@@ -111,7 +111,7 @@ def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Fit
 
 
 def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[Plan, ...]:
-    """Return the first plan and as many evenly spaced later plans as fit in one pass.
+    """Return the first plan and as many evenly spaced later plans as one pass has room for.
 
     The sums may take up to MOST_SUMS_BYTES, or the options' `memory_bytes` if that is larger.
     """
@@ -192,7 +192,7 @@ def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> flo
 
 @cache
 def macs_per_s() -> float:
-    """Measure this machine's multiply-accumulates per second, in less than a second."""
+    """Measure this machine's multiply-accumulates per second. Takes less than a second."""
     a = np.ones((_N_PRODUCT, _N_PRODUCT), np.float32)
     times_s = []
     for _ in range(4):

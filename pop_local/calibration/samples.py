@@ -26,7 +26,7 @@ def sample_windows(
     seed: int,
     on_progress: Progress,
 ) -> NDArray[np.int32]:
-    """Extend each start of one or more tokens to `n_window` tokens by sampling from the model.
+    """Extend each sequence in `starts` to `n_window` tokens by sampling from the model.
 
     Returns the tokens, [len(starts), n_window]. Progress is reported in tokens. Raises PopError if
     llama.cpp fails or returns NaN logits.
@@ -51,7 +51,7 @@ def sample_windows(
                 )
                 if np.isnan(logits.max(axis=1)).any():
                     raise PopError(
-                        "the model's logits are NaN",
+                        "the model returned NaN logits",
                         "the model file may be damaged: download it again",
                     )
                 for number in np.flatnonzero(n_given[part] <= step):

@@ -1,4 +1,4 @@
-"""Calibration text: the user's files, or a default text that is available on every machine."""
+"""Calibration text: the user's files, or default text that is available on any machine."""
 
 import hashlib
 import sysconfig
@@ -26,14 +26,14 @@ N_WINDOW = 512
 SEED = 0
 # Extra weight of answer tokens in the distillation loss.
 _ANSWER_WEIGHT = 3.0
-DEFAULT_NAME = "lookups, Python's documentation and code, samples of the model alone and in chat"
+DEFAULT_NAME = "lookups, Python's documentation and code, and text sampled from the model"
 # Maximum number of characters to tokenize for each token of a window.
 _MAX_CHARS_PER_TOKEN = 16
 _LEAST_DISTINCT = 16
 
 
 class CalibrationError(PopError):
-    """Error for a text that is unusable or too short."""
+    """Error for text that is unusable or too short."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ def n_sampled_of(count: int) -> int:
 
 
 def own_text(context: Context, count: int, on_progress: Progress) -> CalibrationText:
-    """Build a text from lookups, Python's documentation and library code, and model samples.
+    """Build text from lookups, Python's documentation and library code, and model samples.
 
-    Half of the samples are free text; the other half are questions and answers that start with the
-    chat template's first tokens. Nothing is downloaded. Progress is reported in sampled tokens.
+    Half of the samples are free text. The rest are questions and answers that start with the chat
+    template's first tokens. Nothing is downloaded. Progress is reported in sampled tokens.
     """
     n_sampled = n_sampled_of(count)
     carriers = own_carriers(context, count // SHARE)
@@ -97,7 +97,7 @@ def _starts(context: Context, n_sampled: int) -> list[list[int]]:
 
 
 def first_token(context: Context) -> int:
-    """Return the token that starts a generated text: BOS, or else EOS, or else token 0."""
+    """Return the token that starts generated text: BOS, EOS if there is no BOS, or token 0."""
     api, vocab = bindings(), context.vocabulary.pointer
     found = (api.llama_vocab_bos(vocab), api.llama_vocab_eos(vocab))
     return next((int(token) for token in found if token >= 0), 0)
@@ -114,7 +114,7 @@ class DistillText:
 def distill_text(
     context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> DistillText:
-    """Return a calibration's windows, further windows from the same texts, and lookups.
+    """Return the calibration windows, more windows from the same texts, and lookups.
 
     `paths`: the calibration's texts (empty: the default texts). The result has `n_windows` windows,
     or fewer if the texts are too short.
@@ -134,8 +134,9 @@ def distill_text(
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
     """Choose equal shares of windows from all paths and, within a folder, from all kinds of files.
 
-    Longer texts make up for texts that are too short. Windows are spread evenly over each text, and
-    one in SHARE has lookups instead. Raises PopError for empty, binary, short or repetitive texts.
+    If a text is too short for its share, longer texts make up the difference. Windows are spread
+    evenly over each text, and one in SHARE has lookups instead. Raises PopError for empty, binary,
+    short or repetitive texts.
     """
     groups = _grouped_texts(paths, count)
     least = least_tokens(n_embd)
@@ -210,14 +211,14 @@ def _topics() -> str:
 
 
 def _library_code() -> str:
-    """Return the standard library's source code as one text, or "" if it is not installed."""
+    """Return the standard library's source code as one string, or "" if it is not installed."""
     folder = Path(sysconfig.get_path("stdlib"))
     sources = [decoded(read_file(file), str(file)) for file in sorted(folder.glob("*.py"))]
     return "\n\n".join(sources)
 
 
 def _cut(context: Context, text: str, count: int) -> Windows:
-    """Choose up to `count` windows spread evenly over a text, each starting with BOS."""
+    """Choose up to `count` windows spread evenly over the text, each starting with BOS."""
     prefix = list(context.vocabulary.bos)
     n_text = N_WINDOW - len(prefix)
     n_chars = n_text * _MAX_CHARS_PER_TOKEN

@@ -1,4 +1,4 @@
-"""`pop-local analyze MODEL`: measure what each boundary costs."""
+"""`pop-local analyze MODEL`: measure the cost of each boundary."""
 
 from dataclasses import dataclass
 from pathlib import Path

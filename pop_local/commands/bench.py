@@ -44,7 +44,7 @@ def bench(
         deep_rows=read.deep_rows,
     )
     if n_busy := busy_cpus(measured.threads or default_threads()):
-        warn(f"Other programs keep {n_busy:.1f} CPUs busy, so the times are unreliable.")
+        warn(f"Other programs are using {n_busy:.1f} CPUs, so the times are unreliable.")
     with stoppable_watch() as watch:
         speed = workflow.bench(model, measured.sidecar, options, watch)
     print_json(speed) if json else show_speed(speed, as_markdown=read.markdown)

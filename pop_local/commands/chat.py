@@ -39,7 +39,7 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError:
-        note(f"Port {port} is in use. The page uses a different port, which hides earlier chats.")
+        note(f"Port {port} is in use. Using a different port, where the page lacks earlier chats.")
         port = 0
     serve_named(model, ServerOptions(port=port), opened, asked, show)
 
@@ -91,7 +91,7 @@ def chat(
                 " prompts. Turn learning off with --learn off."
             )
         if mmproj := engine.options.mmproj:
-            note(f"Pictures are enabled ({mmproj.name}). Attach one with /image PATH.")
+            note(f"Images are enabled ({mmproj.name}). Attach one with /image PATH.")
         known, n_ctx = lookup(name), engine.context.n_ctx
         title = known.short_name if known else engine.context.files.path.stem
         note(f"Ask {title} a question, or type /help. Its context is {n_ctx:,} tokens.")

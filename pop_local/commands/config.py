@@ -36,7 +36,7 @@ def show(context: typer.Context, json: Json = False) -> None:
         return
     file, values = settings.config_path(), settings.load()
     for name in settings.unknown_variables():
-        warn(f"The environment variable {name} is set, but there is no such setting.")
+        warn(f"The environment variable {name} does not match any setting.")
     if json:
         print_json({"file": file, "settings": values})
         return
@@ -57,7 +57,7 @@ def set_value(
     key: Annotated[str, typer.Argument(metavar="KEY", help=", ".join(settings.KEYS))],
     value: Annotated[str, typer.Argument(metavar="VALUE")],
 ) -> None:
-    """Write a setting to the settings file. Comments in the file are preserved."""
+    """Write a setting to the settings file. Preserves comments in the file."""
     setting = settings.find(key)
     _edit(key, settings.located(lambda: _checked(setting, value), key))
 
@@ -67,7 +67,7 @@ def _checked(setting: settings.Setting, text: str) -> Scalar:
     if setting.is_path and not text.strip():
         raise PopError(
             "an empty path is not allowed",
-            f"restore the default with: pop-local config unset {setting.key}",
+            f"to restore the default, run: pop-local config unset {setting.key}",
         )
     # Paths are relative to the current folder, as in a shell.
     return str(expanded(text).absolute()) if setting.is_path else value

@@ -39,8 +39,8 @@ class HowOptions(Group):
         f"Maximum quality loss (default: {BALANCED.quality}; unlimited with --skip or --boundary)."
     )
     projection: Projection | None = option(
-        "K/V projections for skipped layers: own (no fit, but lower quality), fitted (takes"
-        " minutes) or fitted-wide (uses more inputs; the default if it costs little speed)."
+        "K/V projections for skipped layers: own (no fit, lower quality), fitted (takes"
+        " minutes) or fitted-wide (fitted to more inputs; the default if it costs little speed)."
     )
     text: list[Path] | None = option(
         "Text file or folder to fit on; repeatable, and each gets an equal share (default:"
@@ -128,9 +128,9 @@ def convert(
 ) -> None:
     """Write a copy of a model that reads long prompts faster.
 
-    --quality limits the quality loss, and thereby the number of skipped layers. The limits on the
-    perplexity of held-out text and of a repeated passage, relative to the full model's, are 1.01
-    and 1.02 for near-lossless, 1.03 and 1.1 for balanced, and 1.06 and 1.3 for fast. --dry-run
+    --quality limits the quality loss, which in turn limits the number of skipped layers. The limits
+    on the perplexity of held-out text and of a repeated passage, relative to the full model's, are
+    1.01 and 1.02 for near-lossless, 1.03 and 1.1 for balanced, and 1.06 and 1.3 for fast. --dry-run
     prints all limits. --skip and --boundary choose the skipped layers directly.
 
     The copy contains the model's weights and K/V projections fitted for the skipped layers. Only

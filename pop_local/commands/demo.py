@@ -26,7 +26,7 @@ def demo(
 ) -> None:
     """Answer one question about a document with and without pruning.
 
-    Both answers are short and decoded greedily, so they can be compared.
+    Both answers are short and decoded greedily, so you can compare them.
     """
     opened = Opener(model, opt.ModelOptions(**vars(how)))()
     with terminal_watch() as watch:

@@ -32,7 +32,7 @@ Status = Literal["ok", "note", "fix"]
 MARKS = {"ok": ("ok  ", "good"), "note": ("note", "warn"), "fix": ("FIX ", "bad")}
 DRIVER = "check that the device's driver is installed and that you have permission to use it"
 NO_DEVICE = {
-    "CUDA": "check that nvidia-smi shows a device, and a driver for this build's CUDA version",
+    "CUDA": "check that nvidia-smi lists a device, and that its driver supports this build's CUDA",
     "Vulkan": "ggml ignores CPU devices such as lavapipe unless GGML_VK_VISIBLE_DEVICES=0 is set",
 }
 KERNELS_VARIABLE = "GGML_POP_KERNELS"
@@ -113,7 +113,7 @@ def _threads(n_threads: int) -> Check:
     found = f"{n_threads} on {os.cpu_count() or 1} logical CPUs"
     if not (n_busy := devices.busy_cpus(n_threads)):
         return Check("threads", "Threads", "ok", found)
-    found += f", of which other processes keep {n_busy:.1f} busy"
+    found += f", {n_busy:.1f} of them used by other processes"
     to_do = "expect slower answers and unreliable timings"
     if n_threads > 1:
         to_do += "; a lower --threads may be faster"
@@ -153,13 +153,13 @@ def _enabled(features: str) -> str:
 
 
 def _as_read(path: Path) -> str:
-    """Return the model's path, plus its exact boundary and its mmproj if it has them."""
+    """Return the model's path and, if any, its exact boundary and its mmproj."""
     found = [str(path)]
     with suppress(PopError):
         if exact := source_shape(read_source(path)).exact:
             found.append(f"prompt tokens skip layers {exact} and up without any loss")
     if mmproj := find_mmproj(path):
-        found.append(f"the model reads pictures with {mmproj.name}")
+        found.append(f"the model reads images with {mmproj.name}")
     return "; ".join(found)
 
 

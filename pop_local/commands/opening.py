@@ -21,7 +21,7 @@ from pop_local.workflows.open import best_model, open_model
 
 
 def default_model() -> str:
-    """Return the setting `model`, or else the best catalog model that fits in the free memory.
+    """Return the `model` setting or, if unset, the best catalog model that fits in free memory.
 
     Raises PopError if the model must be downloaded and the user declines the download.
     """
@@ -36,7 +36,7 @@ def default_model() -> str:
 
 
 def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> ModelOptions:
-    """Turn refilling off, and warn if the user requested refilling on the command line."""
+    """Turn refilling off and warn if the user requested it on the command line."""
     if options.refill != "off" and "refill" in asked:
         warn(f"--refill {options.refill} has no effect: {why}")
     return replace(options, refill="off")

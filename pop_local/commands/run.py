@@ -55,14 +55,14 @@ def run(
         ),
     ] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Picture to include; repeatable.")
+        list[Path] | None, typer.Option(metavar="FILE", help="Image to include; repeatable.")
     ] = None,
     json: opt.Json = False,
     system: opt.System = "",
     how: opt.ModelOptions,
     sampling: opt.SamplingOptions,
 ) -> None:
-    """Answer one question. Pictures, files and piped text precede the question in the prompt.
+    """Answer one question. Images, files and piped text precede the question in the prompt.
 
     A model without a chat template continues the text instead of answering.
     """
@@ -111,7 +111,7 @@ def run(
 
 
 def _is_question(text: str) -> bool:
-    """Return True if a single argument is a question instead of a model."""
+    """Return True if the only argument is a question, not a model."""
     # Path.exists raises OSError for long text.
     return len(text.split()) > 1 and not os.path.exists(text)  # noqa: PTH110
 
@@ -129,7 +129,7 @@ def _documents(files: list[Path]) -> Iterator[Document]:
 
 def _piped() -> bytes:
     timer = threading.Timer(
-        _PATIENCE_S, note, ["Waiting for the piped text to end (to skip it, use < /dev/null)."]
+        _PATIENCE_S, note, ["Waiting for the piped text to end (or use < /dev/null)."]
     )
     timer.daemon = True
     timer.start()

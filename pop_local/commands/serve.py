@@ -85,8 +85,8 @@ def serve(
 ) -> None:
     """Serve a model over the OpenAI, Anthropic, Ollama and llama-server APIs, with a web page.
 
-    --parallel sets the number of concurrent answers; further requests wait in a queue. A request
-    with "pop": false turns pruning off for its prompt. /health and /metrics (Prometheus) report the
+    --parallel sets the number of concurrent answers. Other requests wait in a queue. A request with
+    "pop": false turns pruning off for its prompt. /health and /metrics (Prometheus) report the
     server's state.
     """
     serve_named(model, to, how, opt.given_names(call))
@@ -99,7 +99,7 @@ def serve_named(
     asked: Collection[str],
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve models until a signal arrives. Once clients can connect, call `on_ready` with the URL.
+    """Serve models until a signal arrives. Calls `on_ready` with the URL once clients can connect.
 
     `asked`: the names of the options given on the command line.
     """
@@ -149,7 +149,7 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
 
 
 def _pool(to: ServerOptions, opener: Opener, prompts: PromptCache | None) -> "ModelPool":
-    """Return a model pool in which the opener's model, if any, is already open."""
+    """Return a model pool with the opener's model, if any, already open."""
     from pop_local.server.model_listing import ModelFile, models_in, printable
     from pop_local.server.model_pool import ModelPool, ModelRegistry
 
@@ -197,6 +197,6 @@ def _announce_model(name: str, opened: PopModel) -> None:
         skipping = f"prompts skip layers {pruning.boundary} and up"
     note(f"{name} has a context of {engine.context.n_ctx:,} tokens, and {skipping}.")
     if mmproj and not engine.prompter.can_see:
-        warn("Pictures are disabled because Pillow is missing (pip install 'pop-local[images]').")
+        warn("Images are disabled: Pillow is not installed (pip install 'pop-local[images]').")
     elif mmproj:
-        note(f"Pictures are enabled ({mmproj.name}). Clients must send pictures as data: URLs.")
+        note(f"Images are enabled ({mmproj.name}). Clients must send images as data: URLs.")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def finite(value: float | None) -> float | None:
-    """Reject nan and inf, which Typer's ranges accept. Every float option uses this callback."""
+    """Reject nan and inf, which Typer's ranges accept. All float options use this callback."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
@@ -47,7 +47,7 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
 
 
 _SIDECAR = "Sidecar (default: the one in the model's folder, or the learned or shipped one)."
-MMPROJ = "Multimodal projector for pictures (default: mmproj*.gguf in the model's folder)."
+MMPROJ = "Multimodal projector for images (default: mmproj*.gguf in the model's folder)."
 MARKDOWN = "Print tables as Markdown."
 DEEP_ROWS = "Rule for the words that run through all layers (default: the file's rule)."
 _MODEL = "A GGUF file, a name listed by `pop-local pull`, or hf:OWNER/REPO"
@@ -117,7 +117,7 @@ class ModelOptions(OpenOptions):
 
     mmproj: Path | None = option(MMPROJ, "FILE")
     image_tokens: int | None = expert(
-        "Maximum tokens per picture, if the mmproj allows a choice.", min=1, max=MOST
+        "Maximum tokens per image, if the mmproj supports a limit.", min=1, max=MOST
     )
     full: bool = option("Run prompts through all layers, without pruning.", default=False)
     refill: Literal["idle", "off"] = expert(

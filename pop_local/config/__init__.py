@@ -1,1 +1,1 @@
-"""Read settings, and locate the program's folders."""
+"""Read settings and locate the program's folders."""

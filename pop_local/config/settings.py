@@ -58,8 +58,8 @@ SETTINGS = (
     Setting("threads", int, "the number of physical cores", least=1, most=MOST),
     Setting("ctx", int, "the trained length, if a quarter of memory allows", least=1, most=MOST),
     Setting("gpu_layers", int, "-1 (all)", least=-1, most=MOST),
-    Setting("temperature", float, "the model's value, or else the engine's", least=0),
-    Setting("top_p", float, "the model's value, or else the engine's", least=0, most=1),
+    Setting("temperature", float, "the model's value, otherwise the engine's", least=0),
+    Setting("top_p", float, "the model's value, otherwise the engine's", least=0, most=1),
     Setting("max_tokens", int, "the number of tokens left in the context", least=1, most=MOST),
     Setting("system", str, "none"),
     Setting("cache_disk", int, "0 (store no prompts)", least=0, most=MOST_GIB),
@@ -78,7 +78,7 @@ class SettingValue:
 
 
 def config_path() -> Path:
-    """Return $POP_LOCAL_CONFIG, or else config.toml in the user's configuration folder."""
+    """Return $POP_LOCAL_CONFIG or, if unset, config.toml in the user's configuration folder."""
     if chosen := os.environ.get(CONFIG_VARIABLE):
         return expanded(chosen)
     return platformdirs.user_config_path("pop-local") / "config.toml"
@@ -117,7 +117,7 @@ def get(key: str) -> Scalar | None:
 
 
 def state_dir() -> Path:
-    """Return the setting state_dir, or else the system's default. The folder may not exist."""
+    """Return the state_dir setting or, if unset, the system default. The folder may not exist."""
     chosen = get("state_dir")
     return Path(str(chosen)) if chosen else platformdirs.user_state_path("pop-local")
 
@@ -234,7 +234,7 @@ def _shown(value: object) -> str:
         return str(value).lower()
     # Python refuses to print an integer with thousands of digits.
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-        return f"a number with {value.bit_length():,} bits"
+        return f"a {value.bit_length():,}-bit number"
     return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 

@@ -90,7 +90,7 @@ class _Turn:
             )
         stops: object = options.stops
         if isinstance(stops, str):  # tuple() would split it into characters
-            raise PopError("stops is a string, not a tuple", f"use stops=({stops!r},)")
+            raise PopError("stops must be a tuple, not a string", f"use stops=({stops!r},)")
         self._sequence = sequence
         self._options = options
         with stopped_by(options.should_stop):
@@ -203,7 +203,7 @@ class _Turn:
 
 
 def _fit(meta: PopMeta | None) -> str:
-    """Return the name and length of the text that the projections were fitted on."""
+    """Return the name and length of the text to which the projections were fitted."""
     if meta is None or meta.calibration is None:
         return "the model's own projections"
     return f"{meta.calibration.name}, {meta.calibration.n_tokens:,} tokens"

@@ -1,4 +1,4 @@
-"""A conversation's messages, and an answer's chunks and statistics."""
+"""Conversation messages, answer chunks, and statistics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -24,8 +24,8 @@ class ToolCall:
 class Message:
     """One message of a conversation.
 
-    `pictures`: (offset, picture) pairs in ascending order. Each picture precedes the character at
-    its offset in `content`. `calls`: an assistant message's function calls. `call_id`: in a tool
+    `pictures`: (offset, image) pairs in ascending order. Each image precedes the character at its
+    offset in `content`. `calls`: an assistant message's function calls. `call_id`: in a tool
     message, the ID of the call that it answers.
     """
 
@@ -40,9 +40,9 @@ class Message:
 class TurnStats:
     """Statistics of one answer. n_prompt = n_cached + n_pruned + n_skipped_exact + n_full.
 
-    n_cached: prompt tokens with K/V in the cache. n_stale: cached tokens with approximate K/V,
-    because an earlier part of the prompt has changed since. n_pruned: prompt tokens that stopped at
-    the boundary layer. n_skipped_exact: prompt tokens that stopped before exact_layer without loss,
+    n_cached: prompt tokens with K/V in the cache. n_stale: cached tokens whose K/V are approximate
+    because an earlier part of the prompt has changed. n_pruned: prompt tokens that stopped at the
+    boundary layer. n_skipped_exact: prompt tokens that stopped before exact_layer without loss,
     because later layers share the K/V of earlier layers. n_full: prompt tokens that ran through all
     layers, including n_deep deep rows. n_exact: prompt tokens with the same K/V as in the full
     model. n_refilled: cached tokens that were refilled since the previous answer. n_image: the

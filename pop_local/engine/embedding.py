@@ -31,10 +31,10 @@ def require_pooling(cache: KvCache) -> gguf.PoolingType:
 
 
 def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
-    """Return a text's normalized embedding, float32 [n_embd] (llama_get_embeddings_ith).
+    """Return the text's normalized embedding, float32 [n_embd] (llama_get_embeddings_ith).
 
-    All rows run in full, and the KV cache is empty afterwards. Raises PopError if the text cannot
-    be decoded or the vector is not finite. Raises StoppedError or the signal handler's exception if
+    All rows run in full, and the KV cache is empty afterward. Raises PopError if the text cannot be
+    decoded or the vector is not finite. Raises StoppedError or the signal handler's exception if
     decoding is interrupted.
     """
     pooling = require_pooling(cache)

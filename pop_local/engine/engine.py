@@ -143,7 +143,7 @@ class Engine:
             sequence.set_mode(mode, keeps_exact=keeps_exact)
 
     def set_boundary(self, layer: int) -> None:
-        """Prune from a different layer without fitted projections (0: the file's boundary)."""
+        """Start pruning at another layer, without fitted projections (0: the file's boundary)."""
         for sequence in self.sequences:
             sequence.set_boundary(layer)
 
@@ -174,9 +174,9 @@ class Engine:
     ) -> Answering:
         """Answer a prompt. The last chunk contains the statistics.
 
-        `prompt`: a prompt, or a function to render one (its time counts toward TTFT). `sequence`:
-        the sequence to use (default: the first). The engine stays usable after the iterator is
-        closed or raises an error. Raises PopError if the prompt exceeds the context.
+        `prompt`: a prompt, or a function that renders one (its time counts toward TTFT).
+        `sequence`: the sequence to use (default: the first). The engine stays usable after the
+        iterator is closed or raises an error. Raises PopError if the prompt exceeds the context.
         """
         render = prompt if callable(prompt) else lambda: prompt
         return answer(
@@ -184,7 +184,7 @@ class Engine:
         )
 
     def sampled(self, options: TurnOptions) -> Generator[int]:
-        """Endlessly yield tokens that continue the first sequence's cached rows."""
+        """Yield an endless stream of tokens that continue the first sequence's cached rows."""
         sequence = self.sequences[0]
         return sequence.sampled(Sampler(sequence.cache.slot, options, self.constraint(options)))
 

@@ -18,11 +18,11 @@ class EngineOptions:
 
     `model`: the GGUF file, or a name that the caller resolves before opening. `sidecar`: a file
     with the model's POP keys and tensors. `mmproj`: the vision encoder, loaded with the first
-    image. `image_tokens`: maximum tokens per image. `sink_tokens`, `tail_tokens`: numbers of full
+    image. `image_tokens`: maximum tokens per image. `sink_tokens`, `tail_tokens`: number of full
     rows at the start and at the end of a prompt (default: the file's). `deep_rows`: criterion for
     deep rows (default: the file's). `reuse`: which cached rows a prompt may reuse. `keep_states`:
     whether to keep boundary states for refilling. `parse_special`: whether to parse special tokens
-    in messages and documents, which lets a document inject turns. `full`: whether to start with
+    in messages and documents (a document could then inject turns). `full`: whether to start with
     pruning off. `learn`: see PopModel.learn. `prompt_cache`: a store for the KV caches of earlier
     prompts.
     """

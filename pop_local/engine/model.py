@@ -57,8 +57,8 @@ class PopModel:
     ) -> Self:
         """Open a GGUF file, or a local model by name, without downloading or converting.
 
-        `sidecar`: a path (default: the file next to the model, or else the shipped one). `mmproj`:
-        a path (default: the file next to the model). `options`: fields of EngineOptions,
+        `sidecar`: a path (default: the file next to the model, or the shipped one). `mmproj`: a
+        path (default: the file next to the model). `options`: fields of EngineOptions,
         ContextOptions, and llama.cpp's parameters. Raises PopError if the model cannot be opened.
         """
         path = model_names.resolve(os.fspath(model))
@@ -91,7 +91,7 @@ class PopModel:
         self._engine.close()
 
     def swap_sidecar(self, sidecar: Path) -> None:
-        """Prune with a different sidecar from now on. The cache is kept if all its rows are exact.
+        """Switch to a different sidecar. The cache is kept if all its rows are exact.
 
         Raises PopError and changes nothing if opening fails or the model has an mmproj.
         """
@@ -175,8 +175,8 @@ class PopModel:
     def ask(self, messages: Sequence[Message], **options: Any) -> Answering:
         """Stream chunks of the answer to the last message.
 
-        A base model, which has no chat template, continues the messages' text if the messages have
-        no pictures. `options`: fields of TurnOptions (default: the file's recommendation). Raises
+        A base model, which has no chat template, continues the messages' text if they have no
+        images. `options`: fields of TurnOptions (default: the file's recommendation). Raises
         PopError if the template rejects the conversation, or if the prompt cannot be read.
         """
         prompter = self._engine.prompter

@@ -41,7 +41,7 @@ class CachedSequence:
     # Settings
 
     def set_mode(self, mode: Mode, *, keeps_exact: bool = False) -> None:
-        """Set the mode, and empty the cache if the cached rows depend on the mode.
+        """Set the mode and empty the cache if the cached rows depend on the mode.
 
         Raises PopError if the model supports neither pruning nor exact skipping.
         """
@@ -66,21 +66,21 @@ class CachedSequence:
                 cache.clear()
 
     def set_boundary(self, layer: int) -> None:
-        """Set the boundary layer, and empty the cache (see backend.set_boundary)."""
+        """Set the boundary layer and empty the cache (see backend.set_boundary)."""
         with self.cache.context.locked():
             self.cache.slot.require_idle()
             self.cache.pruning.set_boundary(layer)
             self.cache.clear()
 
     def keep_states(self, keep: bool) -> None:
-        """Store the boundary states of all rows read from now on, or drop all stored states."""
+        """Start storing the boundary states of new rows, or drop all stored states."""
         self.cache.pruning.keep_states(keep)
         if not keep:
             self.cache.rows.has_state[:] = False
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Detach the learner until exit, then restore the settings and empty the cache."""
+        """Detach the learner. On exit, restore the settings and empty the cache."""
         cache, pruning = self.cache, self.cache.pruning
         mode, boundary, keeps = pruning.mode, pruning.boundary, pruning.keeps_states
         learner = cache.learner
@@ -109,7 +109,7 @@ class CachedSequence:
             return read(self.states, prompt, self.rule, on_prefill)
 
     def step(self, token: int) -> None:
-        """Append an answer's token. Its row runs all layers unless the mode is ALWAYS."""
+        """Append an answer token. Its row runs all layers unless the mode is ALWAYS."""
         self.cache.make_room(1)
         self.cache.slot.begin_decode()
         self.cache.append([token], Outputs.LAST, np.ones(1, bool))

@@ -1,4 +1,4 @@
-"""Choose a sequence for each prompt, and share cached rows among sequences."""
+"""Choose a sequence for each prompt and share cached rows among sequences."""
 
 from pop_local.engine.engine import EngineOwner
 from pop_local.engine.prompt.prompt import Prompt
@@ -29,7 +29,7 @@ class SlotScheduler:
         self._free.append(index)
 
     def clear(self) -> None:
-        """Store all cached rows in the prompt cache, and empty all sequences."""
+        """Store all cached rows in the prompt cache and empty all sequences."""
         for sequence in self._model.engine.sequences:
             sequence.states.store()
             sequence.cache.clear()

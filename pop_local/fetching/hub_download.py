@@ -1,6 +1,6 @@
 """Find and download models on the Hugging Face Hub.
 
-The huggingface_hub client finds the files, and handles HF_ENDPOINT and HF_TOKEN.
+The huggingface_hub client finds the files and handles HF_ENDPOINT and HF_TOKEN.
 """
 
 import logging
@@ -91,7 +91,7 @@ def find_on_hub(name: str) -> HubModel:
 
 
 def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: bool) -> Path:
-    """Download a model's files into `folder`, and return the first file's path.
+    """Download a model's files into `folder` and return the first file's path.
 
     Files with the correct hash are kept. `advance` is called with (done_bytes, total_bytes). Raises
     PopError, or OutputExistsError for a different existing file unless `force` is true.

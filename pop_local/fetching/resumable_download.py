@@ -1,4 +1,4 @@
-"""Download a file from a hub with the hub client's connections, and verify the file's hash.
+"""Download a file from a hub with the hub client's connections and verify the file's hash.
 
 An unfinished download is stored as NAME.gguf.partial, and the next call resumes it. The hub
 client's own downloads would start over.
@@ -39,7 +39,7 @@ class RemoteFile:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason given by OpenSSL or the operating system, or else the error's class name.
+    """Return OpenSSL's or the operating system's reason or, if none, the error's class name.
 
     The full error message could contain secrets from a URL.
     """
@@ -87,10 +87,10 @@ def _size(path: Path) -> int:
 
 
 def _receive(remote: RemoteFile, partial: Path, advance: Progress) -> None:
-    """Append the file's missing bytes to `partial`, in several requests if the connection fails."""
+    """Append the file's missing bytes to `partial`, retrying if the connection fails."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    n_failures, reason = 0, "the reply was too short"
+    n_failures, reason = 0, "the response was cut off"
     while (before := _size(partial)) < remote.size_bytes:
         try:
             _append(remote, partial, before, advance)
@@ -114,7 +114,7 @@ def _receive(remote: RemoteFile, partial: Path, advance: Progress) -> None:
 
 
 def _append(remote: RemoteFile, partial: Path, start: int, advance: Progress) -> None:
-    """Request the bytes from `start` on. If the server sends the whole file, start it over."""
+    """Request the bytes from `start` onward. If the server sends the whole file, start over."""
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     headers = {"Accept-Encoding": "identity", **remote.headers}

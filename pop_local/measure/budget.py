@@ -44,7 +44,7 @@ _RETENTION_GAIN = 0.05
 
 
 def is_inside(budget: Budget, quality: "Quality") -> bool:
-    """Return True if all figures except the lookups are within the budget."""
+    """Return True if all metrics except the lookups are within the budget."""
     return (
         quality.kl_mean.value <= budget.max_kl
         and quality.ppl_ratio.value <= budget.max_ppl_ratio
@@ -108,7 +108,7 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
 
 
 def limits_in_words(budget: Budget) -> str:
-    """Return a budget's limits in words, in the same order as `figures_in_words`."""
+    """Describe a budget's limits, in the same order as `figures_in_words`."""
     limits = (
         ("KL {:g}", budget.max_kl),
         ("perplexity ratio {:g}", budget.max_ppl_ratio),
@@ -119,7 +119,7 @@ def limits_in_words(budget: Budget) -> str:
 
 
 def figures_in_words(quality: "Quality", lookups: "Lookups | None" = None) -> str:
-    """Return the limited figures in words, in the same order as `limits_in_words`."""
+    """Describe the limited metrics, in the same order as `limits_in_words`."""
     lost = "" if lookups is None else f", {lookups.lost} of {lookups.full} lookups lost"
     return (
         f"KL {quality.kl_mean.value:.4g}, perplexity ratio {quality.ppl_ratio.value:.3f}, "

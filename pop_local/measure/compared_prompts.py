@@ -104,7 +104,7 @@ class Comparison:
 
     @property
     def p_value(self) -> float:
-        """Return the p-value of McNemar's exact test for a change in the share of right answers."""
+        """Return the p-value of McNemar's exact test for a change in correct answers."""
         return mcnemar(self.n_only_full, self.n_only_pruned)
 
     @property
@@ -134,7 +134,7 @@ def read_prompts(path: Path) -> PromptFile:
 
     An object with `prompt` may have `documents`, a list of texts and {"file": PATH}, and `images`,
     a list of paths. Documents and images precede the prompt's text. Paths are relative to the JSONL
-    file's folder. `answer` is a text that a correct answer must contain, or {"regex": PATTERN}.
+    file's folder. `answer` is a string that a correct answer must contain, or {"regex": PATTERN}.
     """
     # str.splitlines would also split at characters that JSON strings may contain.
     lines = re.split(r"\r\n?|\n", read_text(path))

@@ -1,4 +1,4 @@
-"""Figures computed over windows, with their standard errors.
+"""Metrics computed over windows, with their standard errors.
 
 Windows are the independent samples, because tokens within a window are correlated. Errors of means
 are computed from the spread across windows. All other errors are bootstrapped over windows.
@@ -20,7 +20,7 @@ _MAX_EXPONENT = 700.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error (None if computed from a single window)."""
+    """A metric and its standard error (None if computed from a single window)."""
 
     value: float
     se: float | None
@@ -42,7 +42,7 @@ def exp_mean(per_window: Floats) -> Estimate:
 
 
 def ratio(upper: Floats, lower: Floats) -> Estimate:
-    """Return the ratio of two figures' means over windows, with a first-order error estimate."""
+    """Return the ratio of two means over windows, with a first-order error estimate."""
     value = float(upper.mean() / lower.mean())
     return Estimate(value, mean((upper - value * lower) / lower.mean()).se)
 
@@ -53,7 +53,7 @@ def quantile(per_window: Floats, share: float) -> Estimate:
 
 
 def redrawn(per_window: Floats, figure: Callable[[Floats], float]) -> Estimate:
-    """Return a figure computed from values [n_windows, ...], and its bootstrap error."""
+    """Return a metric computed from values [n_windows, ...] and its bootstrap error."""
     value, n = figure(per_window), len(per_window)
     if n < 2:
         return Estimate(value, None)

@@ -65,7 +65,7 @@ class Forced:
         self.n_pruned = 0
 
     def read(self, context: Tokens, pruning: Pruning) -> None:
-        """Read a context into an empty cache, and set `n_pruned` to the number of pruned rows."""
+        """Read a context into an empty cache and set `n_pruned` to the number of pruned rows."""
         cache = self._cache
         cache.clear()
         if pruning.context is not Mode.OFF:
@@ -87,9 +87,10 @@ class Forced:
         self._next, self._state = self._context.logits().copy(), None
 
     def predict(self, tokens: Tokens) -> Logits:
-        """Return the full model's logits (len(tokens), n_vocab) for a text after the context.
+        """Return the full model's logits (len(tokens), n_vocab) for text after the context.
 
-        Row i is predicted from the context and tokens[:i]. The text is then removed from the cache.
+        Row i is predicted from the context and tokens[:i]. The tokens are then removed from the
+        cache.
         """
         n_context, n_decoded = self._cache.n_tokens, len(tokens) - 1
         logits = np.empty((len(tokens), self._context.vocabulary.n_tokens), np.float32)
@@ -123,7 +124,7 @@ class Forced:
     def _append_full(
         self, tokens: Tokens, outputs: Outputs, n_rows: int
     ) -> Iterator[tuple[int, int]]:
-        """Run tokens through all layers in batches of up to `n_rows`, and yield each range."""
+        """Run tokens through all layers in batches of up to `n_rows` and yield each range."""
         cache, step = self._cache, min(n_rows, self._context.n_batch)
         backend.reset_counters(self._context.ctx)
         cache.slot.set_mode(Mode.OFF)
@@ -149,7 +150,7 @@ class Forced:
         counters = self._cache.slot.counters
         if (counters.n_context, counters.n_rows) != (expected, n_tokens):
             raise PopError(
-                f"the measurement is not valid: of {n_tokens} {what} tokens, {expected} should be"
+                f"the measurement is invalid: of {n_tokens} {what} tokens, {expected} should be"
                 f" pruned, but the backend counted {counters.n_context} pruned and"
                 f" {counters.n_full} full tokens"
             )

@@ -1,4 +1,4 @@
-"""Windows of held-out text, taken from the user's file or from shipped text that no fit uses."""
+"""Windows of held-out text from the user's file, or from shipped text that no fit uses."""
 
 import importlib.resources
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ TextTokens = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Text:
-    """A text that is split into parts, such as prose and code.
+    """Text that is split into parts, such as prose and code.
 
     No window extends across the end of a part.
     """
@@ -44,7 +44,7 @@ def given_text(path: Path) -> Text:
 
 
 def tokenize(model: PopModel, text: Text) -> tuple[tuple[int, ...], ...]:
-    """Return the tokens of each part of a text, without BOS."""
+    """Return the tokens of each part of the text, without BOS."""
     return tuple(tuple(model.engine.context.vocabulary.tokenize(part)) for part in text.parts)
 
 
@@ -54,7 +54,7 @@ def room(texts: TextTokens, n_tokens: int) -> int:
 
 
 def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Sequence[int]]:
-    """Return non-overlapping windows of `n_tokens`, spread evenly over all parts of a text.
+    """Return non-overlapping windows of `n_tokens`, spread evenly over all parts of the text.
 
     If a part is too short for its share of the windows, longer parts provide more windows. Raises
     PopError if the text is too short.

@@ -5,9 +5,9 @@ The full model and the pruned model each read every synthetic document once. The
 the tail of a prompt. Questions are completions, so that both base models and instruction-tuned
 models can answer the same questions.
 
-An answer is *right* if the greedy continuation contains the exact string (see `is_right`). The
-*log-probability* of the right string after the question is computed with teacher forcing, and is
-far less noisy than the counts of right answers.
+An answer is *correct* if the greedy continuation contains the exact string (see `is_right`). The
+*log-probability* of the correct string after the question is computed with teacher forcing, and is
+far less noisy than the number of correct answers.
 """
 
 import re
@@ -58,7 +58,7 @@ class LookupSettings:
 
 @dataclass(frozen=True)
 class TokenizedQuestion:
-    """The tokens of a question and its right answer, which follow the document's tokens."""
+    """Tokens of a question and its correct answer, which follow the document's tokens."""
 
     question: LookupQuestion
     tokens: tuple[int, ...]
@@ -77,7 +77,7 @@ class LookupDocument:
 class LookupAnswer:
     """An answer to a lookup.
 
-    `logprob`: the right string's log-probability in nats. `text`: the greedy continuation.
+    `logprob`: the correct string's log-probability in nats. `text`: the greedy continuation.
     """
 
     is_right: bool
@@ -93,12 +93,12 @@ Answers = list[tuple[LookupAnswer, ...]]
 class Lookups:
     """The results of lookups with pruning, compared with the full model's results.
 
-    `full` and `pruned`: the number of right answers from each model, out of `n` answers. `lost`:
+    `full` and `pruned`: the number of correct answers from each model, out of `n` answers. `lost`:
     the number of questions that only the full model answers correctly. `gained`: the number of
     questions that only the pruned model answers correctly. `p`: the two-sided p-value of McNemar's
-    exact test. `logprob_*`: the mean log-probability of the right strings in nats; `logprob_lost`
-    is full minus pruned. `expected_lost`: the relative drop in the right strings' mean probability.
-    Errors are computed from the spread between documents.
+    exact test. `logprob_*`: the mean log-probability of the correct strings in nats; `logprob_lost`
+    is full minus pruned. `expected_lost`: the relative drop in the correct strings' mean
+    probability. Errors are computed from the spread between documents.
     """
 
     n: int
@@ -152,7 +152,7 @@ class LookupReference:
         return replace(found, full=known[: len(found.documents)])
 
     def ask(self, model: PopModel, pruning: Pruning, on_progress: Progress, known: Answers) -> None:
-        """Answer the questions that `known` does not cover yet, and append the answers to it."""
+        """Answer the questions that `known` does not cover yet and append the answers to it."""
         new = self.documents[len(known) :]
         ran = counting(sum(len(each.questions) for each in new), on_progress)
         with forced(model) as reader:
@@ -235,7 +235,7 @@ def is_right(text: str, answer: str) -> bool:
 def answer_questions(
     reader: Forced, questions: Sequence[TokenizedQuestion], ran: Callable[[int], None]
 ) -> tuple[LookupAnswer, ...]:
-    """Answer each question about the reader's context, and call `ran(1)` after each answer."""
+    """Answer each question about the reader's context and call `ran(1)` after each answer."""
     answers = []
     for each in questions:
         answers.append(_answer(reader, each))
@@ -259,9 +259,10 @@ def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
 
 
 def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
-    """Return the first line of the greedy continuation, which starts with `n_right` right tokens.
+    """Return the first line of the greedy continuation, whose first `n_right` tokens are correct.
 
-    After a complete right answer, one more token is generated to check whether the value continues.
+    After a complete correct answer, one more token is generated to check whether the value
+    continues.
     """
     model, tokens = reader.model, list(asked.answer[:n_right])
     n_most = len(asked.answer) + (_N_LEEWAY if n_right < len(asked.answer) else 1)
@@ -277,5 +278,5 @@ def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int
 
 
 def _sums(answers: Answers, figure: Callable[[LookupAnswer], float]) -> np.ndarray:
-    """Return the sum of a figure over each document's answers: [n_documents]."""
+    """Return the sum of a metric over each document's answers: [n_documents]."""
     return np.array([sum(map(figure, of_document)) for of_document in answers])

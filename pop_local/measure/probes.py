@@ -1,4 +1,4 @@
-"""Two probes that test copying from the prompt, because the KL on prose hides failures to copy.
+"""Two probes of copying from the prompt, because the KL on prose hides failures to copy.
 
 The *copy* probe repeats a passage of the context at the end of the context. The *induction* probe
 repeats random tokens; a model that cannot copy has the same loss on both occurrences. Both probes
@@ -99,7 +99,7 @@ def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> floa
 
 
 def _scored(reader: Forced) -> tuple[int, int]:
-    """Return the range of random tokens whose first occurrence is pruned, or else all tokens.
+    """Return the range of random tokens whose first occurrence is pruned, or all tokens if none is.
 
     The first token is excluded, because it has no prediction.
     """

@@ -233,7 +233,7 @@ def _read_full(reader: Forced, windows: Sequence[Window], ran: Ran) -> Iterator[
 def choose_windows(
     reader: Forced, text_tokens: TextTokens, settings: QualitySettings
 ) -> tuple[Window, ...]:
-    """Choose windows from a text. Raises PopError if the text or the context is too short."""
+    """Choose windows from the text. Raises PopError if the text or the context is too short."""
     require_passage(settings.n_context, reader.rule)
     start = reader.model.engine.context.vocabulary.bos
     n_text = settings.n_context - len(start)

@@ -1,7 +1,7 @@
 """Measure the time to first token (TTFT) with and without pruning.
 
 Each round runs both modes in the same process and with the same weights. Ratios are computed within
-a round, so a temporary slowdown affects both modes. The order of the runs is reversed after each
+each round, so a temporary slowdown affects both modes. The order of the runs is reversed after each
 round. Each run starts with an empty KV cache. The measured time includes prefill and sampling the
 first token; decode is measured separately. Each run raises PopError unless the backend's row
 counters show that all prompt tokens were evaluated and pruned as planned.
@@ -42,7 +42,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class ModePair:
-    """A quantity measured in both modes: full and pruned."""
+    """A measurement in both modes: full and pruned."""
 
     full: float
     pop: float

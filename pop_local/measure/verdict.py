@@ -1,4 +1,4 @@
-"""Describe the loss from pruning in words, based on the measured values and their errors."""
+"""Describe the loss from pruning, based on the measured values and their errors."""
 
 from typing import TYPE_CHECKING
 

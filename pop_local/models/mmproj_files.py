@@ -43,7 +43,7 @@ def is_mmproj(path: Path) -> bool:
 
 
 def find_mmproj(model: Path) -> Path | None:
-    """Return the mmproj named after the model, or else the folder's only mmproj.
+    """Return the mmproj named after the model or, if none exists, the folder's only mmproj.
 
     An mmproj named after a different model is ignored, even if that model does not exist.
     """
@@ -61,7 +61,7 @@ def find_mmproj(model: Path) -> Path | None:
 
 
 def orphans(folder: Path, gone: Collection[Path]) -> tuple[Path, ...]:
-    """Return the mmprojs in `folder` that were used only by the removed models `gone`."""
+    """Return the mmproj files in `folder` that only the removed models `gone` used."""
     models = (path for path in folder.glob("*.gguf") if "mmproj" not in path.name)
     kept = {find_mmproj(path) for path in models if path not in gone}
     named = {folder / mmproj_name(path.name) for path in gone} - kept

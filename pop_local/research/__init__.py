@@ -1,1 +1,1 @@
-"""Analyses and training, imported on demand because some modules need torch."""
+"""Analysis and training modules, imported on demand because some need torch."""

@@ -92,7 +92,7 @@ class TeacherStates:
 def read(
     decoder: Decoder, first: int, text: DistillText, *, seed: int, on_progress: Progress
 ) -> TeacherStates:
-    """Run the full model on a text's windows and on copies of some windows with a repeated passage.
+    """Run the full model on the text's windows and on copies of some with a repeated passage.
 
     `first`: the smallest boundary whose fits can be distilled. `seed`: the seed for choosing the
     passages. `on_progress(done, total)` receives progress in windows times layers, and may raise an
@@ -119,7 +119,7 @@ def read(
 
 
 def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
-    """Run a layer, and overwrite its input [n_windows, n_tokens, n_embd] with its output."""
+    """Run a layer and overwrite its input [n_windows, n_tokens, n_embd] with its output."""
     layer = decoder.layer(index)
     for at in range(0, len(states), _N_READ):
         part = states[at : at + _N_READ]
@@ -135,7 +135,7 @@ def distill(
     seed: int,
     on_progress: Progress,
 ) -> dict[int, KvProjection]:
-    """Train a fit's projections on the full model's states, and return the trained projections.
+    """Train a fit's projections on the full model's states and return the trained projections.
 
     The fit's boundary must be at least `reference.first`. `on_progress(done, total)` receives
     progress in windows times layers, forward and backward, and may raise an exception to stop the

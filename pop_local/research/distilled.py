@@ -71,10 +71,10 @@ class Distiller:
         return device
 
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
-        """Train the fit on `text`, and return the trained fit. Raises PopError or StoppedError.
+        """Train the fit on `text` and return the trained fit. Raises PopError or StoppedError.
 
         The full model first reads the text, unless an earlier call already read the text for this
-        boundary. `n_deeper`: the number of deeper boundaries whose fits will need the same states.
+        boundary. `n_deeper`: the number of deeper boundaries whose fits need the same states.
         """
         device = self.require(plan)
         reference = self.reference
@@ -91,7 +91,7 @@ class Distiller:
         return self.trained(plan, fitted, reference, device)
 
     def read(self, first: int, text: DistillText, device: TorchDevice) -> TeacherStates:
-        """Run the full model on a text's windows, to distill fits at boundaries from `first` up."""
+        """Run the full model on the text's windows to distill fits at boundaries `first` and up."""
         from pop_local.research.decoder import Decoder
         from pop_local.research.distill import read
 

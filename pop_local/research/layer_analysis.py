@@ -216,7 +216,7 @@ class _Run:
     def measured(
         self, reference: QualityReference, tried: Sequence[DepthCost]
     ) -> tuple[list[DepthCost], Calibration | None]:
-        """Fit all boundaries in `tried` in one pass, and measure each one's quality on prose."""
+        """Fit all boundaries in `tried` in one pass and measure each one's quality on prose."""
         runner = TrialRunner(self.source, self.hardware, self.watch)
         plans = [self.plans[depth.boundary] for depth in tried]
         runner.require_room(plans, self._fit_options.kv_type)
@@ -259,7 +259,7 @@ def measure_copying(
 
 
 def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
-    """Return the boundaries at which the model may still copy, and the first one below them.
+    """Return the boundaries at which the model may still copy, plus the next lower one.
 
     Boundaries with a speedup limit below LEAST_LIMIT are omitted.
     """
@@ -269,6 +269,6 @@ def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
 
 
 def deepest_within(budget: Budget, depths: Sequence[DepthCost]) -> DepthCost | None:
-    """Return the deepest boundary within a budget, or None if no measured boundary is."""
+    """Return the deepest boundary within the budget, or None if every loss exceeds it."""
     inside = [d for d in depths if d.quality is not None and is_inside(budget, d.quality)]
     return min(inside, key=lambda depth: depth.boundary, default=None)

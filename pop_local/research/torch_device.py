@@ -26,13 +26,13 @@ class TorchDevice:
 def torch_device(hardware: Hardware, what: str) -> TorchDevice:
     """Choose the device and set torch's number of threads.
 
-    Raises PopError if torch is missing. `what`: what fails without torch, for the error message.
+    Raises PopError if torch is missing. `what`: the operation that needs torch, for the message.
     """
     try:
         import torch
     except ImportError:
         raise PopError(
-            f"{what}: torch is missing", "install torch", cause="missing-torch"
+            f"{what}: torch is not installed", "install torch", cause="missing-torch"
         ) from None
     torch.set_num_threads(hardware.n_threads or default_threads())
     if hardware.n_gpu_layers != 0 and torch.cuda.is_available():

@@ -1,1 +1,1 @@
-"""The HTTP server: several APIs for the same models."""
+"""The HTTP server, which serves models over multiple APIs."""

@@ -38,9 +38,9 @@ class AccessRules:
     """The rules for accepting requests.
 
     If `api_keys` is not empty, requests must carry one of the keys. Otherwise, the server accepts
-    requests to loopback names and to `host`, its listening address. It then refuses web pages from
-    other machines unless `origins` contains their origin (in lower case). If `shares_cache` is set,
-    a client's prompts may reuse rows that were read for other clients.
+    requests to loopback names and to `host`, its listening address. Without keys, the server also
+    refuses web pages from other machines unless `origins` contains their origin (in lowercase). If
+    `shares_cache` is set, a client's prompts may reuse rows that were read for other clients.
     """
 
     api_keys: tuple[str, ...] = ()

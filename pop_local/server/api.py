@@ -94,7 +94,7 @@ class Api:
     # Models
 
     def require_file(self, request: Request, name: str | None) -> ModelFile:
-        """Return the file of the requested or else the default model. Raises ApiError."""
+        """Return the file of the requested model, or of the default model. Raises ApiError."""
         file = self.models.find(name)
         if name and file is None:
             if self.models.registry.strict_model:
@@ -198,7 +198,7 @@ class Api:
         return Route(path, handle, methods=["POST"])
 
     def _disconnected(self, request: Request) -> "asyncio.Task[None]":
-        """Return an asyncio task that ends when the client disconnects."""
+        """Return an asyncio task that finishes when the client disconnects."""
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":

@@ -161,7 +161,7 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that ends answers on a signal, and kills the process if an answer hangs."""
+    """A uvicorn server that ends answers on a signal and kills the process if an answer hangs."""
 
     models: ModelPool
     end: threading.Timer | None = None
@@ -173,7 +173,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         def end() -> None:
-            log.error("the model is hanging: killing the process")
+            log.error("the model is not responding: killing the process")
             os._exit(128 + sig)
 
         self.models.stop()

@@ -12,8 +12,8 @@ from pop_local.server.api_errors import ApiError
 class ClientLimiter:
     """A limit on concurrent work, in total and per client.
 
-    A request waits for its client's limit first, and only then for the total limit. A client with
-    many waiting requests therefore does not delay the other clients.
+    A request waits for its client's limit first and then for the total limit, so a client with many
+    waiting requests does not delay other clients.
     """
 
     def __init__(self, total: int, per_client: int, max_waiting: int) -> None:
@@ -24,7 +24,7 @@ class ClientLimiter:
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncIterator[None]:
-        """Wait for the client's turn, and hold it until exit.
+        """Context manager that waits for the client's turn and holds it.
 
         Raises ApiError if too many of the client's requests are waiting.
         """

@@ -1,4 +1,4 @@
-"""Find a server's models by name, and describe them from their file headers."""
+"""Find a server's models by name and describe them from their file headers."""
 
 import os
 from collections.abc import Mapping

@@ -78,7 +78,7 @@ class ServedModel:
         return bool(self.model.engine.context.files.replaced)
 
     def close(self) -> None:
-        """Stash the model's cached rows in the prompt cache, and close the model."""
+        """Stash the model's cached rows in the prompt cache and close the model."""
         self.worker.stop()
         if self.worker.is_alive():
             self.worker.join()
@@ -116,7 +116,7 @@ class Lease:
 
 
 class ModelPool:
-    """A pool that opens requested models, and closes idle models to make room.
+    """A pool that opens requested models and closes idle models to make room.
 
     Only `load`, `stop`, `join` and `close` may be called from outside the event loop.
     """
@@ -287,7 +287,7 @@ class ModelPool:
         self._advance()
 
     def _advance(self) -> None:
-        """Grant waiting leases in order, and start opening the first closed model they need."""
+        """Grant waiting leases in order and start opening the first closed model they need."""
         while self._change is None and not self._stopping.is_set():
             self._waiting = self._still_waiting()
             if not self._waiting:
@@ -375,7 +375,7 @@ class ModelPool:
         self._advance()
 
     def _failed(self, file: ModelFile, error: Exception) -> ApiError:
-        """Log an error, and return it as an ApiError."""
+        """Log an error and return it as an ApiError."""
         if self._stopping.is_set():
             return stopping()
         is_expected = isinstance(error, PopError | OSError)

@@ -33,7 +33,7 @@ class AnswerEnd:
 
     `reason` is OpenAI's finish reason, `stop` is the matched stop string ("" if none matched), and
     `usage` is the result of `usage()`. `embedding`: see Chunk. `pieces` and `logprobs` contain the
-    whole answer, and are empty at the end of a stream.
+    whole answer and are empty at the end of a stream.
     """
 
     reason: str
@@ -90,7 +90,7 @@ def timings(usage: Json) -> Json:
 
 
 def total(ends: Sequence[AnswerEnd]) -> Json:
-    """Sum the numeric usage fields of several answers. Other values come from the last answer."""
+    """Sum the numeric usage fields of multiple answers. Other values come from the last answer."""
     return reduce(_sum, (end.usage for end in ends))
 
 
@@ -120,7 +120,7 @@ class Reply:
         return f": {progress or 'working'}\n\n".encode()
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
-        """Start an answer, and return the events that precede its first token."""
+        """Start an answer and return the events that precede its first token."""
         self._index, self._options = index, task.options
         self._wants_logprobs = task.options.n_top_logprobs is not None
         return ()

@@ -342,12 +342,16 @@ class ChatBody(GenerationBody):
             raise ValueError("send tools or grammar, not both")
         if self.continue_final_message:
             if self.add_generation_prompt:
-                raise ValueError("continue_final_message excludes add_generation_prompt: true")
+                raise ValueError(
+                    "continue_final_message conflicts with add_generation_prompt: true"
+                )
             if self.has_tools:
                 raise ValueError("continue_final_message cannot be combined with tools")
             last = self.messages[-1]
             if last.role != "assistant" or last.tool_calls or last.image_urls:
-                raise ValueError("continue_final_message requires a last assistant text message")
+                raise ValueError(
+                    "with continue_final_message, the last message must be assistant text"
+                )
         elif self.add_generation_prompt is False:
             raise ValueError("add_generation_prompt must be true without continue_final_message")
         if not self.tools and self.tool_choice not in (None, "auto", "none"):

@@ -30,7 +30,7 @@ def n_image_bytes(body: bytes | bytearray) -> int:
 
 
 def parse_images(urls: Sequence[str]) -> list[Picture]:
-    """Decode the images in `data:` URLs, and check each image's header.
+    """Decode the images in `data:` URLs and check each image's header.
 
     Raises ApiError for other URLs, invalid base64, unknown formats, and too many or large images.
     """

@@ -180,7 +180,7 @@ class TaskFactory:
     def _options(
         self, body: bodies.GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
-        """Return a request's options, with defaults from the model or else from the engine."""
+        """Return a request's options. Missing ones come from the model, then from the engine."""
         given = body.model_dump(include=set(bodies.SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
             given["temperature"] = 0.0
@@ -202,7 +202,7 @@ class TaskFactory:
         return {"reports": bool(body.stream and body.return_progress), "alone": alone}
 
     def _logit_bias(self, body: bodies.GenerationBody) -> tuple[tuple[int, float], ...]:
-        """Return pairs of a token and its bias. A text's bias applies to each of its tokens."""
+        """Return (token, bias) pairs. The bias of a string applies to each of its tokens."""
         found: list[tuple[int, float]] = []
         for key, sent in body.logit_bias or ():
             split = self.model.engine.context.vocabulary.tokenize

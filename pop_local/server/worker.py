@@ -103,7 +103,7 @@ class Job:
 
     @property
     def left_s(self) -> float | None:
-        """Estimated time until the prompt has been read, in seconds (None: unknown)."""
+        """Estimated time in seconds until the prompt has been read (None: unknown)."""
         n_read, n_rows = self.read
         return round((n_rows - n_read) * self.read_s / n_read, 1) if n_read else None
 
@@ -272,7 +272,7 @@ class Worker(threading.Thread):
             return self._waiting.popleft() if self._waiting else None
 
     def _serve(self, job: Job, end_turn: Callable[[], None]) -> None:
-        """Run a job, and call `end_turn` once the job's prompt has been prefilled."""
+        """Run a job and call `end_turn` once the job's prompt has been prefilled."""
         job.queued_s = time.perf_counter() - job.submitted_s
         self._seen_s[job] = time.monotonic()
         self._metrics.queued.observe(job.queued_s)

@@ -1,7 +1,7 @@
 """Carriers: synthetic documents of prose and random values, with questions about the values.
 
 A model cannot guess a value, so it must copy the answer from the document. Half of the layouts and
-words are for fitting and training (`Use.FITTING`), and the other half are for measurement only
+words are for fitting and training (`Use.FITTING`). The other half are for measurement only
 (`Use.HELD_OUT`). The random generator, the prose, and the token counter determine each document.
 """
 
@@ -67,8 +67,8 @@ def make_carrier(
     """Build a document of about `n_tokens` tokens from blocks in the use's layouts and from prose.
 
     The blocks are surrounded by prose that starts at a random sentence of `prose`. `count` returns
-    a text's length in tokens. The document has one question for each value, up to `n_questions`.
-    Raises PopError if the blocks leave no room for prose.
+    the length of a string in tokens. The document has one question for each value, up to
+    `n_questions`. Raises PopError if the blocks leave no room for prose.
     """
     # The seed includes the use, so that the two uses get different values.
     rng = np.random.default_rng([*use.value.encode(), int(rng.integers(1 << 62))])
@@ -96,7 +96,7 @@ def make_carrier(
 
 
 def with_answers(carrier: Carrier) -> tuple[str, list[Span]]:
-    """Return a text to fit projections on, and the answers' positions in the text.
+    """Return text to fit projections to, and the positions of the answers in it.
 
     The text is the document, followed by its questions and answers. An answer's position excludes
     the preceding space.
@@ -125,7 +125,7 @@ def _sentences(prose: str) -> list[str]:
     parts = [part.strip(" *") + "." for part in " ".join(prose.split()).split(". ")]
     found = [part for part in parts if 20 < len(part) < 400]
     if not found:
-        raise PopError("the prose for lookup documents has no sentences", "pass a longer text")
+        raise PopError("the prose for lookup documents contains no sentences", "pass a longer text")
     return found
 
 
@@ -187,7 +187,7 @@ class _Writer:
         entity = next(self._entities, None)
         if entity is None:
             raise PopError(
-                "a lookup document needs more names than the word list has", "shorten the document"
+                "the word list has too few names for this document", "shorten the document"
             )
         return entity, tuple(map(self._new_value, kinds))
 

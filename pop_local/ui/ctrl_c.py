@@ -1,4 +1,4 @@
-"""Defer Ctrl-C until the current step has finished."""
+"""Defer Ctrl-C until the current step is finished."""
 
 import signal
 import threading
@@ -16,7 +16,7 @@ class CtrlC:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[CtrlC]:
-    """Record the first Ctrl-C, and raise KeyboardInterrupt only on the second.
+    """Record the first Ctrl-C and raise KeyboardInterrupt only on the second.
 
     An exception between a decode and its bookkeeping would corrupt the KV cache. A process that
     ignores Ctrl-C, such as a shell script's background job, continues to ignore it.

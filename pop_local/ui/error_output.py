@@ -27,7 +27,7 @@ EXIT_PIPE_CLOSED = 141
 
 @contextmanager
 def guard(*, debug: bool) -> Iterator[None]:
-    """Run a command, and turn a failure into two lines on stderr and exit code 1.
+    """Run a command. On failure, print two lines on stderr and exit with code 1.
 
     If `debug` is set, the traceback and llama.cpp's log also go to stderr.
     """
@@ -101,7 +101,7 @@ def _last_words() -> Callable[[str], None]:
 
     def say(reason: str) -> None:
         echo_again()
-        words = f"error: llama.cpp gave up: {printable(reason)}\nhint: {hints.GAVE_UP}\n"
+        words = f"error: llama.cpp aborted: {printable(reason)}\nhint: {hints.GAVE_UP}\n"
         os.write(stderr, words.encode(errors="replace"))
         os._exit(EXIT_FAILED)
 

@@ -12,7 +12,7 @@ from pop_converter.base.errors import PopError
 TRACE = "run `pop-local --debug COMMAND ...` to show the traceback"
 GAVE_UP = "the model file may be damaged; download it again or use another model"
 MEMORY = "close other programs, or use a smaller model or context (--ctx)"
-_SPACE = "free some space, or write to another disk"
+_SPACE = "free up some space, or write to another disk"
 _PERMISSION = "check the permissions of the file and of its folder"
 BY_ERRNO = {
     errno.ENOSPC: _SPACE,
@@ -35,6 +35,6 @@ def hints_for(kind: Literal["causes", "commands"]) -> dict[str, str]:
 
 
 def hint_of(error: PopError) -> str:
-    """Return the command line's hint for an error, or else the library's hint, if any."""
+    """Return the command-line hint for an error, or the library's hint if any."""
     template = hints_for("causes").get(error.cause, "{hint}")
     return template.format_map({**error.fields, "hint": error.hint})

@@ -50,7 +50,7 @@ def sub_app(**how: Any) -> typer.Typer:
 
 
 def imported(package: str, name: str) -> Any:
-    """Import a command's module, and return the function or Typer app with the same name."""
+    """Import a command's module and return the function or Typer app with the same name."""
     word = name.replace("-", "_")
     return getattr(importlib.import_module(f"{package}.{word}"), word)
 
@@ -79,7 +79,7 @@ def _defaults(command: Any) -> dict[str, Any]:
 
 
 def _simplify_help(command: Any, ctx: Any) -> None:
-    """Hide types and ranges in the help, and end help texts with the default value."""
+    """Hide types and ranges in the help and end help texts with the default value."""
     for param in command.get_params(ctx):
         # Typer 0.29 has no options for this, so its methods are replaced.
         param._get_number_range_help_str = lambda: None

@@ -111,7 +111,7 @@ def print_sentence(text: str) -> None:
 
 
 def print_facts(facts: Sequence[Fact]) -> None:
-    """Print labels and values on stdout in two columns, and wrap long values in a terminal."""
+    """Print labels and values on stdout in two columns and wrap long values in a terminal."""
     facts = [(label, printable(value)) for label, value in facts]
     if not out.is_terminal:
         width = max(len(label) for label, _ in facts)

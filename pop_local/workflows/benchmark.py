@@ -65,7 +65,7 @@ class Speed:
     """The measured speedups by prompt length, and the measurement conditions.
 
     `backend`: the device's name and the number of threads. `kernels`: the result of `cpu_kernels`
-    ("" on a GPU). `is_exact`: whether skipping the layers from `boundary` on leaves the output
+    ("" on a GPU). `is_exact`: whether skipping layers `boundary` and up leaves the output
     unchanged. `upstream`: llama.cpp's fastest settings without pop-local's kernels (None if they
     were not measured).
     """

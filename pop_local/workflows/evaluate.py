@@ -62,7 +62,7 @@ class Evaluation:
 
     @property
     def verdict(self) -> str:
-        """Return the loss in words. Raises PopError if a figure is not a number."""
+        """Describe the loss. Raises PopError if a metric is NaN."""
         return verdict_in_words(measured(self.quality, self.lookups))
 
 

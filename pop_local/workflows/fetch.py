@@ -11,7 +11,7 @@ from pop_local.models.model_names import find, hub_name, models_dirs, record_fet
 
 
 def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -> Path:
-    """Fetch a model by name into `folder`, and return the model file's path.
+    """Fetch a model by name into `folder` and return the model file's path.
 
     A model is downloaded from a hub only if `watch.may` returns True. `force`: whether to
     replace an existing file. Raises PopError.
@@ -33,7 +33,7 @@ def _from_hub(name: str, hub: str, folder: Path, watch: Watch, *, force: bool) -
     files = ", ".join(file.name for file in found.files)
     watch.on_note(f"{found.repo}: {files} ({size(found.size_bytes)}), license {found.license}")
     if found.mmproj:
-        watch.on_note(f"Also fetching {found.mmproj.name}, which the model needs for pictures.")
+        watch.on_note(f"Also fetching {found.mmproj.name}, which the model needs for images.")
     is_here = all(path.exists() for path in found.targets(folder))
     if not is_here and not watch.may(f"Fetch {size(found.size_bytes)} from {found.repo}?"):
         raise to_fetch(name)

@@ -99,7 +99,7 @@ def _of_model(source: Source, sidecar: Path | None, meta: PopMeta | None) -> Ins
 
 
 def _work(skipping: SkippableLayers, meta: PopMeta | None, macs: Macs) -> SkippingGain | None:
-    """Count the work saved at the file's or the exact boundary, or else by skipping a third."""
+    """Count the work saved at the file's or exact boundary, or by skipping a third of layers."""
     two_thirds = max(skipping.first, round((skipping.last + 1) * (1 - DEFAULT_SKIP)))
     boundary = meta.boundary if meta else skipping.exact or min(skipping.last, two_thirds)
     if not 0 < boundary <= skipping.last:

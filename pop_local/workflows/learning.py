@@ -1,4 +1,4 @@
-"""Create sidecars from the sums learned from the user's prompts, and measure the sidecars' loss."""
+"""Create sidecars from the sums learned from the user's prompts and measure the sidecars' loss."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -86,7 +86,7 @@ class _LookupSums:
     n_done: int = 0
 
     def add(self, learner: OnlineCalibrator, runner: TrialRunner) -> Sums:
-        """Add the remaining windows, and return the sums. Raises PopError or StoppedError.
+        """Add the remaining windows and return the sums. Raises PopError or StoppedError.
 
         The windows are weighted so that lookups make up at least one in SHARE rows. The number of
         learned rows in each Gram matrix does not change.

@@ -1,4 +1,4 @@
-"""Open models for measurement, and convert results to the figures that a model file stores."""
+"""Open models for measurement and convert results to the metrics that a model file stores."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ def row_options(plan: Plan) -> dict[str, Any]:
 
 
 def measured(quality: Quality, lookups: Lookups | None = None) -> Measured:
-    """Return the figures to store in a converted file. Raises PopError if a figure is NaN."""
+    """Return the metrics to store in a converted file. Raises PopError if one of them is NaN."""
     names = {field.name for field in fields(Measured)} & {field.name for field in fields(Quality)}
     found = {name: getattr(quality, name).value for name in names}
     if any(map(isnan, found.values())):

@@ -199,7 +199,7 @@ def test_wrong_parts_are_refused(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
     renamed = tmp_path / "renamed.gguf"
     shutil.copy(parts[0], renamed)
-    with pytest.raises(FormatError, match="its name does not have a part's form"):
+    with pytest.raises(FormatError, match="its name does not match the pattern for parts"):
         read_shape(renamed)
     shutil.copy(parts[1], parts[2])
     with pytest.raises(FormatError, match="is not part 3"):

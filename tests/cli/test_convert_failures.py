@@ -236,7 +236,7 @@ def test_a_file_size_limit_leaves_no_file(tiny, tmp_path):
 
 def test_a_source_that_shrinks_during_the_copy_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("pop_converter.gguf.content.CHUNK_BYTES", 100_000)
-    with pytest.raises(FormatError, match="was shortened"):
+    with pytest.raises(FormatError, match="was truncated"):
         convert_default(
             tiny, tmp_path / "out.gguf", progress=lambda *both: os.truncate(tiny, 1_000_000)
         )

@@ -202,7 +202,7 @@ def test_activations_that_are_not_finite_are_refused(tiny, tmp_path, words, own_
         file.seek(norm.data_offset)
         file.write(np.full(3, np.nan, np.float32).tobytes())
     done = convert(tiny, *([] if own_text else ["--text", words]))
-    assert_refused(done, tmp_path, "logits are NaN" if own_text else "not finite")
+    assert_refused(done, tmp_path, "NaN logits" if own_text else "not finite")
 
 
 def test_fit_options_with_own_projections_are_wrong_usage(tiny):

@@ -171,7 +171,7 @@ def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
     assert checks()["threads"]["status"] == "ok"
     monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 60.0)
     assert checks()["threads"]["status"] == "note"
-    assert checks()["threads"]["found"].endswith("of which other processes keep 4.8 busy")
+    assert checks()["threads"]["found"].endswith("4.8 of them used by other processes")
     assert "lower --threads" in checks()["threads"]["to_do"]
     assert doctor().exit_code == 0
     install(n_threads=1)

@@ -66,7 +66,7 @@ def test_every_command_reports_the_reason(tmp_path, path, command):
     words = [sys.executable, "-c", program, name, path, *options, "--threads", 1]
     done = subprocess.run([*map(str, words)], input="hello\n", capture_output=True, text=True)
     assert done.returncode == 1
-    assert "error: llama.cpp gave up: qwen2.cpp" in done.stderr
+    assert "error: llama.cpp aborted: qwen2.cpp" in done.stderr
     assert "hint: the model file may be damaged" in done.stderr
     assert names(tmp_path) == {path.name}
 
@@ -77,7 +77,7 @@ def test_a_request_to_the_server(tmp_path):
         with pytest.raises(httpx2.TransportError):
             server.post("completions", prompt="hello")
         assert server.process.wait(60) == 1
-        assert "error: llama.cpp gave up: " in server.log
+        assert "error: llama.cpp aborted: " in server.log
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the exit status of POSIX")
@@ -86,7 +86,7 @@ def test_a_program_receives_the_reason(path):
     program = UNCHECKED + opens
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
     assert done.returncode == -signal.SIGABRT
-    assert done.stderr.startswith("llama.cpp gave up: qwen2.cpp:")
+    assert done.stderr.startswith("llama.cpp aborted: qwen2.cpp:")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the exit status of POSIX")
@@ -105,4 +105,4 @@ api.llama_tokenize(api.llama_model_get_vocab(model), text, len(text), tokens, 8,
 """
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
     assert done.returncode == -signal.SIGABRT
-    assert "llama.cpp gave up: llama-pop.cpp" in done.stderr
+    assert "llama.cpp aborted: llama-pop.cpp" in done.stderr

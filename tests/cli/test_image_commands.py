@@ -38,7 +38,7 @@ def test_run_with_pictures(path):
     done = called("run", path, "--image", a, "--image", b, "what differs?", *OPTIONS)
     assert done.returncode == 0, done.stderr
     assert "a.png (128 x 96): 50 tokens" in done.stderr
-    assert "pictures 96 tokens encoded in" in done.stderr
+    assert "images 96 tokens encoded in" in done.stderr
     done = called("run", path, "--image", a, "what?", "--json", *OPTIONS)
     stats = json.loads(done.stdout)["stats"]
     assert stats["n_image"] == 48 and stats["encode_s"] > 0
@@ -49,7 +49,7 @@ def test_run_with_pictures(path):
 def test_run_refuses_in_one_line(path, tmp_path):
     done = called("run", path, "--image", path.parent / "no.png", "what?")
     assert done.returncode == 1
-    assert "no.png is not a readable picture" in done.stderr
+    assert "no.png is not a readable image" in done.stderr
     done = called("run", path, "--image", tmp_path / "absent.png", "what?")
     assert done.returncode == 1 and "absent.png" in done.stderr
     done = called("run", path, "--mmproj", path, "--image", path.parent / "a.png", "what?")
@@ -83,21 +83,21 @@ def test_chat_attaches_pictures(path):
     assert "# /image needs a path." in shown
     assert shown.count(f"# {a} (128 x 96): 50 tokens, 5% of the context.") == 1
     assert shown.count("# Your next question includes the attachment.") == 2
-    assert "pictures 48 tokens encoded in" in shown
-    assert "pictures 96 tokens encoded in" in shown
+    assert "images 48 tokens encoded in" in shown
+    assert "images 96 tokens encoded in" in shown
 
 
 def test_chat_shows_the_time_for_encoding_pictures(path):
     a = path.parent / "a.png"
     shown = chatted(path, f"/image {a}", "what?", "/stats", "/retry")
-    assert shown.count("pictures 48 tokens") >= 2
+    assert shown.count("images 48 tokens") >= 2
 
 
 def test_chat_refuses_files_that_are_no_pictures(path):
     folder = path.parent
     shown = chatted(path, f"/image {folder / 'no.png'}", f"/image {folder / 'absent.png'}", "a")
-    assert f"! {folder / 'no.png'} is not a readable picture; use a PNG" in shown
-    assert "absent.png" in shown and "pictures" not in shown.splitlines()[-1]
+    assert f"! {folder / 'no.png'} is not a readable image; use a PNG" in shown
+    assert "absent.png" in shown and "images" not in shown.splitlines()[-1]
     shown = chatted(path, f"/image {folder / 'a.png'}", mmproj=None)
     assert "--mmproj FILE" in shown
 
@@ -105,7 +105,7 @@ def test_chat_refuses_files_that_are_no_pictures(path):
 def test_a_chat_with_pictures_is_saved_and_loaded(path):
     a = path.parent / "a.png"
     shown = chatted(path, f"/image {a}", "what?", "/save seen", "/clear", "/load seen", "and?")
-    assert shown.count("pictures 48 tokens") == 2
+    assert shown.count("images 48 tokens") == 2
     assert shown.count("encoded in") == 1
 
 
@@ -116,15 +116,15 @@ def test_a_picture_larger_than_the_context(path):
     shown = chatted(path, *lines, n_ctx=256)
     assert "tokens too long (" in shown
     assert "# Nothing was attached.\n> /image " in shown
-    assert "pictures 361 tokens" in shown
+    assert "images 361 tokens" in shown
 
 
 def test_a_model_that_cannot_see_what_was_shown(path):
     a = path.parent / "a.png"
     shown = chatted(path, f"/image {a}", "what?", "/save shown", "/model blind", "more?", "/undo")
-    blind = "* This model has no mmproj and cannot read the conversation's pictures"
+    blind = "* This model has no mmproj and cannot read the conversation's images"
     assert shown.count(blind) == 1
-    assert shown.count("/undo and /clear remove pictures") == 1
+    assert shown.count("/undo and /clear remove images") == 1
     assert shown.endswith("# Dropped: what?\n")
     shown = chatted(path, "/load shown", "/load", mmproj=None)
     assert blind in shown and "# shown: 1 turn" in shown
@@ -148,7 +148,7 @@ def test_compare_prompts_with_pictures(path, tmp_path):
     lines[0]["images"] = [str(path.parent / "no.png")]
     (tmp_path / "mine.jsonl").write_text(json.dumps(lines[0]))
     done = called("compare", path, *given)
-    assert done.returncode == 1 and "no.png is not a readable picture" in done.stderr
+    assert done.returncode == 1 and "no.png is not a readable image" in done.stderr
 
 
 def test_inspect_and_doctor_name_it(path):

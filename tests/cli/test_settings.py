@@ -82,9 +82,9 @@ def test_models_dir_is_relative_to_the_file(file, tmp_path, monkeypatch):
         ("temperature = inf\n", 1, "temperature: inf is not a number from 0", "correct"),
         ("system = 3\n", 1, "system: 3 is not text", "correct"),
         ("system = ['a']\n", 1, "system: a list is not text", "correct"),
-        (f"threads = {10**400}\n", 1, "a number with 1,329 bits is not a whole number", "correct"),
-        (f"threads = 0x{'f' * 5000}\n", 1, "20,000 bits is not a whole number from 1", "correct"),
-        (f"temperature = {10**400}\n", 1, "1,329 bits is not a number from 0", "correct"),
+        (f"threads = {10**400}\n", 1, "a 1,329-bit number is not a whole number", "correct"),
+        (f"threads = 0x{'f' * 5000}\n", 1, "20,000-bit number is not a whole number from 1", "correct"),
+        (f"temperature = {10**400}\n", 1, "1,329-bit number is not a number from 0", "correct"),
         ('models_dir = "~\\u0000/x"\n', 1, "the path contains a NUL", "correct the path"),
         (
             "state_dir = '~nobody-at-all/x'\n",
@@ -253,7 +253,7 @@ def test_config_shows_values_and_where_they_come_from(file, monkeypatch):
     assert shown["ctx"] == ["2048", "environment"]
     assert shown["model"] == ["the best catalog model that fits in the free memory", "default"]
     assert shown["top_p"][1] == "default"
-    assert "POP_LOCAL_CTXX is set, but there is no such setting" in done.stderr
+    assert "POP_LOCAL_CTXX does not match any setting" in done.stderr
     assert str(file) in done.stderr
 
 
@@ -305,7 +305,7 @@ def test_config_set_means_the_folder_that_the_shell_is_in(file, tmp_path, monkey
         (["set", "thread", "4"], "did you mean threads?"),
         (["set", "threads", "many"], "threads: 'many' is not a whole number from 1"),
         (["set", "top_p", "2"], "top_p: 2.0 is not a number from 0 to 1"),
-        (["set", "ctx", "9" * 400], "bits is not a whole number from 1 to 2,147,483,647"),
+        (["set", "ctx", "9" * 400], "-bit number is not a whole number from 1 to 2,147,483,647"),
         (
             ["set", "models_dir", "~nobody-at-all/x"],
             "cannot find the home folder in ~nobody-at-all/x",

@@ -163,7 +163,7 @@ def test_llama_cpp_refuses_damaged_files(tmp_path):
             words = loader.read(base if is_sidecar else bad, sidecar if is_sidecar else None)
         except PopError as error:
             raise AssertionError(error.message) from error
-        said["gave up" if words.startswith("llama.cpp gave up") else words and "refused"] += 1
+        said["gave up" if words.startswith("llama.cpp aborted") else words and "refused"] += 1
 
     try:
         campaign(attempt)

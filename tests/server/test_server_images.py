@@ -89,9 +89,9 @@ def test_openai_client(server):
         assert both.usage.pop["n_image"] == 2 * n_image
         with pytest.raises(openai.BadRequestError, match="is not embedded"):
             say(image("https://example.org/a.png"), text("a"))
-        with pytest.raises(openai.BadRequestError, match="is not a readable picture"):
+        with pytest.raises(openai.BadRequestError, match="is not a readable image"):
             say(image(data_url(b"no picture")), text("a"))
-    assert "Pictures are enabled (mmproj.gguf)" in server.log
+    assert "Images are enabled (mmproj.gguf)" in server.log
 
 
 def test_image_counters(client):
@@ -127,14 +127,14 @@ BOMB = encoded(Image.new("1", (12_000, 12_000)), "PNG")
         ("data:image/png;base64,@@@@", "is not valid base64"),
         ("data:image/png;base64,abc", "is not valid base64"),
         ("data:image/png;base64,\u20ac", "is not valid base64"),
-        (data_url(b""), "is not a readable picture"),
-        (data_url(b"RIFF\0\0\0\0WAVEfmt "), "is not a readable picture"),
+        (data_url(b""), "is not a readable image"),
+        (data_url(b"RIFF\0\0\0\0WAVEfmt "), "is not a readable image"),
         (
             data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"),
-            "is not a readable picture",
+            "is not a readable image",
         ),
-        (data_url(png(3)[:3000]), "is not a readable picture"),
-        (data_url(encoded(Image.new("1", (4000, 2)), "PNG")), "is too elongated"),
+        (data_url(png(3)[:3000]), "is not a readable image"),
+        (data_url(encoded(Image.new("1", (4000, 2)), "PNG")), "is too long and narrow"),
         (data_url(BOMB), "more than 50 million pixels"),
     ],
     ids=lambda value: value[:32],
@@ -297,7 +297,7 @@ def test_ollama_images_precede_text(client, endpoint):
         ("@@@@", "is not valid base64"),
         ("http://127.0.0.1/a.png", "is not valid base64"),
         ("/etc/passwd", "is not valid base64"),
-        (letters(b"no picture"), "is not a readable picture"),
+        (letters(b"no picture"), "is not a readable image"),
         (letters(BOMB), "more than 50 million pixels"),
         ("@" * 2 * 2**20, "is not valid base64"),
     ],

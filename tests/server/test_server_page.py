@@ -127,7 +127,7 @@ def test_image_upload_returns_data_url(client):
     url = sent(client, content.getvalue(), "a.png", **kind).json()["url"]
     assert url.startswith("data:image/png;base64,iVBOR")
     message = refusal(sent(client, b"<svg/>", "a.svg", **{"Content-Type": "image/svg+xml"}), 400)
-    assert message.startswith("a.svg is not a readable picture; use a PNG")
+    assert message.startswith("a.svg is not a readable image; use a PNG")
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,10 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"logit_bias": [[5, 1]] * 1025}, "logit_bias"),
         (HELLO | {"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs is"),
         (HELLO | {"json_schema": {"type": "hiccup"}}, "hiccup"),
-        (HELLO | {"continue_final_message": True}, "requires a last assistant text message"),
+        (HELLO | {"continue_final_message": True}, "the last message must be assistant text"),
         (
             HELLO | {"continue_final_message": True, "add_generation_prompt": True},
-            "excludes add_generation_prompt",
+            "conflicts with add_generation_prompt",
         ),
         (HELLO | {"temperature": -1}, "temperature"),
         (HELLO | {"top_p": 2}, "top_p"),

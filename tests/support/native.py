@@ -29,7 +29,7 @@ class Loader:
         """
         self.children.add(self._child.start().pid)
         said: str = self._child.call("read", str(path), sidecar and str(sidecar))
-        if said.startswith("llama.cpp gave up"):
+        if said.startswith("llama.cpp aborted"):
             self.close()
         return said
 
@@ -43,7 +43,7 @@ class Work:
 
         def tell(reason: str) -> None:
             os.write(
-                stdout, json.dumps({"result": f"llama.cpp gave up: {reason}"}).encode() + b"\n"
+                stdout, json.dumps({"result": f"llama.cpp aborted: {reason}"}).encode() + b"\n"
             )
 
         logs.on_abort = tell

@@ -1,4 +1,4 @@
-"""Read a model's `ARCH.*` keys, and check them against llama.cpp's requirements."""
+"""Read a model's `ARCH.*` keys and check them against llama.cpp's requirements."""
 
 from pop_converter.architecture.arch_names import (
     DOUBLE_INNER,
@@ -128,7 +128,7 @@ class ArchKeys:
 
     @property
     def is_mrope(self) -> bool:
-        """True if each row has several positions (M-RoPE)."""
+        """True if each row has multiple positions (M-RoPE)."""
         if self.arch not in SEVERAL_POSITIONS:
             return False
         sections = self.header.of_arch("rope.dimension_sections")

@@ -40,11 +40,11 @@ REPEATED = ("hrm_text",)
 UNFITTED = {
     **dict.fromkeys(
         _names("cogvlm gemma4 graniteswitch mimo2 openelm plamo2 plamo3"),
-        "the graph computes K and V in an unusual way",
+        "the model computes K and V in an unusual way",
     ),
     **dict.fromkeys(
         _names("cohere2 cohere2moe command-r dbrx"),
-        "the norm is a layer norm instead of an RMS norm",
+        "the model uses layer norm instead of RMS norm",
     ),
     "gemma3n": "the state has several streams",
 }

@@ -55,7 +55,7 @@ class ModelShape:
         return self.n_k[layer] + self.n_v[layer]
 
     def fits(self, boundary: int) -> bool:
-        """Return True if the layers from `boundary` on can all be fitted and number at least 2."""
+        """Return True if two or more layers are at or above `boundary`, and all can be fitted."""
         return boundary < self.n_layer - 1 and all(self.is_fittable[boundary:])
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The speedup limit: the ratio of multiply-accumulates without pruning to those with pruning.
+"""The speedup limit: multiply-accumulates without pruning divided by those with pruning.
 
 The caller counts a prompt's multiply-accumulates in llama.cpp's graph, from an empty cache to the
 last token's logits. The count covers only matrix products. The limit assumes that products with few

@@ -2,7 +2,7 @@
 
 
 def size(n_bytes: int) -> str:
-    """Format a number of bytes in decimal units: 512 B, 1.5 MB."""
+    """Format a byte count in decimal units: 512 B, 1.5 MB."""
     amount = float(n_bytes)
     for unit in ("B", "kB", "MB"):
         if amount < 1000:

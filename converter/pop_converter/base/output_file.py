@@ -27,7 +27,7 @@ def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: b
     if disk.total and disk.free < n_bytes:
         raise WriteError(
             f"the disk is too full: {dst} needs {n_bytes:,} bytes, but only {disk.free:,} are free",
-            "free some space, or write to a different disk",
+            "free up some space, or write to a different disk",
         )
 
 

@@ -1,8 +1,8 @@
 """Least-squares fits of skipped layers' K/V projections to the full model's K and V.
 
 The fit is a weighted least-squares solution in float64, with a ridge penalty toward the layer's own
-projections. The fit needs only Gram matrices. In the formula, x is the normalized boundary state, X
-= [x, 1], Y is the full model's K and V, D holds the token weights, and W0 is the layer's own
+projections. The fit needs only Gram matrices. Let x be the normalized boundary state, X = [x, 1], Y
+the full model's K and V, D the diagonal matrix of token weights, and W0 the layer's own
 projections:
 
     W = W0 + (X'DX + ridge)^-1 X'D (Y - X W0)

@@ -49,7 +49,7 @@ class Neurons:
 
 @dataclass(frozen=True)
 class WideInput:
-    """The function that maps x to z: PCA axes `previous` [n_prev, n_embd] and scaled neurons."""
+    """The map from x to z: PCA axes `previous` [n_prev, n_embd] and scaled neurons."""
 
     previous: Floats
     neurons: Neurons | None

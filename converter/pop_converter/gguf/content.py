@@ -128,7 +128,7 @@ def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: in
         tensors=content.tensors[:-n_row_bytes],
     )
     if len(content.ranges) != 1:
-        raise FormatError("cannot restore a fitted split model", "join the model's parts first")
+        raise FormatError("cannot restore a fitted split model", "merge the model's parts first")
     [source_range] = content.ranges
     n_data_bytes = size_bytes - len(shorter.header)
     if not 0 <= n_data_bytes <= source_range.size_bytes:
@@ -188,7 +188,7 @@ def _encode_tensor(tensor: TensorInfo | NewTensor, offset: int) -> bytes:
 
 
 def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran) -> str:
-    """Pass the copied data to `write`, and return the sha256 of `hashed_header` and the data.
+    """Pass the copied data to `write` and return the sha256 of `hashed_header` and the data.
 
     The sha256 is a hex string. `advance` is called with the number of bytes in each step. Raises
     FormatError if a source cannot be read, and propagates any error that `write` raises.
@@ -203,7 +203,7 @@ def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran
 
 
 def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool:
-    """Return True if `written` contains exactly the data of `content` from byte `start` on.
+    """Return True if `written` contains exactly the data of `content` starting at byte `start`.
 
     `advance` is called with the number of bytes in each step. Raises FormatError if a source cannot
     be read, and OSError if `written` cannot be read.
@@ -231,7 +231,7 @@ def _read(source_range: FileRange, buffer: memoryview) -> Iterator[memoryview]:
                 n_bytes = file.readinto(buffer[:left])
                 if not n_bytes:
                     raise truncated(
-                        source_range.path, "the file was shortened while pop-local was reading it"
+                        source_range.path, "the file was truncated while pop-local was reading it"
                     )
                 yield buffer[:n_bytes]
                 left -= n_bytes

@@ -130,7 +130,7 @@ class _Cursor:
         self.end = min(len(view), MAX_HEADER_BYTES)
 
     def skip(self, n_bytes: int) -> int:
-        """Advance by `n_bytes`, and return the previous position."""
+        """Advance by `n_bytes` and return the previous position."""
         start = self.at
         if n_bytes > self.end - start:
             raise self._too_short()

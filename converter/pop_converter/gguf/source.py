@@ -92,7 +92,7 @@ def read_source(path: Path) -> Source:
     part = part_of(path.name)
     if part is None or part.count != count:
         raise FormatError(
-            f"{path} is one of {count} parts, but its name does not have a part's form",
+            f"{path} is one of {count} parts, but its name does not match the pattern for parts",
             f"rename the parts: NAME-00001-of-{count:05}.gguf",
         )
     paths = [path.with_name(name) for name in part_names(part.stem, count)]

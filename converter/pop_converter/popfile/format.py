@@ -123,7 +123,7 @@ class Binding:
 
 @dataclass(frozen=True)
 class PopMeta:
-    """The POP keys of a converted file or sidecar, with defaults for missing keys.
+    """POP keys of a converted file or sidecar, with defaults for missing keys.
 
     `schedule` has one letter per layer: F for layers that every token runs through, S for layers
     that context tokens skip. A prompt's first `sink_tokens` and last `tail_tokens` tokens run
@@ -154,7 +154,7 @@ class PopMeta:
 
     @property
     def boundary(self) -> int:
-        """The first layer that context tokens skip."""
+        """First layer that context tokens skip."""
         return self.schedule.index("S")
 
     @property

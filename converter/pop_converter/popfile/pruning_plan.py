@@ -23,12 +23,12 @@ Share = Fraction | int
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned conversion: context tokens skip the layers from `boundary` on.
+    """A planned conversion: context tokens skip layers `boundary` and up.
 
-    `deep_rows` is the rule for context rows that run through all layers. `deep_share` is the share
-    of such rows in ordinary text, or 0 if unknown. `budget` contains the limits within which the
-    search chose the boundary, or is None if the user chose it. `is_distilled` is true if the fit is
-    also trained end to end. `macs` counts the model's multiply-accumulates.
+    `deep_rows` is the rule for context rows that run through all layers. `deep_share` is the
+    fraction of such rows in ordinary text, or 0 if unknown. `budget` contains the limits within
+    which the search chose the boundary, or is None if the user chose it. `is_distilled` is true if
+    the fit is also trained end to end. `macs` counts the model's multiply-accumulates.
     """
 
     shape: ModelShape
@@ -68,23 +68,23 @@ class Plan:
 
 
 def parse_skip(text: str) -> Share:
-    """Parse a share ('1/3', '0.33') or a number of layers ('10'). Raises PlanError."""
+    """Parse a fraction ('1/3', '0.33') or a number of layers ('10'). Raises PlanError."""
     try:
         skip: Share = int(text) if text.strip().isdecimal() else Fraction(text)
     except (ValueError, ZeroDivisionError):
         skip = 0
     if skip <= 0 or (isinstance(skip, Fraction) and skip >= 1):
         raise PlanError(
-            f"{text!r} is neither a share nor a number of layers",
+            f"{text!r} is neither a fraction nor a number of layers",
             "pass a fraction (1/3), a decimal below 1 (0.33) or a number of layers (10)",
         )
     return skip
 
 
 def boundary_of(shape: ModelShape, skip: Share) -> int:
-    """Return the boundary for a number or share of skipped layers.
+    """Return the boundary for a number or fraction of skipped layers.
 
-    A share is rounded to at least one whole layer. Raises PlanError if no layer would remain.
+    A fraction is rounded to at least one whole layer. Raises PlanError if no layer would remain.
     """
     if isinstance(skip, Fraction):
         skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
@@ -107,7 +107,7 @@ def make_plan(
     deep_rows: DeepRows = DeepRows.NONE,
     macs: Macs = uncounted,
 ) -> Plan:
-    """Plan a conversion that skips the layers from `boundary` on (None: the last third).
+    """Plan a conversion that skips layers `boundary` and up (None: the last third).
 
     `min_prompt` is the length in tokens of the shortest prompt to prune (None: twice the number of
     full rows, a length at which pruning saves half as much as for a long prompt). The plan falls

@@ -184,7 +184,7 @@ def strip(
 
 
 def original(source: Source, meta: PopMeta) -> Content:
-    """Return the original content of a converted file. Raises FormatError."""
+    """Return a converted file's original content. Raises FormatError."""
     content = read_content(source, without=PREFIX)
     added = [tensor for tensor in source.tensors if TENSOR_MARK in tensor.name]
     return without_last(content, added, meta.source_bytes) if added else content

@@ -26,7 +26,7 @@ class _Text:
 
 
 def apply_patch(patch: Path, tree: Path) -> tuple[str, ...]:
-    """Apply the whole patch or none of it, and return the paths of the changed files.
+    """Apply the whole patch or none of it and return the paths of the changed files.
 
     Raises BuildError, which names the file and hunk, if the patch does not apply or has already
     been applied.
@@ -94,7 +94,7 @@ def _matches(text: _Text, lines: tuple[str, ...], floor: int) -> list[int]:
 
 
 def _locate(text: _Text, lines: tuple[str, ...], expected: int, floor: int) -> int | None:
-    """Return the index of `lines`: `expected` if it matches, else the only match, or else None."""
+    """Return the index of `lines`: `expected` if it matches, the only match, or None."""
     if not lines:
         return 0 if not text.lines else None
     places = _matches(text, lines, floor)

@@ -105,7 +105,7 @@ def build_editable(
 
 @contextmanager
 def _prepared(config_settings: Settings) -> Iterator[Settings]:
-    """Change to the patched tree, and yield the user's settings combined with our defaults.
+    """Change to the patched tree and yield the user's settings combined with our defaults.
 
     A lock prevents concurrent builds with the same key, because they share the CMake folder.
     """

@@ -40,7 +40,7 @@ def find_runs(
     prompt_hashes: NDArray[np.uint64],
     min_run: int = MIN_RUN,
 ) -> list[TokenRun]:
-    """Return the runs of at least `min_run` matching tokens, in prompt order.
+    """Return the runs of `min_run` or more matching tokens, in prompt order.
 
     `cached`, `prompt`: int [n]. `prompt_hashes`: the prompt's `window_hashes` for windows of
     `min_run` tokens. Each prompt token is in at most one run. A cached token can be in several
@@ -69,7 +69,7 @@ def find_runs(
 
 
 def in_order(runs: Sequence[TokenRun]) -> list[TokenRun]:
-    """Return the subset of `runs` that is also in cache order and has the most tokens."""
+    """Return the subset of `runs` with the most tokens that is also in cache order."""
     best: list[tuple[int, int]] = []  # for each run: tokens up to its end, and the previous run
     for at, run in enumerate(runs):
         before = [

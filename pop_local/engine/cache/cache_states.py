@@ -83,7 +83,7 @@ class CacheStates:
     # The prompt cache
 
     def stash(self, count: CountReusable, end: CountReusable | None = None) -> None:
-        """Store the rows in the prompt cache if a prompt would drop many of them.
+        """Store the rows in the prompt cache if the prompt would drop many of them.
 
         The rows are stored if the prompt can reuse fewer than half of them, or if it would drop
         MIN_LOST or more at the end. `end` returns the end of the reusable rows (default: `count`).
@@ -131,7 +131,7 @@ class CacheStates:
     def share(self, other: "CacheStates", prompt: Prompt) -> None:
         """Share a prompt's longest prefix that another sequence has cached.
 
-        Does nothing if this cache has a prefix that is at least as long, or if mode keys differ.
+        Does nothing if this cache already has a prefix of that length, or if mode keys differ.
         """
         with self.cache.slot.locked():
             n = prompt.whole(other.n_same(prompt))

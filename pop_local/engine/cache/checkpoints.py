@@ -60,7 +60,7 @@ class Checkpoints:
             del self._states[min(gaps, key=gaps.__getitem__)]
 
     def return_to(self, n_rows: int, position: int) -> bool:
-        """Restore the checkpoint taken after `n_rows` rows, and drop the cells from `position` on.
+        """Restore the checkpoint taken after `n_rows` rows and drop cells from `position` onward.
 
         If this method returns False, the cells are undefined.
         """

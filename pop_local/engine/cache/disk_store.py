@@ -58,8 +58,8 @@ class StoredState:
 class DiskStore:
     """Saved states in a folder, up to `capacity_bytes`. A background thread writes the files.
 
-    A store with a capacity of 0 can only list or clear the folder. Such a store creates no folder,
-    and removes files only in `clear`.
+    A store with a capacity of 0 can only list or clear the folder. It creates no folder and removes
+    files only in `clear`.
     """
 
     def __init__(self, folder: Path, capacity_bytes: int = 0) -> None:
@@ -198,7 +198,7 @@ class DiskStore:
         return self.folder / f"{digest.hexdigest()[:32]}{SUFFIX}"
 
     def _evict(self, newest_path: Path, prompts_key: str, newest: SavedState) -> None:
-        """Remove states of the newest state's prefixes, then old states until the rest fit."""
+        """Remove states that are prefixes of the newest one, then the oldest until the rest fit."""
         for each in self.stored():
             is_prefix = each.prompts_key == prompts_key and newest.extends(each.tokens, each.images)
             if each.path != newest_path and is_prefix:
@@ -220,7 +220,7 @@ class DiskStore:
             return None
         except (OSError, TypeError, *DAMAGES) as error:
             if self.capacity_bytes:
-                log.warning("removed %s, which is not a readable state: %s", path, error)
+                log.warning("removed the unreadable state %s: %s", path, error)
                 with suppress(OSError):
                     path.unlink()
             return None

@@ -29,10 +29,10 @@ class ReadObserver(Protocol):
         """Stop observing the cache."""
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
-        """Handle tokens that have been prefilled into the rows from `start` on."""
+        """Handle tokens that were prefilled into rows starting at `start`."""
 
     def computed(self) -> None:
-        """Handle the end of a computation, after which taps can be read (engine/llama/taps.py)."""
+        """Handle the end of a computation. Taps can now be read (engine/llama/taps.py)."""
 
 
 class KvCache:
@@ -225,10 +225,10 @@ class KvCache:
 
     @contextmanager
     def _placed(self, tokens: Sequence[int]) -> Iterator[None]:
-        """Place new rows in empty cells until exit, even after rows of a window have moved.
+        """Place new rows in empty cells, even after rows of a window have moved.
 
-        Otherwise llama.cpp would search from the first moved row on, and reuse the cells of rows
-        that have left the window.
+        Otherwise, llama.cpp would start its search at the first moved row and reuse the cells of
+        rows that have left the window.
         """
         if not (self._has_moved and backend.bindings().llama_model_n_swa(self.context.model)):
             yield
@@ -282,7 +282,7 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
 def decode_again(
     cache: KvCache, start: int, tokens: np.ndarray, outputs: Outputs, full: np.ndarray
 ) -> None:
-    """Decode rows again in place, from `start` on. The caller must be in Slot.overwriting.
+    """Decode the rows from `start` onward again, in place. Call this inside Slot.overwriting.
 
     `tokens`: int32 [n]. `full`: bool [n], True if a row runs all layers. Raises PopError if the
     rows cannot be decoded.

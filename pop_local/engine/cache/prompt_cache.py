@@ -66,7 +66,7 @@ class PromptCache:
         return found if stored is None else stored
 
     def close(self) -> None:
-        """Move all states to the store, and wait until they are stored."""
+        """Move all states to the store and wait until they are stored."""
         if self.store is None:
             return
         with self._lock:

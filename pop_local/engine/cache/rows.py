@@ -21,12 +21,12 @@ class CachedRows:
     rows are, because it attends to them. Full rows after a context row are not exact, so a refill
     recomputes them too. A refill needs each row's boundary state (`has_state`).
 
-    Rows from `first_stale` on are stale: they were computed before an earlier row was edited. A
-    refill decodes stale rows again, so stale rows need no boundary state.
+    Rows at `first_stale` and later are stale: they were computed before an earlier row was edited.
+    A refill decodes stale rows again, so stale rows need no boundary state.
 
     `positions`: int32 [n_ctx + 1], ending with the next row's position. An image's rows may share a
     position. `readings`: the serial number of the read that computed each row. Two sequences share
-    a row if it has the same number in both.
+    a row if its number is the same in both.
     """
 
     def __init__(self, n_ctx: int) -> None:
@@ -44,7 +44,7 @@ class CachedRows:
     def read(
         self, start: int, full: np.ndarray, positions: np.ndarray, *, keeps_states: bool
     ) -> None:
-        """Record decoded rows from `start` on. `full`: bool [n], True if a row ran all layers.
+        """Record decoded rows starting at `start`. `full`: bool [n], True if a row ran all layers.
 
         `positions`: int32 [n + 1], including the next row's position.
         """
@@ -71,7 +71,7 @@ class CachedRows:
             self.first_stale = min(self.first_stale, int(reused[0]))
 
     def record_redone(self, start: int, full: np.ndarray, *, keeps_states: bool) -> None:
-        """Record that the rows from `start` on were decoded again in place. `full`: bool [n]."""
+        """Record that rows starting at `start` were decoded again in place. `full`: bool [n]."""
         end = start + len(full)
         self.is_full[start:end] = full
         self.has_state[start:end] = keeps_states and end <= self.first_stale
@@ -126,6 +126,6 @@ class CachedRows:
         return is_more
 
     def can_be_redone(self, n_rows: int) -> bool:
-        """Return whether some of the first `n_rows` are inexact and a refill can redo them all."""
+        """Return whether some of the first `n_rows` are inexact and a refill can redo them."""
         with_states = slice(self.n_exact, min(n_rows, self.first_stale))
         return bool(self.n_exact < n_rows and self.has_state[with_states].all())

@@ -39,7 +39,7 @@ CountReusable = Callable[[np.ndarray, Mapping[int, str]], int]
 
 @dataclass(frozen=True)
 class SavedState:
-    """The used cells of a sequence, with each row's token, position and depth.
+    """A sequence's used cells, with each row's token, position and depth.
 
     `tokens`: int32 [n]. `is_full`: bool [n]. `positions`: int32 [n + 1], see CachedRows. `images`:
     see Prompt.n_equal. `key`: CacheStates.key. `model`: CacheKeys.model. `first_stale`, `n_exact`:

@@ -141,7 +141,7 @@ def _class(members: str) -> str:
 
 
 def _whole(pattern: re.Pattern[str], text: str) -> list[str]:
-    """Split a text into the pattern's matches. Raises ValueError for an undefined GBNF escape."""
+    """Split text into the pattern's matches. Raises ValueError for an undefined GBNF escape."""
     found = [match[0] for match in pattern.finditer(text)]
     if "".join(found) != text:
         raise ValueError(f"{text!r} contains an escape that GBNF does not define")

@@ -68,7 +68,7 @@ class JsonRule:
 
 
 class GrammarError(PopError):
-    """Error for an unusable grammar or JSON schema, or a grammar that allows no next token."""
+    """Error for an unusable grammar or JSON schema, or for a grammar that allows no next token."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Grammar:
 
 
 def _called(noun: str, method: str, *arguments: Any) -> Any:
-    """Call a method of GrammarCompiler. Raises RefusedError, or GrammarError beyond the limits."""
+    """Call a GrammarCompiler method. Raises RefusedError, or GrammarError for exceeded limits."""
     child = _children.get()
     try:
         return child.call(method, *arguments)
@@ -194,7 +194,7 @@ def _schemas(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _prepared(schema: dict[str, Any]) -> list[str]:
-    """Add constraints that llguidance lacks, and return the keywords that it only partly enforces.
+    """Add constraints that llguidance lacks and return the keywords that it only partly enforces.
 
     Raises GrammarError for values that llguidance would confuse with other values.
     """

@@ -1,4 +1,4 @@
-"""A child process that test-compiles grammars, so that a hostile one cannot crash the parent.
+"""A child process that test-compiles grammars so that a malicious one cannot crash the parent.
 
 llguidance limits each compilation step, but not the total. 1,000 chained `$ref` keywords overflow
 the stack. Compiling a six-digit `multipleOf` or 10,000 optional properties takes half a minute.

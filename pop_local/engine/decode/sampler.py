@@ -47,7 +47,7 @@ class SamplerOptions:
 
 
 def recommended(header: Header) -> dict[str, float]:
-    """Return the publisher's recommended options, except negative or non-finite values."""
+    """Return the publisher's recommended options, ignoring negative and non-finite values."""
     found: dict[str, float] = {}
     for key, (option, kind) in _RECOMMENDED.items():
         value = header.get(key)
@@ -67,7 +67,7 @@ class Allowed(Protocol):
 
 
 class Sampler:
-    """Samples one answer's tokens from the slot's most recent logits."""
+    """Samples an answer's tokens from the slot's latest logits."""
 
     def __init__(
         self, slot: Slot, options: SamplerOptions, constraint: Allowed | None = None

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 
 class TextStream:
-    """A decoder for bytes that arrive in pieces.
+    """Incremental decoder for answer bytes.
 
-    An incomplete character is held back, as is text that may be the start of a stop string.
+    The decoder holds back incomplete characters and text that may be the start of a stop string.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:

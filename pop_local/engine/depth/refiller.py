@@ -19,7 +19,7 @@ _FIRST_CHUNK = 64
 
 
 class Refiller:
-    """Refills a cache's pruned rows from their boundary states, and re-decodes stale rows."""
+    """Refills pruned rows from their boundary states and re-decodes stale rows."""
 
     def __init__(self, cache: KvCache) -> None:
         self._cache = cache
@@ -91,7 +91,7 @@ class Refiller:
         self._adapt(len(rows), time.perf_counter() - started_s)
 
     def _decode_again(self, rows: range) -> None:
-        """Re-decode stale rows in place, in all layers. After an interrupt, the rest stay stale."""
+        """Re-decode stale rows in place, in all layers. If interrupted, leave the rest stale."""
         slot = self._cache.slot
         slot.begin_prefill()
         slot.set_full(0, 0)

@@ -1,1 +1,1 @@
-"""Pictures in prompts, decoded by Pillow and then split and encoded by libmtmd."""
+"""Images in prompts: decoding with Pillow, then splitting and encoding with libmtmd."""

@@ -172,8 +172,8 @@ class Mmproj:
         self.close()
         if self.max_tokens and "image_max_pixels" in reason:
             raise PopError(
-                f"no picture fits in {self.max_tokens} tokens with {self.path}",
-                "allow more tokens per picture",
+                f"no image fits in {self.max_tokens} tokens with {self.path}",
+                "allow more tokens per image",
             )
         raise PopError(
             f"{self.path} does not match this model{reason}",
@@ -181,7 +181,7 @@ class Mmproj:
         )
 
     def see(self, picture: Picture) -> TokenizedPicture:
-        """Split a picture into images and tokens.
+        """Split a picture into images, and return its tokens.
 
         Raises PopError if the picture is damaged or libmtmd rejects it.
         """
@@ -196,7 +196,7 @@ class Mmproj:
         return known
 
     def decode(self, slot: Slot, image: ImageChunk, first: int) -> float:
-        """Encode an image, and decode its rows starting at position `first`.
+        """Encode an image and decode its rows starting at position `first`.
 
         Returns the encoding time in seconds. Raises PopError if encoding or decoding fails, or
         StoppedError or the signal handler's exception if interrupted.
@@ -354,7 +354,7 @@ class Mmproj:
 
 
 def _require_layers(path: Path, names: Sequence[str]) -> None:
-    """Raise PopError if a layer lacks a tensor, since libmtmd would dereference a null pointer."""
+    """Raise PopError if a layer lacks a tensor, as libmtmd would dereference a null pointer."""
     found = [match for name in names if (match := _PART.fullmatch(name))]
     parts = {(match[1], match[2]) for match in found}
     for layer, part in product({match[1] for match in found}, {match[2] for match in found}):

@@ -78,7 +78,7 @@ class Picture:
             width, height, pixels = _decoder.call("rgb", content, self.name, most)
         except BeyondLimitsError as error:
             message = f"decoding {self.name} takes {_decoder.limits}"
-            raise PopError(message, "scale the picture down") from error
+            raise PopError(message, "scale the image down") from error
         return width, height, base64.b64decode(pixels)
 
 
@@ -96,7 +96,7 @@ def picture_of(content: bytes, name: str) -> Picture:
     Raises PopError if the bytes are not a picture or exceed MAX_BYTES, MAX_PIXELS, or MAX_ASPECT.
     """
     if len(content) > MAX_BYTES:
-        raise PopError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", "scale the picture down")
+        raise PopError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", "scale the image down")
     with _opened(content, name) as opened:
         width, height = opened.size
         if _orientation(opened) in _SIDEWAYS:
@@ -152,7 +152,7 @@ def require_pillow() -> None:
     """Raise PopError if Pillow is not installed."""
     if not has_pillow():
         raise PopError(
-            "reading pictures requires Pillow", "install it with: pip install 'pop-local[images]'"
+            "reading images requires Pillow", "install it with: pip install 'pop-local[images]'"
         )
 
 
@@ -179,8 +179,8 @@ def _opened(content: bytes, name: str) -> "Iterator[Image]":
                     raise _too_large(f"{name}, a WebP,", MAX_WEBP_PIXELS)
                 if max(opened.size) > MAX_ASPECT * min(opened.size):
                     raise PopError(
-                        f"{name} is too elongated: {opened.width} x {opened.height} pixels",
-                        "crop the picture",
+                        f"{name} is too long and narrow: {opened.width} x {opened.height} pixels",
+                        "crop the image",
                     )
                 yield opened
     except Image.DecompressionBombError:
@@ -189,15 +189,13 @@ def _opened(content: bytes, name: str) -> "Iterator[Image]":
         raise
     except MemoryError as error:
         message = f"{name} takes too much memory to decode"
-        raise PopError(message, "scale the picture down") from error
+        raise PopError(message, "scale the image down") from error
     except Exception as error:  # decoders may raise any exception on damaged files
         raise PopError(
-            f"{name} is not a readable picture",
+            f"{name} is not a readable image",
             f"use a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file",
         ) from error
 
 
 def _too_large(name: str, limit: int = MAX_PIXELS) -> PopError:
-    return PopError(
-        f"{name} has more than {limit // 10**6} million pixels", "scale the picture down"
-    )
+    return PopError(f"{name} has more than {limit // 10**6} million pixels", "scale the image down")

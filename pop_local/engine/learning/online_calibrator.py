@@ -1,7 +1,7 @@
 """Online calibration: learn from rows that run all layers anyway.
 
 Unpruned prompts yield rows for several boundaries, but refills yield rows only for the current one.
-The rows are queued after each batch, and added to the sums while the model is idle.
+The rows are queued after each batch and added to the sums while the model is idle.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class OnlineCalibrator:
         self.attach(cache)
 
     def _set_boundaries(self, context: Context, memory_bytes: int) -> None:
-        """Learn at the current fit's boundary, or at several boundaries if no fit exists yet."""
+        """Learn at the current fit's boundary, or at multiple boundaries if no fit exists yet."""
         meta, source, start = context.files.meta, context.files.source, {}
         self.boundaries = (meta.boundary,) if meta else self._candidates(memory_bytes // 2)
         kinds: dict[int, tuple[Projection, ...]]
@@ -184,7 +184,7 @@ class OnlineCalibrator:
             log.warning("cannot save the learned sums: %s", error)
 
     def _candidates(self, memory_bytes: int) -> tuple[int, ...]:
-        """Choose boundaries whose sums fit in memory: the sums file's, or else the default ones."""
+        """Choose boundaries whose sums fit in memory: those in the sums file, or the defaults."""
         n = self._shape.n_layer
         known = sorted(self._known.n_rows)
         wanted = known or [n - max(1, round(n * share)) for share in _SHARES]
@@ -249,7 +249,7 @@ class OnlineCalibrator:
         return bool(self._waiting)
 
     def work(self, should_stop: Callable[[], bool]) -> None:
-        """Add the queued rows to the sums, and save the sums. Raises PopError if saving fails."""
+        """Add the queued rows to the sums and save the sums. Raises PopError if saving fails."""
         while self.has_work and not should_stop():
             lacking = [each for each in self.boundaries if self._lacks_input(each)]
             if lacking:
@@ -267,7 +267,7 @@ class OnlineCalibrator:
             self.save()
 
     def save(self) -> None:
-        """Move new sums over enough rows to the file, and keep the others in memory.
+        """Move new sums that cover enough rows to the file and keep the others in memory.
 
         On failure, raise PopError and keep all sums in memory.
         """
@@ -311,7 +311,7 @@ class OnlineCalibrator:
         return self.summing.is_wide(boundary) and boundary not in self._new.wides
 
     def _choose(self, boundaries: Sequence[int]) -> None:
-        """Choose wider inputs from shipped text: an input reveals the text it is chosen from."""
+        """Choose wider inputs from shipped text, because inputs reveal the text they come from."""
         n_windows = _ROWS_TO_CHOOSE * self._shape.n_embd // N_WINDOW + 1
         wanted, context = self.summing.wanted(boundaries), self._cache.context
         windows = list(read_shipped_windows(context, wanted, n_windows, N_WINDOW))

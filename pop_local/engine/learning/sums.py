@@ -1,8 +1,8 @@
 """Sums for fitting projections at given boundaries, and the file that stores a model's sums.
 
 `convert` adds rows from text windows, online_calibrator.py adds rows from prompts, and both compute
-the same sums from the same rows. A sums file contains sums of products over thousands of rows, but
-no individual row or token. Only the folder's owner can read sums files (docs/learning.md).
+the same sums from the same rows. A sums file contains sums over thousands of rows, but no
+individual rows or tokens. Only the folder's owner can read sums files (docs/learning.md).
 """
 
 import json
@@ -128,7 +128,7 @@ def _floats(arrays: Any, name: str) -> np.ndarray:
 
 
 def _read_head(arrays: Any) -> Any:
-    """Return a sums file's header. Raises ValueError or another error for wrong types."""
+    """Return a sums file's header. Raises ValueError or another error for unexpected types."""
     head = json.loads(str(arrays["head"]))
     numbers = [number for boundary, layers, n in head["grams"] for number in (boundary, n, *layers)]
     numbers += [boundary for boundary, _ in head.get("wides", ())]
@@ -192,7 +192,9 @@ class SumsFile:
                         if self.n_embd is not None and wide.previous.shape[1:] != (self.n_embd,):
                             raise ValueError("its inputs have a different width")
                     return take(head, arrays)
-                log.warning("%s is for another model or version; learning starts over", self.path)
+                log.warning(
+                    "%s is for a different model or version: learning starts over", self.path
+                )
         except FileNotFoundError:
             return None
         except DAMAGED_ARCHIVE as error:
@@ -227,7 +229,7 @@ class SumsFile:
             raise WriteError(f"cannot write {self.path}: {error.strerror}") from error
 
     def settle(self, wides: dict[int, WideInput]) -> dict[int, WideInput]:
-        """Store the wider inputs that the file lacks, and return the file's wider inputs.
+        """Store the wider inputs that the file lacks and return the file's wider inputs.
 
         Processes that start learning together thus use the same inputs. Raises PopError like `add`.
         """
@@ -248,7 +250,7 @@ class SumsFile:
 
 
 class Summing:
-    """Accumulates sums over a model's rows, and solves for the model's fits."""
+    """Accumulates sums over a model's rows and solves for the model's fits."""
 
     def __init__(
         self,
@@ -259,7 +261,7 @@ class Summing:
     ) -> None:
         """`projections`: the kinds of fit at each boundary, excluding `Projection.OWN`.
 
-        `start`: tensors of an earlier fit, toward which the ridge penalty pulls (None: the layers'
+        `start`: an earlier fit's tensors, which the ridge penalty pulls toward (None: the layers'
         own projections).
         """
         self.shape, self.projections = shape, projections

@@ -31,11 +31,11 @@ class BeyondLimitsError(PopError):
 
 
 def _python() -> str:
-    """Return the interpreter that multiprocessing uses, which an embedding application can set."""
+    """Return the interpreter that multiprocessing uses. An embedding application can set it."""
     python = os.fsdecode(get_executable())
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
-            "a frozen application has no Python to process templates, grammars, and large pictures",
+            "a frozen application has no Python for templates, grammars and large images",
             "call multiprocessing.set_executable with a Python that has the same packages",
         )
     return python
@@ -44,8 +44,8 @@ def _python() -> str:
 class KeptProcess:
     """A child process that runs a worker's methods. If the process has ended, a call restarts it.
 
-    The class is thread-safe: calls run one at a time. A call that is interrupted or exceeds the
-    limits ends the child process.
+    The class is thread-safe: calls run one at a time. If a call is interrupted or exceeds the
+    limits, the child process ends.
     """
 
     def __init__(

@@ -201,12 +201,12 @@ def get_boundary(ctx: Any) -> int:
 
 
 def set_boundary(ctx: Any, layer: int) -> None:
-    """Prune from `layer` on with the model's own projections (0: from the file's boundary on)."""
+    """Prune layers `layer` and up with the model's own projections (0: use the file's boundary)."""
     call("llama_pop_set_boundary", ctx, layer)
 
 
 def set_full_from(ctx: Any, sequence: int, position: int) -> None:
-    """Run a sequence's rows in full from a position on (-1: no rows)."""
+    """Run a sequence's rows in full starting at a position (-1: no rows)."""
     call("llama_pop_set_full_from", ctx, sequence, position)
 
 
@@ -223,7 +223,7 @@ def set_sink(ctx: Any, n_tokens: int) -> None:
 
 
 def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
-    """Run the layers from the boundary on for up to one ubatch of a sequence's rows.
+    """Run the boundary layer and all later layers for up to one ubatch of a sequence's rows.
 
     `positions`: int32, ascending. Computes no logits. Returns False if the abort callback stopped
     the pass, which the caller must then repeat. Raises PopError with the backend's reason.
@@ -237,7 +237,7 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
 
 
 def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
-    """Replace a sequence's rows from position `start` on with an edited prompt's rows.
+    """Replace a sequence's rows at position `start` and later with an edited prompt's rows.
 
     `sources`: int32 [n], the position from which each row's K/V are copied, or -1 for rows that
     must be decoded in place (see `set_overwrite`) before later rows attend to them. `tokens`:
@@ -259,7 +259,7 @@ def set_overwrite(ctx: Any, is_on: bool) -> None:
 def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
     """Count a prompt's multiply-accumulates in the context's mode. `n_full`: number of full rows.
 
-    The count assumes an empty cache, and includes the last row's logits. Raises PopError if the
+    The count assumes an empty cache and includes the last row's logits. Raises PopError if the
     backend cannot build the graph.
     """
     logs.forget_errors()

@@ -1,4 +1,4 @@
-"""Continuous batching: rows from several sequences of one context share batches.
+"""Continuous batching: rows from multiple sequences of one context share batches.
 
 Each sequence has its own thread, which blocks in `decode`. A batch runs once all working sequences
 have queued a request. A batch contains one row per answer and rows of at most one prompt.
@@ -25,7 +25,7 @@ from pop_local.engine.llama.slot import Slot
 
 @dataclass(eq=False)
 class _Request:
-    """A request to decode rows of a sequence. The first `n_done` rows have been decoded."""
+    """A request to decode a sequence's rows. The first `n_done` rows have been decoded."""
 
     slot: "BatchedSlot"
     tokens: Sequence[int]
@@ -69,7 +69,7 @@ class Batcher:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Until exit, make batches wait for one more sequence's request."""
+        """Context manager that makes batches wait for one more sequence's request."""
         with self._turn:
             self._n_working += 1
         try:
@@ -81,7 +81,7 @@ class Batcher:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Prevent other threads from decoding and from changing cells until exit."""
+        """Context manager that keeps other threads from decoding and from changing cells."""
         with self._turn:
             before, self.holder = self.holder, threading.get_ident()
             try:
@@ -103,7 +103,7 @@ class Batcher:
             raise request.error
 
     def _compute(self) -> None:
-        """Decode a batch of queued rows, including rows of at most one prompt."""
+        """Decode a batch of queued rows, with rows from at most one prompt."""
         for request in self._queue:
             try:
                 if request.should_stop():
@@ -144,7 +144,7 @@ class Batcher:
             one.slot._add_counters(before)
 
     def _run(self, parts: list[tuple[_Request, int]]) -> None:
-        """Decode each request's next `n` rows, and copy the logits of completed requests."""
+        """Decode each request's next `n` rows and copy the logits of completed requests."""
 
         def should_stop(_: object = None) -> bool:
             return all(one.should_stop() for one, _ in parts)
@@ -189,7 +189,7 @@ def _reading_of(parts: Sequence[tuple[_Request, int]]) -> Reading:
 
 
 class BatchedSlot(Slot):
-    """A slot for a context with several sequences. Each slot has its own thread.
+    """A slot of a context with multiple sequences. Each slot has its own thread.
 
     Prompts are prefilled in the context's mode, or in mode OFF, in which all rows are full.
     """
@@ -301,7 +301,7 @@ class BatchedSlot(Slot):
 
 
 def batched_slots(context: Context, n: int) -> list[BatchedSlot]:
-    """Return a context's slots. Raises PopError if the context cannot have several sequences."""
+    """Return a context's slots. Raises PopError if the context cannot have multiple sequences."""
     # Even with swa_full, llama.cpp reuses cells that have left a sequence's window for other
     # sequences. The first sequence then cannot be truncated or refilled.
     if context.is_recurrent or backend.bindings().llama_model_n_swa(context.model):

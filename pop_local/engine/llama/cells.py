@@ -1,4 +1,4 @@
-"""The KV cells of one sequence in llama.cpp's memory."""
+"""A sequence's KV cells in llama.cpp's memory."""
 
 import ctypes
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Lock = Callable[[], AbstractContextManager[None]]
 
 
 class Cells:
-    """The KV cells of a context's only sequence.
+    """KV cells of a context's only sequence.
 
     Saved states contain the whole context, because the state of a single sequence lacks the rows
     that have left a sliding window.
@@ -48,7 +48,7 @@ class Cells:
             return int(self._api.llama_memory_seq_pos_min(self._memory, self._sequence))
 
     def truncate(self, position: int) -> bool:
-        """Drop the cells from a position on. Returns False if the memory type cannot drop cells."""
+        """Drop the cells from a position onward. Returns False if the memory cannot do this."""
         with self._locked():
             if self.end <= position:
                 return True
@@ -65,7 +65,7 @@ class Cells:
         copy(self._memory, other._sequence, self._sequence, 0, n_positions)
 
     def move(self, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
-        """Replace the cells from `start` on with those of an edited prompt (backend.move_rows)."""
+        """Replace the cells from `start` onward with an edited prompt's (backend.move_rows)."""
         with self._locked():
             backend.move_rows(self._ctx, self._sequence, start, sources, tokens)
 
@@ -109,7 +109,7 @@ class Cells:
             return state if n_read == n_bytes else None
 
     def return_to(self, checkpoint: np.ndarray, position: int) -> bool:
-        """Restore a checkpoint, and drop all other cells from `position` on.
+        """Restore a checkpoint and drop all other cells at `position` and later.
 
         Returns False on failure, which leaves the cells' contents undefined.
         """
@@ -128,7 +128,7 @@ class Cells:
 
 
 class SequenceCells(Cells):
-    """The KV cells of one of several sequences. Saved states contain only that sequence."""
+    """KV cells of one of multiple sequences. Saved states contain only that sequence."""
 
     def clear(self) -> None:
         """Drop all cells. If no sequence has cells left, later rows start at the first cell."""

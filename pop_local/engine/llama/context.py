@@ -186,7 +186,7 @@ class Context:
 
     @contextmanager
     def extra_context(self, **params: Any) -> Iterator[Any]:
-        """Open another llama_context with the same weights until exit.
+        """Context manager that opens another llama_context with the same weights.
 
         `params`: llama_context_params fields to set. Raises PopError if llama.cpp returns an error.
         """
@@ -203,9 +203,9 @@ class Context:
             self._api.llama_free(ctx)
 
     def locked(self) -> AbstractContextManager[Any]:
-        """Prevent other threads from using the context's only sequence until exit.
+        """Context manager that keeps other threads from using the context's only sequence.
 
-        Does nothing if the context has several sequences, because each has its own thread.
+        Does nothing if the context has multiple sequences, because each has its own thread.
         """
         return self.interrupt.lock if self.options.n_sequences == 1 else nullcontext()
 
@@ -279,7 +279,7 @@ def require_finite(value: float) -> None:
     """Raise PopError if a value that the model computed is NaN or infinite."""
     if not math.isfinite(value):
         raise PopError(
-            "the model's output is NaN or infinite, so it has no answer",
+            "the model's output is NaN or infinite, so it cannot answer",
             "the model file may be damaged, so download or convert it again",
         )
 

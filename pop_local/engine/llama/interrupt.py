@@ -22,7 +22,7 @@ _SIGNALS = [
 
 @contextmanager
 def stopped_by(should_stop: Callable[[], bool] | None) -> Iterator[None]:
-    """Until exit, stop this thread's batches if `should_stop` returns True (None: no change)."""
+    """Let `should_stop`, if given, stop this thread's batches inside the `with` block."""
     token = _should_stop.set(should_stop or _should_stop.get())
     try:
         yield
@@ -68,7 +68,7 @@ class Interrupt:
 
     @contextmanager
     def watching(self, ctx: Any) -> Iterator[None]:
-        """Install the abort callback on a llama_context until exit."""
+        """Context manager that installs the abort callback on a llama_context."""
         if self._is_watching:  # nested: a progress callback uses the same model
             try:
                 yield
@@ -104,7 +104,7 @@ class Interrupt:
 
     @contextmanager
     def tokenizing(self) -> Iterator[Any]:
-        """Yield a callback to stop llama_pop_tokenize, and raise the exception that stopped it."""
+        """Yield a callback that can stop llama_pop_tokenize, then raise what stopped it."""
         with self._deferred_signals():
             yield self._callback
             if self._raised is not None:
@@ -112,9 +112,9 @@ class Interrupt:
 
     @contextmanager
     def stopped(self, work: Callable[[], None]) -> Iterator[bool]:
-        """Stop the running batch, and keep other threads from starting one until exit.
+        """Context manager that stops the running batch and keeps other threads from starting one.
 
-        If this thread is running the batch, yield False, and call `work` after the batch ends.
+        If this thread is running the batch, yields False and calls `work` after the batch ends.
         """
         self._n_stopping += 1
         with self.lock:
@@ -158,7 +158,7 @@ class Interrupt:
 
     @contextmanager
     def _deferred_signals(self) -> Iterator[None]:
-        """Defer signal handlers until exit if this is the main thread, which runs all of them."""
+        """Context manager that defers signal handlers in the main thread, which runs them."""
         self._pending.clear()
         self._handlers.clear()
         if threading.current_thread() is threading.main_thread():

@@ -1,4 +1,4 @@
-"""Load a model's files, and check whether a context fits in memory."""
+"""Load a model's files and check whether a context fits in memory."""
 
 import ctypes
 import os
@@ -24,7 +24,7 @@ _CTX_STEP = 256
 
 
 def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, params: Any) -> Any:
-    """Load a model with llama_model_params. Returns a pointer that the caller must free.
+    """Load a model with the given llama_model_params. Returns a pointer that the caller must free.
 
     Raises PopError with llama.cpp's reason if the files cannot be loaded, or if the library's
     boundary differs from the one in `meta`.

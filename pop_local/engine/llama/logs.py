@@ -1,4 +1,4 @@
-"""Forward llama.cpp's log to `logging`, and keep its error lines for error messages.
+"""Forward llama.cpp's log to `logging` and keep its error lines for error messages.
 
 The logger "pop_local.llama_cpp" is silent unless the application configures it. Some damaged files
 trigger a failed assertion in llama.cpp, which calls `on_abort` and then aborts the process.
@@ -25,7 +25,7 @@ _CONTINUED = 5
 
 
 class _Errors(threading.local):
-    """The current thread's error lines. Errors from other threads would be misleading."""
+    """Error lines of the current thread. Errors from other threads would be misleading."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=64)
@@ -60,7 +60,7 @@ def take_over(llama_cpp: Any, ggml: ctypes.CDLL) -> None:
         if on_abort is not None:
             on_abort(reason)
         else:
-            os.write(stderr, f"llama.cpp gave up: {reason}\n".encode())
+            os.write(stderr, f"llama.cpp aborted: {reason}\n".encode())
 
     _callbacks = (
         llama_cpp.llama_log_callback(_on_log),
@@ -95,7 +95,7 @@ def forget_errors() -> None:
 
 
 def not_decoded(code: int) -> PopError:
-    """Return the error for a batch that llama_decode failed to decode with `code`."""
+    """Return the error for a batch for which llama_decode returned `code`."""
     return PopError(first_error() or f"llama.cpp could not decode the batch (code {code})")
 
 

@@ -61,7 +61,7 @@ def _is_equal_after_a_shift(context: Context) -> bool:
 
 
 def _decoded_at(ctx: Any, position: int) -> NDArray[np.float32]:
-    """Decode a token at a position of an empty cache, and return the state."""
+    """Decode a token at a position of an empty cache and return the state."""
     with closing(TokenBatch(1)) as batch:
         batch.decode(ctx, [_TOKEN], position, Outputs.LAST)
     return _state(ctx)

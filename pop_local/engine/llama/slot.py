@@ -25,19 +25,19 @@ class Slot:
     # Taking turns
 
     def working(self) -> AbstractContextManager[None]:
-        """Until exit, make other sequences' batches wait for this sequence's rows."""
+        """Context manager that makes other sequences' batches wait for this sequence's rows."""
         return nullcontext()
 
     def locked(self) -> AbstractContextManager[None]:
-        """Prevent other threads from changing the cells until exit."""
+        """Context manager that keeps other threads from changing the cells."""
         return self.context.locked()
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Run this sequence's batches immediately and block other sequences until exit."""
+        """Context manager that runs this sequence's batches at once and blocks other sequences."""
         return self.context.locked()
 
     def interruptible(self) -> AbstractContextManager[None]:
-        """Let the caller's `should_stop` abort batches until exit (see Interrupt)."""
+        """Context manager that lets the caller's `should_stop` abort batches (see Interrupt)."""
         return self.context.interrupt.watching(self.context.ctx)
 
     def raise_if_stopped(self) -> None:
@@ -60,7 +60,7 @@ class Slot:
         backend.set_mode(self.context.ctx, mode)
 
     def begin_prefill(self) -> None:
-        """Mark the following batches as prefill, and reset the counters."""
+        """Mark the following batches as prefill and reset the counters."""
         backend.reset_counters(self.context.ctx)
         backend.set_reading(self.context.ctx, Reading.SOME)
 
@@ -74,7 +74,7 @@ class Slot:
         return backend.get_counters(self.context.ctx)
 
     def set_full(self, sink_tokens: int, full_from: int) -> None:
-        """Run rows in full before position `sink_tokens` and from `full_from` on (-1: none)."""
+        """Run rows in full before position `sink_tokens` and starting at `full_from` (-1: none)."""
         backend.set_sink(self.context.ctx, sink_tokens)
         backend.set_full_from(self.context.ctx, self.sequence, full_from)
 
@@ -100,7 +100,7 @@ class Slot:
 
     @contextmanager
     def overwriting(self) -> Iterator[None]:
-        """Until exit, let `decode` overwrite rows that already have cells."""
+        """Context manager in which `decode` may overwrite rows that already have cells."""
         backend.set_overwrite(self.context.ctx, True)
         try:
             yield

@@ -38,8 +38,8 @@ class Tapped:
     """Per-layer arrays for the rows of one ubatch, which starts at `position`.
 
     `states` [n_rows, n_embd]: the layer's input. `k` [n_rows, n_k]: before norm and RoPE. `v`
-    [n_rows, n_v]. `mass` [n_rows]: attention that a row receives from every 16th later row, summed
-    over heads. All arrays are views into `block`.
+    [n_rows, n_v]. `mass` [n_rows]: attention that each row receives from every 16th later row,
+    summed over heads. All arrays are views into `block`.
     """
 
     position: int

@@ -1,4 +1,4 @@
-"""A model's vocabulary, which converts text to tokens, and tokens to bytes."""
+"""A model's vocabulary, which converts text to tokens and tokens to bytes."""
 
 import ctypes
 from collections.abc import Container, Iterable
@@ -39,7 +39,7 @@ class Vocabulary:
         return bool(self._api.llama_vocab_is_eog(self.pointer, token))
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
-        """Return a text's tokens. `special`: whether to parse special tokens.
+        """Tokenize text. `special`: whether to parse special tokens.
 
         Raises PopError if the text cannot be tokenized or encoded as UTF-8, or StoppedError or the
         signal handler's exception if interrupted.
@@ -55,7 +55,7 @@ class Vocabulary:
         return tokens[: max(n, 0)]
 
     def detokenize(self, tokens: Iterable[int]) -> str:
-        """Return the tokens' text without control tokens or incomplete characters."""
+        """Return the text of the tokens, without control tokens or incomplete characters."""
         pieces = Pieces(self)
         return b"".join(pieces[token] for token in tokens).decode(errors="ignore")
 

@@ -95,7 +95,7 @@ class ReusableRows:
     def _pays(self, n_reused: int, n_prefix: int) -> bool:
         """Return whether reusing `n_reused` rows is better than reusing only the common prefix.
 
-        Reusing only half of the rows loses more quality than pruning (docs/quality.md).
+        Reusing only half of the rows costs more quality than pruning (docs/quality.md).
         """
         return n_reused >= n_prefix + MIN_REUSED and 3 * n_reused >= 2 * len(self._tokens)
 
@@ -118,7 +118,7 @@ class ReusableRows:
 
 
 def _follows_a_move(sources: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Return a mask of the moved rows that closely follow a change: bool [n]."""
+    """Return a mask, bool [n], of the moved rows that closely follow a change."""
     rows = np.arange(len(sources))
     is_change = np.diff(sources, prepend=-1) != 1
     n_since_change = rows - np.maximum.accumulate(np.where(is_change, rows, -_REDONE))
@@ -127,7 +127,7 @@ def _follows_a_move(sources: NDArray[np.int32]) -> NDArray[np.bool_]:
 
 
 def gaps(sources: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
-    """Yield each range of rows to decode as (start, end)."""
+    """Yield each (start, end) range of rows to decode."""
     is_gap = np.concatenate([[False], sources < 0, [False]])
     edges = np.flatnonzero(is_gap[1:] != is_gap[:-1]).tolist()
     yield from zip(edges[::2], edges[1::2], strict=True)

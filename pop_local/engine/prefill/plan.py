@@ -17,7 +17,7 @@ from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 class Reuse(StrEnum):
     """Cached rows that a prompt may reuse.
 
-    OFF: none. EXACT: the rows of the common prefix. EDITED: if prompts are pruned, also matching
+    OFF: none. EXACT reuses the common prefix. If prompts are pruned, EDITED also reuses matching
     passages after an edit, whose K/V are approximate until a refill (see prefill.edit).
     """
 

@@ -83,7 +83,7 @@ def append(
     """
     cache.make_room(len(prompt))
     if prompt.images and prompt.text_from == len(prompt):
-        raise PopError("the prompt ends with a picture", "add a question after the picture")
+        raise PopError("the prompt ends with an image", "add a question after the image")
     n_at_once = min(cache.context.n_batch, cache.context.n_ubatch)
     n = max((each.n_rows for each in prompt.images.values() if each.is_mutual), default=0)
     if n > n_at_once:
@@ -100,7 +100,7 @@ def append(
 
 
 def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int]:
-    """Empty a cache, run a text's rows through all layers, and compute their logits.
+    """Empty the cache, run the text's rows through all layers, and compute their logits.
 
     Yields the number of rows in each decoded piece (up to `step`).
     """

@@ -1,4 +1,4 @@
-"""Read an edited prompt: move the reused rows, and decode the other rows in place."""
+"""Read an edited prompt: move the reused rows and decode the other rows in place."""
 
 import itertools
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ class EditedReading(PromptReading):
             raise
 
     def _close_gaps(self) -> None:
-        """Remove the undecoded rows, and move the reused rows that follow them down."""
+        """Remove the undecoded rows and move the later reused rows down."""
         cache = self._cache
         is_kept = self._sources >= 0
         is_kept[: cache.n_tokens] = True
@@ -85,7 +85,7 @@ class EditedReading(PromptReading):
         )
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
-        """Split each gap into chunks of up to one batch, and yield the chunks."""
+        """Split each gap into chunks of up to one batch and yield the chunks."""
         n_batch = self._cache.context.n_batch
         for start, end in gaps(self._sources):
             for at in range(start, end, n_batch):

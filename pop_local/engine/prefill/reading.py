@@ -89,7 +89,7 @@ class PromptReading(ABC):
         full_from: int,
         outputs: Outputs,
     ) -> NDArray[np.bool_]:
-        """Pass a batch's deep rows to the backend, and return the full rows in mode CONTEXT.
+        """Pass a batch's deep rows to the backend and return the full rows in mode CONTEXT.
 
         `positions`: int [n]. `deep`: a mask of the deep rows, bool [n]. Returns a mask, bool [n].
         """

@@ -1,1 +1,1 @@
-"""Build prompts from conversations: chat templates, special tokens, and pictures."""
+"""Build prompts from conversations: chat templates, special tokens, and images."""

@@ -22,9 +22,9 @@ def infilling(
 ) -> list[int]:
     """Return a FIM prompt's tokens in the order used by llama.cpp's server (format_prompt_infill).
 
-    `prefix`: a text or its tokens. `begun`: the start of the answer. `files`: (name, text) pairs
-    that precede the prefix. Special tokens in the texts are tokenized as plain text. Raises
-    PopError if the model has no FIM tokens.
+    `prefix`: text or tokens. `begun`: the start of the answer. `files`: (name, text) pairs that
+    precede the prefix. Special tokens in the texts are tokenized as plain text. Raises PopError if
+    the model has no FIM tokens.
     """
     if not can_infill(context):
         raise PopError(

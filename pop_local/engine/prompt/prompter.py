@@ -45,7 +45,7 @@ class Prompter:
 
     @cached_property
     def template(self) -> Template:
-        """The model's template, or else a plain one. Raises PopError if the template is broken."""
+        """The model's template, or a plain one. Raises PopError if the template is broken."""
         try:
             return Template(self._source or PLAIN_TEMPLATE, self.context.vocabulary.pointer)
         except PopError as error:
@@ -54,11 +54,11 @@ class Prompter:
 
     @property
     def can_see(self) -> bool:
-        """Return whether the model can read pictures, which requires an mmproj and Pillow."""
+        """Return whether the model can read images, which requires an mmproj and Pillow."""
         return self._vision is not None and has_pillow()
 
     def text(self, text: str) -> Prompt:
-        """Return a prompt for continuing a text. Raises the same errors as Vocabulary.tokenize."""
+        """Return a prompt for continuing text. Raises the same errors as Vocabulary.tokenize."""
         return Prompt(self.context.vocabulary.tokenize(text, add_bos=True))
 
     def conversation(self, messages: Sequence[Message], *, continues: bool = False) -> Prompt:
@@ -80,9 +80,9 @@ class Prompter:
     def render(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
         """Return the prompt that `write` renders from the messages' contents and the other texts.
 
-        If a text contains special tokens, `write` is called again with a mark in place of each such
-        token. The first argument of `write` is the list of marked contents, and the second is a
-        function that marks the other texts. Raises PopError if `write` raises ValueError.
+        If any text contains special tokens, `write` is called again with a mark in place of each
+        such token. The first argument of `write` is the list of marked contents, and the second is
+        a function that marks the other texts. Raises PopError if `write` raises ValueError.
         """
         texts = [*(message.content for message in messages), *others]
         utf8("".join(texts))
@@ -133,14 +133,14 @@ class Prompter:
         return ""
 
     def count_picture(self, picture: Picture) -> int:
-        """Return a picture's length in tokens. Raises the same errors as Mmproj.see."""
+        """Return the image's length in tokens. Raises the same errors as Mmproj.see."""
         return len(self.open_vision().see(picture).tokens)
 
     def open_vision(self) -> Mmproj:
         """Load the mmproj on first use. Raises PopError if none was given or loading fails."""
         if self._vision is None:
             raise PopError(
-                "cannot read a picture: the model was opened without an mmproj",
+                "cannot read an image: the model was opened without an mmproj",
                 "open the model with mmproj=PATH, the mmproj file published with the model",
                 cause="no-mmproj",
             )
@@ -149,10 +149,10 @@ class Prompter:
     def _with_pictures(
         self, text: str, marks: Mapping[str, str], shown: Mapping[str, TokenizedPicture]
     ) -> tuple[list[int], dict[int, ImageChunk]]:
-        """Return the tokens and images of a rendered prompt, which contains a mark per picture."""
+        """Return the tokens and images of a rendered prompt, which contains one mark per image."""
         pieces = re.split(f"([{''.join(shown)}])", text) if shown else [text]
         if pieces[1::2] != list(shown):
-            raise PopError("the chat template omits pictures", "send one picture at a time")
+            raise PopError("the chat template omits images", "send one image at a time")
         tokens: list[int] = []
         images: dict[int, ImageChunk] = {}
         for piece in pieces:
@@ -198,7 +198,7 @@ class Prompter:
 
 
 def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Picture]) -> str:
-    """Return a message's content with a mark per picture, and add the marks to `pictures`."""
+    """Return a message's content with one mark per image, and add the marks to `pictures`."""
     pieces, at = [], 0
     for offset, picture in message.pictures:
         pictures[mark := next(unused)] = picture

@@ -13,7 +13,7 @@ _FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a private-use plane
 
 
 class SpecialTokens:
-    """A vocabulary's special tokens, whose spellings may occur in texts."""
+    """A vocabulary's special tokens, whose spellings may occur in text."""
 
     def __init__(self, context: Context) -> None:
         self._api, self._context = bindings(), context

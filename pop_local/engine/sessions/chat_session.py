@@ -127,7 +127,7 @@ class ChatSession:
 
     @property
     def last_asked(self) -> Turn | None:
-        """The turn that retry and edit repeat: the dropped question, or else the last turn."""
+        """The turn that retry and edit repeat: the dropped question, if any, or the last turn."""
         turns = self.conversation.turns
         return self._dropped or (turns[-1] if turns else None)
 
@@ -179,14 +179,14 @@ class ChatSession:
         return self._ask(turn, self.conversation, options)
 
     def retry(self, **options: Unpack[AnswerOptions]) -> Stream:
-        """Answer the last question again, and replace the previous answer.
+        """Regenerate the last answer.
 
         Raises the same errors as `stream`, or PopError if the session has no question yet.
         """
         return self.edit(None, **options)
 
     def edit(self, question: str | None, **options: Unpack[AnswerOptions]) -> Stream:
-        """Replace the last question's text (None: keep the text), and answer the question again."""
+        """Replace the last question's text (None: keep the text) and answer the question again."""
         turn = self.last_asked
         if turn is None:
             raise PopError("the session has no question yet", "call chat or stream first")
@@ -244,7 +244,7 @@ class ChatSession:
             )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the transcript and KV cache atomically, and return the path (*.popsession).
+        """Write the transcript and KV cache atomically and return the path (*.popsession).
 
         If the cache holds a different session, the file contains no KV cache. Raises PopError if
         the file already exists or cannot be written.
@@ -258,7 +258,7 @@ class ChatSession:
 
 
 def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSession:
-    """Load a saved conversation, including its mode and KV cache if they match the model.
+    """Load a saved conversation. Its mode and KV cache are also loaded if they match the model.
 
     If they do not match, `reread` contains the reason, and the conversation is read again with the
     next question. Raises PopError if the file is not a session file.

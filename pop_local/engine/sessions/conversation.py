@@ -1,4 +1,4 @@
-"""A conversation: questions with documents and pictures, and the answers."""
+"""A conversation: questions with documents and images, and the answers."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from pop_local.texts.document_readers import Document
 
 @dataclass(frozen=True)
 class Turn:
-    """A question with its documents and pictures, and the answer ("" until it exists)."""
+    """A question with its documents and images, and the answer ("" until it exists)."""
 
     question: str
     documents: tuple[Document, ...] = ()
@@ -42,7 +42,7 @@ class Conversation:
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """The pictures from all turns, without duplicates."""
+        """Images from all turns, without duplicates."""
         found = {picture.sha256: picture for turn in self.turns for picture in turn.pictures}
         return tuple(found.values())
 

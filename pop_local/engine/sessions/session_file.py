@@ -155,7 +155,7 @@ class Sessions:
         return sorted(filter(_NAME.fullmatch, names))
 
     def listed(self) -> Iterator[SavedFile]:
-        """Yield all sessions in name order, without the pictures' contents."""
+        """Yield all sessions in name order, without image contents."""
         for name in self.names():
             status = self.path(name).stat()
             session = None
@@ -175,7 +175,7 @@ class Sessions:
     def save(
         self, name: str, engine: Engine, conversation: Conversation, *, with_cache: bool = True
     ) -> int:
-        """Write the file atomically, and return its size in bytes. Raises PopError on failure.
+        """Write the file atomically and return its size in bytes. Raises PopError on failure.
 
         `with_cache`: include the cached rows if they belong to the conversation. In that case, all
         rows after the conversation are dropped from the cache.
@@ -246,7 +246,7 @@ class Sessions:
 
 
 def encoded(session: Session) -> str:
-    """Return the session as JSON, with each picture replaced by its name and hash."""
+    """Return the session as JSON, with each image replaced by its name and hash."""
     fields = dataclasses.asdict(session) | {"mode": session.mode.name, "format": FORMAT}
     for turn, raw in zip(session.conversation.turns, fields["conversation"]["turns"], strict=True):
         raw["pictures"] = [{"name": one.name, "sha256": one.sha256} for one in turn.pictures]
@@ -254,7 +254,7 @@ def encoded(session: Session) -> str:
 
 
 def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session:
-    """Parse an archive's transcript. Pictures have no content unless `with_pictures` is True.
+    """Parse an archive's transcript. Images have no content unless `with_pictures` is True.
 
     Raises PopError for a different format version, or one of DAMAGES for invalid JSON.
     """
@@ -266,7 +266,7 @@ def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session
             return Picture(name, b"", 0, 0)
         found = picture_of(read_member(archive, member), name)
         if found.sha256 != sha256:
-            raise ValueError("the picture's hash does not match")
+            raise ValueError("the image's hash does not match")
         return found
 
     raw = _typed(json.loads(read_member(archive, _TRANSCRIPT, _MAX_TRANSCRIPT_BYTES)), dict)

@@ -22,7 +22,8 @@ class Trigger:
     """A pattern that activates a grammar for the rest of an answer.
 
     `grammars`: grammars, keyed by the text of group `name` ("" if the pattern has no such group).
-    The grammar applies from the start of group `rest`, or else of the first group that matched.
+    The grammar applies from the start of group `rest` or, without that group, of the first group
+    that matched.
     """
 
     pattern: re.Pattern[str]
@@ -102,7 +103,7 @@ class CallConstraint:
                 return
 
     def _begin(self, grammar: Grammar, text: str) -> None:
-        """Apply the grammar from the end of `text` on, unless the grammar rejects `text`."""
+        """Apply the grammar after `text`, unless the grammar rejects `text`."""
         constraint = Constraint(self._tokenizer, grammar)
         try:
             for token in self._tokenizer.greedy_tokenize(text):

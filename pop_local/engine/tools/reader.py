@@ -81,7 +81,7 @@ class CallReader:
 
 
 def calls_of(pieces: Iterable[Piece]) -> list[ToolCall]:
-    """Join the parts of each call in an answer, and return the calls."""
+    """Join the parts of each call in an answer and return the calls."""
     calls: dict[int, ToolCall] = {}
     for piece in pieces:
         if piece.call is not None:

@@ -95,7 +95,7 @@ class Dialogue:
         self._is_warned = False
 
     def swap_sidecar(self, fit: LearnedFit) -> None:
-        """Start pruning with a learned fit, and notify the user."""
+        """Start pruning with a learned fit and notify the user."""
         try:
             self.model.swap_sidecar(fit.sidecar)
         except PopError as error:
@@ -219,7 +219,7 @@ class Dialogue:
         if is_full and not self._is_warned:
             self.screen.warn(
                 f"The context is {n_used / n_ctx:.0%} full ({n_used:,} of {n_ctx:,} tokens):"
-                " /clear starts over, /undo drops the last turn, and --ctx N sets a larger context."
+                " /clear starts over, /undo removes the last turn, --ctx N sets a larger context."
             )
         self._is_warned = is_full
 
@@ -256,6 +256,6 @@ def warn_of_base_model(chat: Dialogue) -> None:
 def warn_of_hidden_pictures(chat: Dialogue) -> None:
     if chat.session.conversation.pictures and not chat.model.engine.prompter.can_see:
         chat.screen.warn(
-            "This model has no mmproj and cannot read the conversation's pictures. Remove the"
-            " pictures with /undo or /clear."
+            "This model has no mmproj and cannot read the conversation's images. Remove the"
+            " images with /undo or /clear."
         )

@@ -43,7 +43,7 @@ def line_reader(
     """Return a function that reads a line from stdin.
 
     `commands` maps slash commands to functions that complete their arguments. `status` returns the
-    text below the line. If the text is empty when a line starts, nothing is shown.
+    text below the line. If `status` returns "" when a line starts, nothing is shown.
     """
     if not sys.stdin.isatty():
         return piped_line

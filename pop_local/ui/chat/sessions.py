@@ -1,6 +1,6 @@
 """The chat's session files: /save, /load, and recovery after a crash.
 
-A running chat keeps its transcript (without the KV cache) in a locked file, and removes the file at
+A running chat keeps its transcript (without the KV cache) in a locked file and removes the file at
 exit. An unlocked file belongs to a chat that crashed.
 """
 
@@ -23,7 +23,7 @@ from pop_local.ui.chat.dialogue import Dialogue, pruning_state, warn_of_hidden_p
 from pop_local.ui.chat.refill import finish
 from pop_local.ui.error_output import as_pop_error
 
-_CHOICES = {"c": "continue it", "d": "delete it", "k": "keep it and offer it again later"}
+_CHOICES = {"c": "continue it", "d": "delete it", "k": "keep it, and offer it again later"}
 
 
 def saved() -> Sessions:
@@ -36,7 +36,7 @@ def save(chat: Dialogue, name: str) -> None:
         return
     path = saved().path(name)
     if path.exists() and chat.saved_as != name:
-        choices = {"r": "replace it", "k": "keep it and save nothing"}
+        choices = {"r": "replace it", "k": "keep it, and do not save"}
         if chat.screen.choose(f"Session {name} already exists.", choices) != "r":
             chat.refuse("Nothing was saved.")
             return

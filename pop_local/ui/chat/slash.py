@@ -100,7 +100,7 @@ def _undo(chat: Dialogue, argument: str) -> None:
     if turn := chat.session.undo():
         chat.screen.note(f"Dropped: {sessions.short(turn.question)}")
     else:
-        chat.refuse("The conversation has no turns to drop.")
+        chat.refuse("The conversation has no turns to remove.")
 
 
 def _set(chat: Dialogue, argument: str) -> None:
@@ -178,11 +178,11 @@ class Command:
 _ALL = (
     Command("/help", "show this list (also ?)", _help),
     Command("/file PATH", "add a file's text to the next question", attach.attach_file),
-    Command("/image PATH", "add a picture to the next question", attach.attach_image),
-    Command("/full on|off", "read without any loss, or read fast", _full, _FULL.keys),
-    Command("/retry", "answer the last question again", _retry),
-    Command("/undo", "drop the last question and its answer", _undo),
-    Command("/clear", "start again, with the same system prompt", _clear),
+    Command("/image PATH", "add an image to the next question", attach.attach_image),
+    Command("/full on|off", "turn fast reading off or on", _full, _FULL.keys),
+    Command("/retry", "regenerate the last answer", _retry),
+    Command("/undo", "remove the last question and its answer", _undo),
+    Command("/clear", "start over with the same system prompt", _clear),
     Command("/save NAME", "save the chat", sessions.save, lambda: sessions.saved().names()),
     Command(
         "/load NAME",

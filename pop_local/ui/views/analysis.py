@@ -51,7 +51,7 @@ def show(found: Analysis, *, as_markdown: bool = False) -> None:
 
 
 def _columns(found: Analysis) -> Iterator[Column]:
-    """Yield the columns. Each row shows the cost of skipping the layers from one layer on."""
+    """Yield the columns. Each row shows the cost of skipping one layer and all later ones."""
     depths = {depth.boundary: depth for depth in found.depths}
 
     def of_depth(title: str, show: Callable[[DepthCost], object], numeric: bool = True) -> Column:
@@ -82,5 +82,5 @@ def _choice(found: Analysis) -> str:
 
 
 def _share(share: Estimate | None) -> str:
-    """Format a share as a percentage, with 0% instead of -0%."""
+    """Format a fraction as a percentage, with 0% instead of -0%."""
     return "-" if share is None else f"{round(share.value, 2) + 0.0:.0%}"

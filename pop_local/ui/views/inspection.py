@@ -22,7 +22,7 @@ def inspection_facts(found: Inspection) -> list[Fact]:
         ("Name", found.name or "none"),
     ]
     if found.architecture == ARCHITECTURE:
-        return [*facts, ("Kind", "multimodal projector for pictures (--mmproj)")]
+        return [*facts, ("Kind", "multimodal projector for images (--mmproj)")]
     refused = f" (cannot be pruned: {found.refused})" if found.refused else ""
     stock = "opens this file"
     if not found.opens_in_stock_llama_cpp:
@@ -37,7 +37,7 @@ def inspection_facts(found: Inspection) -> list[Fact]:
         ("Trained context", f"{found.n_ctx_train:,} tokens"),
         ("Chat template", "yes" if found.has_chat_template else "no (base model)"),
         *([("Sidecar", found.sidecar)] if found.sidecar else []),
-        *([("Reads pictures with", found.mmproj)] if found.mmproj else []),
+        *([("Reads images with", found.mmproj)] if found.mmproj else []),
         *(skipping_facts(found.skipping, found.work) if found.skipping else []),
         *([] if is_exact else _pruning_facts(found.pop)),
         ("Stock llama.cpp", stock),

@@ -1,4 +1,4 @@
-"""The measured quality of pruned models, as facts and as JSON."""
+"""Measured quality of pruned models, as facts and as JSON."""
 
 from __future__ import annotations
 

@@ -12,11 +12,11 @@ ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted"
 
 
 def stats_line(stats: TurnStats) -> str:
-    """Return an answer's statistics. TTFT includes picture encoding; the prefill rate does not."""
+    """Format an answer's statistics. TTFT includes image encoding; the prefill rate does not."""
     if stats.n_decoded == 0:
         n_read = stats.n_cached + stats.n_evaluated
         return f"Reading stopped after {n_read:,} of {stats.n_prompt:,} prompt tokens."
-    pictures = f" · pictures {stats.n_image:,} tokens" if stats.n_image else ""
+    pictures = f" · images {stats.n_image:,} tokens" if stats.n_image else ""
     if stats.encode_s:
         pictures += f" encoded in {stats.encode_s:.2f} s"
     ending = " · the answer repeated itself" if stats.is_repeating else ENDINGS[stats.finish_reason]

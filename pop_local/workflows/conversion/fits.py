@@ -27,7 +27,7 @@ class Distilling(Protocol):
         """Raise PopError if the plan's fit cannot be distilled."""
 
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
-        """Train the fit on `text`, and return the trained fit. Raises PopError or StoppedError.
+        """Train the fit on `text` and return the trained fit. Raises PopError or StoppedError.
 
         `n_deeper`: the number of deeper boundaries whose fits will probably be distilled next.
         """
@@ -63,6 +63,6 @@ class PlanFitter:
         return done.fitted
 
     def distilled(self, plan: Plan, fitted: Fitted, n_deeper: int = 0) -> Fitted:
-        """Train a plan's fit end to end, and return the result. Raises PopError or StoppedError."""
+        """Train a plan's fit end to end and return the result. Raises PopError or StoppedError."""
         assert self.distiller is not None and self.text is not None, "nothing was fitted"
         return self.distiller.train(plan, fitted, self.text, n_deeper)

@@ -35,7 +35,7 @@ class FullModel:
     _answers: Answers = field(default_factory=list)
 
     def deep_share(self, rule: DeepRows) -> float:
-        """Return the share of the text's tokens that `rule` selects."""
+        """Return the fraction of the text's tokens that `rule` selects."""
         if rule is DeepRows.NONE:
             return 0.0
         with self.runner.opened(self.plan) as model:

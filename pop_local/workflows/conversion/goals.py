@@ -17,7 +17,7 @@ LEAST_DIVISOR = 3
 
 @dataclass(frozen=True)
 class Skip:
-    """The layers to skip, as a share ("1/3", "0.33") or as a number ("10")."""
+    """The layers to skip, as a fraction ("1/3", "0.33") or a number ("10")."""
 
     share: str
 

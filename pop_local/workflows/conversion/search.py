@@ -195,7 +195,7 @@ class Search:
         candidate.is_inside = budgets.is_inside(self.budget, candidate.quality)
 
     def settle(self, candidate: Candidate) -> bool:
-        """Measure the candidate on text and on lookups, and return the final verdict.
+        """Measure the candidate on text and on lookups and return the final verdict.
 
         A candidate that exceeds the budget on text is rejected without lookups.
         """

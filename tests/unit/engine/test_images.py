@@ -326,7 +326,7 @@ def test_a_picture_is_never_split(smol):
     with smol.opened() as model:
         tokens = prompt(model, LONG, 3)
         want = answered(model, tokens)[0]
-        with pytest.raises(PopError, match="ends with a picture"):
+        with pytest.raises(PopError, match="ends with an image"):
             answered(model, replace(tokens, tokens=tokens.tokens[: image_end(tokens)]))
         assert model.engine.cache.n_tokens in tokens.images
         assert answered(model, tokens)[0] == want
@@ -409,7 +409,7 @@ def test_a_template_that_drops_a_picture(tmp_path):
     vision_model = VisionModel("llama", make_vision_model(tmp_path, "llama", template=template))
     with vision_model.opened() as model:
         shown = ((0, picture_of(png(3), "a")),)
-        with pytest.raises(PopError, match="omits pictures"):
+        with pytest.raises(PopError, match="omits images"):
             model.engine.prompter.conversation([Message("user", "a", shown), Message("user", "b")])
 
 

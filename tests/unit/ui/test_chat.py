@@ -264,6 +264,6 @@ def test_a_full_context_is_reported_once():
     assert shown[3].endswith("· cut off at the token limit")
     assert shown[4] == (
         "* The context is 80% full (3,296 of 4,096 tokens):"
-        " /clear starts over, /undo drops the last turn, and --ctx N sets a larger context."
+        " /clear starts over, /undo removes the last turn, --ctx N sets a larger context."
     )
     assert sum(line.startswith("* ") for line in shown) == 1

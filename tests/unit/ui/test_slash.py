@@ -61,7 +61,7 @@ def test_undo_drops_one_turn_after_the_other():
         "# Dropped: b",
         "# Dropped: c",
         "# Dropped: a",
-        "# The conversation has no turns to drop.",
+        "# The conversation has no turns to remove.",
     ]
     assert [message.content for message in model.asked[2]] == ["a", "One.", "c"]
 
