@@ -83,7 +83,7 @@ def test_models_dir_is_relative_to_the_file(file, tmp_path, monkeypatch):
         ("system = 3\n", 1, "system: 3 is not text", "correct"),
         ("system = ['a']\n", 1, "system: a list is not text", "correct"),
         (f"threads = {10**400}\n", 1, "a 1,329-bit number is not a whole number", "correct"),
-        (f"threads = 0x{'f' * 5000}\n", 1, "20,000-bit number is not a whole number from 1", "correct"),
+        (f"threads = 0x{'f' * 5000}\n", 1, "20,000-bit number is not a whole number", "correct"),
         (f"temperature = {10**400}\n", 1, "1,329-bit number is not a number from 0", "correct"),
         ('models_dir = "~\\u0000/x"\n', 1, "the path contains a NUL", "correct the path"),
         (
