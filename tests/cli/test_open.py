@@ -127,17 +127,25 @@ def test_a_model_that_learns_answers_one_at_a_time(tmp_path, monkeypatch):
         assert len(model.engine.sequences) == 1 and model.engine.calibrator is not None
 
 
-def test_the_user_confirms_fetching_the_default_model(store, monkeypatch):
+def test_the_user_confirms_each_large_download(store, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Mock(available=0))
     monkeypatch.setattr("sys.stdin", Mock(isatty=lambda: True))
     asked = Mock(return_value=False)
     monkeypatch.setattr("typer.confirm", asked)
-    with pytest.raises(PopError, match="no model was fetched"):
-        default_model()
-    assert asked.call_args.args == (f"Fetch {DEFAULT_MODEL} (92.9 MB)?",)
-    (store / "tiny.gguf").touch()
-    assert default_model() == DEFAULT_MODEL
-    assert asked.call_count == 1
+    for name in (default_model(), "smollm2"):
+        with pytest.raises(PopError, match="no model was fetched"):
+            files(name)
+        assert asked.call_args.args == (f"Fetch {DEFAULT_MODEL} (92.9 MB)?",)
+    asked.return_value = True
+    assert files("smollm2").path == store / "tiny.gguf"
+    files("smollm2")
+    assert asked.call_count == 3
+
+
+def test_a_small_download_needs_no_confirmation(store, monkeypatch):
+    monkeypatch.setattr("sys.stdin", Mock(isatty=lambda: True))
+    monkeypatch.setattr("pop_local.workflows.fetch._LARGE_BYTES", 10**9)
+    assert files("smollm2").path == store / "tiny.gguf"
 
 
 def test_a_copy_of_any_name_is_known_by_its_hash(shipped, tmp_path):

@@ -45,7 +45,9 @@ class Watch:
     its progress in `unit`. `on_note(text)` receives information for the user. `on_warning(error)`
     receives an error that did not stop the work. Tasks call `should_stop` at each progress
     report and while llama.cpp computes. If `should_stop` returns True, the task raises
-    StoppedError and leaves no output. `may(question)` returns whether the user allows a download.
+    StoppedError and leaves no output. `may(question)` returns whether the user allows a download
+    from a hub. `refuses(question)` returns True if a user is present and refuses a large download
+    from the catalog.
     """
 
     on_stage: Callable[[str, Unit], object] = _ignore
@@ -54,6 +56,7 @@ class Watch:
     on_warning: Callable[[PopError], object] = _ignore
     should_stop: Callable[[], bool] = _ignore
     may: Callable[[str], bool] = _ignore
+    refuses: Callable[[str], bool] = _ignore
 
     def stage(self, name: str, unit: Unit = Unit.TOKENS) -> Progress:
         """Start a stage and return its progress callback, which may raise StoppedError."""
