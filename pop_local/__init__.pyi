@@ -27,9 +27,9 @@ from pop_local.research.layer_analysis import AnalyzeOptions as AnalyzeOptions
 from pop_local.research.layer_analysis import analyze as analyze
 from pop_local.texts.document_readers import Document as Document
 from pop_local.texts.document_readers import read_document as read_document
+from pop_local.workflows.conversion.conversion_plan import Converted as Converted
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions as ConvertOptions
 from pop_local.workflows.conversion.conversion_plan import RowOptions as RowOptions
-from pop_local.workflows.conversion.convert_model import Converted as Converted
 from pop_local.workflows.conversion.convert_model import convert as convert
 from pop_local.workflows.conversion.goals import Boundary as Boundary
 from pop_local.workflows.conversion.goals import Skip as Skip

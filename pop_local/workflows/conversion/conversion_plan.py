@@ -199,12 +199,15 @@ def plan_conversion(
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The result of a conversion: the plan, the written file's keys, and the search's trials."""
+class Converted:
+    """A finished conversion; `meta`: the written file's keys, including the measured loss."""
 
+    path: Path
     plan: Plan
     meta: PopMeta
-    trials: tuple[Trial, ...] = ()
+    sizes: FileSizes
+    trials: tuple[Trial, ...]
+    warnings: tuple[PopError, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,7 @@ class ConversionRun:
         fitted: Fitted | None,
         examine: Examine | None,
         trials: tuple[Trial, ...] = (),
-    ) -> Outcome:
+    ) -> Converted:
         """Write the plan's output file, including any fit. Raises PopError or StoppedError."""
         planned, watch = self.conversion, self.runner.watch
         write = write_sidecar if planned.is_sidecar else write_copy
@@ -252,4 +255,6 @@ class ConversionRun:
             progress=advance,
             force=self.force,
         )
-        return Outcome(plan, meta, trials)
+        is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
+        plan = replace(plan, projection=meta.projection, is_distilled=is_distilled)
+        return Converted(planned.target, plan, meta, planned.sizes_of(plan), trials)

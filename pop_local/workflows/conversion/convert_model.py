@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Watch
-from pop_converter.popfile.format import PopMeta
-from pop_converter.popfile.pruning_plan import Plan
-from pop_converter.popfile.rewrite import FileSizes, check_target
+from pop_converter.popfile.rewrite import check_target
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.workflows.conversion.conversion_plan import (
     Conversion,
     ConversionRun,
+    Converted,
     ConvertOptions,
     plan_conversion,
 )
 from pop_local.workflows.conversion.named import write_named
-from pop_local.workflows.conversion.refusals import Trial
 from pop_local.workflows.conversion.search import write_within
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.open import base_file
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A finished conversion; `meta`: the written file's keys, including the measured loss."""
-
-    path: Path
-    plan: Plan
-    meta: PopMeta
-    sizes: FileSizes
-    trials: tuple[Trial, ...]
-    warnings: tuple[PopError, ...]
 
 
 def convert(
@@ -84,14 +69,4 @@ def run_conversion(
     runner = TrialRunner(conversion.source, conversion.options.hardware, watched)
     run, budget = ConversionRun(conversion, force, runner), conversion.budget
     done = write_named(run) if budget is None else write_within(run, budget)
-    meta = done.meta
-    is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
-    plan = replace(done.plan, projection=meta.projection, is_distilled=is_distilled)
-    return Converted(
-        path=conversion.target,
-        plan=plan,
-        meta=meta,
-        sizes=conversion.sizes_of(plan),
-        trials=done.trials,
-        warnings=tuple(warnings),
-    )
+    return replace(done, warnings=tuple(warnings))

@@ -14,7 +14,7 @@ from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import shipped_text, tokenize
 from pop_local.measure.lookups import LookupSettings
 from pop_local.measure.quality import QualitySettings
-from pop_local.workflows.conversion.conversion_plan import ConversionRun, Outcome
+from pop_local.workflows.conversion.conversion_plan import ConversionRun, Converted
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.refusals import CopyingBrokenError
 from pop_local.workflows.conversion.trial_runner import TrialRunner
@@ -25,7 +25,7 @@ N_WINDOWS = 8
 N_DOCUMENTS = 5
 
 
-def write_named(run: ConversionRun) -> Outcome:
+def write_named(run: ConversionRun) -> Converted:
     """Fit, measure and write the model at a named boundary, or only write it if no fit is planned.
 
     Raises PopError or StoppedError. Unless the run is forced, raises CopyingBrokenError if the

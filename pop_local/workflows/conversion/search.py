@@ -34,7 +34,7 @@ from pop_local.measure.forced import Pruning
 from pop_local.measure.lookups import Answers, Lookups
 from pop_local.measure.quality import Quality, QualitySettings, Scores, measure_against
 from pop_local.workflows.conversion import full_model
-from pop_local.workflows.conversion.conversion_plan import ConversionRun, Outcome
+from pop_local.workflows.conversion.conversion_plan import ConversionRun, Converted
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.named import require_windows
@@ -84,7 +84,7 @@ class Candidate:
         return f"{self.boundary}{own}{distilled}{rows}"
 
 
-def write_within(run: ConversionRun, budget: Budget) -> Outcome:
+def write_within(run: ConversionRun, budget: Budget) -> Converted:
     """Write the conversion's fastest plan that is within the budget.
 
     Raises OverBudgetError, PopError or StoppedError.

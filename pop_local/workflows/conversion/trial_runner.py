@@ -62,19 +62,11 @@ class TrialRunner:
         self, plan: Plan, fitted: Fitted | None, *, n_ctx: int | None = None
     ) -> Iterator[PopModel]:
         """Open the model with the plan's temporary sidecar. Raises PopError or StoppedError."""
-        with (
-            self.sidecar(plan, fitted) as sidecar,
-            self.opened(plan, ModelFiles(self.path, sidecar), n_ctx=n_ctx) as model,
-        ):
-            yield model
-
-    @contextmanager
-    def sidecar(self, plan: Plan, fitted: Fitted | None) -> Iterator[Path]:
-        """Write the plan's sidecar to a folder that is deleted on exit. Raises PopError."""
         with TemporaryDirectory(prefix=_PREFIX) as folder:
-            target = Path(folder) / _NAME
-            write_trial(plan, self.source, target, self.binding, fitted)
-            yield target
+            sidecar = Path(folder) / _NAME
+            write_trial(plan, self.source, sidecar, self.binding, fitted)
+            with self.opened(plan, ModelFiles(self.path, sidecar), n_ctx=n_ctx) as model:
+                yield model
 
     def require_room(self, plans: Sequence[Plan], kv_type: KvType) -> None:
         """Raise WriteError if the disk has too little space for the plans' sidecars."""
