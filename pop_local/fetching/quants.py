@@ -82,7 +82,7 @@ def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
         known = models
         wanted = next((quant for quant in PREFERRED if _matching(models, quant)), "")
         if not wanted:
-            raise PopError(f"{repo} has several models", _listed(repo, models))
+            raise PopError(f"{repo} has multiple models", _listed(repo, models))
     found = _named(known, models, wanted) if wanted else models
     if not found:
         raise PopError(f"{repo} has no file named {wanted!r}", _listed(repo, models))

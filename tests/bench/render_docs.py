@@ -79,7 +79,7 @@ def kept_table(name: str, chosen: str | None) -> str:
         columns = [by_name[column] for column in chosen.split(", ")]
     commands = " and ".join(f"`{command}`" for command in kept["commands"])
     when = f"on {kept['date']}, with {commands} on {kept['machine']}"
-    source = kept.get("source", f"These figures were measured {when}.")
+    source = kept.get("source", f"We measured these values {when}.")
     notes = f" {kept['notes']}." if "notes" in kept else ""
     return f"\n{table(columns, [*map(with_lookups, kept['rows'])])}\n{source}{notes}\n"
 

@@ -28,14 +28,14 @@ WITH_EXPERTS = ("deepseek2-ocr", "nomic-bert-moe")
 # llama.cpp crashes with flash attention on these recipes' models.
 NO_FLASH_ATTENTION = ("plm",)
 
-SEVERAL_POSITIONS = "its rows have several positions each, by the recipe at least"
+SEVERAL_POSITIONS = "its rows have multiple positions each, by the recipe at least"
 OWN_CACHE = "its cache is of another kind than keys and values alone"
 
 # Architectures without recurrent layers that still have no deep pass.
 NO_DEEP_PASS: Mapping[str, str] = {
     "deepseek32": OWN_CACHE,
     "dots3note": OWN_CACHE,
-    "gemma3n": "its state is of several streams",
+    "gemma3n": "its state is of multiple streams",
     "glm-dsa": OWN_CACHE,
     "glm4": SEVERAL_POSITIONS,
     "glm4moe": SEVERAL_POSITIONS,

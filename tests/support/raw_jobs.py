@@ -22,7 +22,7 @@ class Step:
     - shift: move the positions from `pos` by `value` and remove the tokens before them.
     - image: decode `value` rows of random embeddings from `pos`, or their slice `rows`, in one
       batch. A named step returns the last row's logits. `grid`: the image's columns, if rows have
-      several positions; without it, `causal` sets whether rows see only earlier ones.
+      multiple positions; without it, `causal` sets whether rows see only earlier ones.
     - mode, boundary, full_from, deep_rows, sink: the patches' setters.
     - counters: return the counts of (context, full) rows, then reset all counts.
     - exact, deep, marked: return the count of rows that skipped layers exactly, ran in deep passes

@@ -46,10 +46,10 @@ UNFITTED = {
         _names("cohere2 cohere2moe command-r dbrx"),
         "the model uses layer norm instead of RMS norm",
     ),
-    "gemma3n": "the state has several streams",
+    "gemma3n": "the state has multiple streams",
 }
 
-# Architectures with several positions per row (M-RoPE) if the file has RoPE sections.
+# Architectures with multiple positions per row (M-RoPE) if the file has RoPE sections.
 SEVERAL_POSITIONS = _names(
     "bailingmoe3 glm4 glm4moe hunyuan_vl paddleocr qwen2vl qwen35 qwen35moe qwen3tts qwen3vl"
     " qwen3vlmoe qwen4exp"
@@ -90,4 +90,4 @@ MEASURED = ("llama", "qwen2", "gemma3")
 
 def refusal(arch: str, n_loops: int) -> str:
     """Return the reason that an architecture cannot be pruned, or "" if it can."""
-    return REFUSED.get(arch, "the model runs its layers several times" if n_loops > 1 else "")
+    return REFUSED.get(arch, "the model runs its layers multiple times" if n_loops > 1 else "")

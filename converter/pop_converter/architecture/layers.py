@@ -48,7 +48,7 @@ class LayerTensors(dict[str, TensorInfo]):
             return "the recurrent layers keep one state for all rows"
         if any(name.startswith("indexer") for name in self):
             return "the cache contains more than K and V"
-        return "the state has several streams" if "altup_router" in self else ""
+        return "the state has multiple streams" if "altup_router" in self else ""
 
     @property
     def is_fittable(self) -> bool:

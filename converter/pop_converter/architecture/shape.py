@@ -11,7 +11,7 @@ from pop_converter.projection import Projection
 
 # Block size of ggml's quantized types. Each row of an added tensor must consist of whole blocks.
 _BLOCK_SIZE = 32
-_MROPE = "each row has several positions (M-RoPE)"
+_MROPE = "each row has multiple positions (M-RoPE)"
 _RMS_KEY = "attention.layer_norm_rms_epsilon"
 
 

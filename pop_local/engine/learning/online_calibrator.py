@@ -65,7 +65,7 @@ def _require_learnable(cache: KvCache) -> None:
     ):
         message = (
             "learning does not support this model: the file itself is converted, the model skips"
-            " layers exactly, or its rows have several positions each"
+            " layers exactly, or its rows have multiple positions each"
         )
     elif not N_WINDOW <= context.n_ubatch == context.n_batch:
         message = f"learning requires equal batch and ubatch sizes of at least {N_WINDOW} tokens"

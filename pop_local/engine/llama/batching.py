@@ -236,7 +236,7 @@ class BatchedSlot(Slot):
 
     def set_mode(self, mode: Mode) -> None:
         if mode not in (Mode.OFF, backend.get_mode(self.context.ctx)):
-            raise PopError(f"a context with several sequences cannot switch to mode {mode.name}")
+            raise PopError(f"a context with multiple sequences cannot switch to mode {mode.name}")
         self._mode = mode
 
     def begin_prefill(self) -> None:

@@ -81,7 +81,7 @@ class Context:
 
     `model`, `ctx`: llama.cpp's pointers. `settings`: the context's llama_context_params.
     `on_device`: whether layers are on a GPU. `window`: number of positions that sliding-window
-    layers keep (0: all). `is_mrope`: whether each row has several positions (an image's time,
+    layers keep (0: all). `is_mrope`: whether each row has multiple positions (an image's time,
     height, and width).
     """
 

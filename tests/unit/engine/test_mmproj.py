@@ -211,7 +211,7 @@ def test_a_picture_is_decoded_once_for_tokens_and_rows(smol, decoded):
 
 
 def test_a_new_picture_does_not_affect_one_that_is_encoded(tmp_path, decoded, monkeypatch):
-    """qwen2vl rows have several positions, which also need the picture's chunks."""
+    """qwen2vl rows have multiple positions, which also need the picture's chunks."""
     first, other = (picture_of(png(seed), str(seed)) for seed in (3, 4))
     with VisionModel("qwen2vl", make_vision_model(tmp_path, "qwen2vl")).opened() as model:
         vision = model.engine.prompter.open_vision()
