@@ -109,7 +109,7 @@ def test_unknown_architecture_is_supported(tmp_path):
 
 def test_looped_model_is_refused(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
-    with pytest.raises(UnsupportedArchitectureError, match="several times"):
+    with pytest.raises(UnsupportedArchitectureError, match="multiple times"):
         read_shape(add_keys(path, tmp_path / "looped.gguf", llama__num_loops=2))
 
 

@@ -70,11 +70,11 @@ def test_default_file(files, found):
         (REPO, "Q6_K", "no file named 'Q6_K'", "model-BF16, model-F16, model-IQ4_XS"),
         (REPO, "mmproj", "no file named", "model-BF16"),
         (["a-Q4_K_M.gguf", "b-Q4_K_M.gguf"], "", "matches 2 files", "a-Q4_K_M, b-Q4_K_M"),
-        (["a.gguf", "b.gguf"], "", "several models", "hf:a/b:NAME with one of these names: a, b"),
+        (["a.gguf", "b.gguf"], "", "multiple models", "hf:a/b:NAME with one of these names: a, b"),
         (["README.md", "model.safetensors"], "", "has no complete GGUF model", ""),
         (["x-00001-of-00002.gguf"], "", "has no complete GGUF model", ""),
         ([BF16[0], "model-Q8_0.gguf"], "bf16", "no file named 'bf16'", "model-Q8_0"),
-        ([BF16[0], "a.gguf", "b.gguf"], "", "several models", "names: a, b"),
+        ([BF16[0], "a.gguf", "b.gguf"], "", "multiple models", "names: a, b"),
     ],
 )
 def test_ambiguous_names_list_the_choices(files, wanted, message, listed):
