@@ -144,7 +144,7 @@ class ModelOptions(OpenOptions):
 
     @property
     def cache_types(self) -> dict[str, Any]:
-        """Return keyword arguments of ContextOptions for the KV cache's types."""
+        """Return ContextOptions keyword arguments for the KV cache types."""
         from gguf import GGMLQuantizationType
 
         types = {"type_k": self.cache_type_k, "type_v": self.cache_type_v}

@@ -48,7 +48,7 @@ class EngineOptions:
 
     @classmethod
     def of(cls, model: str | os.PathLike[str], **options: Any) -> "EngineOptions":
-        """Create the options from keyword arguments. Raises TypeError if a keyword is unknown.
+        """Create the options from keyword arguments. Raises TypeError for unknown keywords.
 
         `options`: fields of this class, ContextOptions, and llama.cpp's parameters.
         """

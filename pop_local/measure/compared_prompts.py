@@ -132,9 +132,10 @@ def mcnemar(n_first: int, n_second: int) -> float:
 def read_prompts(path: Path) -> PromptFile:
     """Read a JSONL file whose objects have the key `prompt` or `messages`. Raises PopError.
 
-    An object with `prompt` may have `documents`, a list of texts and {"file": PATH}, and `images`,
-    a list of paths. Documents and images precede the prompt's text. Paths are relative to the JSONL
-    file's folder. `answer` is a string that a correct answer must contain, or {"regex": PATTERN}.
+    An object with `prompt` may have `documents`, a list of strings and {"file": PATH} objects, and
+    `images`, a list of paths. Documents and images precede the prompt's text. Paths are relative to
+    the JSONL file's folder. `answer` is a string that a correct answer must contain, or {"regex":
+    PATTERN}.
     """
     # str.splitlines would also split at characters that JSON strings may contain.
     lines = re.split(r"\r\n?|\n", read_text(path))

@@ -1,7 +1,8 @@
 """Metrics computed over windows, with their standard errors.
 
-Windows are the independent samples, because tokens within a window are correlated. Errors of means
-are computed from the spread across windows. All other errors are bootstrapped over windows.
+Windows are the independent samples, because tokens within a window are correlated. Standard errors
+of means are computed from the spread across windows. All other errors are bootstrapped over
+windows.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Teacher forcing: read a context in one mode, then score the texts that follow the context.
+"""Teacher forcing: read a context in one mode, then score the text that follows it.
 
 Rows with requested logits run all layers, so only the context's last token yields a prediction.
 `Forced` raises PopError unless the backend's row counters show the planned number of pruned rows

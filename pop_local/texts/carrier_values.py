@@ -21,7 +21,7 @@ class Use(Enum):
 
 @dataclass(frozen=True)
 class Words:
-    """The word lists for the documents of one use.
+    """Word lists for one use of documents.
 
     `fields` maps each kind of value to field names. Entity names and family names are
     each built from a random prefix and suffix. `phone`, `date` and `amount` are format strings.

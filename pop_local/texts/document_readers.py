@@ -103,7 +103,7 @@ def _within_limit(content: bytes, origin: str) -> bytes:
 
 
 def _too_much(path: Path) -> PopError:
-    return PopError(f"{path} is too large when unpacked", _PLAIN_HINT)
+    return PopError(f"{path} is too large when decompressed", _PLAIN_HINT)
 
 
 def _plain(path: Path, content: bytes) -> str:

@@ -79,7 +79,7 @@ def _defaults(command: Any) -> dict[str, Any]:
 
 
 def _simplify_help(command: Any, ctx: Any) -> None:
-    """Hide types and ranges in the help and end help texts with the default value."""
+    """Hide types and ranges in the help, and end help texts with the default value."""
     for param in command.get_params(ctx):
         # Typer 0.29 has no options for this, so its methods are replaced.
         param._get_number_range_help_str = lambda: None

@@ -61,7 +61,7 @@ class ModelShape:
     def wide_inputs(self, boundary: int) -> tuple[int, int]:
         """Return the numbers of previous-token values and neurons in a wide fit (fit/wide.py).
 
-        They are about a quarter and at most half of the state's size, in whole quantization blocks.
+        Both are about a quarter of the state's size (half at most), in whole quantization blocks.
         """
         n_prev = max(self.n_embd // 4 // _BLOCK_SIZE, 1) * _BLOCK_SIZE
         n_most = min(self.n_embd // 2, self.n_neurons[boundary])

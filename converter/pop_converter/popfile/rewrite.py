@@ -1,4 +1,4 @@
-"""Write and verify a converted file or sidecar, and restore a converted file's original."""
+"""Write and verify a converted file or sidecar, and restore the original of a converted file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

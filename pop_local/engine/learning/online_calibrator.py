@@ -281,7 +281,7 @@ class OnlineCalibrator:
             self._new = Sums(self._new.wides | self._known.wides, rest)
 
     def sums(self) -> Sums:
-        """Return the file's sums merged with the unsaved ones. Raises PopError like `save`."""
+        """Return the sums in the file merged with the unsaved sums. Raises PopError like `save`."""
         self.save()
         self._known = self.file.known()
         every = self.file.load()

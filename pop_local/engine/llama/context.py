@@ -59,7 +59,7 @@ class ContextOptions:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "ContextOptions":
-        """Create the options from keyword arguments. Raises TypeError if one is unknown."""
+        """Create the options from keyword arguments. Raises TypeError for unknown keywords."""
         api = backend.bindings()
         known = cls.__dataclass_fields__.keys() - {"others"}
         others = {name: value for name, value in given.items() if name not in known}

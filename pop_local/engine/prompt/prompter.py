@@ -137,7 +137,7 @@ class Prompter:
         return len(self.open_vision().see(picture).tokens)
 
     def open_vision(self) -> Mmproj:
-        """Load the mmproj on first use. Raises PopError if none was given or loading fails."""
+        """Load the mmproj on first use. Raises PopError if there is no mmproj or loading fails."""
         if self._vision is None:
             raise PopError(
                 "cannot read an image: the model was opened without an mmproj",

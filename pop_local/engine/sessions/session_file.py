@@ -104,9 +104,9 @@ class Restored:
 def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     """Count the leading cached tokens that belong to the conversation.
 
-    The count includes the last question's prompt and the cached part of the answer. It is 0 if part
-    of the prompt is not cached. Answers are compared as text, because tokenizing an answer may not
-    reproduce the sampled tokens.
+    The count includes the last question's prompt and the cached part of the answer. The count is 0
+    if part of the prompt is not cached. Answers are compared as text, because tokenizing an answer
+    may not reproduce the sampled tokens.
     """
     if not conversation.turns:
         return 0

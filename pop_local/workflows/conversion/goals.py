@@ -42,7 +42,7 @@ Named = Skip | Boundary
 
 @dataclass(frozen=True)
 class Within:
-    """The goal of meeting a budget at the boundary `at` (None: the fastest one that meets it)."""
+    """The goal of meeting a budget at boundary `at` (None: the fastest that meets it)."""
 
     budget: Budget
     at: Named | None = None
