@@ -13,10 +13,7 @@ from pop_local.ui.watch import stoppable_watch
 @dataclass(frozen=True)
 class ProbeOptions(Group):
     text: Path | None = option("Text to measure on (default: built-in prose).", "FILE")
-    context: int = option("Context tokens per window.", min=32, default=192)
-    continuation: int = option("Answer tokens per window, after the context.", min=2, default=64)
     tokens: int | None = option("Tokens to fit on (default: 1/4 of convert's default).", min=1)
-    seed: int = option("Seed for choosing passages and random tokens.", min=0, default=0)
     markdown: bool = option(opt.MARKDOWN, default=False)
 
 
@@ -31,13 +28,7 @@ def analyze(
     """Measure the cost of each boundary, and how many layers prompts can skip."""
     from pop_local.research import layer_analysis
 
-    options = layer_analysis.AnalyzeOptions(
-        text=by.text,
-        n_context=by.context,
-        n_answer=by.continuation,
-        fit_tokens=by.tokens,
-        seed=by.seed,
-    )
+    options = layer_analysis.AnalyzeOptions(by.text, by.tokens)
     with stoppable_watch() as watch:
         found = layer_analysis.analyze(model, options, hardware=processors.hardware, watch=watch)
     print_json(as_json(found)) if json else show(found, as_markdown=by.markdown)

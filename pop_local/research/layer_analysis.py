@@ -26,13 +26,12 @@ from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.texts import default_tokens
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import budget
 from pop_local.measure.budget import boundaries, is_inside, may_copy
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import Text, given_text, shipped_part, tokenize
-from pop_local.measure.probes import N_REPEATED, measure_induction, require_passage
+from pop_local.measure.probes import N_REPEATED, measure_induction
 from pop_local.measure.quality import (
     Quality,
     QualityReference,
@@ -50,6 +49,9 @@ from pop_local.workflows.open import base_file
 
 # Boundaries with a smaller speedup limit are not measured.
 LEAST_LIMIT = 1.05
+# Context and answer tokens of each prose window.
+N_CONTEXT, N_ANSWER = 192, 64
+_N_CTX = max(N_CONTEXT + N_ANSWER, 2 * N_REPEATED + 1)
 # Number of prose windows, enough to compare boundaries. `convert` measures more.
 _N_PROBED = 3
 # Number of random sequences. With two sequences, the retention has an error of a few percent.
@@ -62,19 +64,11 @@ _FIT_SHARE = 4
 class AnalyzeOptions:
     """Options for an analysis; `text`: the text file to measure on (default: the shipped prose).
 
-    Each window has `n_context` + `n_answer` tokens. `fit_tokens`: the number of tokens for fitting
-    (default: a quarter of convert's default).
+    `fit_tokens`: the number of tokens for fitting (default: a quarter of convert's default).
     """
 
     text: Path | None = None
-    n_context: int = 192
-    n_answer: int = 64
     fit_tokens: int | None = None
-    seed: int = 0
-
-    @property
-    def n_window(self) -> int:
-        return self.n_context + self.n_answer
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,6 @@ class Analysis:
 
     model: Path
     text: Text
-    seed: int
     depths: tuple[DepthCost, ...]
     calibration: Calibration | None
     budget: Budget
@@ -132,7 +125,6 @@ def analyze(
     shipped = Text("prose of pop-local", (shipped_part("prose"),))
     text = given_text(options.text) if options.text else shipped
     run = _Run(source, text, options, hardware, watch)
-    require_passage(options.n_context, RowRule(run.last.sink_tokens, run.last.tail_tokens))
     if run.needs:
         needed_bytes, hint = run.needs.total_bytes, "fit on fewer tokens or close other programs"
         needed_bytes += source.size_bytes
@@ -144,7 +136,6 @@ def analyze(
     return Analysis(
         model=source.first.path,
         text=text,
-        seed=options.seed,
         depths=depths,
         calibration=calibration,
         budget=budget.BALANCED,
@@ -191,21 +182,14 @@ class _Run:
             return None
         return memory.fit_needs(self._fitted, self.source, self._fit_options)
 
-    @property
-    def _n_ctx(self) -> int:
-        return max(self.options.n_window, 2 * N_REPEATED + 1)
-
     def probed(self) -> tuple[tuple[DepthCost, ...], QualityReference]:
         """Run the full model, then measure each boundary's retention. Raises PopError.
 
         Return each boundary's retention and the full model's scores.
         """
-        options = self.options
-        settings = QualitySettings(
-            _N_PROBED, options.n_context, options.n_answer, seed=options.seed, n_draws=_N_DRAWS
-        )
+        settings = QualitySettings(_N_PROBED, N_CONTEXT, N_ANSWER, n_draws=_N_DRAWS)
         files, rows = ModelFiles(self.source.first.path), row_options(self.last)
-        with opened(files, self.hardware, self.watch, n_ctx=self._n_ctx, **rows) as model:
+        with opened(files, self.hardware, self.watch, n_ctx=_N_CTX, **rows) as model:
             tokens = tokenize(model, self.text)
             advance = self.watch.stage("Running the full model")
             reference = read_reference(model, tokens, settings, advance)
@@ -225,7 +209,7 @@ class _Run:
         fits = dict(zip(to_fit, fitted, strict=True))
         found = []
         for depth, plan in zip(tried, plans, strict=True):
-            with runner.tried(plan, fits.get(plan), n_ctx=self._n_ctx) as model:
+            with runner.tried(plan, fits.get(plan), n_ctx=_N_CTX) as model:
                 advance = self.watch.stage(f"Measuring boundary {plan.boundary}")
                 quality = measure_against(reference, model, Pruning(plan.boundary), advance)
             found.append(replace(depth, quality=quality, projection=plan.projection))

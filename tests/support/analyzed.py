@@ -8,8 +8,6 @@ from typer.testing import CliRunner
 from pop_local.cli import app
 
 SHORT = {
-    "--context": 64,
-    "--continuation": 10,
     "--tokens": 2048,
     "--threads": 1,
     "--gpu-layers": 0,

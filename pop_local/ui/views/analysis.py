@@ -19,7 +19,6 @@ def as_json(found: Analysis) -> dict[str, Any]:
     return {
         "model": str(found.model),
         "text": {"name": found.text.name},
-        "seed": found.seed,
         "boundaries": [_depth_json(depth) for depth in found.depths],
         "calibration": found.calibration,
         "chosen": {
