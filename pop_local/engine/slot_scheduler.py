@@ -1,5 +1,7 @@
 """Choose a sequence for each prompt and share cached rows among sequences."""
 
+import threading
+
 from pop_local.engine.engine import EngineOwner
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.sequence import CachedSequence
@@ -8,22 +10,34 @@ from pop_local.engine.sequence import CachedSequence
 class SlotScheduler:
     """A scheduler that assigns each of an engine's sequences to one answer at a time.
 
-    The class is not thread-safe.
+    Only `take`, `give_back` and `n_cached` are thread-safe.
     """
 
     def __init__(self, model: EngineOwner) -> None:
         self._model = model
         # Least recently used first.
         self._free = list(range(len(model.engine.sequences)))
+        self._lock = threading.Lock()
 
     def take(self, prompt: Prompt, scope: str = "") -> int:
         """Reserve the free sequence with the most reusable rows and, if tied, the fewest rows.
 
         `scope`: the owner of reusable rows. Returns the index of the sequence.
         """
-        best = max(self._free, key=lambda index: self._score(index, prompt, scope))
-        self._free.remove(best)
-        return best
+        with self._lock:
+            best = max(self._free, key=lambda index: self._score(index, prompt, scope))
+            self._free.remove(best)
+            return best
+
+    def n_cached(self, prompt: Prompt, scope: str) -> int:
+        """Return the number of rows that a prompt may reuse (of busy sequences, the prefix)."""
+        with self._lock:
+            found = [
+                each.n_reusable(prompt) if index in self._free else each.states.n_same(prompt)
+                for index, each in enumerate(self._model.engine.sequences)
+                if each.states.scope == scope
+            ]
+            return max(found, default=0)
 
     def give_back(self, index: int) -> None:
         self._free.append(index)

@@ -18,6 +18,7 @@ from pop_local.engine.learning.online_calibrator import Fitter
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
+from pop_local.engine.prefill_scheduler import PrefillTurns, QueuedPrompt
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.sequence import CachedSequence
 from pop_local.engine.slot_scheduler import SlotScheduler
@@ -147,8 +148,8 @@ class Job:
 class Worker(threading.Thread):
     """The threads that run a model's jobs, one per sequence.
 
-    The thread that holds `_turn` waits for the next job and reads its prompt, while the other
-    threads decode.
+    The thread that holds `_turn` waits for the next job. Threads with jobs take turns in reading
+    their prompts, and decode their answers together.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class Worker(threading.Thread):
         self._waiting: deque[Job] = deque()
         self._lock = threading.Lock()
         self._turn = threading.Lock()
+        self._prefills = PrefillTurns()
         # submit() and stop() each add an item. Signal handlers call stop(), so the queue must be
         # reentrant.
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -272,24 +274,29 @@ class Worker(threading.Thread):
             return self._waiting.popleft() if self._waiting else None
 
     def _serve(self, job: Job, end_turn: Callable[[], None]) -> None:
-        """Run a job and call `end_turn` once the job's prompt has been prefilled."""
+        """Run a job and call `end_turn` as soon as another thread may start the next job."""
         job.queued_s = time.perf_counter() - job.submitted_s
         self._seen_s[job] = time.monotonic()
         self._metrics.queued.observe(job.queued_s)
         if job.task.alone and len(self._model.engine.sequences) > 1:
-            end_turn = self._wait_until_alone(job)
-        index = self._slots.take(job.task.prompt, job.task.cache_scope)
+            self._wait_until_alone(job)
+        else:
+            end_turn()
+        prompt, scope = job.task.prompt, job.task.cache_scope
+        queued = QueuedPrompt(prompt, scope, len(prompt) - self._slots.n_cached(prompt, scope))
+        self._prefills.begin(queued, lambda: self._is_over(job))
+        index = self._slots.take(prompt, scope)
         sequence = self._slots.sequence(index)
         self.running[index] = job
         end: Chunk | Exception | None = None
         try:
             with sequence.cache.slot.working():
-                sequence.states.set_scope(job.task.cache_scope)
+                sequence.states.set_scope(scope)
                 # A mode change clears the KV cache if the cached rows depend on the mode.
                 sequence.set_mode(Mode.CONTEXT if job.task.reason is None else Mode.OFF)
                 if not job.task.options.repeatable:
-                    self._slots.share(index, job.task.prompt)
-                for chunk in self._answer(job, sequence, end_turn):
+                    self._slots.share(index, prompt)
+                for chunk in self._answer(job, sequence, queued):
                     if chunk.stats is None:
                         job.put(chunk)
                     else:
@@ -302,6 +309,7 @@ class Worker(threading.Thread):
                 log.exception("an answer failed")
             end = error
         finally:
+            self._prefills.end(queued)
             self._slots.give_back(index)
             del self._seen_s[job], self.running[index]
             # Sent after give_back: a lone client's next request must reuse this slot and its cells.
@@ -310,23 +318,23 @@ class Worker(threading.Thread):
             if len(self._model.engine.sequences) > 1:
                 self._calls.put(None)  # wakes the waiting thread, which may refill now
 
-    def _wait_until_alone(self, job: Job) -> Callable[[], None]:
-        """Wait until all other answers end, clear all slots, and return a no-op `end_turn`.
+    def _is_over(self, job: Job) -> bool:
+        return job.cancelled.is_set() or self.stopping.is_set()
+
+    def _wait_until_alone(self, job: Job) -> None:
+        """Wait until all other answers end, and clear all slots.
 
         If the job must stop while other answers run, the slots stay unchanged.
         """
-        while self.running and not (job.cancelled.is_set() or self.stopping.wait(_POLL_S)):
-            pass
-        if not self.running:
+        while len(self._seen_s) > 1 and not self._is_over(job):
+            time.sleep(_POLL_S)
+        if len(self._seen_s) == 1:
             self._slots.clear()
-        return lambda: None
 
-    def _answer(
-        self, job: Job, sequence: CachedSequence, end_turn: Callable[[], None]
-    ) -> Iterator[Chunk]:
+    def _answer(self, job: Job, sequence: CachedSequence, queued: QueuedPrompt) -> Iterator[Chunk]:
         def should_stop() -> bool:
             self._seen_s[job] = time.monotonic()
-            return job.cancelled.is_set() or self.stopping.is_set()
+            return self._is_over(job)
 
         started_s = logged_s = time.perf_counter()
         task, cache = job.task, sequence.cache
@@ -340,8 +348,11 @@ class Worker(threading.Thread):
                 counts = {"total": n_prompt, "cache": n_cached, "processed": n_cached + n_done}
                 job.put(Chunk("", progress={**counts, "time_ms": round(job.read_s * 1e3)}))
             if n_done == n_rows:
-                end_turn()
-            elif now_s - logged_s >= _LOG_S:
+                self._prefills.end(queued)
+            elif not self._prefills.record(queued, n_rows - n_done):
+                with cache.slot.working(pauses=True):
+                    self._prefills.wait(queued, lambda: self._is_over(job))
+            if n_done < n_rows and now_s - logged_s >= _LOG_S:
                 logged_s = now_s
                 log.info("%s prompt tokens, about %s s left", job.progress, job.left_s)
 
@@ -367,7 +378,7 @@ class Worker(threading.Thread):
             yield Chunk("", figures)
             return
         for chunk in self._model.engine.answer(task.prompt, options, sequence):
-            end_turn()
+            self._prefills.end(queued)
             if read and (stats := chunk.stats) is not None:
                 # The answer reused the rows that were read for log probabilities.
                 ttft_s, prefill_s = stats.ttft_s + read_s, stats.prefill_s + read_s

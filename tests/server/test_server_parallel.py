@@ -105,6 +105,25 @@ def test_stream_reports_queue_place_and_progress(several):
             assert counted(several)["pop_queue_length"] == 1
 
 
+def test_short_prompt_is_answered_while_a_long_one_is_read(several):
+    with endless(several, LONG * 40) as lines:
+        next(line for line in lines if line.startswith(": read"))
+        assert text_of(chat(several, "title?", grammar='root ::= "a title"')) == "a title"
+        [long] = [slot for slot in several.get("/slots").json() if slot["is_processing"]]
+        assert 0 < long["n_read"] < long["n_rows"]
+        begun(lines)
+
+
+def test_disconnect_ends_a_prompt_that_waits_for_its_turn(several):
+    with endless(several, LONG * 40) as lines:
+        next(line for line in lines if line.startswith(": read"))
+        with endless(several, "longer. " + LONG * 50) as waiting:
+            next(waiting)
+        assert text_of(chat(several, "title?", grammar='root ::= "a title"')) == "a title"
+        wait_for(lambda: sum(slot["is_processing"] for slot in several.get("/slots").json()) == 1)
+        begun(lines)
+
+
 def test_disconnect_releases_the_slot(several):
     for _ in range(5):
         with ExitStack() as running:

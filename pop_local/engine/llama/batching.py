@@ -68,15 +68,16 @@ class Batcher:
         self.holder = 0
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Context manager that makes batches wait for one more sequence's request."""
+    def working(self, n: int) -> Iterator[None]:
+        """Context manager that makes batches wait for `n` more sequences' requests."""
         with self._turn:
-            self._n_working += 1
+            self._n_working += n
+            self._turn.notify_all()
         try:
             yield
         finally:
             with self._turn:
-                self._n_working -= 1
+                self._n_working -= n
                 self._turn.notify_all()
 
     @contextmanager
@@ -206,8 +207,8 @@ class BatchedSlot(Slot):
         self._logits = np.zeros(0, np.float32)
         self._is_overwriting = False
 
-    def working(self) -> AbstractContextManager[None]:
-        return self._batcher.working()
+    def working(self, *, pauses: bool = False) -> AbstractContextManager[None]:
+        return self._batcher.working(-1 if pauses else 1)
 
     def locked(self) -> AbstractContextManager[None]:
         return self._batcher.locked()

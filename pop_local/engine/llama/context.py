@@ -23,6 +23,9 @@ from pop_local.engine.llama.opened_files import OpenedFiles
 from pop_local.engine.llama.vocabulary import Vocabulary
 
 _N_BATCH = 512
+# With several sequences, a short prompt need not wait for long until a long prompt's chunk is read.
+# With 256 rows, SmolLM2 reads as fast as with 512, and with 128 rows 3% slower.
+_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Context:
     """A model's weights and vocabulary, and a llama_context that uses them.
 
     `model`, `ctx`: llama.cpp's pointers. `settings`: the context's llama_context_params.
+    `n_chunk`: maximum number of prompt rows to decode at once.
     `on_device`: whether layers are on a GPU. `window`: number of positions that sliding-window
     layers keep (0: all). `is_mrope`: whether each row has multiple positions (an image's time,
     height, and width).
@@ -175,6 +179,7 @@ class Context:
         self._model = loading.load_model(files.source, files.sidecar, files.meta, model_params)
         self.vocabulary = Vocabulary(api.llama_model_get_vocab(self._model))
         self.n_batch, self.n_ubatch = self.settings.n_batch, self.settings.n_ubatch
+        self.n_chunk = min(self.n_batch, _CHUNK_ROWS) if options.n_sequences > 1 else self.n_batch
         self.batch = TokenBatch(self.n_batch)
         self._ctx = api.llama_init_from_model(self._model, self.settings)
         if not self._ctx:

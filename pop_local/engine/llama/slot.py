@@ -24,8 +24,11 @@ class Slot:
 
     # Taking turns
 
-    def working(self) -> AbstractContextManager[None]:
-        """Context manager that makes other sequences' batches wait for this sequence's rows."""
+    def working(self, *, pauses: bool = False) -> AbstractContextManager[None]:
+        """Context manager that makes other sequences' batches wait for this sequence's rows.
+
+        `pauses`: let the batches run without this sequence's rows instead.
+        """
         return nullcontext()
 
     def locked(self) -> AbstractContextManager[None]:

@@ -135,7 +135,7 @@ class _PlannedReading(PromptReading):
         super().__init__(cache, rule, on_prefill, len(prompt))
         self._prompt, self._deep = prompt, deep
         self._n_cached = cache.n_tokens
-        n_batch, end_rows_from = cache.context.n_batch, 0
+        n_batch, end_rows_from = cache.context.n_chunk, 0
         if cache.checkpoints.is_needed:
             n_batch = min(n_batch, EVERY)
             if len(prompt) >= 2 * END_ROWS:

@@ -39,6 +39,7 @@ INSIDE = {
             " turn_options"
         ),
         "slot_scheduler": "cache engine prompt sequence",
+        "prefill_scheduler": "prompt",
         "sessions": "answer cache engine images llama chat_messages turn_options",
         "engine": (
             "answer cache decode depth engine_options images learning llama prefill prompt"

@@ -1,0 +1,119 @@
+"""Choose which of several prompts is read next, one chunk at a time."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pop_local.engine.prompt.prompt import Prompt
+
+# The oldest prompt gets a chunk whenever other prompts have read this many rows (eight chunks).
+# It thus keeps at least a ninth of its speed, however many short prompts arrive.
+AGE_ROWS = 2048
+# A prompt waits for another prompt that is about to read at least this many rows for both.
+MIN_SHARED = 256
+_POLL_S = 0.01
+
+
+@dataclass(eq=False)
+class QueuedPrompt:
+    """A prompt that is being read, or waits for its first turn.
+
+    `scope`: the owner of the prompt's rows. `n_left`: the number of rows that are still to be read.
+    `has_started`: whether the prompt has had a turn.
+    """
+
+    prompt: Prompt
+    scope: str
+    n_left: int
+    has_started: bool = False
+
+    @property
+    def n_read(self) -> int:
+        return len(self.prompt) - self.n_left
+
+    def should_wait_for(self, other: "QueuedPrompt") -> bool:
+        """Return whether `other` is about to read many rows that this prompt can share."""
+        if self.has_started or not other.has_started or self.scope != other.scope:
+            return False
+        images = {row: image.key for row, image in other.prompt.images.items()}
+        n_common = self.prompt.n_equal(np.asarray(other.prompt.tokens, np.intc), images)
+        return n_common - max(self.n_read, other.n_read) >= MIN_SHARED
+
+
+class PrefillScheduler:
+    """The order in which queued prompts are read.
+
+    The prompt with the fewest rows left goes first, and the oldest one of several equal prompts. As
+    an exception, the oldest prompt of all gets one chunk after `AGE_ROWS` rows of other prompts.
+    """
+
+    def __init__(self) -> None:
+        self._prompts: list[QueuedPrompt] = []  # oldest first
+        self._n_passed = 0  # rows read since the oldest prompt's last chunk
+
+    def add(self, prompt: QueuedPrompt) -> None:
+        self._prompts.append(prompt)
+
+    def remove(self, prompt: QueuedPrompt) -> None:
+        """Remove a prompt, unless it was removed earlier."""
+        if self._prompts[:1] == [prompt]:
+            self._n_passed = 0
+        self._prompts = [one for one in self._prompts if one is not prompt]
+
+    def record(self, prompt: QueuedPrompt, n_left: int) -> None:
+        """Record that a prompt has only `n_left` rows left."""
+        if self._prompts[:1] == [prompt]:
+            self._n_passed = 0
+        elif prompt.has_started:  # before, `n_left` was an estimate
+            self._n_passed += prompt.n_left - n_left
+        prompt.n_left, prompt.has_started = n_left, True
+
+    def next(self) -> QueuedPrompt | None:
+        """Return the prompt whose chunk is read next, or None if the queue is empty."""
+        if not self._prompts:
+            return None
+        is_due = self._n_passed >= AGE_ROWS
+        best = self._prompts[0] if is_due else min(self._prompts, key=lambda one: one.n_left)
+        return next((one for one in self._prompts if best.should_wait_for(one)), best)
+
+
+class PrefillTurns:
+    """A lock for the threads that read prompts. The scheduler decides which thread is next."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._scheduler = PrefillScheduler()
+        self._current: QueuedPrompt | None = None
+
+    def begin(self, prompt: QueuedPrompt, is_over: Callable[[], bool]) -> None:
+        """Queue a prompt and wait for its turn, or until `is_over` returns True."""
+        with self._changed:
+            self._scheduler.add(prompt)
+            self._current = self._current or self._scheduler.next()
+        self.wait(prompt, is_over)
+
+    def wait(self, prompt: QueuedPrompt, is_over: Callable[[], bool]) -> None:
+        """Wait for a prompt's turn, or until `is_over` returns True."""
+        with self._changed:
+            while self._current is not prompt and not is_over():
+                self._changed.wait(_POLL_S)
+
+    def record(self, prompt: QueuedPrompt, n_left: int) -> bool:
+        """Record the rows left after a chunk. Returns whether the prompt keeps its turn."""
+        with self._changed:
+            self._scheduler.record(prompt, n_left)
+            self._pass_on(prompt)
+            return self._current is prompt
+
+    def end(self, prompt: QueuedPrompt) -> None:
+        """Remove a prompt, which has been read or has failed, and start the next turn."""
+        with self._changed:
+            self._scheduler.remove(prompt)
+            self._pass_on(prompt)
+
+    def _pass_on(self, prompt: QueuedPrompt) -> None:
+        if self._current is prompt:
+            self._current = self._scheduler.next()
+            self._changed.notify_all()
