@@ -119,6 +119,7 @@ class _AnswerParser:
             raise client_gone() if job.cancelled.is_set() else stopping()
         form = job.task.options.calls or job.task.options.grammar
         figures = usage(stats, job.queued_s, job.task.reason, getattr(form, "ignored", ()))
+        figures["pop"]["job"] = job.id  # identifies the answer in /slots
         reason: str = stats.finish_reason
         if reason == "stop" and self._reader is not None and self._reader.n_calls:
             reason = "tool_calls"

@@ -5,6 +5,7 @@ import logging
 import queue
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -60,13 +61,13 @@ class Task:
 class Job:
     """A queued or running task. A worker thread writes the answer, and the event loop reads it.
 
-    `queued_s` is the time in the queue (0 until the task runs). `read` contains the number of rows
-    prefilled so far and the total number of rows to prefill. `read_s` is the prefill time so far.
-    `place` returns a job's position in the queue.
+    `id` is random and unique. `queued_s` is the time in the queue (0 until the task runs). `read`
+    contains the number of rows prefilled so far and the total number of rows to prefill. `read_s`
+    is the prefill time so far. `place` returns a job's position in the queue.
     """
 
     def __init__(self, task: Task, place: Callable[["Job"], int] = lambda _: 0) -> None:
-        self.task = task
+        self.task, self.id = task, uuid.uuid4().hex
         self.read, self.read_s = (0, 0), 0.0
         self._place = place
         self.queued_s = 0.0
@@ -168,6 +169,7 @@ class Worker(threading.Thread):
         # The time of each running job's last progress.
         self._seen_s: dict[Job, float] = {}
         self.running: dict[int, Job] = {}  # by slot
+        self.latest_ids: dict[int, str] = {}  # the id of each slot's latest job
         self.stopping = threading.Event()
 
     def stop(self) -> None:
@@ -287,7 +289,7 @@ class Worker(threading.Thread):
         self._prefills.begin(queued, lambda: self._is_over(job))
         index = self._slots.take(prompt, scope)
         sequence = self._slots.sequence(index)
-        self.running[index] = job
+        self.running[index], self.latest_ids[index] = job, job.id
         end: Chunk | Exception | None = None
         try:
             with sequence.cache.slot.working():

@@ -51,9 +51,11 @@ def test_counts_equal_usage(client):
 
 
 def test_slots(client):
+    job = chat(client).json()["usage"]["pop"]["job"]
     [slot] = client.get("/slots").json()
     assert slot == {
-        "id": 0, "model": NAME, "n_ctx": N_CTX, "is_processing": False, "speculative": False
+        "id": 0, "model": NAME, "n_ctx": N_CTX, "is_processing": False, "speculative": False,
+        "job": job, "n_behind": 0,
     }  # fmt: skip
     assert client.get("/slots", params={"model": "other"}).json() == []
 

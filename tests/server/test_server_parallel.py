@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from pop_local.engine.chat_messages import Chunk
+from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.slot_scheduler import SlotScheduler
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Job, Worker
@@ -185,6 +186,25 @@ def test_idle_server_refills_every_sequence(path):
             pop = chat(client, text).json()["usage"]["pop"]
             assert pop["n_refilled"] > 200
     model.close()
+
+
+def test_slots_count_the_rows_of_each_answer_that_can_catch_up(path, monkeypatch):
+    def refill_nothing(self, should_stop):
+        time.sleep(0.01)
+        return 0
+
+    monkeypatch.setattr(Refiller, "refill", refill_nothing)
+    model = opened(path, n_ctx=N_CTX, n_parallel=2, keep_states=True)
+    with asking(app_of(model, NAME)) as client:
+        prompts = ("one. " + LONG, "two. " + 2 * LONG)
+        pops = [chat(client, prompt).json()["usage"]["pop"] for prompt in prompts]
+        behind = {slot["job"]: slot["n_behind"] for slot in client.get("/slots").json()}
+        assert behind.keys() == {pop["job"] for pop in pops}
+        assert all(0 < pop["n_pruned"] <= behind[pop["job"]] for pop in pops)
+        third = chat(client, prompts[1] + "more").json()["usage"]["pop"]
+        jobs = [slot["job"] for slot in client.get("/slots").json()]
+    model.close()
+    assert sorted(jobs) == sorted([pops[0]["job"], third["job"]])
 
 
 def test_repeatable_answers_beside_other_requests(several):

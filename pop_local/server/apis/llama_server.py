@@ -172,9 +172,15 @@ async def _slots(api: Api, request: Request) -> Response:
 
 
 def _slot(served: ServedModel, number: int) -> Json:
-    """Describe a slot. `left_s` is the estimated time in seconds until its prompt is read."""
+    """Describe a slot. `left_s` is the estimated time in seconds until its prompt is read.
+
+    `job` is the id of the slot's latest job, and `n_behind` counts its rows that can catch up.
+    """
     job, n_ctx = served.worker.running.get(number), served.model.engine.context.n_ctx
     slot = {"id": number, "model": served.name, "n_ctx": n_ctx, "speculative": False}
+    refiller = served.model.engine.sequences[number].refiller
+    slot["n_behind"] = refiller.n_refillable if refiller.is_on else 0
+    slot["job"] = served.worker.latest_ids.get(number)
     if job is None:
         return slot | {"is_processing": False}
     n_read, n_rows = job.read
