@@ -7,21 +7,10 @@ from typing import Any
 
 import pytest
 
-from support.paths import TESTS
+from support.browser import FED, SHOTS
 from support.serving import Served, served
 
-SHOTS = TESTS / "page" / "build"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-# Replaces the server's stream by one that a test feeds.
-FED = """
-const ask = window.fetch;
-window.fetch = async (path, options) => {
-  if (!path.includes("chat/completions")) return ask(path, options);
-  (window.asked ??= []).push(JSON.parse(options.body));
-  return new Response(new ReadableStream({ start: (control) => (window.control = control) }));
-};
-window.feed = (text) => control.enqueue(new TextEncoder().encode(text));
-"""
 
 
 # Module scope: while Playwright runs, no other test of the process can run an event loop.
@@ -32,7 +21,7 @@ def browser() -> Iterator[Any]:
         pytest.skip("there is no Chromium")
     SHOTS.mkdir(parents=True, exist_ok=True)
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu"])
         yield browser
         browser.close()
 

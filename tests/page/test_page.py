@@ -1,8 +1,6 @@
 """A chat in a browser: documents, streams, comparison, storage, and bad input."""
 
-import base64
 import io
-import json
 import struct
 import time
 import zlib
@@ -12,61 +10,18 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from support.browser import ANSWERED, answer, ask, drop, event, feed, progress, said, shot
 from support.converted import tiny
-from support.paths import ROOT, TESTS
+from support.paths import ROOT
 from support.serving import served
 from support.synthetic import TEMPLATE
 
 pytestmark = pytest.mark.slow
 
-SHOTS = TESTS / "page" / "build"
 STORY = ROOT / "pop_local" / "data" / "document.md"
 QUESTION = "What rule was painted above the lamp-room door?"
-ANSWERED = "article.assistant[aria-busy=false] .actions"
 BODY = "document.querySelector('.assistant .body')?.textContent"
 LATE_MS = 120_000
-DROP = """([name, type, content]) => {
-  const transfer = new DataTransfer();
-  const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
-  transfer.items.add(new File([bytes], name, { type }));
-  document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true }));
-}"""
-
-
-def drop(page: Any, name: str, content: bytes, kind: str = "") -> None:
-    page.evaluate(DROP, [name, kind, base64.b64encode(content).decode()])
-
-
-def ask(page: Any, question: str) -> None:
-    page.fill("#question", question)
-    page.press("#question", "Enter")
-
-
-def said(page: Any) -> str:
-    text: str = page.locator("article.assistant").last.locator(".body").first.text_content()
-    return text
-
-
-def event(text: str = "", **more: Any) -> str:
-    choice = {"delta": {"content": text}, "finish_reason": None}
-    return f"data: {json.dumps({'choices': [choice]} | more)}\n\n"
-
-
-def feed(page: Any, *pieces: str) -> None:
-    page.wait_for_function("() => window.control")
-    for piece in pieces:
-        page.evaluate("(piece) => feed(piece)", piece)
-
-
-def answer(page: Any, text: str) -> None:
-    """Feed a complete answer."""
-    feed(page, event(text), "data: [DONE]\n\n")
-    page.evaluate("control = null")
-    page.wait_for_selector(ANSWERED)
-
-
-def shot(page: Any, name: str) -> None:
-    page.screenshot(path=SHOTS / f"{name}.png")
 
 
 def test_dropped_document_is_answered(page):
@@ -74,7 +29,7 @@ def test_dropped_document_is_answered(page):
     drop(page, "story.md", STORY.read_bytes())
     page.wait_for_selector("#files :text('characters')")
     ask(page, QUESTION)
-    page.wait_for_selector("#reading", state="visible")
+    page.wait_for_selector("article .reading :text('Reading')")
     shot(page, "reading")
     page.wait_for_function(f"() => {BODY}")
     begun = said(page).strip()
@@ -206,15 +161,15 @@ def test_damaged_chat_hides_no_other_chat(fed, messages):
 def test_streamed_markdown_and_progress_bar(fed):
     ask(fed, "Hello")
     feed(fed, ": queued 2\n\n")
-    fed.wait_for_selector("#reading :text('Position 2 in the queue')")
-    feed(fed, ": read 512 of 2048\n\n")
-    fed.wait_for_selector("#reading :text('512 of 2,048')")
-    assert fed.locator("#reading progress").evaluate("(bar) => bar.position") == 0.25
+    fed.wait_for_selector(".reading :text('Position 2 in the queue')")
+    feed(fed, progress(0, 0), progress(512, 2000))
+    fed.wait_for_selector(".assistant .reading :text('Reading 2,048 tokens')")
+    assert fed.locator(".reading progress").evaluate("(bar) => bar.position") == 0.25
     shot(fed, "bar")
     whole = event("# A title\n\n**bo")
     feed(fed, whole[:9], whole[9:])  # cut within an event
     fed.wait_for_selector(".body h1:text('A title')")
-    assert not fed.is_visible("#reading")
+    assert not fed.is_visible(".reading")
     assert fed.get_attribute("article.assistant", "aria-busy") == "true"
     answer(fed, "ld**")
     assert fed.text_content(".body strong") == "bold"
@@ -256,13 +211,14 @@ def test_keyboard_reaches_everything(fed):
     assert fed.text_content(".user .body") == "a\nb"
     fed.focus("#question")
     reached = []
-    for _ in range(20):
+    for _ in range(30):
         fed.keyboard.press("Tab")
         reached.append(
             fed.evaluate("document.activeElement.ariaLabel || document.activeElement.textContent")
         )
-    names = ["Files", "Compare", "Send", "New chat", "Model", "Edit", "Try again"]
-    names += ["Switch between dark and light", "Delete a\nb", "Copy this message"]
+    names = ["Files", "Compare", "Send", "New chat", "Search chats", "Export", "Import", "Model"]
+    names += ["Rename a\nb", "Download a\nb as Markdown", "Delete a\nb", "Settings"]
+    names += ["Switch between dark and light", "Copy this message", "Edit", "Try again"]
     assert set(names) <= set(reached)
 
 
@@ -350,7 +306,7 @@ def test_image_is_shown_and_bomb_is_refused(fed):
     fed.wait_for_selector("#notice:text('bomb.png has more than 50 million pixels')")
     drop(fed, "broken.pdf", b"%PDF-1.7 nothing")
     fed.wait_for_selector("#notice:text('broken.pdf cannot be read as PDF')")
-    assert fed.locator("img").count() == 0
+    assert fed.locator("main img:not(#empty img)").count() == 0
     content = io.BytesIO()
     Image.new("RGB", (40, 30), "teal").save(content, "PNG")
     drop(fed, "teal.png", content.getvalue(), "image/png")

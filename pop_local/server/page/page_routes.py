@@ -42,6 +42,7 @@ _TYPES = {
     ".svg": "image/svg+xml",
 }
 _FILES = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*.*")}
+_FILES["example.md"] = STATIC.parents[2] / "data" / "document.md"
 _MAX_NAME = 200
 # Limits on concurrent uploads, which use disk space: in total and per client.
 _MAX_UPLOADS, _MAX_CLIENT_UPLOADS = 8, 2

@@ -14,16 +14,25 @@ database.catch(() => {}); // the functions that use the database report the erro
 const store = async (mode) => (await database).transaction("chats", mode).objectStore("chats");
 const keys = (id) => IDBKeyRange.bound([id], [id, []]);
 
-// Changes the store, waits until the change is on disk, and notifies other tabs.
+// Changes the store, waits until the change is on disk, and notifies other tabs. An error undoes the
+// whole change.
 async function change(work) {
   const chats = await store("readwrite");
   const complete = new Promise((resolve, reject) => {
     chats.transaction.oncomplete = resolve;
     chats.transaction.onabort = () => reject(chats.transaction.error);
   });
-  const id = await work(chats);
+  complete.catch(() => {}); // awaited below
+  let changed;
+  try {
+    changed = await work(chats);
+  } catch (error) {
+    if (!chats.transaction.error) chats.transaction.abort();
+    throw chats.transaction.error ?? error;
+  }
   await complete;
-  tabs.postMessage(id);
+  tabs.postMessage(changed.id);
+  return changed;
 }
 
 export const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
@@ -31,6 +40,19 @@ export const load = async (id) => result((await store("readonly")).get(keys(id))
 
 // Resolves to each chat's [id, title], latest first.
 export const list = async () => (await result((await store("readonly")).getAllKeys())).reverse();
+
+// Calls `visit` with each chat, latest first, and keeps only one chat in memory at a time.
+export async function each(visit) {
+  const request = (await store("readonly")).openCursor(null, "prev");
+  await new Promise((resolve, reject) => {
+    request.onerror = () => reject(request.error);
+    request.onsuccess = () => {
+      if (!request.result) return resolve();
+      visit(request.result.value);
+      request.result.continue();
+    };
+  });
+}
 
 // Saves a chat; if another tab has changed it, saves it as a copy with a new id.
 export async function save(chat) {
@@ -40,16 +62,35 @@ export async function save(chat) {
     if (stored && stored.version !== chat.version) {
       Object.assign(chat, { id: newId(), title: `${chat.title} (copy)` });
     }
+    chats.delete(keys(chat.id)); // the record may have an earlier title
     chats.put({ ...chat, version });
-    return chat.id;
+    return { id: chat.id };
   });
   chat.version = version;
 }
 
-export const remove = (id) => change((chats) => {
-  chats.delete(keys(id));
-  return id;
+// Saves all given chats or none. A chat whose id is taken by a different version gets a new id, which
+// is the same for each import. Resolves to the number of chats that were added, and of those that
+// were already stored.
+export const addAll = (given) => change(async (chats) => {
+  const counts = { added: 0, present: 0 };
+  for (const chat of given) {
+    let { id, title } = chat;
+    let stored = await result(chats.get(keys(id)));
+    while (stored && stored.version !== chat.version) {
+      [id, title] = [id + chat.version, `${chat.title} (imported)`];
+      stored = await result(chats.get(keys(id)));
+    }
+    if (!stored) chats.add({ ...chat, id, title });
+    counts[stored ? "present" : "added"] += 1;
+  }
+  return counts;
 });
 
-// Calls `listener` with the id of each chat that another tab changes.
+export const remove = (id) => change((chats) => {
+  chats.delete(keys(id));
+  return { id };
+});
+
+// Calls `listener` with the id of each chat that another tab changes (undefined: several chats).
 export const onChange = (listener) => (tabs.onmessage = ({ data }) => listener(data));

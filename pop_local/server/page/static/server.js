@@ -13,6 +13,13 @@ const because = (words) => (error) => {
   throw error?.name === "AbortError" ? error : new Error(words);
 };
 
+const sentence = (words) => `${words[0].toUpperCase()}${words.slice(1)}${/[.!?]$/.test(words) ? "" : "."}`;
+
+// Returns an Error with the server's reason, its `code` and its `figures`.
+function refused({ message, ...figures }) {
+  return Object.assign(new Error(sentence(message)), { code: figures.code, figures });
+}
+
 // Fetches a path. Throws an Error with the server's reason, or AbortError.
 export async function call(path, options = {}) {
   for (;;) {
@@ -23,7 +30,7 @@ export async function call(path, options = {}) {
     if (response.ok) return response;
     if (response.status !== 401) {
       const body = await response.json().catch(() => null);
-      throw new Error(body?.error?.message ?? `The server refused the request (${response.status}).`);
+      throw refused(body?.error ?? { message: `The server refused the request (${response.status})` });
     }
     asking ??= askKey().finally(() => (asking = null));
     sessionStorage.apiKey = await asking;
@@ -44,21 +51,27 @@ async function* events(response) {
       if (line.startsWith(":")) yield { comment: line.slice(1).trim() };
       if (!line.startsWith("data: ")) continue;
       const data = JSON.parse(line.slice("data: ".length));
-      if (data.error) throw new Error(data.error.message);
+      if (data.error) throw refused(data.error);
       yield { data };
     }
   }
 }
 
-// Streams an answer to `on.comment`, `on.text` and `on.end` (finish reason). Returns the usage.
-export async function answer(asked, signal, on) {
-  const body = JSON.stringify({ ...asked, stream: true, stream_options: { include_usage: true } });
+function post(path, content, signal) {
   const headers = { "Content-Type": "application/json" };
-  const response = await call("v1/chat/completions", { method: "POST", headers, body, signal });
+  return call(path, { method: "POST", headers, body: JSON.stringify(content), signal });
+}
+
+// Streams an answer to `on.comment`, `on.progress`, `on.text` and `on.end` (finish reason). Returns
+// the usage.
+export async function answer(asked, signal, on) {
+  const how = { stream: true, stream_options: { include_usage: true }, return_progress: true };
+  const response = await post("v1/chat/completions", { ...asked, ...how }, signal);
   let usage = null;
   for await (const { comment, data } of events(response)) {
     const choice = data?.choices[0];
     if (comment) on.comment(comment);
+    if (data?.prompt_progress) on.progress(data.prompt_progress);
     if (choice?.delta.content) on.text(choice.delta.content);
     if (choice?.finish_reason) on.end(choice.finish_reason);
     usage = data?.usage ?? usage;
@@ -74,9 +87,15 @@ export async function readByServer(file) {
   return (await call(path, { method: "POST", headers, body })).json();
 }
 
-// Resolves to the number of cached tokens that have not caught up.
-export async function refillable() {
-  const text = await (await call("metrics")).text();
-  const found = [...text.matchAll(/^pop_refillable_tokens(?:\{.*\})? (\S+)$/gm)];
-  return found.reduce((sum, [, n]) => sum + Number(n), 0);
+// Resolves to the number of tokens in the prompt that a request would send.
+export async function count(asked, signal) {
+  const response = await post("v1/chat/completions/input_tokens", asked, signal);
+  return (await response.json()).input_tokens;
+}
+
+// Resolves to the number of an answer's cached tokens that have not caught up. The number is 0 if a
+// later prompt uses the answer's slot. `job` is from the answer's usage.
+export async function tokensBehind(model, job) {
+  const slots = await (await call(`slots?model=${encodeURIComponent(model)}`)).json();
+  return slots.find((slot) => slot.job === job)?.n_behind ?? 0;
 }
