@@ -155,7 +155,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
 
 
 def require_text(paths: Sequence[Path], n_embd: int) -> None:
-    """Raise PopError if `given_text` is certain to fail; this check needs no tokenizer."""
+    """Raise PopError if `given_text` is certain to fail. This check does not need a tokenizer."""
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CalibrationError(

@@ -104,7 +104,7 @@ class OpenOptions(HardwareOptions):
 
     sidecar: Path | None = expert(_SIDECAR, "PATH")
     ctx: int | None = option(
-        "Context length in tokens (default: the trained length, or less if the context would take"
+        "Context length in tokens (default: the training length, or less if the context would take"
         " more than a quarter of the free memory).",
         min=1,
         max=MOST,

@@ -56,7 +56,7 @@ SETTINGS = (
     Setting("state_dir", str, is_path=True),
     Setting("model", str, "the best catalog model that fits in the free memory"),
     Setting("threads", int, "the number of physical cores", least=1, most=MOST),
-    Setting("ctx", int, "the trained length, if a quarter of memory allows", least=1, most=MOST),
+    Setting("ctx", int, "the training length, if a quarter of memory allows", least=1, most=MOST),
     Setting("gpu_layers", int, "-1 (all)", least=-1, most=MOST),
     Setting("temperature", float, "the model's value, otherwise the engine's", least=0),
     Setting("top_p", float, "the model's value, otherwise the engine's", least=0, most=1),

@@ -203,7 +203,7 @@ class _Turn:
 
 
 def _fit(meta: PopMeta | None) -> str:
-    """Return the name and length of the text to which the projections were fitted."""
+    """Return the name and length of the text used to fit the projections."""
     if meta is None or meta.calibration is None:
         return "the model's own projections"
     return f"{meta.calibration.name}, {meta.calibration.n_tokens:,} tokens"

@@ -93,7 +93,8 @@ class PopModel:
     def swap_sidecar(self, sidecar: Path) -> None:
         """Switch to a different sidecar. The cache is kept if all its rows are exact.
 
-        Raises PopError and changes nothing if opening fails or the model has an mmproj.
+        Raises PopError, and leaves the model unchanged, if opening fails or the model has an
+        mmproj.
         """
         with self._lock, self._engine.context.locked():
             before = self._engine

@@ -57,7 +57,7 @@ _N_LIKELY = 64
 
 @dataclass(frozen=True)
 class InitialFit:
-    """The fit from which distillation starts: projections for all skipped layers except the first.
+    """The initial fit for distillation: projections for all skipped layers except the first.
 
     `wide`: the function that computes a wide fit's extra inputs (None for other fits). `n_sink`:
     the number of leading rows that are never pruned (reduced to a quarter of a window if larger).

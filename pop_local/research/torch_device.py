@@ -1,4 +1,4 @@
-"""Choose the torch device on which gradients are computed."""
+"""Choose the torch device for computing gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TorchDevice:
-    """A torch device's name, and the data type in which the device multiplies matrices fastest."""
+    """A torch device's name and its fastest data type for matrix products."""
 
     name: str
     matrices: torch.dtype

@@ -375,7 +375,6 @@ class ModelPool:
         self._advance()
 
     def _failed(self, file: ModelFile, error: Exception) -> ApiError:
-        """Log an error and return it as an ApiError."""
         if self._stopping.is_set():
             return stopping()
         is_expected = isinstance(error, PopError | OSError)

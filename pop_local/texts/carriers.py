@@ -183,7 +183,6 @@ class _Writer:
         return layout.write(block), questions
 
     def _record(self, kinds: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-        """Return an entity and its values."""
         entity = next(self._entities, None)
         if entity is None:
             raise PopError(

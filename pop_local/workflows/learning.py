@@ -77,7 +77,7 @@ class _LearnedFitter(PlanFitter):
 
 @dataclass
 class _LookupSums:
-    """Learned sums to which windows of lookups are added.
+    """Learned sums, extended with windows of lookups.
 
     The user's prompts may not contain any lookups. `n_done`: the number of windows added so far.
     """

@@ -20,12 +20,12 @@ class ModelShape:
     """The sizes of a model's layers. Tuples have one entry per layer.
 
     `n_q`, `n_k` and `n_v` are the row counts of the attention projections. MLA layers have K rows
-    but no V rows, and layers that compute no K/V have neither. `n_heads_out` is the width of the
-    heads' output. `n_neurons` is the number of neurons in a dense gated FFN, or 0 for other FFNs.
-    `n_weights` is the number of matrix elements. `windows` contains the attention windows in tokens
-    (0: unlimited). `is_recurrent` marks layers with a recurrent state, which cannot be overwritten
-    row by row. `is_fittable` marks layers whose K and V can be fitted. `is_fused` marks layers with
-    a single tensor for Q, K and V.
+    but no V rows, and layers that do not compute K/V have neither. `n_heads_out` is the width of
+    the heads' output. `n_neurons` is the number of neurons in a dense gated FFN, or 0 for other
+    FFNs. `n_weights` is the number of matrix elements. `windows` contains the attention windows in
+    tokens (0: unlimited). `is_recurrent` marks layers with a recurrent state, which cannot be
+    overwritten row by row. `is_fittable` marks layers whose K and V can be fitted. `is_fused` marks
+    layers with a single tensor for Q, K and V.
 
     `no_refill` is the reason that the skipped layers cannot be run later, or "" if they can.
     `exact` is the first layer that reads K/V computed by an earlier layer, or 0 if no layer does.

@@ -48,7 +48,7 @@ DAMAGED_HINT = "the model file may be damaged: check that the model can answer a
 
 
 class FitError(PopError):
-    """Error for activations to which no projection can be fitted."""
+    """Error for activations that projections cannot be fitted to."""
 
 
 class KvType(str, Enum):

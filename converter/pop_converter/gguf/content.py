@@ -188,7 +188,7 @@ def _encode_tensor(tensor: TensorInfo | NewTensor, offset: int) -> bytes:
 
 
 def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran) -> str:
-    """Pass the copied data to `write` and return the sha256 of `hashed_header` and the data.
+    """Pass the copied data to `write`, and return the sha256 of `hashed_header` and the data.
 
     The sha256 is a hex string. `advance` is called with the number of bytes in each step. Raises
     FormatError if a source cannot be read, and propagates any error that `write` raises.

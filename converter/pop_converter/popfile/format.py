@@ -50,7 +50,7 @@ class DeepRows(str, Enum):
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text on which a fit was computed.
+    """The text that a fit was computed on.
 
     `sha256` is the hash of the text, or of the tokens if the model generated some of the text.
     `weighting` is the kind of token weights ("attention": weighted by the attention received).
@@ -98,7 +98,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Budget:
-    """The quality limits within which the search chose a boundary. `quality` names the limits.
+    """The quality limits that the search applied. `quality` names the limits.
 
     The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio of Measured, and to the share of the
     full model's correct lookups that are lost. `tried` lists the measured boundaries and the

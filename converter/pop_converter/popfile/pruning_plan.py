@@ -26,9 +26,9 @@ class Plan:
     """A planned conversion: context tokens skip layers `boundary` and up.
 
     `deep_rows` is the rule for context rows that run through all layers. `deep_share` is the
-    fraction of such rows in ordinary text, or 0 if unknown. `budget` contains the limits within
-    which the search chose the boundary, or is None if the user chose it. `is_distilled` is true if
-    the fit is also trained end to end. `macs` counts the model's multiply-accumulates.
+    fraction of such rows in ordinary text, or 0 if unknown. `budget` contains the limits that the
+    search applied, or is None if the user chose the boundary. `is_distilled` is true if the fit is
+    also trained end to end. `macs` counts the model's multiply-accumulates.
     """
 
     shape: ModelShape
@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def fitted_layers(self) -> range:
-        """The layers with fitted K/V projections. The boundary layer needs no fit."""
+        """The layers with fitted K/V projections. The boundary layer does not need a fit."""
         first = self.shape.n_layer if self.projection == Projection.OWN else self.boundary + 1
         return range(first, self.shape.n_layer)
 
@@ -158,7 +158,7 @@ def require_prunable(shape: ModelShape) -> None:
 
 
 def require_fit(plans: Sequence[Plan]) -> None:
-    """Raise PlanError if none of the plans can be fitted although one of them needs a fit."""
+    """Raise PlanError if a plan needs a fit but none of the plans can be fitted."""
     if all(plan.projection == Projection.OWN for plan in plans) and any(
         plan.n_skipped > 1 for plan in plans
     ):

@@ -26,7 +26,7 @@ class _Text:
 
 
 def apply_patch(patch: Path, tree: Path) -> tuple[str, ...]:
-    """Apply the whole patch or none of it and return the paths of the changed files.
+    """Apply the whole patch or none of it, and return the paths of the changed files.
 
     Raises BuildError, which names the file and hunk, if the patch does not apply or has already
     been applied.

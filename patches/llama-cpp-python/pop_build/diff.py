@@ -81,7 +81,7 @@ class _Reader:
         while match := _HUNK.match(self._here()):
             hunks.append(self._hunk(match))
         if not hunks:
-            raise self._error(f"the patch changes nothing in {new}")
+            raise self._error(f"the patch does not change {new}")
         if old == "/dev/null" and (len(hunks) > 1 or hunks[0].before):
             raise self._error(f"the patch creates {new}, but its hunks expect existing lines")
         return FileDiff(self._path(new), old == "/dev/null", tuple(hunks))

@@ -30,7 +30,6 @@ class CacheKeys:
     def __init__(
         self, context: Context, pruning: PruningSettings, vision: Mmproj | None = None
     ) -> None:
-        """`vision`: the image encoder, if the model has one."""
         self._context, self._pruning, self._vision = context, pruning, vision
         files = context.files
         self._conversion = conversion(files.meta, files.source, files.sidecar)

@@ -43,7 +43,6 @@ class KvCache:
     """
 
     def __init__(self, slot: Slot, vision: Mmproj | None = None) -> None:
-        """`vision`: the image encoder, if the model has one."""
         context = slot.context
         self.context, self.slot = context, slot
         self.pruning = PruningSettings(slot)
@@ -124,8 +123,8 @@ class KvCache:
     def _lacks_rows_before(self, row: int) -> bool:
         """Return whether a sliding window has dropped rows that this row attends to.
 
-        llama.cpp does not check for dropped rows (llama_kv_cache_iswa::seq_rm). Recurrent models
-        need no check, because llama.cpp never truncates their state.
+        llama.cpp does not check for dropped rows (llama_kv_cache_iswa::seq_rm). Recurrent models do
+        not need this check, because llama.cpp never truncates their state.
         """
         window = 0 if self.context.is_recurrent else self.context.window
         seen_from = max(0, int(self.rows.positions[row]) - window + 1)

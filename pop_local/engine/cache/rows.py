@@ -22,7 +22,7 @@ class CachedRows:
     recomputes them too. A refill needs each row's boundary state (`has_state`).
 
     Rows at `first_stale` and later are stale: they were computed before an earlier row was edited.
-    A refill decodes stale rows again, so stale rows need no boundary state.
+    A refill decodes stale rows again, so stale rows do not need a boundary state.
 
     `positions`: int32 [n_ctx + 1], ending with the next row's position. An image's rows may share a
     position. `readings`: the serial number of the read that computed each row. Two sequences share

@@ -180,7 +180,6 @@ def _named(warning: str) -> list[str]:
 
 
 def _schemas(part: Any) -> Iterator[dict[str, Any]]:
-    """Yield a schema and all its subschemas."""
     if isinstance(part, list):
         for each in part:
             yield from _schemas(each)
@@ -194,7 +193,7 @@ def _schemas(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _prepared(schema: dict[str, Any]) -> list[str]:
-    """Add constraints that llguidance lacks and return the keywords that it only partly enforces.
+    """Add constraints that llguidance lacks, and return the keywords that it only partly enforces.
 
     Raises GrammarError for values that llguidance would confuse with other values.
     """

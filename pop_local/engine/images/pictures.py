@@ -1,8 +1,8 @@
 """Read and decode image files within limits on size, time and memory.
 
-Pillow decodes pictures, because libmtmd's decoder is not meant for untrusted files, does not
-support WebP, and ignores the EXIF orientation. Large WebP files are decoded in a child process,
-because Pillow blocks all threads while it decodes a WebP.
+Pillow decodes images, because libmtmd's decoder is not meant for untrusted files, does not support
+WebP, and ignores the EXIF orientation. Large WebP files are decoded in a child process, because
+Pillow blocks all threads while it decodes a WebP.
 """
 
 import base64
@@ -49,9 +49,9 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file whose header has been checked by `picture_of`.
+    """An image file whose header was checked by `picture_of`.
 
-    `name` appears in messages. `width`, `height`: size in pixels after EXIF rotation. Two pictures
+    `name` appears in messages. `width`, `height`: size in pixels after EXIF rotation. Two Pictures
     are equal if their files are identical.
     """
 
@@ -83,17 +83,17 @@ class Picture:
 
 
 def read_picture(path: str | os.PathLike[str]) -> Picture:
-    """Read a picture from a file or a pipe.
+    """Read an image from a file or a pipe.
 
-    Raises PopError if the file is not a picture, or OSError if the file cannot be read.
+    Raises PopError if the file is not an image, or OSError if the file cannot be read.
     """
     return picture_of(read_file(Path(path), MAX_BYTES + 1), str(path))
 
 
 def picture_of(content: bytes, name: str) -> Picture:
-    """Create a picture from a file's bytes, decoding only the header.
+    """Create a Picture from a file's bytes, decoding only the header.
 
-    Raises PopError if the bytes are not a picture or exceed MAX_BYTES, MAX_PIXELS, or MAX_ASPECT.
+    Raises PopError if the bytes are not an image or exceed MAX_BYTES, MAX_PIXELS, or MAX_ASPECT.
     """
     if len(content) > MAX_BYTES:
         raise PopError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", "scale the image down")

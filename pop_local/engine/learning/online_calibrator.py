@@ -51,7 +51,6 @@ SAVED_ROWS = 400
 
 
 def _require_learnable(cache: KvCache) -> None:
-    """Raise PopError if the model does not support learning."""
     context, hint = cache.context, "open the model without learning"
     if context.options.n_sequences > 1:
         message, hint = (

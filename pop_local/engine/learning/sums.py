@@ -159,7 +159,7 @@ class Known:
 
 @dataclass(frozen=True)
 class SumsFile:
-    """A model's sums file, to which several processes may add sums.
+    """A model's sums file. Multiple processes may add sums to it.
 
     `model`: the model's hash. `n_embd`: the model's embedding width (None: not checked).
     """
@@ -315,8 +315,8 @@ class Summing:
         """Add all rows except the first, which either has no predecessor or always runs in full.
 
         All layers share the same row weights, which are the mean over the last N_WEIGHING layers. A
-        deep pass computes no state at shallower layers, so it adds nothing to the sums at shallower
-        boundaries. `scale` [n_rows] multiplies the row weights (None: 1 for all rows).
+        deep pass does not compute states at shallower layers, so it does not change the sums at
+        shallower boundaries. `scale` [n_rows] multiplies the row weights (None: 1 for all rows).
         """
         y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
         weights = [fit.token_weights(mass[1:]) for mass in tapped.mass.values()]

@@ -36,7 +36,7 @@ def _python() -> str:
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
             "a frozen application has no Python for templates, grammars and large images",
-            "call multiprocessing.set_executable with a Python that has the same packages",
+            "call multiprocessing.set_executable with a Python that has these packages installed",
         )
     return python
 

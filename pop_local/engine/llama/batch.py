@@ -12,7 +12,7 @@ Tokens = Sequence[int] | np.ndarray
 
 
 class Outputs(Enum):
-    """The rows in a batch for which logits are computed."""
+    """The rows in a batch that need logits."""
 
     NONE = "none"
     LAST = "last"

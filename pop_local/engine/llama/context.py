@@ -32,16 +32,15 @@ _CHUNK_ROWS = 256
 class ContextOptions:
     """Options for opening a model.
 
-    `n_ctx`: context length per sequence in tokens (None: the trained length, or less if all K/V
-    would take more than a quarter of the free memory).
-    `n_parallel`: number of sequences that share batches.
-    `n_threads`: CPU threads (None: the number of physical cores).
-    `n_gpu_layers`: number of layers on GPUs (-1: all). Without a GPU, the value is ignored.
-    `kernels`: whether to use pop-local's kernels, if they support this CPU.
-    `flash_attn`: None enables it on CPUs with pop-local's kernels and on GPUs that support it.
-    `repack`: whether llama.cpp repacks weights for its own CPU kernels. pop-local's kernels cannot
-    use repacked weights (None: only if pop-local's kernels are not used).
-    `others`: other fields of llama_model_params and llama_context_params by name.
+    `n_ctx`: context length per sequence in tokens (None: the training length, or less if all K/V
+    would take more than a quarter of the free memory). `n_parallel`: number of sequences that share
+    batches. `n_threads`: CPU threads (None: the number of physical cores). `n_gpu_layers`: number
+    of layers on GPUs (-1: all). Without a GPU, the value is ignored. `kernels`: whether to use
+    pop-local's kernels, if they support this CPU. `flash_attn`: None enables it on CPUs with
+    pop-local's kernels and on GPUs that support it. `repack`: whether llama.cpp repacks weights for
+    its own CPU kernels. pop-local's kernels cannot use repacked weights (None: only if pop-local's
+    kernels are not used). `others`: other fields of llama_model_params and llama_context_params by
+    name.
     """
 
     n_ctx: int | None = None

@@ -143,7 +143,7 @@ class Interrupt:
             raise StoppedError
 
     def should_stop(self) -> bool:
-        """Return whether the batch must stop. If so, the next call to `check` raises the reason."""
+        """Return whether the batch must stop. If so, the next `check` raises an exception."""
         if self._raised is None:
             self._in_callback = True
             try:

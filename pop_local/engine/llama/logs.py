@@ -95,7 +95,7 @@ def forget_errors() -> None:
 
 
 def not_decoded(code: int) -> PopError:
-    """Return the error for a batch for which llama_decode returned `code`."""
+    """Return the error for a batch that llama_decode rejected with `code`."""
     return PopError(first_error() or f"llama.cpp could not decode the batch (code {code})")
 
 

@@ -30,8 +30,8 @@ _known: WeakKeyDictionary[Context, bool] = WeakKeyDictionary()
 def can_shift(context: Context) -> bool:
     """Return whether a moved row equals, up to rounding, a row decoded at the new position.
 
-    The rows differ in models with learned positions. They also differ in layers that use no RoPE or
-    normalize K after RoPE, because llama.cpp rotates a moved row's K in all layers.
+    The rows differ in models with learned positions. They also differ in layers without RoPE and
+    layers that normalize K after RoPE, because llama.cpp rotates a moved row's K in all layers.
     """
     if context not in _known:
         _known[context] = _is_equal_after_a_shift(context)

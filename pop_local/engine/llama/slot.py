@@ -55,7 +55,7 @@ class Slot:
 
     @property
     def mode(self) -> Mode:
-        """The mode in which rows are computed."""
+        """The mode used to compute rows."""
         return backend.get_mode(self.context.ctx)
 
     def set_mode(self, mode: Mode) -> None:
@@ -103,7 +103,7 @@ class Slot:
 
     @contextmanager
     def overwriting(self) -> Iterator[None]:
-        """Context manager in which `decode` may overwrite rows that already have cells."""
+        """Context manager that lets `decode` overwrite rows that already have cells."""
         backend.set_overwrite(self.context.ctx, True)
         try:
             yield

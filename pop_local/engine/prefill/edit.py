@@ -1,4 +1,4 @@
-"""Reuse cached rows for a prompt in which a passage was changed, inserted, or removed.
+"""Reuse cached rows for a prompt with a changed, inserted, or removed passage.
 
 Rows after the first change keep their K/V and move to their new positions. The moved rows are
 stale, because they were computed after different text. Only the new tokens and the prompt's tail

@@ -199,5 +199,4 @@ class _PlannedReading(PromptReading):
 
     @property
     def _next(self) -> int:
-        """The position of the next row."""
         return int(self._cache.rows.positions[self._cache.n_tokens])

@@ -180,7 +180,6 @@ class Prompter:
 
     @cached_property
     def _supports_system(self) -> bool:
-        """Return whether the template renders system messages."""
         with suppress(ValueError):
             return self._is_shown(self._given("system", _PROBE), self._given("user", "a"))
         return False

@@ -246,8 +246,8 @@ class ChatSession:
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the transcript and KV cache atomically and return the path (*.popsession).
 
-        If the cache holds a different session, the file contains no KV cache. Raises PopError if
-        the file already exists or cannot be written.
+        If the cache holds a different session, the file does not contain a KV cache. Raises
+        PopError if the file already exists or cannot be written.
         """
         sessions, name = _split(path)
         target = sessions.path(name)

@@ -15,7 +15,6 @@ _NAMES = {"win32": "pop-chat.dll", "darwin": "libpop-chat.dylib"}
 
 
 def _library() -> ctypes.CDLL:
-    """Load the library from the folder that contains llama_cpp's libraries."""
     package = find_spec("llama_cpp")
     assert package is not None and package.origin is not None, "the backend must be installed"
     packaged = Path(package.origin).parent / "lib"

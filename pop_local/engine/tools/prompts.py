@@ -159,7 +159,7 @@ def _pattern(trigger: dict[str, str]) -> re.Pattern[str]:
 
 
 def _numbered(messages: Sequence[Message]) -> list[Message]:
-    """Replace call IDs with IDs that every template accepts and set the IDs of results.
+    """Replace call IDs with IDs that every template accepts, and set the IDs of results.
 
     Results without IDs, which Ollama's clients send, belong to the first open call.
     """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def as_json(found: Analysis) -> dict[str, Any]:
-    """Return the analysis as a JSON object, in which NAME_se is the standard error of NAME."""
+    """Return the analysis as a JSON object. NAME_se is the standard error of NAME."""
     chosen = found.chosen
     return {
         "model": str(found.model),

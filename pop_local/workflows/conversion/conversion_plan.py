@@ -52,9 +52,10 @@ class RowOptions:
 class ConvertOptions:
     """Options for a conversion.
 
-    `goal`: a named boundary (`Skip`, `Boundary`), or a budget (`Within`) within which the fastest
-    candidate is chosen. `fit`: the fit's options (None keeps the skipped layers' own projections).
-    `distiller`: a factory for an object that trains the fit end to end (None: no distillation).
+    `goal`: a named boundary (`Skip`, `Boundary`), or a budget (`Within`), which selects the fastest
+    candidate that meets it. `fit`: the fit's options (None keeps the skipped layers' own
+    projections). `distiller`: a factory for an object that trains the fit end to end (None: no
+    distillation).
     """
 
     goal: Goal = Within(BALANCED)
