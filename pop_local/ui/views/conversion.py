@@ -232,12 +232,12 @@ def skipping_facts(found: SkippableLayers, work: SkippingGain | None = None) -> 
     left = " and ".join(found.left) or "nothing"
     if work is not None:
         limit = f"up to {work.speedup_limit:.2f}x for {LIMIT_PROMPT:,} tokens"
-        left = f"{left}; skipping from layer {work.boundary} on speeds up reading {limit}"
+        left = f"{left}; skipping layers {work.boundary} and up speeds up reading {limit}"
     projections = f"own only: {found.no_fit}"
     if found.fits_from is not None:
         projections = "fitted or own"
         if found.fits_from > found.first:
-            projections = f"fitted from boundary {found.fits_from} on, or own"
+            projections = f"fitted at boundaries {found.fits_from} and up, or own"
     measured = "real models" if found.is_measured else "random models only"
     return [
         ("Can be skipped", layers),

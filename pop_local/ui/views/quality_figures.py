@@ -67,7 +67,7 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     q = found.quality
     yield "Model", str(found.model)
     yield "Text", found.text.name
-    layers = f"{found.n_skipped} layers from {q.boundary} on, with {found.projection} projections"
+    layers = f"{found.n_skipped} layers ({q.boundary} and up), with {found.projection} projections"
     if found.deep_rows is not DeepRows.NONE:
         layers += f" and deep rows selected by the rule {found.deep_rows}"
     yield "Skipped", f"{layers}; the speedup is up to {found.speedup_limit:.2f}x"
