@@ -149,3 +149,19 @@ def test_errors_have_anthropic_shape(client, body, reason):
     assert response.json()["type"] == "error"
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert reason in response.json()["error"]["message"]
+
+
+def test_changing_billing_header_costs_few_tokens(client):
+    """Claude Code puts a header with a checksum, which changes, before its system prompt."""
+    header = "x-anthropic-billing-header: cc_version=2.1.{}; cc_entrypoint=cli; cch={};"
+    prompt = "".join(chr(97 + (index * index + index // 7) % 26) for index in range(3000))
+
+    def n_read(version: str, checksum: str) -> int:
+        system = [header.format(version, checksum), prompt]
+        blocks = [{"type": "text", "text": text} for text in system]
+        return whole(create(client, system=blocks, max_tokens=1)).usage.input_tokens
+
+    first = n_read("37.abc", "c2e57")
+    assert first > 3000
+    for version, checksum in (("37.abc", "0a1bf"), ("37.abc", "d9f04"), ("137.abcd", "fffff")):
+        assert n_read(version, checksum) < 100

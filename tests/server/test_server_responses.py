@@ -145,6 +145,34 @@ def test_built_in_tools_are_ignored(client):
     assert whole(create(client, tools=tools[:1])).output_text == whole(create(client)).output_text
 
 
+def test_omitted_tools_are_named(client):
+    """Codex sends a namespace of tools, and tools that only OpenAI can run."""
+    inner = {**TOOL, "name": "spawn_agent"}
+    space = {"type": "namespace", "name": "multi_agent_v1", "description": "", "tools": [inner]}
+    answer = create(client, tools=[TOOL, space, {"type": "web_search", "external_web_access": 0}])
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["pop"]["ignored"] == ["multi_agent_v1", "web_search"]
+    assert [tool["name"] for tool in answer.json()["tools"]] == ["double"]
+    assert create(client).json()["usage"]["pop"]["ignored"] == []
+    for wrong in ("double", [TOOL, 1], [{"type": "function"}]):
+        assert create(client, tools=wrong).status_code == 400
+
+
+@pytest.mark.parametrize("missing", [{}, {"call_id": None}])
+def test_a_result_without_call_id_belongs_to_the_open_call(client, missing):
+    def items(named: Any, result: Any) -> list[Any]:
+        call = {"type": "function_call", "name": "double", "arguments": '{"n": 4}'}
+        output = {"type": "function_call_output", "output": "8"}
+        return [{"role": "user", "content": LONG}, call | named, output | result]
+
+    named = {"call_id": "call_1"}
+    answers = [create(client, items(*ids)) for ids in ((named, named), (named, missing))]
+    answers.append(create(client, items(missing, missing)))
+    texts = {whole(answer).output_text for answer in answers}
+    n_read = {answer.json()["usage"]["input_tokens"] for answer in answers}
+    assert len(texts) == len(n_read) == 1
+
+
 def test_store_false_stores_nothing(client):
     first = whole(create(client, store=False))
     assert create(client, "And?", previous_response_id=first.id).status_code == 400

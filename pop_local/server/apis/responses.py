@@ -57,16 +57,20 @@ class MessageItem(bodies.LenientBody):
     content: ContentParts
 
 
+# A result without an ID belongs to the first call that has no result.
+CallId = Annotated[str, bodies.replace(None, "")]
+
+
 class FunctionCallItem(bodies.LenientBody):
     type: Literal["function_call"]
-    call_id: str
+    call_id: CallId = ""
     name: str
     arguments: str
 
 
 class FunctionOutputItem(bodies.LenientBody):
     type: Literal["function_call_output"]
-    call_id: str
+    call_id: CallId = ""
     output: ContentParts
 
 
@@ -89,6 +93,12 @@ InputItem = Annotated[
 
 class ResponsesTool(bodies.FunctionSpec):
     type: Literal["function"]
+
+
+def _names_of_unused(tools: Any) -> list[str]:
+    """Return the names or types of tools that prompts omit, such as web_search or a namespace."""
+    given = [one for one in tools if isinstance(one, dict)] if isinstance(tools, list) else []
+    return [str(one.get("name") or one.get("type")) for one in given if one.get("type") != "function"]
 
 
 def _chat_choice(choice: Any) -> Any:
@@ -126,6 +136,9 @@ class ResponsesBody(bodies.ModelRequest):
         Field(fail_fast=True, max_length=bodies.MAX_TOOLS),
         bodies.keep_tool_types("function"),
     ] = None
+    unused_tools: Annotated[list[str], BeforeValidator(_names_of_unused)] = Field(
+        [], validation_alias="tools"
+    )
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: bodies.FormatOptions | None = None
@@ -331,7 +344,7 @@ class ResponsesReply(EventReply):
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "metadata": {},
             "output": [dict(item) for item in self._output],
-            "usage": None if end is None else _usage(end.usage),
+            "usage": None if end is None else _usage(end.usage, body.unused_tools),
         }
 
 
@@ -391,12 +404,12 @@ def _size(value: Any) -> int:
     return 100 + (len(value) if isinstance(value, str) else 0)
 
 
-def _usage(usage: Json) -> Json:
+def _usage(usage: Json, unused_tools: list[str]) -> Json:
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage["total_tokens"],
-        "pop": usage["pop"],
+        "pop": {**usage["pop"], "ignored": [*usage["pop"]["ignored"], *unused_tools]},
     }
