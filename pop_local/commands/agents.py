@@ -58,6 +58,8 @@ AGENTS = {
             *("-c", "model_providers.pop-local.name=pop-local"),
             *("-c", "model_providers.pop-local.base_url=$url"),
             *("-c", "model_providers.pop-local.wire_api=responses"),
+            # While a long prompt is read, no event arrives.
+            *("-c", "model_providers.pop-local.stream_idle_timeout_ms=3600000"),
         ),
     ),
     "aider": Agent(

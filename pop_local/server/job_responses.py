@@ -115,6 +115,8 @@ class _AnswerParser:
             f" ({stats.left}), TTFT {stats.ttft_s:.2f} s,"
             f" {stats.n_decoded:,} tokens generated"
         )
+        if self._reader is not None and self._reader.no_call:
+            state.note += f", no tool call: {self._reader.no_call}"
         if stats.finish_reason == "interrupted":
             raise client_gone() if job.cancelled.is_set() else stopping()
         form = job.task.options.calls or job.task.options.grammar

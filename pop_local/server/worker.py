@@ -354,7 +354,7 @@ class Worker(threading.Thread):
             elif not self._prefills.record(queued, n_rows - n_done):
                 with cache.slot.working(pauses=True):
                     self._prefills.wait(queued, lambda: self._is_over(job))
-            if n_done < n_rows and now_s - logged_s >= _LOG_S:
+            if 0 < n_done < n_rows and now_s - logged_s >= _LOG_S:
                 logged_s = now_s
                 log.info("%s prompt tokens, about %s s left", job.progress, job.left_s)
 

@@ -1,5 +1,6 @@
 """Tool calls by OpenAI's and Ollama's APIs, on a small random model."""
 
+import asyncio
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,12 +8,15 @@ from typing import Any
 
 import pytest
 
-from pop_local.engine.chat_messages import ToolCall
+from pop_local.engine.chat_messages import Chunk, ToolCall, TurnStats
 from pop_local.engine.decode import grammar
 from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.tools.call_form import CallForm
 from pop_local.engine.tools.reader import Piece
+from pop_local.engine.tools.tool import Tool
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.apis.ollama import OllamaChatReply
+from pop_local.server.job_responses import _AnswerParser
 from pop_local.server.replies import AnswerEnd
 from pop_local.server.worker import Task
 from support.calls import opened
@@ -312,3 +316,28 @@ def test_only_allowed_tools_are_called(client, mode):
         assert [name for name, _ in called(message)] == ["double"]
     every = chat(client, tools=TOOLS, max_tokens=1).json()["usage"]["prompt_tokens"]
     assert chat(client, **asked, max_tokens=1).json()["usage"]["prompt_tokens"] == every
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "note"),
+    [
+        ("I do it.\n```python\ndouble(n=4)\n```", "tool_calls", " tokens generated"),
+        ("double(n=4)", "stop", "no tool call: double is not in a known form, or text follows it"),
+        ("I double it.", "stop", " tokens generated"),
+    ],
+)
+def test_log_states_why_an_answer_contains_no_call(text, reason, note):
+    form = CallForm((Tool("double", "", DOUBLE["function"]["parameters"]),))
+    task = Task(Prompt([1]), TurnOptions(calls=form))
+    job: Any = SimpleNamespace(task=task, queued_s=0.0, id="1")
+    state: Any = SimpleNamespace()
+    parser = _AnswerParser(job)
+    last = Chunk("", TurnStats(1, 0, 0, 1, 0.0, 0.0, 5, 0.0, "stop"))
+
+    async def parse() -> None:
+        await parser.parse([Chunk(text), last])
+        await parser.finish()
+
+    asyncio.run(parse())
+    assert parser.end(state, job, last).reason == reason
+    assert state.note.endswith(note)

@@ -12,6 +12,7 @@ from llguidance import LLTokenizer
 from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.decode.grammar_mask import Constraint
 from pop_local.engine.llama.vocabulary import Pieces
+from pop_local.engine.tools.tool import Tool
 
 # Triggers are searched for in this many characters at the end of the text.
 _N_TRIGGER = 512
@@ -34,13 +35,13 @@ class Trigger:
 class CallForm:
     """The form of an answer's tool calls.
 
-    `must_call`: whether the answer must contain a call. `triggers`: patterns, each of which
-    activates a grammar when it matches the answer. Without triggers, `grammar` applies from the
-    first token. `shown`: special tokens that appear as text in this form. `native`: llama.cpp's
-    format (None: the text form).
+    `tools`: tools that the answer may call. `must_call`: whether the answer must contain a call.
+    `triggers`: patterns, each of which activates a grammar when it matches the answer. Without
+    triggers, `grammar` applies from the first token. `shown`: special tokens that appear as text in
+    this form. `native`: llama.cpp's format (None: the text form).
     """
 
-    names: tuple[str, ...]
+    tools: tuple[Tool, ...]
     must_call: bool = False
     triggers: tuple[Trigger, ...] = ()
     grammar: Grammar | None = None

@@ -118,7 +118,7 @@ class _Native:
             triggers += (_in_json(tools, rules),)
         else:
             triggers = (Trigger(_THOUGHT, {"": grammar}),) if thinks else ()
-        return CallForm(tuple(tools.names), tools.must_call, triggers, grammar, shown, made.format)
+        return CallForm(tools.callable_, tools.must_call, triggers, grammar, shown, made.format)
 
     def _shown(self, made: Rendered) -> Iterator[int]:
         """Yield the form's special tokens that are usually hidden in answers, except end tokens."""
@@ -142,7 +142,7 @@ def _text_form(tools: Tools, rules: dict[str, JsonRule], answer: JsonRule | None
     if not tools.must_call and answer is None:
         tagged = Trigger(re.compile("(<tool_call>)"), {"": grammar})
         triggers = (tagged, _in_json(tools, rules))
-    return CallForm(tuple(tools.names), tools.must_call, triggers, grammar)
+    return CallForm(tools.callable_, tools.must_call, triggers, grammar)
 
 
 def _in_json(tools: Tools, rules: dict[str, JsonRule]) -> Trigger:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.chat_messages import ToolCall
-from pop_local.engine.tools import native, text_form
+from pop_local.engine.tools import fenced_calls, native, text_form
 from pop_local.engine.tools.call_form import CallForm
 from pop_local.engine.tools.native import Parsed
 
@@ -28,17 +28,23 @@ class Piece:
 
 
 class CallReader:
-    """A parser for one answer that arrives in parts."""
+    """A parser for one answer that arrives in parts.
+
+    After the end, `no_call` is the reason if the answer names a tool but does not call it.
+    """
 
     def __init__(self, form: CallForm) -> None:
         self._form, self._native = form, form.native
+        self._names = [tool.name for tool in form.tools]
+        self.no_call = ""
         self._text = ""
         self._last = Parsed()
         self.n_calls = 0
 
     def push(self, text: str) -> list[Piece]:
         self._text += text
-        if not self._text or text_form.may_open(self._text):
+        is_held = text_form.may_open(self._text) or fenced_calls.may_end(self._text, self._names)
+        if not self._text or is_held:
             return []
         return self._added(self._parsed(partial=True))
 
@@ -56,11 +62,14 @@ class CallReader:
             except PopError:  # beyond the limits, for example with thousands of brackets
                 self._native = None
         if found is None or not found.calls:
-            as_text = text_form.parse(self._text, self._form.names, partial=partial)
+            as_text = text_form.parse(self._text, self._names, partial=partial)
             found = as_text if found is None or as_text.calls else found
         is_lost = not (partial or found.calls or found.reasoning)
         if is_lost and self._text.startswith(found.content):  # llama.cpp dropped an incomplete tag
             found = Parsed(self._text)
+        if not (partial or found.calls):
+            fenced, self.no_call = fenced_calls.parse(found.content, self._form.tools)
+            found = replace(fenced, reasoning=found.reasoning)
         return found
 
     def _added(self, now: Parsed) -> list[Piece]:

@@ -98,7 +98,8 @@ class ResponsesTool(bodies.FunctionSpec):
 def _names_of_unused(tools: Any) -> list[str]:
     """Return the names or types of tools that prompts omit, such as web_search or a namespace."""
     given = [one for one in tools if isinstance(one, dict)] if isinstance(tools, list) else []
-    return [str(one.get("name") or one.get("type")) for one in given if one.get("type") != "function"]
+    unused = [one for one in given if one.get("type") != "function"]
+    return [str(one.get("name") or one.get("type")) for one in unused]
 
 
 def _chat_choice(choice: Any) -> Any:

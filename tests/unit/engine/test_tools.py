@@ -112,7 +112,7 @@ def test_only_the_named_tool_may_be_called_and_all_are_described(model):
     prompt, form = prompt_with_tools(
         model.engine.prompter, [ASKED], Tools(BOTH, (DOUBLE,), must_call=True)
     )
-    assert form is not None and form.names == ("double",)
+    assert form is not None and form.tools == (DOUBLE,)
     assert "get_weather" in text_of(model, prompt.tokens)
     assert "get" not in taken(model, form, NATIVE)
 
@@ -212,3 +212,61 @@ def test_the_same_call_twice_in_a_row_ends_the_answer(model):
     other = NATIVE.replace("Rome", "Paris")
     assert taken(model, form, "\n".join([NATIVE, other, NATIVE])).count("<tool_call>") == 3
     assert taken(model, form, "\n".join([NATIVE, other, other, NATIVE])).count("<tool_call>") == 3
+
+
+CALLED = [("get_weather", {"city": "Rome"})]
+PYTHON = '```python\nget_weather(city="Rome")\n```'
+JSON = '```json\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n```'
+
+
+@pytest.mark.parametrize("fence", [PYTHON, JSON, PYTHON[:-4], JSON.replace("json", "")])
+def test_a_fence_at_the_end_is_a_call(model, fence):
+    form = form_of(model, Tools(BOTH, BOTH))
+    text = f"Let me see.\n\n{fence}\n"
+    content, calls = read(form, text)
+    assert content.rstrip() == "Let me see."
+    assert [(name, json.loads(arguments)) for name, arguments in calls] == CALLED
+    assert taken(model, form, text) == text
+
+
+def test_python_calls_have_several_kinds_of_values(model):
+    form = form_of(model, Tools(BOTH, BOTH))
+    _, calls = read(form, '```py\nget_weather(city="Rome\\d")\n\ndouble(n=-3)\n```')
+    assert calls == [("get_weather", '{"city": "Rome\\\\d"}'), ("double", '{"n": -3}')]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (f"{PYTHON}\nThis calls the tool.", "text follows"),
+        (f"Like so:\n{JSON}\nThis calls the tool.", "text follows"),
+        ('get_weather(city="Rome")', "not in a known form"),
+        ("<function=get_weather><parameter=city>Rome</parameter></function>", "not in a known"),
+        ('Now:\n```json\n{"tool": "get_weather", "city": "Rome"}\n```', "neither JSON nor"),
+        (PYTHON.replace('"Rome"', "city"), "neither JSON nor"),
+        (PYTHON.replace('city="Rome"', '"Rome"'), "neither JSON nor"),
+        (PYTHON.replace("get_", "x = get_"), "neither JSON nor"),
+        (PYTHON.replace('"Rome"', '{"Rome"}'), "neither JSON nor"),
+        (PYTHON.replace('"Rome"', "(" * 5000), "neither JSON nor"),
+        (PYTHON.replace("city", "town"), "wrong arguments"),
+        (PYTHON.replace('city="Rome"', ""), "wrong arguments"),
+        (PYTHON.replace("\n```", "\nprint(n=1)\n```"), "wrong arguments"),
+        (JSON.replace("city", "town").replace("`", "Now:\n`", 1), "wrong arguments"),
+        ("```python\nprint(6 * 7)\n```", ""),
+        ("I have no use for get_weather.", ""),
+    ],
+)
+def test_text_that_is_no_call_stays_whole_and_has_a_reason(model, text, reason, capfd):
+    reader = CallReader(form_of(model, Tools(BOTH, BOTH)))
+    said = [piece for one in text for piece in reader.push(one)] + reader.end()
+    assert ("".join(piece.content for piece in said), reader.n_calls) == (text, 0)
+    assert reason in reader.no_call and bool(reason) == bool(reader.no_call)
+    assert "Rome" not in reader.no_call and capfd.readouterr() == ("", "")
+
+
+def test_only_fences_that_may_be_calls_are_delayed(model):
+    reader = CallReader(form_of(model, Tools(BOTH, BOTH)))
+    said = reader.push("Code:\n```python\nprint(1)\nget_weather(") + reader.push('city="Rome")')
+    assert "".join(piece.content for piece in said).endswith('get_weather(city="Rome")')
+    reader = CallReader(form_of(model, Tools(BOTH, BOTH)))
+    assert reader.push("Code:\n```python\nget_weath") == []
