@@ -4,24 +4,19 @@ import os
 import platform
 import shutil
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import psutil
 import typer
 from rich.text import Text
 
-from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import PopError
 from pop_converter.base.numbers import size
-from pop_converter.gguf.source import read_source
 from pop_local import __version__
 from pop_local.commands.shared_options import Json
 from pop_local.config import settings
 from pop_local.engine.llama import backend, devices
-from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.model_names import lookup, models_dir, resolve
 from pop_local.ui.console import out, printable
 from pop_local.ui.hints import hint_of
@@ -152,24 +147,13 @@ def _enabled(features: str) -> str:
     return " ".join(name.strip() for name, _, value in names if value.strip() not in ("", "0"))
 
 
-def _as_read(path: Path) -> str:
-    """Return the model's path and, if any, its exact boundary and its mmproj."""
-    found = [str(path)]
-    with suppress(PopError):
-        if exact := source_shape(read_source(path)).exact:
-            found.append(f"prompt tokens skip layers {exact} and up without any loss")
-    if mmproj := find_mmproj(path):
-        found.append(f"the model reads images with {mmproj.name}")
-    return "; ".join(found)
-
-
 def _model() -> Check:
     try:
         model, folder = str(settings.get("model") or best_model().name), models_dir()
     except PopError as error:
         return Check("settings", "Settings", "fix", error.message, error.hint)
     try:
-        return Check("model", "Default model", "ok", _as_read(resolve(model)))
+        return Check("model", "Default model", "ok", str(resolve(model)))
     except PopError as error:
         entry = lookup(model)
         if entry is None:

@@ -82,10 +82,6 @@ class Forced:
         self._next = self._context.logits().copy()
         self._state = self._sequence.states.save() if self._context.is_recurrent else None
 
-    def resume(self) -> None:
-        """Use the cached rows and the latest logits as the context."""
-        self._next, self._state = self._context.logits().copy(), None
-
     def predict(self, tokens: Tokens) -> Logits:
         """Return the full model's logits (len(tokens), n_vocab) for text after the context.
 

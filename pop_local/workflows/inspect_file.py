@@ -1,31 +1,19 @@
 """Inspect model files and sidecars."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.skipping import SkippableLayers, skipping_of
-from pop_converter.architecture.work import LIMIT_PROMPT, Macs, speedup_limit
 from pop_converter.base.errors import FormatError, PopError
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import PopMeta
-from pop_converter.popfile.pruning_plan import DEFAULT_SKIP
 from pop_converter.popfile.sidecar import pop_of
 from pop_converter.projection import TENSOR_MARK
-from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.models.mmproj_files import ARCHITECTURE, find_mmproj
 from pop_local.models.model_names import resolve
 from pop_local.models.sidecars import sidecar_of
-
-
-@dataclass(frozen=True)
-class SkippingGain:
-    """The work saved when a prompt of LIMIT_PROMPT tokens skips layers."""
-
-    boundary: int
-    speedup_limit: float
 
 
 @dataclass(frozen=True)
@@ -33,8 +21,7 @@ class Inspection:
     """The contents of a model. `pop`: the POP keys of the model or of its sidecar.
 
     `mmproj`: the multimodal projector in the model's folder. `skipping`: the layers that can be
-    skipped (None for a model that cannot be pruned; `refused` states the reason). `work`: the saved
-    work (None if it cannot be counted).
+    skipped (None for a model that cannot be pruned; `refused` states the reason).
     """
 
     file: str
@@ -44,7 +31,6 @@ class Inspection:
     architecture: str
     skipping: SkippableLayers | None
     refused: str
-    work: SkippingGain | None
     n_layer: int
     n_embd: int
     n_ctx_train: int
@@ -84,7 +70,6 @@ def _of_model(source: Source, sidecar: Path | None, meta: PopMeta | None) -> Ins
         architecture=architecture,
         skipping=skipping,
         refused=refused,
-        work=_work(skipping, meta, GraphMacs(first.path, sidecar)) if skipping else None,
         n_layer=_number(source, "block_count"),
         n_embd=_number(source, "embedding_length"),
         n_ctx_train=trained_ctx(first) or 0,
@@ -96,19 +81,6 @@ def _of_model(source: Source, sidecar: Path | None, meta: PopMeta | None) -> Ins
         mmproj=str(mmproj) if mmproj else None,
         opens_in_stock_llama_cpp=not any(TENSOR_MARK in tensor.name for tensor in source.tensors),
     )
-
-
-def _work(skipping: SkippableLayers, meta: PopMeta | None, macs: Macs) -> SkippingGain | None:
-    """Count the work saved at the file's or exact boundary, or by skipping a third of layers."""
-    two_thirds = max(skipping.first, round((skipping.last + 1) * (1 - DEFAULT_SKIP)))
-    boundary = meta.boundary if meta else skipping.exact or min(skipping.last, two_thirds)
-    if not 0 < boundary <= skipping.last:
-        return None
-    with suppress(PopError):
-        n_full = meta.sink_tokens + meta.tail_tokens if meta else 1
-        limit = speedup_limit(macs, LIMIT_PROMPT, boundary, n_full)
-        return SkippingGain(boundary, limit)
-    return None
 
 
 def _number(source: Source, name: str) -> int:

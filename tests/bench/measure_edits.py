@@ -129,7 +129,8 @@ class Reader:
             found = sequence.read(Prompt(prompt))
             self.seconds = time.perf_counter() - started_s
             self.n_rows = found.counters.n_rows
-        self._scores.resume()
+        # The continuation follows the rows that `sequence` has read.
+        self._scores._next, self._scores._state = engine.context.logits().copy(), None
 
     def measure(self, prompts: list[Tokens], following: Tokens) -> dict[str, list[float]]:
         """Return KL, the rise of the NLL, decoded rows and seconds by kind of reading."""

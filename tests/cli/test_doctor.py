@@ -16,7 +16,6 @@ from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.devices import BackendInfo, Device
 from pop_local.models import model_names as models
 from pop_local.workflows.open import best_model
-from support.shared_kv import make_shared
 
 FEATURES = "CUDA : ARCHS = 900 | CPU : SSE3 = 1 | AVX = 1 | AVX512 = 0 | OPENMP = 1 | REPACK = 1 | "
 LOG = """load_backend: loaded RPC backend from /env/lib/libggml-rpc.so
@@ -226,12 +225,3 @@ def test_default_model_is_looked_for(install, tmp_path):
     file = tmp_path / best_model().file
     file.touch()
     assert checks()["model"]["found"] == str(file)
-
-
-def test_exact_skipping_of_a_model_is_shown(install, tmp_path, monkeypatch):
-    install()
-    path = make_shared(tmp_path / "model.gguf", "gemma4")
-    monkeypatch.setenv("POP_LOCAL_MODEL", str(path))
-    assert (
-        checks()["model"]["found"] == f"{path}; prompt tokens skip layers 4 and up without any loss"
-    )

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pop_converter.popfile.rewrite import FileSizes
     from pop_local.workflows.conversion.conversion_plan import Conversion, Converted
     from pop_local.workflows.conversion.refusals import Trial
-    from pop_local.workflows.inspect_file import SkippingGain
 
 
 _COLUMNS = (
@@ -224,15 +223,11 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
         yield "Time", f"{at_most}about {duration(seconds)} for the fit{more} on this machine"
 
 
-def skipping_facts(found: SkippableLayers, work: SkippingGain | None = None) -> list[Fact]:
-    """Return facts about the skippable layers and the work that remains in them."""
+def skipping_facts(found: SkippableLayers) -> list[Fact]:
+    """Return facts about the skippable layers and the values that they still compute."""
     layers = f"layers {found.first} to {found.last}"
     if found.exact:
         layers += f"; layers {found.exact} and up without any loss"
-    left = " and ".join(found.left) or "nothing"
-    if work is not None:
-        limit = f"up to {work.speedup_limit:.2f}x for {LIMIT_PROMPT:,} tokens"
-        left = f"{left}; skipping layers {work.boundary} and up speeds up reading {limit}"
     projections = f"own only: {found.no_fit}"
     if found.fits_from is not None:
         projections = "fitted or own"
@@ -241,7 +236,7 @@ def skipping_facts(found: SkippableLayers, work: SkippingGain | None = None) -> 
     measured = "real models" if found.is_measured else "random models only"
     return [
         ("Can be skipped", layers),
-        ("Left in them", left),
+        ("Left in them", " and ".join(found.left) or "nothing"),
         ("Projections", projections),
         ("Catching up", f"no: {found.no_refill}" if found.no_refill else "yes"),
         ("Measured on", measured),

@@ -38,7 +38,7 @@ def inspection_facts(found: Inspection) -> list[Fact]:
         ("Chat template", "yes" if found.has_chat_template else "no (base model)"),
         *([("Sidecar", found.sidecar)] if found.sidecar else []),
         *([("Reads images with", found.mmproj)] if found.mmproj else []),
-        *(skipping_facts(found.skipping, found.work) if found.skipping else []),
+        *(skipping_facts(found.skipping) if found.skipping else []),
         *([] if is_exact else _pruning_facts(found.pop)),
         ("Stock llama.cpp", stock),
     ]
