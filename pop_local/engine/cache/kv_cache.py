@@ -54,7 +54,7 @@ class KvCache:
         self.epoch = 0
         self.learner: ReadObserver | None = None
         self._vision = vision
-        self._has_moved = False
+        self._must_place = False
         self._tokens = np.zeros(context.n_ctx, dtype=np.intc)
 
     @property
@@ -74,7 +74,7 @@ class KvCache:
         with self.slot.locked():
             self.slot.require_idle()
             self.n_tokens = 0
-            self._has_moved = False
+            self._must_place = False
             self.images.clear()
             self.has_logits = False
             self.rows.forget_from(0)
@@ -154,6 +154,7 @@ class KvCache:
             raise PopError(
                 "the saved state does not fit this model and context", "read the prompt again"
             )
+        self._must_place = not self.context.window
         self._tokens[:n] = state.tokens
         self.images = dict(state.images)
         self.rows.take_over(state.is_full, state.positions, is_exact=state.key == FULL)
@@ -224,12 +225,12 @@ class KvCache:
 
     @contextmanager
     def _placed(self, tokens: Sequence[int]) -> Iterator[None]:
-        """Place new rows in empty cells, even after rows of a window have moved.
+        """Place new rows in empty cells, even after rows were moved or restored.
 
-        Otherwise, llama.cpp would start its search at the first moved row and reuse the cells of
-        rows that have left the window.
+        Otherwise, llama.cpp would start its search at the first of these rows and reuse the cells
+        of rows that have left a window.
         """
-        if not (self._has_moved and backend.bindings().llama_model_n_swa(self.context.model)):
+        if not (self._must_place and backend.bindings().llama_model_n_swa(self.context.model)):
             yield
             return
         first, sources = int(self.rows.positions[self.n_tokens]), np.full(len(tokens), -1, np.int32)
@@ -266,7 +267,7 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
             cache.slot.cells.move(start, sources[start:], tokens[start:])
         except PopError:
             return False
-        cache._has_moved = True
+        cache._must_place = True
         cache.n_tokens = len(tokens)  # `cache.tokens` ends there
         cache.tokens[:] = tokens
         cache.n_tokens = n_leading(sources >= 0)

@@ -85,9 +85,10 @@ class Cells:
         """Restore the cells from a saved state. Returns False if the state cannot be restored.
 
         If False is returned, the cells' contents are undefined. An empty state is rejected here
-        because llama.cpp would accept it.
+        because llama.cpp would accept it, and one that starts with a large number because llama.cpp
+        would allocate that many bytes.
         """
-        if not state:
+        if not state or int.from_bytes(state[:4], "little") > len(state):
             return False
         buffer = np.frombuffer(state, dtype=np.uint8)
         with self._locked():

@@ -2,6 +2,7 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -158,6 +159,29 @@ def test_alternating_prompts_are_cached_within_a_limit(pop_file, capacity_bytes,
     assert [n_read(model, first), n_read(model, second)] == [100, 100]
     for tokens in (first, second):
         assert (n_read(model, tokens) <= 16) == is_kept
+
+
+def test_new_rows_do_not_replace_a_restored_windows_rows(tmp_path):
+    """llama.cpp reuses the cells of rows that have left a window, but a later prompt needs them."""
+    question, later = prompt(700)[:300] + prompt(60, 3), prompt(700)[:70] + prompt(30, 4)
+    with opened(make_gguf(tmp_path / "gemma3.gguf", "gemma3")) as model:
+        read(model, prompt(700))
+        state = model.engine.states.save()
+        model.engine.states.restore(state)
+        read(model, question)
+        assert model.read(Prompt(later)).n_cached == 70
+        found = last_logits(model)
+        model.engine.cache.clear()
+        np.testing.assert_allclose(found, read(model, later), rtol=0, atol=NOISE)
+
+
+def test_a_state_that_declares_a_large_size_is_refused(pop_file):
+    """llama.cpp would allocate 4 GB."""
+    with opened(pop_file) as model:
+        read(model, prompt(100))
+        state = model.engine.states.save()
+        with pytest.raises(PopError, match="does not fit"):
+            model.engine.states.restore(replace(state, cells=b"\xff" * 4 + state.cells[4:]))
 
 
 def test_a_restored_prompt_has_the_same_answer(pop_file):
