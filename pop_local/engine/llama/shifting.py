@@ -34,8 +34,17 @@ def can_shift(context: Context) -> bool:
     layers that normalize K after RoPE, because llama.cpp rotates a moved row's K in all layers.
     """
     if context not in _known:
-        _known[context] = _is_equal_after_a_shift(context)
+        _known[context] = not _has_empty_cache(context) and _is_equal_after_a_shift(context)
     return _known[context]
+
+
+def _has_empty_cache(context: Context) -> bool:
+    """Return whether no layer has a window, or every layer does, although llama.cpp expects both.
+
+    llama.cpp then has a second cache without layers, and crashes when it rotates moved rows.
+    """
+    expects_both = backend.bindings().llama_model_n_swa(context.model) > 0
+    return expects_both and len(set(map(bool, context.files.shape.windows))) == 1
 
 
 def _is_equal_after_a_shift(context: Context) -> bool:

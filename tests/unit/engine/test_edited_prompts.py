@@ -2,17 +2,14 @@
 
 import os
 import random
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import StoppedError
 from pop_local.engine.cache import align
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.cache.rows import NO_STALE
-from pop_local.engine.cache.saved_state import SavedState
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
@@ -23,6 +20,7 @@ from pop_local.engine.prefill.reading import PrefillStoppedError
 from pop_local.engine.prompt.prompt import Prompt
 from support.calls import NOISE, kv_bytes, last_logits, prompt, read
 from support.converted import tiny
+from support.edit_operations import Operations, randomly_edited, stop_after, stopping
 from support.edited_prompts import EDITS, NEW, OLD, Tokens, pruned
 
 N_OPERATIONS = int(os.environ.get("EDIT_OPERATIONS", "150"))
@@ -56,20 +54,6 @@ def repaired(model: PopModel) -> tuple[bytes, np.ndarray]:
     logits = read(model, cache.tokens.tolist())
     model.engine.set_mode(Mode.CONTEXT)
     return state, logits
-
-
-def stop_after(n_calls: int) -> Callable[[], bool]:
-    """Return a callback that requests a stop from its N-th call on."""
-    left = [False] * n_calls
-    return lambda: not left or left.pop()
-
-
-def stopping(after: int) -> Callable[[int, int], None]:
-    def on_prefill(done: int, total: int) -> None:
-        if done >= after:
-            raise StoppedError
-
-    return on_prefill
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -140,95 +124,6 @@ def test_small_changes_of_the_logits_show_that_stale_rows_are_used(llama_file):
     assert np.corrcoef(edited, expected)[0, 1] > 0.9
 
 
-def randomly_edited(rng: random.Random, tokens: Tokens) -> Tokens:
-    start = rng.randrange(len(tokens))
-    end = min(len(tokens), start + rng.randrange(1, 60))
-    new = prompt(rng.randrange(0, 60), rng.randrange(1000))
-    return (tokens[:start] + new + tokens[end:])[:900] or [5]
-
-
-def is_subsequence(part: Tokens, tokens: Tokens) -> bool:
-    left = iter(tokens)
-    return all(token in left for token in part)
-
-
-class Operations:
-    """Random reads, edits, answers, stops, refills, saves and restores on one cache.
-
-    Whenever all rows are exact, the state must equal that of a fresh full reading. An answer's rows
-    are decoded one at a time, which rounds otherwise: then the next logits are compared.
-    """
-
-    def __init__(self, model: PopModel, full: PopModel, seed: int) -> None:
-        self._model, self._full = model, full
-        self._rng = random.Random(seed)
-        self._saved: list[SavedState] = []
-        self._has_answers = False
-        self.n_edited = self.n_checked = self.n_equal = 0
-
-    def run(self, n_steps: int) -> None:
-        read(self._model, OLD)
-        steps = [self._edit, self._answer, self._refill, self._save, self._restore, self._replace]
-        for _ in range(n_steps):
-            [step] = self._rng.choices(steps, [8, 2, 6, 1, 1, 1])
-            step()
-            cache = self._model.engine.cache
-            assert cache.slot.cells.end == cache.n_tokens
-            assert cache.n_exact <= cache.rows.first_stale
-            if 0 < cache.n_exact == cache.n_tokens:
-                self._check(cache.tokens.tolist())
-
-    def _edit(self) -> None:
-        tokens = randomly_edited(self._rng, self._model.engine.cache.tokens.tolist() or OLD)
-        if len(tokens) < 300:
-            tokens += prompt(500, self._rng.randrange(1000))
-        sequence = self._model.engine.sequences[0]
-        try:
-            after = self._rng.choice([0, 1, 40, 10**6, 10**6, 10**6])
-            found = sequence.read(Prompt(tokens), stopping(after))
-        except PrefillStoppedError as error:
-            assert error.read.n_prompt == len(tokens)
-            assert is_subsequence(sequence.cache.tokens.tolist(), tokens)
-            return
-        assert sequence.cache.tokens.tolist() == tokens
-        assert np.isfinite(last_logits(self._model)).all()
-        self.n_edited += found.n_stale > 0
-
-    def _replace(self) -> None:
-        self._saved.clear()
-        self._has_answers = False
-        self._model.engine.cache.clear()
-        read(self._model, prompt(self._rng.randrange(1, 800), self._rng.randrange(1000)))
-
-    def _answer(self) -> None:
-        self._has_answers = True
-        for _ in range(self._rng.randrange(1, 20)):
-            self._model.engine.sequences[0].step(self._rng.randrange(3, 300))
-
-    def _refill(self) -> None:
-        self._model.engine.refiller.refill(stop_after(self._rng.choice([1, 30, 300, 10**6])))
-
-    def _save(self) -> None:
-        self._saved = [*self._saved[-3:], self._model.engine.states.save()]
-
-    def _restore(self) -> None:
-        if self._saved:
-            self._model.engine.states.restore(self._rng.choice(self._saved))
-
-    def _check(self, tokens: Tokens) -> None:
-        self._full.engine.cache.clear()
-        read(self._full, tokens)
-        if self._has_answers:
-            for model in (self._model, self._full):
-                model.engine.sequences[0].step(5)
-            found, expected = last_logits(self._model), last_logits(self._full)
-            np.testing.assert_allclose(found, expected, rtol=0, atol=NOISE)
-        else:
-            assert kv_bytes(self._model) == kv_bytes(self._full)
-            self.n_equal += 1
-        self.n_checked += 1
-
-
 @pytest.mark.parametrize(("arch", "seed"), [("llama", 0), ("gemma3", 1)])
 def test_random_operations_are_repaired(tmp_path, arch, seed):
     path = tiny(tmp_path, arch)
@@ -292,6 +187,13 @@ def test_rows_that_have_left_a_window_are_not_reused(tmp_path):
         found = last_logits(model)
         model.engine.cache.clear()
         np.testing.assert_allclose(found, read(model, tokens), atol=NOISE)
+
+
+def test_rows_do_not_move_if_every_layer_has_a_window(tmp_path):
+    """llama.cpp crashes when it rotates the rows of a cache without layers."""
+    with pruned(tiny(tmp_path, "gemma3", n_layer=4, boundary=2)) as model:
+        read(model, OLD)
+        assert model.read(Prompt(EDITS["a longer first line"])).n_stale == 0
 
 
 def test_answers_continue_after_stale_rows(llama_file):
