@@ -380,8 +380,9 @@ class ModelPool:
         is_expected = isinstance(error, PopError | OSError)
         reason = as_api_error(error).detail
         log.error("cannot open %s: %s", file.name, reason, exc_info=None if is_expected else error)
-        self._problem = f"cannot open {file.name}: {reason}"
-        return ApiError(500, self._problem, param="model")
+        # /health needs no key, and the reason may contain a path.
+        self._problem = f"cannot open {file.name}: the server's log contains the reason"
+        return ApiError(500, f"cannot open {file.name}: {reason}", param="model")
 
     # Life cycle
 

@@ -1,10 +1,12 @@
 """Several clients: fair shares of expensive work, and separate caches."""
 
 import asyncio
+import hashlib
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -165,6 +167,21 @@ def test_stored_responses_belong_to_one_client(model):
         assert client.post("/v1/responses", json=later, headers=BOB).status_code == 400
         assert client.post("/v1/responses", json=later, headers=ALICE).status_code == 200
         assert client.delete(path, headers=ALICE).status_code == 200
+
+
+def test_slots_hide_other_clients_prompt_lengths(model):
+    app = app_of(model, NAME, rules=KEYS)
+    (served_model,) = app.state.models.loaded
+    alice = KEYS.cache_scope(hashlib.sha256(b"alice").hexdigest()[:16])
+    job: Any = SimpleNamespace(read=(3, 9), left_s=1.0)
+    with asking(app) as client:
+        served_model.worker.running[0] = job
+        model.engine.sequences[0].states.set_scope(alice)
+        [[own], [other]] = (client.get("/slots", headers=each).json() for each in (ALICE, BOB))
+        del served_model.worker.running[0]
+    assert (own["n_read"], own["n_rows"], own["left_s"]) == (3, 9, 1.0)
+    assert other.keys() == own.keys() - {"n_read", "n_rows", "left_s", "n_behind", "job"}
+    assert other["is_processing"]
 
 
 def test_single_key_shares_the_commands_cache():

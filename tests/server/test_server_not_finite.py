@@ -12,6 +12,9 @@ from support.server_requests import N_CTX, NAME
 from support.serving import app_of, asking
 from support.synthetic import TEMPLATE, make_gguf
 
+PARAMETERS = {"type": "object", "properties": {"n": {"type": "integer"}}}
+FUNCTION = {"name": "double", "parameters": PARAMETERS}
+TOOL = {"name": "double", "input_schema": PARAMETERS}
 MESSAGES = {"messages": [{"role": "user", "content": "one two"}], "max_tokens": 4}
 TEXT = {"prompt": "one two", "max_tokens": 4}
 REQUESTS = {
@@ -22,6 +25,10 @@ REQUESTS = {
         "/v1/chat/completions",
         MESSAGES | {"response_format": {"type": "json_object"}},
     ),
+    "openai, tools": (
+        "/v1/chat/completions",
+        MESSAGES | {"tools": [{"type": "function", "function": FUNCTION}]},
+    ),
     "openai, text": ("/v1/completions", TEXT | {"logprobs": 2}),
     "openai, echo": ("/v1/completions", TEXT | {"logprobs": 2, "echo": True}),
     "openai, prompt only": (
@@ -29,6 +36,12 @@ REQUESTS = {
         TEXT | {"logprobs": 1, "echo": True, "max_tokens": 0},
     ),
     "responses": ("/v1/responses", {"input": "one two"}),
+    "responses, tools": (
+        "/v1/responses",
+        {"input": "one two", "tools": [{"type": "function", **FUNCTION}]},
+    ),
+    "anthropic, tools": ("/v1/messages", MESSAGES | {"model": NAME, "tools": [TOOL]}),
+    "ollama, schema": ("/api/chat", MESSAGES | {"model": NAME, "format": {"type": "integer"}}),
     "anthropic": ("/v1/messages", MESSAGES | {"model": NAME}),
     "ollama": ("/api/chat", MESSAGES | {"model": NAME}),
     "ollama, text": ("/api/generate", {"model": NAME, "prompt": "one two"}),

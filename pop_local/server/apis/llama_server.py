@@ -163,7 +163,7 @@ async def _slots(api: Api, request: Request) -> Response:
     """List the slots of all open models, or of the model in the query."""
     name = request.query_params.get("model")
     found = [
-        _slot(served, number)
+        _slot(served, number, request.state.cache_scope)
         for served in api.models.loaded
         if name in (None, served.name)
         for number in range(len(served.model.engine.sequences))
@@ -171,14 +171,18 @@ async def _slots(api: Api, request: Request) -> Response:
     return JSONResponse(found)
 
 
-def _slot(served: ServedModel, number: int) -> Json:
+def _slot(served: ServedModel, number: int, cache_scope: str) -> Json:
     """Describe a slot. `left_s` is the estimated time in seconds until its prompt is read.
 
-    `job` is the id of the slot's latest job, and `n_behind` counts its rows that can catch up.
+    `job` is the id of the slot's latest job, and `n_behind` counts its rows that can catch up. They
+    and the prompt's length are omitted if the cached rows belong to another `cache_scope`.
     """
     job, n_ctx = served.worker.running.get(number), served.model.engine.context.n_ctx
     slot = {"id": number, "model": served.name, "n_ctx": n_ctx, "speculative": False}
-    refiller = served.model.engine.sequences[number].refiller
+    sequence = served.model.engine.sequences[number]
+    if sequence.states.scope != cache_scope:
+        return slot | {"is_processing": job is not None}
+    refiller = sequence.refiller
     slot["n_behind"] = refiller.n_refillable if refiller.is_on else 0
     slot["job"] = served.worker.latest_ids.get(number)
     if job is None:
