@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,8 +96,7 @@ class PopModel:
         Raises PopError, and leaves the model unchanged, if opening fails or the model has an
         mmproj.
         """
-        with self._lock, self._engine.context.locked():
-            before = self._engine
+        with self._changing() as before:
             before.context.interrupt.require_idle()
             if before.vision is not None:
                 raise PopError(
@@ -130,9 +129,22 @@ class PopModel:
         `memory_bytes`: memory limit for the sums and the queued rows (default: see
         OnlineCalibrator). Raises PopError if the model cannot be fitted.
         """
-        with self._lock, self._engine.context.locked():
-            calibrator = OnlineCalibrator(self._engine.cache, memory_bytes)
-            self._engine = replace(self._engine, calibrator=calibrator)
+        with self._changing() as engine:
+            calibrator = OnlineCalibrator(engine.cache, memory_bytes)
+            self._engine = replace(engine, calibrator=calibrator)
+
+    @contextmanager
+    def _changing(self) -> Iterator[Engine]:
+        """Keep other threads from using or replacing the engine until exit.
+
+        A progress callback holds the context's lock already, so that lock must be taken first.
+        """
+        while True:
+            engine = self._engine
+            with engine.context.locked(), self._lock:
+                if engine is self._engine:  # otherwise another thread has replaced it
+                    yield engine
+                    return
 
     @property
     def pruning(self) -> bool:

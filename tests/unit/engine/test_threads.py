@@ -153,6 +153,25 @@ join(reading)
 assert len(ended) == 3
 """
 
+# A callback of the thread that reads calls `learn` while another thread waits in `swap_sidecar`.
+LEARN_IN_CALLBACK = """
+from pathlib import Path
+
+def learn(done, total):
+    if not is_running.is_set():
+        is_running.set()
+        time.sleep(1)
+        try:
+            model.learn(2**30)
+        except PopError as error:
+            ended.append(error)
+
+reading = start(lambda: model.read(Prompt(prompt(500)), learn))
+assert is_running.wait(60)
+swapping = start(model.swap_sidecar, Path("missing.gguf"))
+join([reading, swapping])
+"""
+
 
 @pytest.fixture(scope="module")
 def chat_file(tmp_path_factory) -> Path:
@@ -183,6 +202,10 @@ def test_closing_a_model_while_another_thread_decodes(wait_s, chat_file):
 
 def test_closing_a_model_that_learns_in_another_thread(chat_file, llama):
     run(CLOSE_WHILE_LEARNING, chat_file, llama)
+
+
+def test_learning_in_a_callback_while_another_thread_swaps_the_sidecar(chat_file):
+    run(LEARN_IN_CALLBACK, chat_file)
 
 
 def test_closing_a_model_of_several_sequences(chat_file):
