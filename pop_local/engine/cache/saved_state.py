@@ -23,8 +23,8 @@ from pop_local.engine.cache.rows import NO_STALE
 from pop_local.engine.images.mmproj import NO_TOKEN
 
 # Errors raised for a damaged or foreign archive. RuntimeError covers encrypted archives and deeply
-# nested JSON.
-DAMAGES = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError)
+# nested JSON, and OverflowError an infinite number.
+DAMAGES = (zipfile.BadZipFile, EOFError, KeyError, OverflowError, RuntimeError, ValueError)
 
 # The header that numpy writes for a one-dimensional array.
 _NPY = re.compile(

@@ -1,5 +1,6 @@
 """The store of KV caches on disk: found after a restart, and safe from damage and full disks."""
 
+import json
 import logging
 import os
 import signal
@@ -7,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +132,21 @@ def test_foreign_files_are_removed_with_one_line(pop_file, folder, content, capl
     with caplog.at_level(logging.WARNING, logger=disk_store.__name__):
         assert restart(pop_file, folder)[0].n_cached == 0
     assert [path.name for path in files(folder)] == ["notes.txt"]
+    assert len(caplog.messages) == 1
+
+
+def test_a_file_with_an_infinite_size_is_removed_with_one_line(pop_file, folder, caplog):
+    store_prompt(pop_file, folder)
+    [path] = files(folder)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    about = json.loads(members["state.json"]) | {"n_tokens": float("inf")}
+    members["state.json"] = json.dumps(about).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert DiskStore(folder, ROOM).stored() == []
+    assert files(folder) == []
     assert len(caplog.messages) == 1
 
 
