@@ -84,9 +84,9 @@ class Cells:
     def restore(self, state: bytes) -> bool:
         """Restore the cells from a saved state. Returns False if the state cannot be restored.
 
-        If False is returned, the cells' contents are undefined. An empty state is rejected here
-        because llama.cpp would accept it, and one that starts with a large number because llama.cpp
-        would allocate that many bytes.
+        If False is returned, the cells' contents are undefined. Empty states are rejected here
+        because llama.cpp would accept them. States that start with a large number are rejected
+        because llama.cpp would allocate gigabytes.
         """
         if not state or int.from_bytes(state[:4], "little") > len(state):
             return False
