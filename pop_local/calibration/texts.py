@@ -148,7 +148,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
     if np.unique(windows).size < _LEAST_DISTINCT:
         raise CalibrationError(
             f"{_names(paths)} is repetitive: it has fewer than {_LEAST_DISTINCT} distinct tokens",
-            "use a more varied text, or the default text",
+            "use more varied text, or the default text",
         )
     whole = "\n\n".join(chain.from_iterable(groups))
     return CalibrationText(_names(paths), hashlib.sha256(whole.encode()).hexdigest(), windows)

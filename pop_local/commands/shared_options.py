@@ -1,4 +1,4 @@
-"""Options and option groups that several commands share."""
+"""Options and option groups that multiple commands share."""
 
 import math
 import os

@@ -46,7 +46,7 @@ class PrefillScheduler:
     """The order in which queued prompts are read.
 
     The prompt with the fewest rows left goes first, and the oldest one of several equal prompts. As
-    an exception, the oldest prompt of all gets one chunk after `AGE_ROWS` rows of other prompts.
+    an exception, the oldest prompt gets one chunk after `AGE_ROWS` rows of other prompts.
     """
 
     def __init__(self) -> None:

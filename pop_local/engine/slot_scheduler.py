@@ -82,7 +82,7 @@ class SlotScheduler:
         return refiller.n_refillable if refiller.is_on else 0
 
     def _score(self, index: int, prompt: Prompt, scope: str) -> tuple[int, int]:
-        """Return a sort key: (number of reusable rows, negative number of cached rows).
+        """Return a sort key: (number of reusable rows, negated number of cached rows).
 
         Reusable rows count only if they make up at least half of the cached rows or match the whole
         prompt. In other cells, the answer to a repeated prompt could differ.

@@ -27,7 +27,7 @@ _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNOREC
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model at one commit of a hub repository, stored in one file or several parts.
+    """A model at one commit of a hub repository, stored in one file or in multiple parts.
 
     `mmproj` is the model's image encoder (None if the repository has none).
     """

@@ -48,7 +48,7 @@ def _complete_models(files: Sequence[str]) -> list[QuantFile]:
 def choose_mmproj(files: Sequence[str], model: str) -> str | None:
     """Return the mmproj for a model file, or None if the repository has none.
 
-    Prefer mmprojs in the model's folder, then the most similar name, then the smallest type.
+    Prefer files in the model's folder, then the most similar name, then the smallest type.
     """
     of = PurePosixPath(model)
 

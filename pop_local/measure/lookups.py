@@ -132,7 +132,7 @@ def measure_lookups(
 
 @dataclass(frozen=True)
 class LookupReference:
-    """The full model's answers, for comparison with several files of the same model."""
+    """The full model's answers, for comparison with multiple files of the same model."""
 
     settings: LookupSettings
     documents: tuple[LookupDocument, ...]

@@ -166,7 +166,7 @@ def models_dirs() -> tuple[Path, ...]:
 
 
 def stored_file(*files: str) -> Path | None:
-    """Return the path of the first of `files` found in a models folder, or None."""
+    """Return the path of the first file in `files` that a models folder contains, or None."""
     places = (folder / file for file in files for folder in models_dirs())
     return next((path for path in places if path.is_file()), None)
 

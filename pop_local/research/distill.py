@@ -92,7 +92,7 @@ class TeacherStates:
 def read(
     decoder: Decoder, first: int, text: DistillText, *, seed: int, on_progress: Progress
 ) -> TeacherStates:
-    """Run the full model on the text's windows and on copies of some with a repeated passage.
+    """Run the full model on the text's windows, and on copies of some that repeat a passage.
 
     `first`: the smallest boundary whose fits can be distilled. `seed`: the seed for choosing the
     passages. `on_progress(done, total)` receives progress in windows times layers, and may raise an

@@ -1,7 +1,7 @@
 """Measure the loss and the speedup at each of a model's boundaries.
 
 At each boundary in the second half of the layers, repeated random tokens show how well the model
-still copies with the layers' own projections. Fitting hardly changes this result. At boundaries
+still copies with the layers' own projections. Fitting barely changes this result. At boundaries
 where the model still copies, the KL and the copy ratio are then measured on a few windows of prose,
 with fitted projections if possible.
 """

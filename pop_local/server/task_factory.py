@@ -34,7 +34,7 @@ _MIN_TEMPERATURE = 0.01
 class TaskFactory:
     """A factory for a model's tasks, which rejects invalid requests before they are queued.
 
-    Several threads may use the factory, even while the model decodes. `repeatable` is the default
+    Multiple threads may use the factory, even while the model decodes. `repeatable` is the default
     for requests without the field `repeatable`.
     """
 

@@ -14,9 +14,9 @@ class SkippableLayers:
 
     `left` lists what the skipped layers still compute for context tokens. `fits_from` is the first
     boundary whose projections can be fitted, or None if no fit is possible (`no_fit` is the
-    reason). From layer `exact` on, context tokens can skip all layers without any loss (0: no such
-    layer). `no_refill` is the reason that the skipped layers cannot be run later, or "" if they
-    can. `is_measured` is true if pruning was measured on real models of this architecture.
+    reason). Context tokens can skip layers `exact` and up without any loss (0: no such layer).
+    `no_refill` is the reason that the skipped layers cannot be run later, or "" if they can.
+    `is_measured` is true if pruning was measured on real models of this architecture.
     """
 
     first: int

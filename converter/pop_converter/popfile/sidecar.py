@@ -76,7 +76,7 @@ def read_sidecar(path: Path, base: Source) -> PopMeta:
 
 
 def sidecar_meta(header: Header) -> PopMeta:
-    """Return a sidecar's POP keys, whatever its model. Raises FormatError for other files."""
+    """Return a sidecar's POP keys for any model. Raises FormatError for other files."""
     meta = pop_meta(header)
     if meta is None:
         raise FormatError(

@@ -43,7 +43,7 @@ def find_runs(
     """Return the runs of `min_run` or more matching tokens, in prompt order.
 
     `cached`, `prompt`: int [n]. `prompt_hashes`: the prompt's `window_hashes` for windows of
-    `min_run` tokens. Each prompt token is in at most one run. A cached token can be in several
+    `min_run` tokens. Each prompt token is in at most one run. A cached token can be in multiple
     runs, and the cache can contain the runs in a different order. Takes O(n log n) time.
     """
     cached_hashes = window_hashes(cached, min_run)

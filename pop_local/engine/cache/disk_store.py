@@ -1,7 +1,7 @@
 """Saved states on disk, which survive a restart.
 
 Each state is one zip file (see saved_state.py) with mode 0600, named after a hash of its key and
-tokens. If the files exceed the capacity, the least recently used files are removed. Several
+tokens. If the files exceed the capacity, the least recently used files are removed. Multiple
 processes may share the folder: each process finds new files and ignores removed ones.
 """
 

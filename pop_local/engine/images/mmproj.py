@@ -95,7 +95,7 @@ class _Cut:
 class Mmproj:
     """A model's mmproj file, which `open` loads.
 
-    `key`: identifies the file. Several threads may call `see` while another thread is decoding.
+    `key`: identifies the file. Multiple threads may call `see` while another thread is decoding.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Online calibration: learn from rows that run all layers anyway.
 
-Unpruned prompts yield rows for several boundaries, but refills yield rows only for the current one.
-The rows are queued after each batch and added to the sums while the model is idle.
+Unpruned prompts yield rows for multiple boundaries, but refills yield rows only for the current
+one. The rows are queued after each batch and added to the sums while the model is idle.
 """
 
 from __future__ import annotations

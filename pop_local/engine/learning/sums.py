@@ -229,9 +229,10 @@ class SumsFile:
             raise WriteError(f"cannot write {self.path}: {error.strerror}") from error
 
     def settle(self, wides: dict[int, WideInput]) -> dict[int, WideInput]:
-        """Store the wider inputs that the file lacks and return the file's wider inputs.
+        """Store the wider inputs that the file lacks, and return the file's wider inputs.
 
-        Processes that start learning together thus use the same inputs. Raises PopError like `add`.
+        Processes that start learning at the same time therefore use the same inputs. Raises
+        PopError like `add`.
         """
         self.add(Sums(dict(wides)), {})
         return self.known().wides

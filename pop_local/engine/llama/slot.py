@@ -15,7 +15,7 @@ from pop_local.engine.llama.context import Context
 class Slot:
     """A context's only sequence.
 
-    BatchedSlot (batching.py) is one of several sequences.
+    BatchedSlot (batching.py) is one of multiple sequences.
     """
 
     def __init__(self, context: Context, sequence: int = 0) -> None:
