@@ -333,4 +333,4 @@ def _check_data(header: Header) -> None:
         last = header.tensors[-1]
         needed = header.data_start + last.offset + last.size_bytes
         if needed > header.size_bytes:
-            raise truncated(header.path, f"only {header.size_bytes:,} of {needed:,} bytes are present")
+            raise truncated(header.path, f"only {header.size_bytes:,} of {needed:,} bytes exist")
