@@ -83,6 +83,10 @@ class Recipe:
     seed: int = 0
 
 
+# Models of this process, by recipe: most tests use one of a few, and writing one takes 40 ms.
+MAX_WRITTEN = 64
+_WRITTEN: dict[str, bytes] = {}
+
 # Head dimensions differ from n_embd / n_head if the architecture allows it.
 DEFAULTS = {
     "llama": Recipe(),
@@ -109,9 +113,15 @@ DEFAULTS = {
 def make_gguf(path: Path, arch: str, **overrides: object) -> Path:
     """Write a random model of `arch` to `path` and return it; `overrides` are Recipe's fields."""
     recipe = replace(DEFAULTS[arch], **overrides)  # type: ignore[arg-type]
+    key = repr(recipe)
+    if key in _WRITTEN:
+        path.write_bytes(_WRITTEN[key])
+        return path
     _write(GGUFWriter(path, arch), recipe)
     if recipe.zero_deep is not None:
         _zero_deep(path, recipe.zero_deep)
+    if len(_WRITTEN) < MAX_WRITTEN:
+        _WRITTEN[key] = path.read_bytes()
     return path
 
 
