@@ -30,6 +30,11 @@ GEMMA := models/gemma-3-270m.Q4_K_M
 SOURCES := pyproject.toml \
 	$(shell find converter pop_local -name __pycache__ -prune -o -print)
 
+# Downloads and the linters run while the compiler does.
+ifneq ($(filter demo test,$(MAKECMDGOALS)),)
+MAKEFLAGS += --jobs=2
+endif
+
 # Each test file runs in one worker, in folder order, so that the long ones start first. NumPy is limited
 # to one thread per worker, since the threads of two workers would wait for each other.
 WORKERS ?= 2
