@@ -92,7 +92,7 @@ class MeasureOptions(HardwareOptions):
     sidecar: Path | None = option(_SIDECAR, "PATH")
     # The field is not named ctx, because the setting `ctx` is for conversations.
     n_ctx: int | None = option(
-        "Context length in tokens (default: as long as needed).", flag="--ctx", min=1, max=MOST
+        "Context length in tokens (default: the required length).", flag="--ctx", min=1, max=MOST
     )
 
 

@@ -127,7 +127,7 @@ def machines() -> str:
         cells = [[f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.1f}x"] for a, b in pairs]
         rows.append([f"`{row['name']}`", *cells[0], *cells[1]])
     here, other = (f"{result['machine']} ({result['date']})" for result in map(read, MACHINES))
-    text = f"We measured the first three figures on {here}, and the last three on {other}."
+    text = f"We measured the first three columns on {here}, and the last three on {other}."
     return f"\n{markdown(titles, rows)}\n{text}\n"
 
 

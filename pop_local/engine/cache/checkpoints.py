@@ -46,7 +46,7 @@ class Checkpoints:
         return max((n for n in self._states if n <= n_rows), default=0)
 
     def add(self, n_rows: int) -> None:
-        """Copy the state after the sequence's `n_rows` rows, unless a checkpoint already does."""
+        """Copy the state after the sequence's `n_rows` rows, unless a checkpoint already exists."""
         if not self.is_needed or n_rows <= self.last:
             return
         state = self._cells.checkpoint(MAX_BYTES)

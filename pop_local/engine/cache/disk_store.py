@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredState:
-    """A stored state without its cells. `used_s`: the Unix time at which it was last used."""
+    """A stored state without its cells. `used_s`: the Unix time of its last use."""
 
     path: Path
     size_bytes: int

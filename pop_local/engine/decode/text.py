@@ -33,7 +33,7 @@ class TextStream:
         self._stops = ()
 
     def flush(self) -> str:
-        """Return the held-back text after the answer's end, without any incomplete character."""
+        """Return the held-back text once the answer has ended, without incomplete characters."""
         shown, self._held = self._held, ""
         return shown
 

@@ -36,7 +36,7 @@ class Slot:
         return self.context.locked()
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Context manager that runs this sequence's batches at once and blocks other sequences."""
+        """Context manager that runs this sequence's batches immediately and blocks the others."""
         return self.context.locked()
 
     def interruptible(self) -> AbstractContextManager[None]:
