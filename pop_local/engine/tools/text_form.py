@@ -24,14 +24,14 @@ To call a function, write nothing but its name and arguments as JSON between the
 The next message contains the result. Answer without a call if no function is useful."""
 _CALL = "<tool_call>"
 _SPACE = r"/[ \n]{0,4}/"
-_END = r"/\}?\s{0,4}(<\/tools?(_call)?>\s{0,4})?(```)?/"
-# A call starts after a tag, or at the start of an answer, where a fence may precede it. Qwen2.5's
-# template shows calls in double braces, so Qwen2.5 models write two braces.
-_OPEN = r"(?:<tool_call>\s*|\A\s*(?:```\w*\s*)?(?:<tools?>\s*)?)"
-_CLOSE = re.compile(r"\s*\}{1,2}\s*(?:</tools?(?:_call)?>\s*)?(?:```\s*)?")
-_CLOSING = re.compile(r"\s*\}{0,2}\s*(?:<[/tols_ca>]*)?\s*`{0,3}\s*")  # an incomplete _CLOSE
+_END = r"/\}?\s{0,4}(<\/[a-z_]{1,16}>\s{0,4})?(```)?/"
+# A call starts after a tag, or at the start of an answer, where a fence and any tag may precede it.
+# Qwen2.5's template shows calls in double braces, so Qwen2.5 models write two braces.
+_OPEN = r"(?:<tool_call>\s*|\A\s*(?:```\w*\s*)?(?:<(?!think)[a-z_]{1,16}>\s*)?)"
+_CLOSE = re.compile(r"\s*\}{1,2}\s*(?:</[a-z_]{1,16}>\s*)?(?:```\s*)?")
+_CLOSING = re.compile(r"\s*\}{0,2}\s*(?:<[/a-z_]{0,17}>?)?\s*`{0,3}\s*")  # an incomplete _CLOSE
 _BEGUN = re.compile(
-    r'\s*(?:`{0,3}|```\w*\s*)(?:<[tols_ca>]{0,10}\s*)?(?:\{{1,2}\s*(?:"\w{0,4}|"name".{0,200})?)?',
+    r'\s*(?:`{0,3}|```\w*\s*)(?:<(?:[a-z_]{1,16}>?)?\s*)?(?:\{{1,2}\s*(?:"\w{0,4}|"name".{0,200})?)?',
     re.DOTALL,
 )
 

@@ -29,7 +29,9 @@ ASKED = Message("user", "How is it there?")
 CALL = ToolCall("abcdefgh1", "get_weather", '{"city": "Rome"}')
 NATIVE = '<tool_call>\n{"name": "get_weather", "arguments": {"city":"Rome"}}\n</tool_call>'
 FENCED = '```json\n{\n  "name": "get_weather",\n  "arguments": {"city": "Rome"}\n}\n```'
+TAGGED = '<response>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</response>'
 DOUBLED = '{{"name": "get_weather", "arguments": {"city": "Rome"}}}'
+CALLS = {"tags": NATIVE, "fence": FENCED, "braces": DOUBLED, "other tags": TAGGED}
 
 
 @pytest.fixture(scope="module", params=["native", "text"])
@@ -74,7 +76,7 @@ def test_a_required_call_has_no_text_before_it(model):
     assert taken(model, form, NATIVE.replace("Rome", "Oslo")).endswith('"city":"')
 
 
-@pytest.mark.parametrize("call", [NATIVE, FENCED, DOUBLED], ids=["tags", "fence", "braces"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_arguments_of_an_optional_call_follow_the_schema(model, call):
     form = form_of(model, Tools(BOTH, BOTH))
     assert taken(model, form, "Any text, {, `, and <tool>.") == "Any text, {, `, and <tool>."
@@ -83,7 +85,7 @@ def test_arguments_of_an_optional_call_follow_the_schema(model, call):
     assert "Oslo" not in taken(model, form, call.replace("Rome", "Oslo"))
 
 
-@pytest.mark.parametrize("call", [NATIVE, FENCED, DOUBLED], ids=["tags", "fence", "braces"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_call_is_parsed_and_other_json_is_content(model, call):
     form = form_of(model, Tools(BOTH, BOTH))
     content, calls = read(form, call)
