@@ -1,7 +1,6 @@
 """Windows of synthetic lookups: documents with exact values, followed by questions and answers.
 
-Ordinary text rarely repeats exact strings from its context, so a fit on ordinary text alone hurts
-lookups first.
+Ordinary text rarely repeats exact strings, so a fit on ordinary text alone hurts lookups first.
 """
 
 from collections.abc import Sequence
@@ -36,8 +35,7 @@ def carrier_windows(
 ) -> CarrierWindows:
     """Build `n` windows of `n_tokens` tokens. The same seed yields the same windows.
 
-    If a document does not fit, as with a tiny vocabulary, the result contains only the documents
-    before it.
+    If a document does not fit (tiny vocabulary), the result contains only the earlier documents.
     """
     rng = np.random.default_rng(seed)
     windows = np.zeros((n, n_tokens), np.int32)

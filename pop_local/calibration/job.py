@@ -43,8 +43,7 @@ def calibrate(
 
     No two plans may have the same boundary and the same kind of fit. If memory allows, one pass
     over the text serves all plans (see `plan_needs`). `text`: the text of an earlier calibration
-    with the same model and options. The stages of `watch` count tokens. Raises PopError or
-    StoppedError.
+    with the same settings. The stages of `watch` count tokens. Raises PopError or StoppedError.
     """
     shape = plans[0].shape
     if text is None:

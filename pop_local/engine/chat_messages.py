@@ -48,10 +48,9 @@ class TurnStats:
     model. n_refilled: cached tokens that were refilled since the previous answer. n_image: the
     prompt's image rows, including cached ones. n_decoded: sampled tokens, including the last one.
 
-    ttft_s: seconds from the question to the first token, including templating and tokenization.
-    encode_s: seconds spent encoding images. prefill_s: seconds spent on the prompt, excluding
-    encode_s. decode_s: seconds from the first to the last sampled token, excluding the caller's
-    time.
+    ttft_s: seconds to the first token, including templating and tokenization. encode_s: seconds
+    spent encoding images. prefill_s: seconds spent on the prompt, excluding encode_s. decode_s:
+    seconds from the first to the last sampled token, without the caller's time.
 
     is_short: whether pruning was on but the uncached part of the prompt was too short to prune.
     fit: the source of the pruned tokens' projections, or "". stop: the stop string that ended the

@@ -23,8 +23,7 @@ class EngineOptions:
     deep rows (default: the file's). `reuse`: which cached rows a prompt may reuse. `keep_states`:
     whether to keep boundary states for refilling. `parse_special`: whether to parse special tokens
     in messages and documents (a document could then inject turns). `full`: whether to start with
-    pruning off. `learn`: see PopModel.learn. `prompt_cache`: a store for the KV caches of earlier
-    prompts.
+    pruning off. `learn`: see PopModel.learn. `prompt_cache`: stores earlier prompts' KV caches.
     """
 
     model: str

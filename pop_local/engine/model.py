@@ -93,8 +93,7 @@ class PopModel:
     def swap_sidecar(self, sidecar: Path) -> None:
         """Switch to a different sidecar. The cache is kept if all its rows are exact.
 
-        Raises PopError, and leaves the model unchanged, if opening fails or the model has an
-        mmproj.
+        If opening fails or the model has an mmproj, raises PopError and changes nothing.
         """
         with self._changing() as before:
             before.context.interrupt.require_idle()

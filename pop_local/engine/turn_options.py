@@ -18,9 +18,8 @@ class TurnOptions(SamplerOptions):
     that end the answer and are removed from it. `grammar`: a Grammar, or GBNF text. `calls`: the
     form of tool calls, used instead of `grammar`. `n_top_logprobs`: the number of alternatives per
     token (None: no log-probabilities). `has_end_logprob`: include the token that ends the answer.
-    `repeatable`: ignore cached rows, so that the same options give the same answer if a seed is set
-    or the temperature is 0. `ends_repeats`: end the answer if it repeats a block, unless a grammar
-    is set.
+    `repeatable`: ignore cached rows, so that a fixed seed or temperature 0 gives the same answer.
+    `ends_repeats`: end an answer that repeats a block, unless a grammar is set.
 
     `on_prefill(done, total)` is called before the first batch and after each batch. Both arguments
     count uncached tokens. `should_stop` is called during prefill and after each token. If it

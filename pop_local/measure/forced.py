@@ -85,8 +85,7 @@ class Forced:
     def predict(self, tokens: Tokens) -> Logits:
         """Return the full model's logits (len(tokens), n_vocab) for text after the context.
 
-        Row i is predicted from the context and tokens[:i]. The tokens are then removed from the
-        cache.
+        Row i is predicted from the context and tokens[:i]. The cache then drops the tokens.
         """
         n_context, n_decoded = self._cache.n_tokens, len(tokens) - 1
         logits = np.empty((len(tokens), self._context.vocabulary.n_tokens), np.float32)

@@ -261,8 +261,7 @@ def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
 def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
     """Return the first line of the greedy continuation, whose first `n_right` tokens are correct.
 
-    After a complete correct answer, one more token is generated to check whether the value
-    continues.
+    After a complete correct answer, generates one more token to check if the value continues.
     """
     model, tokens = reader.model, list(asked.answer[:n_right])
     n_most = len(asked.answer) + (_N_LEEWAY if n_right < len(asked.answer) else 1)

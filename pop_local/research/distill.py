@@ -302,8 +302,7 @@ def _units(rows: Tensor, weights: Tensor) -> Tensor:
     """Return the units [n_out, n_in] for changes to a projection with inputs [n_rows, n_in].
 
     A change of 1 unit moves an output by the output's spread divided by n_in. Weak inputs are
-    assigned a minimum power, because large weights would increase the quantization error of their
-    blocks.
+    assigned a minimum power, because large weights would increase their blocks' quantization error.
     """
     spread = (rows @ weights.T).std(0)
     power = rows.square().mean(0).sqrt()

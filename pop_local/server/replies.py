@@ -56,8 +56,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
     """Return OpenAI's `usage` with an added field `pop`: TurnStats' counters and times in seconds.
 
     `pop.reason` explains why the prompt was read in full (null: it was pruned). `pop.reading` is
-    null if no rows were prefilled. `pop.ignored` lists the JSON schema keywords that were not
-    enforced.
+    null if no rows were prefilled. `pop.ignored` lists JSON schema keywords that were not enforced.
     """
     times = {"queued_s": queued_s} | {name: getattr(stats, name) for name in _TIMES}
     return {

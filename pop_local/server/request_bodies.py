@@ -44,8 +44,7 @@ class LenientBody(BaseModel):
 class ModelRequest(LenientBody):
     """A request for `model` (None: the default model).
 
-    Requests with a field in `unsupported` are refused, because ignoring the field would change the
-    answer.
+    Requests with an `unsupported` field are refused, because ignoring it would change the answer.
     """
 
     unsupported: ClassVar[tuple[str, ...]] = ()

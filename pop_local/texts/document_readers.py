@@ -64,8 +64,7 @@ def read_text(path: Path) -> str:
 def read_document(path: str | os.PathLike[str]) -> Document:
     """Read a plain-text, email, PDF or DOCX file.
 
-    Raises OSError if reading fails, and PopError if the file is binary, is too large or has no
-    text.
+    Raises OSError if reading fails, and PopError for a file that is binary, too large or empty.
     """
     path = Path(path)
     content = _within_limit(read_file(path, MAX_BYTES + 1), str(path))

@@ -78,8 +78,7 @@ def evaluate(
     """Measure the loss from pruning a model, given by path or name.
 
     `at`: the boundary to measure (default: the converted file's boundary). Boundaries without
-    fitted projections are measured with the model's own projections. Raises PopError or
-    StoppedError.
+    fitted projections use the model's own projections. Raises PopError or StoppedError.
     """
     find = model_files if at is None else files_at_boundary
     files = find(os.fspath(model), sidecar, watch)

@@ -1,7 +1,6 @@
 """Architecture properties that GGUF files do not record.
 
-The names come from llama.cpp's src/llama-arch.cpp. Unlisted architectures are treated as ordinary
-decoders.
+The names come from llama.cpp's src/llama-arch.cpp. Unlisted ones are ordinary decoders.
 """
 
 import re

@@ -240,8 +240,7 @@ def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: 
     """Replace a sequence's rows at position `start` and later with an edited prompt's rows.
 
     `sources`: int32 [n], the position from which each row's K/V are copied, or -1 for rows that
-    must be decoded in place (see `set_overwrite`) before later rows attend to them. `tokens`:
-    int32 [n].
+    must be decoded in place (see `set_overwrite`) before later rows use them. `tokens`: int32 [n].
     """
     arrays = [np.ascontiguousarray(each, np.int32) for each in (sources, tokens)]
     pointers = [each.ctypes.data_as(_POINTER) for each in arrays]

@@ -39,8 +39,7 @@ class ContextOptions:
     pop-local's kernels, if they support this CPU. `flash_attn`: None enables it on CPUs with
     pop-local's kernels and on GPUs that support it. `repack`: whether llama.cpp repacks weights for
     its own CPU kernels. pop-local's kernels cannot use repacked weights (None: only if pop-local's
-    kernels are not used). `others`: other fields of llama_model_params and llama_context_params by
-    name.
+    kernels are not used). `others`: other llama_model_params and llama_context_params by name.
     """
 
     n_ctx: int | None = None

@@ -57,9 +57,8 @@ NO_FULL_ROWS = RowRule(sink_tokens=0, tail_tokens=0)
 class PrefillPlan:
     """Plan for decoding a prompt's uncached tokens.
 
-    `full_from`: the first row of the tail. `chunks`: (start, end) offsets into the uncached tokens,
-    for text or a single image. `n_pruned`: the number of rows that stop at the boundary in mode
-    CONTEXT.
+    `full_from`: first row of the tail. `chunks`: (start, end) offsets into the uncached tokens, for
+    text or a single image. `n_pruned`: number of rows that stop at the boundary in mode CONTEXT.
     """
 
     full_from: int

@@ -52,8 +52,7 @@ class TemplateRenderer:
     def rendered(template: str, arguments: dict[str, Any] | None) -> str:
         """Render a template. If `arguments` is None, only compile the template and return "".
 
-        Raises ValueError if the template rejects the arguments, or another error if rendering
-        fails.
+        Raises ValueError if the template rejects the arguments, or other errors if rendering fails.
         """
         if arguments is None:
             _compiled(template)

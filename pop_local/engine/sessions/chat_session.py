@@ -172,8 +172,7 @@ class ChatSession:
 
         Once the stream ends or is closed, or after Ctrl-C, the conversation includes the question
         and the answer. If the answer is empty, the question is moved to `dropped` instead. Raises
-        ContextFullError if the prompt exceeds the context, or PopError if the template rejects the
-        prompt.
+        ContextFullError if the prompt exceeds the context, or PopError if the template rejects it.
         """
         turn = Turn(question, _documents(documents), pictures=_pictures(images))
         return self._ask(turn, self.conversation, options)

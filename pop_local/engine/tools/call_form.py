@@ -23,8 +23,7 @@ class Trigger:
     """A pattern that activates a grammar for the rest of an answer.
 
     `grammars`: grammars, keyed by the text of group `name` ("" if the pattern has no such group).
-    The grammar applies from the start of group `rest` or, without that group, of the first group
-    that matched.
+    The grammar applies from the start of group `rest` or, without it, of the first matched group.
     """
 
     pattern: re.Pattern[str]

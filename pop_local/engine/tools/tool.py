@@ -45,8 +45,7 @@ class Tools:
     """A prompt's tools, and the calls that the answer may contain.
 
     `all`: tools in the prompt. `callable_`: tools that may be called. `must_call`: a call is
-    required. `several`: multiple calls are allowed. Raises PopError if two tools have the same
-    rule.
+    required. `several`: multiple calls are allowed. Raises PopError if two tools share a rule.
     """
 
     all: tuple[Tool, ...]

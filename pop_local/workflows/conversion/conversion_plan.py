@@ -54,8 +54,7 @@ class ConvertOptions:
 
     `goal`: a named boundary (`Skip`, `Boundary`), or a budget (`Within`), which selects the fastest
     candidate that meets it. `fit`: the fit's options (None keeps the skipped layers' own
-    projections). `distiller`: a factory for an object that trains the fit end to end (None: no
-    distillation).
+    projections). `distiller`: a factory for a trainer of the fit (None: no distillation).
     """
 
     goal: Goal = Within(BALANCED)
