@@ -39,8 +39,7 @@ def compare(
 ) -> None:
     """Answer your prompts with and without pruning, and compare the answers and their speed.
 
-    Decoding is greedy. If lines have an "answer" key, McNemar's test checks whether pruning changes
-    the number of correct answers.
+    Decoding is greedy. If lines have an "answer" key, McNemar's test compares the correct answers.
     """
     from pop_local.workflows.compare_answers import compare_answers
 

@@ -165,9 +165,8 @@ class TokenLogprob:
 class Chunk:
     """A piece of an answer. The last chunk has the statistics and may have no text.
 
-    `logprobs`: the tokens' log probabilities, if requested. `embedding`: the embedding, if
-    requested instead of an answer. `progress`: token counts and time during prefill, as in
-    llama-server's `prompt_progress`.
+    `logprobs`: log probabilities, if requested. `embedding`: set if requested instead of an answer.
+    `progress`: token counts and time during prefill, as in llama-server's `prompt_progress`.
     """
 
     text: str

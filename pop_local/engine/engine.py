@@ -54,8 +54,7 @@ class Engine:
     """The parts of an open model.
 
     Pruning is initially on if the model is converted. `sequences`: one per concurrent prompt.
-    `vision`: the vision encoder, if the model has an mmproj. `calibrator`: learns from full rows,
-    if learning is on.
+    `vision`: the mmproj, if any. `calibrator`: learns from full rows, if learning is on.
     """
 
     options: EngineOptions

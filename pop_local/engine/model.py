@@ -85,8 +85,7 @@ class PopModel:
     def close(self) -> None:
         """Stop any prompt that is being read, and free the model.
 
-        If another thread is running a batch, `close` waits until the batch ends. That thread's
-        answer then raises PopError.
+        If another thread is running a batch, waits for its end. That thread then raises PopError.
         """
         self._engine.close()
 

@@ -29,8 +29,7 @@ def file_sha256(path: Path) -> str:
 def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
     """Return whether the target already exists with the hash `sha256`.
 
-    Raises PopError if the target is a folder, or OutputExistsError if the target is a different
-    file and `force` is false.
+    Raises PopError for a folder, or OutputExistsError for a different file unless `force` is true.
     """
     if target.is_dir():
         raise PopError(

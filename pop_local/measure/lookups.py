@@ -120,8 +120,8 @@ def measure_lookups(
 ) -> Lookups:
     """Answer the questions about each document, once with pruning and once without.
 
-    Progress is reported in questions. Raises PopError if a prompt does not fit in the context or
-    was not pruned as planned.
+    Progress is reported in questions. Raises PopError if a prompt is too long or not pruned as
+    planned.
     """
     reference = LookupReference(settings, make_documents(model, settings), [])
     pruned: Answers = []
@@ -144,8 +144,8 @@ class LookupReference:
     ) -> "LookupReference":
         """Answer the questions about each document without pruning, unless `known` has the answers.
 
-        New answers are added to `known`, so that they survive an interruption. Raises the same
-        errors as `measure_lookups`.
+        Adds new answers to `known`, so they survive interruptions. Raises errors as
+        `measure_lookups` does.
         """
         found = cls(settings, make_documents(model, settings), known)
         found.ask(model, FULL, on_progress, known)

@@ -32,8 +32,7 @@ class StoredModel:
     """A model, a sidecar or an unfinished download in a models folder.
 
     `size_bytes` includes the sidecar. `boundary` and `projection` are read from the model's file or
-    from its sidecar, which may be a shipped one. `problem` is the reason the model is unusable, or
-    "" for a usable model.
+    from its sidecar, which may be a shipped one. `problem` is why the model is unusable, or "".
     """
 
     name: str

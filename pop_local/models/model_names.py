@@ -155,8 +155,7 @@ def models_dir() -> Path:
 def models_dirs() -> tuple[Path, ...]:
     """Return the folders to search for models, in order of precedence.
 
-    A folder given in the settings replaces the defaults, which are a clone's models/ folder and the
-    user's data folder.
+    A folder in the settings replaces the defaults: a clone's models/ and the user's data folder.
     """
     if chosen := settings.get("models_dir"):
         return (Path(str(chosen)),)

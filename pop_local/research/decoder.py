@@ -59,8 +59,7 @@ class Decoder:
     def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Return the logits [..., n_vocab] for the last layer's output [..., n_embd].
 
-        `tokens` [n]: the tokens for which to return logits [..., n], computed in the states' type
-        (None: all tokens).
+        `tokens` [n]: which logits [..., n] to return, computed in the states' type (None: all).
         """
         normed = _rms_norm(states, self._output_norm, self.hyper.eps)
         head = self._head if tokens is None else self._head[tokens].to(normed.dtype)

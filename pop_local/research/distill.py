@@ -7,8 +7,7 @@ the projected K and V. The loss is KL(full || pruned) over the answer rows. Adam
 projections with the gradient of the loss through the skipped layers, while the model's weights stay
 frozen (knowledge distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980).
 
-Some windows end with a passage repeated from their context, because copying is the first ability
-that pruning damages.
+Some windows end with a passage repeated from their context, because pruning damages copying first.
 """
 
 from collections.abc import Mapping
@@ -94,9 +93,9 @@ def read(
 ) -> TeacherStates:
     """Run the full model on the text's windows, and on copies of some that repeat a passage.
 
-    `first`: the smallest boundary whose fits can be distilled. `seed`: the seed for choosing the
-    passages. `on_progress(done, total)` receives progress in windows times layers, and may raise an
-    exception to stop the run.
+    `first`: the smallest boundary whose fits can be distilled. `seed`: the seed for choosing
+    passages. `on_progress(done, total)` receives progress in windows times layers. It may raise to
+    stop.
     """
     copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])

@@ -66,8 +66,7 @@ class Hyper:
 def read_hyper(source: Source) -> Hyper:
     """Read a model's hyperparameters.
 
-    Raises FormatError for an invalid file, or UnsupportedArchitectureError for a model that the
-    decoder does not support.
+    Raises FormatError for an invalid file, or UnsupportedArchitectureError.
     """
     header, shape = source.first, source_shape(source)
     arch = shape.arch

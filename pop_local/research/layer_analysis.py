@@ -76,8 +76,7 @@ class DepthCost:
     """The loss and the speedup at one boundary.
 
     `retention`: the `induction_retention` of `Quality` with the layers' own projections (None if
-    the full model shows no gain). `quality` and `projection` are None if the boundary was not
-    measured on prose.
+    the full model shows no gain). `quality` and `projection`: None if not measured on prose.
     """
 
     boundary: int

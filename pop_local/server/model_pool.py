@@ -408,8 +408,7 @@ class ModelPool:
     def health(self) -> dict[str, Any]:
         """Return /health's fields. Raises ApiError if a model hangs or the only model is unusable.
 
-        `replaced` lists the open models whose files were replaced. The next request for such a
-        model reopens it.
+        `replaced` lists open models with replaced files, which the next request reopens.
         """
         in_memory = [*self.loaded, *self._closing]
         if hung_s := max((served.worker.hung_s() for served in in_memory), default=0.0):

@@ -1,7 +1,7 @@
 """Request bodies. Unknown fields are ignored, but requests with unsupported fields are refused.
 
-Validation blocks the event loop, so lists have a maximum length, and validation stops at the first
-invalid entry of a list.
+Validation blocks the event loop, so lists have a maximum length, and validation stops at their
+first invalid entry.
 """
 
 import json

@@ -43,8 +43,7 @@ class Task:
     `reason` explains why the prompt is read in full (None: it is pruned). The text `echo` precedes
     the answer. `n_prompt_logprobs` is the number of alternatives for each prompt token (None: no
     log probabilities). `cache_scope` is the owner of the cached rows ("": shared). `reports`:
-    whether to report the progress of reading the prompt. `alone`: whether no other answer may run
-    at the same time.
+    whether to report prefill progress. `alone`: whether no other answer may run at the same time.
     """
 
     prompt: Prompt

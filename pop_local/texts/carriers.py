@@ -98,8 +98,7 @@ def make_carrier(
 def with_answers(carrier: Carrier) -> tuple[str, list[Span]]:
     """Return text to fit projections to, and the positions of the answers in it.
 
-    The text is the document, followed by its questions and answers. An answer's position excludes
-    the preceding space.
+    The text is the document with its questions and answers. Positions exclude preceding spaces.
     """
     text, spans = carrier.text, []
     for question in carrier.questions:

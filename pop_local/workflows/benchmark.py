@@ -47,9 +47,9 @@ _N_TRIED = 512
 class BenchOptions:
     """Options for a benchmark.
 
-    `n_prompts`: the prompt lengths to measure, in tokens. `n_pairs`: the number of run pairs (full
-    and pruned) per prompt length. `boundary` and `deep_rows` default to the file's values, and
-    `n_ctx` to the required length.
+    `n_prompts`: prompt lengths to measure, in tokens. `n_pairs`: number of run pairs (full and
+    pruned) per length. `boundary` and `deep_rows` default to the file's values, and `n_ctx` to the
+    required length.
     """
 
     n_prompts: tuple[int, ...]
@@ -66,8 +66,8 @@ class Speed:
 
     `backend`: the device's name and the number of threads. `kernels`: the result of `cpu_kernels`
     ("" on a GPU). `is_exact`: whether skipping layers `boundary` and up leaves the output
-    unchanged. `upstream`: llama.cpp's fastest settings without pop-local's kernels (None if they
-    were not measured).
+    unchanged. `upstream`: llama.cpp's fastest settings without pop-local's kernels (None: not
+    measured).
     """
 
     model: str

@@ -31,10 +31,9 @@ from pop_local.workflows.open import files_at_boundary, model_files
 class EvaluateOptions:
     """Options for an evaluation.
 
-    `text`: the file to measure on (default: the shipped held-out text). `n_lookups`: the number of
-    questions about exact strings in documents. `deep_rows`: the rule for words whose tokens run
-    through all layers (default: the file's rule). `n_ctx`: the context length in tokens (default:
-    the required length).
+    `text`: the file to measure on (default: the shipped held-out text). `n_lookups`: number of
+    questions about exact strings in documents. `deep_rows`: rule for words whose tokens run through
+    all layers (default: the file's). `n_ctx`: context length in tokens (default: as required).
     """
 
     text: Path | None = None

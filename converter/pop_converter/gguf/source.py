@@ -73,8 +73,7 @@ class Source:
 def read_source(path: Path) -> Source:
     """Read a model's header, or the headers of all parts if `path` is the first part.
 
-    Raises FormatError if a part is missing or belongs to a different model, or if `path` is a later
-    part or a sidecar.
+    Raises FormatError if a part is missing or wrong, or if `path` is a later part or a sidecar.
     """
     first = read_header(path)
     if is_sidecar(first):

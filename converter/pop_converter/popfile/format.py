@@ -101,8 +101,7 @@ class Budget:
     """The quality limits that the search applied. `quality` names the limits.
 
     The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio of Measured, and to the share of the
-    full model's correct lookups that are lost. `tried` lists the measured boundaries and the
-    verdict on each one.
+    full model's correct lookups that are lost. `tried` lists each measured boundary's verdict.
     """
 
     quality: str

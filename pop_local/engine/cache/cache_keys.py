@@ -59,9 +59,8 @@ class CacheKeys:
 def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
     """Return a model's projection type and, if it is converted, the conversion's fingerprint.
 
-    The fingerprint covers the keys that pruned K/V depend on, and the names, shapes and
-    first bytes of the fitted tensors. A sidecar and a converted file with the same fit have the
-    same fingerprint.
+    The fingerprint covers the keys that pruned K/V depend on, and the names, shapes and first bytes
+    of the fitted tensors. A sidecar and a converted file with the same fit share a fingerprint.
     """
     if meta is None:
         return f"{Projection.OWN} projections"

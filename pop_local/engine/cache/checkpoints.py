@@ -20,8 +20,7 @@ MAX_BYTES = 512 * 2**20
 class Checkpoints:
     """A sequence's checkpoints, in ascending order of row count.
 
-    `is_needed`: whether the model has recurrent layers, or sliding windows that drop rows. If
-    False, `add` does nothing.
+    `is_needed`: False unless the model has recurrent layers, or windows that drop rows.
     """
 
     def __init__(self, context: Context, cells: Cells) -> None:

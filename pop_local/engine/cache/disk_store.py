@@ -58,8 +58,7 @@ class StoredState:
 class DiskStore:
     """Saved states in a folder, up to `capacity_bytes`. A background thread writes the files.
 
-    A store with a capacity of 0 can only list or clear the folder. It does not create the folder,
-    and removes files only in `clear`.
+    A store with a capacity of 0 can only list or clear the folder, and does not create it.
     """
 
     def __init__(self, folder: Path, capacity_bytes: int = 0) -> None:

@@ -284,8 +284,7 @@ def decode_again(
 ) -> None:
     """Decode the rows from `start` onward again, in place. Call this inside Slot.overwriting.
 
-    `tokens`: int32 [n]. `full`: bool [n], True if a row runs all layers. Raises PopError if the
-    rows cannot be decoded.
+    `tokens`: int32 [n]. `full`: bool [n], True for a full row. Raises PopError if decoding fails.
     """
     cache.has_logits = False
     cache.slot.decode(tokens.tolist(), int(cache.rows.positions[start]), outputs)

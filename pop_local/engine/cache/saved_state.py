@@ -42,8 +42,8 @@ class SavedState:
     """A sequence's used cells, with each row's token, position and depth.
 
     `tokens`: int32 [n]. `is_full`: bool [n]. `positions`: int32 [n + 1], see CachedRows. `images`:
-    see Prompt.n_equal. `key`: CacheStates.key. `model`: CacheKeys.model. `first_stale`, `n_exact`:
-    see CachedRows.
+    see Prompt.n_equal. `key`: CacheStates.key. `model`: CacheKeys.model. For other fields, see
+    CachedRows.
     """
 
     key: str

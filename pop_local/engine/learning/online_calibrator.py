@@ -128,8 +128,8 @@ class OnlineCalibrator:
     def __init__(self, cache: KvCache, memory_bytes: int | None = None) -> None:
         """`memory_bytes`: the memory limit for the sums and the queued rows together.
 
-        By default, the limit is a sixth of the free memory, but at most 2 GiB. Raises PopError if
-        the model cannot be fitted.
+        The default is a sixth of the free memory, up to 2 GiB. Raises PopError if fits are
+        impossible.
         """
         _require_learnable(cache)
         if not memory_bytes:

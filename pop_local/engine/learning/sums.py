@@ -231,8 +231,7 @@ class SumsFile:
     def settle(self, wides: dict[int, WideInput]) -> dict[int, WideInput]:
         """Store the wider inputs that the file lacks, and return the file's wider inputs.
 
-        Processes that start learning at the same time therefore use the same inputs. Raises
-        PopError like `add`.
+        Processes that start at the same time thus share the inputs. Raises PopError as `add` does.
         """
         self.add(Sums(dict(wides)), {})
         return self.known().wides
@@ -262,8 +261,7 @@ class Summing:
     ) -> None:
         """`projections`: the kinds of fit at each boundary, excluding `Projection.OWN`.
 
-        `start`: an earlier fit's tensors, which the ridge penalty pulls toward (None: the layers'
-        own projections).
+        `start`: an earlier fit, which the ridge penalty pulls toward (None: the layers' own).
         """
         self.shape, self.projections = shape, projections
         self._start = start or {}

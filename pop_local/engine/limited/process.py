@@ -44,8 +44,7 @@ def _python() -> str:
 class KeptProcess:
     """A child process that runs a worker's methods. If the process has ended, a call restarts it.
 
-    The class is thread-safe: calls run one at a time. If a call is interrupted or exceeds the
-    limits, the child process ends.
+    Thread-safe: calls run one at a time. The child ends if a call is interrupted or exceeds limits.
     """
 
     def __init__(

@@ -258,8 +258,7 @@ def set_overwrite(ctx: Any, is_on: bool) -> None:
 def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
     """Count a prompt's multiply-accumulates in the context's mode. `n_full`: number of full rows.
 
-    The count assumes an empty cache and includes the last row's logits. Raises PopError if the
-    backend cannot build the graph.
+    The count assumes an empty cache and includes the last row's logits. Raises PopError.
     """
     logs.forget_errors()
     found = int(require_patched().llama_pop_count_macs(ctx, n_tokens, n_full))
@@ -272,8 +271,8 @@ def set_reading(ctx: Any, reading: Reading) -> None:
     """Declare the kind of prompt rows in the following batches.
 
     With flash attention and pop-local's kernels, the results do not depend on the batch size,
-    because the kernels process even the smallest prompt batch. In decode, the kernels run only the
-    operations that they speed up.
+    because the kernels process even the smallest prompt batch. In decode, they run only where they
+    are faster.
     """
     call("llama_pop_set_reading", ctx, reading)
 

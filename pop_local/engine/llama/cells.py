@@ -16,8 +16,8 @@ Lock = Callable[[], AbstractContextManager[None]]
 class Cells:
     """KV cells of a context's only sequence.
 
-    Saved states contain the whole context, because the state of a single sequence lacks the rows
-    that have left a sliding window.
+    Saved states contain the whole context, because a single sequence's state lacks rows outside a
+    sliding window.
     """
 
     def __init__(self, context: Context, sequence: int = 0, locked: Lock = nullcontext) -> None:
@@ -97,8 +97,8 @@ class Cells:
     def checkpoint(self, max_bytes: int) -> np.ndarray | None:
         """Return a copy of the recurrent states and of the rows in sliding windows.
 
-        Returns uint8 [n_bytes] in llama.cpp's format, or None if the state is empty, exceeds
-        `max_bytes`, or cannot be read.
+        Returns uint8 [n_bytes] in llama.cpp's format, or None if it is empty, unreadable, or
+        exceeds `max_bytes`.
         """
         api, flags = self._api, self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
         with self._locked():

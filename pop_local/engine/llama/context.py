@@ -80,11 +80,10 @@ class ContextOptions:
 class Context:
     """A model's weights and vocabulary, and a llama_context that uses them.
 
-    `model`, `ctx`: llama.cpp's pointers. `settings`: the context's llama_context_params.
-    `n_chunk`: maximum number of prompt rows to decode at once.
-    `on_device`: whether layers are on a GPU. `window`: number of positions that sliding-window
-    layers keep (0: all). `is_mrope`: whether each row has multiple positions (an image's time,
-    height, and width).
+    `model`, `ctx`: llama.cpp's pointers. `settings`: the context's llama_context_params. `n_chunk`:
+    maximum number of prompt rows to decode at once. `on_device`: whether layers are on a GPU.
+    `window`: number of positions that sliding-window layers keep (0: all). `is_mrope`: whether rows
+    have multiple positions (time, height, width).
     """
 
     def __init__(

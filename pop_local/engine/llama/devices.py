@@ -72,8 +72,7 @@ def describe_backend() -> BackendInfo:
 def cpu_kernels() -> str:
     """Return the name of pop-local's kernels for this CPU (ggml_pop_kernels).
 
-    Returns NO_KERNELS if no kernels exist for this CPU, and KERNELS_OFF if GGML_POP_KERNELS=0 is
-    set in the environment.
+    Returns NO_KERNELS if no kernels exist, and KERNELS_OFF if GGML_POP_KERNELS=0 is set.
     """
     cpu = ggml("ggml_backend_reg_by_name", _POINTER, b"CPU")
     get = "ggml_backend_reg_get_proc_address"  # also finds functions of a separate CPU library

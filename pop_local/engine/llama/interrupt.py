@@ -49,8 +49,8 @@ class Interrupt:
     """The abort callback that stops llama_decode on a signal or if `should_stop` returns True.
 
     Python handles signals only between bytecodes, so Ctrl-C would otherwise have no effect until
-    the batch ends. Exceptions cannot cross ctypes, so signal handlers are deferred. The thread that
-    uses the context holds `lock`.
+    the batch ends. Exceptions cannot cross ctypes, so handlers are deferred. The thread using the
+    context holds `lock`.
     """
 
     def __init__(self) -> None:

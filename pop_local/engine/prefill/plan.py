@@ -31,8 +31,7 @@ class RowRule:
     """Rule that selects the prompt rows to run in full.
 
     The full rows are the first `sink_tokens`, the last `tail_tokens`, the rows that `deep_rows`
-    selects by token, and all rows of prompts shorter than `min_prompt`. `reuse`: the cached rows
-    that a prompt may reuse.
+    selects by token, and all rows of prompts shorter than `min_prompt`. `reuse`: see Reuse.
     """
 
     sink_tokens: int = 1
@@ -103,8 +102,8 @@ def _chunks(
 ) -> Iterator[tuple[int, int]]:
     """Yield one chunk for each image, and chunks of up to `n_batch` tokens for text.
 
-    A tail that fits in one chunk is never split, because each chunk that contains full rows reads
-    the weights of the skipped layers.
+    A tail that fits in one chunk is never split, because each chunk with full rows reads the
+    skipped layers' weights.
     """
     at = 0
     for start, end in [*images, (n_tokens, n_tokens)]:

@@ -24,7 +24,7 @@ def infilling(
 
     `prefix`: text or tokens. `begun`: the start of the answer. `files`: (name, text) pairs that
     precede the prefix. Special tokens in the texts are tokenized as plain text. Raises PopError if
-    the model has no FIM tokens.
+    the tokens are missing.
     """
     if not can_infill(context):
         raise PopError(

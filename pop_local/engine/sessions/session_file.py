@@ -8,8 +8,7 @@ If the model's cache holds a different conversation, n_tokens is 0 and the array
 
 Loading restores the K/V only if the model, mmproj, POP mode, boundary, projections, backend version
 and RoPE options are the same. Models are compared by size and by a hash of their headers and of
-sampled tensor data. If any of these differ, only the transcript is restored. The zip format's
-CRC-32 detects damaged files.
+sampled tensor data. Otherwise, only the transcript is restored. Zip's CRC-32 detects damage.
 """
 
 import dataclasses
