@@ -91,7 +91,7 @@ async function addOne(given) {
 
 const ask = (words) => Object.assign($("question"), { value: words }).focus();
 
-// Small models answer look-ups best at temperature 0.
+// Small models answer lookups best at temperature 0.
 async function addExample() {
   ask("What rule was painted above the lamp-room door?");
   session.chat.settings = { ...session.chat.settings, temperature: 0 };
