@@ -174,6 +174,13 @@ def test_hints_on_hover_and_focus(fed):
     shot(fed, "hint")
     fed.keyboard.press("Escape")
     assert not fed.is_visible("#hint")
+    ask(fed, "One")
+    fed.hover("#stop")
+    fed.wait_for_selector("#hint:text('Stops the answer')")
+    fed.click("#stop")
+    fed.wait_for_selector("#send:visible")  # appears under the pointer
+    fed.wait_for_timeout(800)
+    assert not fed.is_visible("#hint")
     fed.hover("#question")
     fed.focus("#question")
     fed.keyboard.press("Tab")
@@ -256,7 +263,7 @@ def test_list_of_chats_on_a_phone(fed):
     fed.click("#menu")
     fed.click("[aria-label='Rename One']")
     fed.keyboard.press("Escape")  # only ends the renaming
-    assert fed.is_visible("#list a:text('One')")
+    fed.wait_for_selector("#list a:text('One')")
     shot(fed, "phone-chats")
     fed.keyboard.press("Escape")
     assert not fed.is_visible("#chats")

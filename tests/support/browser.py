@@ -14,6 +14,7 @@ const ask = window.fetch;
 window.fetch = async (path, options) => {
   if (!path.endsWith("chat/completions")) return ask(path, options);
   (window.asked ??= []).push(JSON.parse(options.body));
+  options.signal.onabort = () => control.error(options.signal.reason);
   return new Response(new ReadableStream({ start: (control) => (window.control = control) }));
 };
 window.feed = (text) => control.enqueue(new TextEncoder().encode(text));

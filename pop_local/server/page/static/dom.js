@@ -38,6 +38,7 @@ export function button(content, onclick, ariaLabel, hint = "") {
 }
 
 export const number = (n) => n.toLocaleString("en");
+export const counted = (n, noun) => `${number(n)} ${noun}${n === 1 ? "" : "s"}`;
 export const seconds = (s) => `${s.toFixed(s < 10 ? 2 : 1)} s`;
 export const megabytes = (n) => `${number(Math.ceil(n / 1e6))} MB`;
 export const duration = (s) => (s < 90 ? `${Math.ceil(s)} s` : `${Math.round(s / 60)} min`);

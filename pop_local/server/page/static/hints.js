@@ -5,6 +5,7 @@ import { $ } from "./dom.js";
 const DELAY_MS = 500;
 const GAP = 8; // pixels
 let due = 0;
+let isClicked = false; // the pointer has not moved since a click, which may change the page under it
 let owner = null; // has the hint
 let described = null; // has the pointer or the focus
 
@@ -27,10 +28,11 @@ function place() {
   hint.style.top = `${isBelow ? below : at.top - size.height - GAP}px`;
 }
 
-function show({ type, target }) {
+function show({ type, target, pointerType }) {
   const found = target.closest?.("[data-hint]");
-  if (!found || found === owner) return;
-  if (type === "focusin" && !found.matches(":focus-visible")) return;
+  const isUnwanted = type === "focusin" ? !target.matches(":focus-visible")
+    : isClicked || pointerType === "touch";
+  if (!found || found === owner || isUnwanted) return;
   hide();
   [owner, described] = [found, target];
   described.setAttribute("aria-describedby", "hint");
@@ -44,7 +46,11 @@ const leave = ({ relatedTarget }) => owner?.contains(relatedTarget) || hide();
 export function watchHints() {
   for (const type of ["pointerover", "focusin"]) document.addEventListener(type, show);
   for (const type of ["pointerout", "focusout"]) document.addEventListener(type, leave);
-  document.addEventListener("pointerdown", hide);
+  document.addEventListener("pointermove", () => (isClicked = false));
+  document.addEventListener("pointerdown", () => {
+    isClicked = true;
+    hide();
+  });
   document.addEventListener("scroll", hide, true);
   document.addEventListener("keydown", ({ key }) => key === "Escape" && hide(), true);
 }

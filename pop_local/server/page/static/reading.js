@@ -1,6 +1,6 @@
 // The progress of reading a prompt, shown where the answer will appear, with an estimate of the time.
 
-import { announce, duration, h, number } from "./dom.js";
+import { announce, counted, duration, h } from "./dom.js";
 
 const MIN_ROWS = 64; // the speed of shorter prompts depends mostly on other work
 const label = h("span");
@@ -34,7 +34,7 @@ export function showProgress({ total, cache, processed, time_ms }, asked) {
   const known = Number(localStorage[speedKey(asked.model, asked.pop)]) || 0;
   const speed = done > 0 && time_ms > 0 ? done / time_ms : known / 1000;
   const isFirst = bar.position < 0;
-  words = `Reading ${number(all)} tokens`;
+  words = `Reading ${counted(all, "token")}`;
   endsAt = speed ? performance.now() + (all - done) / speed : 0;
   Object.assign(bar, { max: all || 1, value: done });
   paint();

@@ -1,12 +1,13 @@
 // The list of chats: search, rename, download and delete.
 
 import * as chats from "./chats.js";
-import { $, announce, button, h, icon, number, tell } from "./dom.js";
+import { $, announce, button, counted, h, icon, tell } from "./dom.js";
 import { session } from "./session.js";
 import { exportAll, exportMarkdown, importFile } from "./transfer.js";
 
 const SEARCH_DELAY_MS = 200;
 let shown = ""; // describes the current items, which are replaced only if something changed
+let searched = { key: "", found: [] }; // the latest search, because searching reads all chats
 let due = 0;
 
 export const unkept = (error) =>
@@ -30,6 +31,14 @@ async function matches(words) {
   return found;
 }
 
+async function listed(words) {
+  const all = await chats.list();
+  if (!words) return all;
+  const key = JSON.stringify([words, all]);
+  if (key !== searched.key) searched = { key, found: await matches(words) };
+  return searched.found;
+}
+
 const item = ([id, title]) => h("li", {},
   h("a", { href: `#${id}`, ariaCurrent: id === session.chat.id ? "page" : null }, title),
   button(icon("rename"), ({ currentTarget }) => rename(id, title, currentTarget.parentElement),
@@ -41,7 +50,7 @@ const item = ([id, title]) => h("li", {},
 // Shows the chats that match the search. Keeps the focus, and waits while a title is edited.
 export async function showList() {
   const words = $("search").value.trim();
-  const found = words ? await matches(words) : await chats.list();
+  const found = await listed(words);
   if (words !== $("search").value.trim() || $("list").querySelector("input")) return;
   const wanted = JSON.stringify([found, session.chat.id, words]);
   if (wanted === shown) return;
@@ -50,7 +59,7 @@ export async function showList() {
   const none = words ? `No chat contains “${words}”.` : "Your chats appear here.";
   $("list").replaceChildren(...(found.length ? found.map(item) : [h("li", { className: "quiet" }, none)]));
   if (focused) [...$("list").querySelectorAll("button")].find((one) => one.ariaLabel === focused)?.focus();
-  if (words) announce(found.length ? `${number(found.length)} chats found` : none);
+  if (words) announce(found.length ? `${counted(found.length, "chat")} found` : none);
 }
 
 async function saveTitle(id, title) {

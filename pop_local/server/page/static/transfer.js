@@ -1,7 +1,7 @@
 // Chats as files: exports all chats as JSON and one chat as Markdown, and checks files to import.
 
 import * as chats from "./chats.js";
-import { h, megabytes, number, seconds } from "./dom.js";
+import { counted, h, megabytes, number, seconds } from "./dom.js";
 import { messageView } from "./view.js";
 
 const FORMAT = "pop-local chats";
@@ -31,14 +31,13 @@ export async function exportAll() {
   const head = JSON.stringify({ format: FORMAT, version: VERSION, exported: new Date().toISOString() });
   const name = `pop-local-chats-${today()}.json`;
   download([head.slice(0, -1), ',"chats":[\n', ...parts, "\n]}\n"], name, "application/json");
-  const n = parts.length / 2;
-  return `Exported ${number(n)} ${n === 1 ? "chat" : "chats"}.`;
+  return `Exported ${counted(parts.length / 2, "chat")}.`;
 }
 
 function markdownOf({ role, text, files = [], sides, note }) {
   const parts = [`## ${role === "user" ? "Question" : "Answer"}`];
   for (const { name, text: content } of files) {
-    parts.push(`*Attached: ${name}${content ? ` (${number(content.length)} characters)` : ""}*`);
+    parts.push(`*Attached: ${name}${content ? ` (${counted(content.length, "character")})` : ""}*`);
   }
   for (const { name, text: said, usage } of sides ?? []) {
     const time = usage ? `, first token after ${seconds(usage.pop.ttft_s)}` : "";
@@ -113,5 +112,5 @@ export async function importFile(file) {
     throw new Error(`No chat was imported: ${error?.message || "the browser's storage is full"}.`);
   });
   const already = present ? ` ${number(present)} ${present === 1 ? "was" : "were"} already here.` : "";
-  return `Imported ${number(added)} ${added === 1 ? "chat" : "chats"}.${already}`;
+  return `Imported ${counted(added, "chat")}.${already}`;
 }

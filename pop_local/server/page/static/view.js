@@ -1,6 +1,6 @@
 // Builds the elements of messages.
 
-import { button, h, icon, number, seconds } from "./dom.js";
+import { button, counted, h, icon, number, seconds } from "./dom.js";
 import { copier, markdownView } from "./markdown.js";
 
 function figuresView(usage) {
@@ -14,7 +14,7 @@ function figuresView(usage) {
   const figures = usage && [
     `First token after ${seconds(pop.ttft_s)}`,
     pop.queued_s > 0.1 && `waited ${seconds(pop.queued_s)}`,
-    `prompt of ${number(n)} tokens${kinds && ` (${kinds})`}`,
+    `prompt of ${counted(n, "token")}${kinds && ` (${kinds})`}`,
     pop.decode_s > 0 && `${(usage.completion_tokens / pop.decode_s).toFixed(1)} tokens/s`,
   ].filter(Boolean).join(" · ");
   return h("p", { className: "figures" }, figures);
@@ -22,7 +22,7 @@ function figuresView(usage) {
 
 // Returns a file as a list item, with a button that calls `remove`, if given.
 export function fileView({ name, text, url, isBusy }, remove) {
-  const size = isBusy ? "reading" : text && `${number(text.length)} characters`;
+  const size = isBusy ? "reading" : text && counted(text.length, "character");
   return h("li", { className: "file" },
     url && h("img", { src: url, alt: "" }),
     name,
