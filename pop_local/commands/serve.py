@@ -126,7 +126,7 @@ def serve_named(
         _announce(pool, to)
         if rules.host not in LOOPBACK and not rules.api_keys:
             warn("Anyone who can reach this machine can use the model; set --api-key.")
-        note(f"Serving at {url}/v1, with a web page at {url}/ (Ctrl-C to stop)")
+        note(f"Serving at {url}/v1 with a web page at {url}/ (Ctrl-C to stop)")
         on_ready(url)
 
     try:
@@ -189,12 +189,13 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
 def _announce_model(name: str, opened: PopModel) -> None:
     engine = opened.engine
     pruning, mmproj = engine.pruning, engine.options.mmproj
-    skipping = "prompts are not pruned"
+    skipping = "reads prompts in full"
     if pruning.mode and pruning.exact:
-        skipping = f"prompts skip layers {pruning.exact} and up without any loss"
+        skipping = f"skips layers {pruning.exact} and up without any loss"
     elif pruning.mode:
-        skipping = f"prompts skip layers {pruning.boundary} and up"
-    note(f"{name} has a context of {engine.context.n_ctx:,} tokens, and {skipping}.")
+        n_layer = engine.context.files.shape.n_layer
+        skipping = f"uses fast reading (it skips {n_layer - pruning.boundary} of {n_layer} layers)"
+    note(f"{name} has a context of {engine.context.n_ctx:,} tokens and {skipping}.")
     if mmproj and not engine.prompter.can_see:
         warn("Images are disabled: Pillow is not installed (pip install 'pop-local[images]').")
     elif mmproj:

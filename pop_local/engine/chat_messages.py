@@ -90,15 +90,15 @@ class TurnStats:
 
     @property
     def left(self) -> str:
-        """Summary of the prompt tokens that were cached or that skipped layers."""
+        """Summary of how the prompt's tokens were read, in the words of the guides."""
         stale = f" ({self.n_stale:,} stale)" if self.n_stale else ""
         cached = f"{self.n_cached:,} cached{stale}, " if self.n_cached else ""
         if self.n_skipped_exact:
             stopped = f"{self.n_skipped_exact:,} stopped before layer {self.exact_layer}"
             return f"{cached}{stopped} without loss"
-        deep = f", {self.n_deep:,} deep" if self.n_deep else ""
-        short = ": short" if self.reading == "short" else ""
-        return f"{cached}{self.n_pruned:,} pruned{deep}{short}"
+        fast = f"{self.n_pruned:,} with fast reading, " if self.n_pruned else ""
+        short = ", too short for fast reading" if self.reading == "short" else ""
+        return f"{cached}{fast}{self.n_full:,} in full{short}"
 
     @property
     def n_evaluated(self) -> int:

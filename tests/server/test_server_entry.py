@@ -1,6 +1,7 @@
 """Access by key, host name and origin. No test needs a worker, so none is started."""
 
 import json
+import re
 
 import pytest
 
@@ -166,3 +167,15 @@ def test_command_passes_origins_and_strictness(model, monkeypatch):
     options = ("--port", 0, "--cors", "https://FRIEND.example/", "--strict-model")
     assert called("serve", model.engine.context.files.path, *options).returncode == 0
     assert found == [200, 403, 404]
+
+
+def test_command_announces_fast_reading_and_clickable_addresses(model, monkeypatch):
+    monkeypatch.setattr("pop_local.server.app.run_app", lambda app, listening: None)
+    monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda _: None)
+    path, shown = model.engine.context.files.path, []
+    for options in ((), ("--full",)):
+        done = called("serve", path, "--port", 0, "--threads", 1, *options)
+        shown.append(" ".join(done.stderr.split()))
+    assert "tokens and uses fast reading (it skips 4 of 8 layers)." in shown[0]
+    assert "tokens and reads prompts in full." in shown[1]
+    assert re.search(r"Serving at (http://[\d.:]+)/v1 with a web page at \1/ \(", shown[0])

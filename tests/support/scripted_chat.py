@@ -30,8 +30,8 @@ STATS = TurnStats(
     finish_reason="stop",
 )
 STATS_LINE = (
-    "# prompt 1,200 tokens (200 cached, 983 pruned) · TTFT 0.50 s"
-    " · prefill 4,000 tokens/s · decode 20.0 tokens/s"
+    "# prompt 1,200 tokens (200 cached, 983 with fast reading, 17 in full)"
+    " · TTFT 0.50 s · prefill 4,000 tokens/s · decode 20.0 tokens/s"
 )
 
 
@@ -52,6 +52,7 @@ class ScriptedModel:
         names = {"general.architecture": "llama", "general.name": "Scripted"}
         self.engine = SimpleNamespace(
             cache=SimpleNamespace(n_tokens=0),
+            refiller=SimpleNamespace(n_refilled=0),
             pruning=SimpleNamespace(mode=Mode.CONTEXT, boundary=20, exact=0, can_switch=True),
             context=SimpleNamespace(
                 n_ctx=n_ctx,

@@ -26,11 +26,11 @@ class Refiller:
         self._chunk_s = CHUNK_ON_DEVICE_S if cache.context.on_device else CHUNK_S
         self._chunk = min(_FIRST_CHUNK, cache.context.n_ubatch)
         self.is_on = False
-        self._n_refilled = 0
+        self.n_refilled = 0
 
     def take_refilled(self) -> int:
-        """Return the number of rows refilled since the last call."""
-        n, self._n_refilled = self._n_refilled, 0
+        """Return `n_refilled`, the number of rows refilled since the last call, and reset it."""
+        n, self.n_refilled = self.n_refilled, 0
         return n
 
     @property
@@ -68,7 +68,7 @@ class Refiller:
                             on_progress(cache.n_exact - first, total)
             finally:
                 n = cache.n_exact - first
-                self._n_refilled += n
+                self.n_refilled += n
             return n
 
     def _run_chunk(self) -> None:

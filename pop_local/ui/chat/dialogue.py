@@ -25,7 +25,7 @@ from pop_local.workflows.learning import OnlineCalibration
 WARN_SHARE = 0.8
 # Strings that must be exact: four or more characters with a digit, e-mail addresses, paths.
 _EXACT_STRING = re.compile(r"\d[\w.,:/-]{3,}|\w{3,}\d|\w@\w|/\w+/\w")
-_OFFER = "Pruning may cause errors in numbers, names and paths; /full on disables pruning."
+_OFFER = "Fast reading may cause errors in numbers, names and paths (/full on disables it)."
 
 
 # Opens a model by name (None: the current model) with a context in tokens (None: the default).

@@ -76,9 +76,7 @@ def finish(chat: Dialogue) -> None:
     except KeyboardInterrupt:
         if not chat.screen.is_typed:
             raise
-        chat.screen.note(
-            "Catching up was interrupted; the saved session still contains pruned tokens."
-        )
+        chat.screen.note("Catching up was interrupted; the saved session is not yet exact.")
 
 
 def status_bar(chat: Dialogue) -> str:

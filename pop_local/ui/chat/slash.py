@@ -66,7 +66,8 @@ def _full(chat: Dialogue, argument: str) -> None:
 def _stats(chat: Dialogue, argument: str) -> None:
     chat.screen.note(pruning_state(chat.model))
     engine = chat.model.engine
-    lines = [*session_lines(chat.session.answer_stats, engine.context.n_ctx)]
+    answers, n_refilled = chat.session.answer_stats, engine.refiller.n_refilled
+    lines = [*session_lines(answers, engine.context.n_ctx, n_refilled)]
     if engine.calibrator is not None:
         lines += learned_lines(engine.calibrator, chat.fitter)
     for line in filter(None, [*lines, refill.status(chat)]):

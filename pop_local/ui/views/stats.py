@@ -36,8 +36,11 @@ def counted_line(name: str, n_tokens: int, n_ctx: int) -> str:
     return f"{name}: {n_tokens:,} tokens, {n_tokens / n_ctx:.0%} of the context."
 
 
-def session_lines(answers: Sequence[TurnStats], n_ctx: int) -> Iterator[str]:
-    """Yield the last answer's statistics, the totals, and how full the context is."""
+def session_lines(answers: Sequence[TurnStats], n_ctx: int, n_refilled: int) -> Iterator[str]:
+    """Yield the last answer's statistics, the totals, and how full the context is.
+
+    `n_refilled`: the number of tokens that have caught up since the last answer.
+    """
     if not answers:
         yield "No answers yet."
         return
@@ -45,17 +48,18 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int) -> Iterator[str]:
     last = answers[-1]
     yield f"Last answer: {stats_line(last)}"
     yield f"Answers: {len(answers)}, with {total.n_decoded:,} tokens."
-    left = f"{total.n_pruned:,} read fast"
+    left = f"{total.n_pruned:,} with fast reading"
     if total.n_skipped_exact:
         left = f"{total.n_skipped_exact:,} stopped before layer {last.exact_layer} without loss"
     yield (
         f"Prompt tokens: {left}, {total.n_full:,} in full,"
         f" {total.n_cached:,} reused from the cache."
     )
-    if total.n_deep or total.n_refilled:
+    n_refilled += total.n_refilled
+    if total.n_deep or n_refilled:
         yield (
             f"Names, numbers and symbols: {total.n_deep:,} tokens in full."
-            f" Caught up later: {total.n_refilled:,} tokens."
+            f" Caught up later: {n_refilled:,} tokens."
         )
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
 

@@ -14,6 +14,7 @@ from pop_local.engine.sessions.session_file import Sessions
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
+from pop_local.ui.chat.slash import run_command
 from support.calls import NOISE, opened, read, wait_for
 from support.converted import tiny
 from support.scripted_chat import Transcript
@@ -118,6 +119,19 @@ def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
 def test_stats_report_progress(chat):
     assert "tokens exact" in talked(chat(WORDS, "/stats"))
     assert "tokens exact" not in talked(chat(WORDS, "/stats", mode="off"))
+
+
+def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(chat):
+    begun = chat()
+    begun.ask(WORDS)
+    with refill.idling(begun):
+        wait_for(lambda: begun.model.engine.refiller.n_refillable == 0)
+    n_tokens = begun.model.engine.cache.n_tokens
+    run_command(begun, "/stats")
+    assert f"Caught up later: {n_tokens} tokens." in begun.screen.shown
+    begun.ask("and now?")
+    run_command(begun, "/stats")
+    assert begun.screen.shown.count(f"Caught up later: {n_tokens} tokens.") == 2
 
 
 def test_the_status_bar_shows_the_tokens_of_this_conversation(chat):

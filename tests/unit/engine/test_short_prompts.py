@@ -75,7 +75,7 @@ def test_stats_report_the_prefill_kind(picky, mode, n_words, reading):
     assert last.stats.reading == reading
     assert (rows.n_context > 0) is (reading == "pruned")
     assert last.stats.n_pruned == rows.n_context
-    assert ("pruned: short" in stats_line(last.stats)) is (reading == "short")
+    assert ("too short for fast reading" in stats_line(last.stats)) is (reading == "short")
 
 
 def test_a_short_question_after_a_cached_document_is_short(picky):

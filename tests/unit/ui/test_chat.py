@@ -102,7 +102,7 @@ def test_stats_add_up():
         "# Fast reading is on: it skips 10 of 30 layers at a small loss (/full on: no loss).",
         "# Last answer: " + STATS_LINE.removeprefix("# "),
         "# Answers: 2, with 22 tokens.",
-        "# Prompt tokens: 1,966 read fast, 34 in full, 400 reused from the cache.",
+        "# Prompt tokens: 1,966 with fast reading, 34 in full, 400 reused from the cache.",
         "# Context: 1,211 of 4,096 tokens used.",
     ]
 
