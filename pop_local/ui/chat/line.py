@@ -91,7 +91,8 @@ def chosen_key(keys: Sequence[str], enter: str = "") -> str | None:
     An empty line chooses `enter`, or None if `enter` is empty.
     """
     session = _session()
-    question = "/".join(keys) + (f" (Enter: {enter})" if enter else "")
+    choices = "/".join(keys) + (f" (Enter: {enter})" if enter else "")
+    question = choices
     while True:
         try:
             typed = session.prompt(f"{question}? ").strip().lower() or enter
@@ -99,6 +100,7 @@ def chosen_key(keys: Sequence[str], enter: str = "") -> str | None:
             return None
         if not typed or typed in keys:
             return typed or None
+        question = f"That is not a choice. Type {choices}"
 
 
 def _session(**options: Any) -> PromptSession[str]:

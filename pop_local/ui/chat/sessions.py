@@ -138,20 +138,30 @@ class Unsaved:
     def offer(self, chat: Dialogue) -> None:
         """Offer the conversations of crashed chats, newest first, until the user continues one."""
         try:
-            for stored in reversed(list(self._sessions.listed())):
+            crashed = [each for each in self._sessions.listed() if self._has_crashed(each)]
+            for n_older, stored in reversed([*enumerate(crashed)]):
                 with suppress(Timeout), self._lock_of(stored.name):
-                    if stored.session and self._is_last(chat, stored, stored.session.conversation):
+                    if self._is_last(chat, stored, n_older):
                         return
         except Exception as error:
             chat.fail(as_pop_error(error))
 
-    def _is_last(self, chat: Dialogue, stored: SavedFile, conversation: Conversation) -> bool:
+    def _has_crashed(self, stored: SavedFile) -> bool:
+        with suppress(Timeout), self._lock_of(stored.name):
+            return stored.session is not None
+        return False
+
+    def _is_last(self, chat: Dialogue, stored: SavedFile, n_older: int) -> bool:
         """Offer one conversation. Return True if no more conversations should be offered."""
-        name, turns = stored.session.model if stored.session else "", conversation.turns
+        assert stored.session is not None, "the file is damaged"
+        name, turns = stored.session.model, stored.session.conversation.turns
         date, n_turns = _changed(stored), _turns(len(turns))
         question = f"A chat with {name} ended unexpectedly on {date} ({n_turns})."
         if turns:
             question += f" It starts with: {short(turns[0].question)}"
+        if n_older:
+            older = "1 older chat" if n_older == 1 else f"{n_older} older chats"
+            question += f"\n{older} also ended unexpectedly; after d or k, the next one is offered."
         chosen = chat.screen.choose(question, _CHOICES, enter="c")
         if chosen == "c":
             before = chat.model.engine.pruning.mode

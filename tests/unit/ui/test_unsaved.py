@@ -63,6 +63,7 @@ def test_no_answer_to_one_offer_skips_the_next(model, tmp_path):
     for lines, n_asked in (((), 1), (("k", "k", "/exit"), 2)):
         shown = talked(model, tmp_path, *lines)
         assert sum(line.startswith("? A chat with") for line in shown) == n_asked
+        assert sum(line.startswith("1 older chat also ended") for line in shown) == 1
 
 
 def test_a_mode_restored_with_a_conversation_is_reported(model, tmp_path):
