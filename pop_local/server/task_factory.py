@@ -166,9 +166,9 @@ class TaskFactory:
         if n_prompt == 0:
             raise ApiError(400, "the prompt is empty", param=param)
         if n_prompt >= context.n_ctx:
-            hint = "shorten the prompt"
-            if not 0 < context.files.n_positions < larger:
-                hint = f"shorten the prompt, or restart the server with --ctx {larger}"
+            hint = f"shorten the prompt, or restart the server with --ctx {larger}"
+            if 0 < context.files.n_ctx_train < larger:
+                hint = context.files.untrained_hint(larger)
             message = (
                 f"the context is too small: the prompt has {n_prompt} tokens, but the prompt"
                 f" and the answer together are limited to {context.n_ctx}; {hint}"

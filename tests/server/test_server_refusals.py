@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 
 import pytest
 from prometheus_client import generate_latest
@@ -184,6 +185,9 @@ def test_error_beyond_context_states_tokens(client):
     error = response.json()["error"]
     assert error["code"] == "context_length_exceeded"
     assert "500" in error["message"] and str(N_CTX) in error["message"]
+    assert "trained on 4,096 tokens and is unreliable on longer prompts" in error["message"]
+    shorter = complete(client, "x" * (N_CTX + 100)).json()["error"]["message"]
+    assert re.search(r"restart the server with --ctx \d+$", shorter)
 
 
 @pytest.mark.parametrize("declared", [True, False])
