@@ -102,9 +102,6 @@ def run(
                 _show(screen, chunks)
         except ContextFullError as error:
             raise too_long(opened, error) from error
-        if engine.calibrator is not None:
-            engine.calibrator.work(lambda: interrupt.asked)
-            engine.calibrator.save()
         store_prompts(opened)
     if interrupt.asked:
         raise KeyboardInterrupt

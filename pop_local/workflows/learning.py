@@ -3,18 +3,20 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.base.progress import Watch
-from pop_converter.fit.least_squares import ROWS_KEPT, KvType
+from pop_converter.fit.least_squares import KvType
 from pop_converter.fit.wide import encode_input
 from pop_converter.gguf.content import NewTensor
 from pop_converter.popfile.format import Budget, Calibration
 from pop_converter.popfile.pruning_plan import Plan, make_plan
 from pop_converter.popfile.rewrite import Fitted
-from pop_converter.popfile.sidecar import write_sidecar
+from pop_converter.popfile.sidecar import SUFFIX, write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import WindowReader, loaded
 from pop_local.calibration.carrier_windows import SHARE
@@ -43,6 +45,8 @@ from pop_local.workflows.measuring import measured
 _NAME = "prompts that were read here"
 # Minimum number of held-out windows for a measurement.
 LEAST_WINDOWS = 6
+# How much the number of rows must grow before the next attempt.
+_GROWTH = 1.5
 _N_CONTINUATION = 128
 _N_DRAWS = 4
 
@@ -79,10 +83,12 @@ class _LearnedFitter(PlanFitter):
 class _LookupSums:
     """Learned sums, extended with windows of lookups.
 
-    The user's prompts may not contain any lookups. `n_done`: the number of windows added so far.
+    The user's prompts may not contain any lookups. `is_saved`: whether the file contains the sums.
+    `n_done`: the number of windows added so far.
     """
 
     sums: Sums
+    is_saved: bool = False
     n_done: int = 0
 
     def add(self, learner: OnlineCalibrator, runner: TrialRunner) -> Sums:
@@ -132,10 +138,12 @@ class OnlineCalibration:
         self._runner = TrialRunner(context.files.source, hardware, watch)
         self._search: Search | None = None
         self._sums: _LookupSums | None = None
+        self._folder = TemporaryDirectory(prefix="pop-local-")
+        self._is_temporary = False  # whether the current sidecar is in this folder
         self._next_rows = float(model.engine.calibrator.n_wanted)
         meta = model.engine.context.files.meta
         if meta and meta.calibration and meta.calibration.name == _NAME:
-            self._next_rows = max(self._next_rows, self._later(meta.calibration.n_tokens))
+            self._next_rows = max(self._next_rows, _GROWTH * meta.calibration.n_tokens)
 
     @property
     def has_work(self) -> bool:
@@ -144,9 +152,10 @@ class OnlineCalibration:
 
     @property
     def _is_due(self) -> bool:
-        n_rows, n_held_out = self._learner.n_rows, len(self._learner.held_out)
-        is_enough = n_rows >= self._next_rows and n_held_out >= LEAST_WINDOWS
-        return self._sums is not None or is_enough
+        learner = self._learner
+        can_save = self._is_temporary and learner.is_saved
+        is_enough = can_save or learner.n_fittable >= self._next_rows
+        return self._sums is not None or (is_enough and len(learner.held_out) >= LEAST_WINDOWS)
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
         """Add queued rows to the sums, and fit and measure once the sums have enough rows.
@@ -164,8 +173,9 @@ class OnlineCalibration:
             return None
         except OverBudgetError:
             found = None
+        self._is_temporary &= not (self._sums and self._sums.is_saved)
         self._search = self._sums = None
-        self._next_rows = max(self._learner.n_wanted, self._later(self._learner.n_rows))
+        self._next_rows = max(self._learner.n_wanted, _GROWTH * self._learner.n_fittable)
         return found
 
     def _tried(self) -> LearnedFit | None:
@@ -174,10 +184,15 @@ class OnlineCalibration:
             return None
         if self._model.engine.pruning.boundary and self.quality is None:
             self.quality = self._measured_in_use(search.full)
-        chosen = search.run()
-        if not self._is_better(chosen):
+        chosen, sums = search.run(), self._sums
+        assert sums is not None
+        if not (self._is_temporary and sums.is_saved) and not self._is_better(chosen):
             return None
         target = LearnedFiles.of(self._runner.source).sidecar
+        if not sums.is_saved:
+            # The sidecar in use must not be replaced, so each one has its own name.
+            target = Path(self._folder.name) / f"{self._learner.n_fittable}{SUFFIX}"
+        self._is_temporary = not sums.is_saved
         assert chosen.fitted is not None and chosen.fitted.calibration is not None
         found = measured(chosen.quality, chosen.lookups)
         write_sidecar(
@@ -195,7 +210,7 @@ class OnlineCalibration:
 
     def _begun(self) -> Search | None:
         learner, shape = self._learner, self._model.engine.context.files.shape
-        self._sums = self._sums or _LookupSums(learner.sums())
+        self._sums = self._sums or _LookupSums(learner.sums(), learner.is_saved)
         macs, sums = GraphMacs(self._runner.path), self._sums.add(learner, self._runner)
         plans = []
         for boundary in sorted(sums.grams.keys() & set(learner.boundaries), reverse=True):
@@ -238,7 +253,3 @@ class OnlineCalibration:
         if chosen.plan.boundary != in_use:
             return chosen.plan.boundary < in_use
         return chosen.quality.kl_mean.value < before.kl_mean.value
-
-    def _later(self, n_rows: int) -> float:
-        """Return the number of rows for the next attempt after an attempt at `n_rows` rows."""
-        return n_rows + min(n_rows, ROWS_KEPT * self._model.engine.context.files.shape.n_embd) / 2

@@ -34,8 +34,6 @@ RIDGE = 1e-3
 BIAS_RIDGE = 1e-6
 # Number of rows of a triangular system to solve at once.
 _BLOCK = 128
-# Maximum number of rows per input at full weight. Beyond it, `Gram.merge` scales older rows down.
-ROWS_KEPT = 64
 # Inputs with less than this share of the mean power have a larger ridge. Otherwise, dividing by
 # their small gain would yield large weights, which would ruin their quantization block's scale.
 _WEAK_INPUT = 1e-4
@@ -98,17 +96,9 @@ class Gram:
         self.n_rows += len(x)
 
     def merge(self, other: "Gram") -> None:
-        """Add the sums of newer rows, which must have the same inputs and layers.
-
-        If the total exceeds ROWS_KEPT rows per input, the older sums are scaled down.
-        """
-        n_kept = ROWS_KEPT * len(self.xx)
-        is_full = self.n_rows + other.n_rows > n_kept
-        keep = np.float32(max(0.0, 1 - other.n_rows / n_kept) if is_full else 1.0)
-        self.xx *= keep
+        """Add the sums of other rows, which must have the same inputs and layers."""
         self.xx += other.xx
         for layer, xy in self.xy.items():
-            xy *= keep
             xy += other.xy[layer]
         self.n_rows += other.n_rows
 

@@ -29,6 +29,7 @@ from pop_local.engine.learning.sums import Summing, Sums, SumsFile
 from pop_local.engine.llama import taps
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.llama.taps import Rows, Tapped
+from pop_local.models.sidecars import is_learned
 
 if TYPE_CHECKING:
     from pop_local.engine.cache.kv_cache import KvCache
@@ -45,9 +46,9 @@ N_WINDOW = 512
 # Numbers of rows, as multiples of n_embd, needed to choose the wider input and to try a fit.
 _ROWS_TO_CHOOSE, ROWS_TO_FIT = 2, 16
 _LEAST_ROWS = 32
-# Minimum rows per input before sums are written. An attack distinguishes a tiny model's summed rows
-# from other rows with an AUC of .57 at 400 rows per input, and .81 at 96 (docs/learning.md).
-SAVED_ROWS = 400
+# Minimum rows per input before sums, or a sidecar from them, are written. An attacker distinguishes
+# a tiny model's summed rows from other rows with an AUC of at most .60 (docs/learning.md).
+SAVED_ROWS = 2000
 
 
 def _require_learnable(cache: KvCache) -> None:
@@ -83,9 +84,10 @@ class LearnedFit:
     n_rows: int
 
     def __str__(self) -> str:
+        until = "from now on" if is_learned(self.sidecar) else "until the model is closed"
         return (
             f"Learned from {self.n_rows:,} tokens of your prompts. Prompts are read up to"
-            f" {self.speedup_limit:.1f} times as fast from now on."
+            f" {self.speedup_limit:.1f} times as fast {until}."
         )
 
 
@@ -280,12 +282,26 @@ class OnlineCalibrator:
             self._new = Sums(self._new.wides | self._known.wides, rest)
 
     def sums(self) -> Sums:
-        """Return the sums in the file merged with the unsaved sums. Raises PopError like `save`."""
+        """Return the sums in the file or else the unsaved sums. Raises PopError like `save`.
+
+        They are never merged: the sidecar and the file would together reveal the unsaved rows.
+        """
         self.save()
         self._known = self.file.known()
         every = self.file.load()
-        every.merge(deepcopy(self._new))  # learning continues during the fit
+        if not every.grams:
+            every.merge(deepcopy(self._new))  # learning continues during the fit
         return every
+
+    @property
+    def is_saved(self) -> bool:
+        """Return True if `sums` returns the sums in the file."""
+        return bool(self._known.n_rows)
+
+    @property
+    def n_fittable(self) -> int:
+        """The number of rows in the sums that `sums` returns."""
+        return max(self._known.n_rows.values(), default=self._n_new)
 
     @property
     def n_rows(self) -> int:
@@ -318,7 +334,9 @@ class OnlineCalibrator:
         for boundary in boundaries:
             states = [self.summing.state(boundary, each)[1:] for each in windows]
             chosen[boundary] = self.summing.choose_input(boundary, states)
-        stored = self.file.settle(chosen)
+        # Processes that start learning together use the inputs that the first one stores.
+        self.file.add(Sums(chosen), {})
+        stored = self.file.known().wides
         self._new.wides.update((each, stored.get(each, chosen[each])) for each in boundaries)
 
 

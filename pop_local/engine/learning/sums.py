@@ -228,14 +228,6 @@ class SumsFile:
         except OSError as error:
             raise WriteError(f"cannot write {self.path}: {error.strerror}") from error
 
-    def settle(self, wides: dict[int, WideInput]) -> dict[int, WideInput]:
-        """Store the wider inputs that the file lacks, and return the file's wider inputs.
-
-        Processes that start at the same time thus share the inputs. Raises PopError as `add` does.
-        """
-        self.add(Sums(dict(wides)), {})
-        return self.known().wides
-
     def _add(self, sums: Sums, kinds: dict[int, list[Projection]]) -> None:
         every = self.load()
         every.merge(sums)

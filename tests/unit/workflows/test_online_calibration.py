@@ -1,5 +1,6 @@
 """Online calibration of tiny random models, from learned sums to a sidecar in use."""
 
+import gc
 import json
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure import estimate
 from pop_local.measure.lookups import LookupSettings
-from pop_local.models.sidecars import learned_files, sidecar_of
+from pop_local.models.sidecars import is_learned, learned_files, sidecar_of
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.workflows import learning as lessons_module
@@ -130,6 +131,39 @@ def test_the_next_start_uses_learned_statistics_and_adds_to_them(plain):
     assert CliRunner().invoke(app, ["learn", "forget", str(plain)]).exit_code == 0
     assert not learned_files() and sidecar_of(model.engine.context.files.source) is None
     assert "No learned statistics yet" in CliRunner().invoke(app, ["learn", "show"]).stderr
+
+
+def test_a_fit_over_few_rows_is_never_saved(plain, monkeypatch):
+    """A sidecar reveals the rows that it was fitted to, just as sums do."""
+    n_rows = 3 * 3 * N
+    monkeypatch.setattr(learning, "SAVED_ROWS", 1000)
+    model, lessons = taught(plain)
+    source = model.engine.context.files.source
+    first = lessons.idle(never)
+    assert "until the model is closed" in str(first)
+    assert not learned_files() or not learned_files()[0].sidecar.exists()
+    assert not is_learned(first.sidecar) and first.sidecar.parent.stat().st_mode & 0o077 == 0
+    model.swap_sidecar(first.sidecar)
+    model.engine.set_mode(Mode.OFF)
+    assert sidecar_of(source) is None and not lessons.has_work
+    # Once the sums cover enough rows, a fit to these sums is saved, even if it is no better.
+    monkeypatch.setattr(learning, "SAVED_ROWS", n_rows // 1000)
+    monkeypatch.setattr(OnlineCalibration, "_is_better", lambda *_: False)
+    read(model, prompt(3 * N, 3))
+    second = lessons.idle(never)
+    assert sidecar_of(source) == second.sidecar and "from now on" in str(second)
+    saved = model.engine.calibrator.file.load().grams[second.boundary]
+    assert second.n_rows == saved.n_rows
+    # Later rows are not added to a fit until they are saved, too.
+    monkeypatch.setattr(learning, "SAVED_ROWS", 1000)
+    read(model, prompt(3 * N, 4))
+    assert lessons.idle(never) is None
+    assert model.engine.calibrator.sums().grams[second.boundary].n_rows == saved.n_rows
+    model.close()
+    folder = first.sidecar.parent
+    del lessons
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_learned_fits_use_look_ups(plain, monkeypatch):
