@@ -84,9 +84,8 @@ class Cells:
     def restore(self, state: bytes) -> bool:
         """Restore the cells from a saved state. Returns False if the state cannot be restored.
 
-        If False is returned, the cells' contents are undefined. Empty states are rejected here
-        because llama.cpp would accept them. States that start with a large number are rejected
-        because llama.cpp would allocate gigabytes.
+        If False is returned, the cells' contents are undefined. Empty states and states that
+        declare gigabytes are rejected here, since llama.cpp would accept or allocate them.
         """
         if not state or int.from_bytes(state[:4], "little") > len(state):
             return False

@@ -34,17 +34,8 @@ def can_shift(context: Context) -> bool:
     layers that normalize K after RoPE, because llama.cpp rotates a moved row's K in all layers.
     """
     if context not in _known:
-        _known[context] = not _has_empty_cache(context) and _is_equal_after_a_shift(context)
+        _known[context] = _is_equal_after_a_shift(context)
     return _known[context]
-
-
-def _has_empty_cache(context: Context) -> bool:
-    """Return whether no layer has a window, or every layer does, although llama.cpp expects both.
-
-    llama.cpp then has a second cache without layers, and crashes when it rotates moved rows.
-    """
-    expects_both = backend.bindings().llama_model_n_swa(context.model) > 0
-    return expects_both and len(set(map(bool, context.files.shape.windows))) == 1
 
 
 def _is_equal_after_a_shift(context: Context) -> bool:
@@ -52,6 +43,10 @@ def _is_equal_after_a_shift(context: Context) -> bool:
     tokens = np.full(_SHIFT + 1, _TOKEN, np.int32)
     sources = np.append(np.full(_SHIFT, -1, np.int32), np.int32(0))
     try:
+        n_windowed = sum(map(bool, context.files.shape.windows))
+        has_windows = backend.bindings().llama_model_n_swa(context.model) > 0
+        if has_windows and n_windowed in (0, context.files.shape.n_layer):
+            return False  # llama.cpp crashes when it rotates the rows of a cache without layers
         with context.extra_context(n_ctx=2 * _SHIFT, n_batch=1, n_ubatch=1, **settings) as ctx:
             memory = backend.bindings().llama_get_memory(ctx)
             decoded = _decoded_at(ctx, _SHIFT)
