@@ -6,6 +6,7 @@
 #   is the address of the repository that links to source files lead to)
 # make fuzz SECONDS=3600: feeds damaged files to each reader for SECONDS (FUZZ_SEED=N sets the seed,
 #   FUZZ_FILES=N stops after N files instead)
+# make kills KILLS=1000: kills each operation that writes files at random moments, and checks the files
 # make sanitize: runs oracle, damaged-file and CPU kernel tests with AddressSanitizer and UBSan in the
 #   patched library
 # make sidecars: refits the shipped sidecars of the catalog's models, in about an hour
@@ -45,7 +46,7 @@ FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check docs site fuzz sanitize test-page test-llama-server test-gpu test-vulkan sidecars wheels \
+.PHONY: demo test check docs site fuzz kills sanitize test-page test-llama-server test-gpu test-vulkan sidecars wheels \
 	test-wheels lint backend \
 	unpatched recipes clean
 
@@ -72,6 +73,10 @@ site: $(VENV)/.ready
 SECONDS ?= 60
 fuzz: $(VENV)/.tools
 	FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest -n $(WORKERS) -rP tests/fuzz $(ARGS)
+
+KILLS ?= 100
+kills: $(VENV)/.tools
+	$(BIN)/python tests/bench/measure_kills.py --kills $(KILLS)
 
 # -O1 instead of -O3 keeps stack frames readable. Both sides of the oracle run in this library, since
 # another build's results may differ in some bits. UBSan writes to its files only if it is loaded first.
