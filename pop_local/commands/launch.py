@@ -51,7 +51,7 @@ def launch(
     """Start a coding agent that uses a local model.
 
     The command starts a server on a free port, connects the agent to the server with arguments and
-    environment variables, and ends the server when the agent ends. The agent's own settings files
+    environment variables, and stops the server when the agent exits. The agent's settings files
     stay unchanged.
     """
     if model and model.startswith("-"):
@@ -97,7 +97,7 @@ def _server(arguments: list[str]) -> Iterator[str]:
                 command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True
             )
         try:
-            note(f"Starting the server, whose log is {log}.")
+            note(f"Starting the server; its log is {log}.")
             while (found := _SERVING.search(log.read_text("utf-8", "replace"))) is None:
                 if server.poll() is not None:
                     sys.stderr.write(log.read_text("utf-8", "replace"))

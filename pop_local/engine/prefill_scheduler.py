@@ -20,8 +20,8 @@ _POLL_S = 0.01
 class QueuedPrompt:
     """A prompt that is being read, or waits for its first turn.
 
-    `scope`: the owner of the prompt's rows. `n_left`: the number of rows that are still to be read.
-    `has_started`: whether the prompt has had a turn.
+    `scope`: the owner of the prompt's rows. `n_left`: number of rows left to read. `has_started`:
+    whether the prompt has had a turn.
     """
 
     prompt: Prompt
@@ -45,8 +45,8 @@ class QueuedPrompt:
 class PrefillScheduler:
     """The order in which queued prompts are read.
 
-    The prompt with the fewest rows left goes first, and the oldest one of several equal prompts. As
-    an exception, the oldest prompt gets one chunk after `AGE_ROWS` rows of other prompts.
+    The prompt with the fewest rows left goes first, and ties go to the oldest prompt. As an
+    exception, the oldest prompt gets one chunk after `AGE_ROWS` rows of other prompts.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class PrefillTurns:
             return self._current is prompt
 
     def end(self, prompt: QueuedPrompt) -> None:
-        """Remove a prompt, which has been read or has failed, and start the next turn."""
+        """Remove a prompt that has been read or has failed, and start the next turn."""
         with self._changed:
             self._scheduler.remove(prompt)
             self._pass_on(prompt)
