@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from support.browser import ANSWERED, answer, ask, drop, event, feed, progress, said, shot
+from support.browser import ANSWERED, STORE, answer, ask, drop, event, feed, progress, said, shot
 from support.converted import tiny
 from support.paths import ROOT
 from support.serving import served
@@ -133,15 +133,6 @@ def test_deeply_nested_answer_ends_and_is_stored(fed, kind):
     fed.wait_for_selector(ANSWERED)
     assert "deep" in said(fed)
     assert fed.locator("#list a").all_text_contents() == ["Deep", "First"]
-
-
-STORE = """async (messages) => {
-  const opening = indexedDB.open("pop-local", 1);
-  await new Promise((resolve) => (opening.onsuccess = resolve));
-  const chats = opening.result.transaction("chats", "readwrite").objectStore("chats");
-  chats.put({ id: "zz", title: "Damaged", messages });
-  await new Promise((resolve) => (chats.transaction.oncomplete = resolve));
-}"""
 
 
 @pytest.mark.parametrize("messages", [None, [None], [{"role": "assistant", "usage": {}}]])

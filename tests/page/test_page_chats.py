@@ -6,7 +6,19 @@ from typing import Any
 
 import pytest
 
-from support.browser import ANSWERED, answer, ask, drop, event, feed, new_chat, said, titles, usage
+from support.browser import (
+    ANSWERED,
+    STORE,
+    answer,
+    ask,
+    drop,
+    event,
+    feed,
+    new_chat,
+    said,
+    titles,
+    usage,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -256,6 +268,17 @@ def test_chat_is_downloaded_as_markdown(three):
         "# Lamps?\n\n## Question\n\n*Attached: plans.txt (16 characters)*\n\nLamps?\n\n"
         "## Answer\n\nThey are **green**.\n"
     )
+
+
+def test_export_leaves_out_damaged_chats(fed, tmp_path):
+    ask(fed, "One")
+    answer(fed, "1")
+    fed.evaluate(STORE, [None])
+    path = tmp_path / "chats.json"
+    content = exported(fed, path)
+    fed.wait_for_selector("#transferred:text('Exported 1 chat. 1 damaged chat left out.')")
+    assert [chat["title"] for chat in content["chats"]] == ["One"]
+    assert imported(fed, path) == "Imported 0 chats. 1 was already here."
 
 
 def test_export_without_chats(fed):

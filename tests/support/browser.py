@@ -26,6 +26,15 @@ DROP = """([name, type, content]) => {
   document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true }));
 }"""
 
+# Stores a chat with the given messages.
+STORE = """async (messages) => {
+  const opening = indexedDB.open("pop-local", 1);
+  await new Promise((resolve) => (opening.onsuccess = resolve));
+  const chats = opening.result.transaction("chats", "readwrite").objectStore("chats");
+  chats.put({ id: "zz", title: "Damaged", messages });
+  await new Promise((resolve) => (chats.transaction.oncomplete = resolve));
+}"""
+
 
 def drop(page: Any, name: str, content: bytes, kind: str = "") -> None:
     page.evaluate(DROP, [name, kind, base64.b64encode(content).decode()])

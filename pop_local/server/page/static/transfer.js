@@ -16,24 +16,6 @@ function download(parts, name, type) {
 
 const today = () => new Date().toLocaleDateString("sv"); // YYYY-MM-DD
 
-// Downloads all chats, and resolves to a sentence. Throws an Error if no chat exists, or if the file
-// would be too large to import.
-export async function exportAll() {
-  const parts = [];
-  let size = 0;
-  await chats.each((chat) => {
-    const part = JSON.stringify(chat);
-    size += part.length;
-    parts.push(parts.length ? ",\n" : "", part);
-  });
-  if (!parts.length) throw new Error("No chat is stored in this browser yet.");
-  if (size > MOST_BYTES) throw new Error(`The export is larger than ${megabytes(MOST_BYTES)}. Delete some chats.`);
-  const head = JSON.stringify({ format: FORMAT, version: VERSION, exported: new Date().toISOString() });
-  const name = `pop-local-chats-${today()}.json`;
-  download([head.slice(0, -1), ',"chats":[\n', ...parts, "\n]}\n"], name, "application/json");
-  return `Exported ${counted(parts.length / 2, "chat")}.`;
-}
-
 function markdownOf({ role, text, files = [], sides, note }) {
   const parts = [`## ${role === "user" ? "Question" : "Answer"}`];
   for (const { name, text: content } of files) {
@@ -88,6 +70,26 @@ function isChat(chat) {
     && isNumberIn(settings.maxTokens, 1, 1e9);
   return isId(id) && isId(version) && isText(title) && title && areSettings
     && Array.isArray(messages) && messages.every(isMessage);
+}
+
+// Downloads all chats that could be imported, and resolves to a sentence. Throws an Error if no chat
+// exists, or if the file would be too large to import.
+export async function exportAll() {
+  const parts = [];
+  let [size, damaged] = [0, 0];
+  await chats.each((chat) => {
+    if (!isChat(chat)) return void (damaged += 1);
+    const part = JSON.stringify(chat);
+    size += part.length;
+    parts.push(parts.length ? ",\n" : "", part);
+  });
+  if (!parts.length) throw new Error("No chat is stored in this browser yet.");
+  if (size > MOST_BYTES) throw new Error(`The export is larger than ${megabytes(MOST_BYTES)}. Delete some chats.`);
+  const head = JSON.stringify({ format: FORMAT, version: VERSION, exported: new Date().toISOString() });
+  const name = `pop-local-chats-${today()}.json`;
+  download([head.slice(0, -1), ',"chats":[\n', ...parts, "\n]}\n"], name, "application/json");
+  const without = damaged ? ` ${counted(damaged, "damaged chat")} left out.` : "";
+  return `Exported ${counted(parts.length / 2, "chat")}.${without}`;
 }
 
 async function parsed(file) {
