@@ -134,7 +134,7 @@ def distill_text(
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
     """Choose equal shares of windows from all paths and, within a folder, from all kinds of files.
 
-    If a text is too short, longer texts make up the difference. Windows are spread evenly over each
+    If one is too short, longer texts make up the difference. Windows are spread evenly over each
     text, and one in SHARE has lookups. Raises PopError for empty, binary, short or repetitive
     texts.
     """

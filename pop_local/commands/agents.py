@@ -11,10 +11,10 @@ from string import Template
 class Agent:
     """A coding agent.
 
-    `program`: the executable. `install`: the command that installs it. `n_ctx`: a context length in
-    tokens that holds the first prompt and several turns. In `arguments` and in the values of
-    `variables`, $url, $model and $n_ctx stand for a server's URL with /v1, a model's name and its
-    context length.
+    `program`: the executable. `install`: the command that installs it. `n_ctx`: context length in
+    tokens, for the first prompt and a few turns. In `arguments` and in the values of `variables`,
+    $url, $model and $n_ctx stand for a server's URL with /v1, a model's name and its context
+    length.
     """
 
     program: str

@@ -135,8 +135,7 @@ def convert(
 
     The copy contains the model's weights and K/V projections fitted for the skipped layers. Only
     pop-local can open the copy. The command measures the quality loss, prints it and stores it in
-    the copy. With --projection own, the copy has no additional weights, and stock llama.cpp can
-    open it (without pruning).
+    the copy. With --projection own, the copy has no new weights, and stock llama.cpp can open it.
     """
     named, own = at.named, opt.given(**vars(limits))
     fit = fitting.fit(how.text or ())

@@ -50,9 +50,9 @@ def launch(
 ) -> None:
     """Start a coding agent that uses a local model.
 
-    The command starts a server on a free port, connects the agent to the server with arguments and
-    environment variables, and stops the server when the agent exits. The agent's settings files
-    stay unchanged.
+    The command starts a server on a free port, passes its address to the agent in arguments and
+    environment variables, and stops it when the agent exits. The agent's settings files stay
+    unchanged.
     """
     if model and model.startswith("-"):
         raise typer.BadParameter("a model must precede the agent's arguments", param_hint="MODEL")

@@ -32,8 +32,8 @@ def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> M
 class Opener:
     """A callable that opens models with a command's options.
 
-    A call that names a different model ignores --sidecar and --mmproj. `asked`: the options given
-    on the command line.
+    A call that names a different model ignores --sidecar and --mmproj. `asked`: options from the
+    command line.
     """
 
     model: str

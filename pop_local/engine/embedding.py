@@ -33,9 +33,8 @@ def require_pooling(cache: KvCache) -> gguf.PoolingType:
 def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     """Return the text's normalized embedding, float32 [n_embd] (llama_get_embeddings_ith).
 
-    All rows run in full, and the KV cache is empty afterward. Raises PopError if the text cannot be
-    decoded or the vector is not finite. If interrupted, raises StoppedError or the signal handler's
-    exception.
+    All rows run in full. Empties the cache. Raises PopError if the text cannot be decoded or the
+    vector is not finite. If interrupted, raises StoppedError or the signal handler's exception.
     """
     pooling = require_pooling(cache)
     context, api = cache.context, backend.bindings()

@@ -23,8 +23,7 @@ class TurnOptions(SamplerOptions):
 
     `on_prefill(done, total)` is called before the first batch and after each batch. Both arguments
     count uncached tokens. `should_stop` is called during prefill and after each token. If it
-    returns True, the answer ends as "interrupted", with statistics. During tokenization, raises
-    StoppedError.
+    returns True, the answer ends as "interrupted". During tokenization, raises StoppedError.
     """
 
     max_tokens: int | None = None

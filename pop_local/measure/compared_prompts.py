@@ -134,8 +134,7 @@ def read_prompts(path: Path) -> PromptFile:
 
     An object with `prompt` may have `documents`, a list of strings and {"file": PATH} objects, and
     `images`, a list of paths. Documents and images precede the prompt's text. Paths are relative to
-    the JSONL file's folder. `answer` is a string that correct answers contain, or {"regex":
-    PATTERN}.
+    the JSONL file. `answer` is a string that correct answers contain, or {"regex": PATTERN}.
     """
     # str.splitlines would also split at characters that JSON strings may contain.
     lines = re.split(r"\r\n?|\n", read_text(path))

@@ -45,8 +45,7 @@ FULL = Pruning(0, Mode.OFF)
 def forced(model: PopModel) -> Iterator["Forced"]:
     """Open a model for teacher forcing.
 
-    Short contexts are also pruned. On exit, restores the mode and the boundary, and clears the
-    cache.
+    Short contexts are also pruned. On exit, restores the mode and boundary and clears the cache.
     """
     with model.engine.sequences[0].preserved():
         yield Forced(model)

@@ -56,8 +56,7 @@ def room(texts: TextTokens, n_tokens: int) -> int:
 def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Sequence[int]]:
     """Return non-overlapping windows of `n_tokens`, spread evenly over all parts of the text.
 
-    If a part is too short, longer parts provide more windows. Raises PopError if the text is too
-    short.
+    If a part is too short, longer parts provide more windows. Raises PopError if none fit.
     """
     rooms = [len(text) // n_tokens for text in texts]
     if sum(rooms) < n_windows:

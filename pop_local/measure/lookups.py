@@ -120,7 +120,7 @@ def measure_lookups(
 ) -> Lookups:
     """Answer the questions about each document, once with pruning and once without.
 
-    Progress is reported in questions. Raises PopError if a prompt is too long or not pruned as
+    Progress is reported in questions. Raises PopError for prompts too long or not pruned as
     planned.
     """
     reference = LookupReference(settings, make_documents(model, settings), [])
@@ -144,8 +144,7 @@ class LookupReference:
     ) -> "LookupReference":
         """Answer the questions about each document without pruning, unless `known` has the answers.
 
-        Adds new answers to `known`, so they survive interruptions. Raises errors as
-        `measure_lookups` does.
+        Adds new answers to `known`, so they survive interruptions. Raises PopError.
         """
         found = cls(settings, make_documents(model, settings), known)
         found.ask(model, FULL, on_progress, known)

@@ -93,9 +93,8 @@ def read(
 ) -> TeacherStates:
     """Run the full model on the text's windows, and on copies of some that repeat a passage.
 
-    `first`: the smallest boundary whose fits can be distilled. `seed`: the seed for choosing
-    passages. `on_progress(done, total)` receives progress in windows times layers. It may raise to
-    stop.
+    `first`: the smallest boundary whose fits can be distilled. `seed`: for choosing passages.
+    `on_progress(done, total)` receives progress in windows times layers. It may raise to stop.
     """
     copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])

@@ -33,8 +33,8 @@ _HINT = "close other programs or convert without distilling"
 class Distiller:
     """A distiller for one model's fits (see pop_local.workflows.conversion.fits).
 
-    `reference`: the full model's states for the text, kept for later fits (0.5 GB for 500
-    dimensions).
+    `reference`: the full model's states for the text, kept for later fits (0.5 GB if n_embd is
+    500).
     """
 
     source: Source

@@ -1,7 +1,6 @@
 """Request bodies. Unknown fields are ignored, but requests with unsupported fields are refused.
 
-Validation blocks the event loop, so lists have a maximum length, and validation stops at their
-first invalid entry.
+Validation blocks the event loop, so lists are limited and fail at the first invalid entry.
 """
 
 import json

@@ -122,8 +122,8 @@ class Job:
         """Yield lists of chunks that arrived together, or [] after `idle_s` seconds without any.
 
         Raises the exception that ended the answer, if any. For `pause_s` seconds after a batch,
-        only the answer's end wakes this coroutine, because wakeups on a busy core cost 5% of a
-        small model's decode time.
+        only the answer's end wakes this coroutine, because wakeups cost 5% of a small model's
+        decode time.
         """
         while True:
             self._is_awaited = True

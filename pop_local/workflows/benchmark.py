@@ -48,7 +48,7 @@ class BenchOptions:
     """Options for a benchmark.
 
     `n_prompts`: prompt lengths to measure, in tokens. `n_pairs`: number of run pairs (full and
-    pruned) per length. `boundary` and `deep_rows` default to the file's values, and `n_ctx` to the
+    pruned) per length. `boundary` and `deep_rows` default to the file's values, `n_ctx` to the
     required length.
     """
 
@@ -66,8 +66,7 @@ class Speed:
 
     `backend`: the device's name and the number of threads. `kernels`: the result of `cpu_kernels`
     ("" on a GPU). `is_exact`: whether skipping layers `boundary` and up leaves the output
-    unchanged. `upstream`: llama.cpp's fastest settings without pop-local's kernels (None: not
-    measured).
+    unchanged. `upstream`: llama.cpp's fastest settings without our kernels (None: not measured).
     """
 
     model: str

@@ -17,8 +17,8 @@ def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -
     """Fetch a model by name into `folder` and return the model file's path.
 
     A model is downloaded from a hub only if `watch.may` returns True, and a large model from the
-    catalog only if `watch.refuses` returns False. `force`: whether to replace an existing file.
-    Raises PopError.
+    catalog only if `watch.refuses` returns False. `force`: replace an existing file. Raises
+    PopError.
     """
     hub = hub_name(name)
     if hub is not None:

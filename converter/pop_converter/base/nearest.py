@@ -12,8 +12,8 @@ _MOST = 3
 def nearest_hint(wanted: str, known: Mapping[str, str], listed: str = "") -> str:
     """Return a hint that suggests the known names most similar to `wanted`, followed by `listed`.
 
-    If no name is similar, the hint is `listed` alone. `known` maps names to the texts shown to the
-    user. Case is ignored.
+    If no name is similar, the hint is `listed` alone. `known` maps names to texts for the user.
+    Ignores case.
     """
     shown, wanted = {name.lower(): text for name, text in known.items()}, wanted.lower()
     near = difflib.get_close_matches(wanted, shown, n=_MOST, cutoff=_CUTOFF)

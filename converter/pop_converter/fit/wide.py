@@ -6,8 +6,8 @@ In addition to x, the normalized boundary state, the projections of later layers
   layers copies information from the previous token (induction), which the token's own state lacks.
 - a is the output up * act(gate) of the strongest neurons in the boundary layer's FFN, applied to x.
   A neuron's strength is the power that it adds to the layer's output. Neurons are scaled to unit
-  variance and clamped, since outliers would ruin the results for some windows. For a mixture of
-  experts, a is empty.
+  variance and clamped, since outliers would ruin some results. For a mixture of experts, a is
+  empty.
 
 The first token of a ubatch counts as its own predecessor (docs/notebook/wide-fits.md).
 """

@@ -130,8 +130,8 @@ class OnlineCalibrator:
     def __init__(self, cache: KvCache, memory_bytes: int | None = None) -> None:
         """`memory_bytes`: the memory limit for the sums and the queued rows together.
 
-        The default is a sixth of the free memory, up to 2 GiB. Raises PopError if fits are
-        impossible.
+        The default is a sixth of the free memory, up to 2 GiB. Raises PopError if no fit is
+        possible.
         """
         _require_learnable(cache)
         if not memory_bytes:

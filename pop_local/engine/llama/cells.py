@@ -16,8 +16,7 @@ Lock = Callable[[], AbstractContextManager[None]]
 class Cells:
     """KV cells of a context's only sequence.
 
-    Saved states contain the whole context, because a single sequence's state lacks rows outside a
-    sliding window.
+    Saved states contain the whole context. A single sequence's state lacks rows outside the window.
     """
 
     def __init__(self, context: Context, sequence: int = 0, locked: Lock = nullcontext) -> None:
@@ -96,8 +95,7 @@ class Cells:
     def checkpoint(self, max_bytes: int) -> np.ndarray | None:
         """Return a copy of the recurrent states and of the rows in sliding windows.
 
-        Returns uint8 [n_bytes] in llama.cpp's format, or None if it is empty, unreadable, or
-        exceeds `max_bytes`.
+        Returns uint8 [n_bytes] in llama.cpp's format, or None if empty, unreadable or too large.
         """
         api, flags = self._api, self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
         with self._locked():

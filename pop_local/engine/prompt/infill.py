@@ -23,8 +23,7 @@ def infilling(
     """Return a FIM prompt's tokens in the order used by llama.cpp's server (format_prompt_infill).
 
     `prefix`: text or tokens. `begun`: the start of the answer. `files`: (name, text) pairs that
-    precede the prefix. Special tokens in the texts are tokenized as plain text. Raises PopError if
-    the tokens are missing.
+    precede the prefix. Special tokens in texts are read as plain text. Raises PopError.
     """
     if not can_infill(context):
         raise PopError(

@@ -10,9 +10,8 @@ A candidate is a boundary with its projections and deep rows. The search follows
    continuing with deeper boundaries until a candidate exceeds the budget or distillation fails.
 5. Finally, rules with fewer deep rows are tried. For each rule, the search starts at the deepest
    boundary within the budget, and skips fewer layers while the candidate would be the fastest.
-6. The fastest candidate within the budget is chosen. Among equally fast candidates, the search
-prefers a distilled one unless its KL is larger by more than the standard error. Otherwise, the
-smallest KL wins.
+6. The fastest candidate within the budget is chosen. Among equally fast candidates, a distilled one
+wins unless its KL is larger by more than the standard error. Otherwise, the smallest KL wins.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class TrialRunner:
     ) -> Iterator[PopModel]:
         """Open the model, or `files` that were converted from it, with the plan's full rows.
 
-        `n_ctx`: context length in tokens (default: fits the windows). Raises PopError or
+        `n_ctx`: context length in tokens (default: for the windows). Raises PopError or
         StoppedError.
         """
         settings = QualitySettings()
