@@ -39,8 +39,8 @@ def comparison_in_words(found: "Comparison") -> str:
     """Describe how many correct answers are lost with pruning, or how many answers change."""
     n = len(found.answers)
     if not found.n_judged:
-        differ = f"{len(found.different) or 'none'} of {n} differ"
-        return f"Answers: {differ}; the prompts have no expected answers."
+        changed = f"{len(found.different)} of {n}"
+        return f"Answers changed by fast reading: {changed}. No prompt has an expected answer."
     lost = f"{found.n_only_full or 'none'} of {found.full_hits} correct answers lost"
     if found.n_only_pruned:
         lost += f", {found.n_only_pruned} gained"

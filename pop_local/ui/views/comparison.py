@@ -23,18 +23,22 @@ def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
         print_sentence("")
     n = len(found.answers)
     facts: list[Fact] = [
-        ("Prompts", f"{found.prompts.name}: {n} prompts, answered with greedy decoding"),
+        ("Prompts", f"{found.prompts.name}: {n} prompt{'s' * (n != 1)}, decoded greedily"),
         ("Same answer", f"{n - len(found.different)} of {n}"),
     ]
     if found.n_judged:
-        right = f"{found.full_hits} in full, {found.pruned_hits} with pruning, of {found.n_judged}"
-        only = f"{found.n_only_full} only in full, {found.n_only_pruned} only with pruning"
+        hits = f"{found.full_hits} in full, {found.pruned_hits} with fast reading"
+        right = f"{hits}, of {found.n_judged}"
+        only = f"{found.n_only_full} only in full, {found.n_only_pruned} only with fast reading"
         facts += [("Right", f"{right}; {only}"), ("", f"p = {found.p_value:.2g} (McNemar, exact)")]
-    ratio = found.full_ttft_s / found.pruned_ttft_s
-    times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s with pruning, in total"
-    facts.append(("To first token", f"{times}: {ratio:.2f}x (not paired)"))
+    if found.n_unpruned < n:
+        ratio = found.full_ttft_s / found.pruned_ttft_s
+        times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s with fast reading"
+        facts.append(("To first token", f"{times}: {ratio:.2f}x (totals, each prompt timed once)"))
     if found.n_unpruned:
-        facts.append(("Not pruned", f"{found.n_unpruned} prompts (short or cached)"))
+        facts.append(("Read in full", f"{found.n_unpruned} of {n}, which are short or cached"))
+    if found.n_unpruned == n:
+        facts.append(("Speedup", "not measured, because no prompt used fast reading"))
     print_facts(facts)
     print_sentence(with_advice(comparison_in_words(found)))
 
@@ -66,7 +70,7 @@ _COLUMNS = (
     Column("Line", lambda each: each.line, numeric=True),
     Column("Same", lambda each: each.first_difference, numeric=True),
     Column("Full", lambda each: _VERDICTS[each.is_full_right]),
-    Column("Pruned", lambda each: _VERDICTS[each.is_pruned_right]),
+    Column("Fast", lambda each: _VERDICTS[each.is_pruned_right]),
     Column("In full", lambda each: _shown(each, each.full.text)),
-    Column("Pruned answer", lambda each: _shown(each, each.pruned.text)),
+    Column("With fast reading", lambda each: _shown(each, each.pruned.text)),
 )
