@@ -3,6 +3,7 @@
 The settings are arguments and environment variables, so the agents' own files stay unchanged.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Template
 
@@ -11,25 +12,21 @@ from string import Template
 class Agent:
     """A coding agent.
 
-    `program`: the executable. `install`: the command that installs it. `n_ctx`: context length in
-    tokens, for the first prompt and a few turns. In `arguments` and in the values of `variables`,
-    $url, $model and $n_ctx stand for a server's URL with /v1, a model's name and its context
-    length.
+    `install`: the command that installs `program`. `n_ctx`: a context length in tokens that holds
+    the first prompt and several turns. In `variables` (for the environment) and `arguments`, $url,
+    $model and $n_ctx stand for a server's URL with /v1, a model's name and its context length.
     """
 
     program: str
     install: str
     n_ctx: int
+    variables: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
-    variables: tuple[tuple[str, str], ...] = ()
 
-    def settings(self, url: str, model: str, n_ctx: int) -> tuple[list[str], dict[str, str]]:
-        """Return the arguments and the environment variables for a server."""
-
-        def filled(text: str) -> str:
-            return Template(text).substitute(url=url, model=model, n_ctx=n_ctx)
-
-        return [*map(filled, self.arguments)], {name: filled(v) for name, v in self.variables}
+    def command(self, added: Sequence[str], **values: object) -> list[str]:
+        """Return a command line. `added`: the user's arguments. `values`: see the class."""
+        words = ("env", *self.variables, self.program, *self.arguments)
+        return [*(Template(word).substitute(values) for word in words), *added]
 
 
 # The agents refuse to start without a key, which the server ignores.
@@ -39,13 +36,11 @@ AGENTS = {
         install="npm install -g opencode-ai",
         n_ctx=16384,
         variables=(
-            (
-                "OPENCODE_CONFIG_CONTENT",
-                '{"model": "pop-local/$model", "small_model": "pop-local/$model",'
-                ' "provider": {"pop-local": {"npm": "@ai-sdk/openai-compatible",'
-                ' "options": {"baseURL": "$url", "apiKey": "none"},'
-                ' "models": {"$model": {"limit": {"context": $n_ctx, "output": 4096}}}}}}',
-            ),
+            'OPENCODE_CONFIG_CONTENT={"model": "pop-local/$model",'
+            ' "small_model": "pop-local/$model",'
+            ' "provider": {"pop-local": {"npm": "@ai-sdk/openai-compatible",'
+            ' "options": {"baseURL": "$url", "apiKey": "none"},'
+            ' "models": {"$model": {"limit": {"context": $n_ctx, "output": 4096}}}}}}',
         ),
     ),
     "codex": Agent(
@@ -55,19 +50,18 @@ AGENTS = {
         arguments=(
             *("-c", "model_provider=pop-local", "-c", "model=$model"),
             *("-c", "model_context_window=$n_ctx"),
-            *("-c", "model_providers.pop-local.name=pop-local"),
-            *("-c", "model_providers.pop-local.base_url=$url"),
-            *("-c", "model_providers.pop-local.wire_api=responses"),
-            # While a long prompt is read, no event arrives.
-            *("-c", "model_providers.pop-local.stream_idle_timeout_ms=3600000"),
+            "-c",
+            # While the server reads a long prompt, it sends no event.
+            'model_providers.pop-local={name="pop-local", base_url="$url", wire_api="responses",'
+            " stream_idle_timeout_ms=3600000}",
         ),
     ),
     "aider": Agent(
         program="aider",
         install="python -m pip install aider-install && aider-install",
         n_ctx=8192,
+        variables=("OPENAI_API_BASE=$url", "OPENAI_API_KEY=none"),
         arguments=("--model", "openai/$model", "--no-show-model-warnings", "--timeout", "3600"),
-        variables=(("OPENAI_API_BASE", "$url"), ("OPENAI_API_KEY", "none")),
     ),
     "qwen-code": Agent(
         program="qwen",

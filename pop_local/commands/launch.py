@@ -1,6 +1,5 @@
 """`pop-local launch AGENT [MODEL]`: start a server and a coding agent that uses it."""
 
-import os
 import re
 import shlex
 import shutil
@@ -11,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -65,20 +65,17 @@ def launch(
     given = opt.given(name=name, ctx=n_ctx, sidecar=how.sidecar, threads=how.threads)
     given |= {"gpu-layers": how.gpu_layers}
     serving = ["serve", model, *(f"--{flag}={value}" for flag, value in given.items())]
+    command = partial(chosen.command, arguments or (), model=name, n_ctx=n_ctx)
     if prints:
-        words, variables = chosen.settings(f"http://127.0.0.1:{_PRINTED_PORT}/v1", name, n_ctx)
         say(shlex.join(["pop-local", *serving, f"--port={_PRINTED_PORT}"]))
-        settings = [f"{variable}={shlex.quote(value)}" for variable, value in variables.items()]
-        say(" ".join([*settings, shlex.join([chosen.program, *words, *(arguments or ())])]))
+        say(shlex.join(command(url=f"http://127.0.0.1:{_PRINTED_PORT}/v1")))
         return
     with terminal_watch() as watch:
         model_files(model, how.sidecar, watch)  # downloads a missing model, with a progress bar
     with _server(serving) as url:
-        words, variables = chosen.settings(url, name, n_ctx)
-        command = [chosen.program, *words, *(arguments or ())]
         # Ctrl-C is for the agent, which does not inherit a handler (unlike SIG_IGN).
         signal.signal(signal.SIGINT, lambda *_: None)
-        status = subprocess.run(command, env=os.environ | variables, check=False).returncode
+        status = subprocess.run(command(url=url), check=False).returncode
     raise typer.Exit(status if status >= 0 else 128 - status)
 
 

@@ -135,8 +135,8 @@ def test_print_shows_commands_for_a_shell_and_starts_nothing(name, tmp_path):
 
 
 def test_opencode_settings_are_json():
-    _, variables = AGENTS["opencode"].settings("http://h/v1", "m", 4096)
-    settings = json.loads(variables["OPENCODE_CONFIG_CONTENT"])
+    words = AGENTS["opencode"].command((), url="http://h/v1", model="m", n_ctx=4096)
+    settings = json.loads(words[1].removeprefix("OPENCODE_CONFIG_CONTENT="))
     assert settings["model"] == "pop-local/m"
     assert settings["provider"]["pop-local"]["models"]["m"]["limit"]["context"] == 4096
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.chat_messages import ToolCall
-from pop_local.engine.tools import fenced_calls, native, text_form
+from pop_local.engine.tools import native, text_form
 from pop_local.engine.tools.call_form import CallForm
+from pop_local.engine.tools.fenced_calls import last_calls
 from pop_local.engine.tools.native import Parsed
 
 _LETTERS = string.ascii_letters + string.digits
@@ -35,7 +36,6 @@ class CallReader:
 
     def __init__(self, form: CallForm) -> None:
         self._form, self._native = form, form.native
-        self._names = [tool.name for tool in form.tools]
         self.no_call = ""
         self._text = ""
         self._last = Parsed()
@@ -43,8 +43,7 @@ class CallReader:
 
     def push(self, text: str) -> list[Piece]:
         self._text += text
-        is_held = text_form.may_open(self._text) or fenced_calls.may_end(self._text, self._names)
-        if not self._text or is_held:
+        if not self._text or text_form.may_open(self._text):
             return []
         return self._added(self._parsed(partial=True))
 
@@ -62,14 +61,15 @@ class CallReader:
             except PopError:  # beyond the limits, for example with thousands of brackets
                 self._native = None
         if found is None or not found.calls:
-            as_text = text_form.parse(self._text, self._names, partial=partial)
+            names = [tool.name for tool in self._form.tools]
+            as_text = text_form.parse(self._text, names, partial=partial)
             found = as_text if found is None or as_text.calls else found
         is_lost = not (partial or found.calls or found.reasoning)
         if is_lost and self._text.startswith(found.content):  # llama.cpp dropped an incomplete tag
             found = Parsed(self._text)
         if not (partial or found.calls):
-            fenced, self.no_call = fenced_calls.parse(found.content, self._form.tools)
-            found = replace(fenced, reasoning=found.reasoning)
+            calls, self.no_call = last_calls(found.content, self._form.tools)
+            found = replace(found, calls=calls)
         return found
 
     def _added(self, now: Parsed) -> list[Piece]:
