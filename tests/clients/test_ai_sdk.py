@@ -1,0 +1,38 @@
+"""Vercel's AI SDK (npm's ai 6.0 and @ai-sdk/openai-compatible 2.0) against `pop-local serve`.
+
+POP_TEST_NODE names the folder in which `npm install ai @ai-sdk/openai-compatible` was run.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from support.chat_tools import DOUBLE, QWEN, TEMPLATES
+from support.converted import tiny
+from support.serving import served
+
+MODULES = Path(os.environ.get("POP_TEST_NODE", "")) / "node_modules"
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("node") and (MODULES / "ai").exists()),
+    reason="set POP_TEST_NODE to a folder with the npm packages",
+)
+
+
+def test_tool_call_and_stream(tmp_path):
+    script = shutil.copy(Path(__file__).with_name("ai_sdk.mjs"), tmp_path)
+    (tmp_path / "node_modules").symlink_to(MODULES.resolve())
+    path = tiny(tmp_path, chat_template=TEMPLATES[QWEN].read_text())
+    with served(path, "--name", "tiny", "--ctx", 8192) as server:
+        parameters = json.dumps(DOUBLE["function"]["parameters"])
+        command = ["node", str(script), server.api, parameters]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["input"]["n"] in range(10) and found["output"] == 2 * found["input"]["n"]
+    assert found["reason"] == "tool-calls"
+    assert found["streamed"] == found["whole"] != ""
+    assert found["usage"]["outputTokens"] == 8 and found["usage"]["inputTokens"] > 0
