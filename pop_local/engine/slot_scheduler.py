@@ -70,13 +70,6 @@ class SlotScheduler:
         found = (index for index in reversed(self._free) if self._n_refillable(index))
         return next(found, None)
 
-    def refilled(self, index: int) -> None:
-        """Mark the rows that other sequences share with sequence `index` as refilled."""
-        states = self.sequence(index).states
-        for other in self._model.engine.sequences:
-            if other.states is not states:
-                other.states.follow(states)
-
     def _n_refillable(self, index: int) -> int:
         refiller = self.sequence(index).refiller
         return refiller.n_refillable if refiller.is_on else 0

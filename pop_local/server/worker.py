@@ -255,7 +255,6 @@ class Worker(threading.Thread):
         refiller = self._slots.sequence(index).refiller
         try:
             n_rows = refiller.refill(lambda: not self._calls.empty())
-            self._slots.refilled(index)
             self._metrics.refilled.inc(n_rows)
         except Exception:  # the failure must not stop the worker
             log.exception("catching up failed and is now disabled")

@@ -139,9 +139,3 @@ class CacheStates:
                 return
             self.stash(prompt.n_equal)
             self.cache.share(other.cache, n)
-
-    def follow(self, other: "CacheStates") -> None:
-        """Mark shared rows as full if another sequence has refilled them."""
-        n_rows = min(self.cache.n_tokens, other.cache.n_tokens)
-        if self.cache.rows.follow(other.cache.rows, n_rows):
-            self.cache.has_logits = False

@@ -135,10 +135,11 @@ class KvCache:
     def share(self, other: "KvCache", n_rows: int) -> None:
         """Replace the rows with another sequence's first rows. The caller must lock the cells."""
         self.clear()
-        self.slot.cells.share(other.slot.cells, int(other.rows.positions[n_rows]))
-        self._tokens[:n_rows] = other.tokens[:n_rows]
+        tokens, n_positions = other.tokens[:n_rows], int(other.rows.positions[n_rows])
+        is_copied = self.slot.cells.share(other.slot.cells, n_positions, tokens)
+        self._tokens[:n_rows] = tokens
         self.images = {start: key for start, key in other.images.items() if start < n_rows}
-        self.rows.share(other.rows, n_rows)
+        self.rows.share(other.rows, n_rows, (tokens != NO_TOKEN) if is_copied else None)
         self.n_tokens = n_rows
 
     def load(self, state: SavedState) -> None:
@@ -149,7 +150,7 @@ class KvCache:
         self.clear()
         n = state.n_tokens
         end = int(state.positions[n - 1]) + 1 if n else 0
-        if not self.slot.cells.restore(state.cells) or self.slot.cells.end != end:
+        if not self.slot.cells.restore(state.cells, end) or self.slot.cells.end != end:
             self.clear()
             raise PopError(
                 "the saved state does not fit this model and context", "read the prompt again"
@@ -211,7 +212,8 @@ class KvCache:
         start, n = self.n_tokens, image.n_rows
         self.has_logits = False
         first = int(self.rows.positions[self.n_tokens])
-        with self.slot.exclusive(), self._placed([NO_TOKEN] * n):
+        cells = self.slot.cells.placing(first, n)
+        with self.slot.exclusive(), cells, self._placed([NO_TOKEN] * n):
             encode_s = self._vision.decode(self.slot, image, first)
         positions = first + np.arange(n + 1, dtype=np.int32)
         if self.context.is_mrope:

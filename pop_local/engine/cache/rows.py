@@ -1,11 +1,9 @@
 """A KV cache's rows: their positions, and whether they are projected, deep or exact."""
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-_serial = itertools.count(1)
 NO_STALE = 2**31 - 1  # beyond all rows
 
 
@@ -25,15 +23,15 @@ class CachedRows:
     A refill decodes stale rows again, so stale rows do not need a boundary state.
 
     `positions`: int32 [n_ctx + 1], ending with the next row's position. An image's rows may share a
-    position. `readings`: the serial number of the read that computed each row. Two sequences share
-    a row if its number is the same in both.
+    position. `is_copied`: the text rows that were copied from another sequence, without boundary
+    states. A refill decodes these rows again, too.
     """
 
     def __init__(self, n_ctx: int) -> None:
         self.is_full = np.zeros(n_ctx, dtype=bool)
         self.has_state = np.zeros(n_ctx, dtype=bool)
         self.positions = np.zeros(n_ctx + 1, dtype=np.int32)
-        self.readings = np.zeros(n_ctx, dtype=np.int64)
+        self.is_copied = np.zeros(n_ctx, dtype=bool)
         self.n_exact = 0
         self.first_stale = NO_STALE
 
@@ -52,7 +50,6 @@ class CachedRows:
         self.positions[start : end + 1] = positions
         self.forget_from(start)
         self.is_full[start:end] = full
-        self.readings[start:end] = next(_serial)
         self.has_state[start:end] = keeps_states and start < self.first_stale
         if self.n_exact == start and full.all():
             self.n_exact = end
@@ -66,7 +63,6 @@ class CachedRows:
         self.forget_from(n_same)
         self.is_full[:n] = is_full
         self.positions[: n + 1] = np.arange(n + 1)
-        self.readings[n_same:n] = next(_serial)
         if reused.size:
             self.first_stale = min(self.first_stale, int(reused[0]))
 
@@ -91,7 +87,7 @@ class CachedRows:
         self.n_exact = min(self.n_exact, n_rows)
         self.has_state[n_rows:] = False
         self.is_full[n_rows:] = False
-        self.readings[n_rows:] = 0
+        self.is_copied[n_rows:] = False
         if self.first_stale >= n_rows:
             self.first_stale = NO_STALE
 
@@ -101,31 +97,25 @@ class CachedRows:
         self.positions[: n + 1] = positions
         self.forget_from(0)
         self.is_full[:n] = is_full
-        self.readings[:n] = next(_serial)
         self.n_exact = n if is_exact else 0
 
-    def share(self, other: "CachedRows", n_rows: int) -> None:
-        """Replace all rows with another sequence's first rows."""
+    def share(self, other: "CachedRows", n_rows: int, copied: np.ndarray | None) -> None:
+        """Replace all rows with another sequence's first rows.
+
+        `copied`: the text rows if the rows were copied, bool [n_rows] (None: the cells are shared).
+        """
         self.forget_from(0)
         self.positions[: n_rows + 1] = other.positions[: n_rows + 1]
         self.is_full[:n_rows] = other.is_full[:n_rows]
-        self.has_state[:n_rows] = other.has_state[:n_rows]
-        self.readings[:n_rows] = other.readings[:n_rows]
+        if copied is None:
+            self.has_state[:n_rows] = other.has_state[:n_rows]
+        else:
+            self.is_copied[:n_rows] = copied
         self.n_exact = min(other.n_exact, n_rows)
         if other.first_stale < n_rows:
             self.first_stale = other.first_stale
 
-    def follow(self, other: "CachedRows", n_rows: int) -> bool:
-        """Mark rows that `other` has refilled as full. Returns True if more rows are exact now."""
-        n_shared = n_leading(self.readings[:n_rows] == other.readings[:n_rows])
-        n_exact = min(other.n_exact, n_shared)
-        self.is_full[:n_shared] |= other.is_full[:n_shared]
-        if self.first_stale < n_shared:
-            self.first_stale = max(self.first_stale, min(other.first_stale, n_shared))
-        is_more, self.n_exact = n_exact > self.n_exact, max(n_exact, self.n_exact)
-        return is_more
-
     def can_be_redone(self, n_rows: int) -> bool:
         """Return whether some of the first `n_rows` are inexact and a refill can redo them."""
-        with_states = slice(self.n_exact, min(n_rows, self.first_stale))
-        return bool(self.n_exact < n_rows and self.has_state[with_states].all())
+        rows = slice(self.n_exact, min(n_rows, self.first_stale))
+        return bool(self.n_exact < n_rows and (self.has_state | self.is_copied)[rows].all())

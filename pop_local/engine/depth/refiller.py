@@ -8,6 +8,7 @@ import numpy as np
 
 from pop_converter.base.errors import StoppedError
 from pop_local.engine.cache.kv_cache import KvCache, decode_again
+from pop_local.engine.cache.rows import n_leading
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import stopped_by
 
@@ -73,15 +74,15 @@ class Refiller:
 
     def _run_chunk(self) -> None:
         cache = self._cache
-        first, first_stale = cache.n_exact, cache.rows.first_stale
-        is_stale = first_stale <= first
-        end = cache.n_tokens if is_stale else min(first_stale, cache.n_tokens)
+        first = cache.n_exact
+        has_state = cache.rows.has_state[first : cache.n_tokens]
+        end = first + n_leading(has_state == has_state[0])
         rows = range(first, min(first + self._chunk, end))
         started_s = time.perf_counter()
         cache.checkpoints.drop_after(first)
         cache.has_logits = False  # the logits depend on the pruned rows
         with cache.slot.interruptible():
-            if is_stale:
+            if not has_state[0]:
                 self._decode_again(rows)
             elif cache.slot.run_deep(np.asarray(rows, np.int32)):
                 cache.rows.record_deep_pass(rows)
@@ -91,7 +92,7 @@ class Refiller:
         self._adapt(len(rows), time.perf_counter() - started_s)
 
     def _decode_again(self, rows: range) -> None:
-        """Re-decode stale rows in place, in all layers. If interrupted, leave the rest stale."""
+        """Re-decode stale or copied rows in place, in all layers."""
         slot = self._cache.slot
         slot.begin_prefill()
         slot.set_full(0, 0)

@@ -2,12 +2,14 @@
 
 import ctypes
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 
+from pop_converter.base.errors import PopError
 from pop_local.engine.llama import backend
+from pop_local.engine.llama.cell_regions import CellRegions
 from pop_local.engine.llama.context import Context
 
 Lock = Callable[[], AbstractContextManager[None]]
@@ -58,10 +60,18 @@ class Cells:
         if memory := self._memory:
             self._api.llama_memory_clear(memory, True)
 
-    def share(self, other: "Cells", n_positions: int) -> None:
-        """Share the first `n_positions` cells of another sequence (llama_memory_seq_cp)."""
+    def placing(self, first: int, n: int) -> AbstractContextManager[Any]:
+        """Context manager that provides cells for `n` rows from position `first` on."""
+        return nullcontext()
+
+    def share(self, other: "Cells", n_positions: int, tokens: np.ndarray) -> bool:
+        """Add the first rows of another sequence to this empty sequence. `tokens`: int32 [n_rows].
+
+        Returns True if the rows were copied, or False if both sequences use the same cells.
+        """
         copy = self._api.llama_memory_seq_cp
         copy(self._memory, other._sequence, self._sequence, 0, n_positions)
+        return False
 
     def move(self, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
         """Replace the cells from `start` onward with an edited prompt's (backend.move_rows)."""
@@ -80,8 +90,8 @@ class Cells:
             n_read = self._state("get_data", _address(buffer), buffer.size)
             return buffer[:n_read].tobytes()
 
-    def restore(self, state: bytes) -> bool:
-        """Restore the cells from a saved state. Returns False if the state cannot be restored.
+    def restore(self, state: bytes, n_positions: int) -> bool:
+        """Restore `n_positions` cells from a saved state. Returns False on failure.
 
         If False is returned, the cells' contents are undefined. Empty states and states that
         declare gigabytes are rejected here, since llama.cpp would accept or allocate them.
@@ -128,13 +138,42 @@ class Cells:
 class SequenceCells(Cells):
     """KV cells of one of multiple sequences. Saved states contain only that sequence."""
 
-    def clear(self) -> None:
-        """Drop all cells. If no sequence has cells left, later rows start at the first cell."""
+    def __init__(self, context: Context, sequence: int, locked: Lock, regions: CellRegions) -> None:
+        super().__init__(context, sequence, locked)
+        self._regions = regions
+
+    def placing(self, first: int, n: int) -> AbstractContextManager[Any]:
+        return self._regions.placing([(self._sequence, first, n)])
+
+    def truncate(self, position: int) -> bool:
         with self._locked():
-            self.truncate(0)
-            count, last = self._api.llama_n_seq_max(self._ctx), self._api.llama_memory_seq_pos_max
-            if all(last(self._memory, each) < 0 for each in range(count)):
-                super().clear()
+            return self.end <= position or self._regions.truncate(self._sequence, position)
+
+    def clear(self) -> None:
+        self.truncate(0)
+
+    def share(self, other: Cells, n_positions: int, tokens: np.ndarray) -> bool:
+        if not self._regions.is_on:
+            return super().share(other, n_positions, tokens)
+        with self._locked(), self.placing(0, n_positions):
+            super().share(other, n_positions, tokens)
+            sources = np.arange(n_positions, dtype=np.int32)
+            backend.move_rows(self._ctx, self._sequence, 0, sources, tokens)
+        return True
+
+    def move(self, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
+        with self._locked():
+            end, new_end = self.end, start + len(sources)
+            self._regions.reserve(self._sequence, new_end)
+            with self.placing(end, new_end - end) if new_end > end else nullcontext():
+                super().move(start, sources, tokens)
+
+    def restore(self, state: bytes, n_positions: int) -> bool:
+        with self._locked(), suppress(PopError), self.placing(0, n_positions):
+            if not super().restore(state, n_positions):
+                raise PopError("the state does not fit")
+            return True
+        return False
 
     def _state(self, action: str, *values: Any) -> int:
         call = getattr(self._api, f"llama_state_seq_{action}")

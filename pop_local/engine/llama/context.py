@@ -15,7 +15,7 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
-from pop_local.engine.llama import backend, loading, logs
+from pop_local.engine.llama import backend, cell_regions, loading, logs
 from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import default_threads, devices, has_kernels
 from pop_local.engine.llama.interrupt import Interrupt
@@ -23,6 +23,7 @@ from pop_local.engine.llama.opened_files import OpenedFiles
 from pop_local.engine.llama.vocabulary import Vocabulary
 
 _N_BATCH = 512
+_ROUNDED_TO = 256  # llama.cpp rounds context lengths up to a multiple
 # With several sequences, a short prompt need not wait for long until a long prompt's chunk is read.
 # With 256 rows, SmolLM2 reads as fast as with 512, and with 128 rows 3% slower.
 _CHUNK_ROWS = 256
@@ -143,9 +144,22 @@ class Context:
         # Call default_ctx even if n_ctx is set, because it rejects an invalid context length.
         default = loading.default_ctx(self.files.source, options.n_sequences, free_bytes)
         n_ctx = options.n_ctx or default
-        params.n_ctx = min(n_ctx * options.n_sequences, 2**32 - 1)  # prevents an overflow
-        params.n_seq_max, params.kv_unified = options.n_sequences, True
+        n_cells, n_sequences = n_ctx, 1
+        if options.n_sequences > 1:
+            n_ctx = -(-n_ctx // _ROUNDED_TO) * _ROUNDED_TO
+            n_cells = cell_regions.n_cells(n_ctx, options.n_sequences)
+            n_sequences = cell_regions.n_all_sequences(options.n_sequences)
+        params.n_ctx = min(n_cells, 2**32 - 1)  # prevents an overflow
+        params.n_seq_max, params.kv_unified = n_sequences, True
+        self.n_ctx = n_ctx
         params.n_batch = min(n_ctx, options.n_batch)
+        if params.n_batch < n_sequences:  # llama.cpp would abort
+            n = options.n_sequences
+            raise PopError(
+                f"batches of {params.n_batch} tokens are too small for {n} sequences",
+                f"open the model with n_batch={n_sequences} or more",
+                cause="one-sequence",
+            )
         params.n_ubatch = min(params.n_batch, options.n_ubatch)
         params.n_threads = params.n_threads_batch = self.n_threads
         if self.files.header.of_arch("pooling_type") is not None:
@@ -182,8 +196,8 @@ class Context:
         if not self._ctx:
             self.batch.close()
             raise PopError(f"{self.files.path} cannot be opened: {logs.first_error()}")
-        # llama.cpp rounds the context length up.
-        self.n_ctx = int(api.llama_n_ctx(self._ctx)) // options.n_sequences
+        if options.n_sequences == 1:
+            self.n_ctx = int(api.llama_n_ctx(self._ctx))
         backend.call("llama_pop_set_kernels", self._ctx, options.kernels)
 
     @contextmanager

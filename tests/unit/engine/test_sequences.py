@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError, StoppedError
-from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.llama import backend
@@ -184,38 +183,42 @@ def test_a_row_is_visible_only_when_complete(model, monkeypatch):
     assert states.n_same(Prompt(LONG)) == 151
 
 
-def test_shared_rows_are_refilled_once(model):
+def test_copied_rows_are_refilled(model, pop_file):
+    """They have no boundary states, so the refill decodes them again, and the others' passes."""
+    full = opened(pop_file)
+    full.engine.set_mode(Mode.OFF)
+    other = LONG[:150] + prompt(100, seed=3)
+    read_in(model, 0, LONG)
+    seats = SlotScheduler(model)
+    seats.take(Prompt(LONG))
+    index = seats.take(Prompt(other))
+    seats.share(index, Prompt(other))
+    found = read_in(model, index, other)
+    assert (found.n_cached, found.n_exact < 150, found.n_stale) == (150, True, 0)
+    sequence = model.engine.sequences[index]
+    sequence.refiller.is_on = True
+    seats.give_back(index)
+    assert seats.refillable() == index
+    assert sequence.refiller.refill() == 250 - found.n_exact
+    assert sequence.cache.n_exact == 250
+    assert model.engine.sequences[0].cache.n_exact < 200
+    sequence.step(5)
+    np.testing.assert_allclose(logits(model, index), logits_of(full, [*other, 5]), atol=NOISE)
+
+
+def test_copied_rows_remain_when_their_source_changes(model):
     read_in(model, 0, LONG)
     seats = SlotScheduler(model)
     seats.take(Prompt(LONG))
     index = seats.take(Prompt(LONG[:150]))
     seats.share(index, Prompt(LONG[:150]))
-    seats.give_back(0)
-    assert seats.refillable() == 0
-    assert model.engine.sequences[0].refiller.refill() == 200
-    seats.refilled(0)
-    cache, refiller = model.engine.sequences[index].cache, model.engine.sequences[index].refiller
-    assert (cache.n_tokens, cache.n_exact, refiller.n_refillable) == (150, 150, 0)
-    cache.truncate(100)
-    read_in(model, index, LONG[:100] + prompt(100, seed=9))
-    model.engine.sequences[0].cache.truncate(120)
-    seats.refilled(0)
-    assert cache.n_exact < 200  # unshared rows are unchanged
-
-
-def test_restored_rows_are_unshared(model):
-    first, second = model.engine.sequences[0].states, model.engine.sequences[1].states
-    read_in(model, 0, prompt(100, seed=1))
-    model.engine.sequences[0].refiller.refill()
-    read_in(model, 1, prompt(120, seed=2))
-    exact, pruned = first.save(), second.save()
-    first.restore(exact)
-    second.restore(pruned)
-    read_in(model, 0, prompt(100, seed=1) + prompt(80, seed=3))
-    assert model.engine.sequences[0].refiller.refill() == 80
-    SlotScheduler(model).refilled(0)
-    assert second.cache.n_exact == 0
-    assert second.key != FULL
+    model.engine.sequences[0].cache.clear()
+    read_in(model, 0, prompt(180, seed=4))
+    assert read_in(model, index, LONG).n_cached == 150
+    expected = logits(model, index).copy()
+    model.engine.sequences[2].cache.clear()
+    read_in(model, 2, LONG)
+    np.testing.assert_array_equal(logits(model, 2), expected)
 
 
 def test_a_refilled_sequence_equals_the_full_models_next_to_others(model, pop_file):

@@ -82,7 +82,6 @@ class Work:
             return
         left = [False] * self._rng.choice([1, 20, 400])
         self._model.engine.sequences[index].refiller.refill(lambda: not left or left.pop())
-        self._seats.refilled(index)
         for sequence in self._model.engine.sequences:
             cache = sequence.cache
             if 0 < cache.n_tokens == cache.n_exact:

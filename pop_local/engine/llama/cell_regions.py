@@ -1,0 +1,140 @@
+"""Place each sequence's rows in KV cells of its own, so that no other sequence changes its results.
+
+Attention adds up tiles of 64 cells within chunks of 1,024 cells, and our kernels derive a constant
+from the first two cells. A row's rounding therefore depends on its sequence's cells. Here, each
+sequence owns blocks of one chunk in ascending order, and the first two cells never change.
+
+llama.cpp places rows in the lowest empty cells. Fillers, which are sequences without data, occupy
+all unused cells of the blocks, except those for the rows that the next batch decodes.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+
+from pop_converter.base.errors import PopError
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Reading
+
+BLOCK_CELLS = 1024
+# Any two tokens: the constant (attention-unit.h) is K's bias, which all rows have in common.
+_FIRST_TOKENS = (0, 1)
+
+# A sequence, the position of its first row, and the number of rows.
+Rows = tuple[int, int, int]
+
+
+def n_cells(n_ctx: int, n_sequences: int) -> int:
+    """Return the number of cells that a context needs for sequences of `n_ctx` rows."""
+    return BLOCK_CELLS * (1 + n_sequences * -(-n_ctx // BLOCK_CELLS))
+
+
+def n_all_sequences(n_sequences: int) -> int:
+    """Return the number of sequences, with their fillers and the owner of the first block."""
+    return 2 * n_sequences + 1
+
+
+class CellRegions:
+    """The blocks of a context's sequences. The caller must lock the context.
+
+    Position p of a sequence has the cell with index p % BLOCK_CELLS in its block p // BLOCK_CELLS.
+    The filler of sequence i is sequence n + i. It occupies the unused cells of sequence i's blocks,
+    at the positions of the rows that they are for. `is_on` is False if llama.cpp's memory for the
+    model does not support this, such as with M-RoPE. Rows are then placed in any cells.
+    """
+
+    def __init__(self, context: Any, n_sequences: int) -> None:
+        self._context, self._n = context, n_sequences
+        self._api = backend.bindings()
+        self._blocks: list[list[int]] = [[] for _ in range(n_sequences)]
+        self._n_blocks = 1
+        try:
+            self._fill(2 * n_sequences, 0, BLOCK_CELLS)
+        except PopError:
+            self.is_on = False
+            return
+        self.is_on = True
+        ctx = context.ctx
+        backend.set_reading(ctx, Reading.SOME)
+        backend.set_overwrite(ctx, True)
+        wanted = [False, True]
+        context.batch.run(ctx, _FIRST_TOKENS, (0, 1), [2 * n_sequences] * 2, wanted)
+        backend.set_overwrite(ctx, False)
+
+    @property
+    def _memory(self) -> Any:
+        return self._api.llama_get_memory(self._context.ctx)
+
+    def _end(self, sequence: int) -> int:
+        return int(self._api.llama_memory_seq_pos_max(self._memory, sequence)) + 1
+
+    def _fill(self, sequence: int, first: int, n: int) -> None:
+        """Append rows without data to a sequence, in the lowest empty cells."""
+        empty = np.full(n, -1, np.int32)
+        backend.move_rows(self._context.ctx, sequence, first, empty, np.zeros(n, np.int32))
+
+    @contextmanager
+    def placing(self, rows: Sequence[Rows]) -> Iterator[np.ndarray]:
+        """Context manager that provides cells for rows that llama.cpp adds until exit.
+
+        Yields the order in which llama.cpp must add the rows: int64 [n_rows]. If the block raises
+        an exception, the rows are dropped. Raises PopError if there are too few cells.
+        """
+        sizes = [n for _, _, n in rows]
+        if not self.is_on:
+            yield np.arange(sum(sizes))
+            return
+        for sequence, first, n in rows:
+            while len(self._blocks[sequence]) * BLOCK_CELLS < first + n:
+                self._add_block(sequence)
+        sequences = np.repeat([sequence for sequence, _, _ in rows], sizes)
+        positions = np.concatenate([np.arange(first, first + n) for _, first, n in rows])
+        blocks = [
+            self._blocks[i][at // BLOCK_CELLS] for i, at in zip(sequences, positions, strict=True)
+        ]
+        order = np.argsort(np.asarray(blocks) * BLOCK_CELLS + positions % BLOCK_CELLS)
+        for sequence, first, n in rows:
+            self._api.llama_memory_seq_rm(self._memory, self._n + sequence, first, first + n)
+        try:
+            yield order
+        except BaseException:
+            with suppress(PopError):  # another thread is closing the model
+                for sequence, first, _ in rows:
+                    self._api.llama_memory_seq_rm(self._memory, sequence, first, -1)
+                for at in order:
+                    self._fill(int(sequences[at]), int(positions[at]), 1)
+                for sequence, first, _ in rows:
+                    self.truncate(sequence, first)
+            raise
+
+    def truncate(self, sequence: int, first: int) -> bool:
+        """Drop a sequence's rows from position `first` on. Returns False if this is impossible."""
+        self.reserve(sequence, first)
+        is_done = bool(self._api.llama_memory_seq_rm(self._memory, sequence, first, -1))
+        while self._drop_last_block():
+            pass
+        return is_done
+
+    def reserve(self, sequence: int, first: int) -> None:
+        """Let the filler keep the cells of the rows from `first` on when these are dropped."""
+        if self.is_on:
+            self._api.llama_memory_seq_cp(self._memory, sequence, self._n + sequence, first, -1)
+
+    def _add_block(self, sequence: int) -> None:
+        blocks = self._blocks[sequence]
+        self._fill(self._n + sequence, len(blocks) * BLOCK_CELLS, BLOCK_CELLS)
+        blocks.append(self._n_blocks)
+        self._n_blocks += 1
+
+    def _drop_last_block(self) -> bool:
+        """Empty the last block if it is unused, because each batch masks all cells up to it."""
+        for sequence, blocks in enumerate(self._blocks):
+            first = (len(blocks) - 1) * BLOCK_CELLS
+            if blocks and blocks[-1] == self._n_blocks - 1 and self._end(sequence) <= first:
+                self._api.llama_memory_seq_rm(self._memory, self._n + sequence, first, -1)
+                blocks.pop()
+                self._n_blocks -= 1
+                return True
+        return False
