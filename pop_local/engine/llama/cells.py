@@ -21,6 +21,8 @@ class Cells:
     Saved states contain the whole context. A single sequence's state lacks rows outside the window.
     """
 
+    _starts_with_size = True  # of the architecture's name
+
     def __init__(self, context: Context, sequence: int = 0, locked: Lock = nullcontext) -> None:
         """`locked`: returns a context manager that keeps other threads from changing the cells."""
         self._context, self._sequence, self._locked = context, sequence, locked
@@ -96,7 +98,8 @@ class Cells:
         If False is returned, the cells' contents are undefined. Empty states and states that
         declare gigabytes are rejected here, since llama.cpp would accept or allocate them.
         """
-        if not state or int.from_bytes(state[:4], "little") > len(state):
+        size = int.from_bytes(state[:4], "little") if self._starts_with_size else 0
+        if not state or size > len(state):
             return False
         buffer = np.frombuffer(state, dtype=np.uint8)
         with self._locked():
@@ -137,6 +140,8 @@ class Cells:
 
 class SequenceCells(Cells):
     """KV cells of one of multiple sequences. Saved states contain only that sequence."""
+
+    _starts_with_size = False
 
     def __init__(self, context: Context, sequence: int, locked: Lock, regions: CellRegions) -> None:
         super().__init__(context, sequence, locked)
