@@ -1,4 +1,4 @@
-"""Place each sequence's rows in KV cells of its own, so that no other sequence changes its results.
+"""Place each sequence's rows in separate blocks of KV cells, so that results are always the same.
 
 Attention adds up tiles of 64 cells within chunks of 1,024 cells, and our kernels derive a constant
 from the first two cells. A row's rounding therefore depends on its sequence's cells. Here, each
