@@ -8,6 +8,7 @@ import pytest
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.header import read_header
 from support.calls import opened
+from support.filling import make_filler
 from support.server_requests import N_CTX, NAME
 from support.serving import app_of, asking
 from support.synthetic import TEMPLATE, make_gguf
@@ -52,7 +53,10 @@ REQUESTS = {
 
 def broken_model(path, name: str, value: float):
     """Write a model with one tensor value replaced by NaN or infinity."""
-    make_gguf(path, "llama", chat_template=TEMPLATE)
+    return damage(make_gguf(path, "llama", chat_template=TEMPLATE), name, value)
+
+
+def damage(path, name: str, value: float):
     header = read_header(path)
     [tensor] = (each for each in header.tensors if each.name == name)
     raw = bytearray(path.read_bytes())
@@ -90,6 +94,14 @@ def test_every_api_reports_one_error(client, path, body, streams):
         found = line.removeprefix("data:").strip()
         if found.startswith("{"):
             json.loads(found, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+def test_infill_reports_one_error(tmp_path, streams):
+    path = damage(make_filler(tmp_path), "output_norm.weight", np.nan)
+    body = {"input_prefix": "a", "input_suffix": "b", "n_predict": 4, "stream": streams}
+    with opened(path, n_ctx=N_CTX) as model, asking(app_of(model, NAME)) as client:
+        assert client.post("/infill", json=body).text.count("is NaN or infinite") == 1
 
 
 def test_python_reports_one_error(model):
