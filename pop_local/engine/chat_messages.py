@@ -157,7 +157,7 @@ class TokenLogprob:
 
     id: int
     text: bytes
-    logprob: float | None
+    logprob: float
     top: "tuple[TokenLogprob, ...]" = ()
 
 

@@ -248,10 +248,8 @@ def call_json(call: ToolCall) -> Json:
     return {"id": call.id, "type": "function", "function": {"name": call.name, **function}}
 
 
-def _top(token: TokenLogprob) -> Json | None:
+def _top(token: TokenLogprob) -> Json:
     """Return the log probabilities of the token and the most likely tokens, keyed by token text."""
-    if token.logprob is None:
-        return None
     # If two tokens have the same text, the more likely token's value is used.
     return {_text(one): one.logprob for one in (token, *reversed(token.top))}
 

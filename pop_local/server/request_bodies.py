@@ -425,7 +425,6 @@ class EmbeddingsBody(GenerationBody):
 class CompletionBody(GenerationBody):
     prompt: Prompts
     suffix: str | None = None
-    echo: bool | None = None
     logprobs: Annotated[
         int | None,
         Field(ge=0, le=MAX_TOP_LOGPROBS),
@@ -435,10 +434,8 @@ class CompletionBody(GenerationBody):
 
     @model_validator(mode="after")
     def _check_combination(self) -> "CompletionBody":
-        if self.limit == 0 and not self.echo:
-            raise ValueError("max_tokens must be at least 1 unless echo is true")
-        if self.suffix and self.echo:
-            raise ValueError("suffix and echo cannot be combined")
+        if self.limit == 0:
+            raise ValueError("max_tokens must be at least 1")
         if len(as_prompts(self.prompt)) * (self.n or 1) > MAX_ANSWERS:
             raise ValueError(f"the number of prompts times n must not exceed {MAX_ANSWERS}")
         # vLLM's clients may send false only in chats, where the template adds special tokens.

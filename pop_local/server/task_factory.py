@@ -80,14 +80,9 @@ class TaskFactory:
         max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
         options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
         reason = self._full_reason(body.pop)
-        n_prompt_logprobs = body.logprobs if body.echo else None
-        if n_prompt_logprobs is not None:
-            reason = "prompt log probabilities require all layers"
         tasks: list[Task] = []
         for tokens in prompts:
-            echo = self.text(tokens) if body.echo else ""
-            how = {"n_prompt_logprobs": n_prompt_logprobs, **self._how(body)}
-            task = Task(Prompt(tokens), options, reason, echo, **how)
+            task = Task(Prompt(tokens), options, reason, **self._how(body))
             tasks += _seeded(task, body.n)
         return tasks
 

@@ -12,8 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from pop_converter.base.errors import PopError, StoppedError
-from pop_local.engine.chat_messages import Chunk, TokenLogprob, TurnStats
-from pop_local.engine.decode.logprobs import prompt_logprobs
+from pop_local.engine.chat_messages import Chunk, TurnStats
 from pop_local.engine.embedding import embedding
 from pop_local.engine.learning.online_calibrator import Fitter
 from pop_local.engine.llama.backend import Mode
@@ -40,17 +39,14 @@ _LOG_S = 10.0  # interval between log lines while a prompt is read
 class Task:
     """An answer to generate, or an embedding to compute (`embeds`).
 
-    `reason` explains why the prompt is read in full (None: it is pruned). The text `echo` precedes
-    the answer. `n_prompt_logprobs` is the number of alternatives for each prompt token (None: no
-    log probabilities). `cache_scope` is the owner of the cached rows ("": shared). `reports`:
-    whether to report prefill progress. `alone`: whether no other answer may run at the same time.
+    `reason` explains why the prompt is read in full (None: it is pruned). `cache_scope` is the
+    owner of the cached rows ("": shared). `reports`: whether to report prefill progress. `alone`:
+    whether no other answer may run at the same time.
     """
 
     prompt: Prompt
     options: TurnOptions
     reason: str | None = None
-    echo: str = ""
-    n_prompt_logprobs: int | None = None
     embeds: bool = False
     cache_scope: str = ""
     reports: bool = False
@@ -365,23 +361,6 @@ class Worker(threading.Thread):
             figures = TurnStats(n_prompt, 0, 0, n_prompt, took_s, took_s, 0, 0.0, "stop")
             yield Chunk("", figures, embedding=tuple(vector.tolist()))
             return
-        read: list[TokenLogprob] = []
-        if task.n_prompt_logprobs is not None:
-            with stopped_by(should_stop):
-                read = prompt_logprobs(cache, task.prompt.tokens, task.n_prompt_logprobs)
-        read_s = time.perf_counter() - started_s if read else 0.0
-        if task.echo or read:
-            yield Chunk(task.echo, logprobs=tuple(read))
-        if options.max_tokens == 0:
-            # The prompt was read only if its log probabilities were requested.
-            figures = TurnStats(n_prompt, 0, 0, len(read), read_s, read_s, 0, 0.0, "length")
-            yield Chunk("", figures)
-            return
         for chunk in self._model.engine.answer(task.prompt, options, sequence):
             self._prefills.end(queued)
-            if read and (stats := chunk.stats) is not None:
-                # The answer reused the rows that were read for log probabilities.
-                ttft_s, prefill_s = stats.ttft_s + read_s, stats.prefill_s + read_s
-                stats = replace(stats, n_cached=0, n_full=n_prompt, ttft_s=ttft_s)
-                chunk = replace(chunk, stats=replace(stats, prefill_s=prefill_s))
             yield chunk

@@ -26,7 +26,7 @@ SAID = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 FORM = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 CHAT = {"model": NAME, "messages": SAID, "logprobs": True, "top_logprobs": 2} | ASKED
-TEXT = {"model": NAME, "prompt": "once", "logprobs": 2, "echo": True, "n": 1} | ASKED
+TEXT = {"model": NAME, "prompt": "once", "logprobs": 2, "n": 1} | ASKED
 FUNCTION = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
 CALLED = [
     *SAID,

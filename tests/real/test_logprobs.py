@@ -1,14 +1,10 @@
-"""Compare log probabilities of sampled and prompt tokens with the logits."""
+"""Compare log probabilities of sampled tokens with the logits."""
 
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import StoppedError
 from pop_local.engine.chat_messages import Message
-from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.engine_options import EngineOptions
-from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
@@ -60,24 +56,3 @@ def test_logprobs_match_the_text_without_a_stop_string(chatty):
     shown = "".join(chunk.text for chunk in cut)
     assert shown == text[: text.index(stop)]
     assert kept.startswith(shown) and stop not in kept
-
-
-def test_logprobs_of_a_prompt_are_the_full_models(model):
-    tokens = prompt(150)
-    found = prompt_logprobs(model.engine.cache, tokens, 2)
-    assert model.engine.pruning.mode is Mode.CONTEXT
-    assert len(found) == 150
-    assert found[0].logprob is None
-    model.engine.set_mode(Mode.OFF)
-    for n in (1, 63, 64, 65, 149):
-        expected = log_softmax(read(model, tokens[:n]))
-        assert found[n].logprob == pytest.approx(expected[tokens[n]], abs=0.01)
-        assert found[n].top[0].logprob == pytest.approx(expected.max(), abs=0.01)
-    model.engine.set_mode(Mode.CONTEXT)
-
-
-def test_prompt_logprobs_can_be_stopped(model):
-    with stopped_by(lambda: model.engine.cache.n_tokens >= 64), pytest.raises(StoppedError):
-        prompt_logprobs(model.engine.cache, prompt(200), 0)
-    assert model.engine.cache.n_tokens == 64
-    assert len(prompt_logprobs(model.engine.cache, prompt(5), 0)) == 5

@@ -184,47 +184,6 @@ def test_pop_false_gives_full_logits(client, full):
     assert abs(first(pruned) - expected) > 1e-2
 
 
-@pytest.mark.parametrize("as_tokens", [False, True])
-def test_echo_with_logprobs_reads_in_full(client, full, as_tokens):
-    tokens = full.engine.context.vocabulary.tokenize(LONG, add_bos=True, special=True)
-    prompt = [tokens] if as_tokens else LONG
-    answer = complete(client, prompt, echo=True, logprobs=2, max_tokens=1).json()
-    (choice,), pop = answer["choices"], answer["usage"]["pop"]
-    assert (pop["n_pruned"], pop["n_full"]) == (0, len(tokens))
-    assert "prompt log probabilities" in pop["reason"]
-    found = choice["logprobs"]
-    assert "".join(found["tokens"]) == choice["text"]
-    assert choice["text"].endswith(LONG, 0, len(choice["text"]) - len(found["tokens"][-1]))
-    assert len(found["tokens"]) == len(tokens) + 1
-    assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
-    for n in (1, 100, len(tokens) - 1):
-        expected = log_softmax(read(full, tokens[:n]))[tokens[n]]
-        assert found["token_logprobs"][n] == pytest.approx(expected, abs=0.01)
-
-
-def test_echo_without_answer(client):
-    read_only = complete(client, echo=True, logprobs=0, max_tokens=0).json()
-    assert read_only["usage"]["completion_tokens"] == 0
-    assert len(read_only["choices"][0]["logprobs"]["tokens"]) == read_only["usage"]["prompt_tokens"]
-    assert text_of(complete(client, "abc", echo=True)).endswith(
-        "abc" + text_of(complete(client, "abc"))
-    )
-
-
-def test_unread_prompt_is_not_counted(client):
-    before = counted(client)
-    answer = complete(client, echo=True, max_tokens=0).json()
-    after = counted(client)
-    assert answer["choices"][0]["text"].endswith(LONG)
-    usage = answer["usage"]
-    assert usage["prompt_tokens"] > 100
-    assert (usage["pop"]["n_pruned"], usage["pop"]["n_full"]) == (0, 0)
-    assert usage["pop"]["reading"] is None
-    for kind in ("pruned", "full", "cached"):
-        name = f'pop_prompt_tokens_total{{kind="{kind}"}}'
-        assert after[name] == before[name]
-
-
 @pytest.mark.parametrize(
     ("prompt", "pop", "reading"),
     [

@@ -31,11 +31,6 @@ REQUESTS = {
         MESSAGES | {"tools": [{"type": "function", "function": FUNCTION}]},
     ),
     "openai, text": ("/v1/completions", TEXT | {"logprobs": 2}),
-    "openai, echo": ("/v1/completions", TEXT | {"logprobs": 2, "echo": True}),
-    "openai, prompt only": (
-        "/v1/completions",
-        TEXT | {"logprobs": 1, "echo": True, "max_tokens": 0},
-    ),
     "responses": ("/v1/responses", {"input": "one two"}),
     "responses, tools": (
         "/v1/responses",

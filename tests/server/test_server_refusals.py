@@ -138,7 +138,7 @@ def test_invalid_chats_are_400(client, body, reason):
         ({"prompt": []}, "empty"),
         ({"prompt": [[]]}, "empty"),
         ({"prompt": "x", "suffix": "y"}, "no fill-in-the-middle"),
-        ({"prompt": "x", "suffix": "y", "echo": True}, "suffix and echo cannot be combined"),
+        ({"prompt": "x", "echo": True}, "echo is not supported"),
         ({"prompt": "x", "best_of": 3}, "best_of must be 1"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "add_special_tokens": False}, "add_special_tokens must be true"),

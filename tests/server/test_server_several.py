@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from starlette.datastructures import State
 
 from pop_local.engine.chat_messages import Chunk
@@ -35,17 +34,6 @@ def test_each_prompt_of_a_list_is_answered(client):
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert usage[name] == sum(one.json()["usage"][name] for one in alone)
     assert usage["pop"]["reason"] is None
-
-
-def test_list_echo_with_logprobs(client):
-    """Evaluation harnesses send lists of prompts with echo."""
-    asked = {"echo": True, "logprobs": 1, "max_tokens": 1}
-    together = complete(client, PROMPTS, **asked).json()["choices"]
-    for prompt, choice in zip(PROMPTS, together, strict=True):
-        (alone,) = complete(client, prompt, **asked).json()["choices"]
-        assert choice["logprobs"]["tokens"] == alone["logprobs"]["tokens"]
-        found = choice["logprobs"]["token_logprobs"][1:]
-        assert found == pytest.approx(alone["logprobs"]["token_logprobs"][1:], abs=0.01)
 
 
 def test_n_answers_have_different_seeds(client):

@@ -1,19 +1,12 @@
-"""Log probabilities of sampled tokens and of prompt tokens."""
-
-from collections.abc import Sequence
+"""Log probabilities of sampled tokens."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.chat_messages import TokenLogprob
 from pop_local.engine.llama.context import require_finite
 from pop_local.engine.llama.slot import Slot
 from pop_local.engine.llama.vocabulary import Pieces
-from pop_local.engine.prefill.read import append_all
-
-# Each row needs n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
-_MAX_ROWS = 64
 
 
 class Logprobs:
@@ -38,19 +31,6 @@ class Logprobs:
         taken = tuple(logprob for start, logprob in self._pending if start < n_shown)
         self._pending = self._pending[len(taken) :]
         return taken
-
-
-def prompt_logprobs(cache: KvCache, tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:
-    """Return each prompt token's log probability (None for the first token).
-
-    Replaces the cached rows. All new rows run all layers, because each row's logits are needed.
-    """
-    pieces = Pieces(cache.context.vocabulary, range(cache.context.vocabulary.n_tokens))
-    found = [TokenLogprob(tokens[0], pieces[tokens[0]], None)]
-    for n_rows in append_all(cache, tokens, _MAX_ROWS):
-        for row in cache.context.logits(n_rows)[: len(tokens) - len(found)]:
-            found.append(_of_token(pieces, row, tokens[len(found)], n_top))
-    return found
 
 
 def _of_token(pieces: Pieces, logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprob:

@@ -51,7 +51,7 @@ INSIDE = {
         "turn_options": "decode tools",
         "tools": "decode limited llama chat_messages prompt",
         "prefill": "cache depth images llama prompt",
-        "decode": "cache limited llama chat_messages prefill",
+        "decode": "cache limited llama chat_messages",
         "embedding": "cache llama prefill",
         "depth": "cache llama",
         "learning": "cache llama",

@@ -8,7 +8,6 @@ import pytest
 
 from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs
@@ -343,17 +342,6 @@ def test_logits_of_all_rows_come_from_one_sequence(model, alone):
     alone.engine.cache.clear()
     alone.engine.cache.append(LONG[:50], Outputs.ALL, np.ones(50, bool))
     np.testing.assert_allclose(last, alone.engine.context.logits(50)[-1], atol=NOISE)
-
-
-def test_an_answer_continues_after_log_probabilities_of_its_prompt(model, pop_file):
-    full = opened(pop_file)
-    full.engine.set_mode(Mode.OFF)
-    sequence = model.engine.sequences[1]
-    read_in(model, 1, prompt(50, seed=8))
-    sequence.set_mode(Mode.OFF)
-    prompt_logprobs(sequence.cache, LONG, 1)
-    assert read_in(model, 1, LONG).n_cached == 200
-    np.testing.assert_allclose(logits(model, 1), logits_of(full, LONG), atol=NOISE)
 
 
 @pytest.mark.parametrize("step_s", [0.02, 0.06, 0.5])
