@@ -301,7 +301,11 @@ def test_narrow_terminal_is_honoured():
     ("error", "line", "hint"),
     [
         (PopError("it broke", "mend it"), "error: it broke", "mend it"),
-        (OSError(28, "No space left on device", "/x/y"), "/x/y: No space left", "free some space"),
+        (
+            OSError(28, "No space left on device", "/x/y"),
+            "/x/y: No space left",
+            "free up some space",
+        ),
         (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied", "permissions"),
         (MemoryError(), "not enough memory", "--ctx"),
         (ValueError("odd"), "unexpected ValueError: odd", "--debug"),

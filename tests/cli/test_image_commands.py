@@ -151,14 +151,12 @@ def test_compare_prompts_with_pictures(path, tmp_path):
     assert done.returncode == 1 and "no.png is not a readable image" in done.stderr
 
 
-def test_inspect_and_doctor_name_it(path):
+def test_inspect_names_it(path):
     done = called("inspect", path, "--json")
     assert json.loads(done.stdout)["mmproj"] == str(path.parent / "mmproj.gguf")
     assert "mmproj.gguf" in called("inspect", path).stdout
     found = called("inspect", path.parent / "mmproj.gguf")
     assert "multimodal projector" in found.stdout
-    done = called("doctor", POP_LOCAL_MODEL=str(path))
-    assert "mmproj.gguf" in done.stdout
 
 
 def test_pull_brings_it(tmp_path):

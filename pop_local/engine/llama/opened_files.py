@@ -59,7 +59,7 @@ class OpenedFiles:
             "shorten the prompt, or use a model with a longer context; this model was trained on"
             f" {self.n_ctx_train:,} tokens and is unreliable on longer prompts"
         )
-        return hint if 0 < self.n_positions < n_ctx else f"{hint}, even with --ctx {n_ctx}"
+        return hint if 0 < self.n_positions < n_ctx else f"{hint}, even in a context of {n_ctx:,}"
 
     @cached_property
     def shape(self) -> ModelShape:
