@@ -78,7 +78,7 @@ class SlotScheduler:
         """Return a sort key: (number of reusable rows, negated number of cached rows).
 
         Reusable rows count only if they make up at least half of the cached rows or match the whole
-        prompt. In other cells, the answer to a repeated prompt could differ.
+        prompt. A prompt must not replace a long conversation for the sake of a short common prefix.
         """
         sequence = self.sequence(index)
         n_tokens = sequence.cache.n_tokens

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -48,6 +49,7 @@ class Api:
         self._max_body_bytes = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * max_ctx)
         self._max_image_bytes = MAX_DATA_URL if models.registry.can_see else 0
         self._grammars = ClientLimiter(N_COMPILING, 1, models.registry.max_waiting)
+        self._alone = ClientLimiter(math.inf, 1, models.registry.max_waiting)
         # To limit memory use, only one request at a time decodes images.
         self._image_limit = anyio.CapacityLimiter(1)
         self._watchers: set[asyncio.Task[None]] = set()
@@ -178,6 +180,8 @@ class Api:
             return job
 
         first, *later = await self.tasks(request, served, body, make)
+        if first.alone and len(served.model.engine.sequences) > 1:
+            await self._alone.wait(request.state.client, request.state.held)
         jobs = chain([submit(first)], map(submit, later))
         if not body.stream:
             return await whole_answer(request.state, jobs, form)

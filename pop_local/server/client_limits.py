@@ -1,7 +1,7 @@
 """Limits on expensive work, shared fairly among clients."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from weakref import WeakValueDictionary
 
 from anyio import CapacityLimiter
@@ -16,7 +16,7 @@ class ClientLimiter:
     waiting requests does not delay other clients.
     """
 
-    def __init__(self, total: int, per_client: int, max_waiting: int) -> None:
+    def __init__(self, total: float, per_client: int, max_waiting: int) -> None:
         """`max_waiting`: the maximum number of a client's waiting requests."""
         self._per_client, self._max_waiting = per_client, max_waiting
         self._all = CapacityLimiter(total)
@@ -24,7 +24,13 @@ class ClientLimiter:
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncIterator[None]:
-        """Context manager that waits for the client's turn and holds it.
+        """Context manager that waits for the client's turn and holds it (see `wait`)."""
+        with ExitStack() as held:
+            await self.wait(client, held)
+            yield
+
+    async def wait(self, client: str, held: ExitStack) -> None:
+        """Wait for the client's turn, which ends when `held` is closed.
 
         Raises ApiError if too many of the client's requests are waiting.
         """
@@ -32,5 +38,7 @@ class ClientLimiter:
         if (n_waiting := share.statistics().tasks_waiting) >= self._max_waiting:
             message = f"{n_waiting} of this client's requests are waiting; try again later"
             raise ApiError(429, message, code="rate_limit_exceeded")
-        async with share, self._all:
-            yield
+        for limiter in (share, self._all):
+            turn = object()
+            await limiter.acquire_on_behalf_of(turn)
+            held.callback(limiter.release_on_behalf_of, turn)

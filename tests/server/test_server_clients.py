@@ -56,6 +56,24 @@ def test_waiting_clients_take_turns():
     assert asyncio.run(run()) == ["a", "b", "c", "a", "b", "a", "a"]
 
 
+def test_repeatable_requests_of_a_client_let_others_in(path):
+    """Each of them runs alone, so several in a row would stop all other answers."""
+    with (
+        opened(path, n_ctx=N_CTX, n_parallel=2) as model,
+        asking(app_of(model, NAME, rules=KEYS)) as client,
+        ThreadPoolExecutor(5) as clients,
+    ):
+        ask(client, BOB)
+        sent = {"repeatable": True, "grammar": "root ::= [a-z] root", "max_tokens": 200}
+        alone = [clients.submit(ask, client, ALICE, **sent) for _ in range(4)]
+        app: Any = client.app
+        (served_model,) = app.state.models.loaded
+        wait_for(lambda: served_model.worker.running)
+        assert ask(client, BOB).status_code == 200
+        assert sum(each.done() for each in alone) <= 2
+        assert all(each.result().status_code == 200 for each in alone)
+
+
 def test_client_cannot_fill_all_places():
     async def run() -> None:
         limiter, ends = ClientLimiter(3, 2, 2), asyncio.Event()
