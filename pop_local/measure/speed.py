@@ -85,17 +85,23 @@ def measure_speed(
     n_rounds: int,
     on_progress: Progress,
     upstream: Callable[[Prompt], Run] | None = None,
+    on_row: Callable[[SpeedRow], object] = lambda row: None,
 ) -> tuple[SpeedRow, ...]:
     """Measure each prompt length in `n_rounds` rounds, after a warm-up round.
 
-    `upstream` runs a prompt without pop-local's kernels. Progress is reported in prompt tokens.
-    The context must have room for the longest prompt plus N_DECODE tokens. Raises PopError if the
+    `upstream` runs a prompt without pop-local's kernels. Progress is reported in prompt tokens after
+    each round, because a round's runs differ in speed. `on_row` receives each finished row. The
+    context must have room for the longest prompt plus N_DECODE tokens. Raises PopError if the
     backend's counters differ from the plan.
     """
     n_ways = 2 if upstream is None else 3
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
     prompts = [text_prompt(model, n_prompt) for n_prompt in n_prompts]
-    return tuple(_row(model, upstream, prompt, n_rounds, ran) for prompt in prompts)
+    rows: list[SpeedRow] = []
+    for prompt in prompts:
+        rows.append(_row(model, upstream, prompt, n_rounds, ran))
+        on_row(rows[-1])
+    return tuple(rows)
 
 
 def _row(
@@ -112,7 +118,7 @@ def _row(
     ]
     if upstream is not None:
         ways.insert(0, partial(upstream, prompt))
-    *others, full, pop = run_rounds(ways, n_rounds, lambda: ran(n_prompt))
+    *others, full, pop = run_rounds(ways, n_rounds, lambda: ran(n_prompt * len(ways)))
     rows = pop[0].read.counters
     return SpeedRow(
         n_prompt=n_prompt,
@@ -136,7 +142,7 @@ def run_rounds(
 ) -> list[list[Run]]:
     """Run each function once per round, after a warm-up round, and return each function's runs.
 
-    The order of the functions is reversed after each round. `ran` is called after each run.
+    The order of the functions is reversed after each round. `ran` is called after each round.
     """
     runs: list[list[Run]] = [[] for _ in ways]
     order = list(range(len(ways)))
@@ -144,7 +150,7 @@ def run_rounds(
         order.reverse()
         for way in order:
             runs[way].append(ways[way]())
-            ran()
+        ran()
     return [each[1:] for each in runs]
 
 

@@ -42,7 +42,9 @@ def bench(*arguments: object) -> Done:
 def report(*arguments: object) -> dict:
     done = bench(*arguments, "--json")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == (ONE_PAIR if 1 in arguments else "")
+    *rows, warning = [*done.stderr.splitlines(keepends=True), *["\n"] * (1 not in arguments)]
+    assert warning == (ONE_PAIR if 1 in arguments else "\n")
+    assert all(line.startswith("pop-local reads a prompt of") for line in rows)
     return json.loads(done.stdout)
 
 
@@ -200,10 +202,24 @@ def test_rounds_change_their_order_and_the_first_one_is_not_counted():
     assert full == [order[2], order[5]] and pop == [order[3], order[4]]
 
 
-def test_each_run_advances(model):
+def test_each_round_advances(model):
     steps: list[tuple[int, int]] = []
     measure_speed(model, (100,), 2, lambda *step: steps.append(step))
-    assert steps == [(100 * n, 600) for n in range(7)]
+    assert steps == [(200 * n, 600) for n in range(4)], "each round has a fast and a full run"
+
+
+def test_each_row_but_the_last_is_shown_once_it_is_measured(pop_file):
+    done = bench(pop_file, "--prompt", "100,200,300", "--repeat", 2)
+    shown = re.findall(r"pop-local reads a prompt of (\d+) tokens in [\d.]+ s", done.stderr)
+    assert shown == ["100", "200"]
+    assert "pop-local reads a prompt of 300 tokens" in done.stdout
+
+
+def test_a_long_measurement_states_its_duration_first(pop_file):
+    done = bench(pop_file, "--prompt", "100,1000", "--repeat", 3)
+    first, *_ = done.stderr.split(". ")
+    assert first == "bench usually takes 2 to 15 minutes with a catalog model"
+    assert "usually takes" not in bench(pop_file, "--prompt", "512", "--repeat", 1).stderr
 
 
 def test_upstream_is_measured_next_to_our_kernels(model):

@@ -23,11 +23,11 @@ def show_speed(found: Speed, *, as_markdown: bool = False) -> None:
     print_sentence("")
     print_table([*_columns(found)], found.rows, as_markdown=as_markdown)
     print_sentence("")
-    print_sentence(_in_words(found.rows[-1]))
+    print_sentence(row_in_words(found.rows[-1]))
 
 
-def _in_words(row: SpeedRow) -> str:
-    """Return a sentence about the longest prompt."""
+def row_in_words(row: SpeedRow) -> str:
+    """Return a sentence about one prompt length."""
     seconds = f"{row.pop_ttft_s.median:.3g} s fast and {row.full_ttft_s.median:.3g} s in full"
     if row.upstream_ttft_s is not None:
         seconds += f", and llama.cpp in {row.upstream_ttft_s.median:.3g} s"
