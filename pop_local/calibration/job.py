@@ -47,7 +47,7 @@ def calibrate(
     """
     shape = plans[0].shape
     if text is None:
-        text = _text(context, options, shape.n_embd, watch)
+        text = calibration_text(context, options, shape.n_embd, watch)
     kinds: dict[int, list[Projection]] = {}
     for plan in plans:
         kinds.setdefault(plan.boundary, []).append(plan.projection)
@@ -82,7 +82,10 @@ def calibrate(
     return Calibrated(fitted, text)
 
 
-def _text(context: Context, options: FitOptions, n_embd: int, watch: Watch) -> CalibrationText:
+def calibration_text(
+    context: Context, options: FitOptions, n_embd: int, watch: Watch
+) -> CalibrationText:
+    """Return the options' text or, by default, a text of which the model samples a part."""
     count = options.n_tokens(n_embd) // N_WINDOW
     if options.texts:
         return texts.given_text(context, options.texts, count, n_embd)

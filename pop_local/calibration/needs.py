@@ -26,9 +26,11 @@ from pop_local.engine.llama.devices import has_kernels
 _N_PRODUCT = 1024
 # Conservative estimate of the kernels' speed relative to numpy's (4 with AMX, less on some CPUs).
 _READING_GAIN = 2
-# Cost of sampling a token relative to reading one. Each sampling step reads all weights for only a
-# few tokens.
-_SAMPLING_COST = 3
+# Cost of sampling a token relative to reading one (SmolLM2, Zen 4). Each sampling step reads all
+# weights for only a few tokens.
+_SAMPLING_COST = 5
+# Cost of adding rows to the sums, relative to multiplying full square matrices (SmolLM2, Zen 4).
+_ADDING_COST = 0.4
 # Memory of Python with numpy and llama.cpp, before a model is opened.
 _BASE_BYTES = 100 * 10**6
 # If the sums of all boundaries exceed this size, a search fits only a few boundaries.
@@ -172,22 +174,34 @@ def plan_needs(
     return FitNeeds(tuple(map(tuple, groups)), n_sums, total, n_inputs, n_sampled)
 
 
-def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> float:
-    """Return the work of all fits in multiply-accumulates at numpy's speed, without measurements.
+class FitWork(NamedTuple):
+    """The work of sampling a text and of fitting, in multiply-accumulates at numpy's speed."""
+
+    sampling: float
+    fitting: float
+
+
+def reading_work(plan: Plan, n_tokens: int) -> float:
+    """Return a full prefill's work, in multiply-accumulates at numpy's speed. Raises PopError."""
+    return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
+
+
+def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
+    """Return the work of all fits, without measurements.
 
     Each pass adds the text's rows to the sums. Each pair's linear system is solved in float64.
     Propagates errors from `Plan.macs`.
     """
     shape = plans[0].shape
     n_windows = options.n_tokens(shape.n_embd) // N_WINDOW
-    window = plans[0].macs(N_WINDOW, None, N_WINDOW) / (_READING_GAIN if has_kernels() else 1)
+    window = reading_work(plans[0], N_WINDOW)
     pairs, n_inputs = [pair for group in needs.groups for pair in group], needs.n_inputs
     n_out = [shape.n_kv(pair.layer) for pair in pairs]
     n_boundaries = len({pair.boundary for pair in pairs})
-    adding = n_windows * N_WINDOW * n_inputs * (n_boundaries * n_inputs + sum(n_out))
+    adding = _ADDING_COST * n_windows * N_WINDOW * n_inputs * (n_boundaries * n_inputs + sum(n_out))
     solving = 2 * sum(n_inputs**2 * (n_inputs // 3 + n) for n in n_out)
-    n_read = needs.n_sampled * _SAMPLING_COST + n_windows * len(needs.groups)
-    return n_read * window + adding + solving
+    reading = n_windows * len(needs.groups) * window
+    return FitWork(needs.n_sampled * _SAMPLING_COST * window, reading + adding + solving)
 
 
 @cache

@@ -15,6 +15,7 @@ from pop_local.calibration.fit_options import FitOptions
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import EXPERT, Group, expand_options, option
 from pop_local.measure.budget import BALANCED, BUDGETS
+from pop_local.models.model_names import is_unused_copy, load_catalog
 from pop_local.models.sidecars import is_shipped, sidecar_of
 from pop_local.ui.console import note
 from pop_local.ui.tables import print_json
@@ -28,6 +29,7 @@ from pop_local.workflows.conversion.conversion_plan import (
 from pop_local.workflows.conversion.convert_model import run_conversion
 from pop_local.workflows.conversion.goals import Goal, Named, Within
 from pop_local.workflows.conversion.refusals import OverBudgetError
+from pop_local.workflows.conversion.stages import planned_seconds
 from pop_local.workflows.open import base_file
 
 QualityName = Literal["near-lossless", "balanced", "fast"]
@@ -166,9 +168,9 @@ def convert(
     force = how.force or how.dry_run
     check_target(planned.path, planned.target, planned.sizes, force=force)
     if not json:
-        view.show_plan(planned)
+        view.show_plan(planned, planned_seconds(planned))
     elif how.dry_run:
-        print_json(view.plan_json(planned))
+        print_json(view.plan_json(planned, planned_seconds(planned)))
     if how.dry_run:
         return
     try:
@@ -182,6 +184,11 @@ def convert(
         print_json(view.converted_json(planned, done))
     else:
         view.show_converted(planned, done, as_markdown=how.markdown)
+    if entry := next((each for each in load_catalog() if is_unused_copy(each, done.path)), None):
+        note(
+            f"The name {entry.short_name} still opens the original, whose sidecar loses less"
+            f" quality. To use the copy, pass its path: {done.path}"
+        )
 
 
 def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:

@@ -20,6 +20,7 @@ from pop_converter.base.output_file import replacing
 from pop_converter.gguf.header import TO_GGUF
 from pop_local.config import settings
 from pop_local.models.model_files import known_name, models_by_name
+from pop_local.models.sidecars import measures_worse
 
 # The model of the demo, and of a chat if no larger model fits into memory.
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -170,6 +171,17 @@ def stored_file(*files: str) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
+def converted_copy(model: CatalogModel) -> Path | None:
+    """Return a model's converted copy, unless the original with its sidecar measures better."""
+    copy, base = stored_file(model.pop_file), stored_file(model.file)
+    return None if copy and base and measures_worse(copy, base) else copy
+
+
+def is_unused_copy(model: CatalogModel, path: Path) -> bool:
+    """Return True if `path` is the model's copy, but the name still refers to the original."""
+    return path == stored_file(model.pop_file) and converted_copy(model) is None
+
+
 def not_fetched() -> tuple[CatalogModel, ...]:
     """Return the catalog models that are not in any models folder."""
     return tuple(each for each in load_catalog() if not stored_file(each.pop_file, each.file))
@@ -211,7 +223,7 @@ def _here() -> dict[str, tuple[Path, ...]]:
 
 
 def resolve(model: str, *, base: bool = False) -> Path:
-    """Return a model's file by path or name, preferring the converted file.
+    """Return a model's file by path or name, preferring a converted copy that is not worse.
 
     `base`: for a catalog model, return the unconverted file. Raises PopError for a model that is
     unknown or has not been downloaded.
@@ -223,7 +235,7 @@ def resolve(model: str, *, base: bool = False) -> Path:
     entry = lookup(model)
     if entry is None:
         raise _not_there(model)
-    if path := stored_file(entry.file) if base else stored_file(entry.pop_file, entry.file):
+    if path := (not base and converted_copy(entry)) or stored_file(entry.file):
         return path
     raise PopError(
         f"{entry.name} has not been fetched yet",

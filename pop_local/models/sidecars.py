@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pop_converter.base.errors import FormatError
 from pop_converter.gguf.header import read_header
-from pop_converter.gguf.source import Source, sampled_sha256
+from pop_converter.gguf.source import Source, read_source, sampled_sha256
 from pop_converter.popfile.format import Binding, pop_meta, read_binding
-from pop_converter.popfile.sidecar import SUFFIX, bind, existing_sidecar, read_sidecar
+from pop_converter.popfile.sidecar import SUFFIX, bind, existing_sidecar, pop_of, read_sidecar
 from pop_local.config.settings import learned_dir
 
 SUMS = ".sums.npz"
@@ -83,6 +83,21 @@ def is_learned(sidecar: Path) -> bool:
 def is_shipped(sidecar: Path) -> bool:
     """Return True if the sidecar ships with this package."""
     return sidecar.parent == SHIPPED
+
+
+def measures_worse(copy: Path, base: Path) -> bool:
+    """Return True if a converted copy loses more quality than its original with a sidecar.
+
+    The copy's KL must be larger by more than both standard errors. A copy that was not measured is
+    worse than a measured sidecar. Without a measured sidecar, the result is False.
+    """
+    with suppress(FormatError):
+        source = read_source(base)
+        ours, theirs = pop_meta(read_source(copy).first), pop_of(source, sidecar_of(source))
+        if ours is not None and theirs is not None and (best := theirs.measured) is not None:
+            found = ours.measured
+            return found is None or found.kl_mean - best.kl_mean > found.kl_se + best.kl_se
+    return False
 
 
 @cache

@@ -19,6 +19,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from pop_converter.base.numbers import duration
 from pop_converter.base.progress import Unit
 from pop_local.ui.console import err, note, printable
 
@@ -33,9 +34,15 @@ _RATE, _LEFT = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[left]
 
 @dataclass
 class Pace:
-    """State shared by consecutive bars: when a line was last printed."""
+    """State shared by consecutive bars: when a line was last printed, and the total time left."""
 
     said_s: float = field(default_factory=lambda: time.monotonic())
+    left_s: float | None = None
+
+    @property
+    def left(self) -> str:
+        """The time left for all stages, or "" if it is unknown."""
+        return "" if self.left_s is None else f"about {duration(self.left_s)} left in total"
 
 
 def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[Advance]:
@@ -78,7 +85,7 @@ def _in_words(what: str, pace: Pace) -> Advance:
             return
         pace.said_s = now_s
         left_s = (now_s - first_s) * (total - done) / (done - first_done)
-        note(f"{what}: {done / total:.0%}, {_clock(left_s)} left")
+        note(f"{what}: {done / total:.0%}, {pace.left or f'{_clock(left_s)} left'}")
 
     return advance
 
@@ -106,7 +113,7 @@ def _bar(what: str, wide: tuple[ProgressColumn, ...], pace: Pace) -> Iterator[Ad
             taken_s = max(time.monotonic() - begun_s, 1e-6)
             # rich's own rate is unknown before the second batch.
             rate = f"{done / taken_s:,.0f} tokens/s" if done else ""
-            left = _clock(taken_s * (total - done) / done) if done else "-:--"
+            left = pace.left or (_clock(taken_s * (total - done) / done) if done else "-:--")
             shown.update(task, completed=done, total=total or None, rate=rate, left=left)
 
         yield advance

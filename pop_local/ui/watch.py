@@ -30,6 +30,9 @@ class _Stages:
         self._bar: Advance | None = None
         self._pace = Pace()
 
+    def left(self, seconds: float) -> None:
+        self._pace.left_s = seconds
+
     def begin(self, name: str, unit: Unit) -> None:
         self.end()
         self._stage = (name, unit)
@@ -68,8 +71,15 @@ def terminal_watch(interrupt: CtrlC | None = None) -> Iterator[Watch]:
     """Show a workflow's progress. Ctrl-C raises KeyboardInterrupt, unless `interrupt` defers it."""
     stages = _Stages(interrupt or CtrlC())
     try:
-        shown = Watch(stages.begin, stages.advance, stages.tell, stages.warn)
-        yield replace(shown, may=stages.ask, refuses=stages.refuses)
+        yield Watch(
+            stages.begin,
+            stages.advance,
+            stages.left,
+            stages.tell,
+            stages.warn,
+            may=stages.ask,
+            refuses=stages.refuses,
+        )
     finally:
         stages.end()
 

@@ -152,7 +152,7 @@ def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
     if (
         is_catalogs
         and (entry := names.lookup(model))
-        and (converted := names.stored_file(entry.pop_file))
+        and (converted := names.converted_copy(entry))
     ):
         return ModelFiles(converted)
     base = base_file(model, watch)

@@ -6,16 +6,21 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from pop_converter.base.errors import StoppedError
+from pop_converter.base.progress import Watch
 from pop_converter.popfile import rewrite
 from pop_converter.popfile.format import DeepRows
 from pop_local.calibration import texts
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.cli import app
 from pop_local.measure import budget
+from pop_local.measure.budget import BALANCED
 from pop_local.measure.lookups import (
     LookupAnswer,
     LookupDocument,
@@ -23,8 +28,11 @@ from pop_local.measure.lookups import (
     TokenizedQuestion,
 )
 from pop_local.texts.carriers import LookupQuestion
-from pop_local.workflows.conversion import fits, full_model
+from pop_local.workflows.conversion import convert_model, fits, full_model
 from pop_local.workflows.conversion import search as searching
+from pop_local.workflows.conversion.conversion_plan import ConvertOptions
+from pop_local.workflows.conversion.goals import Within
+from pop_local.workflows.hardware import Hardware
 from support.conversion_runs import FEW, LOOSE, convert
 from support.converted import names
 from support.shapes import read_pop_meta
@@ -95,6 +103,26 @@ def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monk
     assert limits == sorted(limits) and limits[0] < limits[-1]
 
 
+def test_each_stage_ends_at_100_percent(tiny, tmp_path):
+    ends: list[tuple[str, tuple[int, int]]] = []
+    left: list[float] = []
+    watch = Watch(
+        on_stage=lambda name, unit: ends.append((name, (0, 1))),
+        on_progress=lambda *each: ends.append((ends.pop()[0], each)),
+        on_left=left.append,
+    )
+    budget = replace(
+        BALANCED, max_kl=50.0, max_ppl_ratio=1e3, max_copy_ratio=1e3, max_lost_lookups=1.0
+    )
+    options = ConvertOptions(Within(budget), FitOptions(2048), hardware=Hardware(1, 0))
+    convert_model.convert(tiny, tmp_path / "out.gguf", options, watch=watch)
+    # Writing is interrupted by a measurement, and then continues.
+    last = dict(ends)
+    assert [name for name, (done, total) in last.items() if done != total] == []
+    assert {"Sampling text", "Fitting", "Writing and verifying"} < last.keys()
+    assert not left or left[-1] == 0
+
+
 def test_trials_do_not_hash_the_model(tiny, letters, monkeypatch):
     hashed: list[object] = []
 
@@ -122,7 +150,7 @@ def test_a_strict_budget_skips_one_layer(tiny, tmp_path):
     assert f"Boundaries tried  {tried}" in shown.stdout
     assert meta.measured.kl_mean == pytest.approx(0, abs=1e-6)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert "In budget" in rows[0]
+    assert "Inside" in rows[0]
     assert rows[2].split("|")[1].strip() == "7"
     assert rows[2].rstrip(" |").endswith("yes")
     assert "custom allows KL 0.0001" in done.stdout
@@ -307,8 +335,56 @@ def test_a_stop_leaves_no_file(tiny, letters, tmp_path):
     finally:
         child.kill()
         child.communicate()
-    assert names(tmp_path) == {"tiny.gguf", "temporary"}
+    assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf.fits", "temporary"}
     assert not names(temporary)
+
+
+@pytest.mark.parametrize("own_text", [True, False])
+def test_a_stopped_search_keeps_its_fits_for_the_next_run(
+    tiny, letters, tmp_path, monkeypatch, own_text
+):
+    arguments = (*([] if own_text else ["--text", letters]), *FEW, *LOOSE)
+    calibrated: list[int] = []
+
+    def calibrate(plans, *rest, real=fits.calibrate):
+        calibrated.extend(plan.boundary for plan in plans)
+        return real(plans, *rest)
+
+    def stop(*_: object) -> None:
+        raise StoppedError
+
+    monkeypatch.setattr(fits, "calibrate", calibrate)
+    measure = searching.measure_against
+    monkeypatch.setattr(searching, "measure_against", stop)
+    stopped = convert(tiny, *arguments)
+    assert stopped.exit_code == 130
+    assert "The fit is kept in" in stopped.stderr and "the same command continues" in stopped.stderr
+    assert len(calibrated) > 1
+    monkeypatch.setattr(searching, "measure_against", measure)
+    n_fitted = len(calibrated)
+    done = convert(tiny, *arguments)
+    assert done.exit_code == 0, done.stderr
+    assert len(calibrated) == n_fitted
+    assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
+    continued = (tmp_path / "tiny.pop.gguf").read_bytes()
+    whole = convert(tiny, *arguments, "--force")
+    assert whole.exit_code == 0 and len(calibrated) > n_fitted
+    assert (tmp_path / "tiny.pop.gguf").read_bytes() == continued
+
+
+def test_another_models_fits_are_not_used(tiny, tmp_path, monkeypatch):
+    def stop(*_: object) -> None:
+        raise StoppedError
+
+    other, out = make_gguf(tmp_path / "other.gguf", "llama", n_ff=96), tmp_path / "out.gguf"
+    with monkeypatch.context() as patched:
+        patched.setattr(searching, "measure_against", stop)
+        assert convert(other, out, *FEW, *LOOSE).exit_code == 130
+    assert {path.suffix for path in (tmp_path / "out.gguf.fits").iterdir()} == {".npy", ".fit"}
+    started: list[str] = []
+    monkeypatch.setattr(Watch, "stage", lambda self, name, *_: started.append(name) or self._count)
+    assert convert(tiny, out, *FEW, *LOOSE).exit_code == 0
+    assert started[:2] == ["Sampling text", "Fitting"]
 
 
 def test_a_search_without_a_candidate_inside_leaves_no_file(tiny, letters, tmp_path, monkeypatch):

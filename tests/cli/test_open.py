@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Watch
 from pop_converter.gguf.header import read_header
-from pop_converter.popfile.format import read_binding
-from pop_converter.popfile.sidecar import sidecar_meta
+from pop_converter.popfile.format import Measured, read_binding
+from pop_converter.popfile.pruning_plan import make_plan
+from pop_converter.popfile.rewrite import convert
+from pop_converter.popfile.sidecar import sidecar_meta, write_sidecar
 from pop_local.cli import app
 from pop_local.commands.opening import default_model
 from pop_local.engine.engine_options import EngineOptions
@@ -28,6 +30,7 @@ from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
 from support.converted import paired, tiny
 from support.program import called
+from support.shapes import read_shape
 from support.synthetic import make_gguf
 
 
@@ -80,6 +83,27 @@ def test_first_time_it_is_fetched_and_opened_with_the_shipped_sidecar(store, shi
     assert pruning == f"Sidecar: {shipped.name} (shipped with pop-local)."
     assert files(name) == ModelFiles(store / "tiny.gguf", shipped)
     assert "Fetching" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kl", "moves"), [(0.01, True), (0.0215, True), (0.03, False), (None, False)]
+)
+def test_a_name_moves_only_to_a_copy_that_is_not_worse(store, tmp_path, monkeypatch, kl, moves):
+    def measured(kl: float) -> Any:
+        return lambda path: Measured(kl_mean=kl, kl_se=0.001, ppl_ratio=1.0, copy_ppl_ratio=1.0)
+
+    base = Path(shutil.copy(tmp_path / "tiny.gguf", store / "tiny.gguf"))
+    plan = make_plan(read_shape(base), boundary=5)
+    monkeypatch.setattr(sidecars, "SHIPPED", tmp_path)
+    shipped, copy = tmp_path / "any.pop-sidecar.gguf", store / "tiny.pop.gguf"
+    write_sidecar(plan, base, shipped, examine=measured(0.02))
+    sidecars._bindings.cache_clear()
+    convert(plan, base, copy, examine=None if kl is None else measured(kl))
+    expected = ModelFiles(copy) if moves else ModelFiles(base, shipped)
+    assert files("smollm2") == expected
+    assert models.resolve("smollm2") == expected.path
+    assert files(str(copy)) == ModelFiles(copy)
+    assert models.is_unused_copy(find("smollm2"), copy) is not moves
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Literal
 import pytest
 from rich.console import Console
 
+from pop_local.calibration import needs
 from pop_local.cli import COMMANDS
 from pop_local.commands.list import list as list_models
 from pop_local.commands.pull import pull
@@ -21,9 +22,13 @@ from pop_local.measure.speed import ModePair, SpeedRow, Spread
 from pop_local.models.model_names import MODELS_VARIABLE
 from pop_local.ui import tables
 from pop_local.ui.console import THEME
+from pop_local.ui.views import analysis, conversion
+from pop_local.ui.views.comparison import show_comparison
 from pop_local.ui.views.speed_table import show_speed
 from pop_local.workflows.benchmark import Speed
+from support import shown_results
 from support.program import called
+from support.synthetic import make_gguf
 
 SCREENS = Path(__file__).with_name("screens")
 WIDTHS = (60, 80, 120)
@@ -104,15 +109,47 @@ def on_screen(monkeypatch, tmp_path) -> Callable[..., str]:
             width=width or None,
             force_terminal=True if width else None,
         )
-        monkeypatch.setattr(tables, "out", console)
+        for module in (tables, conversion):
+            monkeypatch.setattr(module, "out", console)
         view()
         return stream.getvalue()
 
     return shown
 
 
+def compare() -> None:
+    show_comparison(shown_results.comparison())
+
+
+def analyze() -> None:
+    analysis.show(shown_results.analysis())
+
+
+def convert() -> None:
+    """Show a plan and its result. The plan's time and memory depend on the machine."""
+    planned = shown_results.conversion(Path("model.gguf"))
+    conversion.show_plan(planned, 754.0)
+    conversion.show_converted(planned, shown_results.converted(planned))
+
+
+@pytest.fixture(autouse=True)
+def a_machine(monkeypatch, tmp_path):
+    """Work in a folder with a model, on a machine with fixed speed and memory."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    make_gguf(folder / "model.gguf", "llama", n_layer=12, n_embd=64)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(needs, "has_kernels", lambda: True)
+    monkeypatch.setattr(needs, "free_bytes", lambda: 8 * 10**9)
+
+
+VIEWS = [list_models, pull, bench, compare, analyze, convert]
+
+
 @pytest.mark.parametrize("width", [*WIDTHS, 0])
-@pytest.mark.parametrize("view", [list_models, pull, bench], ids=["list", "pull", "bench"])
+@pytest.mark.parametrize(
+    "view", VIEWS, ids=["list", "pull", "bench", "compare", "analyze", "convert"]
+)
 def test_tables(on_screen, request, view, width):
     shown = on_screen(view, width)
     assert not width or max(map(len, shown.splitlines())) <= width

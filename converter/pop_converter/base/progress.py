@@ -42,7 +42,8 @@ class Watch:
     """A task's callbacks, all of which are optional.
 
     `on_stage(name, unit)` is called when a stage starts, and `on_progress(done, total)` receives
-    its progress in `unit`. `on_note(text)` receives information for the user. `on_warning(error)`
+    its progress in `unit`. `on_left(seconds)` receives the estimated time left for all stages, if a
+    task can estimate it. `on_note(text)` receives information for the user. `on_warning(error)`
     receives an error that did not stop the work. Tasks call `should_stop` at each progress
     report and while llama.cpp computes. If `should_stop` returns True, the task raises
     StoppedError and leaves no output. `may(question)` returns whether the user allows a download
@@ -52,6 +53,7 @@ class Watch:
 
     on_stage: Callable[[str, Unit], object] = _ignore
     on_progress: Callable[[int, int], object] = _ignore
+    on_left: Callable[[float], object] = _ignore
     on_note: Callable[[str], object] = _ignore
     on_warning: Callable[[PopError], object] = _ignore
     should_stop: Callable[[], bool] = _ignore

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 
 _COLUMNS = (
-    Column("Boundary", lambda trial: trial.plan.boundary, numeric=True),
+    Column("Layer", lambda trial: trial.plan.boundary, numeric=True),
     Column("K/V", lambda trial: _kind(trial.plan)),
     Column("Limit", lambda trial: f"{trial.plan.speedup_limit:.2f}x", numeric=True),
     Column("KL", lambda trial: bare(trial.quality.kl_mean, ".4f"), numeric=True),
     Column("PPL", lambda trial: bare(trial.quality.ppl_ratio, ".3f"), numeric=True),
     Column("Copy", lambda trial: bare(trial.quality.copy_ppl_ratio, ".3f"), numeric=True),
     Column("Lost", lambda trial: _lost(trial), numeric=True),
-    Column("In budget", lambda trial: "yes" if trial.in_budget else "no"),
+    Column("Inside", lambda trial: "yes" if trial.in_budget else "no"),
 )
 # Names in `figures` of the values that a budget limits.
 _JUDGED = (
@@ -74,13 +74,20 @@ def trial_json(trial: Trial) -> dict[str, Any]:
     }
 
 
-def show_plan(conversion: Conversion) -> None:
+def show_plan(conversion: Conversion, seconds: float | None) -> None:
+    """Show a plan that takes about `seconds` (None: unknown)."""
+    facts = _planned_facts(conversion)
+    if seconds is not None:
+        facts.append(("Time", f"about {duration(seconds)} on this machine"))
+    print_facts(facts)
+
+
+def _planned_facts(conversion: Conversion) -> list[Fact]:
     plan, first, limits = conversion.deepest, conversion.plans[0], conversion.budget
     budget = [] if limits is None else [budget_fact(limits)]
     fits = fit_facts(conversion)
     if conversion.is_named:
-        print_facts([*_plan_facts(conversion, plan, conversion.sizes), *budget, *fits])
-        return
+        return [*_plan_facts(conversion, plan, conversion.sizes), *budget, *fits]
     limit = _limit(conversion, first)
     past = f"from {first.boundary} down to {plan.boundary}"
     if len(conversion.tried) < len(conversion.plans):
@@ -92,29 +99,30 @@ def show_plan(conversion: Conversion) -> None:
         limit += f" if only the first boundary is within the budget, {most:.2f}x if all are"
     layers = f"up to {plan.n_skipped} within the budget"
     output = f"up to {size(conversion.sizes.output_bytes)}"
-    print_facts([*_facts(conversion, plan, layers, where, output, limit), *fits])
+    return [*_facts(conversion, plan, layers, where, output, limit), *fits]
 
 
 def show_converted(conversion: Conversion, done: Converted, *, as_markdown: bool = False) -> None:
     if done.trials:
         show_trials(done.trials, as_markdown=as_markdown)
-    is_known = conversion.is_named and not done.trials
-    # The conversion may have chosen another kind of fit.
-    if not is_known or done.plan.projection != conversion.deepest.projection:
-        print_facts(_plan_facts(conversion, done.plan, done.sizes))
-    print_facts([*measured_facts(done.meta), ("Written", str(done.path))])
+    known = _planned_facts(conversion)
+    new = [fact for fact in _plan_facts(conversion, done.plan, done.sizes) if fact not in known]
+    print_facts([*new, *measured_facts(done.meta), ("Written", str(done.path))])
     if (found := done.meta.measured) is not None:
         print_sentence(with_advice(verdict_in_words(found)))
     if conversion.is_sidecar and done.path != sidecar_path(conversion.source):
         note(f"The sidecar is not next to the model, so open the model with --sidecar {done.path}.")
 
 
-def plan_json(conversion: Conversion) -> dict[str, Any]:
-    """Return a plan as a JSON object. For a search, the object lists the boundaries to try."""
+def plan_json(conversion: Conversion, seconds: float | None) -> dict[str, Any]:
+    """Return a plan as a JSON object. For a search, the object lists the boundaries to try.
+
+    `seconds`: the estimated duration.
+    """
     plans, limits = conversion.plans, conversion.budget
     distills = conversion.options.distiller is not None
     wished = replace(conversion.deepest, is_distilled=distills)
-    budget = {} if limits is None else {"budget": limits}
+    budget = {"seconds": seconds} | ({} if limits is None else {"budget": limits})
     if conversion.is_named:
         return _object(conversion, wished, conversion.sizes, None) | budget
     found = _common(conversion, wished) | {"most_output_bytes": conversion.sizes.output_bytes}
@@ -219,8 +227,6 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
     more = " without distilling" if conversion.options.distiller else ""
     total, sums = size(needs.total_bytes), size(needs.sums_bytes)
     yield "Memory", f"{total} in addition to the model file, including {sums} for the fit{more}"
-    if (seconds := conversion.fit_seconds) is not None:
-        yield "Time", f"{at_most}about {duration(seconds)} for the fit{more} on this machine"
 
 
 def skipping_facts(found: SkippableLayers) -> list[Fact]:

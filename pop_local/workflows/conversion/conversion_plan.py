@@ -29,6 +29,7 @@ from pop_local.models.model_files import ModelFiles
 from pop_local.models.model_names import resolve
 from pop_local.workflows.conversion.fits import MakeDistiller, PlanFitter
 from pop_local.workflows.conversion.goals import Goal, Within, plans_of
+from pop_local.workflows.conversion.kept_fits import KeptFits
 from pop_local.workflows.conversion.refusals import Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.hardware import Hardware
@@ -119,9 +120,14 @@ class Conversion:
     @cached_property
     def fit_seconds(self) -> float | None:
         """Return the estimated duration of all fits in seconds."""
+        return None if self.fit_work is None else sum(self.fit_work) / costs.macs_per_s()
+
+    @property
+    def fit_work(self) -> costs.FitWork | None:
+        """Return the work of all fits (None: no fit, or the work cannot be counted)."""
         if self.fit is None or self.needs is None:
             return None
-        return costs.fit_work(self._fitted, self.fit, self.needs) / costs.macs_per_s()
+        return costs.fit_work(self._fitted, self.fit, self.needs)
 
     def limit(self, plan: Plan) -> float | None:
         """Return a plan's maximum speedup, or None if the plan's work cannot be counted."""
@@ -221,12 +227,15 @@ class ConversionRun:
     force: bool
     runner: TrialRunner
 
+    @cached_property
     def fitter(self) -> PlanFitter:
-        """Return a fitter for the conversion's plans."""
+        """The fitter for the conversion's plans."""
         runner, fit = self.runner, self.conversion.fit or FitOptions()
         make = self.conversion.options.distiller
         distiller = make and make(runner.source, fit, runner.hardware, runner.watch)
-        return PlanFitter(runner, fit, distiller=distiller)
+        folder = self.conversion.target.with_name(f"{self.conversion.target.name}.fits")
+        kept = KeptFits(folder, runner, fit)
+        return PlanFitter(runner, fit, distiller=distiller, kept=kept)
 
     def write(
         self,

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 
 from pop_converter.architecture.arch_keys import trained_ctx
-from pop_converter.base.errors import PopError
+from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.base.progress import Watch
 from pop_converter.popfile.rewrite import check_target
 from pop_local.calibration.texts import N_WINDOW
@@ -19,6 +19,7 @@ from pop_local.workflows.conversion.conversion_plan import (
 )
 from pop_local.workflows.conversion.named import write_named
 from pop_local.workflows.conversion.search import write_within
+from pop_local.workflows.conversion.stages import TimeLeft, planned_stages
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.open import base_file
 
@@ -66,7 +67,14 @@ def run_conversion(
             )
         )
     watched = replace(watch, on_warning=warned)
+    watched = TimeLeft(planned_stages(conversion)).watched(watched)
     runner = TrialRunner(conversion.source, conversion.options.hardware, watched)
     run, budget = ConversionRun(conversion, force, runner), conversion.budget
-    done = write_named(run) if budget is None else write_within(run, budget)
+    try:
+        done = write_named(run) if budget is None else write_within(run, budget)
+    except StoppedError:
+        run.fitter.keep()
+        raise
+    if run.fitter.kept is not None:
+        run.fitter.kept.remove()
     return replace(done, warnings=tuple(warnings))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Watch
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.pruning_plan import Plan
@@ -13,9 +14,10 @@ from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
-from pop_local.calibration.job import calibrate
+from pop_local.calibration.job import calibrate, calibration_text
 from pop_local.calibration.needs import fit_kind
 from pop_local.calibration.texts import CalibrationText
+from pop_local.workflows.conversion.kept_fits import KeptFits
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.hardware import Hardware
 
@@ -40,7 +42,8 @@ MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distilling]
 class PlanFitter:
     """A fitter that uses the same text and the same kind of fit for all plans of a model.
 
-    If the options do not set the kind of fit, the first fitted plan determines it.
+    If the options do not set the kind of fit, the first fitted plan determines it. `kept`: the fits
+    of an earlier, stopped conversion (None: keep no fits).
     """
 
     runner: TrialRunner
@@ -48,6 +51,8 @@ class PlanFitter:
     text: CalibrationText | None = None
     kind: Projection | None = None
     distiller: Distilling | None = None
+    kept: KeptFits | None = None
+    _made: dict[Plan, Fitted] = field(default_factory=dict)
 
     def fit(self, plans: Sequence[Plan]) -> tuple[Fitted, ...]:
         """Fit all plans on the same text. Raises PopError or StoppedError."""
@@ -56,11 +61,31 @@ class PlanFitter:
         self.kind = self.kind or fit_kind(plans[0], self.options)
         options = replace(self.options, projection=self.kind)
         wanted = [replace(plan, projection=self.kind) for plan in plans]
+        watch, n_embd = self.runner.watch, plans[0].shape.n_embd
+        if self.text is None and self.kept is not None:
+            self.text = self.kept.text(options.n_tokens(n_embd))
         with loaded(self.runner.path, **vars(self.runner.hardware)) as context:
-            watch = self.runner.watch
-            done = calibrate(wanted, context, self.runner.source, options, watch, self.text)
-        self.text = done.text
-        return done.fitted
+            if self.text is None:
+                self.text = calibration_text(context, options, n_embd, watch)
+            for plan in wanted:
+                if self.kept is not None and (known := self.kept.fit(plan, self.text)):
+                    self._made[plan] = known
+            if missing := [plan for plan in wanted if plan not in self._made]:
+                done = calibrate(missing, context, self.runner.source, options, watch, self.text)
+                self._made |= zip(missing, done.fitted, strict=True)
+        return tuple(self._made[plan] for plan in wanted)
+
+    def keep(self) -> None:
+        """Keep the sampled text and the fits of a stopped conversion, and notify the user."""
+        if self.kept is None or self.text is None or not (self._made or not self.options.texts):
+            return
+        watch = self.runner.watch
+        try:
+            self.kept.save(self.text, self._made)
+        except (OSError, PopError) as error:
+            watch.on_warning(PopError(f"the fit could not be kept: {error}"))
+        else:
+            watch.on_note(f"The fit is kept in {self.kept.folder}; the same command continues.")
 
     def distilled(self, plan: Plan, fitted: Fitted, n_deeper: int = 0) -> Fitted:
         """Train a plan's fit end to end and return the result. Raises PopError or StoppedError."""

@@ -41,7 +41,7 @@ def write_named(run: ConversionRun) -> Converted:
     share = FullModel(run.runner, plan, QualitySettings(N_WINDOWS)).deep_share(plan.deep_rows)
     plan = replace(plan, deep_share=share)
     require_windows(run.runner, plan)
-    fitter = run.fitter()
+    fitter = run.fitter
     [fitted] = fitter.fit((plan,))
     if fitter.distiller is not None:
         fitted = fitter.distilled(replace(plan, projection=fitted.projection), fitted)

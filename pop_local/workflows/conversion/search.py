@@ -92,7 +92,7 @@ def write_within(run: ConversionRun, budget: Budget) -> Converted:
     if any(plan.projection != Projection.OWN for plan in planned.plans):
         require_windows(run.runner, planned.deepest)
     full = FullModel(run.runner, planned.plans[0], QualitySettings(full_model.N_WINDOWS))
-    search = Search(run.runner, budget, run.fitter(), full, planned.tried)
+    search = Search(run.runner, budget, run.fitter, full, planned.tried)
     chosen = search.run()
     found = measured(chosen.quality, chosen.lookups)
     return run.write(chosen.plan, chosen.fitted, lambda _: found, search.trials)

@@ -96,21 +96,21 @@ def test_no_flags_are_needed_to_fit_8b_on_a_laptop(llama_8b, monkeypatch):
     assert min(fitted) <= 32 // 2 - 2
 
 
-def test_sampling_a_token_takes_three_times_as_long_as_reading_it(llama_8b):
+def test_sampling_a_token_takes_five_times_as_long_as_reading_it(llama_8b):
     planned = plan_conversion(llama_8b, None, ConvertOptions(Within(BALANCED)))
     assert planned.fit is not None and planned.needs is not None
     found, plans = planned.needs, planned.tried[1:]
     work, *others = (
-        needs.fit_work(plans, planned.fit, each)
+        sum(needs.fit_work(plans, planned.fit, each))
         for each in (
             found,
-            replace(found, n_sampled=found.n_sampled + 3),
+            replace(found, n_sampled=found.n_sampled + 5),
             replace(found, n_sampled=0),
         )
     )
     n_read = planned.fit.n_tokens(planned.deepest.shape.n_embd) // needs.N_WINDOW
-    window = (others[0] - work) / 9
-    assert work - others[1] == pytest.approx(3 * found.n_sampled * window)
+    window = (others[0] - work) / 25
+    assert work - others[1] == pytest.approx(5 * found.n_sampled * window)
     assert others[1] > n_read * window
 
 

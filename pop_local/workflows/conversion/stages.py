@@ -1,0 +1,103 @@
+"""A conversion's expected stages, and the estimated time left for all of them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from pop_converter.base.progress import Unit, Watch
+from pop_local.calibration.needs import FitWork, macs_per_s, reading_work
+from pop_local.measure.lookups import LookupSettings
+from pop_local.measure.probes import N_REPEATED
+from pop_local.measure.quality import QualitySettings
+from pop_local.workflows.conversion.conversion_plan import Conversion
+from pop_local.workflows.conversion.full_model import N_DOCUMENTS, N_WINDOWS
+
+# Number of candidates that a search usually measures before it tries fewer deep rows.
+_N_MEASURED = 3
+# Number of prompt tokens that take as long to read as a lookup's answer (SmolLM2, Zen 4).
+_TOKENS_PER_LOOKUP = 130
+# Cost of measuring a boundary relative to the full model (SmolLM2, Zen 4).
+_BOUNDARY_COST = 0.7
+# Number of multiply-accumulates that take as long as writing a byte and reading it back.
+_WRITING = 100
+# Seconds of work that must pass before the rate is estimated.
+_LEAST_S = 5.0
+
+
+class ExpectedStage(NamedTuple):
+    """The start of a stage's name, and the stage's work in multiply-accumulates."""
+
+    name: str
+    work: float
+
+
+def planned_stages(planned: Conversion) -> list[ExpectedStage]:
+    """Return the expected stages in order (empty: distillation, or the work cannot be counted)."""
+    if planned.not_counted or planned.options.distiller:
+        return []
+    settings, asked, plan = QualitySettings(), LookupSettings(), planned.deepest
+    window = reading_work(plan, settings.n_context + settings.n_continuation)
+    read = N_WINDOWS * window + settings.n_draws * reading_work(plan, 2 * N_REPEATED)
+    n_tokens = asked.n_tokens + asked.n_per_document * _TOKENS_PER_LOOKUP
+    lookups = N_DOCUMENTS * reading_work(plan, n_tokens)
+    work = planned.fit_work or FitWork(0, 0)
+    stages = [ExpectedStage("Sampling text", work.sampling), ExpectedStage("Fitting", work.fitting)]
+    tried = ExpectedStage("Measuring boundary", _BOUNDARY_COST * read)
+    looked_up = ExpectedStage("Running lookups, boundary", lookups)
+    if planned.budget is not None:
+        stages.append(ExpectedStage("Running the full model", read))
+        stages += [tried] * min(_N_MEASURED, len(planned.plans))
+        stages += [ExpectedStage("Running lookups on the full model", lookups), looked_up]
+        stages += [tried, looked_up] * len(plan.deep_rows.fewer)
+    elif planned.fit_work:
+        stages += [ExpectedStage("Measuring", read), ExpectedStage("Running lookups", lookups)]
+    return [*stages, ExpectedStage(planned.writing_stage, _WRITING * planned.sizes.output_bytes)]
+
+
+def planned_seconds(planned: Conversion) -> float | None:
+    """Return a conversion's estimated duration in seconds, or None if it cannot be estimated."""
+    work = sum(stage.work for stage in planned_stages(planned))
+    return work / macs_per_s() if work else None
+
+
+class TimeLeft:
+    """An estimator of the time left for all expected stages, based on the rate so far."""
+
+    def __init__(self, stages: Sequence[ExpectedStage]) -> None:
+        self._stages, self._began_s = stages, time.monotonic()
+        self._at, self._work, self._done, self._share = -1, 0.0, 0.0, 0.0
+
+    def watched(self, watch: Watch) -> Watch:
+        """Return a Watch that also receives the time left with each progress report."""
+
+        def begin(name: str, unit: Unit) -> None:
+            self.begin(name)
+            watch.on_stage(name, unit)
+
+        def advance(done: int, total: int) -> None:
+            self._share = done / total if total else 0.0
+            if (left_s := self.left_s) is not None:
+                watch.on_left(left_s)
+            watch.on_progress(done, total)
+
+        return replace(watch, on_stage=begin, on_progress=advance)
+
+    def begin(self, name: str) -> None:
+        """Start a stage. Expected stages that precede it count as skipped or finished."""
+        self._done += self._share * self._work
+        self._share = self._work = 0.0
+        found = [i for i, stage in enumerate(self._stages) if name.startswith(stage.name)]
+        if found:
+            self._at = next((i for i in found if i > self._at), self._at)
+            self._work = self._stages[found[0]].work
+
+    @property
+    def left_s(self) -> float | None:
+        """The estimated time left in seconds, or None until the rate is known."""
+        elapsed_s = time.monotonic() - self._began_s
+        passed = self._done + self._share * self._work
+        if elapsed_s < _LEAST_S or not passed:
+            return None
+        ahead = sum(stage.work for stage in self._stages[self._at + 1 :])
+        return elapsed_s * (ahead + (1 - self._share) * self._work) / passed
