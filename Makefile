@@ -1,4 +1,4 @@
-# make demo: builds everything that chat and serve need, then answers one long prompt with and without pruning
+# make demo: builds everything that chat and serve need, then answers one long prompt with and without fast reading
 # make test: prepares everything that the tests need, then runs ruff, mypy and pytest (ARGS="-k name")
 # make check: runs ruff, mypy and the quick tests, which need the backend, but no models and no second library
 # make docs: generates the tables in the documents and the README's chart from docs/results

@@ -15,7 +15,7 @@ COMMANDS = {
     ),
     "serve": Listed(_USE, "Serve a model over the OpenAI, Anthropic and Ollama APIs.", "qwen-1.5b"),
     "launch": Listed(_USE, "Start a coding agent that uses a local model.", "opencode qwen-1.5b"),
-    "demo": Listed(_USE, "Answer one long prompt with and without pruning.", "smollm2"),
+    "demo": Listed(_USE, "Answer one long prompt with and without fast reading.", "smollm2"),
     "pull": Listed(_MODELS, "Fetch a model from the catalog or a hub.", "qwen3-8b"),
     "list": Listed(_MODELS, "List the local models.", "--json"),
     "inspect": Listed(_MODELS, "Show the contents of a model file.", "smollm2"),
@@ -24,11 +24,15 @@ COMMANDS = {
         _SPEED, "Write a copy of a GGUF model that reads prompts faster.", "model.gguf"
     ),
     "bench": Listed(
-        _SPEED, "Measure the time to first token with and without pruning.", "smollm2 --repeat 3"
+        _SPEED,
+        "Measure the time to first token with and without fast reading.",
+        "smollm2 --repeat 3",
     ),
-    "eval": Listed(_SPEED, "Measure the quality loss from pruning.", "smollm2 --windows 8"),
+    "eval": Listed(_SPEED, "Measure the quality loss from fast reading.", "smollm2 --windows 8"),
     "compare": Listed(
-        _SPEED, "Compare full and pruned answers to your prompts.", "smollm2 prompts.jsonl"
+        _SPEED,
+        "Compare answers to your prompts with and without fast reading.",
+        "smollm2 prompts.jsonl",
     ),
     "analyze": Listed(_SPEED, "Measure how many layers prompts can skip.", "model.gguf"),
     "config": Listed(_SETUP, "Show and change settings.", "set threads 4"),

@@ -24,7 +24,7 @@ _N_LONG = 4096
 @dataclass(frozen=True)
 class PromptOptions(Group):
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default="512,1024,2048")
-    repeat: int = option("Pairs of runs (full and pruned) per prompt length.", min=1, default=5)
+    repeat: int = option("Pairs of runs (full and fast) per prompt length.", min=1, default=5)
     boundary: int | None = option("First layer to skip (default: the file's boundary).", min=1)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
     markdown: bool = option(opt.MARKDOWN, default=False)
@@ -38,7 +38,7 @@ def bench(
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Measure the time to first token with and without pruning, in alternating runs."""
+    """Measure the time to first token with and without fast reading, in alternating runs."""
     from pop_local.engine.llama.devices import busy_cpus, default_threads
     from pop_local.workflows import benchmark as workflow
 

@@ -37,7 +37,7 @@ def compare(
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Answer your prompts with and without pruning, and compare the answers and their speed.
+    """Answer your prompts with and without fast reading, and compare the answers and their speed.
 
     Decoding is greedy. If lines have an "answer" key, McNemar's test compares the correct answers.
     """

@@ -19,12 +19,12 @@ def demo(
     model: opt.Converted = DEFAULT_MODEL,
     *,
     pairs: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Pairs of answers (full and pruned).")
+        int, typer.Option(min=1, metavar="N", help="Pairs of answers (full and fast).")
     ] = 3,
     json: opt.Json = False,
     how: opt.OpenOptions,
 ) -> None:
-    """Answer one question about a document with and without pruning.
+    """Answer one question about a document with and without fast reading.
 
     Both answers are short and decoded greedily, so you can compare them.
     """
@@ -40,12 +40,12 @@ def show_demonstration(found: Demonstration) -> None:
     say(f"Prompt: a document and a question, {found.n_prompt:,} tokens in total")
     say(f"Question: {found.question}")
     say(f"Answers: decoded greedily, up to {MAX_TOKENS} tokens\n")
-    say(f"Pruning off, first token after {full.ttft_s:.2f} s:\n  {full.text}\n")
-    say(f"Pruning on, first token after {pop.ttft_s:.2f} s:\n  {pop.text}\n")
+    say(f"Full reading, first token after {full.ttft_s:.2f} s:\n  {full.text}\n")
+    say(f"Fast reading, first token after {pop.ttft_s:.2f} s:\n  {pop.text}\n")
     if full.text != pop.text:
         say("The answers differ. `pop-local eval` measures the quality loss.\n")
     pairs = f", {speedup.min:.2f}-{speedup.max:.2f} in {found.n_pairs} pairs" * (found.n_pairs > 1)
     fewer = f"multiply-accumulates cut by a factor of {found.limit:.2f}"
     say(f"Speedup: {speedup.median:.2f}x{pairs} ({fewer})")
     skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
-    say(f"Tokens pruned: {pop.n_pruned:,} of {found.n_prompt:,} (each skipped {skipped})")
+    say(f"Tokens read fast: {pop.n_pruned:,} of {found.n_prompt:,} (each skipped {skipped})")

@@ -117,11 +117,11 @@ def _threads(n_threads: int) -> Check:
 
 def _abi(abi: int | None) -> Check:
     if abi == backend.ABI:
-        return Check("pop_abi", "Pruning", "ok", f"patched, ABI {abi}")
+        return Check("pop_abi", "Fast reading", "ok", f"patched, ABI {abi}")
     found = "not available, because this llama.cpp is not patched"
     if abi is not None:
         found = f"the backend has ABI {abi}, but pop-local needs ABI {backend.ABI}"
-    return Check("pop_abi", "Pruning", "fix", found, backend.INSTALL_HINT)
+    return Check("pop_abi", "Fast reading", "fix", found, backend.INSTALL_HINT)
 
 
 def _gpus(info: devices.BackendInfo) -> list[Check]:

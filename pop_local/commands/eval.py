@@ -31,7 +31,7 @@ def eval(  # noqa: A001
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Measure the quality loss from pruning: KL divergence, perplexity, copying and lookups."""
+    """Measure the loss from fast reading: KL divergence, perplexity, copying and lookups."""
     from pop_local.measure.quality import QualitySettings
     from pop_local.workflows.evaluate import EvaluateOptions, evaluate
 

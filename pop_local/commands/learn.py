@@ -23,7 +23,7 @@ _COLUMNS = (
     Column("Tokens", lambda found: f"{found['n_tokens']:,}", numeric=True),
     Column("Boundaries", lambda found: ", ".join(map(str, found["boundaries"]))),
     Column("Size", lambda found: size(found["size_bytes"]), numeric=True),
-    Column("Pruned from", lambda found: found["pruned_from"]),
+    Column("Skipped from", lambda found: found["pruned_from"]),
 )
 
 

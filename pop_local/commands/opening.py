@@ -74,7 +74,7 @@ class Opener:
         options, engine = self.options, opened.engine
         refills = engine.refiller.is_on or engine.calibrator  # a calibrator may prune later
         if options.refill != "off" and "refill" in self.asked and not refills:
-            why = engine.context.files.no_refill or "this model is not pruned"
+            why = engine.context.files.no_refill or "this model has no fast reading"
             warn(f"--refill has no effect: {why}")
         if options.learn == "on" and "learn" in self.asked and len(engine.sequences) > 1:
             warn("--learn has no effect with multiple slots; use --parallel 1")

@@ -76,7 +76,9 @@ def run(
     screen = Screen()
     asked = opt.given_names(call)
     if how.full or how.refill == "idle":
-        why = "--full prunes nothing" if how.full else "a single question leaves no idle time"
+        why = (
+            "--full turns fast reading off" if how.full else "a single question leaves no idle time"
+        )
         how = without_refill(how, why, asked)
     name = model or default_model()
     opened = Opener(name, how, asked, prompt_cache=open_prompt_cache(how))()

@@ -86,7 +86,7 @@ def serve(
     """Serve a model over the OpenAI, Anthropic, Ollama and llama-server APIs, with a web page.
 
     --parallel sets the number of concurrent answers. Other requests wait in a queue. A request with
-    "pop": false is not pruned. /health and /metrics (Prometheus) report the server's state.
+    "pop": false is read in full. /health and /metrics (Prometheus) report the server's state.
     """
     serve_named(model, to, how, opt.given_names(call))
 

@@ -119,9 +119,10 @@ class ModelOptions(OpenOptions):
     image_tokens: int | None = expert(
         "Maximum tokens per image, if the mmproj supports a limit.", min=1, max=MOST
     )
-    full: bool = option("Run prompts through all layers, without pruning.", default=False)
+    full: bool = option("Run prompts through all layers, without fast reading.", default=False)
     refill: Literal["idle", "off"] = expert(
-        "Run pruned tokens through the skipped layers while the model is idle.", default="off"
+        "Run tokens that were read fast through the skipped layers while the model is idle.",
+        default="off",
     )
     learn: Literal["on", "off"] = option(
         "Store statistics about prompts, never text, to speed up later prompts.", default="off"

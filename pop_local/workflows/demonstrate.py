@@ -98,7 +98,7 @@ def _answer(opened: PopModel, mode: Mode, nth: str, watch: Watch) -> TimedAnswer
     opened.engine.set_mode(mode)
     opened.engine.cache.clear()
     prompt = f"{_text('document.md')}\n\n{_text('question.md')}"
-    what = "Full prefill" if mode is Mode.OFF else "Pruned prefill"
+    what = "Full reading" if mode is Mode.OFF else "Fast reading"
     chunks = list(
         opened.ask(
             [Message("user", prompt)],

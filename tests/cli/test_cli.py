@@ -241,7 +241,7 @@ def test_options_without_effect_get_a_word(tmp_path):
         assert words in done.stderr
 
 
-PLAIN, ONCE = "this model is not pruned", "a single question leaves no idle time"
+PLAIN, ONCE = "this model has no fast reading", "a single question leaves no idle time"
 PIPED = "piped questions leave no idle time"
 
 
@@ -255,7 +255,7 @@ PIPED = "piped questions leave no idle time"
         ("llama.gguf", "serve --refill idle", ""),  # learning may turn pruning on
         ("llama.pop.gguf", "serve --refill idle", ""),
         ("llama.pop.gguf", "run hi --refill idle", ONCE),
-        ("llama.pop.gguf", "run hi --refill idle --full", "--full prunes nothing"),
+        ("llama.pop.gguf", "run hi --refill idle --full", "--full turns fast reading off"),
         ("llama.gguf", "run hi --refill idle", ONCE),
         ("llama.pop.gguf", "chat --refill idle", PIPED),
         ("llama.pop.gguf", "chat", ""),

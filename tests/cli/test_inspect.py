@@ -55,7 +55,7 @@ def test_converted_file_for_people(converted):
     assert "FFFFFSSS" in shown
     assert "the first 1 and last 7 tokens" in shown
     assert "tiny.gguf" in shown
-    assert "opens this file without pruning" in shown
+    assert "opens this file without fast reading" in shown
 
 
 def test_unsupported_architecture_is_shown_as_such(tmp_path):
@@ -63,7 +63,7 @@ def test_unsupported_architecture_is_shown_as_such(tmp_path):
     done = inspect(path)
     assert done.exit_code == 0
     told = " ".join(done.stdout.split())
-    assert "dream (cannot be pruned:" in told and "a diffusion model" in told
+    assert "dream (no fast reading:" in told and "a diffusion model" in told
 
 
 @pytest.mark.parametrize(("arch", "projections"), [("llama", "fitted or own"), ("olmo2", "own")])

@@ -1,5 +1,6 @@
 """Check the time left that `convert` estimates against a measured conversion of SmolLM2."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -41,7 +42,7 @@ def test_the_time_left_is_within_a_third_at_half_way(smollm2, monkeypatch):
     watch = TimeLeft(expected).watched(Watch(on_left=left.append))
     end_s = MEASURED[-1][1]
     at_s = end_s / 2
-    for (name, start_s), (_, next_s) in zip(MEASURED, MEASURED[1:], strict=False):
+    for (name, start_s), (_, next_s) in pairwise(MEASURED):
         clock.now_s = start_s
         advance = watch.stage(name, Unit.TOKENS)
         clock.now_s = min(at_s, next_s)

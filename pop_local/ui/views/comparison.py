@@ -71,6 +71,6 @@ _COLUMNS = (
     Column("Same", lambda each: each.first_difference, numeric=True),
     Column("Full", lambda each: _VERDICTS[each.is_full_right]),
     Column("Fast", lambda each: _VERDICTS[each.is_pruned_right]),
-    Column("In full", lambda each: _shown(each, each.full.text)),
+    Column("Full answer", lambda each: _shown(each, each.full.text)),
     Column("With fast reading", lambda each: _shown(each, each.pruned.text)),
 )

@@ -23,12 +23,12 @@ def inspection_facts(found: Inspection) -> list[Fact]:
     ]
     if found.architecture == ARCHITECTURE:
         return [*facts, ("Kind", "multimodal projector for images (--mmproj)")]
-    refused = f" (cannot be pruned: {found.refused})" if found.refused else ""
+    refused = f" (no fast reading: {found.refused})" if found.refused else ""
     stock = "opens this file"
     if not found.opens_in_stock_llama_cpp:
         stock = "cannot open this file, which contains fitted projections"
     elif found.pop is not None and found.sidecar is None:
-        stock = "opens this file without pruning"
+        stock = "opens this file without fast reading"
     is_exact = found.pop is None and found.skipping is not None and found.skipping.exact > 0
     return [
         *facts,
@@ -46,7 +46,9 @@ def inspection_facts(found: Inspection) -> list[Fact]:
 
 def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
     if meta is None:
-        return [("Pruning", "not available until the model is converted (`pop-local convert`)")]
+        return [
+            ("Fast reading", "not available until the model is converted (`pop-local convert`)")
+        ]
     skipped = f"{meta.n_layer - meta.boundary} of {meta.n_layer} layers"
     projections = str(meta.projection)
     if meta.projection == Projection.OWN:

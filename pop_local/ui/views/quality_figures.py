@@ -72,25 +72,25 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
         layers += f" and deep rows selected by the rule {found.deep_rows}"
     yield "Skipped", f"{layers}; the speedup is up to {found.speedup_limit:.2f}x"
     yield "Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"
-    yield "Tokens pruned", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} context tokens"
+    yield "Read fast", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} context tokens"
     yield "KL to full", f"mean {with_se(q.kl_mean, '.4f')}, median {with_se(q.kl_median, '.4f')}"
     p99, first = with_se(q.kl_p99, ".3f"), with_se(q.kl_first, ".3f")
     yield "", f"99th percentile {p99}, first token {first}"
     full, pruned = with_se(q.ppl_full, ".2f"), with_se(q.ppl_pruned, ".2f")
-    yield "Perplexity", f"full {full}, pruned {pruned}"
+    yield "Perplexity", f"full {full}, fast {pruned}"
     yield "", f"ratio {with_se(q.ppl_ratio, '.3f')}"
     yield "Same top prediction", with_se(q.top1_agreement, ".3f")
     yield "Copying", f"perplexity ratio {with_se(q.copy_ppl_ratio, '.3f')}"
     right, right_full = with_se(q.copy_top1, ".3f"), with_se(q.copy_top1_full, ".3f")
-    yield "", f"correct top predictions: pruned {right}, full {right_full}"
+    yield "", f"correct top predictions: fast {right}, full {right_full}"
     retained = "but the full model cannot copy random tokens either"
     if q.induction_retention is not None:
         retained = f"{q.induction_retention.value:.0%} of the full model's gain"
     added = with_se(q.induction_delta_nll, ".3f")
     yield "Induction", f"NLL {'' if added.startswith('-') else '+'}{added}, {retained}"
     if (lookups := found.lookups) is not None:
-        counts = f"full {lookups.full}, pruned {lookups.pruned}, of {lookups.n}"
+        counts = f"full {lookups.full}, fast {lookups.pruned}, of {lookups.n}"
         changes = f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"
         yield "Lookups", f"{counts}; {changes}"
         full, lost = with_se(lookups.logprob_full, ".2f"), with_se(lookups.logprob_lost, ".2f")
-        yield "", f"log-probability of correct strings: full {full}, lower by {lost} with pruning"
+        yield "", f"log-probability of correct strings: full {full}, lower by {lost} with fast reading"
