@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_converter.base.errors import StoppedError
-from pop_converter.base.progress import Watch
+from pop_converter.base.progress import Progress, Unit, Watch
 from pop_converter.popfile import rewrite
 from pop_converter.popfile.format import DeepRows
 from pop_local.calibration import texts
@@ -382,7 +382,13 @@ def test_another_models_fits_are_not_used(tiny, tmp_path, monkeypatch):
         assert convert(other, out, *FEW, *LOOSE).exit_code == 130
     assert {path.suffix for path in (tmp_path / "out.gguf.fits").iterdir()} == {".npy", ".fit"}
     started: list[str] = []
-    monkeypatch.setattr(Watch, "stage", lambda self, name, *_: started.append(name) or self._count)
+    stage = Watch.stage
+
+    def begin(watch: Watch, name: str, *unit: Unit) -> Progress:
+        started.append(name)
+        return stage(watch, name, *unit)
+
+    monkeypatch.setattr(Watch, "stage", begin)
     assert convert(tiny, out, *FEW, *LOOSE).exit_code == 0
     assert started[:2] == ["Sampling text", "Fitting"]
 

@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from pop_converter.popfile.format import Calibration, Measured
 from pop_converter.popfile.rewrite import draft_meta
@@ -16,10 +17,10 @@ from pop_local.measure.quality import Quality
 from pop_local.research.layer_analysis import Analysis, DepthCost
 from pop_local.workflows.conversion.conversion_plan import (
     Conversion,
+    Converted,
     ConvertOptions,
     plan_conversion,
 )
-from pop_local.workflows.conversion.conversion_plan import Converted
 from pop_local.workflows.conversion.refusals import Trial
 
 CALIBRATION = Calibration(DEFAULT_NAME, "0" * 64, 16_384, 1e-3)
@@ -28,8 +29,13 @@ CALIBRATION = Calibration(DEFAULT_NAME, "0" * 64, 16_384, 1e-3)
 def quality(boundary: int, kl: float) -> Quality:
     """Return a loss of `kl` nats; the other figures follow from it."""
     ratios = ("ppl_ratio", "copy_ppl_ratio", "copy_top1", "top1_agreement")
-    given = {"boundary": boundary, "n_windows": 16, "n_context": 512, "n_continuation": 128}
-    values = {
+    given: dict[str, Any] = {
+        "boundary": boundary,
+        "n_windows": 16,
+        "n_context": 512,
+        "n_continuation": 128,
+    }
+    values: dict[str, Any] = {
         each.name: Estimate(1 + kl if each.name in ratios else kl, kl / 10)
         for each in fields(Quality)
         if each.name not in given
@@ -56,7 +62,7 @@ def analysis() -> Analysis:
     unmeasured = DepthCost(16, 14, 1.9, Estimate(-0.001, 0.1))
     text = Text("held-out text", ())
     every = (*depths, unmeasured)
-    return Analysis(Path("model.gguf"), text, 0, every, CALIBRATION, BALANCED, depths[1])
+    return Analysis(Path("model.gguf"), text, every, CALIBRATION, BALANCED, depths[1])
 
 
 def conversion(model: Path) -> Conversion:

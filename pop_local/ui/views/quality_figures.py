@@ -93,4 +93,7 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
         changes = f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"
         yield "Lookups", f"{counts}; {changes}"
         full, lost = with_se(lookups.logprob_full, ".2f"), with_se(lookups.logprob_lost, ".2f")
-        yield "", f"log-probability of correct strings: full {full}, lower by {lost} with fast reading"
+        yield (
+            "",
+            f"log-probability of correct strings: full {full}, lower by {lost} with fast reading",
+        )
