@@ -16,7 +16,10 @@ RESULTS = ROOT / "docs" / "results"
 # A clone's own packages come first, so that an installed copy never supplies an old catalog.
 sys.path[:0] = [str(ROOT), str(ROOT / "converter")]
 
-from pop_local.models.model_names import hub_names, load_catalog  # noqa: E402
+from pop_converter.gguf.header import read_header  # noqa: E402
+from pop_converter.popfile.sidecar import SUFFIX, sidecar_meta  # noqa: E402
+from pop_local.models.model_names import CatalogModel, hub_names, load_catalog  # noqa: E402
+from pop_local.models.sidecars import SHIPPED  # noqa: E402
 
 # Tokens of the prompt in the users' tables and the chart.
 N_PROMPT = 2048
@@ -75,7 +78,7 @@ def users_rows() -> list[Row]:
 
 
 def kept(row: Row) -> str:
-    """Return how many of the full model's correct lookups fast reading keeps."""
+    """Return how many of the full model's correct look-ups fast reading keeps."""
     found = row["lookups"]
     return f"{found['full'] - found['lost']} of {found['full']}"
 
@@ -88,14 +91,16 @@ def origin(name: str, verb: str = "We measured") -> str:
 
 def summary() -> str:
     """Return README's table for users."""
-    titles = ["model", " download", " RAM", *(f" {way}" for way in WAYS.values())]
-    titles += [" faster by", " same next word", " lookups kept"]
+    titles = ["model", " file", " RAM", *(f" {way}" for way in WAYS.values())]
+    titles += [" same next word", " look-ups right", " still right"]
     rows = []
     for row in users_rows():
-        times = [row["full"] / row["llama"], row["pruned"] / row["llama"]]
         cells = [f"`{row['name']}`", amount(row["catalog"].size_bytes), amount(row["ram"])]
-        cells += [seconds(row[way]) for way in WAYS]
-        cells += ["{:.1f}x, {:.1f}x".format(*times), f"{row['same_first']:.0%}", kept(row)]
+        cells.append(seconds(row["llama"]))
+        for way in ("full", "pruned"):
+            cells.append(f"{seconds(row[way])} ({row[way] / row['llama']:.1f}x)")
+        found = row["lookups"]
+        cells += [f"{row['same_first']:.0%}", f"{found['full']} of {found['n']}", kept(row)]
         rows.append(cells)
     return f"\n{markdown(titles, rows)}\n{origin('shipped', 'We measured the times')}\n"
 
@@ -134,9 +139,15 @@ def machines() -> str:
 MACHINES = ("shipped", "speeds")
 
 
+def quality_limits(model: CatalogModel) -> str:
+    """Return the name of the limits within which a model's shipped sidecar was made."""
+    meta = sidecar_meta(read_header(SHIPPED / f"{Path(model.file).stem}{SUFFIX}"))
+    return f"`{meta.budget.quality}`" if meta.budget else "none"
+
+
 def models_table() -> str:
     """Return the models with shipped sidecars."""
-    titles = ["name", " download", " RAM", " context", "kind", "license"]
+    titles = ["name", " file", " RAM", " context", "kind", "quality limits", "license"]
     rows = [
         [
             f"`{row['name']}`",
@@ -144,6 +155,7 @@ def models_table() -> str:
             amount(row["ram"]),
             f"{row['n_ctx']:,}",
             row["kind"],
+            quality_limits(row["catalog"]),
             row["catalog"].license,
         ]
         for row in users_rows()
@@ -202,7 +214,7 @@ def _found(name: str) -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "kernels": lambda: span(_ratios("full", "llama")),
-    "fast-reading": lambda: span(_ratios("pruned", "full"), "{:.2f}"),
+    "saved": lambda: span((100 - 100 / ratio for ratio in _ratios("pruned", "full")), "{:.0f}"),
     "kernels-amx": lambda: span(_amx()),
     "lookups": _look_ups,
     "1.5b-same": lambda: f"{100 * _shipped('qwen-1.5b')['same_first']:.0f}",

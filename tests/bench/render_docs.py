@@ -26,7 +26,7 @@ _TABLE = re.compile(r"(<!-- table ([\w-]+)(?:: ([^>]*?))? -->\n).*?(<!-- end -->
 _FIGURE = re.compile(r"(<!-- figure ([\w.-]+) -->)[^<]*(<!-- end -->)")
 # Columns of a row's `lookups`, and the counts that each shows.
 LOOKUPS: list[Row] = [
-    {"name": "lookups_full", "title": "lookups, full", "format": "{} of {}", "of": ["full", "n"]},
+    {"name": "lookups_full", "title": "look-ups, full", "format": "{} of {}", "of": ["full", "n"]},
     {"name": "lookups_pruned", "title": "pruned", "format": "{} of {}", "of": ["pruned", "n"]},
     {"name": "lookups_lost", "title": "lost of full", "format": "{} of {}", "of": ["lost", "full"]},
     {"name": "lookups_p", "title": "p", "format": "{:.2g}", "of": ["p"]},

@@ -119,10 +119,18 @@ def test_figures_are_computed_from_the_results(monkeypatch: pytest.MonkeyPatch) 
     row |= {"lookups": {"full": 5, "lost": 1}}
     rows = [row, row | {"full": 40, "pruned": 40}]
     monkeypatch.setattr(doc_figures, "read", lambda _: {"rows": rows})
-    names = ("kernels", "fast-reading", "lookups")
+    names = ("kernels", "saved", "lookups")
     text = "".join(f"<!-- figure {name} -->old<!-- end -->\n" for name in names)
     shown = re.sub("<!--.*?-->", "", render_docs.rendered(text)).split("\n")[:-1]
-    assert shown == ["2.0 to 4.0", "1.00 to 1.50", "8 of 10"]
+    assert shown == ["2.0 to 4.0", "0 to 33", "8 of 10"]
+
+
+def test_tables_for_users_show_ratios_look_ups_and_limits() -> None:
+    [row] = [line for line in doc_figures.summary().splitlines() if "`smollm2`" in line]
+    assert re.search(r"\| [\d.]+ s \(\d\.\dx\) \| [\d.]+ s \(\d\.\dx\) \|", row)
+    assert row.endswith("| 28 of 200 | 28 of 28 |"), "a small model finds few strings"
+    [row] = [line for line in doc_figures.models_table().splitlines() if "`gemma3`" in line]
+    assert "| base | `fast` |" in row
 
 
 def test_sizes_of_hub_models_follow_from_their_names() -> None:
