@@ -104,7 +104,6 @@ def _kernels(name: str) -> Check:
 
 
 def _threads(n_threads: int) -> Check:
-    """Check that other processes leave enough cores idle."""
     found = f"{n_threads} on {os.cpu_count() or 1} logical CPUs"
     if not (n_busy := devices.busy_cpus(n_threads)):
         return Check("threads", "Threads", "ok", found)

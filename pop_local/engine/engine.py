@@ -200,7 +200,6 @@ class Engine:
 
 
 def _rule(options: EngineOptions, meta: PopMeta | None) -> RowRule:
-    """Return the file's rule for full rows, with the options' overrides applied."""
     changes: dict[str, Any] = {"reuse": options.reuse} | {
         name: value
         for name in ("sink_tokens", "tail_tokens", "deep_rows")

@@ -131,7 +131,6 @@ def _client() -> "HfApi":
 
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    """Convert exceptions from the hub client to PopError."""
     from huggingface_hub import errors
 
     try:

@@ -276,5 +276,4 @@ def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int
 
 
 def _sums(answers: Answers, figure: Callable[[LookupAnswer], float]) -> np.ndarray:
-    """Return the sum of a metric over each document's answers: [n_documents]."""
     return np.array([sum(map(figure, of_document)) for of_document in answers])

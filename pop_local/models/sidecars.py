@@ -66,7 +66,6 @@ def sidecar_of(base: Source) -> Path | None:
 
 
 def _learned(base: Source) -> Path | None:
-    """Return the model's learned sidecar, or None if the file is missing or damaged."""
     path = LearnedFiles.of(base).sidecar
     with suppress(FormatError):
         if path.is_file():

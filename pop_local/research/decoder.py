@@ -1,8 +1,8 @@
 """A dense decoder in torch that loads a GGUF file layer by layer to compute gradients.
 
-The decoder computes the same function as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma2,
-gemma3), in float32 by default. Since llama.cpp rounds activations and the KV cache, its predictions
-differ from the decoder's by a KL of about 0.001.
+The decoder computes the same function as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma3),
+in float32 by default. Since llama.cpp rounds activations and the KV cache, its predictions differ
+from the decoder's by a KL of about 0.001.
 """
 
 from dataclasses import dataclass
@@ -63,8 +63,7 @@ class Decoder:
         """
         normed = _rms_norm(states, self._output_norm, self.hyper.eps)
         head = self._head if tokens is None else self._head[tokens].to(normed.dtype)
-        product = functional.linear(normed.to(head.dtype), head).to(normed.dtype)
-        return _soft_cap(product, self.hyper.final_cap)
+        return functional.linear(normed.to(head.dtype), head).to(normed.dtype)
 
     def _tensor(self, name: str) -> Tensor:
         return self._to_device(self._weights[name])
@@ -147,11 +146,8 @@ class DecoderLayer:
         # Query heads that share a key head are adjacent.
         n_sharing = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(n_sharing, 1), v.repeat_interleave(n_sharing, 1)
-        scale, cap = self.hyper.attention_scale, self.hyper.attention_cap
-        if not cap:
-            return functional.scaled_dot_product_attention(q, k, v, ~hidden, scale=scale)
-        scores = _soft_cap(scale * (q @ k.transpose(-1, -2)), cap)
-        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        scale = self.hyper.attention_scale
+        return functional.scaled_dot_product_attention(q, k, v, ~hidden, scale=scale)
 
     def _ffn(self, x: Tensor) -> Tensor:
         gate = self._linear("ffn_gate", x)
@@ -165,7 +161,6 @@ class DecoderLayer:
         return product if bias is None else product + bias
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        """Apply the norm `name`, or return `x` unchanged if the model does not have this norm."""
         gain = self.tensors.get(f"{name}.weight")
         return x if gain is None else _rms_norm(x, gain, self.hyper.eps)
 
@@ -194,7 +189,3 @@ def _heads(x: Tensor, dim: int) -> Tensor:
 
 def _rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
-
-
-def _soft_cap(x: Tensor, cap: float) -> Tensor:
-    return cap * torch.tanh(x / cap) if cap else x

@@ -11,12 +11,10 @@ from pop_converter.base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
 
-GEMMAS = ("gemma2", "gemma3")
-ARCHITECTURES = ("llama", "qwen2", "qwen3", *GEMMAS)
-# Gemma's 27B models, identified by their number of layers, scale attention scores by n_embd /
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+# The 27B model of Gemma 3, identified by its number of layers, scales attention scores by n_embd /
 # n_head instead of the head's width.
-_WIDE_SCALE = {"gemma2": 46, "gemma3": 62}
-_FINAL_CAP = {"gemma2": 30, "gemma3": 0}
+_N_LAYER_WIDE = 62
 _SCALINGS = ("none", "linear")
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _NORMS = (
@@ -44,8 +42,8 @@ class Hyper:
     """A decoder's hyperparameters.
 
     `interleaved`: True if RoPE rotates pairs of adjacent elements (llama), False if each pair has
-    one element from each half. A cap of 0 means that values are not capped. `ropes` and `windows`
-    have one entry per layer. A window is the number of visible positions (0: all positions).
+    one element from each half. `ropes` and `windows` have one entry per layer. A window is the
+    number of visible positions (0: all positions).
     """
 
     n_layer: int
@@ -55,8 +53,6 @@ class Hyper:
     eps: float
     embedding_scale: float
     attention_scale: float
-    attention_cap: float
-    final_cap: float
     interleaved: bool
     gelu: bool
     ropes: tuple[Rope, ...]
@@ -75,6 +71,8 @@ def read_hyper(source: Source) -> Hyper:
     unknown = _unknown_tensor(source)
     if unknown:
         raise _unsupported(header, f"the tensor {unknown}")
+    if _number(header, "final_logit_softcapping", 0):
+        raise _unsupported(header, "capped logits")
     n_head = int(_number(header, "attention.head_count", 1))
     dim = shape.n_embd // max(n_head, 1)
     dim_k = int(_number(header, "attention.key_length", dim))
@@ -84,8 +82,8 @@ def read_hyper(source: Source) -> Hyper:
             f"{header.path} has {n_head} heads with {dim_k} K and {dim_v} V values each",
             "download the model again",
         )
-    gemma = arch in GEMMAS
-    wide = shape.n_layer == _WIDE_SCALE.get(arch)
+    gemma = arch == "gemma3"
+    wide = gemma and shape.n_layer == _N_LAYER_WIDE
     return Hyper(
         n_layer=shape.n_layer,
         dim_k=dim_k,
@@ -94,8 +92,6 @@ def read_hyper(source: Source) -> Hyper:
         eps=_number(header, "attention.layer_norm_rms_epsilon"),
         embedding_scale=sqrt(shape.n_embd) if gemma else 1.0,
         attention_scale=(dim if wide else dim_k) ** -0.5,
-        attention_cap=_number(header, "attn_logit_softcapping", 50) if arch == "gemma2" else 0.0,
-        final_cap=_number(header, "final_logit_softcapping", _FINAL_CAP[arch]) if gemma else 0.0,
         interleaved=arch == "llama",
         gelu=gemma,
         ropes=_ropes(header, shape),

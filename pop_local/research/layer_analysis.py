@@ -144,8 +144,6 @@ def analyze(
 
 @dataclass(frozen=True)
 class _Run:
-    """A call to `analyze`, with its inputs."""
-
     source: Source
     text: Text
     options: AnalyzeOptions

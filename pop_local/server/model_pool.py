@@ -224,7 +224,6 @@ class ModelPool:
         return await run_in_threadpool(self._read, file)
 
     def _current(self, path: Path) -> ServedModel | None:
-        """Return the open model at this path, or None if it is closed or its file was replaced."""
         served = self._loaded.get(path)
         return None if served is None or served.is_replaced else served
 

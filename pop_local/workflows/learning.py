@@ -245,7 +245,6 @@ class OnlineCalibration:
             return measure_against(reference, opened, pruning, runner.watch.stage(""))
 
     def _is_better(self, chosen: Candidate) -> bool:
-        """Return True if the fit skips more layers than the current fit, or has a smaller KL."""
         before = self.quality
         if before is None or not is_inside(self.budget, before):
             return True

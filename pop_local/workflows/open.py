@@ -139,7 +139,6 @@ def model_files(
 
 
 def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the model's files, fetching a catalog model if necessary."""
     if sidecar is not None:
         if not sidecar.is_file():
             raise PopError(

@@ -14,7 +14,7 @@ through all layers even in a pruned prompt. Each window yields one sample of eac
 with a relative standard deviation of sqrt(2) or more.
 
 Prints a Markdown row for each layer, and the medians and means of the last third and of the other
-layers. Needs torch, and a dense llama, qwen2, qwen3, gemma2 or gemma3 model.
+layers. Needs torch, and a dense llama, qwen2, qwen3 or gemma3 model.
 """
 
 import argparse

@@ -66,7 +66,7 @@ class Recipe:
     type: GGMLQuantizationType = GGMLQuantizationType.F16
     qkv_bias: bool = False
     fused_qkv: bool = False
-    caps: tuple[float, float] = (50.0, 30.0)
+    caps: tuple[float, float] | None = None
     rope_scaling: gguf.RopeScalingType = gguf.RopeScalingType.LINEAR
     tied_output: bool = False
     rope_factors: bool = False
@@ -103,7 +103,7 @@ DEFAULTS = {
         n_expert=8,
         n_ff=64,
     ),
-    "gemma2": Recipe(arch="gemma2", head_dim=64, tied_output=True),
+    "gemma2": Recipe(arch="gemma2", head_dim=64, tied_output=True, caps=(50.0, 30.0)),
     "gemma3": Recipe(arch="gemma3", head_dim=64, n_head_kv=1, tied_output=True, rope_base=1e6),
     "phi3": Recipe(arch="phi3", fused_qkv=True),
     "olmo2": Recipe(arch="olmo2"),
@@ -262,7 +262,7 @@ def _add_keys(writer: GGUFWriter, recipe: Recipe) -> None:
         writer.add_sliding_window(recipe.swa_window)
         if recipe.swa_pattern or recipe.swa_period:
             writer.add_sliding_window_pattern(recipe.swa_pattern or recipe.swa_period)
-    if recipe.arch == "gemma2":
+    if recipe.caps is not None:
         writer.add_attn_logit_softcapping(recipe.caps[0])
         writer.add_final_logit_softcapping(recipe.caps[1])
     if recipe.arch == "phi3" and recipe.rope_factors:

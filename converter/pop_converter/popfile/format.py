@@ -269,7 +269,6 @@ def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None
 
 
 def _in_range(header: Header, name: str, value: Any) -> Any:
-    """Return `value` unchanged. Raises FormatError if it is out of range for key `name`."""
     most = _MAX_FILE_NAME if name == "pop.source.name" else _MAX_TEXT
     if isinstance(value, str) and len(value.encode(errors="replace")) > most:
         raise FormatError(f"{header.path}: {name} has more than {most:,} bytes", CONVERT_AGAIN)

@@ -88,7 +88,6 @@ def in_order(runs: Sequence[TokenRun]) -> list[TokenRun]:
 
 
 def _n_equal(a: np.ndarray, b: np.ndarray) -> int:
-    """Return the length of the common prefix of `a` and `b`."""
     n = min(len(a), len(b))
     for start in range(0, n, _COMPARED_AT_ONCE):
         end = min(start + _COMPARED_AT_ONCE, n)

@@ -6,7 +6,7 @@ A row is full if its logits are requested, if its position is below `sink_tokens
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from pop_converter.popfile.format import DeepRows, PopMeta
 from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 
 
-class Reuse(StrEnum):
+class Reuse(str, Enum):
     """Cached rows that a prompt may reuse.
 
     OFF: none. EXACT reuses the common prefix. If prompts are pruned, EDITED also reuses matching

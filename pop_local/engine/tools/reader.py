@@ -101,5 +101,4 @@ def calls_of(pieces: Iterable[Piece]) -> list[ToolCall]:
 
 
 def _more(before: str, now: str) -> str:
-    """Return the text appended to `before`, or "" if `now` does not start with `before`."""
     return now[len(before) :] if now.startswith(before) else ""

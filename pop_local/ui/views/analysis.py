@@ -81,5 +81,4 @@ def _choice(found: Analysis) -> str:
 
 
 def _share(share: Estimate | None) -> str:
-    """Format a fraction as a percentage, with 0% instead of -0%."""
     return "-" if share is None else f"{round(share.value, 2) + 0.0:.0%}"

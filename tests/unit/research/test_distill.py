@@ -95,7 +95,7 @@ def test_rows_count_by_their_weights(letters, tmp_path):
     [
         ("llama", WIDE, None, 2e-4),
         ("qwen2", WIDE, None, 2e-4),
-        ("gemma2", FITTED, None, 2e-4),
+        ("gemma3", FITTED, None, 2e-4),
         ("gemma3", WIDE, None, 2e-4),
         ("qwen3", FITTED, torch.bfloat16, 1e-3),
     ],
