@@ -89,9 +89,9 @@ def measure_speed(
 ) -> tuple[SpeedRow, ...]:
     """Measure each prompt length in `n_rounds` rounds, after a warm-up round.
 
-    `upstream` runs a prompt without pop-local's kernels. Progress is reported in prompt tokens after
-    each round, because a round's runs differ in speed. `on_row` receives each finished row. The
-    context must have room for the longest prompt plus N_DECODE tokens. Raises PopError if the
+    `upstream` runs a prompt without pop-local's kernels. Progress is reported in prompt tokens
+    after each round, because a round's runs differ in speed. `on_row` receives each finished row.
+    The context must have room for the longest prompt plus N_DECODE tokens. Raises PopError if the
     backend's counters differ from the plan.
     """
     n_ways = 2 if upstream is None else 3
