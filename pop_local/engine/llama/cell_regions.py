@@ -28,12 +28,13 @@ Rows = tuple[int, int, int]
 
 def n_cells(n_ctx: int, n_sequences: int) -> int:
     """Return the number of cells that a context needs for sequences of `n_ctx` rows."""
-    return BLOCK_CELLS * (1 + n_sequences * -(-n_ctx // BLOCK_CELLS))
+    n_blocks = 1 + n_sequences * -(-n_ctx // BLOCK_CELLS)
+    return n_ctx if n_sequences == 1 else n_blocks * BLOCK_CELLS
 
 
 def n_all_sequences(n_sequences: int) -> int:
     """Return the number of sequences, with their fillers and the owner of the first block."""
-    return 2 * n_sequences + 1
+    return 1 if n_sequences == 1 else 2 * n_sequences + 1
 
 
 class CellRegions:

@@ -144,20 +144,15 @@ class Context:
         # Call default_ctx even if n_ctx is set, because it rejects an invalid context length.
         default = loading.default_ctx(self.files.source, options.n_sequences, free_bytes)
         n_ctx = options.n_ctx or default
-        n_cells, n_sequences = n_ctx, 1
-        if options.n_sequences > 1:
-            n_ctx = -(-n_ctx // _ROUNDED_TO) * _ROUNDED_TO
-            n_cells = cell_regions.n_cells(n_ctx, options.n_sequences)
-            n_sequences = cell_regions.n_all_sequences(options.n_sequences)
-        params.n_ctx = min(n_cells, 2**32 - 1)  # prevents an overflow
-        params.n_seq_max, params.kv_unified = n_sequences, True
-        self.n_ctx = n_ctx
+        n = options.n_sequences
+        self.n_ctx = -(-n_ctx // _ROUNDED_TO) * _ROUNDED_TO
+        params.n_ctx = min(cell_regions.n_cells(self.n_ctx, n), 2**32 - 1)  # prevents an overflow
+        params.n_seq_max, params.kv_unified = cell_regions.n_all_sequences(n), True
         params.n_batch = min(n_ctx, options.n_batch)
-        if params.n_batch < n_sequences:  # llama.cpp would abort
-            n = options.n_sequences
+        if params.n_batch < params.n_seq_max:  # llama.cpp would abort
             raise PopError(
                 f"batches of {params.n_batch} tokens are too small for {n} sequences",
-                f"open the model with n_batch={n_sequences} or more",
+                f"open the model with n_batch={params.n_seq_max} or more",
                 cause="one-sequence",
             )
         params.n_ubatch = min(params.n_batch, options.n_ubatch)
