@@ -98,9 +98,7 @@ def bench(
         with _upstream(loaded, options, watch) if is_ours else nullcontext((None, None)) as fastest:
             setting, read = fastest
             advance = watch.stage("Measuring")
-            rows = measure_speed(
-                loaded, options.n_prompts, options.n_pairs, advance, read, on_row
-            )
+            rows = measure_speed(loaded, options.n_prompts, options.n_pairs, advance, read, on_row)
         return Speed(
             model=str(files.path),
             sidecar=str(files.sidecar) if files.sidecar else None,
