@@ -19,7 +19,7 @@ from pop_local.workflows.conversion.conversion_plan import (
 )
 from pop_local.workflows.conversion.named import write_named
 from pop_local.workflows.conversion.search import write_within
-from pop_local.workflows.conversion.stages import TimeLeft, planned_stages
+from pop_local.workflows.conversion.stages import planned_stages, with_time_left
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.open import base_file
 
@@ -66,8 +66,7 @@ def run_conversion(
                 "do not rely on the measured loss",
             )
         )
-    watched = replace(watch, on_warning=warned)
-    watched = TimeLeft(planned_stages(conversion)).watched(watched)
+    watched = with_time_left(replace(watch, on_warning=warned), planned_stages(conversion))
     runner = TrialRunner(conversion.source, conversion.options.hardware, watched)
     run, budget = ConversionRun(conversion, force, runner), conversion.budget
     try:

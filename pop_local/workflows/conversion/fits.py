@@ -67,9 +67,8 @@ class PlanFitter:
         with loaded(self.runner.path, **vars(self.runner.hardware)) as context:
             if self.text is None:
                 self.text = calibration_text(context, options, n_embd, watch)
-            for plan in wanted:
-                if self.kept is not None and (known := self.kept.fit(plan, self.text)):
-                    self._made[plan] = known
+            if self.kept is not None:
+                self._made |= self.kept.fits(wanted, self.text)
             if missing := [plan for plan in wanted if plan not in self._made]:
                 done = calibrate(missing, context, self.runner.source, options, watch, self.text)
                 self._made |= zip(missing, done.fitted, strict=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from pop_local.workflows.conversion.trial_runner import TrialRunner
 class KeptFits:
     """A folder next to a conversion's output, which may not exist.
 
-    Each fit is stored as a sidecar, so a different model's fits are never used.
+    The text's name contains the model's hash, and each fit is stored as a sidecar of the model.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class KeptFits:
         return self.folder / f"{plan.boundary}-{plan.projection}-{self.options.kv_type.value}.fit"
 
     def text(self, n_tokens: int) -> CalibrationText | None:
-        """Return the kept text, which was sampled for `n_tokens` tokens, or None."""
+        """Return the kept sampled text if it has `n_tokens` tokens."""
         with suppress(OSError, ValueError):
             windows = np.load(self._text, allow_pickle=False)
             if windows.size == n_tokens and not self.options.texts:
@@ -46,15 +46,17 @@ class KeptFits:
                 return CalibrationText(DEFAULT_NAME, sha256, windows)
         return None
 
-    def fit(self, plan: Plan, text: CalibrationText) -> Fitted | None:
-        """Return the plan's kept fit on `text`, or None."""
+    def fits(self, plans: Sequence[Plan], text: CalibrationText) -> dict[Plan, Fitted]:
+        """Return the kept fits on `text`."""
         wanted = Calibration(text.name, text.sha256, text.n_tokens, self.options.ridge)
-        with suppress(FormatError, OSError):
-            path = self._file(plan)
-            meta = read_sidecar(path, self.runner.source)
-            if meta.calibration == wanted:
-                return Fitted(wanted, tuple(fitted_tensors(path).values()), meta.projection)
-        return None
+        found = {}
+        for plan in plans:
+            with suppress(FormatError, OSError):
+                meta = read_sidecar(self._file(plan), self.runner.source)
+                if meta.calibration == wanted:
+                    tensors = tuple(fitted_tensors(self._file(plan)).values())
+                    found[plan] = Fitted(wanted, tensors, meta.projection)
+        return found
 
     def save(self, text: CalibrationText, fits: Mapping[Plan, Fitted]) -> None:
         """Write the text, if the model generated it, and the fits. Raises OSError or WriteError."""

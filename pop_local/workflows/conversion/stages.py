@@ -61,43 +61,26 @@ def planned_seconds(planned: Conversion) -> float | None:
     return work / macs_per_s() if work else None
 
 
-class TimeLeft:
-    """An estimator of the time left for all expected stages, based on the rate so far."""
+def with_time_left(watch: Watch, stages: Sequence[ExpectedStage]) -> Watch:
+    """Return a Watch that also receives the estimated time left, based on the rate so far."""
+    began_s, at, work, done_work, share = time.monotonic(), -1, 0.0, 0.0, 0.0
 
-    def __init__(self, stages: Sequence[ExpectedStage]) -> None:
-        self._stages, self._began_s = stages, time.monotonic()
-        self._at, self._work, self._done, self._share = -1, 0.0, 0.0, 0.0
+    def begin(name: str, unit: Unit) -> None:
+        nonlocal at, work, done_work, share
+        done_work, work, share = done_work + share * work, 0.0, 0.0
+        if found := [i for i, stage in enumerate(stages) if name.startswith(stage.name)]:
+            # Expected stages that precede this one were skipped or have finished.
+            at = next((i for i in found if i > at), at)
+            work = stages[found[0]].work
+        watch.on_stage(name, unit)
 
-    def watched(self, watch: Watch) -> Watch:
-        """Return a Watch that also receives the time left with each progress report."""
+    def advance(done: int, total: int) -> None:
+        nonlocal share
+        share = done / total if total else 0.0
+        elapsed_s, passed = time.monotonic() - began_s, done_work + share * work
+        if passed and elapsed_s >= _LEAST_S:
+            ahead = (1 - share) * work + sum(stage.work for stage in stages[at + 1 :])
+            watch.on_left(elapsed_s * ahead / passed)
+        watch.on_progress(done, total)
 
-        def begin(name: str, unit: Unit) -> None:
-            self.begin(name)
-            watch.on_stage(name, unit)
-
-        def advance(done: int, total: int) -> None:
-            self._share = done / total if total else 0.0
-            if (left_s := self.left_s) is not None:
-                watch.on_left(left_s)
-            watch.on_progress(done, total)
-
-        return replace(watch, on_stage=begin, on_progress=advance)
-
-    def begin(self, name: str) -> None:
-        """Start a stage. Expected stages that precede it count as skipped or finished."""
-        self._done += self._share * self._work
-        self._share = self._work = 0.0
-        found = [i for i, stage in enumerate(self._stages) if name.startswith(stage.name)]
-        if found:
-            self._at = next((i for i in found if i > self._at), self._at)
-            self._work = self._stages[found[0]].work
-
-    @property
-    def left_s(self) -> float | None:
-        """The estimated time left in seconds, or None until the rate is known."""
-        elapsed_s = time.monotonic() - self._began_s
-        passed = self._done + self._share * self._work
-        if elapsed_s < _LEAST_S or not passed:
-            return None
-        ahead = sum(stage.work for stage in self._stages[self._at + 1 :])
-        return elapsed_s * (ahead + (1 - self._share) * self._work) / passed
+    return replace(watch, on_stage=begin, on_progress=advance)

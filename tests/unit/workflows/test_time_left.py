@@ -11,9 +11,9 @@ from pop_local.workflows.conversion.conversion_plan import ConvertOptions, plan_
 from pop_local.workflows.conversion.goals import Boundary, Within
 from pop_local.workflows.conversion.stages import (
     ExpectedStage,
-    TimeLeft,
     planned_seconds,
     planned_stages,
+    with_time_left,
 )
 from support.synthetic import make_gguf
 
@@ -39,7 +39,7 @@ def left(clock) -> list[float]:
 
 @pytest.fixture
 def watch(left) -> Watch:
-    return TimeLeft(STAGES).watched(Watch(on_left=left.append))
+    return with_time_left(Watch(on_left=left.append), STAGES)
 
 
 def test_the_time_left_covers_all_stages(clock, left, watch):

@@ -9,7 +9,7 @@ from pop_converter.base.progress import Unit, Watch
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.workflows.conversion import stages
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions, plan_conversion
-from pop_local.workflows.conversion.stages import TimeLeft, planned_stages
+from pop_local.workflows.conversion.stages import planned_stages, with_time_left
 
 # The stages of a search with 4,096 tokens, 4 windows and 1 document, and their starts in seconds of
 # processor time (one thread of an AMD EPYC, Zen 4, November 30, 2026).
@@ -39,7 +39,7 @@ def test_the_time_left_is_within_a_third_at_half_way(smollm2, monkeypatch):
     options = ConvertOptions(fit=FitOptions(4096), output="sidecar")
     left: list[float] = []
     expected = planned_stages(plan_conversion(smollm2, None, options))
-    watch = TimeLeft(expected).watched(Watch(on_left=left.append))
+    watch = with_time_left(Watch(on_left=left.append), expected)
     end_s = MEASURED[-1][1]
     at_s = end_s / 2
     for (name, start_s), (_, next_s) in pairwise(MEASURED):
