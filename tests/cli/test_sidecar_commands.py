@@ -215,7 +215,7 @@ def test_run(base, sidecar):
 def test_chat(base, sidecar):
     done = command("chat", base, "--max-tokens", 2, text="word " * 40 + "\n")
     assert done.exit_code == 0
-    assert "pruned" in done.stderr
+    assert "with fast reading" in done.stderr
 
 
 def test_a_stale_sidecar_does_not_matter_in_full(base, sidecar):
