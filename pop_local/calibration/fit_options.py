@@ -23,9 +23,9 @@ N_DISTILLED = 128
 class FitOptions:
     """Options for fitting the K/V projections of skipped layers.
 
-    `projection`: kind of fit (None: wide if it costs little speed). `tokens`: number of tokens to
-    fit on (None: depends on the model's size). `texts`: files and folders to fit on (empty: default
-    text). `memory_bytes`: memory limit for one pass's sums (None: half of the free memory).
+    `projection`: kind of fit (None: wide if the cost in speed is small). `tokens`: number of tokens
+    to fit on (None: depends on the model's size). `texts`: files and folders to fit on (empty:
+    default text). `memory_bytes`: memory limit for one pass's sums (None: half of the free memory).
     """
 
     tokens: int | None = None

@@ -1,4 +1,4 @@
-"""Choose which of several prompts is read next, one chunk at a time."""
+"""Choose which queued prompt to read next, one chunk at a time."""
 
 import threading
 from collections.abc import Callable

@@ -120,7 +120,7 @@ def measure_lookups(
 ) -> Lookups:
     """Answer the questions about each document, once with pruning and once without.
 
-    Progress is reported in questions. Raises PopError for prompts too long or not pruned as
+    Progress is reported in questions. Raises PopError if a prompt is too long or was not pruned as
     planned.
     """
     reference = LookupReference(settings, make_documents(model, settings), [])

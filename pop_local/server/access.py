@@ -61,7 +61,7 @@ class AccessRules:
 
 
 def parse_origin(text: str) -> str:
-    """Return an origin in the form that browsers send. Raises PopError if it is invalid."""
+    """Return an origin in the form that browsers send. Raises PopError for an invalid origin."""
     origin = text.strip().removesuffix("/").lower()
     if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
         raise PopError(

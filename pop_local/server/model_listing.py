@@ -134,7 +134,7 @@ def models_in(folder: Path) -> dict[str, Path]:
 
 
 def printable(name: str) -> str:
-    """Return text with a file name as valid Unicode, with undecodable bytes escaped."""
+    """Escape the undecodable bytes of file names in text, which makes it valid Unicode."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 

@@ -21,7 +21,7 @@ def asked(question: str) -> bool:
 
 
 class _Stages:
-    """Progress bars for stages. Each bar disappears before a note or the next stage."""
+    """Progress bars for stages. A note or the next stage removes the current bar."""
 
     def __init__(self, interrupt: CtrlC) -> None:
         self._interrupt = interrupt

@@ -83,7 +83,7 @@ class _LearnedFitter(PlanFitter):
 class _LookupSums:
     """Learned sums, extended with windows of lookups.
 
-    The user's prompts may not contain any lookups. `is_saved`: whether the file contains the sums.
+    The user's prompts might not contain lookups. `is_saved`: whether the file contains the sums.
     `n_done`: the number of windows added so far.
     """
 

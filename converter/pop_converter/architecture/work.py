@@ -6,7 +6,7 @@ rows are as efficient as products with many rows.
 
 Fitted projections cost as much as the layers' own projections, or less if the layers' own K and V
 are fused with Q. A *wide* fit (fit/wide.py) also needs extra inputs, which are computed once per
-row and multiplied by weights in each layer after the boundary. This module adds planned fits' work.
+row and multiplied by weights in each layer after the boundary. This module adds the work of fits.
 """
 
 from collections.abc import Callable

@@ -44,7 +44,7 @@ def _python() -> str:
 class KeptProcess:
     """A child process that runs a worker's methods. If the process has ended, a call restarts it.
 
-    Thread-safe: calls run one at a time. The child ends if a call is interrupted or exceeds limits.
+    Thread-safe: calls run one at a time. An interrupt or an exceeded limit ends the child.
     """
 
     def __init__(

@@ -271,8 +271,8 @@ def set_reading(ctx: Any, reading: Reading) -> None:
     """Declare the kind of prompt rows in the following batches.
 
     With flash attention and pop-local's kernels, the results do not depend on the batch size,
-    because the kernels process even the smallest prompt batch. In decode, they run only where
-    faster.
+    because the kernels process even the smallest prompt batch. In decode, they run only the
+    operations that they speed up.
     """
     call("llama_pop_set_reading", ctx, reading)
 

@@ -29,8 +29,8 @@ def decode_rows(
 ) -> int:
     """Decode rows of embeddings without computing logits. Returns llama_decode's code.
 
-    `rows`: float32 [n, n_embd_inp]. `positions`: int32 [n_pos, n]. `is_mutual`: rows attend to all
-    rows.
+    `rows`: float32 [n, n_embd_inp]. `positions`: int32 [n_pos, n]. `is_mutual`: whether every row
+    attends to all rows.
     """
     api = bindings()
     rows, positions = np.ascontiguousarray(rows), np.ascontiguousarray(positions)

@@ -48,9 +48,9 @@ class DisplacedError(PopError):
 class Interrupt:
     """The abort callback that stops llama_decode on a signal or if `should_stop` returns True.
 
-    Python handles signals between bytecodes, so Ctrl-C would have no effect until the batch ends.
-    Exceptions cannot cross ctypes, so handlers are deferred. The thread using the context holds
-    `lock`.
+    Python handles signals only between bytecodes, so Ctrl-C would have no effect until the batch
+    ends. Exceptions cannot cross ctypes, so handlers are deferred. The thread using the context
+    holds `lock`.
     """
 
     def __init__(self) -> None:

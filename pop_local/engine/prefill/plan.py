@@ -102,8 +102,8 @@ def _chunks(
 ) -> Iterator[tuple[int, int]]:
     """Yield one chunk for each image, and chunks of up to `n_batch` tokens for text.
 
-    A tail that fits in one chunk is never split, because full rows read the skipped layers'
-    weights.
+    A tail that fits in one chunk is never split, because each chunk with full rows reads the
+    skipped layers' weights.
     """
     at = 0
     for start, end in [*images, (n_tokens, n_tokens)]:
