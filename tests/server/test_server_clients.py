@@ -178,9 +178,13 @@ def test_stored_responses_belong_to_one_client(model):
     body = {"input": LONG, "max_output_tokens": 2}
     with asking(app_of(model, NAME, rules=KEYS)) as client:
         name = client.post("/v1/responses", json=body, headers=ALICE).json()["id"]
-        later = body | {"previous_response_id": name}
+        path, later = f"/v1/responses/{name}", body | {"previous_response_id": name}
+        assert client.get(path, headers=BOB).status_code == 404
+        assert client.get(f"{path}/input_items", headers=BOB).status_code == 404
+        assert client.delete(path, headers=BOB).status_code == 404
         assert client.post("/v1/responses", json=later, headers=BOB).status_code == 400
         assert client.post("/v1/responses", json=later, headers=ALICE).status_code == 200
+        assert client.delete(path, headers=ALICE).status_code == 200
 
 
 def test_slots_hide_other_clients_prompt_lengths(model):

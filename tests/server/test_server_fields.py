@@ -218,10 +218,19 @@ def test_text_documents_in_messages(client):
     assert client.post("/v1/messages", json=body).status_code == 400
 
 
-def test_responses_can_be_continued(client):
+def test_stored_responses(client):
     asked = {"input": LONG, "max_output_tokens": 2, "instructions": "Be brief."}
     made = client.post("/v1/responses", json=asked).json()
+    path = f"/v1/responses/{made['id']}"
     assert made["id"].startswith("resp_") and made["output"][0]["id"].startswith("msg_")
-    for name, status in ((made["id"], 200), ("resp_unknown", 400)):
-        later = asked | {"previous_response_id": name}
-        assert client.post("/v1/responses", json=later).status_code == status
+    assert client.get(path).json() == made
+    [item] = client.get(f"{path}/input_items").json()["data"]
+    assert (item["type"], item["content"][0]["text"]) == ("message", LONG)
+    deleted = client.delete(path).json()
+    assert deleted == {"id": made["id"], "object": "response", "deleted": True}
+    for gone in (client.get(path), client.get(f"{path}/input_items"), client.delete(path)):
+        assert gone.status_code == 404
+        assert "is not stored" in gone.json()["error"]["message"]
+    assert client.post(
+        "/v1/responses", json=asked | {"previous_response_id": made["id"]}
+    ).status_code == 400  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pop_local.engine.chat_messages import TokenLogprob, ToolCall
@@ -176,22 +176,31 @@ class ResponsesBody(bodies.ModelRequest):
 
 
 class StoredResponse(NamedTuple):
-    """A conversation's messages, including a response's.
+    """A response, its input items, and the conversation's messages including the response's.
 
-    `owner`: the cache scope of the client that may continue from the response.
+    `owner`: the cache scope of the client that may use the response.
     """
 
     owner: str
+    response: Json
+    items: list[Json]
     messages: list[Json]
 
 
 class ResponseStore:
-    """The responses that clients can continue from (`previous_response_id`)."""
+    """The responses that clients can retrieve, or continue from (`previous_response_id`)."""
 
     def __init__(self) -> None:
         # The least recently used response comes first.
         self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
         self._n_bytes = 0
+
+    def get(self, name: str, owner: str) -> StoredResponse | None:
+        found = self._stored.get(name)
+        if found is None or found.owner != owner:
+            return None
+        self._stored.move_to_end(name)
+        return found
 
     def messages(self, name: str | None, owner: str) -> list[Json]:
         """Return a conversation's messages up to and including a response.
@@ -200,23 +209,23 @@ class ResponseStore:
         """
         if not name:
             return []
-        found = self._stored.get(name)
-        if found is None or found.owner != owner:
+        if (found := self.get(name, owner)) is None:
             raise ApiError(
                 400,
                 f"response {name!r} is not stored: send all messages in the conversation",
                 code="previous_response_not_found",
                 param="previous_response_id",
             )
-        self._stored.move_to_end(name)
         return found.messages
 
-    def add(self, name: str, stored: StoredResponse) -> None:
-        self._stored[name] = stored
+    def add(self, stored: StoredResponse) -> None:
+        self._stored[stored.response["id"]] = stored
         self._n_bytes += _size([*stored])
         while self._n_bytes > _MAX_STORED:
-            _, oldest = self._stored.popitem(last=False)
-            self._n_bytes -= _size([*oldest])
+            self.remove(next(iter(self._stored)))
+
+    def remove(self, name: str) -> None:
+        self._n_bytes -= _size([*self._stored.pop(name)])
 
 
 class ResponsesReply(EventReply):
@@ -294,7 +303,9 @@ class ResponsesReply(EventReply):
             # A later request may continue the conversation from this response.
             output = self._body.model_validate({"input": self._output})
             messages = [*self._earlier, *self._body.messages(), *output.messages()]
-            self._store.add(self._id, StoredResponse(self._owner, messages))
+            items = [item.model_dump() for item in self._body.input]
+            items = [{"id": f"msg_{uuid.uuid4().hex}", **item} for item in items]
+            self._store.add(StoredResponse(self._owner, response, items, messages))
         return [*closed, self._event(status, response=response)]
 
     def whole(self, end: AnswerEnd) -> Json:
@@ -340,7 +351,11 @@ class ResponsesReply(EventReply):
 
 def routes(api: Api) -> list[Route]:
     store = ResponseStore()
-    return [Route("/v1/responses", partial(_create, api, store), methods=["POST"])]
+    return [
+        Route("/v1/responses", partial(_create, api, store), methods=["POST"]),
+        Route("/v1/responses/{name}/input_items", partial(_items, store)),
+        Route("/v1/responses/{name}", partial(_stored, store), methods=["GET", "DELETE"]),
+    ]
 
 
 async def _create(api: Api, store: ResponseStore, request: Request) -> Response:
@@ -350,6 +365,28 @@ async def _create(api: Api, store: ResponseStore, request: Request) -> Response:
     chat = await run_in_threadpool(body.chat, earlier)
     reply = partial(ResponsesReply, body=body, earlier=earlier, store=store, owner=owner)
     return await api.answer(request, chat, TaskFactory.chat, reply)
+
+
+def _found(store: ResponseStore, request: Request) -> StoredResponse:
+    found = store.get(name := request.path_params["name"], request.state.cache_scope)
+    if found is None:
+        message = f"response {name!r} is not stored: the server keeps only the most recent ones"
+        raise ApiError(404, message, code="response_not_found")
+    return found
+
+
+async def _stored(store: ResponseStore, request: Request) -> Response:
+    found = _found(store, request)
+    if request.method != "DELETE":
+        return JSONResponse(found.response)
+    store.remove(name := found.response["id"])
+    return JSONResponse({"id": name, "object": "response", "deleted": True})
+
+
+async def _items(store: ResponseStore, request: Request) -> Response:
+    items = _found(store, request).items
+    ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {}
+    return JSONResponse({"object": "list", "data": items, "has_more": False, **ends})
 
 
 def _parts(content: Sequence[TextContent | ImageContent]) -> list[Json]:
