@@ -1,6 +1,7 @@
 """Objects and tool calls by instructor (1.17) and LlamaIndex (llama-index-llms-openai-like 0.8).
 
-LlamaIndex needs openai 2, but the latest llm needs openai 3, so the extra `clients` omits LlamaIndex.
+LlamaIndex needs openai 2, but the latest llm needs openai 3, so the extra `clients` omits
+LlamaIndex.
 """
 
 import os
