@@ -21,7 +21,7 @@ def asked(question: str) -> bool:
 
 
 class _Stages:
-    """Progress bars for stages. A note or the next stage removes the current bar."""
+    """Progress bars for stages. The current bar disappears before notes and new stages."""
 
     def __init__(self, interrupt: CtrlC) -> None:
         self._interrupt = interrupt

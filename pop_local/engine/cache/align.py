@@ -17,7 +17,7 @@ _COMPARED_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class TokenRun:
-    """A run of `n` matching tokens. `cached`, `prompt`: its first row in the cache and prompt."""
+    """A run of `n` matching tokens. `cached`, `prompt`: the run's first row in each."""
 
     cached: int
     prompt: int

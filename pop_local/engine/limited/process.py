@@ -44,7 +44,8 @@ def _python() -> str:
 class KeptProcess:
     """A child process that runs a worker's methods. If the process has ended, a call restarts it.
 
-    Thread-safe: calls run one at a time. An interrupt or an exceeded limit ends the child.
+    Thread-safe: calls run one at a time. If a call is interrupted or exceeds a limit, the child
+    ends.
     """
 
     def __init__(
