@@ -40,12 +40,14 @@ def show_demonstration(found: Demonstration) -> None:
     say(f"Prompt: a document and a question, {found.n_prompt:,} tokens in total")
     say(f"Question: {found.question}")
     say(f"Answers: decoded greedily, up to {MAX_TOKENS} tokens\n")
-    say(f"Full reading, first token after {full.ttft_s:.2f} s:\n  {full.text}\n")
-    say(f"Fast reading, first token after {pop.ttft_s:.2f} s:\n  {pop.text}\n")
+    median = " (median)" if found.n_pairs > 1 else ""
+    say(f"Full reading, first token after {full.ttft_s:.2f} s{median}:\n  {full.text}\n")
+    say(f"Fast reading, first token after {pop.ttft_s:.2f} s{median}:\n  {pop.text}\n")
     if full.text != pop.text:
         say("The answers differ. `pop-local eval` measures the quality loss.\n")
-    pairs = f", {speedup.min:.2f}-{speedup.max:.2f} in {found.n_pairs} pairs" * (found.n_pairs > 1)
-    fewer = f"multiply-accumulates cut by a factor of {found.limit:.2f}"
-    say(f"Speedup: {speedup.median:.2f}x{pairs} ({fewer})")
+    pairs = ""
+    if found.n_pairs > 1:
+        pairs = f", the median of {found.n_pairs} pairs ({speedup.min:.2f}-{speedup.max:.2f})"
+    say(f"Speedup: {speedup.median:.2f}x{pairs}. The skipped work predicts {found.limit:.2f}x.")
     skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
     say(f"Tokens read fast: {pop.n_pruned:,} of {found.n_prompt:,} (each skipped {skipped})")
