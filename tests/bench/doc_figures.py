@@ -83,7 +83,7 @@ def kept(row: Row) -> str:
     return f"{found['full'] - found['lost']} of {found['full']}"
 
 
-def origin(name: str, verb: str = "We measured") -> str:
+def origin(name: str, verb: str = "We took these measurements") -> str:
     """Return the sentence with a result's machine and date."""
     result = read(name)
     return f"{verb} on {result['machine']}, on {result['date']}."
