@@ -1,6 +1,6 @@
-"""Windows of synthetic lookups: documents with exact values, followed by questions and answers.
+"""Windows of synthetic look-ups: documents with exact values, followed by questions and answers.
 
-Ordinary text rarely repeats exact strings, so a fit on ordinary text alone hurts lookups first.
+Ordinary text rarely repeats exact strings, so a fit on ordinary text alone hurts look-ups first.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.texts.carrier_values import Use
 from pop_local.texts.carriers import Span, make_carrier, with_answers
 
-# One in every SHARE windows contains lookups.
+# One in every SHARE windows contains look-ups.
 SHARE = 4
 # The document's share of a window. Questions and answers fill the rest.
 _DOCUMENT = 0.55
@@ -24,7 +24,7 @@ _MOST = 64
 
 @dataclass(frozen=True)
 class CarrierWindows:
-    """Lookup windows, and a mask of their answer tokens (`answers`); both are [n, n_tokens]."""
+    """Look-up windows, and a mask of their answer tokens (`answers`); both are [n, n_tokens]."""
 
     windows: NDArray[np.int32]
     answers: NDArray[np.bool_]

@@ -26,7 +26,7 @@ N_WINDOW = 512
 SEED = 0
 # Extra weight of answer tokens in the distillation loss.
 _ANSWER_WEIGHT = 3.0
-DEFAULT_NAME = "lookups, Python's documentation and code, and text sampled from the model"
+DEFAULT_NAME = "look-ups, Python's documentation and code, and text sampled from the model"
 # Maximum number of characters to tokenize for each token of a window.
 _MAX_CHARS_PER_TOKEN = 16
 _LEAST_DISTINCT = 16
@@ -71,7 +71,7 @@ def n_sampled_of(count: int) -> int:
 
 
 def own_text(context: Context, count: int, on_progress: Progress) -> CalibrationText:
-    """Build text from lookups, Python's documentation and library code, and model samples.
+    """Build text from look-ups, Python's documentation and library code, and model samples.
 
     Half of the samples are free text. The rest are questions and answers that start with the chat
     template's first tokens. Nothing is downloaded. Progress is reported in sampled tokens.
@@ -86,7 +86,7 @@ def own_text(context: Context, count: int, on_progress: Progress) -> Calibration
 
 
 def own_carriers(context: Context, count: int) -> Windows:
-    """Return `count` windows of lookups between paragraphs of Python's documentation."""
+    """Return `count` windows of look-ups between paragraphs of Python's documentation."""
     return carrier_windows(context, count, N_WINDOW, _topics(), SEED).windows
 
 
@@ -114,7 +114,7 @@ class DistillText:
 def distill_text(
     context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> DistillText:
-    """Return the calibration windows, more windows from the same texts, and lookups.
+    """Return the calibration windows, more windows from the same texts, and look-ups.
 
     `paths`: the calibration's texts (empty: the default texts). The result has `n_windows` windows,
     or fewer if the texts are too short.
@@ -135,7 +135,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
     """Choose equal shares of windows from all paths and, within a folder, from all kinds of files.
 
     If one is too short, longer texts make up the difference. Windows are spread evenly over each
-    text, and one in SHARE has lookups. Raises PopError for empty, binary, short or repetitive
+    text, and one in SHARE has look-ups. Raises PopError for empty, binary, short or repetitive
     texts.
     """
     groups = _grouped_texts(paths, count)

@@ -46,7 +46,7 @@ class HowOptions(Group):
     )
     text: list[Path] | None = option(
         "Text file or folder to fit on; repeatable, and each gets an equal share (default:"
-        " lookups, documentation, code, and text sampled from the model).",
+        " look-ups, documentation, code, and text sampled from the model).",
         "FILE|DIR",
     )
     distill: bool = option(

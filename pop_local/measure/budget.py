@@ -44,7 +44,7 @@ _RETENTION_GAIN = 0.05
 
 
 def is_inside(budget: Budget, quality: "Quality") -> bool:
-    """Return True if all metrics except the lookups are within the budget."""
+    """Return True if all metrics except the look-ups are within the budget."""
     return (
         quality.kl_mean.value <= budget.max_kl
         and quality.ppl_ratio.value <= budget.max_ppl_ratio
@@ -53,7 +53,7 @@ def is_inside(budget: Budget, quality: "Quality") -> bool:
 
 
 def keeps_lookups(budget: Budget, lookups: "Lookups") -> bool:
-    """Return True if the number of lost lookups is within the budget."""
+    """Return True if the number of lost look-ups is within the budget."""
     return lookups.lost <= budget.max_lost_lookups * lookups.full
 
 
@@ -113,14 +113,14 @@ def limits_in_words(budget: Budget) -> str:
         ("KL {:g}", budget.max_kl),
         ("perplexity ratio {:g}", budget.max_ppl_ratio),
         ("copy ratio {:g}", budget.max_copy_ratio),
-        ("{:.0%} of lookups lost", budget.max_lost_lookups),
+        ("{:.0%} of look-ups lost", budget.max_lost_lookups),
     )
     return ", ".join(form.format(limit) for form, limit in limits if limit < NO_LIMIT)
 
 
 def figures_in_words(quality: "Quality", lookups: "Lookups | None" = None) -> str:
     """Describe the limited metrics, in the same order as `limits_in_words`."""
-    lost = "" if lookups is None else f", {lookups.lost} of {lookups.full} lookups lost"
+    lost = "" if lookups is None else f", {lookups.lost} of {lookups.full} look-ups lost"
     return (
         f"KL {quality.kl_mean.value:.4g}, perplexity ratio {quality.ppl_ratio.value:.3f}, "
         f"copy ratio {quality.copy_ppl_ratio.value:.3f}{lost}"

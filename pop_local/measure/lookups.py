@@ -1,4 +1,4 @@
-"""Lookups: questions about exact strings in a document, answered with and without pruning.
+"""Look-ups: questions about exact strings in a document, answered with and without pruning.
 
 The full model and the pruned model each read every synthetic document once. The documents
 (`carriers`) have layouts that are never used for fitting. All layers run for the questions, as for
@@ -75,7 +75,7 @@ class LookupDocument:
 
 @dataclass(frozen=True)
 class LookupAnswer:
-    """An answer to a lookup.
+    """An answer to a look-up.
 
     `logprob`: the correct string's log-probability in nats. `text`: the greedy continuation.
     """
@@ -91,7 +91,7 @@ Answers = list[tuple[LookupAnswer, ...]]
 
 @dataclass(frozen=True)
 class Lookups:
-    """The results of lookups with pruning, compared with the full model's results.
+    """The results of look-ups with pruning, compared with the full model's results.
 
     `full` and `pruned`: the number of correct answers from each model, out of `n` answers. `lost`:
     the number of questions that only the full model answers correctly. `gained`: the number of
@@ -190,7 +190,7 @@ def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDoc
     """Build documents from held-out layouts, words, and prose.
 
     Increasing `n_documents` only adds documents at the end of the result. Raises PopError if the
-    documents are too short for a lookup.
+    documents are too short for a look-up.
     """
     rng, prose = np.random.default_rng(settings.seed), shipped_part("prose")
     vocabulary = model.engine.context.vocabulary

@@ -1,1 +1,1 @@
-"""Read texts from users' files and generate documents for lookups."""
+"""Read texts from users' files and generate documents for look-ups."""

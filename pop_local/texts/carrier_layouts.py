@@ -1,4 +1,4 @@
-"""Layouts for lookup documents: records as lines, CSV, JSON, log entries, and other formats."""
+"""Layouts for look-up documents: records as lines, CSV, JSON, log entries, and other formats."""
 
 from dataclasses import dataclass
 

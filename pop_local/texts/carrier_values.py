@@ -1,4 +1,4 @@
-"""Draw random values for lookup documents. Fitting and measurement have separate word lists."""
+"""Draw random values for look-up documents. Fitting and measurement have separate word lists."""
 
 import json
 from collections.abc import Sequence

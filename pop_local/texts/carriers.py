@@ -83,7 +83,7 @@ def make_carrier(
     n_prose = n_tokens - sum(map(count, blocks))
     if n_prose <= 0:
         raise PopError(
-            f"a document of {n_tokens} tokens has no room for a lookup",
+            f"a document of {n_tokens} tokens has no room for a look-up",
             "increase the document length",
             cause="documents-too-short",
         )
@@ -124,7 +124,7 @@ def _sentences(prose: str) -> list[str]:
     parts = [part.strip(" *") + "." for part in " ".join(prose.split()).split(". ")]
     found = [part for part in parts if 20 < len(part) < 400]
     if not found:
-        raise PopError("the prose for lookup documents contains no sentences", "pass a longer text")
+        raise PopError("the prose for look-up documents contains no sentence", "pass a longer text")
     return found
 
 

@@ -113,7 +113,7 @@ def evaluate(
         quality = measure_pruning(loaded, tokens, options.settings, pruning, advance)
         lookups = None
         if asked is not None:
-            lookups = measure_lookups(loaded, asked, pruning, watch.stage("Running lookups"))
+            lookups = measure_lookups(loaded, asked, pruning, watch.stage("Running look-ups"))
         macs = loaded.engine.context.files.macs
         limit = speedup_limit(macs, LIMIT_PROMPT, boundary, _n_full(rule, quality))
     return Evaluation(
@@ -144,7 +144,7 @@ def _n_ctx(source: Source, options: EvaluateOptions, lookups: LookupSettings | N
     if limit is not None and limit < needed:
         raise PopError(
             f"the measurement needs a context of {needed} tokens, but the limit is {limit}",
-            "use shorter windows, or no lookups",
+            "use shorter windows, or no look-ups",
             cause="windows-too-long",
         )
     return given or needed

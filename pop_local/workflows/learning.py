@@ -81,9 +81,9 @@ class _LearnedFitter(PlanFitter):
 
 @dataclass
 class _LookupSums:
-    """Learned sums, extended with windows of lookups.
+    """Learned sums, extended with windows of look-ups.
 
-    The user's prompts might not contain lookups. `is_saved`: whether the file contains the sums.
+    The user's prompts might not contain look-ups. `is_saved`: whether the file contains the sums.
     `n_done`: the number of windows added so far.
     """
 
@@ -94,7 +94,7 @@ class _LookupSums:
     def add(self, learner: OnlineCalibrator, runner: TrialRunner) -> Sums:
         """Add the remaining windows and return the sums. Raises PopError or StoppedError.
 
-        The windows are weighted so that lookups make up at least one in SHARE rows. The number of
+        The windows are weighted so that look-ups make up at least one in SHARE rows. The number of
         learned rows in each Gram matrix does not change.
         """
         summing, grams, wides = learner.summing, self.sums.grams, self.sums.wides

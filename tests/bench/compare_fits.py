@@ -1,4 +1,4 @@
-"""Compare one model's fits on lookups and held-out text, before and after deep rows. Not a test.
+"""Compare one model's fits on look-ups and held-out text, before and after deep rows. Not a test.
 
     python tests/bench/compare_fits.py MODEL.gguf --out FOLDER [--sidecar NAME=FILE ...]
         [--boundary 13,14 --text FILE ... --tokens 21504,86016 --deep-weight 1,0 --share 4,0]
@@ -7,14 +7,14 @@
 
 `--boundary` computes plain wide fits, one for each combination of boundary, token count, weight and
 share. `--deep-weight` multiplies the weight of deep rows in the sums. One in `--share` windows is a
-window of lookups (0: none). `--distill` also trains each plain fit with lookups: on text alone,
-or as `convert --distill` does, on text and lookups. `--sidecar` adds an existing sidecar. Each fit
+window of look-ups (0: none). `--distill` also trains each plain fit with look-ups: on text alone,
+or as `convert --distill` does, on text and look-ups. `--sidecar` adds an existing sidecar. Each fit
 is measured with each rule for deep rows. FOLDER keeps the sidecars, the full model's answers and
 the figures: a second call computes only the missing ones. Prints one JSON line for each fit and
 rule.
 
-The figures are those of `pop-local eval`, except that a lookup is right only if each token of the
-answer is the model's first choice. Small models answer few lookups, and most of the time would be
+The figures are those of `pop-local eval`, except that a look-up is right only if each token of the
+answer is the model's first choice. Small models answer few look-ups, and most of the time would be
 spent on generating their wrong answers.
 """
 
@@ -69,7 +69,7 @@ from pop_local.ui.watch import stoppable_watch
 from pop_local.workflows.hardware import Hardware
 
 WIDE = Projection.WIDE
-# With this share, no window is a window of lookups.
+# With this share, no window is a window of look-ups.
 NEVER = 10**9
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ def fit_all(options: argparse.Namespace) -> dict[str, Path]:
     return found
 
 
-# The variants of distilling, and the share of lookups in their text: one in N windows.
+# The variants of distilling, and the share of look-ups in their text: one in N windows.
 VARIANTS = {"no-lookups": NEVER, "lookups": SHARE}
 
 
@@ -225,7 +225,7 @@ class Measurer:
         return read_reference(model, tokenize(model, shipped_text()), self.settings, silent)
 
     def _ask(self, model: PopModel) -> Answers:
-        say("answering lookups in full")
+        say("answering look-ups in full")
         return answered(model, make_documents(model, self.asked), FULL)
 
     def _kept(self, name: str, compute: Callable[[], T]) -> T:

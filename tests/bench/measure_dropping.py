@@ -8,7 +8,7 @@ MODEL answers in full, pruned, and with a part of the document's tokens, which S
 each question (attention_scorer.py). Both models have the same vocabulary. *dropped* takes as long
 as pruned, the scorer included. *dropped, scorer free* keeps as many tokens as MODEL reads in the
 time of pruned alone. The kept tokens are read as a shorter prompt, as in Cross-Family Speculative
-Prefill (arXiv 2603.02631), since llama.cpp requires consecutive positions. Tasks: lookups, quoting
+Prefill (arXiv 2603.02631), since llama.cpp requires consecutive positions. Tasks: look-ups, quoting
 20 lines of a file, calling one of 20 tools, and HumanEval (the answers' programs are run, so use a
 model that you trust). Prints one line of JSON for each task and mode; an answer is `right` if every
 character is, or if its program passes the tests; `score` is the mean share of right lines. A task
@@ -144,7 +144,7 @@ def main() -> None:
     opened = EngineOptions.of(options.model, sidecar=sidecar, n_threads=1, n_ctx=4096)
     with PopModel(opened) as model, forced(model) as reader:
         every: dict[str, Iterator[TaskDocument]] = {
-            "lookups": tasks.lookups(model, options.lookups) if options.lookups else iter(()),
+            "look-ups": tasks.lookups(model, options.lookups) if options.lookups else iter(()),
             "tools": tasks.calling(model, options.tools) if options.tools else iter(()),
             "quoting": tasks.quoting(model, options.code, options.quotes),
         }

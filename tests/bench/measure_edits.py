@@ -5,7 +5,7 @@
 
 Reads a prompt pruned, then edits it in each of several ways. Compares three readings of the edited
 prompt by 128 tokens that follow: in full, pruned in an empty cache, and pruned after the edit.
-`--questions`: lookups after a changed first line, instead of edits (`--head 1`: a changed date,
+`--questions`: look-ups after a changed first line, instead of edits (`--head 1`: a changed date,
 which moves no rows; 2: another line). `--facts`: an access code near the top is changed or removed,
 and the log-probabilities of the new, the old and a random code are compared. Prints rows as JSON.
 """
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--questions", type=int, default=0)
-    parser.add_argument("--head", type=int, default=2, help="first line of lookups: 1 or 2")
+    parser.add_argument("--head", type=int, default=2, help="first line of look-ups: 1 or 2")
     parser.add_argument("--facts", action="store_true", help="changed and removed facts")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--sidecar", type=Path)

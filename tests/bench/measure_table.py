@@ -40,7 +40,7 @@ from pop_local.workflows.hardware import Hardware
 POP_LOCAL = (sys.executable, "-m", "pop_local")
 ONE_THREAD = Hardware(n_threads=1, n_gpu_layers=0)
 Recipe = tuple[int, Projection]  # boundary, kind of fit
-HEADS = ("skipped", "limit", "KL", "first token", "PPL ratio", "copy", "lookups lost")
+HEADS = ("skipped", "limit", "KL", "first token", "PPL ratio", "copy", "look-ups lost")
 
 
 def fit(model: Path, recipes: list[Recipe], folder: Path) -> dict[Recipe, Path]:
@@ -83,7 +83,7 @@ def measure_one(full: FullModel, plan: Plan, sidecar: Path) -> dict[str, Any]:
         advance = runner.watch.stage(f"Measuring boundary {plan.boundary}")
         quality = measure_against(reference, model, pruning, advance)
         answers: Answers = []
-        asked.ask(model, pruning, runner.watch.stage("Running lookups"), answers)
+        asked.ask(model, pruning, runner.watch.stage("Running look-ups"), answers)
     return {
         "n_skipped": plan.n_skipped,
         "speedup_limit": plan.speedup_limit,

@@ -64,7 +64,7 @@ def table(columns: list[Row], rows: list[Row]) -> str:
 
 
 def with_lookups(row: Row) -> Row:
-    """Return the row with a cell for each column of LOOKUPS if lookups were measured."""
+    """Return the row with a cell for each column of LOOKUPS if look-ups were measured."""
     if (found := row.get("lookups")) is None:
         return row
     return row | {c["name"]: [found[name] for name in c["of"]] for c in LOOKUPS}

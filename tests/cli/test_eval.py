@@ -1,4 +1,4 @@
-"""Test `pop-local eval`: options, output, refusals, lookups."""
+"""Test `pop-local eval`: options, output, refusals, look-ups."""
 
 import json
 
@@ -129,7 +129,7 @@ def plain(tmp_path_factory):
     return make_gguf(tmp_path_factory.mktemp("plain") / "plain.gguf", "llama")
 
 
-# --- lookups
+# --- look-ups
 
 
 @pytest.mark.slow

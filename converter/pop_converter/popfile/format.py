@@ -69,7 +69,7 @@ class Calibration:
 class Measured:
     """Quality after pruned prefill, compared with full prefill on held-out text. KL is in nats.
 
-    `lookups_n` is the number of lookups, or 0 if lookups were not measured. `lookups_full` and
+    `lookups_n` is the number of look-ups, or 0 if look-ups were not measured. `lookups_full` and
     `lookups_pruned` are the numbers of correct answers after full and pruned prefill.
     `lookups_lost` counts answers that are correct only after full prefill, and `lookups_gained`
     counts answers that are correct only after pruned prefill. `lookups_logprob_lost` is the
@@ -101,7 +101,7 @@ class Budget:
     """The quality limits that the search applied. `quality` names the limits.
 
     The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio of Measured, and to the share of the
-    full model's correct lookups that are lost. `tried` lists each measured boundary's verdict.
+    full model's correct look-ups that are lost. `tried` lists each measured boundary's verdict.
     """
 
     quality: str

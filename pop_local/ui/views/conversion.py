@@ -275,4 +275,4 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
         shares = f"{found.lookups_lost} of {found.lookups_full} lost, {found.lookups_gained} gained"
         lost = f"{found.lookups_logprob_lost:.2f} ± {found.lookups_logprob_se:.2f}"
         n = found.lookups_n
-        yield "Lookups", f"{shares} in {n} questions; {lost} nats lost per string"
+        yield "Look-ups", f"{shares} in {n} questions; {lost} nats lost per string"

@@ -91,7 +91,7 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     if (lookups := found.lookups) is not None:
         counts = f"full {lookups.full}, fast {lookups.pruned}, of {lookups.n}"
         changes = f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"
-        yield "Lookups", f"{counts}; {changes}"
+        yield "Look-ups", f"{counts}; {changes}"
         full, lost = with_se(lookups.logprob_full, ".2f"), with_se(lookups.logprob_lost, ".2f")
         yield (
             "",

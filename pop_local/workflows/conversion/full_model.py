@@ -1,4 +1,4 @@
-"""The full model's results on held-out text and lookups, computed on first use."""
+"""The full model's results on held-out text and look-ups, computed on first use."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,7 +20,7 @@ N_DOCUMENTS = 10
 
 @dataclass(frozen=True)
 class FullModel:
-    """The full model's scores on held-out text and lookups, with the plan's full rows.
+    """The full model's scores on held-out text and look-ups, with the plan's full rows.
 
     `settings`: the measurement's settings, including the maximum number of windows. `text`: the
     tokens to score (default: the shipped held-out text). The scores are computed on first use,
@@ -57,8 +57,8 @@ class FullModel:
 
     @cached_property
     def lookups(self) -> LookupReference:
-        """Return the full model's answers to the lookups."""
+        """Return the full model's answers to the look-ups."""
         with self.runner.opened(self.plan) as model:
-            advance = self.runner.watch.stage("Running lookups on the full model")
+            advance = self.runner.watch.stage("Running look-ups on the full model")
             settings = LookupSettings(N_DOCUMENTS)
             return LookupReference.read(model, settings, advance, self._answers)

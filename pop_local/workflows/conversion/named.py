@@ -20,7 +20,7 @@ from pop_local.workflows.conversion.refusals import CopyingBrokenError
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
-# Numbers of windows and lookup documents for measuring a fit.
+# Numbers of windows and look-up documents for measuring a fit.
 N_WINDOWS = 8
 N_DOCUMENTS = 5
 
@@ -56,7 +56,7 @@ def examine(run: ConversionRun, plan: Plan, written: Path) -> Measured:
         tokens, settings = tokenize(model, shipped_text()), QualitySettings(N_WINDOWS)
         advance = watch.stage("Measuring")
         found = quality.measure_pruning(model, tokens, settings, pruning, advance)
-        advance = watch.stage("Running lookups")
+        advance = watch.stage("Running look-ups")
         asked = LookupSettings(N_DOCUMENTS)
         answered = lookups.measure_lookups(model, asked, pruning, advance)
     figures = budgets.figures_in_words(found, answered)

@@ -23,7 +23,7 @@ class CopyingBrokenError(PopError):
 class Trial:
     """A measured candidate.
 
-    `lookups`: the lookups' results (None if the loss on held-out text already exceeds the budget).
+    `lookups`: the look-ups' results (None if the loss on held-out text already exceeds the budget).
     """
 
     plan: Plan

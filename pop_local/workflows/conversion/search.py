@@ -3,7 +3,7 @@
 A candidate is a boundary with its projections and deep rows. The search follows these rules:
 
 1. Each candidate is measured with the sidecar that would be written: first on held-out text, then
-   on lookups.
+   on look-ups.
 2. Bisection (`budget.undecided`) assumes that skipping more layers never improves quality.
 3. If memory allows, each pass over the text also fits the boundaries that bisection may need next.
 4. After bisection, fits are distilled if requested, starting at the fastest candidate and
@@ -194,15 +194,15 @@ class Search:
         candidate.is_inside = budgets.is_inside(self.budget, candidate.quality)
 
     def settle(self, candidate: Candidate) -> bool:
-        """Measure the candidate on text and on lookups and return the final verdict.
+        """Measure the candidate on text and on look-ups and return the final verdict.
 
-        A candidate that exceeds the budget on text is rejected without lookups.
+        A candidate that exceeds the budget on text is rejected without look-ups.
         """
         self.judge(candidate)
         if candidate.is_inside and candidate.lookups is None:
             reference = self.full.lookups
             with self.runner.tried(candidate.plan, candidate.fitted) as model:
-                advance = self.runner.watch.stage(f"Running lookups, boundary {candidate}")
+                advance = self.runner.watch.stage(f"Running look-ups, boundary {candidate}")
                 reference.ask(model, Pruning(candidate.boundary), advance, candidate.answers)
             candidate.lookups = reference.compare(candidate.answers)
             candidate.is_inside = budgets.keeps_lookups(self.budget, candidate.lookups)
@@ -220,7 +220,7 @@ class Search:
                 self.judge(candidate)
                 continue
             deepest = min((each for each, passed in verdicts.items() if passed), default=None)
-            # The lookups may reverse the deepest candidate's verdict.
+            # The look-ups may reverse the deepest candidate's verdict.
             if deepest is None or self.settle(by_boundary[deepest]):
                 return
 

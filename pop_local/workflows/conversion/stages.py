@@ -15,7 +15,7 @@ from pop_local.workflows.conversion.full_model import N_DOCUMENTS, N_WINDOWS
 
 # Number of candidates that a search usually measures before it tries fewer deep rows.
 _N_MEASURED = 3
-# Number of prompt tokens that take as long to read as a lookup's answer (SmolLM2, Zen 4).
+# Number of prompt tokens that take as long to read as a look-up's answer (SmolLM2, Zen 4).
 _TOKENS_PER_LOOKUP = 130
 # Cost of measuring a boundary relative to the full model (SmolLM2, Zen 4).
 _BOUNDARY_COST = 0.7
@@ -44,14 +44,14 @@ def planned_stages(planned: Conversion) -> list[ExpectedStage]:
     work = planned.fit_work or FitWork(0, 0)
     stages = [ExpectedStage("Sampling text", work.sampling), ExpectedStage("Fitting", work.fitting)]
     tried = ExpectedStage("Measuring boundary", _BOUNDARY_COST * read)
-    looked_up = ExpectedStage("Running lookups, boundary", lookups)
+    looked_up = ExpectedStage("Running look-ups, boundary", lookups)
     if planned.budget is not None:
         stages.append(ExpectedStage("Running the full model", read))
         stages += [tried] * min(_N_MEASURED, len(planned.plans))
-        stages += [ExpectedStage("Running lookups on the full model", lookups), looked_up]
+        stages += [ExpectedStage("Running look-ups on the full model", lookups), looked_up]
         stages += [tried, looked_up] * len(plan.deep_rows.fewer)
     elif planned.fit_work:
-        stages += [ExpectedStage("Measuring", read), ExpectedStage("Running lookups", lookups)]
+        stages += [ExpectedStage("Measuring", read), ExpectedStage("Running look-ups", lookups)]
     return [*stages, ExpectedStage(planned.writing_stage, _WRITING * planned.sizes.output_bytes)]
 
 

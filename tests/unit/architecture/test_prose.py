@@ -75,7 +75,7 @@ BANNED = {
     ),
     r"gives? way|puts? (aside|off)|further on|and the like|come what may": "use a plain verb",
     r"where (it|they) (is|are|has|have) (none|some|one)": "if ... exists",
-    r"facts? found": "lookups answered",
+    r"facts? found": "look-ups answered",
     r"at (most|least)\b[^.;:]*\bat (most|least)": "up to, maximum, minimum",
 }
 _BANNED = re.compile(

@@ -1,4 +1,4 @@
-"""Test windows of synthetic lookups for fits and distilling."""
+"""Test windows of synthetic look-ups for fits and distilling."""
 
 import numpy as np
 import pytest

@@ -129,5 +129,5 @@ def test_a_later_verdict_may_reverse_an_earlier_one():
 def test_missing_limits_are_not_shown():
     older = Budget("mine", max_kl=0.1, max_copy_ratio=1.1)
     assert limits_in_words(older) == "KL 0.1, copy ratio 1.1"
-    balanced = "KL 0.06, perplexity ratio 1.03, copy ratio 1.1, 2% of lookups lost"
+    balanced = "KL 0.06, perplexity ratio 1.03, copy ratio 1.1, 2% of look-ups lost"
     assert limits_in_words(BALANCED) == balanced

@@ -1,4 +1,4 @@
-"""Lookups: strict verdicts, shared documents, counts against the full model."""
+"""Look-ups: strict verdicts, shared documents, counts against the full model."""
 
 from dataclasses import replace
 
