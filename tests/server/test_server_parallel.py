@@ -1,5 +1,7 @@
 """Concurrent requests do not wait for each other, and get the results of single requests."""
 
+import json
+import random
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ import pytest
 
 from pop_local.engine.chat_messages import Chunk
 from pop_local.engine.depth.refiller import Refiller
+from pop_local.engine.llama.devices import has_kernels
 from pop_local.engine.slot_scheduler import SlotScheduler
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Job, Worker
@@ -263,6 +266,21 @@ def test_lone_client_always_gets_the_same_slot(path, monkeypatch):
         assert len(set(taken[6:])) == len(answers) == 1
         slots = client.get("/slots").json()
     assert [slot["is_processing"] for slot in slots] == [False] * 4
+
+
+@pytest.mark.skipif(not has_kernels(), reason="no kernels for this processor")
+def test_lone_client_gets_the_same_probabilities_in_every_slot(path):
+    """There are more prompts than slots, so the prompts move between slots."""
+    prompts = [f"number {number}, {LONG[: 40 * number]}" for number in range(6)]
+    found: list[set[str]] = [set() for _ in prompts]
+    order = random.Random(1)
+    sent = {"max_tokens": 4, "logprobs": True, "top_logprobs": 2, "pop": False}
+    with opened(path, n_ctx=N_CTX, n_parallel=3) as model, asking(app_of(model, NAME)) as client:
+        for _ in range(40):
+            number = order.randrange(len(prompts))
+            choice = chat(client, prompts[number], **sent).json()["choices"][0]
+            found[number].add(json.dumps([choice["message"]["content"], choice["logprobs"]]))
+    assert [len(each) for each in found] == [1] * len(prompts)
 
 
 def test_props_report_number_of_slots(several):

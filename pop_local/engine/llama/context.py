@@ -25,7 +25,7 @@ from pop_local.engine.llama.vocabulary import Vocabulary
 _N_BATCH = 512
 _ROUNDED_TO = 256  # llama.cpp rounds context lengths up to a multiple
 # With several sequences, a short prompt need not wait for long until a long prompt's chunk is read.
-# With 256 rows, SmolLM2 reads 1 to 2% slower than with 512, and with 128 rows 3 to 4%.
+# With 256 rows, SmolLM2 reads 7,000 tokens as fast as with 512. With 128, it reads 3% slower.
 _CHUNK_ROWS = 256
 
 
