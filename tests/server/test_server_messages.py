@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from pop_local.server import worker
 from support.calls import opened
 from support.chat_tools import DOUBLE, QWEN, TEMPLATES
 from support.converted import tiny
@@ -149,6 +150,14 @@ def test_errors_have_anthropic_shape(client, body, reason):
     assert response.json()["type"] == "error"
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert reason in response.json()["error"]["message"]
+
+
+def test_log_estimates_the_time_left_once_rows_are_read(client, monkeypatch, caplog):
+    monkeypatch.setattr(worker, "_LOG_S", 0.0)
+    with caplog.at_level("INFO", "pop_local.server"):
+        whole(create(client, system="".join(map(str, range(700))), max_tokens=1))
+    lines = [line for line in caplog.messages if line.endswith("s left")]
+    assert lines and not [line for line in lines if "None" in line or "read 0 of" in line]
 
 
 def test_changing_billing_header_costs_few_tokens(client):
