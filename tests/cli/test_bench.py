@@ -78,7 +78,10 @@ def test_upstream_has_its_own_columns(capsys):
     show_speed(replace(found, rows=(replace(row, upstream_ttft_s=None),)))
     shown = capsys.readouterr().out
     assert "ours" not in shown
-    assert "\npop-local reads a prompt of 512 tokens in 1 s fast and 1 s in full.\n" in shown
+    assert (
+        "\npop-local reads a prompt of 512 tokens in 1 s with fast reading and 1 s in full.\n"
+        in shown
+    )
     full = replace(found, upstream="without flash attention")
     show_speed(full, as_markdown=True)
     shown = capsys.readouterr().out
@@ -86,7 +89,7 @@ def test_upstream_has_its_own_columns(capsys):
     assert "| llama.cpp |" in shown
     show_speed(full)
     shown = capsys.readouterr().out
-    assert "1 s fast and 1 s in full, and llama.cpp in 1 s.\n" in shown
+    assert "1 s with fast reading and 1 s in full, and llama.cpp in 1 s.\n" in shown
 
 
 def test_a_busy_machine_is_reported(pop_file, monkeypatch):

@@ -72,7 +72,7 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
         layers += f" and deep rows selected by the rule {found.deep_rows}"
     yield "Skipped", f"{layers}; the speedup is up to {found.speedup_limit:.2f}x"
     yield "Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"
-    yield "Read fast", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} context tokens"
+    yield "With fast reading", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} context tokens"
     yield "KL to full", f"mean {with_se(q.kl_mean, '.4f')}, median {with_se(q.kl_median, '.4f')}"
     p99, first = with_se(q.kl_p99, ".3f"), with_se(q.kl_first, ".3f")
     yield "", f"99th percentile {p99}, first token {first}"

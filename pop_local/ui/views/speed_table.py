@@ -28,7 +28,8 @@ def show_speed(found: Speed, *, as_markdown: bool = False) -> None:
 
 def row_in_words(row: SpeedRow) -> str:
     """Return a sentence about one prompt length."""
-    seconds = f"{row.pop_ttft_s.median:.3g} s fast and {row.full_ttft_s.median:.3g} s in full"
+    fast, full = row.pop_ttft_s.median, row.full_ttft_s.median
+    seconds = f"{fast:.3g} s with fast reading and {full:.3g} s in full"
     if row.upstream_ttft_s is not None:
         seconds += f", and llama.cpp in {row.upstream_ttft_s.median:.3g} s"
     return f"pop-local reads a prompt of {row.n_prompt:,} tokens in {seconds}."
