@@ -162,6 +162,9 @@ def convert(
     planned = plan_conversion(base, output, options)
     if (found := sidecar_of(planned.source)) and is_shipped(found):
         note(f"pop-local ships the sidecar {found.name}, so this model needs no conversion.")
+        if how.dry_run and not how.force and not json:
+            note("To print the plan of a conversion anyway, add --force.")
+            return
         if not how.dry_run and sys.stdin.isatty() and not typer.confirm("Convert it?", err=True):
             raise typer.Exit
     # A dry run writes nothing, so an existing output is not an error.

@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from pop_local.commands.shared_options import Json, Sidecar
-from pop_local.ui.tables import print_facts, print_json
-from pop_local.ui.views.inspection import inspection_facts
+from pop_local.ui.tables import print_facts, print_json, print_sentence
+from pop_local.ui.views.inspection import inspection_facts, summary_facts
 from pop_local.workflows import inspect_file
 
 
@@ -19,4 +19,9 @@ def inspect(
 ) -> None:
     """Show a model's architecture, layers, boundary, sizes and origin."""
     found = inspect_file.inspect(model, sidecar)
-    print_json(found) if json else print_facts(inspection_facts(found))
+    if json:
+        print_json(found)
+        return
+    print_facts(summary_facts(found))
+    print_sentence("")
+    print_facts(inspection_facts(found))

@@ -271,14 +271,23 @@ def test_unusable_texts_are_refused_before_measuring(tiny, tmp_path, monkeypatch
         assert reason in " ".join(refused.stderr.split())
 
 
+@pytest.mark.slow
+def test_a_dry_run_of_a_model_with_a_shipped_sidecar_plans_only_by_force(smollm2):
+    done = convert(smollm2, "--dry-run")
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "needs no conversion. To print the plan" in " ".join(done.stderr.split())
+    assert "Boundaries" in convert(smollm2, "--dry-run", "--force").stdout
+    assert json.loads(convert(smollm2, "--dry-run", "--json").stdout)["boundaries"]
+
+
 def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(searching, "Search", None)
     done = convert(tiny, "--dry-run", "--quality", "near-lossless")
     assert done.exit_code == 0
     assert "from 7 down to 2" in done.stdout
     facts = " ".join(done.stdout.split())
-    limits = r"if only the first boundary is within the budget, \d\.\d\dx if all are"
-    assert re.search(rf"up to 1\.\d\dx for [\d,]+ prompt tokens without deep rows {limits}", facts)
+    limits = r"up to 1\.\d\dx with the fewest skipped layers, \d\.\d\dx with the most"
+    assert re.search(rf"{limits}, for [\d,]+ prompt tokens without deep rows", facts)
     assert "16,384 tokens in one pass" in facts
     assert re.search(
         r"Memory [\d.]+ MB in addition to the model file, including [\d.]+ MB for the fit", facts

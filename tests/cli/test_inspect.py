@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def test_converted_file_for_people(converted):
     assert "the first 1 and last 7 tokens" in shown
     assert "tiny.gguf" in shown
     assert "opens this file without fast reading" in shown
+    lines = shown.splitlines()
+    assert lines.index("") == 5, "a summary comes first"
+    assert " ".join(lines[3].split()) == "Fast reading skips 3 of 8 layers"
+
+
+@pytest.mark.slow
+def test_summary_names_the_kind_of_model_and_loose_limits(smollm2, gemma):
+    shown = {model: " ".join(inspect(model).stdout.split()) for model in (smollm2, gemma)}
+    assert "Kind chat model, trained on 8,192 tokens" in shown[smollm2]
+    assert "skips 7 of 30 layers, within the quality limits near-lossless Stock" in shown[smollm2]
+    assert "Kind base model (it has no chat template), trained on 32,768" in shown[gemma]
+    assert "within the quality limits fast (looser than the default)" in shown[gemma]
 
 
 def test_unsupported_architecture_is_shown_as_such(tmp_path):
@@ -63,7 +76,8 @@ def test_unsupported_architecture_is_shown_as_such(tmp_path):
     done = inspect(path)
     assert done.exit_code == 0
     told = " ".join(done.stdout.split())
-    assert "dream (no fast reading:" in told and "a diffusion model" in told
+    assert "Architecture dream" in told
+    assert re.search("Fast reading not available: .*a diffusion model", told)
 
 
 @pytest.mark.parametrize(("arch", "projections"), [("llama", "fitted or own"), ("olmo2", "own")])

@@ -21,6 +21,7 @@ def commands_in(text: str) -> list[list[str]]:
 
 
 COMMANDS = commands_in(USE)
+[QUOTED] = re.findall(r'should contain "([^"]+)"', GUIDE)
 OWN_MODEL = commands_in(GUIDE.split("## 6. Use your own model")[1])
 # Arguments that keep slow or endless commands short.
 LESS = {
@@ -57,12 +58,18 @@ def test_python_example_runs(smollm2):
     assert run("-c", textwrap.dedent(code)).strip()
 
 
-def test_chat_of_the_guide_answers_with_and_without_fast_reading(smollm2):
+def test_chat_of_the_guide_answers(smollm2):
     [chat] = commands_in(GUIDE.split("## 2. Chat")[1].split("\n## ")[0])
     typed = "".join(f"{line}\n" for line in re.findall("^    > (.*)", GUIDE, re.M))
     answers = run("-m", "pop_local", *chat, typed=typed).splitlines()
-    [quoted] = re.findall(r'should contain "([^"]+)"', GUIDE)
-    assert len(answers) == 2 and all(quoted in answer for answer in answers)
+    assert len(answers) == 1 and QUOTED in answers[0]
+
+
+def test_both_ways_of_reading_in_the_guide_answer(smollm2):
+    fast, full = commands_in(GUIDE.split("## 4. ")[1].split("\n## ")[0])
+    assert "--full" in full and [word for word in full if word != "--full"] == fast
+    for words in (fast, full):
+        assert QUOTED in run("-m", "pop_local", *words)
 
 
 @pytest.mark.parametrize("words", OWN_MODEL, ids=" ".join)

@@ -88,15 +88,13 @@ def _planned_facts(conversion: Conversion) -> list[Fact]:
     fits = fit_facts(conversion)
     if conversion.is_named:
         return [*_plan_facts(conversion, plan, conversion.sizes), *budget, *fits]
-    limit = _limit(conversion, first)
     past = f"from {first.boundary} down to {plan.boundary}"
     if len(conversion.tried) < len(conversion.plans):
         past = ", ".join(str(each.boundary) for each in conversion.tried)
     where = [*budget, ("Boundaries", past)]
     if fewer := first.deep_rows.fewer:
-        where.append(("Deep rows", f"{first.deep_rows}, then {', '.join(fewer)} if faster"))
-    if most := conversion.limit(plan):
-        limit += f" if only the first boundary is within the budget, {most:.2f}x if all are"
+        where.append(("Deep rows", f"rule {first.deep_rows} ({' or '.join(fewer)} if faster)"))
+    limit = _limit(conversion, first, conversion.limit(plan))
     layers = f"up to {plan.n_skipped} within the budget"
     output = f"up to {size(conversion.sizes.output_bytes)}"
     return [*_facts(conversion, plan, layers, where, output, limit), *fits]
@@ -182,10 +180,14 @@ def _plan_facts(conversion: Conversion, plan: Plan, sizes: FileSizes) -> list[Fa
     return _facts(conversion, plan, str(plan.n_skipped), where, output, _limit(conversion, plan))
 
 
-def _limit(conversion: Conversion, plan: Plan) -> str:
+def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str:
+    """Return a plan's largest possible speedup. `most`: that of the plan with the most layers."""
     if conversion.not_counted:
         return f"unknown: {conversion.not_counted}"
-    limit = f"up to {plan.speedup_limit:.2f}x for {LIMIT_PROMPT:,} prompt tokens"
+    limit = f"up to {plan.speedup_limit:.2f}x"
+    if most:
+        limit += f" with the fewest skipped layers, {most:.2f}x with the most,"
+    limit += f" for {LIMIT_PROMPT:,} prompt tokens"
     if plan.deep_rows is not DeepRows.NONE and not plan.deep_share:
         limit += " without deep rows"
     return limit
@@ -206,7 +208,7 @@ def _facts(
         ("Architecture", plan.shape.arch),
         ("Layers", f"{plan.shape.n_layer}, of which prompt tokens skip {layers}"),
         *where,
-        ("K/V of skipped", f"{plan.projection} projections; {opened_by}"),
+        ("Skipped layers", f"K and V from {plan.projection} projections; {opened_by}"),
         *skipping_facts(skipping_of(plan.shape))[1:],
         full_fact(plan),
         ("Size", f"{read}, {form} {output}"),
@@ -242,7 +244,7 @@ def skipping_facts(found: SkippableLayers) -> list[Fact]:
     measured = "real models" if found.is_measured else "random models only"
     return [
         ("Can be skipped", layers),
-        ("Left in them", " and ".join(found.left) or "nothing"),
+        ("Still computed", " and ".join(found.left) or "nothing"),
         ("Projections", projections),
         ("Catching up", f"no: {found.no_refill}" if found.no_refill else "yes"),
         ("Measured on", measured),

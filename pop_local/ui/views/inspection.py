@@ -3,6 +3,7 @@
 from pop_converter.base.numbers import size
 from pop_converter.popfile.format import PopMeta
 from pop_converter.projection import Projection
+from pop_local.measure.budget import FAST
 from pop_local.models.mmproj_files import ARCHITECTURE
 from pop_local.ui.tables import Fact
 from pop_local.ui.views.conversion import (
@@ -14,41 +15,56 @@ from pop_local.ui.views.conversion import (
 from pop_local.workflows.inspect_file import Inspection
 
 
-def inspection_facts(found: Inspection) -> list[Fact]:
+def summary_facts(found: Inspection) -> list[Fact]:
+    """Return the facts that users need most, in five lines or fewer."""
     files = f", in {found.n_files} files" if found.n_files > 1 else ""
-    facts = [
-        ("File", found.file),
-        ("Size", f"{size(found.size_bytes)}{files}"),
-        ("Name", found.name or "none"),
-    ]
+    facts = [("File", found.file), ("Size", f"{size(found.size_bytes)}{files}")]
     if found.architecture == ARCHITECTURE:
         return [*facts, ("Kind", "multimodal projector for images (--mmproj)")]
-    refused = f" (no fast reading: {found.refused})" if found.refused else ""
+    kind = "chat model" if found.has_chat_template else "base model (it has no chat template)"
     stock = "opens this file"
     if not found.opens_in_stock_llama_cpp:
         stock = "cannot open this file, which contains fitted projections"
     elif found.pop is not None and found.sidecar is None:
         stock = "opens this file without fast reading"
-    is_exact = found.pop is None and found.skipping is not None and found.skipping.exact > 0
     return [
         *facts,
-        ("Architecture", f"{found.architecture}{refused}"),
-        ("Layers", f"{found.n_layer}, width {found.n_embd}"),
-        ("Trained context", f"{found.n_ctx_train:,} tokens"),
-        ("Chat template", "yes" if found.has_chat_template else "no (base model)"),
-        *([("Sidecar", found.sidecar)] if found.sidecar else []),
-        *([("Reads images with", found.mmproj)] if found.mmproj else []),
-        *(skipping_facts(found.skipping) if found.skipping else []),
-        *([] if is_exact else _pruning_facts(found.pop)),
+        ("Kind", f"{kind}, trained on {found.n_ctx_train:,} tokens"),
+        ("Fast reading", _fast_reading(found)),
         ("Stock llama.cpp", stock),
     ]
 
 
-def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
-    if meta is None:
-        return [
-            ("Fast reading", "not available until the model is converted (`pop-local convert`)")
-        ]
+def _fast_reading(found: Inspection) -> str:
+    if found.refused:
+        return f"not available: {found.refused}"
+    if (meta := found.pop) is not None:
+        skipped = f"skips {meta.n_layer - meta.boundary} of {meta.n_layer} layers"
+        if meta.budget is None:
+            return skipped
+        looser = " (looser than the default)" if meta.budget.quality == FAST.quality else ""
+        return f"{skipped}, within the quality limits {meta.budget.quality}{looser}"
+    if found.skipping is not None and found.skipping.exact:
+        return f"skips layers {found.skipping.exact} and up without any loss"
+    return "not available until the model is converted (`pop-local convert`)"
+
+
+def inspection_facts(found: Inspection) -> list[Fact]:
+    """Return the details that follow the summary."""
+    if found.architecture == ARCHITECTURE:
+        return [("Name", found.name or "none")]
+    return [
+        ("Name", found.name or "none"),
+        ("Architecture", found.architecture),
+        ("Layers", f"{found.n_layer}, width {found.n_embd}"),
+        *([("Sidecar", found.sidecar)] if found.sidecar else []),
+        *([("Reads images with", found.mmproj)] if found.mmproj else []),
+        *(skipping_facts(found.skipping) if found.skipping else []),
+        *(_pruning_facts(found.pop) if found.pop else []),
+    ]
+
+
+def _pruning_facts(meta: PopMeta) -> list[Fact]:
     skipped = f"{meta.n_layer - meta.boundary} of {meta.n_layer} layers"
     projections = str(meta.projection)
     if meta.projection == Projection.OWN:
