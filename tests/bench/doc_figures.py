@@ -216,7 +216,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kernels": lambda: span(_ratios("full", "llama")),
     "saved": lambda: span((100 - 100 / ratio for ratio in _ratios("pruned", "full")), "{:.0f}"),
     "kernels-amx": lambda: span(_amx()),
-    "look-ups": _look_ups,
+    "lookups": _look_ups,
     "1.5b-same": lambda: f"{100 * _shipped('qwen-1.5b')['same_first']:.0f}",
     "1.5b-worse": lambda: f"{_shipped('qwen-1.5b')['ppl_ratio'][0] - 1:.1%}",
     "1.5b-found": lambda: _found("qwen-1.5b"),

@@ -128,7 +128,7 @@ def test_should_stop_aborts_a_measurement_between_graph_nodes(model):
 def test_a_mode_without_effect_is_an_error(model, monkeypatch):
     monkeypatch.setattr(backend, "set_mode", lambda ctx, mode: None)
     model.engine.set_mode(Mode.CONTEXT)
-    with pytest.raises(PopError, match="not valid"):
+    with pytest.raises(PopError, match="measurement is invalid"):
         measured(model)
 
 
