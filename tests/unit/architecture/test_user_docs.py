@@ -25,9 +25,10 @@ _OPTION = re.compile(r"(?<=\s)(--[a-z][\w-]*|-[a-z])(?=[\s=,)]|$)")
 def unknown_parts(command: str) -> list[str]:
     """Return the words of a documented command that the program does not accept.
 
-    A word in capitals is a placeholder, which ends the names of commands.
+    A word in capitals is a placeholder, which ends the names of commands. The words after -- are
+    another program's.
     """
-    words = re.sub(r'"[^"]*"', "TEXT", command).split()
+    words = re.sub(r'"[^"]*"', "TEXT", command.split(" -- ")[0]).split()
     group: Any = typer.main.get_command(app)
     context = group.context_class(group, resilient_parsing=True)
     while hasattr(group, "resolve_command") and words and words[0].islower():
