@@ -30,8 +30,9 @@ from pop_local.measure.lookups import (
 from pop_local.texts.carriers import LookupQuestion
 from pop_local.workflows.conversion import convert_model, fits, full_model
 from pop_local.workflows.conversion import search as searching
-from pop_local.workflows.conversion.conversion_plan import ConvertOptions
+from pop_local.workflows.conversion.conversion_plan import ConvertOptions, plan_conversion
 from pop_local.workflows.conversion.goals import Within
+from pop_local.workflows.conversion.stages import planned_stages
 from pop_local.workflows.hardware import Hardware
 from support.conversion_runs import FEW, LOOSE, convert
 from support.converted import names
@@ -119,6 +120,8 @@ def test_each_stage_ends_at_100_percent(tiny, tmp_path):
     # Writing is interrupted by a measurement, and then continues.
     last = dict(ends)
     assert [name for name, (done, total) in last.items() if done != total] == []
+    expected = [stage.name for stage in planned_stages(plan_conversion(tiny, None, options))]
+    assert [name for name in last if not name.startswith(tuple(expected))] == []
     assert {"Sampling text", "Fitting", "Writing and verifying"} < last.keys()
     assert not left or left[-1] == 0
 
