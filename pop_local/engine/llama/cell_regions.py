@@ -51,22 +51,23 @@ class CellRegions:
         self._api = backend.bindings()
         self._blocks: list[list[int]] = [[] for _ in range(n_sequences)]
         self._n_blocks = 1
-        try:
-            self._fill(2 * n_sequences, 0, BLOCK_CELLS)
-        except PopError:
-            self.is_on = False
-            return
-        self.is_on = True
-        ctx = context.ctx
-        backend.set_reading(ctx, Reading.SOME)
-        backend.set_overwrite(ctx, True)
-        wanted = [False, True]
-        context.batch.run(ctx, _FIRST_TOKENS, (0, 1), [2 * n_sequences] * 2, wanted)
-        backend.set_overwrite(ctx, False)
+        self.is_on = False
+        if not context.is_mrope:
+            with suppress(PopError):
+                self._fill(2 * n_sequences, 0, BLOCK_CELLS)
+                self.is_on = True
+                self._decode_first_tokens()
 
     @property
     def _memory(self) -> Any:
         return self._api.llama_get_memory(self._context.ctx)
+
+    def _decode_first_tokens(self) -> None:
+        ctx, owner = self._context.ctx, 2 * self._n
+        backend.set_reading(ctx, Reading.SOME)
+        backend.set_overwrite(ctx, True)
+        self._context.batch.run(ctx, _FIRST_TOKENS, (0, 1), (owner, owner), (False, True))
+        backend.set_overwrite(ctx, False)
 
     def _end(self, sequence: int) -> int:
         return int(self._api.llama_memory_seq_pos_max(self._memory, sequence)) + 1
