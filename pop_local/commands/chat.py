@@ -81,7 +81,7 @@ def chat(
         refill=opened.refill,
         make_fitter=opening.lessons,
     )
-    warn_of_base_model(begun)
+    warn_of_base_model(screen, begun.model)
     if sys.stdin.isatty():
         engine = begun.model.engine
         note(pruning_state(begun.model))

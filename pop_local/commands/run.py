@@ -27,6 +27,7 @@ from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.texts.document_readers import Document, decoded, read_document, read_limited
+from pop_local.ui.chat.dialogue import warn_of_base_model
 from pop_local.ui.chat.overflow import answer_reserve, too_long
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.console import note, warn
@@ -82,6 +83,7 @@ def run(
         how = without_refill(how, why, asked)
     name = model or default_model()
     opened = Opener(name, how, asked, prompt_cache=open_prompt_cache(how))()
+    warn_of_base_model(screen, opened)
     engine = opened.engine
     n_ctx = engine.context.n_ctx
     for picture in pictures:

@@ -185,7 +185,7 @@ REFUSED = {
     "convert": (("convert", "tiny.pop-sidecar.gguf"), "is a sidecar"),
     "inspect": (("inspect", "tiny.pop-sidecar.gguf"), "is a sidecar"),
     "run": (("run", "tiny.pop-sidecar.gguf", "hi"), "is a sidecar"),
-    "bench": (("bench", "tiny.pop-sidecar.gguf"), "is a sidecar"),
+    "bench": (("bench", "tiny.pop-sidecar.gguf", "--prompt", "512"), "is a sidecar"),
     "eval": (("eval", "tiny.pop-sidecar.gguf"), "is a sidecar"),
     "model as sidecar": (("run", "tiny.gguf", "hi", "--sidecar", "tiny.gguf"), "is not a sidecar"),
     "no such sidecar": (("run", "tiny.gguf", "hi", "--sidecar", "no.gguf"), "does not exist"),

@@ -246,9 +246,9 @@ def pruning_state(model: PopModel) -> str:
     )
 
 
-def warn_of_base_model(chat: Dialogue) -> None:
-    if not chat.model.engine.prompter.has_template:
-        chat.screen.warn(
+def warn_of_base_model(screen: Screen, model: PopModel) -> None:
+    if not model.engine.prompter.has_template:
+        screen.warn(
             "This base model has no chat template, so it continues your text instead of answering."
         )
 

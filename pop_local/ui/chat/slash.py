@@ -145,7 +145,7 @@ def _model(chat: Dialogue, argument: str) -> None:
     if argument:
         path = attach.given_path(argument)
         chat.reopen(str(path) if path.is_file() else argument, None)
-        warn_of_base_model(chat)
+        warn_of_base_model(chat.screen, chat.model)
         warn_of_hidden_pictures(chat)
     context = chat.model.engine.context
     known = map(context.files.header.get, ("general.name", "general.architecture"))
