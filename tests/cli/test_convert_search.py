@@ -370,13 +370,15 @@ def test_a_stopped_search_keeps_its_fits_for_the_next_run(
     monkeypatch.setattr(searching, "measure_against", stop)
     stopped = convert(tiny, *arguments)
     assert stopped.exit_code == 130
-    assert "The fit is kept in" in stopped.stderr and "the same command continues" in stopped.stderr
+    assert "The fit is kept in" in stopped.stderr
+    assert "run the same command again to continue." in stopped.stderr
     assert len(calibrated) > 1
     monkeypatch.setattr(searching, "measure_against", measure)
     n_fitted = len(calibrated)
     done = convert(tiny, *arguments)
     assert done.exit_code == 0, done.stderr
     assert len(calibrated) == n_fitted
+    assert f"{n_fitted} fits are kept in" in done.stderr
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
     continued = (tmp_path / "tiny.pop.gguf").read_bytes()
     whole = convert(tiny, *arguments, "--force")

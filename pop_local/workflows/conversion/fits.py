@@ -67,8 +67,9 @@ class PlanFitter:
         with loaded(self.runner.path, **vars(self.runner.hardware)) as context:
             if self.text is None:
                 self.text = calibration_text(context, options, n_embd, watch)
-            if self.kept is not None:
-                self._made |= self.kept.fits(wanted, self.text)
+            if self.kept is not None and (known := self.kept.fits(wanted, self.text)):
+                watch.on_note(f"{len(known)} fits are kept in {self.kept.folder}.")
+                self._made |= known
             if missing := [plan for plan in wanted if plan not in self._made]:
                 done = calibrate(missing, context, self.runner.source, options, watch, self.text)
                 self._made |= zip(missing, done.fitted, strict=True)
@@ -84,7 +85,8 @@ class PlanFitter:
         except (OSError, PopError) as error:
             watch.on_warning(PopError(f"the fit could not be kept: {error}"))
         else:
-            watch.on_note(f"The fit is kept in {self.kept.folder}; the same command continues.")
+            where = self.kept.folder
+            watch.on_note(f"The fit is kept in {where}; run the same command again to continue.")
 
     def distilled(self, plan: Plan, fitted: Fitted, n_deeper: int = 0) -> Fitted:
         """Train a plan's fit end to end and return the result. Raises PopError or StoppedError."""
