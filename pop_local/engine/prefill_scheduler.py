@@ -88,14 +88,14 @@ class PrefillTurns:
         self._current: QueuedPrompt | None = None
 
     def begin(self, prompt: QueuedPrompt, is_over: Callable[[], bool]) -> None:
-        """Queue a prompt and wait for its turn, or until `is_over` returns True."""
+        """Queue a prompt and wait until its turn comes or `is_over` returns True."""
         with self._changed:
             self._scheduler.add(prompt)
             self._current = self._current or self._scheduler.next()
         self.wait(prompt, is_over)
 
     def wait(self, prompt: QueuedPrompt, is_over: Callable[[], bool]) -> None:
-        """Wait for a prompt's turn, or until `is_over` returns True."""
+        """Wait until a prompt's turn comes or `is_over` returns True."""
         with self._changed:
             while self._current is not prompt and not is_over():
                 self._changed.wait(_POLL_S)

