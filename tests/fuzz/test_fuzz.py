@@ -13,7 +13,6 @@ import pytest
 
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.skipping import skipping_of
-from pop_converter.architecture.work import uncounted
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
@@ -26,7 +25,6 @@ from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Fingerprint, Session, Sessions, encoded
 from pop_local.measure.budget import boundaries
 from pop_local.texts.document_readers import Document
-from pop_local.workflows import inspect_file as inspection
 from pop_local.workflows.conversion.goals import LEAST_DIVISOR
 from pop_local.workflows.inspect_file import inspect
 from support import recipes
@@ -59,13 +57,7 @@ def others(folder: Path) -> list[Path]:
     ]
 
 
-@pytest.fixture
-def not_counted(monkeypatch):
-    """Keep llama.cpp from opening the inspected files, since it may end the process."""
-    monkeypatch.setattr(inspection, "GraphMacs", lambda *_: uncounted)
-
-
-def test_headers_and_pop_keys(tmp_path, not_counted):
+def test_headers_and_pop_keys(tmp_path):
     models = [
         make_gguf(tmp_path / f"{arch}.gguf", arch, head_arrays=True, **SMALL)
         for arch in ("llama", "gemma3", "qwen3moe")
@@ -97,7 +89,7 @@ def test_headers_and_pop_keys(tmp_path, not_counted):
     campaign(attempt)
 
 
-def test_sidecars(tmp_path, not_counted):
+def test_sidecars(tmp_path):
     base = make_gguf(tmp_path / "llama.gguf", "llama")
     made = paired(base, tmp_path, "fitted-wide", boundary=5)
     source, content = read_source(base), made.sidecar.read_bytes()
