@@ -56,7 +56,8 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
     """Return OpenAI's `usage` with an added field `pop`: TurnStats' counters and times in seconds.
 
     `pop.reason` explains why the prompt was read in full (null: it was pruned). `pop.reading` is
-    null if no rows were prefilled. `pop.ignored` lists JSON schema keywords that were not enforced.
+    null if no rows were prefilled. `pop.is_repeating`: whether the answer was ended because it
+    repeated itself. `pop.ignored` lists JSON schema keywords that were not enforced.
     """
     times = {"queued_s": queued_s} | {name: getattr(stats, name) for name in _TIMES}
     return {
@@ -68,6 +69,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
             **{name: getattr(stats, name) for name in _COUNTS},
             "reading": stats.reading if stats.n_evaluated else None,
             "fit": stats.fit or None,
+            "is_repeating": stats.is_repeating,
             "reason": reason,
             "ignored": list(ignored),
             **{name: round(seconds, 6) for name, seconds in times.items()},

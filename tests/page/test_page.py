@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from support.browser import ANSWERED, STORE, answer, ask, drop, event, feed, progress, said, shot
+from support.browser import (
+    ANSWERED,
+    STORE,
+    answer,
+    ask,
+    drop,
+    event,
+    feed,
+    progress,
+    said,
+    shot,
+    usage,
+)
 from support.converted import tiny
 from support.paths import ROOT
 from support.serving import served
@@ -36,7 +48,7 @@ def test_dropped_document_is_answered(page):
     page.wait_for_selector(ANSWERED, timeout=LATE_MS)
     assert said(page).startswith(begun) and len(said(page)) > len(begun)
     figures = page.text_content(".assistant .figures")
-    assert "First token after" in figures and "pruned" in figures
+    assert "First token after" in figures and "with fast reading" in figures
     page.wait_for_selector("#refilling", state="visible")
     shot(page, "answer")
     page.wait_for_selector("#refilling", state="hidden", timeout=LATE_MS)
@@ -69,10 +81,29 @@ def test_compare_shows_both_readings(page):
     assert full > 0 and pruned > 0
     assert ratio == pytest.approx(full / pruned, abs=0.02)
     figures = page.locator(".sides .figures").all_text_contents()
-    assert "pruned" not in figures[0] and "pruned" in figures[1]
+    assert "fast reading" not in figures[0] and "with fast reading" in figures[1]
     assert "cached" not in "".join(figures)
     page.locator("#scroll").evaluate("(view) => (view.scrollTop = 0)")
     shot(page, "compare")
+
+
+def test_compare_shows_each_time_at_once_and_why_an_answer_ended(fed):
+    fed.fill("#question", "Hi")
+    fed.click("#compare")
+    done = "data: [DONE]\n\n"
+    feed(fed, event("Hello"), done)  # the warm-up
+    fed.wait_for_function("() => window.asked.length === 2")
+    assert "Starts after the other answer" in fed.text_content(".sides section:last-child")
+    feed(fed, event("Once"))
+    fed.wait_for_selector(".sides section:first-child .time:text(' s')")
+    assert fed.locator(".time").last.text_content() == "…", "the second answer has not started"
+    feed(fed, usage(is_repeating=True), done)
+    fed.wait_for_selector(".sides section:first-child .time:text('2.00 s')")
+    fed.wait_for_function("() => window.asked.length === 3")
+    assert "Starts after" not in fed.text_content(".sides")
+    feed(fed, event("upon"), usage(ttft_s=1.0), done)
+    fed.wait_for_selector(".sides section:first-child .note:text('repeated itself')")
+    fed.wait_for_selector(".ratio:text('2.00 times')")
 
 
 def test_escape_stops_and_keeps_the_text(page, server):

@@ -120,7 +120,7 @@ export async function compare(mine, message, asked) {
   await stream(mine, { text: "" }, { ...alike, ...short });
   message.sides = [{ name: "Full reading", text: "" }, { name: "Fast reading", text: "" }];
   for (const [pop, side] of [[false, message.sides[0]], [true, message.sides[1]]]) {
-    await stream(mine, side, { ...alike, pop });
+    side.note = await stream(mine, side, { ...alike, pop });
     if (pop === isOn) message.text = side.text; // the conversation continues with this text
   }
   return "";
@@ -128,7 +128,7 @@ export async function compare(mine, message, asked) {
 
 // Streams into a message or one of its sides; resolves to a note for the user ("": no note).
 async function stream(mine, target, asked) {
-  let [note, due] = ["", 0];
+  let [note, due, askedAt] = ["", 0, performance.now()];
   const paint = () => {
     due = 0;
     if (session.running === mine && session.chat === mine.chat) showLast();
@@ -139,6 +139,7 @@ async function stream(mine, target, asked) {
     target.usage = await answer(asked, mine.stop.signal, {
       comment(words) {
         const [kind, place] = words.split(" ");
+        askedAt = performance.now(); // waiting in the queue does not count
         if (kind === "queued") startReading(`Position ${place} in the queue`);
       },
       progress(read) {
@@ -146,12 +147,14 @@ async function stream(mine, target, asked) {
         if (session.chat === mine.chat) showTokens(read.total);
       },
       text(piece) {
+        target.first_s ??= (performance.now() - askedAt) / 1000; // until the server sends its time
         target.text += piece;
         due ||= setTimeout(paint, 60);
       },
       end: (reason) => (note = reason === "length" ? "The answer reached its length limit." : ""),
     });
     if (target.usage) keepSpeed(asked, target.usage);
+    if (target.usage?.pop.is_repeating) note = "The answer was stopped because it repeated itself.";
     if (model()?.id === asked.model) model().pop.loaded = true;
   } finally {
     clearInterval(keeper);

@@ -7,7 +7,7 @@ function figuresView(usage) {
   const { pop, prompt_tokens: n, prompt_tokens_details: cached } = usage ?? {};
   const kinds = usage && [
     cached.cached_tokens && `${number(cached.cached_tokens)} cached`,
-    pop.n_pruned && `${number(pop.n_pruned)} pruned`,
+    pop.n_pruned && `${number(pop.n_pruned)} with fast reading`,
     pop.n_skipped_exact && `${number(pop.n_skipped_exact)} skipped exactly`,
     pop.reading === "short" && "too short for fast reading",
   ].filter(Boolean).join(", ");
@@ -30,12 +30,18 @@ export function fileView({ name, text, url, isBusy }, remove) {
     remove && !isBusy && button(icon("remove"), remove, `Remove ${name}`));
 }
 
-const sideView = ({ name, text, usage }, waiting) => h("section", {},
-  h("h3", {}, name),
-  h("p", { className: "time" }, usage ? seconds(usage.pop.ttft_s) : "…"),
-  h("p", { className: "quiet" }, "to the first token"),
-  text || !waiting ? markdownView(text) : waiting,
-  figuresView(usage));
+// `waiting` is shown until the text arrives; `isNext`: the side starts when the other one has ended.
+function sideView({ name, text, usage, note, first_s }, waiting, isNext) {
+  const first = usage?.pop.ttft_s ?? first_s;
+  return h("section", {},
+    h("h3", {}, name),
+    h("p", { className: "time" }, first === undefined ? "…" : seconds(first)),
+    h("p", { className: "quiet" },
+      isNext ? "Starts after the other answer, so that neither slows the other" : "to the first token"),
+    text || !waiting ? markdownView(text) : waiting,
+    note && h("p", { className: "note" }, note),
+    figuresView(usage));
+}
 
 function comparedView(sides, waiting) {
   const [full, pruned] = sides.map(({ usage }) => usage?.pop.ttft_s);
@@ -44,7 +50,8 @@ function comparedView(sides, waiting) {
   const current = sides.find(({ usage }) => !usage);
   return h("div", { className: "body" },
     h("div", { className: "sides" },
-      ...sides.map((side) => sideView(side, side === current && waiting))),
+      ...sides.map((side) => sideView(
+        side, side === current && waiting, waiting && !side.usage && side !== current))),
     ratio && h("p", { className: "ratio" }, ratio));
 }
 
