@@ -8,9 +8,9 @@ import numpy as np
 
 from pop_local.engine.prompt.prompt import Prompt
 
-# The oldest prompt gets a chunk whenever other prompts have read this many rows (eight chunks).
-# It thus keeps at least a ninth of its speed, however many short prompts arrive.
-AGE_ROWS = 2048
+# The oldest prompt gets at least every fifth chunk, regardless of how many short prompts arrive. We
+# do not count rows, because answering a short prompt takes longer than reading it.
+AGE_CHUNKS = 4
 # A prompt waits for another prompt that is about to read at least this many rows for both.
 MIN_SHARED = 256
 _POLL_S = 0.01
@@ -46,12 +46,12 @@ class PrefillScheduler:
     """The order in which queued prompts are read.
 
     The prompt with the fewest rows left goes first, and ties go to the oldest prompt. As an
-    exception, the oldest prompt gets one chunk after `AGE_ROWS` rows of other prompts.
+    exception, the oldest prompt gets one chunk after `AGE_CHUNKS` chunks of other prompts.
     """
 
     def __init__(self) -> None:
         self._prompts: list[QueuedPrompt] = []  # oldest first
-        self._n_passed = 0  # rows read since the oldest prompt's last chunk
+        self._n_passed = 0  # chunks read since the oldest prompt's last chunk
 
     def add(self, prompt: QueuedPrompt) -> None:
         self._prompts.append(prompt)
@@ -66,15 +66,15 @@ class PrefillScheduler:
         """Record that a prompt has only `n_left` rows left."""
         if self._prompts[:1] == [prompt]:
             self._n_passed = 0
-        elif prompt.has_started:  # before, `n_left` was an estimate
-            self._n_passed += prompt.n_left - n_left
+        elif prompt.has_started:  # otherwise, nothing has been read yet
+            self._n_passed += 1
         prompt.n_left, prompt.has_started = n_left, True
 
     def next(self) -> QueuedPrompt | None:
         """Return the prompt whose chunk is read next, or None if the queue is empty."""
         if not self._prompts:
             return None
-        is_due = self._n_passed >= AGE_ROWS
+        is_due = self._n_passed >= AGE_CHUNKS
         best = self._prompts[0] if is_due else min(self._prompts, key=lambda one: one.n_left)
         return next((one for one in self._prompts if best.should_wait_for(one)), best)
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from pop_local.engine.prefill_scheduler import (
-    AGE_ROWS,
+    AGE_CHUNKS,
     MIN_SHARED,
     PrefillScheduler,
     PrefillTurns,
@@ -72,15 +72,15 @@ def test_a_long_prompt_is_never_starved():
     arrivals = {0: long} | {100 * n + 1: queued(100, 10_000 * n) for n in range(1, 600)}
     end = simulated(arrivals)[long]
     n_chunks = 4000 / CHUNK
-    assert 4000 < end <= (n_chunks + 1) * (AGE_ROWS + 100 + CHUNK)
+    assert 4000 < end <= (n_chunks + 1) * (100 * (AGE_CHUNKS + 1) + CHUNK)
 
 
 def test_ageing_delays_short_prompts_by_one_chunk_only():
     long = queued(4000)
-    shorts = {100 * n + 1: queued(100, 10_000 * n) for n in range(1, 100)}
+    shorts = {200 * n + 1: queued(100, 10_000 * n) for n in range(1, 100)}
     ends = simulated({0: long} | shorts)
     waits = [ends[each] - at for at, each in shorts.items()]
-    assert max(waits) <= 3 * CHUNK + 9 * 100
+    assert max(waits) <= 2 * CHUNK + AGE_CHUNKS * 100
 
 
 def test_ageing_starts_anew_with_the_next_oldest_prompt():
@@ -89,11 +89,11 @@ def test_ageing_starts_anew_with_the_next_oldest_prompt():
     for each in (first, second, third):
         scheduler.add(each)
         scheduler.record(each, 2000)
-    scheduler.record(second, 2000 - AGE_ROWS + 100)
-    scheduler.record(third, 1800)
+    for n_left in range(1900, 1900 - 100 * AGE_CHUNKS, -100):
+        scheduler.record(second if n_left % 200 else third, n_left)
     assert scheduler.next() is first
     scheduler.remove(first)
-    assert scheduler.next() is second
+    assert scheduler.next() is third
 
 
 def test_an_estimate_of_cached_rows_does_not_count_as_reading():
@@ -101,8 +101,9 @@ def test_an_estimate_of_cached_rows_does_not_count_as_reading():
     long, cached = queued(7000), queued(6900, 10_000)
     scheduler.add(long)
     scheduler.record(long, 7000)
-    scheduler.add(cached)
-    scheduler.record(cached, 50)
+    for each in [cached, *(queued(6900, 20_000 * n) for n in range(1, AGE_CHUNKS))]:
+        scheduler.add(each)
+        scheduler.record(each, 50)
     assert scheduler.next() is cached
 
 
