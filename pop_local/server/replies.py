@@ -57,7 +57,8 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
 
     `pop.reason` explains why the prompt was read in full (null: it was pruned). `pop.reading` is
     null if no rows were prefilled. `pop.is_repeating`: whether the answer was ended because it
-    repeated itself. `pop.ignored` lists JSON schema keywords that were not enforced.
+    repeated itself. `pop.ignored` lists JSON schema keywords that were not enforced, and in
+    /v1/responses also the tools that the prompt omits.
     """
     times = {"queued_s": queued_s} | {name: getattr(stats, name) for name in _TIMES}
     return {
