@@ -2,7 +2,6 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,11 +10,8 @@ from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.console import note, warn
 from pop_local.ui.tables import print_json
-from pop_local.ui.views.speed_table import row_in_words, show_speed
+from pop_local.ui.views.speed_table import show_speed
 from pop_local.ui.watch import stoppable_watch
-
-if TYPE_CHECKING:
-    from pop_local.measure.speed import SpeedRow
 
 # Number of tokens per kernel whose reading takes minutes.
 _N_LONG = 4096
@@ -58,12 +54,7 @@ def bench(
             " to 2 minutes, pass --prompt 512 --repeat 1."
         )
     with stoppable_watch() as watch:
-
-        def show_row(row: "SpeedRow") -> None:
-            if row.n_prompt != options.n_prompts[-1]:  # the output ends with the last row
-                watch.on_note(row_in_words(row))
-
-        speed = workflow.bench(model, measured.sidecar, options, watch, show_row)
+        speed = workflow.bench(model, measured.sidecar, options, watch)
     print_json(speed) if json else show_speed(speed, as_markdown=read.markdown)
     if read.repeat < 2:
         warn("A single pair of runs cannot show timing noise; pass --repeat 3 or more.")

@@ -69,6 +69,14 @@ class SpeedRow:
     upstream_ttft_s: Spread | None = None
     kernels_speedup: Spread | None = None
 
+    @property
+    def in_words(self) -> str:
+        full_s, pop_s = self.full_ttft_s.median, self.pop_ttft_s.median
+        seconds = f"{pop_s:.3g} s with fast reading and {full_s:.3g} s in full"
+        if self.upstream_ttft_s is not None:
+            seconds += f", and llama.cpp in {self.upstream_ttft_s.median:.3g} s"
+        return f"pop-local reads a prompt of {self.n_prompt:,} tokens in {seconds}."
+
 
 @dataclass(frozen=True)
 class Run:
@@ -90,17 +98,18 @@ def measure_speed(
     """Measure each prompt length in `n_rounds` rounds, after a warm-up round.
 
     `upstream` runs a prompt without pop-local's kernels. Progress is reported in prompt tokens
-    after each round, because a round's runs differ in speed. `on_row` receives each finished row.
-    The context must have room for the longest prompt plus N_DECODE tokens. Raises PopError if the
-    backend's counters differ from the plan.
+    after each round, because a round's runs differ in speed. `on_row` receives all rows but the
+    last. The context must have room for the longest prompt plus N_DECODE tokens. Raises PopError if
+    the backend's counters differ from the plan.
     """
     n_ways = 2 if upstream is None else 3
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
     prompts = [text_prompt(model, n_prompt) for n_prompt in n_prompts]
     rows: list[SpeedRow] = []
     for prompt in prompts:
+        if rows:
+            on_row(rows[-1])
         rows.append(_row(model, upstream, prompt, n_rounds, ran))
-        on_row(rows[-1])
     return tuple(rows)
 
 

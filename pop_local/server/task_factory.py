@@ -163,7 +163,7 @@ class TaskFactory:
         if n_prompt >= context.n_ctx:
             hint = f"shorten the prompt, or restart the server with --ctx {larger}"
             if 0 < context.files.n_ctx_train < larger:
-                hint = context.files.untrained_hint(larger)
+                hint = context.files.untrained_hint
             message = (
                 f"the context is too small: the prompt has {n_prompt} tokens, but the prompt"
                 f" and the answer together are limited to {context.n_ctx}; {hint}"

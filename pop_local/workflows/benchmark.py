@@ -81,24 +81,17 @@ class Speed:
     rows: tuple[SpeedRow, ...]
 
 
-def bench(
-    model: str,
-    sidecar: Path | None,
-    options: BenchOptions,
-    watch: Watch,
-    on_row: Callable[[SpeedRow], object] = lambda row: None,
-) -> Speed:
-    """Measure the speed at each prompt length. Raises PopError or StoppedError.
-
-    `on_row` receives each row as soon as it is measured.
-    """
+def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch) -> Speed:
+    """Measure the speed at each prompt length. Raises PopError or StoppedError."""
     with _opened(model, sidecar, options, watch) as (loaded, files):
         backend, kernels = _backend(loaded, options.hardware)
         is_ours = kernels and has_kernels()
         with _upstream(loaded, options, watch) if is_ours else nullcontext((None, None)) as fastest:
             setting, read = fastest
-            advance = watch.stage("Measuring")
-            rows = measure_speed(loaded, options.n_prompts, options.n_pairs, advance, read, on_row)
+            rows = measure_speed(
+                *(loaded, options.n_prompts, options.n_pairs, watch.stage("Measuring"), read),
+                on_row=lambda row: watch.on_note(row.in_words),
+            )
         return Speed(
             model=str(files.path),
             sidecar=str(files.sidecar) if files.sidecar else None,

@@ -50,16 +50,13 @@ class OpenedFiles:
         assert isinstance(n_embd, int), "llama.cpp has loaded the file"
         return n_embd
 
-    def untrained_hint(self, n_ctx: int) -> str:
-        """Return advice for a prompt that needs more tokens than the model was trained on.
-
-        `n_ctx`: a context length in tokens that would hold the prompt.
-        """
-        hint = (
+    @property
+    def untrained_hint(self) -> str:
+        """Advice for a prompt that needs more tokens than the model was trained on."""
+        return (
             "shorten the prompt, or use a model with a longer context; this model was trained on"
-            f" {self.n_ctx_train:,} tokens and is unreliable on longer prompts"
+            f" {self.n_ctx_train:,} tokens and is unreliable on longer prompts, in any context"
         )
-        return hint if 0 < self.n_positions < n_ctx else f"{hint}, even in a context of {n_ctx:,}"
 
     @cached_property
     def shape(self) -> ModelShape:

@@ -42,23 +42,18 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
 
 def too_long(model: EngineOwner, error: ContextFullError) -> PopError:
     """Return a PopError whose hint suggests a sufficient context length."""
-    n_needed = error.n_prompt + error.n_answer
-    if n_larger := larger_ctx(model, n_needed):
+    if n_larger := larger_ctx(model, error.n_prompt + error.n_answer):
         hint = f"use a larger context (--ctx {n_larger}) or shorten the prompt"
     else:
-        hint = model.engine.context.files.untrained_hint(_padded(n_needed))
+        hint = model.engine.context.files.untrained_hint
     return PopError(error.message, hint)
 
 
 def larger_ctx(model: EngineOwner, n_needed: int) -> int | None:
     """Return a larger context length with room to spare, or None if the model supports none."""
-    wanted = _padded(n_needed)
+    wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
     n_ctx = min(wanted, model.engine.context.files.n_ctx_train or wanted)
     return n_ctx if n_ctx >= n_needed and n_ctx > model.engine.context.n_ctx else None
-
-
-def _padded(n_needed: int) -> int:
-    return -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
 
 
 def _fits(session: ChatSession, n_dropped: int, error: ContextFullError) -> bool:

@@ -73,14 +73,11 @@ def _pruning_facts(meta: PopMeta) -> list[Fact]:
         projections += ", distilled"
     return [
         ("Boundary", f"layer {meta.boundary}: prompt tokens skip the last {skipped}"),
-        ("Schedule", meta.schedule),
         ("K/V projections", projections),
         full_fact(meta),
         ("Shortest prompt", f"{meta.min_prompt:,} tokens" if meta.min_prompt else "any"),
         *([budget_fact(meta.budget)] if meta.budget else []),
-        *([("Boundaries tried", meta.budget.tried)] if meta.budget and meta.budget.tried else []),
         *measured_facts(meta),
         ("Converted from", meta.source_name or "unknown"),
         ("Its sha256", meta.source_sha256 or "unknown"),
-        ("Converted by", meta.tool or "unknown"),
     ]

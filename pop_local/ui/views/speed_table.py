@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from pop_local.ui.tables import Column, print_sentence, print_table
 
 if TYPE_CHECKING:
-    from pop_local.measure.speed import SpeedRow
     from pop_local.workflows.benchmark import Speed
 
 
@@ -23,16 +22,7 @@ def show_speed(found: Speed, *, as_markdown: bool = False) -> None:
     print_sentence("")
     print_table([*_columns(found)], found.rows, as_markdown=as_markdown)
     print_sentence("")
-    print_sentence(row_in_words(found.rows[-1]))
-
-
-def row_in_words(row: SpeedRow) -> str:
-    """Return a sentence about one prompt length."""
-    fast, full = row.pop_ttft_s.median, row.full_ttft_s.median
-    seconds = f"{fast:.3g} s with fast reading and {full:.3g} s in full"
-    if row.upstream_ttft_s is not None:
-        seconds += f", and llama.cpp in {row.upstream_ttft_s.median:.3g} s"
-    return f"pop-local reads a prompt of {row.n_prompt:,} tokens in {seconds}."
+    print_sentence(found.rows[-1].in_words)
 
 
 def _columns(found: Speed) -> Iterator[Column]:
