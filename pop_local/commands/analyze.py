@@ -13,7 +13,9 @@ from pop_local.ui.watch import stoppable_watch
 @dataclass(frozen=True)
 class ProbeOptions(Group):
     text: Path | None = option("Text to measure on (default: built-in prose).", "FILE")
-    tokens: int | None = option("Tokens to fit on (default: 1/4 of convert's default).", min=1)
+    tokens: int | None = option(
+        "Number of tokens to fit (default: 1/4 of convert's default).", min=1
+    )
     markdown: bool = option(opt.MARKDOWN, default=False)
 
 

@@ -86,8 +86,8 @@ class FittingOptions(Group):
         "Rule for the words that run through all layers.", default=RowOptions.deep_rows
     )
     tokens: int | None = option(
-        "Tokens to fit on (default: 24 per embedding dimension, but at least 16384). --distill"
-        " uses the same number, but at least 65536.",
+        "Number of tokens to fit (default: 24 per embedding dimension, but at least 16384)."
+        " --distill uses the same number, but at least 65536.",
         min=1,
     )
     memory: float | None = option(

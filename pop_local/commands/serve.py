@@ -182,8 +182,8 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
         _announce_model(served.name, served.model)
     if to.models is not None:
         names = ", ".join(pool.registry.files()) or "none yet"
-        limit = f"using up to {to.ram:g} GiB of memory" if to.ram else "one at a time"
-        note(f"Models in {to.models}, opened on demand, {limit}: {names}.")
+        limit = f"in up to {to.ram:g} GiB of memory" if to.ram else "one at a time"
+        note(f"Models in {to.models}: {names}. They open on demand, {limit}.")
 
 
 def _announce_model(name: str, opened: PopModel) -> None:

@@ -91,7 +91,9 @@ def expanded(path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise PopError(f"cannot find the home folder in {path}", "use an absolute path") from None
+        raise PopError(
+            f"the home folder in {path} does not exist", "use an absolute path"
+        ) from None
 
 
 def load() -> tuple[SettingValue, ...]:

@@ -62,7 +62,7 @@ def download(remote: RemoteFile, target: Path, advance: Progress) -> None:
     the received bytes are kept. Raises PopError.
     """
     if not remote.size_bytes:
-        raise PopError(f"the hub's file {remote.name} is empty", "choose a different file")
+        raise PopError(f"the file {remote.name} on the hub is empty", "choose a different file")
     partial = target.with_suffix(PARTIAL_SUFFIX)
     with download_lock(target):
         # Without a hash, a resumed file could mix parts of two files. If the partial file is a

@@ -48,7 +48,7 @@ def test_the_choice_is_named_an_estimate(model, text):
     ]
     assert row.split("|")[1].strip() == "3"
     assert "2,048 tokens" in done.stdout
-    assert "The balanced budget allows boundary 3" in done.stdout
+    assert "With the balanced budget, layers can be skipped from layer 3" in done.stdout
     assert "estimated from 3 windows" in done.stdout
 
 

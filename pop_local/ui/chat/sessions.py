@@ -67,7 +67,7 @@ def load(chat: Dialogue, name: str) -> None:
             " again with your next question."
         )
     else:
-        chat.screen.note(f"{session.n_cached:,} tokens of the session are cached.")
+        chat.screen.note(f"{session.n_cached:,} session tokens are cached.")
     warn_of_hidden_pictures(chat)
     if chat.model.engine.pruning.mode is not before:
         chat.screen.note(pruning_state(chat.model))

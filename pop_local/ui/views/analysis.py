@@ -74,9 +74,9 @@ def _choice(found: Analysis) -> str:
     if depth is None or depth.quality is None:
         return f"No measured boundary is within the {name} budget."
     return (
-        f"The {name} budget allows boundary {depth.boundary}, for a speedup of up to"
-        f" {depth.speedup_limit:.2f}x (estimated from {depth.quality.n_windows} windows; `convert`"
-        " measures more windows)."
+        f"With the {name} budget, layers can be skipped from layer {depth.boundary}, which allows"
+        f" a speedup of up to {depth.speedup_limit:.2f}x (estimated from {depth.quality.n_windows} windows;"
+        " `convert` measures more windows)."
     )
 
 

@@ -236,7 +236,7 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     assert shown[-1].startswith("# one: 1 turn, ")
     chat, shown = talked(opened(chat_model), "/load one", "/stats", "more?")
     assert shown[1] == "# Loaded one: 1 turn."
-    assert shown[2].endswith(" tokens of the session are cached.")
+    assert shown[2].endswith(" session tokens are cached.")
     assert shown[3] == "> /stats", "pruning was on and still is"
     _, in_another_mode = talked(opened(chat_model), "/full on", "/load one")
     assert in_another_mode[-1].startswith("# Fast reading is on")
@@ -259,7 +259,7 @@ def test_cleared_and_undone_turns_are_not_saved(chat_model, monkeypatch, tmp_pat
     with zipfile.ZipFile(sessions.path("cleared")) as archive:
         assert archive.namelist() == ["session.json"]
     _, shown = talked(opened(chat_model), "/load cleared")
-    assert shown[2] == "# 0 tokens of the session are cached."
+    assert shown[2] == "# 0 session tokens are cached."
 
 
 def test_a_session_of_another_model_is_reported_and_read_again(chat_model, monkeypatch, tmp_path):
