@@ -141,7 +141,7 @@ def test_a_mark_of_its_encoding_is_no_part_of_a_file(file):
 
 def test_the_file_of_an_unknown_user(monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CONFIG", "~nobody-at-all/config.toml")
-    with pytest.raises(PopError, match="home folder in .* does not exist"):
+    with pytest.raises(PopError, match=r"home folder in .* does not exist"):
         load()
 
 
