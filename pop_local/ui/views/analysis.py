@@ -75,8 +75,8 @@ def _choice(found: Analysis) -> str:
         return f"No measured boundary is within the {name} budget."
     return (
         f"With the {name} budget, layers can be skipped from layer {depth.boundary}, which allows"
-        f" a speedup of up to {depth.speedup_limit:.2f}x (estimated from {depth.quality.n_windows} windows;"
-        " `convert` measures more windows)."
+        f" a speedup of up to {depth.speedup_limit:.2f}x (estimated from"
+        f" {depth.quality.n_windows} windows; `convert` measures more windows)."
     )
 
 
