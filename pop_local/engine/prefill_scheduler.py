@@ -8,9 +8,9 @@ import numpy as np
 
 from pop_local.engine.prompt.prompt import Prompt
 
-# The oldest prompt gets at least every fifth chunk, regardless of how many short prompts arrive. We
+# The oldest prompt gets at least every third chunk, regardless of how many short prompts arrive. We
 # do not count rows, because answering a short prompt takes longer than reading it.
-AGE_CHUNKS = 4
+AGE_CHUNKS = 2
 # A prompt waits for another prompt that is about to read at least this many rows for both.
 MIN_SHARED = 256
 _POLL_S = 0.01

@@ -343,9 +343,10 @@ class Worker(threading.Thread):
             if task.reports:
                 counts = {"total": n_prompt, "cache": n_cached, "processed": n_cached + n_done}
                 job.put(Chunk("", progress={**counts, "time_ms": round(job.read_s * 1e3)}))
+            keeps_turn = self._prefills.record(queued, n_rows - n_done)
             if n_done == n_rows:
                 self._prefills.end(queued)
-            elif not self._prefills.record(queued, n_rows - n_done):
+            elif not keeps_turn:
                 with cache.slot.working(pauses=True):
                     self._prefills.wait(queued, lambda: self._is_over(job))
             if 0 < n_done < n_rows and now_s - logged_s >= _LOG_S:

@@ -15,6 +15,7 @@ import pytest
 from pop_local.engine.chat_messages import Chunk
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.llama.devices import has_kernels
+from pop_local.engine.prefill_scheduler import PrefillScheduler
 from pop_local.engine.slot_scheduler import SlotScheduler
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Job, Worker
@@ -116,6 +117,21 @@ def test_short_prompt_is_answered_while_a_long_one_is_read(several):
         [long] = [slot for slot in several.get("/slots").json() if slot["is_processing"]]
         assert 0 < long["n_read"] < long["n_rows"]
         begun(lines)
+
+
+def test_every_chunk_of_a_short_prompt_counts_for_ageing(path, monkeypatch):
+    """A short prompt is read in one chunk, after which the next short prompt is not preferred."""
+    found = []
+    record = PrefillScheduler.record
+
+    def noted(self, prompt, n_left):
+        record(self, prompt, n_left)
+        found.append((len(prompt.prompt), n_left))
+
+    monkeypatch.setattr(PrefillScheduler, "record", noted)
+    with opened(path, n_ctx=N_CTX, n_parallel=2) as model, asking(app_of(model, NAME)) as client:
+        n = chat(client, "a").json()["usage"]["prompt_tokens"]
+    assert found == [(n, n), (n, 0)]
 
 
 def test_disconnect_ends_a_prompt_that_waits_for_its_turn(several):

@@ -77,7 +77,7 @@ def test_a_long_prompt_is_never_starved():
 
 def test_ageing_delays_short_prompts_by_one_chunk_only():
     long = queued(4000)
-    shorts = {200 * n + 1: queued(100, 10_000 * n) for n in range(1, 100)}
+    shorts = {300 * n + 1: queued(100, 10_000 * n) for n in range(1, 60)}
     ends = simulated({0: long} | shorts)
     waits = [ends[each] - at for at, each in shorts.items()]
     assert max(waits) <= 2 * CHUNK + AGE_CHUNKS * 100
