@@ -244,7 +244,7 @@ def skipping_facts(found: SkippableLayers) -> list[Fact]:
     measured = "real models" if found.is_measured else "random models only"
     return [
         ("Can be skipped", layers),
-        ("Still computed", " and ".join(found.left) or "nothing"),
+        ("Still computed", f"{' and '.join(found.left) or 'nothing'} of the skipped layers"),
         ("Projections", projections),
         ("Catching up", f"no: {found.no_refill}" if found.no_refill else "yes"),
         ("Measured on", measured),
