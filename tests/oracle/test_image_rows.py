@@ -174,7 +174,7 @@ def test_rows_of_several_positions_have_no_deep_pass(tmp_path: Path) -> None:
     model = make_gguf(tmp_path / "model.gguf", "qwen2vl")
     read = Step("decode", tokens=random_tokens(20, N_VOCAB), logits="none")
     steps = (Step("boundary", value=5), Step("mode", value=1), Step("keep", value=1), read)
-    with pytest.raises(RuntimeError, match="multiple positions each"):
+    with pytest.raises(RuntimeError, match="several positions each"):
         run(Job(str(model), (*steps, Step("run_deep", tokens=(3, 4)))))
 
 

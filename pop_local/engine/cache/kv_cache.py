@@ -155,7 +155,7 @@ class KvCache:
             raise PopError(
                 "the saved state does not fit this model and context", "read the prompt again"
             )
-        self._must_place = not self.context.window
+        self._must_place = not (self.context.window or self.context.is_recurrent)
         self._tokens[:n] = state.tokens
         self.images = dict(state.images)
         self.rows.take_over(state.is_full, state.positions, is_exact=state.key == FULL)

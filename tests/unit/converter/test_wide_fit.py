@@ -196,6 +196,7 @@ def test_the_first_plan_decides_the_kind_of_all_fits(llama, monkeypatch):
 
     monkeypatch.setattr(fits, "calibrate", calibrate)
     monkeypatch.setattr(fits, "loaded", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(fits, "calibration_text", lambda *_: None)
     cheap, dear = planned(llama, 5), planned(llama, 3)
     monkeypatch.setattr(needs, "MAX_WIDE_COST", fit_cost(cheap, WIDE))
     assert fit_cost(dear, WIDE) > needs.MAX_WIDE_COST

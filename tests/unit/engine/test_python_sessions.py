@@ -230,5 +230,5 @@ def test_saving_while_an_answer_streams_ends_it(model, tmp_path):
 
 
 def test_a_string_as_stops_is_refused(model):
-    with pytest.raises(PopError, match="stops is a string"):
+    with pytest.raises(PopError, match="stops must be a tuple"):
         model.chat(QUESTION, stops="END", **GREEDY)
