@@ -20,8 +20,8 @@ MAX_AUC = 0.6
 N_PLACES, MAX_READ_OUT = 32, 3
 
 
-# The bound takes 2,000 rows for each input, so its test needs a narrow model. The attack on few rows
-# needs a wider one.
+# The bound takes 2,000 rows for each input, so its test needs a narrow model. The attack on few
+# rows needs a wider one.
 NARROW = {"n_layer": 4, "n_embd": 32, "n_head": 1, "n_head_kv": 1, "n_ff": 48}
 WIDER = {"n_embd": 64, "n_head": 2, "n_ff": 96}
 
