@@ -32,6 +32,10 @@ class _Console(Console):
         """Return False for a pipe, even if FORCE_COLOR or TTY_COMPATIBLE is set."""
         return super().is_terminal and (self._force_terminal is not None or self.file.isatty())
 
+    def on_broken_pipe(self) -> None:
+        """Raise the error that print() raises, instead of exiting with 1 as rich does."""
+        raise BrokenPipeError
+
 
 def _console(*, stderr: bool) -> Console:
     # With NO_COLOR, rich keeps bold and dim unless the color system is None.
