@@ -53,7 +53,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.app $(SMOLLM2).gguf
 	@$(BIN)/pop-local demo $(SMOLLM2).gguf
 	@echo
-	@echo "Next: . $(BIN)/activate && pop-local chat"
+	@echo "Next: . $(BIN)/activate && pop-local chat smollm2"
 
 test: lint recipes $(SMOLLM2).gguf $(GEMMA).gguf
 	$(PYTEST) $(ARGS)

@@ -29,7 +29,7 @@ from pop_local.workflows.open import model_files
 
 _PRINTED_PORT = 8080  # the default of `serve`
 _POLL_S = 0.1
-_SERVING = re.compile(r"Serving at (http://\S+/v1)")
+_SERVING = re.compile(r"APIs at (http://\S+/v1)")
 
 
 @expand_options

@@ -126,7 +126,7 @@ def serve_named(
         _announce(pool, to)
         if rules.host not in LOOPBACK and not rules.api_keys:
             warn("Anyone who can reach this machine can use the model; set --api-key.")
-        note(f"Serving at {url}/v1 with a web page at {url}/ (Ctrl-C to stop)")
+        note(f"Serving a web page at {url}/ and APIs at {url}/v1 (Ctrl-C to stop)")
         on_ready(url)
 
     try:

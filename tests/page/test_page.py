@@ -101,9 +101,22 @@ def test_compare_shows_each_time_at_once_and_why_an_answer_ended(fed):
     fed.wait_for_selector(".sides section:first-child .time:text('2.00 s')")
     fed.wait_for_function("() => window.asked.length === 3")
     assert "Starts after" not in fed.text_content(".sides")
-    feed(fed, event("upon"), usage(ttft_s=1.0), done)
+    feed(fed, event("upon"), usage(ttft_s=1.0, n_pruned=9), done)
     fed.wait_for_selector(".sides section:first-child .note:text('repeated itself')")
     fed.wait_for_selector(".ratio:text('2.00 times')")
+
+
+def test_compare_shows_no_speedup_if_nothing_was_pruned(fed):
+    fed.fill("#question", "Hi")
+    fed.click("#compare")
+    done = "data: [DONE]\n\n"
+    feed(fed, event("Hello"), done)  # the warm-up
+    for n_asked, ttft_s in ((2, 2.0), (3, 1.0)):
+        fed.wait_for_function(f"() => window.asked.length === {n_asked}")
+        feed(fed, event("Once"), usage(ttft_s=ttft_s, reading="short"), done)
+    fed.wait_for_selector(".sides section:last-child .time:text('1.00 s')")
+    fed.wait_for_selector(".sides section:last-child .figures:text('too short for fast reading')")
+    assert fed.locator(".ratio").count() == 0
 
 
 def test_escape_stops_and_keeps_the_text(page, server):

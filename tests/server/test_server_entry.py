@@ -178,4 +178,4 @@ def test_command_announces_fast_reading_and_clickable_addresses(model, monkeypat
         shown.append(" ".join(done.stderr.split()))
     assert "tokens and uses fast reading (it skips 4 of 8 layers)." in shown[0]
     assert "tokens and reads prompts in full." in shown[1]
-    assert re.search(r"Serving at (http://[\d.:]+)/v1 with a web page at \1/ \(", shown[0])
+    assert re.search(r"Serving a web page at (http://[\d.:]+)/ and APIs at \1/v1 \(", shown[0])

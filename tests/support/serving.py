@@ -72,7 +72,7 @@ def served(model: Path | str, *arguments: object, changed: str = "") -> Iterator
 
 def _address(process: subprocess.Popen[bytes], log_file: Path) -> str:
     while process.poll() is None:
-        if found := re.search(r"Serving at (http://\S+)/v1", log_file.read_text()):
+        if found := re.search(r"APIs at (http://\S+)/v1", log_file.read_text()):
             return found[1]
         time.sleep(0.05)
     raise AssertionError(log_file.read_text())

@@ -45,7 +45,8 @@ function sideView({ name, text, usage, note, first_s }, waiting, isNext) {
 
 function comparedView(sides, waiting) {
   const [full, pruned] = sides.map(({ usage }) => usage?.pop.ttft_s);
-  const ratio = full && pruned && `The first token came ${(full / pruned).toFixed(2)} times as fast`
+  const isPruned = sides[1]?.usage?.pop.n_pruned > 0;
+  const ratio = full && pruned && isPruned && `The first token came ${(full / pruned).toFixed(2)} times as fast`
     + " with fast reading (measured once, without the cache).";
   const current = sides.find(({ usage }) => !usage);
   return h("div", { className: "body" },
