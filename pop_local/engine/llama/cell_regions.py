@@ -91,12 +91,12 @@ class CellRegions:
         for sequence, first, n in rows:
             while len(self._blocks[sequence]) * BLOCK_CELLS < first + n:
                 self._add_block(sequence)
-        sequences = np.repeat([sequence for sequence, _, _ in rows], sizes)
-        positions = np.concatenate([np.arange(first, first + n) for _, first, n in rows])
-        blocks = [
-            self._blocks[i][at // BLOCK_CELLS] for i, at in zip(sequences, positions, strict=True)
+        positions = [np.arange(first, first + n) for _, first, n in rows]
+        cells = [
+            np.asarray(self._blocks[sequence])[at // BLOCK_CELLS] * BLOCK_CELLS + at % BLOCK_CELLS
+            for (sequence, _, _), at in zip(rows, positions, strict=True)
         ]
-        order = np.argsort(np.asarray(blocks) * BLOCK_CELLS + positions % BLOCK_CELLS)
+        order = np.argsort(np.concatenate(cells))
         for sequence, first, n in rows:
             self._api.llama_memory_seq_rm(self._memory, self._n + sequence, first, first + n)
         try:
@@ -105,8 +105,10 @@ class CellRegions:
             with suppress(PopError):  # another thread is closing the model
                 for sequence, first, _ in rows:
                     self._api.llama_memory_seq_rm(self._memory, sequence, first, -1)
-                for at in order:
-                    self._fill(int(sequences[at]), int(positions[at]), 1)
+                owners = np.repeat([sequence for sequence, _, _ in rows], sizes)
+                at = np.concatenate(positions)
+                for row in order:
+                    self._fill(int(owners[row]), int(at[row]), 1)
                 for sequence, first, _ in rows:
                     self.truncate(sequence, first)
             raise
