@@ -3,7 +3,7 @@
     python tests/bench/measure_speed.py MODEL.gguf --unpatched FOLDER [--skips 1/4,1/3] [--pairs 9]
 
 FOLDER contains upstream's libllama of the same release and flags, built with
-`CMAKE_ARGS=-DUNPATCHED_FLAGS= python patches/llama-cpp-python/tool.py unpatched FOLDER` (the tests'
+`CMAKE_ARGS=-DCOLD_FLAGS= python patches/llama-cpp-python/tool.py unpatched FOLDER` (the tests'
 build of libllama is less optimized). --other FOLDER is another build of the patched library
 instead, such as a wheel's. Two child processes stay open, on one core and one thread: one with the
 unpatched library and llama_cpp's own `Llama.generate`, one with the patched library and PopModel.
