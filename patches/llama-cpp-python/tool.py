@@ -1,7 +1,7 @@
 """Commands for the Makefile.
 
-python tool.py key               print the build's key: pin, patches and compiler flags
-python tool.py unpatched FOLDER  build the unpatched libraries into the folder unless up to date
+python tool.py key               print the build key
+python tool.py unpatched FOLDER  build the unpatched libraries into FOLDER unless up to date
 """
 
 import os

@@ -1,1 +1,1 @@
-"""Build llama-cpp-python with pop-local's patches: fetch, extract, patch, and compile it."""
+"""Download llama-cpp-python, apply pop-local's patches, and compile it."""

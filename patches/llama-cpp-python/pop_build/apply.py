@@ -1,5 +1,6 @@
-"""Apply unified diffs (exact context, any offset) to files with LF or CRLF line endings.
+"""Apply unified diffs to files with LF or CRLF line endings.
 
+Context lines must match exactly, but their line numbers may differ from the patch.
 Windows has no `patch` command, and `git apply` silently does nothing inside another repository.
 """
 
@@ -14,14 +15,14 @@ _HINT = "patches/README.md explains how to port a hook to another version of lla
 
 @dataclass(frozen=True)
 class _Text:
-    """A file's lines and, in `ends`, their line terminators. The last terminator may be empty."""
+    """A file's lines. `ends` holds their line terminators, of which the last may be empty."""
 
     lines: tuple[str, ...]
     ends: tuple[str, ...]
 
     @property
     def end(self) -> str:
-        """The most common line terminator."""
+        """The file's most common line terminator."""
         return "\r\n" if self.ends.count("\r\n") > len(self.ends) / 2 else "\n"
 
 
@@ -72,7 +73,7 @@ def _patched(diff: FileDiff, tree: Path, name: str) -> _Text:
 
 
 def _is_applied(diff: FileDiff, tree: Path) -> bool:
-    """Return True if the file contains the new lines of every hunk, in order."""
+    """Return True if the new lines of all hunks appear in the file in order."""
     target = tree / diff.path
     if not target.is_file():
         return False
@@ -94,7 +95,10 @@ def _matches(text: _Text, lines: tuple[str, ...], floor: int) -> list[int]:
 
 
 def _locate(text: _Text, lines: tuple[str, ...], expected: int, floor: int) -> int | None:
-    """Return the index of `lines`: `expected` if it matches, the only match, or None."""
+    """Return `expected` if `lines` match there, or else the index of their only match.
+
+    Returns None if `lines` do not match or match in several places.
+    """
     if not lines:
         return 0 if not text.lines else None
     places = _matches(text, lines, floor)

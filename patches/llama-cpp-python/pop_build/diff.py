@@ -15,7 +15,8 @@ _NO_NEWLINE = "\\ No newline"
 class Hunk:
     """A hunk's lines before and after the change, without line terminators.
 
-    `old_start` counts from 1. `after_open` is true if the new file ends without a newline.
+    `old_start` is a 1-based line number. `after_open` is true if the new file ends without a
+    newline.
     """
 
     header: str
@@ -27,7 +28,7 @@ class Hunk:
 
 @dataclass(frozen=True)
 class FileDiff:
-    """The hunks for one file. `creates` is true if the diff's old path is /dev/null."""
+    """A diff's hunks for one file. `creates` is true if the old path is /dev/null."""
 
     path: str
     creates: bool
@@ -35,7 +36,7 @@ class FileDiff:
 
 
 def parse(text: str, name: str) -> tuple[FileDiff, ...]:
-    """Parse a diff whose paths start with a/ and b/, ignoring any text outside the hunks."""
+    """Parse a diff with a/ and b/ path prefixes, and ignore any text outside its hunks."""
     return _Reader(text.replace("\r\n", "\n").split("\n"), name).files()
 
 
@@ -49,13 +50,11 @@ class _Reader:
         found: list[FileDiff] = []
         while self.at < len(self.lines):
             if self.lines[self.at].startswith(_UNSUPPORTED):
-                raise self._error(
-                    f"the patch contains a line that is not part of a text diff: {self._here()!r}"
-                )
+                raise self._error(f"the patch contains an unsupported line: {self._here()!r}")
             if self._at_file():
                 found.append(self._file())
             elif _HUNK.match(self._here()):
-                raise self._error("a hunk is not preceded by a file header")
+                raise self._error("a hunk has no file header")
             else:
                 self.at += 1
         if not found:
@@ -83,7 +82,7 @@ class _Reader:
         if not hunks:
             raise self._error(f"the patch does not change {new}")
         if old == "/dev/null" and (len(hunks) > 1 or hunks[0].before):
-            raise self._error(f"the patch creates {new}, but its hunks expect existing lines")
+            raise self._error(f"the patch creates {new}, but its hunks change existing lines")
         return FileDiff(self._path(new), old == "/dev/null", tuple(hunks))
 
     def _path(self, new: str) -> str:

@@ -2,7 +2,7 @@
 
 
 class BuildError(Exception):
-    """A build failure that the user can fix. `hint` describes the remedy."""
+    """A build failure that the user can fix. `hint` is the suggested fix."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)

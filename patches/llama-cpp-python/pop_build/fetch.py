@@ -1,4 +1,4 @@
-"""Download the pinned source distribution with pip, cache it, and verify the hash on each use."""
+"""Download the pinned source distribution with pip, cache it, and verify its hash on each use."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ _PIN = re.compile(r"^([A-Za-z0-9_-]+)==(\S+) --hash=sha256:([0-9a-f]{64})$", re.
 
 @dataclass(frozen=True)
 class Pin:
-    """The pinned upstream release, as given by the pip requirement and hash in upstream.txt."""
+    """The upstream release that upstream.txt pins by version and hash."""
 
     name: str
     version: str
@@ -40,7 +40,7 @@ def read_pin(requirement: Path) -> Pin:
 
 
 def cache_folder() -> Path:
-    """Return the cache folder for source distributions on this platform."""
+    """Return this platform's cache folder for source distributions."""
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
@@ -51,7 +51,7 @@ def cache_folder() -> Path:
 
 
 def fetch_or_keep(pin: Pin, instead: Path) -> Path:
-    """Return the sdist in the user's cache or, if the cache is unusable, in `instead`."""
+    """Fetch the sdist into the user's cache, or into `instead` if the cache is unusable."""
     try:
         return fetch(pin, cache_folder())
     except (OSError, RuntimeError):  # no home folder, or no permission to write there
@@ -59,7 +59,7 @@ def fetch_or_keep(pin: Pin, instead: Path) -> Path:
 
 
 def fetch(pin: Pin, folder: Path) -> Path:
-    """Return the path of the source distribution in `folder`, downloading it if necessary."""
+    """Download the source distribution to `folder` if necessary, and return its path."""
     kept = folder / pin.sdist
     if kept.is_file() and _sha256(kept) == pin.sha256:
         return kept
@@ -76,13 +76,13 @@ def check(pin: Pin, sdist: Path) -> None:
         raise BuildError(f"pip succeeded, but did not download {pin.sdist}.", _hint())
     found = _sha256(sdist)
     if found != pin.sha256:
-        raise _other_file(pin, f"its sha256 is {found}")
+        raise _other_file(pin, f"The downloaded file's sha256 is {found}.")
 
 
 def _other_file(pin: Pin, found: str) -> BuildError:
     return BuildError(
-        f"The package index has a {pin.sdist} that differs from the pinned file: {found}."
-        f" The pinned sha256 is {pin.sha256}.",
+        f"The package index has a {pin.sdist} that differs from the pinned file."
+        f" {found} The pinned sha256 is {pin.sha256}.",
         f"Set {SOURCE_VARIABLE} to a trusted copy of the pinned file.",
     )
 
@@ -96,7 +96,7 @@ def _download(pin: Pin, folder: Path) -> None:
     command += ["--progress-bar", "off", "-d", str(folder), "-r", str(pin.requirement)]
     run = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
     if run.returncode != 0 and "DO NOT MATCH THE HASHES" in run.stderr:
-        raise _other_file(pin, "pip found a different hash")
+        raise _other_file(pin, "pip reported a hash mismatch.")
     if run.returncode != 0:
         lines = [line for line in run.stderr.splitlines() if line.strip()]
         # After an unexpected error, the reason is in the last line of a traceback.
@@ -110,8 +110,9 @@ def _download(pin: Pin, folder: Path) -> None:
 
 def _hint() -> str:
     return (
-        "Check the network and pip's index settings (`pip config list` and PIP_INDEX_URL), or set"
-        f" {SOURCE_VARIABLE} to a local source distribution or an extracted tree."
+        "Check your network connection and pip's index settings (`pip config list` and"
+        f" PIP_INDEX_URL). Or set {SOURCE_VARIABLE} to a local source distribution or an"
+        " extracted tree."
     )
 
 

@@ -1,4 +1,4 @@
-"""The PEP 517 build backend: prepare the patched tree and run scikit-build-core in the tree."""
+"""A PEP 517 build backend that runs scikit-build-core in the patched source tree."""
 
 import os
 import shutil
@@ -74,7 +74,7 @@ def get_requires_for_build_sdist(config_settings: Settings = None) -> list[str]:
 
 
 def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
-    """Build an sdist that contains this package and the patches, but not upstream's sources."""
+    """Build an sdist with this package and the patches, but without the upstream sources."""
     with _short_errors():
         hooks = find_hooks(PACKAGE)
         own = recipe(PACKAGE, os.environ)
@@ -105,7 +105,7 @@ def build_editable(
 
 @contextmanager
 def _prepared(config_settings: Settings) -> Iterator[Settings]:
-    """Change to the patched tree and yield the user's settings combined with our defaults.
+    """Change to the patched tree and yield our default settings merged with the user's.
 
     A lock prevents concurrent builds with the same key, because they share the CMake folder.
     """
@@ -146,7 +146,7 @@ def defines(env: Mapping[str, str]) -> dict[str, str]:
 def launchers(env: Mapping[str, str]) -> dict[str, str]:
     """Return CMake definitions for ccache or sccache unless the user configured a launcher.
 
-    llama.cpp's own detection fails if it finds a launcher outside PATH.
+    llama.cpp's own launcher detection breaks the build if the launcher is not on PATH.
     """
     arguments = env.get("CMAKE_ARGS", "")
     if "COMPILER_LAUNCHER" in arguments or "GGML_CCACHE" in arguments:
@@ -172,7 +172,7 @@ def _in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _short_errors() -> Iterator[None]:
-    """Exit with a BuildError's message, because build frontends would show a traceback."""
+    """Exit with a BuildError's message so that build frontends do not show a traceback."""
     try:
         yield
     except BuildError as error:

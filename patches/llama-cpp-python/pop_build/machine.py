@@ -1,4 +1,4 @@
-"""Identify the build machine's CPU, because the compiler optimizes local builds for this CPU."""
+"""Identify the build machine's CPU. Local builds are optimized for this CPU."""
 
 import platform
 import re
@@ -10,7 +10,7 @@ _RELEVANT = re.compile(r"^(?:model name|flags|Features|CPU part)\s*:.*$", re.MUL
 
 
 def cpu() -> str:
-    """Return the CPU's architecture and, if known, the CPU's model and instruction sets."""
+    """Return the CPU's architecture and, if known, its model and instruction sets."""
     parts = [platform.machine()]
     if _CPUINFO.is_file():
         first = _CPUINFO.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]

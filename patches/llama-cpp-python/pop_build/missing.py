@@ -1,4 +1,4 @@
-"""Explain why a GPU build failed, because CMake does not name the missing packages."""
+"""Name the packages that a failed GPU build lacks, because CMake's errors do not."""
 
 import ctypes
 import re
@@ -20,7 +20,7 @@ _REQUIRED = {
     "GGML_VULKAN": {
         "Vulkan_INCLUDE_DIR": "Vulkan's headers (libvulkan-dev)",
         "Vulkan_LIBRARY": "Vulkan's loader (libvulkan-dev)",
-        "Vulkan_GLSLC_EXECUTABLE": "the shader compiler glslc (glslc)",
+        "Vulkan_GLSLC_EXECUTABLE": "the glslc shader compiler (glslc)",
         "SPIRV-Headers_DIR": "SPIR-V's headers (spirv-headers)",
     },
 }
@@ -31,7 +31,7 @@ _ON = ("1", "on", "true", "yes", "y")
 
 
 def explain(cache: Path) -> None:
-    """Raise BuildError if CMake's cache shows a missing dependency."""
+    """Raise BuildError if CMake's cache shows that a dependency is missing."""
     text = cache.read_text(encoding="utf-8") if cache.is_file() else ""
     entries: dict[str, str] = dict(_ENTRY.findall(text))
 
@@ -47,16 +47,16 @@ def explain(cache: Path) -> None:
         ]
         if is_on(option) and lacks:
             raise BuildError(
-                f"CMake did not find the following requirements of {option}: {'; '.join(lacks)}.",
-                "Install these requirements (Debian and NVIDIA package names are in parentheses)"
-                " and build again, or build for the CPU without CMAKE_ARGS.",
+                f"CMake did not find these dependencies of {option}: {'; '.join(lacks)}.",
+                "Install the dependencies (Debian and NVIDIA package names are in parentheses)"
+                " and build again. To build for the CPU, unset CMAKE_ARGS.",
             )
 
 
 def check_architecture(env: Mapping[str, str]) -> None:
     """Raise BuildError if the target GPU of a CUDA build is unknown.
 
-    Without a target, nvcc compiles for its oldest architecture and warns, but pip hides warnings.
+    Without a target, nvcc compiles for its oldest architecture. pip hides nvcc's warning.
     """
     given = {name: value.lower() for name, value in _DEFINE.findall(env.get("CMAKE_ARGS", ""))}
     # A portable build covers every architecture.

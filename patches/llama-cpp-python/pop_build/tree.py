@@ -1,4 +1,4 @@
-"""Prepare the patched source tree: compute the build's key, extract the source, and patch it."""
+"""Extract and patch the source tree, and compute its build key."""
 
 import hashlib
 import os
@@ -69,7 +69,7 @@ class Recipe:
 
 
 def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
-    """Return the recipe for this package and environment. Raises BuildError on bad settings."""
+    """Return this environment's build recipe. Raises BuildError for invalid settings."""
     source = Path(env[SOURCE_VARIABLE]).expanduser() if env.get(SOURCE_VARIABLE) else None
     if source is not None and not source.is_absolute():
         raise BuildError(
@@ -89,19 +89,19 @@ def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
 
 
 def find_hooks(package: Path) -> Path:
-    """Return the folder with llama.cpp's patches (in an sdist, it is inside the package)."""
+    """Return the folder with the llama.cpp patches (inside the package in an sdist)."""
     for folder in (package / "llama.cpp", package.parent / "llama.cpp"):
         if any(folder.glob("*.patch")):
             return folder
     raise BuildError(
         f"The patches for llama.cpp are missing next to {package}.",
-        "Build from a complete clone with pip 21.3 or newer (`python -m pip install -U pip`),"
-        " because older versions copy the package without its sibling folders.",
+        "Build from a complete clone with pip 21.3 or newer (`python -m pip install -U pip`)."
+        " Older versions copy the package without its sibling folders.",
     )
 
 
 def hook_files(hooks: Path) -> tuple[Path, ...]:
-    """Return the patches and the files to add to llama.cpp, sorted by path."""
+    """Return the patches and the source files to add to llama.cpp, sorted by path."""
     found = (path for path in hooks.rglob("*") if path.suffix in _HOOK_SUFFIXES)
     return tuple(sorted(path for path in found if path.is_file()))
 
@@ -129,7 +129,10 @@ def key(recipe: Recipe) -> str:
 
 
 def prepare(recipe: Recipe) -> Path:
-    """Return the build folder with the patched tree in `src`, reusing an intact existing tree."""
+    """Return the build folder, whose `src` subfolder contains the patched tree.
+
+    An existing tree is reused if it is intact.
+    """
     builds = recipe.package / "build"
     folder = builds / key(recipe)
     stamp = folder / "tree.sha256"
@@ -167,7 +170,8 @@ def _extract(recipe: Recipe, scratch: Path) -> Path:
     if not (tree / "llama_cpp" / "__init__.py").is_file() or not (tree / _LLAMA_CPP).is_dir():
         raise BuildError(
             f"{source} is not a llama-cpp-python source tree.",
-            f"It must contain llama_cpp/__init__.py and the submodule {_LLAMA_CPP.as_posix()}.",
+            f"The tree must contain llama_cpp/__init__.py and the submodule"
+            f" {_LLAMA_CPP.as_posix()}.",
         )
     return tree
 
@@ -202,7 +206,7 @@ def _add(file: Path, target: Path) -> None:
     if target.exists():
         raise BuildError(
             f"llama.cpp already contains a file named {target.name}.",
-            "Rename our file in patches/llama.cpp and in the patches that refer to this file.",
+            "Rename our file in patches/llama.cpp and update the patches that refer to it.",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, target)
@@ -213,14 +217,14 @@ def _set(path: Path, field: str, value: str) -> None:
     text, n = pattern.subn(f'{field} = "{value}"', path.read_text(encoding="utf-8"))
     if n != 1:
         raise BuildError(
-            f'{path.name} does not contain exactly one line of the form {field} = "...".',
-            "Change pop_build/tree.py so that it sets the field in the new location upstream.",
+            f'{path.name} must contain exactly one line of the form {field} = "...".',
+            "Update pop_build/tree.py for the field's new location upstream.",
         )
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _fingerprint(source: Path) -> str:
-    """Hash the files' names, sizes and times, because hashing 200 MB of content is slow."""
+    """Hash file names, sizes and modification times, because hashing 200 MB of data is slow."""
     digest = hashlib.sha256()
     for path in _files(source):
         stat = path.lstat()

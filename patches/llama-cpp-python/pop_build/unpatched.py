@@ -1,4 +1,4 @@
-"""Build unpatched llama.cpp libraries from the same release and flags, for comparison in tests."""
+"""Build unpatched llama.cpp libraries with the same release and flags for comparison tests."""
 
 import os
 import shutil
@@ -15,9 +15,9 @@ _IN_WHEEL = "llama_cpp/lib/"
 
 
 def build_unpatched(package: Path, target: Path) -> bool:
-    """Build the libraries in the folder `target`; return False if they were already up to date.
+    """Build the libraries into the folder `target`. Return False if they were up to date.
 
-    To make an installed llama_cpp load the libraries, set LLAMA_CPP_LIB_PATH to `target`.
+    Set LLAMA_CPP_LIB_PATH to `target` to make an installed llama_cpp load these libraries.
     """
     env = os.environ | {UNPATCHED_VARIABLE: "1"}
     wanted = key(recipe(package, env))

@@ -115,7 +115,7 @@ def test_hunk_that_fits_before_the_previous_one_is_refused(tree, tmp_path):
         (DIFF.replace("-15,3", "-15,9"), "ends in the middle of the hunk"),
         (DIFF.replace("-3,4", "-3,2"), "does not match the line counts"),
         (DIFF.replace("b/src/a.cpp", "/dev/null"), "deletes a/src/a.cpp"),
-        ("rename from src/a.cpp\n" + DIFF, "is not part of a text diff"),
+        ("rename from src/a.cpp\n" + DIFF, "contains an unsupported line"),
         (DIFF.replace("src/a.cpp", "src/z.cpp"), "but the file does not exist"),
         ("--- a/src/a.cpp\n+++ b/src/a.cpp\n@@ -4,0 +5 @@\n+x\n", "no context lines"),
     ],
