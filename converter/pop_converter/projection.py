@@ -4,10 +4,10 @@ from enum import Enum
 
 
 class Projection(str, Enum):
-    """A kind of projection, as named in the key `pop.projection` and on the command line.
+    """A kind of projection. The key `pop.projection` and the command line use its value.
 
-    OWN uses the layers' own projections and does not add tensors. FITTED is a least-squares fit on
-    the boundary state. WIDE is a least-squares fit on more inputs (fit/wide.py).
+    OWN uses the layers' own projections and adds no tensors. FITTED is a least-squares fit on the
+    boundary state. WIDE is a least-squares fit on additional inputs (fit/wide.py).
     """
 
     OWN = "own"

@@ -1,1 +1,1 @@
-"""A model's layers, and the layers that prompt tokens can skip."""
+"""Read a model's layer sizes, and find the layers that prompt tokens can skip."""

@@ -1,4 +1,4 @@
-"""Read a model's `ARCH.*` keys and check them against llama.cpp's requirements."""
+"""Read a GGUF file's architecture keys and check them against llama.cpp's requirements."""
 
 from pop_converter.architecture.arch_names import (
     DOUBLE_INNER,
@@ -39,7 +39,7 @@ def trained_ctx(header: Header) -> int | None:
 
 
 def require_loadable(header: Header) -> None:
-    """Raise FormatError for the first key that would make llama.cpp abort the process."""
+    """Raise FormatError if a key's value would make llama.cpp abort the process."""
 
     def numbers(name: str) -> list[float]:
         value = header.of_arch(name)
@@ -91,7 +91,7 @@ def require_loadable(header: Header) -> None:
 
 
 class ArchKeys:
-    """Reader for the `ARCH.*` keys of a model to prune."""
+    """Reader for a model's architecture keys, such as `llama.block_count`."""
 
     def __init__(self, header: Header) -> None:
         """Raise FormatError or UnsupportedArchitectureError if the model cannot be pruned."""
@@ -115,7 +115,7 @@ class ArchKeys:
         return FormatError(f"{self.header.path}: {problem}", "download the file again")
 
     def number(self, name: str, default: int | None = None) -> int:
-        """Return a key's integer or flag, or the first item of its array. Raises FormatError."""
+        """Return a key's integer or Boolean, or an array's first item. Raises FormatError."""
         value = self.header.of_arch(name)
         if isinstance(value, tuple):
             value = value[0] if value else None
@@ -128,7 +128,7 @@ class ArchKeys:
 
     @property
     def is_mrope(self) -> bool:
-        """True if each row has multiple positions (M-RoPE)."""
+        """True if each token has multiple positions (M-RoPE)."""
         if self.arch not in SEVERAL_POSITIONS:
             return False
         sections = self.header.of_arch("rope.dimension_sections")
@@ -136,7 +136,7 @@ class ArchKeys:
         return len(items) == 2 and all(isinstance(item, int) and item > 0 for item in items)
 
     def windows(self, n_layer: int) -> tuple[int, ...]:
-        """Return each layer's attention window in tokens (0: unlimited attention)."""
+        """Return each layer's attention window in tokens (0: no window)."""
         tokens = self.number("attention.sliding_window", WINDOWS.get(self.arch, 0))
         name = "attention.sliding_window_pattern"
         pattern = self.header.of_arch(name)

@@ -1,30 +1,30 @@
 """Architecture properties that GGUF files do not record.
 
-The names come from llama.cpp's src/llama-arch.cpp. Unlisted ones are ordinary decoders.
+The names come from llama.cpp's src/llama-arch.cpp. Unlisted architectures are ordinary decoders.
 """
 
 import re
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
+    return tuple(text.split("|"))
 
 
 # Architectures that do not read prompts token by token, or whose layers cannot be skipped.
 REFUSED = {
     **dict.fromkeys(
         _names(
-            "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert"
-            " gemma-embedding llama-embed t5encoder"
+            "bert|modern-bert|nomic-bert|nomic-bert-moe|neo-bert|jina-bert-v2|jina-bert-v3|eurobert"
+            "|gemma-embedding|llama-embed|t5encoder"
         ),
         "the model is an encoder, which does not generate text",
     ),
     **dict.fromkeys(
-        _names("dream llada llada-moe rnd1"),
+        _names("dream|llada|llada-moe|rnd1"),
         "the model is a diffusion model, which reads the whole text at every step",
     ),
     **dict.fromkeys(
-        _names("eagle3 dflash gemma4-assistant"), "the model is a draft model for another model"
+        _names("eagle3|dflash|gemma4-assistant"), "the model is a draft model for another model"
     ),
     "t5": "the model has an encoder and a decoder",
     "clip": "the model is an image encoder",
@@ -38,11 +38,11 @@ REPEATED = ("hrm_text",)
 # Architectures whose K and V cannot be fitted even though their tensors have the usual names.
 UNFITTED = {
     **dict.fromkeys(
-        _names("cogvlm gemma4 graniteswitch mimo2 openelm plamo2 plamo3"),
+        _names("cogvlm|gemma4|graniteswitch|mimo2|openelm|plamo2|plamo3"),
         "the model computes K and V in an unusual way",
     ),
     **dict.fromkeys(
-        _names("cohere2 cohere2moe command-r dbrx"),
+        _names("cohere2|cohere2moe|command-r|dbrx"),
         "the model uses layer norm instead of RMS norm",
     ),
     "gemma3n": "the state has multiple streams",
@@ -50,8 +50,8 @@ UNFITTED = {
 
 # Architectures with multiple positions per row (M-RoPE) if the file has RoPE sections.
 SEVERAL_POSITIONS = _names(
-    "bailingmoe3 glm4 glm4moe hunyuan_vl paddleocr qwen2vl qwen35 qwen35moe qwen3tts qwen3vl"
-    " qwen3vlmoe qwen4exp"
+    "bailingmoe3|glm4|glm4moe|hunyuan_vl|paddleocr|qwen2vl|qwen35|qwen35moe|qwen3tts|qwen3vl"
+    "|qwen3vlmoe|qwen4exp"
 )
 # Architectures for which llama.cpp asserts that RoPE covers the whole head.
 TURNS_ALL = re.compile(

@@ -1,4 +1,4 @@
-"""A model's tensors by layer, and the layer sizes derived from them."""
+"""Group a model's tensors by layer and derive each layer's sizes."""
 
 import re
 
@@ -15,7 +15,7 @@ _LIGHTNING = {"attn_norm_2", "attn_gate"}
 
 
 class LayerTensors(dict[str, TensorInfo]):
-    """A layer's tensors by name, without the prefix `blk.N.` and the suffix `.weight`."""
+    """A layer's tensors by name. The names omit the prefix `blk.N.` and the suffix `.weight`."""
 
     def rows(self, name: str) -> int:
         return self[name].dims[1] if name in self and len(self[name].dims) == 2 else 0
@@ -43,7 +43,7 @@ class LayerTensors(dict[str, TensorInfo]):
 
     @property
     def no_refill(self) -> str:
-        """The reason that the layer cannot be run later, or "" if it can."""
+        """The reason that skipped rows cannot run through the layer later, or "" if they can."""
         if self.is_recurrent:
             return "the recurrent layers keep one state for all rows"
         if any(name.startswith("indexer") for name in self):
@@ -58,8 +58,9 @@ class LayerTensors(dict[str, TensorInfo]):
 
     @property
     def n_neurons(self) -> int:
-        """The number of neurons in a dense gated FFN. Its `ffn_up` tensor may include the gate."""
+        """The number of neurons in a dense gated FFN, or 0 for other FFNs."""
         n_up, n_down = self.rows("ffn_up"), self.inputs("ffn_down")
+
         is_gated = n_up == 2 * n_down if "ffn_gate" not in self else n_up == n_down
         return n_down if is_gated and "ffn_norm" in self else 0
 
@@ -70,9 +71,9 @@ class LayerTensors(dict[str, TensorInfo]):
 
 
 def read_layers(source: Source, n_layer: int, *, repeat: bool) -> list[LayerTensors]:
-    """Return a model's layers, excluding the tensors that a conversion added.
+    """Return a model's layers without the tensors that a conversion added.
 
-    If `repeat` is set, layers without tensors reuse the tensors of earlier layers. Raises
+    If `repeat` is true, a layer without tensors reuses an earlier layer's tensors. Raises
     FormatError if a layer has no tensors.
     """
     path, layers = source.first.path, [LayerTensors() for _ in range(n_layer)]

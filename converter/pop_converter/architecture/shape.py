@@ -1,4 +1,4 @@
-"""A model's layer sizes, read from its keys and tensor table."""
+"""Read a model's layer sizes from its keys and tensor table."""
 
 from dataclasses import dataclass
 
@@ -17,19 +17,19 @@ _RMS_KEY = "attention.layer_norm_rms_epsilon"
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model's layers. Tuples have one entry per layer.
+    """A model's layer sizes. Each tuple has one entry per layer.
 
     `n_q`, `n_k` and `n_v` are the row counts of the attention projections. MLA layers have K rows
-    but no V rows, and layers that do not compute K/V have neither. `n_heads_out` is the width of
-    the heads' output. `n_neurons` is the number of neurons in a dense gated FFN, or 0 for other
-    FFNs. `n_weights` is the number of matrix elements. `windows` contains the attention windows in
-    tokens (0: unlimited). `is_recurrent` marks layers with a recurrent state, which cannot be
-    overwritten row by row. `is_fittable` marks layers whose K and V can be fitted. `is_fused` marks
-    layers with a single tensor for Q, K and V.
+    but no V rows. Layers that do not compute K/V have no K or V rows. `n_heads_out` is the combined
+    output width of the attention heads. `n_neurons` is the number of neurons in a dense gated FFN,
+    or 0 for other FFNs. `n_weights` is the number of weights in the layer's matrices. `windows`
+    contains the attention windows in tokens (0: no window). `is_recurrent` marks layers with a
+    recurrent state, which cannot be overwritten row by row. `is_fittable` marks layers for which
+    K/V projections can be fitted. `is_fused` marks layers with a single tensor for Q, K and V.
 
-    `no_refill` is the reason that the skipped layers cannot be run later, or "" if they can.
-    `exact` is the first layer that reads K/V computed by an earlier layer, or 0 if no layer does.
-    The first `n_deepstack` layers add image features to the state.
+    `no_refill` is the reason that context tokens cannot run through the skipped layers later, or ""
+    if they can. `exact` is the first layer that reuses an earlier layer's K/V, or 0 if no layer
+    does. The first `n_deepstack` layers add image features to the hidden state.
     """
 
     arch: str
@@ -51,24 +51,24 @@ class ModelShape:
     no_refill: str = ""
 
     def n_kv(self, layer: int) -> int:
-        """Return the number of K and V values per token in a layer."""
+        """Return the total number of K and V values per token in a layer."""
         return self.n_k[layer] + self.n_v[layer]
 
     def fits(self, boundary: int) -> bool:
-        """Return True if two or more layers are at or above `boundary`, and all can be fitted."""
+        """Return True if layers `boundary` and up can be fitted (at least two are required)."""
         return boundary < self.n_layer - 1 and all(self.is_fittable[boundary:])
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:
-        """Return the numbers of previous-token values and neurons in a wide fit (fit/wide.py).
+        """Return how many previous-token values and neurons a wide fit (fit/wide.py) uses.
 
-        Both are about a quarter of the state's size (half at most), in whole quantization blocks.
+        Both numbers are multiples of the quantization block size.
         """
         n_prev = max(self.n_embd // 4 // _BLOCK_SIZE, 1) * _BLOCK_SIZE
         n_most = min(self.n_embd // 2, self.n_neurons[boundary])
         return n_prev, n_most // _BLOCK_SIZE * _BLOCK_SIZE
 
     def n_wide(self, boundary: int, projection: Projection) -> int:
-        """Return the number of a wide fit's extra inputs, or 0 for other projections."""
+        """Return the number of extra inputs in a wide fit, or 0 for other projections."""
         return sum(self.wide_inputs(boundary)) if projection == Projection.WIDE else 0
 
 

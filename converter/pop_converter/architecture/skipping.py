@@ -1,4 +1,4 @@
-"""The layers that context tokens can skip, and the work that remains in them."""
+"""Find the layers that context tokens can skip, and the work that remains in these layers."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ _KV, _LATENT, _STATE = "K and V", "compressed K/V", "recurrent state"
 
 @dataclass(frozen=True)
 class SkippableLayers:
-    """The layers that context tokens can skip: `first` to `last`.
+    """The range of layers that context tokens can skip, from `first` to `last`.
 
-    `left` lists what the skipped layers still compute for context tokens. `fits_from` is the first
-    boundary whose projections can be fitted, or None if no fit is possible (`no_fit` is the
-    reason). Context tokens can skip layers `exact` and up without any loss (0: no such layer).
-    `no_refill` is the reason that the skipped layers cannot be run later, or "" if they can.
-    `is_measured` is true if pruning was measured on real models of this architecture.
+    `left` lists what the skipped layers still compute for context tokens. `fits_from` is the lowest
+    boundary at which projections can be fitted. If no fit is possible, `fits_from` is None and
+    `no_fit` is the reason. Skipping layers `exact` and up has no loss (0: no such layer).
+    `no_refill` is the reason that context tokens cannot run through the skipped layers later, or ""
+    if they can. `is_measured` is true if pruning was measured on real models of this architecture.
     """
 
     first: int

@@ -1,12 +1,12 @@
-"""The speedup limit: multiply-accumulates without pruning divided by those with pruning.
+"""Compute the speedup limit, the ratio of multiply-accumulates without and with pruning.
 
 The caller counts a prompt's multiply-accumulates in llama.cpp's graph, from an empty cache to the
 last token's logits. The count covers only matrix products. The limit assumes that products with few
 rows are as efficient as products with many rows.
 
 Fitted projections cost as much as the layers' own projections, or less if the layers' own K and V
-are fused with Q. A *wide* fit (fit/wide.py) also needs extra inputs, which are computed once per
-row and multiplied by weights in each layer after the boundary. This module adds the work of fits.
+are fused with Q. A *wide* fit (fit/wide.py) also computes extra inputs once per row. Each layer
+after the boundary multiplies these inputs by weights. This module adds a fit's cost.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def uncounted(n_prompt: int, boundary: int | None, n_full: int) -> int:
 
 
 def speedup_limit(macs: Macs, n_prompt: int, boundary: int, n_full: int, more: int = 0) -> float:
-    """Return the ratio of full to pruned prefill work. `more` is the fit's work (`fit_macs`)."""
+    """Return the ratio of full to pruned prefill work. `more` is the result of `fit_macs`."""
     n_full = max(1, min(n_full, n_prompt))  # the last row is always full
     return macs(n_prompt, None, n_prompt) / (macs(n_prompt, boundary, n_full) + more)
 
@@ -48,7 +48,7 @@ def wide_weights(shape: ModelShape, boundary: int, projection: Projection) -> in
 
 
 def fit_macs(shape: ModelShape, boundary: int, projection: Projection, n_prompt: int) -> int:
-    """Return the multiply-accumulates that a fit adds (negative if it avoids fused products)."""
+    """Return a fit's extra multiply-accumulates (negative if the fit avoids fused products)."""
     n_unfused = sum(compress(shape.n_q[boundary + 1 :], shape.is_fused[boundary + 1 :]))
     saved = 0 if projection == Projection.OWN else n_unfused * shape.n_embd
     return n_prompt * (wide_weights(shape, boundary, projection) - saved)

@@ -1,4 +1,4 @@
-"""Error types raised by both packages, each with a message, a hint, and a cause."""
+"""Error types for both packages. Most carry a message, a hint and a cause."""
 
 import zlib
 from tokenize import TokenError
@@ -23,9 +23,9 @@ DAMAGED_ARCHIVE = (
 class PopError(Exception):
     """An error with a message for users.
 
-    `hint` describes what callers of the library can do, in terms of parameters instead of commands
-    ("" for no hint). Programs that show their own hints identify the error by `cause` ("" for most
-    errors), and take numbers, names and paths from `fields`.
+    `hint` suggests a fix in terms of function parameters, or is "". A program that shows its own
+    hints can identify the error by `cause` and read numbers, names and paths from `fields`. Most
+    errors have no cause ("").
     """
 
     def __init__(self, message: str, hint: str = "", *, cause: str = "", **fields: object) -> None:
@@ -55,7 +55,7 @@ class UnsupportedArchitectureError(PopError):
 
 
 class PlanError(PopError):
-    """Error for a boundary, skipped share or token count that is invalid for the model."""
+    """Error for a boundary, number of layers or number of tokens that is invalid for the model."""
 
 
 class OutputExistsError(PopError):

@@ -1,4 +1,4 @@
-"""Read a file or pipe by path, waiting only a limited time for a pipe's writer."""
+"""Read a file or a pipe by path. Reading a pipe fails if no process writes to it in time."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""Suggest the known names most similar to an unknown name."""
+"""Suggest known names that are similar to an unknown name."""
 
 import difflib
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ _MOST = 3
 
 
 def nearest_hint(wanted: str, known: Mapping[str, str], listed: str = "") -> str:
-    """Return a hint that suggests the known names most similar to `wanted`, followed by `listed`.
+    """Return a hint with the known names most similar to `wanted`, followed by `listed`.
 
-    If no name is similar, the hint is `listed` alone. `known` maps names to texts for the user.
-    Ignores case.
+    If no name is similar, the hint is only `listed`. `known` maps each name to its display text.
+    The comparison ignores case.
     """
     shown, wanted = {name.lower(): text for name, text in known.items()}, wanted.lower()
     near = difflib.get_close_matches(wanted, shown, n=_MOST, cutoff=_CUTOFF)

@@ -1,4 +1,4 @@
-"""Write files atomically, so that an output file is never incomplete."""
+"""Write files atomically so that an output file is never incomplete."""
 
 import os
 import shutil
@@ -52,8 +52,8 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
 
     If the block raises an exception, the temporary file is removed. If the process is killed, the
     next call for `dst` removes the temporary file. The data is not synced to disk. Raises
-    OutputExistsError if another process created `dst` in the meantime and `force` is false, or
-    WriteError if an I/O error occurs.
+    OutputExistsError if another process has created `dst` and `force` is false. Raises WriteError
+    for an I/O error.
     """
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}{_SUFFIX}")
     remove_leftovers(dst.parent, dst.name)
@@ -71,10 +71,10 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
 
 
 def make_private(folder: Path) -> None:
-    """Create a folder and its missing parents with mode 0700 despite the umask. Raises OSError."""
+    """Create a folder and its missing parents with mode 0700. Raises OSError."""
     for missing in [each for each in (folder, *folder.parents) if not each.exists()][::-1]:
         missing.mkdir(mode=0o700, exist_ok=True)
-        missing.chmod(0o700)
+        missing.chmod(0o700)  # mkdir applies the umask
 
 
 def _exists(message: str) -> OutputExistsError:
@@ -83,7 +83,7 @@ def _exists(message: str) -> OutputExistsError:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove temporary files left by exited processes, for one output or for all outputs ("")."""
+    """Remove temporary files of exited processes for the output `name` ("": any output)."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
             stem, _, pid = path.name.removesuffix(_SUFFIX).rpartition(".")

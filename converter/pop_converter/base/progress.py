@@ -1,4 +1,4 @@
-"""A task's callbacks to its caller, and a helper that adds up steps."""
+"""Callbacks that report a task's progress, and a helper that adds up step sizes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,16 +39,16 @@ def _ignore(*_: object) -> bool:
 
 @dataclass(frozen=True)
 class Watch:
-    """A task's callbacks, all of which are optional.
+    """Optional callbacks for a task.
 
-    `on_stage(name, unit)` is called when a stage starts, and `on_progress(done, total)` receives
-    its progress in `unit`. `on_left(seconds)` receives the estimated time left for all stages, if a
-    task can estimate it. `on_note(text)` receives information for the user. `on_warning(error)`
-    receives an error that did not stop the work. Tasks call `should_stop` at each progress
-    report and while llama.cpp computes. If `should_stop` returns True, the task raises
-    StoppedError and leaves no output. `may(question)` returns whether the user allows a download
-    from a hub. `refuses(question)` returns True if a user is present and refuses a large download
-    from the catalog.
+    `on_stage(name, unit)` is called when a stage starts. `on_progress(done, total)` receives the
+    stage's progress in `unit`. `on_left(seconds)` receives the estimated time left for all stages,
+    if an estimate is available. `on_note(text)` receives information for the user.
+    `on_warning(error)` receives an error that did not stop the work. Tasks call `should_stop` at
+    each progress report and during llama.cpp's computations. If `should_stop` returns True, the
+    task raises StoppedError and leaves no output. `may(question)` returns True if the user allows a
+    download from a model hub. `refuses(question)` returns True if a user is present and declines a
+    large catalog download.
     """
 
     on_stage: Callable[[str, Unit], object] = _ignore

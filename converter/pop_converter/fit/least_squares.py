@@ -1,17 +1,17 @@
-"""Least-squares fits of skipped layers' K/V projections to the full model's K and V.
+"""Fit skipped layers' K/V projections to the full model's K and V by least squares.
 
-The fit is a weighted least-squares solution in float64, with a ridge penalty toward the layer's own
-projections. The fit needs only Gram matrices. Let x be the normalized boundary state, X = [x, 1], Y
-the full model's K and V, D the diagonal matrix of token weights, and W0 the layer's own
-projections:
+Each fit is a weighted least-squares solution in float64. A ridge penalty pulls the solution toward
+the layer's own projections. The inputs are Gram matrices. Let x be the normalized boundary state,
+and let X = [x, 1]. Y contains the full model's K and V. D is the diagonal matrix of token weights,
+and W0 contains the layer's own projections:
 
     W = W0 + (X'DX + ridge)^-1 X'D (Y - X W0)
 
 The stored weight is W / gain, because the backend multiplies it by gain * x. The ridge is
 proportional to diag(X'DX), so the gain does not affect the solution.
 
-A wide fit (fit/wide.py) has more inputs: X = [x, z, 1]. The ridge pulls the weights of z toward
-zero. A wide fit's sums include the plain fit's sums.
+A wide fit (fit/wide.py) has the additional inputs z, so X = [x, z, 1]. The ridge pulls the weights
+of z toward zero. A wide fit's Gram matrices contain the plain fit's matrices.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ DAMAGED_HINT = "the model file may be damaged: check that the model can answer a
 
 
 class FitError(PopError):
-    """Error for activations that projections cannot be fitted to."""
+    """Error for activations that do not allow a fit."""
 
 
 class KvType(str, Enum):
@@ -64,11 +64,11 @@ class KvType(str, Enum):
 
 @dataclass(eq=False)
 class Gram:
-    """Sums that determine all fits at one boundary.
+    """Gram matrices for all fits at one boundary.
 
     `xx` is X'DX [n_inputs + 1, n_inputs + 1]. `xy` maps layers to X'DY [n_inputs + 1, n_k + n_v].
-    The last input is constant. `n_rows` is the number of rows in the sums. The sums can be float32,
-    since the ridge far exceeds the rounding error.
+    The last input is constant. `n_rows` is the number of rows in the sums. float32 is precise
+    enough, because the ridge far exceeds the rounding error.
     """
 
     xx: Floats
@@ -83,9 +83,9 @@ class Gram:
         return cls(np.zeros((n, n), np.float32), xy)
 
     def add(self, x: Floats, y: Mapping[int, Floats], weights: Floats) -> None:
-        """Add a window's rows: inputs `x` [n, n_inputs + 1] from `with_bias`, and `weights` [n].
+        """Add a window's inputs `x` [n, n_inputs + 1] with token `weights` [n].
 
-        `y` maps the layers in `xy`, and possibly other layers, to K and V [n, n_k + n_v].
+        `y` maps layers, including all layers in `xy`, to K and V [n, n_k + n_v].
         """
         root = np.sqrt(weights)[:, None]
         weighted = x * root
@@ -96,7 +96,7 @@ class Gram:
         self.n_rows += len(x)
 
     def merge(self, other: "Gram") -> None:
-        """Add the sums of other rows, which must have the same inputs and layers."""
+        """Add the sums in `other`, which must have the same inputs and layers."""
         self.xx += other.xx
         for layer, xy in self.xy.items():
             xy += other.xy[layer]
@@ -141,7 +141,7 @@ def with_bias(*inputs: Floats) -> Floats:
 
 
 def token_weights(mass: Floats) -> Floats:
-    """Return token weights [n] for the attention `mass` [n] received from later tokens."""
+    """Return token weights [n] from the attention `mass` [n] that each token receives."""
     mean = float(mass.mean())
     if mean <= 0:
         return np.ones_like(mass)
@@ -150,10 +150,10 @@ def token_weights(mass: Floats) -> Floats:
 
 
 def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -> KvProjection:
-    """Fit a layer's projections, starting from `own`: its own projections or an earlier fit.
+    """Fit a layer's projections, starting from its own projections or an earlier fit (`own`).
 
     `ridge` is the strength of the pull toward `own`, relative to the diagonal of X'DX. Raises
-    FitError if the sums are not finite or their matrix is singular.
+    FitError if the sums are not finite or X'DX is singular.
     """
     xy = gram.xy[layer]
     if not (np.isfinite(gram.xx).all() and np.isfinite(xy).all()):
@@ -180,7 +180,7 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
 
 
 def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
-    """Return the ridge for each input, relative to its diagonal element in X'DX."""
+    """Return each input's ridge, relative to the input's diagonal element in X'DX."""
     seen = gain**2 * xx.diagonal()[: gain.size]
     weak = _WEAK_INPUT * seen.mean()
     raised = np.maximum(1, weak / np.maximum(seen, 1e-30 * weak + 1e-300))
@@ -189,7 +189,7 @@ def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
 
 
 def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
-    """Return (xx + diag(ridge * diag(xx)))^-1 rest, overwriting `xx`.
+    """Solve (xx + diag(ridge * diag(xx))) solution = rest. Overwrites `xx`.
 
     Raises FitError if the matrix is numerically singular.
     """
@@ -213,7 +213,7 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
 
 
 def _solve_triangles(lower: Doubles, x: Doubles) -> None:
-    """Replace x with (lower lower')^-1 x, in blocks, since numpy has no triangular solver."""
+    """Replace x with (lower lower')^-1 x. Solves in blocks, as numpy has no triangular solver."""
     parts = [slice(at, at + _BLOCK) for at in range(0, len(x), _BLOCK)]
     for part in parts:
         x[part] -= lower[part, : part.start] @ x[: part.start]

@@ -1,4 +1,4 @@
-"""A model's dequantized tensors, and its layers' own K/V projections."""
+"""Dequantize a model's tensors, and read its layers' own K/V projections."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ class KvProjection:
 
     `weight` [n_k + n_v, n_embd] is multiplied by gain * x, where x is the normalized input and
     `gain` [n_embd] is the weight of attn_norm. `bias` is [n_k + n_v]. `wide` [n_k + n_v, n_wide] is
-    multiplied by a wide fit's extra inputs (fit/wide.py), and is None for other projections.
+    multiplied by a wide fit's extra inputs (fit/wide.py). It is None for other projections.
     """
 
     gain: Floats
@@ -31,9 +31,9 @@ class KvProjection:
 
 
 class Weights:
-    """A source's tensors by name, dequantized to float32 on access.
+    """A model's tensors by name. Access to a tensor dequantizes it to float32.
 
-    Accessing a tensor raises FormatError if it is missing or its type cannot be dequantized.
+    Access raises FormatError if the tensor is missing or its type cannot be dequantized.
     """
 
     def __init__(self, source: Source) -> None:
@@ -48,7 +48,7 @@ class Weights:
         return self.rows(name, slice(None))
 
     def names(self, prefix: str) -> tuple[str, ...]:
-        """Return the tensor names that start with `prefix`, without the prefix."""
+        """Return the names of tensors that start with `prefix`, with the prefix removed."""
         return tuple(name[len(prefix) :] for name in self._places if name.startswith(prefix))
 
     def rows(self, name: str, numbers: NDArray[np.integer[Any]] | slice) -> Floats:
@@ -80,7 +80,7 @@ class Weights:
                 self.rows(name, slice(1))
 
     def own_projection(self, layer: int, n_k: int, n_v: int) -> KvProjection:
-        """Return a layer's own K/V projections. `n_k` and `n_v` locate them in a fused tensor."""
+        """Return a layer's own K/V projections, which have `n_k` and `n_v` rows."""
         n_kv = n_k + n_v
         gain = self[f"blk.{layer}.attn_norm.weight"]
         if f"blk.{layer}.attn_qkv.weight" in self:

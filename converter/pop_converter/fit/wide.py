@@ -1,15 +1,13 @@
-"""Inputs of wide fits, whose projections read more than the token's own boundary state.
+"""Compute a wide fit's additional inputs z = [p, a] from the normalized boundary state x.
 
-In addition to x, the normalized boundary state, the projections of later layers read z = [p, a]:
-
-- p is the previous token's x, reduced to a quarter of its size by PCA. Attention in the skipped
-  layers copies information from the previous token (induction), which the token's own state lacks.
+- p is the previous token's x, which PCA reduces to a quarter of its size. In the full model,
+  attention in the skipped layers copies information from the previous token (induction). A token's
+  own boundary state lacks this information.
 - a is the output up * act(gate) of the strongest neurons in the boundary layer's FFN, applied to x.
-  A neuron's strength is the power that it adds to the layer's output. Neurons are scaled to unit
-  variance and clamped, since outliers would ruin some results. For a mixture of experts, a is
-  empty.
+  A neuron's strength is the power that it adds to the layer's output. Outputs are scaled to unit
+  variance and clamped, because outliers can ruin results. For a mixture of experts, a is empty.
 
-The first token of a ubatch counts as its own predecessor (docs/notebook/wide-fits.md).
+The first token of a ubatch has no predecessor, so its own x is used (docs/notebook/wide-fits.md).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +27,7 @@ _MOST_NEURON = 5.0  # in standard deviations
 
 @dataclass(frozen=True)
 class Neurons:
-    """FFN neurons with weights `gate` and `up` [n, n_embd], applied to x * `gain` [n_embd]."""
+    """FFN neurons with weights `gate` and `up` [n, n_embd] and the input x * `gain` [n_embd]."""
 
     gain: Floats
     gate: Floats
@@ -49,7 +47,7 @@ class Neurons:
 
 @dataclass(frozen=True)
 class WideInput:
-    """The map from x to z: PCA axes `previous` [n_prev, n_embd] and scaled neurons."""
+    """A map from x to z with PCA axes `previous` [n_prev, n_embd] and scaled neurons."""
 
     previous: Floats
     neurons: Neurons | None
@@ -114,7 +112,7 @@ def decode_input(
 
 
 def _spread(windows: Iterable[Floats]) -> NDArray[np.float64]:
-    """Return the standard deviation [n] over all rows, holding one window in memory at a time."""
+    """Return the standard deviation [n] over all rows. Keeps only one window in memory."""
     n_rows, total, squares = 0, np.zeros(1), np.zeros(1)
     for window in windows:
         n_rows += len(window)

@@ -1,4 +1,4 @@
-"""Content of a GGUF file to write: a new header, and data copied from other files.
+"""Build a GGUF file from a new header and data copied from other files.
 
 The source's keys and tensor data are copied byte for byte.
 """
@@ -32,7 +32,7 @@ Write = Callable[[memoryview], object]
 
 @dataclass(frozen=True)
 class FileRange:
-    """A byte range of an existing file, followed by `n_zeros` zeros in the output."""
+    """A byte range of an existing file. In the output, `n_zeros` zeros follow it."""
 
     path: Path
     start: int
@@ -42,7 +42,7 @@ class FileRange:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to add, with encoded `data`. `dims` are in ggml's order (row length first)."""
+    """A tensor to add, with encoded `data`. `dims` use ggml's order (row length first)."""
 
     name: str
     dims: tuple[int, ...]
@@ -52,11 +52,11 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Content:
-    """The content of a file to write. By default, it has no keys or tensors.
+    """The content of a GGUF file to write. By default, it has no keys or tensors.
 
-    `keys` and `tensors` are the raw bytes of the two tables. `ranges` are the byte ranges to copy.
-    `data_end` is the end of the last copied tensor, in bytes from the start of the data. `added` is
-    the padding and the new tensors that follow the copied data.
+    `keys` and `tensors` are the raw bytes of the key and tensor tables. `ranges` are the byte
+    ranges to copy. `data_end` is the end of the last copied tensor, in bytes from the start of the
+    data. `added` is the padding and the new tensors after the copied data.
     """
 
     version: int = VERSIONS[-1]
@@ -78,7 +78,7 @@ class Content:
 
     @property
     def data_bytes(self) -> int:
-        """The number of bytes copied from other files, including the zeros after each range."""
+        """The size in bytes of the copied ranges, including the zeros after each range."""
         return sum(source_range.size_bytes + source_range.n_zeros for source_range in self.ranges)
 
     @property
@@ -117,7 +117,7 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
 
 
 def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: int) -> Content:
-    """Return the content without `tensors`, which must be the last rows of the table.
+    """Return the content without `tensors`, which must be the last rows of the tensor table.
 
     `size_bytes` is the file's size without `tensors`. Raises FormatError if the removal fails.
     """
@@ -139,7 +139,7 @@ def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: in
 
 
 def read_content(source: Source, *, without: str) -> Content:
-    """Return a source's content with its parts joined, dropping keys that start with `without`.
+    """Join a source's parts and return the content without keys that start with `without`.
 
     Raises FormatError if bytes between the tensor table and the data would be lost.
     """
@@ -168,7 +168,7 @@ def read_content(source: Source, *, without: str) -> Content:
 
 
 def _joined(content: Content, source: Source) -> Content:
-    """Return the content with the tensors of all parts, each padded to the alignment."""
+    """Return the content with the tensors of all parts. Each tensor is padded to the alignment."""
     rows, ranges, offset = [], [], 0
     for part in source.parts:
         for tensor in part.tensors:
@@ -190,8 +190,8 @@ def _encode_tensor(tensor: TensorInfo | NewTensor, offset: int) -> bytes:
 def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran) -> str:
     """Pass the copied data to `write`, and return the sha256 of `hashed_header` and the data.
 
-    The sha256 is a hex string. `advance` is called with the number of bytes in each step. Raises
-    FormatError if a source cannot be read, and propagates any error that `write` raises.
+    The sha256 is a hex string. `advance` receives the number of bytes in each step. Raises
+    FormatError if a source cannot be read. Propagates errors from `write`.
     """
     digest, buffer = hashlib.sha256(hashed_header), memoryview(bytearray(CHUNK_BYTES))
     for source_range in content.ranges:
@@ -203,10 +203,10 @@ def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran
 
 
 def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool:
-    """Return True if `written` contains exactly the data of `content` starting at byte `start`.
+    """Return True if `written` contains exactly the data of `content` from byte `start` on.
 
-    `advance` is called with the number of bytes in each step. Raises FormatError if a source cannot
-    be read, and OSError if `written` cannot be read.
+    `advance` receives the number of bytes in each step. Raises FormatError if a source cannot be
+    read, and OSError if `written` cannot be read.
     """
     expected, found = (memoryview(bytearray(CHUNK_BYTES)) for _ in range(2))
     with written.open("rb") as file:

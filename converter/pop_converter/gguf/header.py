@@ -1,4 +1,4 @@
-"""Scan the header of a GGUF file, which contains the keys and the tensor table.
+"""Read the keys and the tensor table in a GGUF file's header.
 
 `gguf.GGUFReader` builds two numpy arrays for each vocabulary entry, which takes too much time and
 memory (Gemma-3-270M: 12 s, 680 MB). A GGUF file consists of a magic number, a version, counts,
@@ -67,7 +67,7 @@ Array = tuple[Scalar, ...]
 
 @dataclass(frozen=True)
 class HeaderKey:
-    """A key's value, its GGUF `type`, and its byte range in the file (including the name)."""
+    """A key's value, GGUF `type`, and byte range in the file (including the name)."""
 
     value: Scalar | Array
     type: int
@@ -79,7 +79,7 @@ class HeaderKey:
 class TensorInfo:
     """A row of the tensor table.
 
-    `dims` are in ggml's order (row length first). `offset` counts from the start of the data.
+    `dims` use ggml's order (row length first). `offset` is in bytes from the start of the data.
     """
 
     name: str
@@ -113,14 +113,14 @@ class Header:
         return None if key is None else key.value
 
     def of_arch(self, name: str) -> Scalar | Array | None:
-        """Return the value of the key `ARCH.name`, such as llama.context_length."""
+        """Return the value of an architecture key, such as `llama.context_length`."""
         return self.get(f"{self.get('general.architecture')}.{name}")
 
 
 class _Cursor:
     """Reader for little-endian values.
 
-    Methods raise FormatError for a read beyond the end of the file or the header's size limit.
+    Methods raise FormatError if a read exceeds the file or the header's size limit.
     """
 
     def __init__(self, view: mmap.mmap, path: Path) -> None:
@@ -323,7 +323,7 @@ def _alignment(path: Path, keys: Mapping[str, HeaderKey]) -> int:
 
 
 def _check_data(header: Header) -> None:
-    """Raise FormatError unless the tensors are contiguous and inside the file (as in llama.cpp)."""
+    """Raise FormatError unless the tensors are contiguous and inside the file, like llama.cpp."""
     expected = 0
     for tensor in header.tensors:
         if tensor.offset != expected:

@@ -1,4 +1,4 @@
-"""A model on disk: one GGUF file, or the parts of a split file."""
+"""Read a model from one GGUF file or from the parts of a split file."""
 
 import hashlib
 import re
@@ -38,7 +38,7 @@ def part_names(stem: str, count: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Source:
-    """Headers of a model's parts in order. Only the first part has the model's keys."""
+    """The headers of a model's parts in order. Only the first part has the model's keys."""
 
     parts: tuple[Header, ...]
 
@@ -109,7 +109,7 @@ def read_source(path: Path) -> Source:
 
 
 def sampled_sha256(source: Source) -> str:
-    """Return a hex sha256 of the headers and each tensor's start, to tell fine-tunes apart."""
+    """Return a hex sha256 that tells fine-tunes apart, over the headers and each tensor's start."""
     digest = hashlib.sha256()
     for header in source.parts:
         with header.path.open("rb") as file:

@@ -1,1 +1,1 @@
-"""POP files: their format, conversion plans, and writers."""
+"""Plan conversions, and read and write POP files."""

@@ -1,6 +1,6 @@
-"""The POP file format: `pop.*` keys in a GGUF file.
+"""Read and write the `pop.*` keys of a POP file, which is a GGUF file.
 
-Stock llama.cpp ignores unknown keys, so it can open POP files that have no added tensors.
+Stock llama.cpp ignores these keys, so it can open POP files that have no added tensors.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ NO_LIMIT = 1e9
 
 
 class DeepRows(str, Enum):
-    """Rules that select context words whose tokens run through all layers, to preserve spelling.
+    """Rules that select context words to run through all layers, which preserves their spelling.
 
     `SPELLING` selects words with a digit, an internal capital, or a symbol between letters. `NAMES`
     also selects words that are capitalized in the middle of a sentence.
@@ -43,18 +43,18 @@ class DeepRows(str, Enum):
 
     @property
     def fewer(self) -> tuple["DeepRows", ...]:
-        """The rules that select fewer rows than this rule, in descending order."""
+        """The rules that select fewer rows than this rule, with the largest selection first."""
         rules = list(DeepRows)
         return tuple(reversed(rules[: rules.index(self)]))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text that a fit was computed on.
+    """The text used for a fit.
 
     `sha256` is the hash of the text, or of the tokens if the model generated some of the text.
-    `weighting` is the kind of token weights ("attention": weighted by the attention received).
-    `n_distilled` is the number of tokens used to train the fit end to end (0: no such training).
+    `weighting` is the kind of token weights ("attention": the attention that a token receives).
+    `n_distilled` is the number of tokens for end-to-end training of the fit (0: no training).
     """
 
     name: str
@@ -67,13 +67,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Measured:
-    """Quality after pruned prefill, compared with full prefill on held-out text. KL is in nats.
+    """Quality of pruned prefill compared with full prefill on held-out text. KL is in nats.
 
     `lookups_n` is the number of look-ups, or 0 if look-ups were not measured. `lookups_full` and
     `lookups_pruned` are the numbers of correct answers after full and pruned prefill.
-    `lookups_lost` counts answers that are correct only after full prefill, and `lookups_gained`
-    counts answers that are correct only after pruned prefill. `lookups_logprob_lost` is the
-    decrease in the log-probability of the correct string, in nats per string.
+    `lookups_lost` counts answers that are correct only after full prefill. `lookups_gained` counts
+    answers that are correct only after pruned prefill. `lookups_logprob_lost` is the decrease in
+    the log-probability of the correct string, in nats per string.
     """
 
     kl_mean: float = 0.0
@@ -98,10 +98,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Budget:
-    """The quality limits that the search applied. `quality` names the limits.
+    """The search's quality limits. `quality` is their name.
 
-    The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio of Measured, and to the share of the
-    full model's correct look-ups that are lost. `tried` lists each measured boundary's verdict.
+    The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio in Measured, and to the share of the
+    full model's correct look-ups that are lost. `tried` lists the result for each boundary.
     """
 
     quality: str
@@ -114,7 +114,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Binding:
-    """The identity of a sidecar's base model: its size and the sha256 of its headers."""
+    """The size and headers' sha256 that identify a sidecar's base model."""
 
     base_bytes: int
     header_sha256: str
@@ -124,12 +124,12 @@ class Binding:
 class PopMeta:
     """POP keys of a converted file or sidecar, with defaults for missing keys.
 
-    `schedule` has one letter per layer: F for layers that every token runs through, S for layers
-    that context tokens skip. A prompt's first `sink_tokens` and last `tail_tokens` tokens run
-    through all layers, as do all tokens of prompts shorter than `min_prompt`. `deep_rows` is the
-    rule for context words that run through all layers. `source_sha256` is the hash of the file that
-    `strip` restores, or of a sidecar's base model, with the parts of a split model joined.
-    `source_bytes` is the size of the restored file if the conversion added tensors, or 0 otherwise.
+    `schedule` has the letter F for each full layer and S for each layer that context tokens skip.
+    A prompt's first `sink_tokens` and last `tail_tokens` tokens run through all layers. Prompts
+    shorter than `min_prompt` are not pruned. `deep_rows` is the rule for context words that run
+    through all layers. `source_sha256` is the hash of the file that `strip` restores, or of a
+    sidecar's base model. The parts of a split model are hashed as one file. `source_bytes` is the
+    size of the restored file if the conversion added tensors, or 0 otherwise.
     """
 
     schedule: str
@@ -153,7 +153,7 @@ class PopMeta:
 
     @property
     def boundary(self) -> int:
-        """First layer that context tokens skip."""
+        """The first layer that context tokens skip."""
         return self.schedule.index("S")
 
     @property
@@ -193,7 +193,7 @@ _SIZE = "_bytes"
 
 
 def pop_meta(header: Header) -> PopMeta | None:
-    """Return a header's POP keys, or None if the header has none.
+    """Return a header's POP keys, or None if it has no such keys.
 
     Raises FormatError if the keys are invalid or contradict the model.
     """
@@ -260,7 +260,7 @@ def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None
             continue
         if type(found[field.name]) is not field.type:
             raise FormatError(
-                f"{header.path}: {prefix}{field.name} is missing or not of type "
+                f"{header.path}: {prefix}{field.name} is missing or is not of type "
                 f"{field.type.__name__}",  # type: ignore[union-attr]
                 CONVERT_AGAIN,
             )
@@ -281,7 +281,7 @@ def _in_range(header: Header, name: str, value: Any) -> Any:
 def _check_schedule(meta: PopMeta, header: Header) -> None:
     if not re.fullmatch("F+S+", meta.schedule):
         raise FormatError(
-            f"schedule {meta.schedule!r} must be one or more F's followed by one or more S's",
+            f"schedule {meta.schedule!r} must have one or more F's followed by one or more S's",
             CONVERT_AGAIN,
         )
     n_layer, n_nextn = header.of_arch("block_count"), header.of_arch("nextn_predict_layers") or 0
@@ -295,7 +295,7 @@ def _check_schedule(meta: PopMeta, header: Header) -> None:
 
 
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
-    """Encode a converted file's keys as one bytes object per key."""
+    """Encode each key of a converted file as a bytes object."""
     keys = [
         _encode_key(name, value)
         for name, field, _ in _KEYS
@@ -308,7 +308,7 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
 
 
 def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
-    """Encode a sidecar's keys as one bytes object per key."""
+    """Encode each key of a sidecar as a bytes object."""
     return (
         _encode_key("general.architecture", SIDECAR_ARCH),
         *encode_keys(meta),

@@ -1,4 +1,4 @@
-"""Conversion plans: the layers that context tokens skip, and the tokens that skip no layers."""
+"""Plan which layers context tokens skip, and which tokens run through all layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,12 +23,12 @@ Share = Fraction | int
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned conversion: context tokens skip layers `boundary` and up.
+    """A planned conversion in which context tokens skip layers `boundary` and up.
 
-    `deep_rows` selects the context rows that run through all layers. `deep_share` is the
-    fraction of such rows in ordinary text, or 0 if unknown. `budget` contains the limits that the
-    search applied, or is None if the user chose the boundary. `is_distilled` is true if the fit is
-    also trained end to end. `macs` counts the model's multiply-accumulates.
+    `deep_rows` selects the context rows that run through all layers. `deep_share` is the fraction
+    of rows that it selects in ordinary text, or 0 if unknown. `budget` holds the search's quality
+    limits, or is None if the user chose the boundary. `is_distilled` is true if the fit is also
+    trained end to end. `macs` counts the model's multiply-accumulates.
     """
 
     shape: ModelShape
@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def schedule(self) -> str:
-        """A string with one letter per layer: F below the boundary, S for skipped layers."""
+        """A string with the letter F for each full layer and S for each skipped layer."""
         return "F" * self.boundary + "S" * self.n_skipped
 
     @property
@@ -84,13 +84,13 @@ def parse_skip(text: str) -> Share:
 def boundary_of(shape: ModelShape, skip: Share) -> int:
     """Return the boundary for a number or fraction of skipped layers.
 
-    A fraction is rounded to at least one whole layer. Raises PlanError if no layer would remain.
+    A fraction is rounded to whole layers, at least one. Raises PlanError if no layer would remain.
     """
     if isinstance(skip, Fraction):
         skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
     if skip >= shape.n_layer:
         raise PlanError(
-            f"{skip} of {shape.n_layer} layers cannot be skipped; at least one layer must remain",
+            f"{skip} of {shape.n_layer} layers cannot be skipped: at least one layer must remain",
             f"skip up to {shape.n_layer - 1} layers" if shape.n_layer > 1 else "",
         )
     return shape.n_layer - skip
@@ -109,10 +109,10 @@ def make_plan(
 ) -> Plan:
     """Plan a conversion that skips layers `boundary` and up (None: the last third).
 
-    `min_prompt` is the length in tokens of the shortest prompt to prune (None: twice the number of
-    full rows, a length at which pruning saves half as much as for a long prompt). The plan falls
-    back from `projection` to OWN if a skipped layer cannot be fitted, or if only one layer is
-    skipped, because that layer's own projections are exact.
+    `min_prompt` is the length in tokens of the shortest prompt to prune. By default, it is twice
+    the number of full rows. At this length, pruning saves half as much as for a long prompt. The
+    plan uses OWN instead of `projection` if a skipped layer cannot be fitted. It also uses OWN if
+    only one layer is skipped, because that layer's own projections are exact.
 
     Raises PlanError for an invalid boundary or token count. Raises UnsupportedArchitectureError if
     context tokens already skip these layers without loss.
@@ -150,15 +150,15 @@ def require_prunable(shape: ModelShape) -> None:
     if shape.exact:
         earlier = f", or choose a boundary from 1 to {shape.exact - 2}" if shape.exact > 2 else ""
         raise UnsupportedArchitectureError(
-            f"this {shape.arch} model needs no conversion: context tokens already skip layers"
-            f" {shape.exact} and up (of {shape.n_layer}) without any loss, because these layers"
-            " reuse the K/V of earlier layers",
+            f"this {shape.arch} model needs no conversion: layers {shape.exact} and up (of"
+            f" {shape.n_layer}) reuse the K/V of earlier layers, so context tokens already skip"
+            " these layers without any loss",
             f"use the file unchanged{earlier}",
         )
 
 
 def require_fit(plans: Sequence[Plan]) -> None:
-    """Raise PlanError if a plan needs a fit but none of the plans can be fitted."""
+    """Raise PlanError if fits are needed but none of the plans can have one."""
     if all(plan.projection == Projection.OWN for plan in plans) and any(
         plan.n_skipped > 1 for plan in plans
     ):

@@ -1,4 +1,4 @@
-"""Write and verify a converted file or sidecar, and restore the original of a converted file."""
+"""Write and verify converted files and sidecars, and restore original files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -63,7 +63,7 @@ class FileSizes:
 
 
 def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return a conversion's sizes, excluding padding and the keys for measured quality.
+    """Return a conversion's file sizes without padding and the keys for measured quality.
 
     Raises FormatError for an invalid source.
     """
@@ -76,7 +76,7 @@ def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
 
 
 def stored_bytes(plan: Plan, kind: KvType) -> int:
-    """Return the size of a plan's fitted weights and biases in bytes, or 0 if it has no fit."""
+    """Return the size in bytes of a plan's fitted weights and biases, or 0 without a fit."""
     if plan.projection == Projection.OWN:
         return 0
     n_rows = sum(map(plan.shape.n_kv, plan.fitted_layers))
@@ -101,12 +101,12 @@ def convert(
     force: bool = False,
     binding: Binding | None = None,
 ) -> PopMeta:
-    """Write `src`, a file or a split model's first part, to `dst` with the keys of `plan`.
+    """Copy `src` (a file or a split model's first part) to `dst` with the keys of `plan`.
 
     The written file is then compared with its source byte for byte. `progress` receives the
     number of bytes written and compared. `fitted` is required if the plan has fitted projections.
-    `examine` measures the written file. If `binding` (the identity of `src`) is passed, `dst` is a
-    sidecar, which contains only the keys and the fitted tensors. Return the written keys.
+    `examine` measures the written file. If the caller passes `binding` (the identity of `src`),
+    `dst` is a sidecar with only the keys and the fitted tensors. Returns the written keys.
 
     Raises FormatError, PlanError, OutputExistsError, WriteError, and any error that `examine`
     raises. After an error, an existing `dst` is unchanged and no temporary file remains.
@@ -159,10 +159,10 @@ def _starts_with(path: Path, content: bytes) -> bool:
 def strip(
     src: Path, dst: Path, *, progress: Progress = lambda done, total: None, force: bool = False
 ) -> PopMeta:
-    """Write the original of the converted file `src` to `dst`, with split parts joined.
+    """Restore the original of the converted file `src` to `dst`, and join split parts.
 
-    Return the keys of `src`. Raises FormatError if the restored file's hash differs from
-    `pop.source.sha256`, or OutputExistsError or WriteError if `dst` cannot be written. After an
+    Returns the keys of `src`. Raises FormatError if the restored file's hash differs from
+    `pop.source.sha256`. Raises OutputExistsError or WriteError if `dst` cannot be written. After an
     error, an existing `dst` is unchanged and no temporary file remains.
     """
     source = read_source(src)
@@ -191,13 +191,13 @@ def original(source: Source, meta: PopMeta) -> Content:
 
 
 def _is_restorable(written: Path, content: Content, meta: PopMeta) -> bool:
-    """Return True if a copy contains `meta`, and `strip` would restore the original's header."""
+    """Return True if a copy contains `meta` and `strip` would restore its original header."""
     source = read_source(written)
     return pop_meta(source.first) == meta and original(source, meta).header == content.header
 
 
 def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
-    """Read the model to convert. Raises FormatError, and PlanError if the plan does not match."""
+    """Read the model to convert. Raises FormatError, or PlanError if the plan does not match."""
     source = unconverted(src)
     if source_shape(source) != plan.shape:
         raise PlanError(f"the plan is for a different model than {src}")
@@ -214,7 +214,7 @@ def draft_meta(
     *,
     source_bytes: int = 0,
 ) -> PopMeta:
-    """Return keys of the final length, with placeholders for the hash and the measurement."""
+    """Return keys with placeholders of the same size for the hash and the measured quality."""
     try:
         tool = f"pop-local {version('pop-local')}"
     except PackageNotFoundError:
@@ -242,6 +242,6 @@ def unconverted(src: Path) -> Source:
     if pop_meta(source.first) is not None:
         raise FormatError(
             f"{src} is already converted",
-            "use the original model, which pop_converter.popfile.rewrite.strip restores",
+            "use the original model (pop_converter.popfile.rewrite.strip restores it)",
         )
     return source

@@ -1,7 +1,7 @@
-"""Sidecars: small files with a model's POP keys and added tensors.
+"""Read and write sidecars, which are small files with a model's POP keys and added tensors.
 
-The model is neither copied nor changed. When a sidecar is opened, only the model's size and a hash
-of its headers are compared, since hashing the whole model (`pop.source.sha256`) takes too long.
+The model is neither copied nor changed. Opening a sidecar compares only the model's size and a hash
+of its headers, because hashing the whole model (`pop.source.sha256`) takes too long.
 """
 
 from pathlib import Path
@@ -52,7 +52,8 @@ def existing_sidecar(base: Source) -> Path | None:
 def read_sidecar(path: Path, base: Source) -> PopMeta:
     """Read the POP keys of the sidecar at `path`, which must belong to the model `base`.
 
-    Raises FormatError for a different model's sidecar, wrong tensors, or a converted `base`.
+    Raises FormatError if the sidecar belongs to a different model or has the wrong tensors, or if
+    `base` is a converted model.
     """
     header = read_header(path)
     meta = sidecar_meta(header)
@@ -76,7 +77,7 @@ def read_sidecar(path: Path, base: Source) -> PopMeta:
 
 
 def sidecar_meta(header: Header) -> PopMeta:
-    """Return a sidecar's POP keys for any model. Raises FormatError for other files."""
+    """Return a sidecar's POP keys without checking its model. Raises FormatError."""
     meta = pop_meta(header)
     if meta is None:
         raise FormatError(
@@ -114,7 +115,7 @@ def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:
 
 
 def _check_tensors(header: Header, meta: PopMeta) -> None:
-    """Check the tensors' names. llama.cpp checks the shapes and types when it loads the tensors."""
+    """Check the tensors' names. llama.cpp checks shapes and types when it loads the tensors."""
     layers = range(meta.boundary + 1, meta.n_layer) if meta.is_fitted else ()
     is_wide = meta.projection == Projection.WIDE
     kinds = (".weight", ".bias", *(("_wide.weight",) if is_wide else ()))
@@ -140,7 +141,7 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
 
 
 def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return the sizes of the model and its future sidecar (see `rewrite.measure`)."""
+    """Return the size of the model and the estimated size of its sidecar."""
     source = unconverted(src)
     binding = Binding(source.size_bytes, UNKNOWN_SHA256)
     header = _EMPTY.with_keys(encode_sidecar_keys(draft_meta(plan, source), binding)).header
@@ -148,9 +149,9 @@ def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Fil
 
 
 def write_sidecar(plan: Plan, src: Path, dst: Path, **options: Any) -> PopMeta:
-    """Write a sidecar of `src`, with the options, the result and the errors of `rewrite.convert`.
+    """Write a sidecar for `src`. Takes the options of `rewrite.convert` and raises its errors.
 
-    `src` is read once to compute its hash, and `progress` receives the number of bytes read.
+    `src` is read once to compute its hash. `progress` receives the number of bytes read.
     """
     return convert(plan, src, dst, binding=bind(unconverted(src)), **options)
 
@@ -158,7 +159,7 @@ def write_sidecar(plan: Plan, src: Path, dst: Path, **options: Any) -> PopMeta:
 def write_trial(
     plan: Plan, source: Source, dst: Path, binding: Binding, fitted: Fitted | None
 ) -> None:
-    """Write a temporary sidecar for a measurement, without hashing the model. Raises WriteError."""
+    """Write a temporary sidecar for a measurement. Does not hash the model. Raises WriteError."""
     whole = with_tensors(_EMPTY, fitted.tensors) if fitted else _EMPTY
     written = whole.with_keys(encode_sidecar_keys(draft_meta(plan, source, fitted), binding))
     with replacing(dst, force=False) as file:
