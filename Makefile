@@ -13,6 +13,7 @@
 #   (CATALOG=names for some of them, SIDECAR_name=options for other options, TEXTS=folder of the texts)
 # make wheels: writes the wheels of the backend, pop-local and all their dependencies to dist/
 # make test-wheels: installs only these wheels in a fresh environment, and asks one question
+# make test-distill: installs torch, which takes gigabytes on Linux, and runs the tests that need it
 # make test-page: tests the server's page in an installed browser (docs/server.md)
 # make test-llama-server: runs llama-server's own tests against `pop-local serve` (ARGS="unit/test_basic.py")
 # make test-gpu: compares the GPUs of a GPU build (CMAKE_ARGS, or macOS) with the CPU
@@ -46,7 +47,7 @@ FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check docs site fuzz kills sanitize test-page test-llama-server test-gpu test-vulkan sidecars wheels \
+.PHONY: demo test check docs site fuzz kills sanitize test-distill test-page test-llama-server test-gpu test-vulkan sidecars wheels \
 	test-wheels lint backend \
 	unpatched recipes clean
 
@@ -112,6 +113,13 @@ wheels: | $(VENV)/.ready
 
 test-wheels: | $(SMOLLM2).gguf
 	$(PYTHON) tests/smoke.py $(WHEELS) $(SMOLLM2).gguf
+
+DISTILL_TESTS := tests/unit/research tests/unit/calibration/test_needs.py tests/cli/test_convert_distill.py \
+	tests/cli/test_convert_fit.py tests/real/test_real_quality.py
+test-distill: $(VENV)/.tools | $(SMOLLM2).gguf $(GEMMA).gguf
+	$(BIN)/python -m pip install --quiet --no-compile ".[distill]"
+	@rm -rf build pop_local.egg-info
+	$(PYTEST) $(DISTILL_TESTS) $(ARGS)
 
 test-page: $(VENV)/.tools | $(SMOLLM2).gguf
 	@{ command -v chromium && $(BIN)/python -c "import playwright"; } >/dev/null || \

@@ -163,7 +163,7 @@ def distill(
             warm = min(1.0, (step + 1) / _N_WARM)
             group["lr"] = _STEP * warm * (1 + cos(pi * step / n_steps)) / 2
         optimizer.zero_grad()
-        student.loss(chosen, n_context).backward()  # type: ignore[no-untyped-call]
+        student.loss(chosen, n_context).backward()
         optimizer.step()
         ran(n_step)
     return student.trained()

@@ -29,9 +29,11 @@ FREE_BYTES = 12 * 10**9
 # Prints the estimated and the measured memory of two wide fits, without the modules' memory.
 FITTING = """
 import re, sys, threading, time
+from contextlib import suppress
 from pathlib import Path
 
-import torch  # its builds differ by 140 MB
+with suppress(ImportError):
+    import torch  # its builds differ by 140 MB
 
 from pop_converter.gguf.source import read_source
 from pop_local.calibration.needs import _BASE_BYTES, plan_needs
