@@ -60,7 +60,6 @@ class LayerTensors(dict[str, TensorInfo]):
     def n_neurons(self) -> int:
         """The number of neurons in a dense gated FFN, or 0 for other FFNs."""
         n_up, n_down = self.rows("ffn_up"), self.inputs("ffn_down")
-
         is_gated = n_up == 2 * n_down if "ffn_gate" not in self else n_up == n_down
         return n_down if is_gated and "ffn_norm" in self else 0
 
