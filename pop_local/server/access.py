@@ -35,12 +35,12 @@ _MAX_LOGGED_NAME = 80  # characters
 
 @dataclass(frozen=True)
 class AccessRules:
-    """The rules for accepting requests.
+    """Rules that decide which requests the server accepts.
 
-    If `api_keys` is not empty, requests must carry one of the keys. Otherwise, the server accepts
-    requests to loopback names and to `host`, its listening address. Without keys, the server also
-    refuses web pages from other machines unless `origins` contains their origin (in lowercase). If
-    `shares_cache` is set, a client's prompts may reuse rows that were read for other clients.
+    If `api_keys` is not empty, requests must carry one of the keys. Without keys, the server
+    accepts requests only to loopback names and to `host`, its listening address. Requests from web
+    pages on other machines are then accepted only if `origins` lists the page's origin in
+    lowercase. If `shares_cache` is true, prompts may reuse rows cached for other clients.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -55,13 +55,13 @@ class AccessRules:
         return str(scope["client"][0]) if scope.get("client") else "-"
 
     def cache_scope(self, client: str) -> str:
-        """Return the owner of a client's cached rows ("": shared by all clients and commands)."""
+        """Return the owner of a client's cached rows ("" if clients and commands share them)."""
         is_only = len(self.api_keys) == 1 or client in _ON_THIS_MACHINE
         return "" if self.shares_cache or is_only else client
 
 
 def parse_origin(text: str) -> str:
-    """Return an origin in the form that browsers send. Raises PopError for an invalid origin."""
+    """Normalize an origin to the form that browsers send. Raises PopError for an invalid origin."""
     origin = text.strip().removesuffix("/").lower()
     if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
         raise PopError(
@@ -76,11 +76,11 @@ def parse_origin(text: str) -> str:
 class AccessMiddleware:
     """ASGI middleware that checks, counts and logs each request.
 
-    The metrics count requests to each of `paths` separately. In the scope's state, `client`
-    identifies the client, and `cache_scope` is the owner of its cached rows. `note` is appended to
-    the log line, `client_gone` marks an aborted stream, and `held` is closed after the response. If
-    the requested model does not exist, `requested` is the name in the request, and `answering` is
-    the name of the model that answers instead.
+    The metrics have a separate counter for each path in `paths`. In the scope's state, `client`
+    identifies the client, and `cache_scope` identifies the owner of the client's cached rows.
+    `note` is appended to the log line, and `client_gone` marks an aborted stream. The middleware
+    closes `held` after the response. If the requested model does not exist, `requested` is its
+    name, and `answering` is the name of the model that answers instead.
     """
 
     app: ASGIApp
@@ -136,11 +136,11 @@ class AccessMiddleware:
 
 
 def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
-    """Return the error for a request that the rules reject, or None if they accept the request.
+    """Return an error if the rules reject the request, or None if the rules accept it.
 
-    If no keys are set, the Host header must name this machine, which blocks DNS rebinding, and a
-    web page's origin must be allowed. A server that listens on 0.0.0.0 accepts any IP address in
-    the Host header, because DNS cannot rebind an address.
+    Without keys, the Host header must name this machine, which blocks DNS rebinding. If a web page
+    sent the request, the page's origin must be allowed. A server that listens on 0.0.0.0 accepts
+    any IP address in the Host header, because DNS rebinding requires a host name.
     """
     headers = Headers(scope=scope)
     if "content-length" in headers and "transfer-encoding" in headers:
@@ -179,7 +179,7 @@ def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
 
 
 def sent_key(scope: Scope, rules: AccessRules) -> str | None:
-    """Return the accepted API key that a request carries, or None."""
+    """Return the request's API key, or None if the key is missing or wrong."""
     headers = Headers(scope=scope)
     _, _, bearer = headers.get("authorization", "").partition(" ")
     for sent in (bearer, headers.get("x-api-key", "")):  # x-api-key: Anthropic's clients
@@ -190,7 +190,7 @@ def sent_key(scope: Scope, rules: AccessRules) -> str | None:
 
 
 def _host_name(url: str) -> str:
-    """Return a URL's host name, or "" if the URL has more than a scheme, a name, and a port."""
+    """Return a URL's host name, or "" if the URL has any part besides scheme, host, and port."""
     try:
         parts = urlsplit(url)
         is_more = "@" in parts.netloc or parts.netloc != url.partition("//")[2]

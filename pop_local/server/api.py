@@ -96,7 +96,7 @@ class Api:
     # Models
 
     def require_file(self, request: Request, name: str | None) -> ModelFile:
-        """Return the file of the requested model, or of the default model. Raises ApiError."""
+        """Return the file of the requested or default model. Raises ApiError."""
         file = self.models.find(name)
         if name and file is None:
             if self.models.registry.strict_model:
@@ -110,8 +110,8 @@ class Api:
 
     def unknown_model(self, name: str | None) -> ApiError:
         names = ", ".join(map(repr, self.models.registry.files())) or "no models"
-        prefix = f"no model named {name!r} exists; " if name else ""
-        message = f"{prefix}this server has {names}"
+        known = f"this server has {names}"
+        message = f"no model named {name!r} exists; {known}" if name else known
         return ApiError(404, message, code="model_not_found", param="model")
 
     async def served(self, request: Request, name: str | None) -> ServedModel:
@@ -129,7 +129,7 @@ class Api:
     async def work(
         self, request: Request, served: ServedModel, function: Callable[[], Result]
     ) -> Result:
-        """Call `function` in a thread. Raises ApiError on a disconnect or if the server stops."""
+        """Call `function` in a thread. Raises ApiError on disconnect or shutdown."""
         gone, worker = self._disconnected(request), served.worker
 
         def stoppable() -> Result:
@@ -154,13 +154,13 @@ class Api:
             return await self.work(request, served, lambda: make(served.tasks, body))
 
     async def prepared(self, request: Request, chat: ChatBody) -> tuple[ServedModel, Task]:
-        """Return a chat's model and its first task, without running the task."""
+        """Return the model and the first task for a chat request without running the task."""
         served = await self.served(request, chat.model)
         first, *_ = await self.tasks(request, served, chat, TaskFactory.chat)
         return served, first
 
     async def count(self, request: Request, chat: ChatBody) -> Response:
-        """Return a response with the number of tokens in a chat's prompt."""
+        """Return a response that contains the number of tokens in a chat's prompt."""
         _, task = await self.prepared(request, chat)
         return JSONResponse({"input_tokens": len(task.prompt)})
 
@@ -169,7 +169,7 @@ class Api:
     ) -> Response:
         """Run a request's tasks in order and return the response.
 
-        Other requests may run between tasks.
+        Other requests may run between these tasks.
         """
         served, gone = await self.served(request, body.model), self._disconnected(request)
         form = reply(served, body)

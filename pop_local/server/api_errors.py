@@ -33,7 +33,7 @@ _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: _RETRY, 503: _RETRY}
 class ApiError(HTTPException):
     """An HTTP error response to a refused or failed request.
 
-    `param` is the name of the invalid field, if any. OpenAI's format also includes `figures`.
+    `param` names the invalid field, if any. Replies in OpenAI's format also include `figures`.
     """
 
     figures: Mapping[str, int] = {}
@@ -58,7 +58,7 @@ class ApiError(HTTPException):
         return {"type": "error", "error": {"type": kind, "message": self.detail}}
 
     def response(self, path: str) -> JSONResponse:
-        """Return the response in the format of the API that `path` belongs to."""
+        """Return the error response in the format of the API at `path`."""
         body = self.openai_body
         if path.startswith("/api/"):
             body = {"error": self.detail}
@@ -81,9 +81,9 @@ def stopping() -> ApiError:
 def bad_request(
     param: str | None = None, code: str | None = None, *, grammar_param: str | None = None
 ) -> Iterator[None]:
-    """Convert a PopError raised in the `with` block to an ApiError 400 that names `param`.
+    """Convert a PopError to an ApiError with status 400 that names `param`.
 
-    A GrammarError has the code "invalid_grammar" and, if `grammar_param` is set, names that field.
+    For a GrammarError, the code is "invalid_grammar". If set, `grammar_param` replaces `param`.
     """
     try:
         yield

@@ -47,9 +47,9 @@ log = logging.getLogger("pop_local.server")
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket (port 0: any free port). Raises PopError.
+    """Return a socket that is bound to `port` (0: any free port). Raises PopError.
 
-    The caller binds the socket before opening a model, so a busy port is reported immediately.
+    The caller binds the socket before opening a model in order to report a busy port immediately.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -80,7 +80,7 @@ def serve_models(
 ) -> None:
     """Serve models until a signal arrives, then close the pool and the socket.
 
-    `on_ready` is called with the server's URL once clients can connect. Raises PopError.
+    Calls `on_ready` with the server's URL once clients can connect. Raises PopError.
     """
     try:
         app = create_app(pool, rules)
@@ -105,7 +105,7 @@ def log_to_stderr(formatter: logging.Formatter) -> None:
 
 
 def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
-    """Return the ASGI app for a model pool, whose workers run during the app's lifespan."""
+    """Return a model pool's ASGI app. The workers run during the app's lifespan."""
     api = Api(models)
 
     async def health(request: Request) -> Response:
@@ -161,7 +161,7 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that ends answers on a signal and kills the process if an answer hangs."""
+    """A uvicorn server that ends answers on a signal, and kills the process if an answer hangs."""
 
     models: ModelPool
     end: threading.Timer | None = None
@@ -190,7 +190,7 @@ class _Server(uvicorn.Server):
 def run_app(app: Starlette, listening: socket.socket) -> None:
     """Serve an app until a signal arrives.
 
-    Returns, or raises KeyboardInterrupt, once no thread is using a model.
+    Before it returns or raises KeyboardInterrupt, all threads have stopped using models.
     """
     # Make glibc return freed blocks of 1 MiB and more to the system. By default, glibc raises this
     # threshold to up to 32 MiB and allocates smaller blocks from heaps. Fragmentation by cached

@@ -10,27 +10,27 @@ from pop_local.server.api_errors import ApiError
 
 
 class ClientLimiter:
-    """A limit on concurrent work, in total and per client.
+    """A limiter for concurrent work, with a total limit and a limit per client.
 
-    A request waits for its client's limit first and then for the total limit, so a client with many
-    waiting requests does not delay other clients.
+    Each request waits for the client's limit first, and then for the total limit. A client with
+    many waiting requests therefore does not delay other clients.
     """
 
     def __init__(self, total: float, per_client: int, max_waiting: int) -> None:
-        """`max_waiting`: the maximum number of a client's waiting requests."""
+        """Create a limiter that lets each client have up to `max_waiting` waiting requests."""
         self._per_client, self._max_waiting = per_client, max_waiting
         self._all = CapacityLimiter(total)
         self._shares: WeakValueDictionary[str, CapacityLimiter] = WeakValueDictionary()
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncIterator[None]:
-        """Context manager that waits for the client's turn and holds it (see `wait`)."""
+        """Wait for the client's turn (see `wait`), and end the turn on exit."""
         with ExitStack() as held:
             await self.wait(client, held)
             yield
 
     async def wait(self, client: str, held: ExitStack) -> None:
-        """Wait for the client's turn, which ends when `held` is closed.
+        """Wait for the client's turn. Closing `held` ends the turn.
 
         Raises ApiError if too many of the client's requests are waiting.
         """

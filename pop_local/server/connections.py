@@ -1,4 +1,4 @@
-"""HTTP connections with limits on their number and on the time to receive a request."""
+"""HTTP connections with a maximum number and a time limit for receiving a request."""
 
 import asyncio
 import sys
@@ -29,7 +29,7 @@ def max_connections() -> int:
 class Connection(H11Protocol):
     """An HTTP connection with a time limit for receiving each request.
 
-    At the connection limit, a new connection replaces the one that has been idle longest.
+    At the connection limit, a new connection replaces the longest-idle connection.
     """
 
     _deadline: asyncio.TimerHandle | None = None

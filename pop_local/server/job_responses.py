@@ -104,7 +104,7 @@ class _AnswerParser:
         return [(piece, ()) for piece in rest]
 
     def end(self, state: State, job: Job, last: Chunk) -> AnswerEnd:
-        """Return the answer's finish reason and usage, and set the access log's note.
+        """Return the answer's finish reason and usage, and set the note for the access log.
 
         Raises ApiError if the answer was interrupted.
         """

@@ -29,7 +29,7 @@ _LATEST = ":latest"  # Ollama's default tag, which its clients append
 
 
 class ModelFile(NamedTuple):
-    """A model's file, and the model's name in the APIs."""
+    """A model's file and API name."""
 
     name: str
     path: Path
@@ -74,7 +74,7 @@ class ModelInfo:
 
     @classmethod
     def of_file(cls, file: ModelFile, n_ctx: int | None, n_parallel: int) -> "ModelInfo":
-        """Describe a model's file (`n_ctx` None: the default). Raises PopError if it is damaged."""
+        """Describe a model file (`n_ctx` None: the default). Raises PopError for damaged files."""
         others = (file.path.parent, file.path.with_name(file.path.stem + SIDECAR_SUFFIX))
         states = (_state(path) for path in (file.path, *others, learned_dir()))
         return _described(file, n_ctx, n_parallel, tuple(states))
@@ -96,7 +96,7 @@ class ModelInfo:
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:
-    """Return values that change if a file or a folder's list of names changes (None: missing)."""
+    """Return a value that changes with the file or the folder's list of names (None: missing)."""
     with suppress(OSError):
         stat = path.stat()
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -112,7 +112,7 @@ def _source(path: Path, _file_state: object) -> Source:
 def _described(
     file: ModelFile, n_ctx: int | None, n_parallel: int, states: tuple[object, ...]
 ) -> ModelInfo:
-    """Describe a model's file. `states`: the results of `_state` for all files that are used."""
+    """Describe a model's file. A change in `states` invalidates the cached description."""
     source = _source(file.path, states[0])
     if source.first.get("general.architecture") == ARCHITECTURE:
         raise PopError(f"{file.path} is an mmproj, not a language model")
@@ -128,13 +128,13 @@ def _described(
 
 
 def models_in(folder: Path) -> dict[str, Path]:
-    """Return each model's first file in a folder, keyed by the name that `pop-local list` shows."""
+    """Return the first file of each model in a folder, keyed by its name in `pop-local list`."""
     found = sorted(models_by_name(folder).items(), key=lambda each: each[0].lower())
     return {printable(name): files[0] for name, files in found if "mmproj" not in name}
 
 
 def printable(name: str) -> str:
-    """Escape the undecodable bytes of file names in text, which makes it valid Unicode."""
+    """Escape undecodable bytes from file names to make a text valid Unicode."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 

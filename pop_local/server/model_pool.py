@@ -36,13 +36,13 @@ class ModelRegistry:
 
     `files` returns the current model files by name. `open` opens a file and may raise PopError.
     `make_fitter` returns an open model's fitter, or None if learning is off for the model. `n_ctx`
-    is each model's context length (None: the model's default), and `n_parallel` is each model's
-    number of sequences. `can_see` is true if at least one model may be able to read images.
+    is the context length of each model (None: the model's default). `n_parallel` is the number of
+    sequences per model. `can_see` is true if any model might be able to read images.
 
     `max_waiting` is the maximum queue length. `repeatable` is the default for requests without the
     field `repeatable`. `ram_bytes` limits the total memory of all open models. A model that needs
-    more than `ram_bytes` is opened alone. If `strict_model` is set, requests for unknown models are
-    refused. Otherwise, the default model answers them.
+    more memory than `ram_bytes` is opened alone. If `strict_model` is true, requests for unknown
+    models are refused instead of being answered by the default model.
     """
 
     files: Callable[[], Mapping[str, Path]]
@@ -74,7 +74,7 @@ class ServedModel:
 
     @property
     def is_replaced(self) -> bool:
-        """True if any of the model's files was changed after the model was opened."""
+        """True if any of the model's files changed after the model was opened."""
         return bool(self.model.engine.context.files.replaced)
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class ServedModel:
 
 @dataclass(eq=False)
 class Lease:
-    """A request's claim on a model, which must stay open between `grant` and `end`."""
+    """A request's claim on a model. The model must stay open between `grant` and `end`."""
 
     file: ModelFile
     needed_bytes: int
@@ -124,8 +124,8 @@ class ModelPool:
     def __init__(self, registry: ModelRegistry, default: str = "") -> None:
         """Create a pool with no open models.
 
-        `default` names the model that answers requests without a model name ("": the most recently
-        requested model or, before any request, the first model).
+        The model named `default` answers requests without a model name. If `default` is "", the
+        most recently requested model answers or, before any request, the first model.
         """
         self.registry, self._default = registry, default
         self.metrics = Metrics()
@@ -149,7 +149,7 @@ class ModelPool:
         make_fitter: Callable[[PopModel], Fitter | None],
         **options: Any,
     ) -> "ModelPool":
-        """Create a pool with one open model. `options`: any optional fields of ModelRegistry."""
+        """Create a pool with one open model. `options` are optional fields of ModelRegistry."""
         files, engine = {file.name: file.path}, model.engine
         can_see, n = engine.prompter.can_see, len(engine.sequences)
         opened = [model]
@@ -167,7 +167,7 @@ class ModelPool:
 
     @classmethod
     def of_folder(cls, folder: Path, registry: ModelRegistry, model: str) -> "ModelPool":
-        """Create a pool for a folder's models, with `model` open ("": no model is open).
+        """Create a pool for the models in a folder, and open `model` unless it is "".
 
         Raises PopError if the folder does not contain the model, or if the model cannot be opened.
         """
@@ -191,7 +191,7 @@ class ModelPool:
 
     @property
     def default(self) -> ModelFile | None:
-        """The model that answers requests without a model name (None: no model exists)."""
+        """The model that answers requests without a model name, or None if no model exists."""
         files = self.registry.files()
         requested = [served.name for served in self.loaded]
         requested += [lease.file.name for lease in self._still_waiting()]
@@ -210,7 +210,7 @@ class ModelPool:
 
     @property
     def loaded(self) -> list[ServedModel]:
-        """The open models, most recently used last."""
+        """The open models, from least to most recently used."""
         return list(self._loaded.values())
 
     @property
@@ -286,7 +286,7 @@ class ModelPool:
         self._advance()
 
     def _advance(self) -> None:
-        """Grant waiting leases in order and start opening the first closed model they need."""
+        """Grant the waiting leases in order, and open the first model that is needed but closed."""
         while self._change is None and not self._stopping.is_set():
             self._waiting = self._still_waiting()
             if not self._waiting:
@@ -304,10 +304,10 @@ class ModelPool:
         return [one for one in self._still_waiting() if one.file.path == lease.file.path]
 
     def _to_close(self, lease: Lease) -> list[ServedModel] | None:
-        """Return the idle models to close before the lease's model is opened.
+        """Return the idle models that must be closed before the lease's model can be opened.
 
-        Returns None if busy models leave too little memory, or if the lease's model is itself busy
-        and must be reopened because its file was replaced.
+        Returns None if busy models leave too little memory, or if the file of the lease's model was
+        replaced while the model was busy.
         """
         limit = self.registry.ram_bytes
         n_bytes = lease.needed_bytes + sum(served.needed_bytes for served in self.loaded)
@@ -407,7 +407,7 @@ class ModelPool:
     def health(self) -> dict[str, Any]:
         """Return /health's fields. Raises ApiError if a model hangs or the only model is unusable.
 
-        `replaced` lists open models with replaced files, which the next request reopens.
+        `replaced` lists open models with replaced files. A model's next request reopens the model.
         """
         in_memory = [*self.loaded, *self._closing]
         if hung_s := max((served.worker.hung_s() for served in in_memory), default=0.0):

@@ -31,7 +31,7 @@ _FINGERPRINT = f"build-{__version__}"
 class AnswerEnd:
     """The end of an answer.
 
-    `reason` is OpenAI's finish reason, `stop` is the matched stop string ("" if none matched), and
+    `reason` is OpenAI's finish reason. `stop` is the matched stop string ("" if no string matched).
     `usage` is the result of `usage()`. `embedding`: see Chunk. `pieces` and `logprobs` contain the
     whole answer and are empty at the end of a stream.
     """
@@ -53,12 +53,12 @@ def reasoning_of(pieces: Sequence[Piece]) -> str:
 
 
 def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequence[str]) -> Json:
-    """Return OpenAI's `usage` with an added field `pop`: TurnStats' counters and times in seconds.
+    """Return OpenAI's `usage`, plus a field `pop` with TurnStats' counters and times in seconds.
 
-    `pop.reason` explains why the prompt was read in full (null: it was pruned). `pop.reading` is
-    null if no rows were prefilled. `pop.is_repeating`: whether the answer was ended because it
-    repeated itself. `pop.ignored` lists JSON schema keywords that were not enforced, and in
-    /v1/responses also the tools that the prompt omits.
+    `pop.reason` explains why the prompt was read in full (null if it was pruned). `pop.reading` is
+    null if no rows were prefilled. `pop.is_repeating` is true if the answer was stopped because it
+    repeated itself. `pop.ignored` lists JSON schema keywords that were not enforced. In
+    /v1/responses, the list also contains tools that were left out of the prompt.
     """
     times = {"queued_s": queued_s} | {name: getattr(stats, name) for name in _TIMES}
     return {
@@ -79,7 +79,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
 
 
 def timings(usage: Json) -> Json:
-    """Return llama-server's `timings`. Prefill yields token 1: n tokens take n - 1 steps."""
+    """Return llama-server's `timings`. Decoding n tokens takes n - 1 steps."""
     n_cached, pop = usage["prompt_tokens_details"]["cached_tokens"], usage["pop"]
     n_prompt, n_predicted = usage["prompt_tokens"] - n_cached, usage["completion_tokens"]
     found: Json = {"cache_n": n_cached, "prompt_n": n_prompt, "predicted_n": n_predicted}
@@ -128,7 +128,7 @@ class Reply:
         return ()
 
     def progress(self, read: Mapping[str, int]) -> Json:
-        """Return an event without text that reports the progress of reading the prompt."""
+        """Return an event without text that reports prefill progress."""
         [event] = self.pieces(Piece(), ())
         return {**event, "prompt_progress": read}
 
@@ -236,7 +236,7 @@ class EventReply(OtherApiReply):
 
 
 def arguments_of(text: str) -> Any:
-    """Return a call's arguments as an object, or None if the token limit truncated them."""
+    """Return a call's arguments as an object, or None if the token limit cut them off."""
     try:
         return json.loads(text)
     except ValueError:
@@ -244,7 +244,7 @@ def arguments_of(text: str) -> Any:
 
 
 def call_json(call: ToolCall) -> Json:
-    """Format a tool call, or part of one. Only the first part has an id and a name."""
+    """Format all or part of a tool call. Only the first part has an id and a name."""
     function = {"arguments": call.arguments}
     if not call.name:
         return {"function": function}

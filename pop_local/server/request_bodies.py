@@ -1,6 +1,6 @@
 """Request bodies. Unknown fields are ignored, but requests with unsupported fields are refused.
 
-Validation blocks the event loop, so lists are limited and fail at the first invalid entry.
+Validation blocks the event loop, so it limits the length of lists and stops at the first error.
 """
 
 import json
@@ -116,7 +116,7 @@ def _as_parts(content: Any) -> Any:
 
 
 def replace(sent: Any, meant: Any) -> BeforeValidator:
-    """Return a validator that replaces the value `sent` with the value `meant`."""
+    """Return a validator that replaces the value `sent` with `meant`."""
     return BeforeValidator(lambda value: meant if value == sent else value)
 
 
@@ -155,7 +155,7 @@ class ChatTool(LenientBody):
 
 
 def keep_tool_types(*types: str | None) -> BeforeValidator:
-    """Return a validator that drops tools of other types, which only the vendor can run."""
+    """Return a validator that drops other types of tools. Only the API's vendor can run them."""
 
     def kept(tools: Any) -> Any:
         if not isinstance(tools, list):
@@ -175,7 +175,7 @@ class AllowedTools(LenientBody):
 
 
 class AllowedToolsChoice(LenientBody):
-    """A choice that keeps all tools in the prompt, but allows calls to only some of them."""
+    """A choice that lists all tools in the prompt but allows calls to only some of them."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
@@ -197,7 +197,7 @@ class ChatMessage(LenientBody):
 
     @property
     def image_urls(self) -> list[tuple[int, str]]:
-        """Each image's offset in the text and its URL."""
+        """The text offset and URL of each image."""
         found: list[tuple[int, str]] = []
         offset = n_texts = 0
         for part in self.content or ():
@@ -210,7 +210,7 @@ class ChatMessage(LenientBody):
 
 
 def _as_biases(sent: Any) -> Any:
-    """Convert OpenAI's object, whose keys are token IDs, to llama-server's list of pairs."""
+    """Convert OpenAI's object with token IDs as keys to llama-server's list of pairs."""
     pairs = sent.items() if isinstance(sent, dict) else ()
     named = [[int(key) if re.fullmatch("-?[0-9]+", key) else key, bias] for key, bias in pairs]
     return named if isinstance(sent, dict) else sent
@@ -348,10 +348,10 @@ class ChatBody(GenerationBody):
             last = self.messages[-1]
             if last.role != "assistant" or last.tool_calls or last.image_urls:
                 raise ValueError(
-                    "with continue_final_message, the last message must be assistant text"
+                    "continue_final_message requires a final assistant message with only text"
                 )
         elif self.add_generation_prompt is False:
-            raise ValueError("add_generation_prompt must be true without continue_final_message")
+            raise ValueError("add_generation_prompt: false requires continue_final_message: true")
         if not self.tools and self.tool_choice not in (None, "auto", "none"):
             raise ValueError("tool_choice requires tools")
         if self.top_logprobs and not self.logprobs:
@@ -387,7 +387,7 @@ def _check_prompts(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     # A list of too many texts passes validation as MixedTokens.
     if found is None or len(as_prompts(found)) > MAX_TEXTS:
         raise ValueError(
-            f"send a string, a list of token ids, or a list with up to {MAX_TEXTS} of either"
+            f"send a string, a list of token ids, or a list of up to {MAX_TEXTS} such prompts"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Images in requests. Only `data:` URLs are accepted: the server never fetches a URL."""
+"""Images in requests. Only `data:` URLs are accepted, because the server never fetches URLs."""
 
 import base64
 import binascii
@@ -32,7 +32,7 @@ def n_image_bytes(body: bytes | bytearray) -> int:
 def parse_images(urls: Sequence[str]) -> list[Picture]:
     """Decode the images in `data:` URLs and check each image's header.
 
-    Raises ApiError for other URLs, invalid base64, unknown formats, and too many or large images.
+    Raises ApiError for other URLs, invalid base64, unknown formats, and images over the limits.
     """
     if len(urls) > MAX_IMAGES:
         raise _refused(f"the request has {len(urls)} images; the limit is {MAX_IMAGES}")

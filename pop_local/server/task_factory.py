@@ -99,7 +99,7 @@ class TaskFactory:
         return [Task(prompt, TurnOptions(), reason, embeds=True) for prompt in prompts]
 
     def _full_reason(self, pop: bool | None) -> str | None:
-        """Return the reason for reading a prompt in full (None: prune it). Raises ApiError."""
+        """Return the reason for reading a prompt in full, or None to prune it. Raises ApiError."""
         if not self.model.engine.pruning.can_switch:
             no_keys = "the model has no pruning keys"
             if pop:
@@ -175,7 +175,7 @@ class TaskFactory:
     def _options(
         self, body: bodies.GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
-        """Return a request's options. Missing ones come from the model, then from the engine."""
+        """Return a request's options. The defaults come from the model, then from the engine."""
         given = body.model_dump(include=set(bodies.SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
             given["temperature"] = 0.0
@@ -197,7 +197,7 @@ class TaskFactory:
         return {"reports": bool(body.stream and body.return_progress), "alone": alone}
 
     def _logit_bias(self, body: bodies.GenerationBody) -> tuple[tuple[int, float], ...]:
-        """Return (token, bias) pairs. The bias of a string applies to each of its tokens."""
+        """Return (token, bias) pairs. A string's bias applies to each of its tokens."""
         found: list[tuple[int, float]] = []
         for key, sent in body.logit_bias or ():
             split = self.model.engine.context.vocabulary.tokenize
@@ -218,7 +218,7 @@ class TaskFactory:
 
 
 def _seeded(task: Task, n: int | None) -> list[Task]:
-    """Return `n` copies of a task with consecutive seeds, if the task has a seed."""
+    """Return `n` copies of a task. If the task has a seed, the copies have consecutive seeds."""
     seed = task.options.seed
     if seed is None:
         return [task] * (n or 1)
@@ -237,7 +237,7 @@ def _message(message: bodies.ChatMessage, images: Iterator[Picture]) -> Message:
 
 
 def _tools(body: bodies.ChatBody) -> Tools:
-    """Return the tools that the prompt lists and the tools that the model may call."""
+    """Return the tools to list in the prompt and the tools that the model may call."""
     choice = body.tool_choice
     if not body.tools or choice == "none":
         return Tools((), ())

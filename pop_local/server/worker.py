@@ -37,11 +37,11 @@ _LOG_S = 10.0  # interval between log lines while a prompt is read
 
 @dataclass(frozen=True)
 class Task:
-    """An answer to generate, or an embedding to compute (`embeds`).
+    """An answer to generate or, if `embeds` is true, an embedding to compute.
 
-    `reason` explains why the prompt is read in full (None: it is pruned). `cache_scope` is the
-    owner of the cached rows ("": shared). `reports`: whether to report prefill progress. `alone`:
-    whether no other answer may run at the same time.
+    `reason` explains why the prompt is read in full (None if it is pruned). `cache_scope` is the
+    owner of the cached rows ("" if they are shared). If `reports` is true, the worker reports
+    prefill progress. If `alone` is true, no other answer runs at the same time.
     """
 
     prompt: Prompt
@@ -115,11 +115,11 @@ class Job:
     async def batches(
         self, pause_s: float, idle_s: float | None = None
     ) -> AsyncIterator[list[Chunk]]:
-        """Yield lists of chunks that arrived together, or [] after `idle_s` seconds without any.
+        """Yield lists of chunks that arrived together, or [] after `idle_s` seconds without chunks.
 
-        Raises the exception that ended the answer, if any. For `pause_s` seconds after a batch,
-        only the answer's end wakes this coroutine, because wakeups cost 5% of a small model's
-        decode time.
+        Raises the exception that ended the answer, if any. For `pause_s` seconds after each batch,
+        only the end of the answer wakes this coroutine. Frequent wakeups would cost 5% of a small
+        model's decode time.
         """
         while True:
             self._is_awaited = True
@@ -144,8 +144,8 @@ class Job:
 class Worker(threading.Thread):
     """The threads that run a model's jobs, one per sequence.
 
-    The thread that holds `_turn` waits for the next job. Threads with jobs take turns in reading
-    their prompts, and decode their answers together.
+    The thread that holds `_turn` waits for the next job. Threads with jobs take turns reading
+    prompts, and decode their answers together.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Worker(threading.Thread):
         self._calls.put(None)
 
     def hung_s(self) -> float:
-        """Return how long the model has been hung, in seconds (0: not hung)."""
+        """Return the seconds since a hung model's last progress (0 if the model is not hung)."""
         # The most recent progress counts: jobs pause while another job has the model to itself.
         seen_s = max(self._seen_s.copy().values(), default=None)
         unseen_s = 0.0 if seen_s is None else time.monotonic() - seen_s
@@ -318,7 +318,7 @@ class Worker(threading.Thread):
         return job.cancelled.is_set() or self.stopping.is_set()
 
     def _wait_until_alone(self, job: Job) -> None:
-        """Wait until all other answers end, and clear all slots.
+        """Wait until all other answers end, then clear all slots.
 
         If the job must stop while other answers run, the slots stay unchanged.
         """

@@ -57,7 +57,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
             "messages.0.content: the content must be a string or a list of parts",
         ),
         (HELLO | {"n": 0}, "n: Input should be greater"),
-        (HELLO | {"add_generation_prompt": False}, "add_generation_prompt must be true"),
+        (HELLO | {"add_generation_prompt": False}, "requires continue_final_message: true"),
         (HELLO | {"mirostat": 2}, "mirostat is not supported"),
         (HELLO | {"n_cmpl": 2}, "n_cmpl must be 1"),
         (HELLO | {"reasoning_effort": "none"}, "reasoning cannot be disabled"),
@@ -84,7 +84,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"logit_bias": [[5, 1]] * 1025}, "logit_bias"),
         (HELLO | {"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs is"),
         (HELLO | {"json_schema": {"type": "hiccup"}}, "hiccup"),
-        (HELLO | {"continue_final_message": True}, "the last message must be assistant text"),
+        (HELLO | {"continue_final_message": True}, "a final assistant message with only text"),
         (
             HELLO | {"continue_final_message": True, "add_generation_prompt": True},
             "conflicts with add_generation_prompt",

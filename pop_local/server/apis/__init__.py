@@ -1,1 +1,1 @@
-"""The HTTP APIs. Each module converts its requests to the classes in `request_bodies`."""
+"""The HTTP APIs. Each module converts one API's requests to the classes in `request_bodies`."""

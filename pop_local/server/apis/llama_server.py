@@ -31,9 +31,9 @@ _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 
 
 class LlamaBody(bodies.CompletionBody):
-    """A request to /completion, some of whose field names differ from OpenAI's.
+    """A request to /completion. Some field names differ from OpenAI's.
 
-    If `n_predict` is 0, this server generates a token, whereas llama-server only fills its cache.
+    If `n_predict` is 0, this server generates one token. llama-server would only fill its cache.
     """
 
     unsupported = (*bodies.CompletionBody.unsupported, "post_sampling_probs")
@@ -172,10 +172,11 @@ async def _slots(api: Api, request: Request) -> Response:
 
 
 def _slot(served: ServedModel, number: int, cache_scope: str) -> Json:
-    """Describe a slot. `left_s` is the estimated time in seconds until its prompt is read.
+    """Describe a slot. `left_s` is the estimated number of seconds until the prompt is read.
 
-    `job` is the id of the slot's latest job, and `n_behind` counts its rows that can catch up. They
-    and the prompt's length are omitted if the cached rows belong to another `cache_scope`.
+    `job` is the id of the slot's latest job, and `n_behind` is the number of rows that can catch
+    up. If another `cache_scope` owns the rows, the result omits `job`, `n_behind` and the prompt's
+    length.
     """
     job, n_ctx = served.worker.running.get(number), served.model.engine.context.n_ctx
     slot = {"id": number, "model": served.name, "n_ctx": n_ctx, "speculative": False}

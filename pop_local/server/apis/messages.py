@@ -43,7 +43,7 @@ class TextSource(bodies.LenientBody):
 
 
 class DocumentBlock(bodies.LenientBody):
-    """A document that is sent as plain text. PDFs are refused."""
+    """A document sent as plain text. PDFs are refused."""
 
     type: Literal["document"]
     source: TextSource
@@ -88,7 +88,7 @@ class AnthropicMessage(bodies.LenientBody):
     content: _blocks(_Shown | ToolUseBlock | ToolResultBlock | ThinkingBlock)  # type: ignore[valid-type]
 
     def chat_messages(self) -> Iterator[Json]:
-        """Yield this message as chat messages, with tool results before the user's text."""
+        """Convert this message to chat messages. Tool results precede the user's text."""
         shown: list[Json] = []
         calls: list[Json] = []
         for block in self.content:
@@ -157,7 +157,7 @@ class MessagesBody(CountTokensBody):
 
 
 class MessagesReply(replies.EventReply):
-    """A formatter for Anthropic messages and their stream events, without reasoning."""
+    """A formatter for Anthropic messages and stream events. Reasoning is omitted."""
 
     id_prefix = "msg_"
 

@@ -67,7 +67,7 @@ class OllamaMessage(bodies.LenientBody):
 
 
 class OllamaBody(bodies.ModelRequest):
-    """The fields of both /api/chat and /api/generate. `keep_alive` and `think` are ignored."""
+    """The fields that /api/chat and /api/generate share. `keep_alive` and `think` are ignored."""
 
     stream: bool | None = None
     options: dict[str, Any] | None = None
@@ -126,14 +126,14 @@ class OllamaGenerate(OllamaBody):
 
 
 class OllamaReply(replies.OtherApiReply):
-    """A formatter for replies to /api/generate, which are streamed as JSON lines."""
+    """A formatter for replies to /api/generate. Streams consist of JSON lines."""
 
     media_type = "application/x-ndjson"
 
     _shown_s = 0.0
 
     def comment(self, progress: str) -> bytes:
-        """Return an object without text every few seconds, since a JSON stream has no comments."""
+        """Return an object without text as a keep-alive, because JSON streams have no comments."""
         if (now_s := time.monotonic()) - self._shown_s < _QUIET_S:
             return b""
         self._shown_s = now_s
@@ -168,7 +168,7 @@ class OllamaReply(replies.OtherApiReply):
         return self._shown(end.pieces, end.logprobs) | done | figures
 
     def loaded(self) -> Response:
-        """Return the response to a request without a prompt, which clients send to load a model."""
+        """Return the response to a request that only loads the model because it has no prompt."""
         return JSONResponse(self._shown(()) | {"done": True, "done_reason": "load"})
 
     def failed(self, error: ApiError) -> Json:
@@ -179,7 +179,7 @@ class OllamaReply(replies.OtherApiReply):
 
 
 class OllamaChatReply(OllamaReply):
-    """A formatter for replies to /api/chat, whose streams end with the complete tool calls."""
+    """A formatter for replies to /api/chat. Streams end with the complete tool calls."""
 
     def __init__(self, served: ServedModel, body: bodies.ChatBody | None = None) -> None:
         super().__init__(served, body)
@@ -300,7 +300,7 @@ def _details(info: ModelInfo) -> Json:
 
 
 def _cards(listed: Sequence[ModelInfo]) -> list[Json]:
-    """Return descriptions of the models, skipping any whose file cannot be read."""
+    """Return descriptions of the models, except for models with unreadable files."""
     cards: list[Json] = []
     for info in listed:
         tagged = info.name if ":" in info.name else f"{info.name}:latest"

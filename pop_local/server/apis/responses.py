@@ -96,14 +96,14 @@ class ResponsesTool(bodies.FunctionSpec):
 
 
 def _names_of_unused(tools: Any) -> list[str]:
-    """Return the names or types of tools that prompts omit, such as web_search or a namespace."""
+    """Return the names or types of tools, such as web_search, that are left out of prompts."""
     given = [one for one in tools if isinstance(one, dict)] if isinstance(tools, list) else []
     unused = [one for one in given if one.get("type") != "function"]
     return [str(one.get("name") or one.get("type")) for one in unused]
 
 
 def _chat_choice(choice: Any) -> Any:
-    """Return a tool choice in the form of chat completions, which ChatBody validates."""
+    """Convert a tool choice to the format of chat completions, which ChatBody validates."""
     if not isinstance(choice, dict):
         return choice
     kind = choice.get("type")
@@ -145,7 +145,7 @@ class ResponsesBody(bodies.ModelRequest):
     text: bodies.FormatOptions | None = None
 
     def chat(self, earlier: Sequence[Json]) -> bodies.ChatBody:
-        """Return the request as a chat that continues from the messages in `earlier`."""
+        """Return the request as a chat that continues the messages in `earlier`."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         return bodies.ChatBody.model_validate(
             {
@@ -159,7 +159,7 @@ class ResponsesBody(bodies.ModelRequest):
         )
 
     def messages(self) -> list[Json]:
-        """Return the input as chat messages. Calls are added to a preceding assistant message."""
+        """Return the input as chat messages. Function calls join the last assistant message."""
         found: list[Json] = []
         for item in self.input:
             if isinstance(item, MessageItem):
@@ -176,9 +176,9 @@ class ResponsesBody(bodies.ModelRequest):
 
 
 class StoredResponse(NamedTuple):
-    """A response, its input items, and the conversation's messages including the response's.
+    """A response, its input items, and all messages in the conversation, including the response.
 
-    `owner`: the cache scope of the client that may use the response.
+    Only requests with the cache scope `owner` may use the response.
     """
 
     owner: str
@@ -188,7 +188,7 @@ class StoredResponse(NamedTuple):
 
 
 class ResponseStore:
-    """The responses that clients can retrieve, or continue from (`previous_response_id`)."""
+    """Stored responses, which clients can retrieve or continue (`previous_response_id`)."""
 
     def __init__(self) -> None:
         # The least recently used response comes first.
@@ -229,7 +229,7 @@ class ResponseStore:
 
 
 class ResponsesReply(EventReply):
-    """A formatter for OpenAI's responses and their stream events, without reasoning."""
+    """A formatter for OpenAI's responses and stream events. Reasoning is omitted."""
 
     id_prefix = "resp_"
 
@@ -271,7 +271,7 @@ class ResponsesReply(EventReply):
             yield self._of_item("output_text.delta", **text)
 
     def _open(self, id_prefix: str, kind: str, fields: Json) -> Iterator[Json]:
-        """Start an output item: yield the events that end the last item and start the new one."""
+        """Yield the events that end the last output item and start a new item."""
         yield from self._close()
         item = {"type": kind, "id": f"{id_prefix}_{uuid.uuid4().hex}", "status": "in_progress"}
         self._output.append(item | fields)
@@ -279,7 +279,7 @@ class ResponsesReply(EventReply):
         yield self._event("output_item.added", output_index=index, item=deepcopy(item | fields))
 
     def _close(self) -> Iterator[Json]:
-        """Yield the events that end the last output item, if that item is still open."""
+        """Yield the events that end the last output item, unless the item has ended."""
         if not self._output or self._output[-1]["status"] == "completed":
             return
         item = self._output[-1]
@@ -370,7 +370,7 @@ async def _create(api: Api, store: ResponseStore, request: Request) -> Response:
 def _found(store: ResponseStore, request: Request) -> StoredResponse:
     found = store.get(name := request.path_params["name"], request.state.cache_scope)
     if found is None:
-        message = f"response {name!r} is not stored: the server keeps only the most recent ones"
+        message = f"response {name!r} is not stored: the server keeps only recent responses"
         raise ApiError(404, message, code="response_not_found")
     return found
 
