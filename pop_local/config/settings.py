@@ -36,7 +36,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 @dataclass(frozen=True)
 class Setting:
-    """A user setting. `default` describes the default value; `least` and `most` are inclusive."""
+    """A user setting. `default` describes the default. `least` and `most` are inclusive limits."""
 
     key: str
     kind: type[int] | type[float] | type[str]
@@ -56,10 +56,10 @@ SETTINGS = (
     Setting("state_dir", str, is_path=True),
     Setting("model", str, "the best catalog model that fits in the free memory"),
     Setting("threads", int, "the number of physical cores", least=1, most=MOST),
-    Setting("ctx", int, "the training length, if a quarter of memory allows", least=1, most=MOST),
+    Setting("ctx", int, "the training length, or less if memory is limited", least=1, most=MOST),
     Setting("gpu_layers", int, "-1 (all)", least=-1, most=MOST),
-    Setting("temperature", float, "the model's value, otherwise the engine's", least=0),
-    Setting("top_p", float, "the model's value, otherwise the engine's", least=0, most=1),
+    Setting("temperature", float, "the model's default, or the engine's if unset", least=0),
+    Setting("top_p", float, "the model's default, or the engine's if unset", least=0, most=1),
     Setting("max_tokens", int, "the number of tokens left in the context", least=1, most=MOST),
     Setting("system", str, "none"),
     Setting("cache_disk", int, "0 (store no prompts)", least=0, most=MOST_GIB),
@@ -69,7 +69,7 @@ KEYS = tuple(setting.key for setting in SETTINGS)
 
 @dataclass(frozen=True)
 class SettingValue:
-    """A setting's value and its origin. `where`: the file or variable that sets the value."""
+    """A setting's value and its origin. `where` is the file or variable that sets the value."""
 
     key: str
     value: Scalar | None
@@ -97,7 +97,7 @@ def expanded(path: str) -> Path:
 
 
 def load() -> tuple[SettingValue, ...]:
-    """Return all settings, as in SETTINGS. Raises PopError with an invalid setting's location."""
+    """Return all settings in SETTINGS order. Raises PopError if any setting is invalid."""
     path = config_path()
     document = read_document(path)
     text = tomlkit.dumps(document)
@@ -109,12 +109,12 @@ def load() -> tuple[SettingValue, ...]:
 
 
 def given() -> dict[str, Scalar]:
-    """Return the values that the user has set, by key. Raises PopError as `load` does."""
+    """Return the values that the user has set, by key. Raises PopError if a value is invalid."""
     return {value.key: value.value for value in load() if value.value is not None}
 
 
 def get(key: str) -> Scalar | None:
-    """Return a setting's value, or None if it is not set. Raises PopError as `load` does."""
+    """Return a setting's value, or None if unset. Raises PopError if any setting is invalid."""
     return next(value.value for value in load() if value.key == key)
 
 
@@ -173,7 +173,7 @@ def _from_environment(setting: Setting) -> SettingValue | None:
 
 
 def read_document(path: Path) -> tomlkit.TOMLDocument:
-    """Read a settings file, including comments. A missing file counts as empty. Raises PopError."""
+    """Read a settings file and its comments. A missing file counts as empty. Raises PopError."""
     try:
         if str(path) == os.devnull:
             return tomlkit.document()
@@ -210,7 +210,7 @@ def _line(text: str, key: str) -> int:
 
 
 def located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
-    """Return the result of `call`, adding `where` and, if missing, `hint` to a PopError."""
+    """Return the result of `call`. If it raises PopError, add `where` and, if missing, `hint`."""
     try:
         return call()
     except PopError as error:

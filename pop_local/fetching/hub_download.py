@@ -29,7 +29,7 @@ _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNOREC
 class HubModel:
     """A model at one commit of a hub repository, stored in one file or in multiple parts.
 
-    `mmproj` is the model's image encoder (None if the repository has none).
+    `mmproj` is the model's image encoder, or None if the repository does not contain one.
     """
 
     repo: str
@@ -46,7 +46,7 @@ class HubModel:
         return sum(file.size_bytes for file in self.all_files)
 
     def targets(self, folder: Path) -> tuple[Path, ...]:
-        """Return the local paths of `all_files`, with the mmproj renamed to match the model."""
+        """Return the local paths for `all_files`. The mmproj is renamed to match the model."""
         names = [PurePosixPath(usual_ending(file.name)).name for file in self.all_files]
         if self.mmproj:
             names[-1] = mmproj_name(names[0])
@@ -93,8 +93,8 @@ def find_on_hub(name: str) -> HubModel:
 def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: bool) -> Path:
     """Download a model's files into `folder` and return the first file's path.
 
-    Files with the correct hash are kept. `advance` is called with (done_bytes, total_bytes). Raises
-    PopError, or OutputExistsError for a different existing file unless `force` is true.
+    Existing files with the correct hash are kept. Calls `advance` with (done_bytes, total_bytes).
+    Raises PopError, or OutputExistsError if a different file exists and `force` is false.
     """
     targets = model.targets(folder)
     missing = [

@@ -26,14 +26,14 @@ _MAX_LISTED = 40
 
 @dataclass(frozen=True)
 class QuantFile:
-    """A model in a repository: the name without the suffix, and the files in order."""
+    """A model in a repository, with its name (without the suffix) and its files in order."""
 
     name: str
     files: tuple[str, ...]
 
 
 def _complete_models(files: Sequence[str]) -> list[QuantFile]:
-    """Return the models, including helper files, whose parts are all in the repository."""
+    """Return the models and helper files that have all their parts in the repository."""
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
     found = []
     for name in sorted(by_name):
@@ -99,7 +99,7 @@ def _named(known: list[QuantFile], models: list[QuantFile], wanted: str) -> list
 
 
 def _matching(models: list[QuantFile], wanted: str) -> list[QuantFile]:
-    """Return the models whose names contain `wanted` as a word or, failing that, as a substring."""
+    """Return the models with `wanted` as a word (or, if none, as a substring) in their names."""
     contained = [choice for choice in models if wanted.lower() in choice.name.lower()]
     whole = [choice for choice in contained if _word(wanted).search(choice.name.lower())]
     return whole or contained

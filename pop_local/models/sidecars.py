@@ -1,4 +1,4 @@
-"""Find a model's sidecar in its folder, among the learned files, or among the shipped sidecars."""
+"""Find a model's sidecar in the model's folder, the learned files, or the shipped sidecars."""
 
 import glob
 import importlib.resources
@@ -87,8 +87,8 @@ def is_shipped(sidecar: Path) -> bool:
 def measures_worse(copy: Path, base: Path) -> bool:
     """Return True if a converted copy loses more quality than its original with a sidecar.
 
-    The copy's KL must be larger by more than both standard errors. A copy that was not measured is
-    worse than a measured sidecar. Without a measured sidecar, the result is False.
+    The copy's KL must be larger by more than the sum of the standard errors. A copy without
+    measurements is worse than a measured sidecar. Returns False without a measured sidecar.
     """
     with suppress(FormatError):
         source = read_source(base)
