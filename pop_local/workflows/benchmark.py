@@ -47,9 +47,9 @@ _N_TRIED = 512
 class BenchOptions:
     """Options for a benchmark.
 
-    `n_prompts`: prompt lengths to measure, in tokens. `n_pairs`: number of run pairs (full and
-    pruned) per length. `boundary` and `deep_rows` default to the file's values, `n_ctx` to the
-    required length.
+    `n_prompts` lists the prompt lengths in tokens. `n_pairs` is the number of full and pruned runs
+    per length. By default, `boundary` and `deep_rows` are the file's values, and `n_ctx` is the
+    length that the prompts require.
     """
 
     n_prompts: tuple[int, ...]
@@ -62,11 +62,11 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Speed:
-    """The measured speedups by prompt length, and the measurement conditions.
+    """The measured speedup for each prompt length, and the conditions of the measurement.
 
-    `backend`: the device's name and the number of threads. `kernels`: the result of `cpu_kernels`
-    ("" on a GPU). `is_exact`: whether skipping layers `boundary` and up leaves the output
-    unchanged. `upstream`: llama.cpp's fastest settings without our kernels (None: not measured).
+    `backend` is the device's name and the number of threads. `kernels` is the result of
+    `cpu_kernels` ("" on a GPU). `is_exact` is true if pruning does not change the output.
+    `upstream` is llama.cpp's fastest setting without our kernels (None: not measured).
     """
 
     model: str
@@ -110,7 +110,7 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
 def _upstream(
     model: PopModel, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[str, Callable[[Prompt], Run]]]:
-    """Open the model with llama.cpp's kernels. Yield the fastest settings and a `run` function."""
+    """Open the model with llama.cpp's kernels. Yield the fastest setting and a `run` function."""
 
     def reading(name: str) -> AbstractContextManager[PopModel]:
         repack, flash_attn = _SETTINGS[name]
@@ -165,24 +165,22 @@ def _opened(
 
 
 def _context(source: Source, options: BenchOptions) -> int:
-    """Return a context length for the longest prompt and its decoded tokens. Raises PopError."""
+    """Return the context length that the longest prompt and its answer need. Raises PopError."""
     n_needed, trained = max(options.n_prompts) + N_DECODE, trained_ctx(source.first)
-    what = f"the longest prompt needs a context of {n_needed} tokens"
     if options.n_ctx is not None and options.n_ctx < n_needed:
         raise PopError(
-            f"{what}, but the context is limited to {options.n_ctx}",
+            f"the longest prompt needs {n_needed} tokens, but the context has {options.n_ctx}",
             "use a larger context or shorter prompts",
             cause="bench-context",
         )
     if trained is not None and trained < n_needed:
-        raise PopError(
-            f"{what}, but the limit is {trained}", "use shorter prompts", cause="bench-trained"
-        )
+        message = f"the longest prompt needs {n_needed} tokens, but the limit is {trained}"
+        raise PopError(message, "use shorter prompts", cause="bench-trained")
     return options.n_ctx or n_needed
 
 
 def _backend(model: PopModel, hardware: Hardware) -> tuple[str, str]:
-    """Return a description of the device and its threads, and the CPU kernels ("" on a GPU)."""
+    """Return descriptions of the device and of the CPU kernels ("" on a GPU)."""
     found = devices()
     gpus = [device for device in found if device.is_gpu]
     device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]

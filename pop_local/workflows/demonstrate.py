@@ -1,4 +1,4 @@
-"""Answer a question about a long document with and without pruning, as a demonstration."""
+"""Answer a question about a long document with and without pruning to show the speedup."""
 
 import importlib.resources
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ WARM_UP_TOKENS = 64
 
 @dataclass(frozen=True)
 class TimedAnswer:
-    """A demonstration's answer. `ttft_s`: the median time to first token over all pairs."""
+    """A demonstration's answer. `ttft_s` is the median time to first token over all pairs."""
 
     text: str
     ttft_s: float
@@ -33,7 +33,7 @@ class TimedAnswer:
 class Demonstration:
     """A full and a pruned answer, and the measured speedup.
 
-    `limit`: the ratio of the two prefills' multiply-accumulates, which limits the speedup.
+    `limit` is the largest possible speedup, based on the prefills' multiply-accumulates.
     """
 
     model: str
@@ -49,10 +49,10 @@ class Demonstration:
 
 
 def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
-    """Answer the question with and without pruning, in pairs with alternating order.
+    """Answer the question `n_pairs` times with and without pruning, in alternating order.
 
-    Pruning is turned on at the end. Raises StoppedError, or PopError if the model is not converted
-    or the row counters have unexpected values.
+    Leaves pruning on. Raises StoppedError. Raises PopError if the model is not converted or if the
+    row counters have unexpected values.
     """
     files, boundary = opened.engine.context.files, opened.engine.pruning.boundary
     if opened.engine.pruning.exact:

@@ -31,9 +31,10 @@ from pop_local.workflows.open import files_at_boundary, model_files
 class EvaluateOptions:
     """Options for an evaluation.
 
-    `text`: the file to measure on (default: the shipped held-out text). `n_lookups`: number of
-    questions about exact strings in documents. `deep_rows`: rule for words whose tokens run through
-    all layers (default: the file's). `n_ctx`: context length in tokens (default: as required).
+    `text` is a text file (default: the shipped held-out text). `n_lookups` is the number of
+    questions about exact strings in documents. `deep_rows` selects words whose tokens run through
+    all layers (default: the file's rule). `n_ctx` is the context length in tokens (default: as
+    required).
     """
 
     text: Path | None = None
@@ -47,7 +48,7 @@ class EvaluateOptions:
 class Evaluation:
     """A model's loss from pruning at one boundary.
 
-    `speedup_limit`: the ratio of a full prefill's multiply-accumulates to a pruned prefill's.
+    `speedup_limit` is a full prefill's multiply-accumulates divided by a pruned prefill's.
     """
 
     model: Path
@@ -74,9 +75,9 @@ def evaluate(
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Evaluation:
-    """Measure the loss from pruning a model, given by path or name.
+    """Measure the loss from pruning the model with this path or name.
 
-    `at`: the boundary to measure (default: the converted file's boundary). Boundaries without
+    `at` is the boundary to measure (default: the converted file's boundary). Boundaries without
     fitted projections use the model's own projections. Raises PopError or StoppedError.
     """
     find = model_files if at is None else files_at_boundary
@@ -129,7 +130,7 @@ def evaluate(
 
 
 def _n_full(rule: RowRule, quality: Quality) -> int:
-    """Return the number of full rows in LIMIT_PROMPT tokens, at the measured share of deep rows."""
+    """Return the number of full rows in LIMIT_PROMPT tokens for the measured share of deep rows."""
     n_ends = rule.sink_tokens + rule.tail_tokens
     n_context = quality.n_windows * (quality.n_context - n_ends)
     return n_ends + round((1 - quality.n_pruned / n_context) * (LIMIT_PROMPT - n_ends))

@@ -16,9 +16,8 @@ _LARGE_BYTES = 50 * 10**6
 def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -> Path:
     """Fetch a model by name into `folder` and return the model file's path.
 
-    A model is downloaded from a hub only if `watch.may` returns True, and a large model from the
-    catalog only if `watch.refuses` returns False. `force`: replace an existing file. Raises
-    PopError.
+    Downloads a hub model only if `watch.may` returns True. Downloads a large catalog model only if
+    `watch.refuses` returns False. `force` permits replacing an existing file. Raises PopError.
     """
     hub = hub_name(name)
     if hub is not None:

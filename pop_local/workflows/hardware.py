@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Hardware:
     """The CPU and GPU settings of a workflow.
 
-    `n_threads`: the number of CPU threads (None: one thread per physical core). `n_gpu_layers`: the
+    `n_threads` is the number of CPU threads (None: one per physical core). `n_gpu_layers` is the
     number of layers on the GPU (-1: all layers).
     """
 

@@ -18,10 +18,10 @@ from pop_local.models.sidecars import sidecar_of
 
 @dataclass(frozen=True)
 class Inspection:
-    """The contents of a model. `pop`: the POP keys of the model or of its sidecar.
+    """The contents of a model. `pop` contains the POP keys of the model or its sidecar.
 
-    `mmproj`: the multimodal projector in the model's folder. `skipping`: the layers that can be
-    skipped (None for a model that cannot be pruned; `refused` states the reason).
+    `mmproj` is the image encoder in the model's folder. `skipping` describes the layers that can be
+    skipped. If the model cannot be pruned, `skipping` is None, and `refused` states the reason.
     """
 
     file: str
@@ -44,7 +44,7 @@ class Inspection:
 
 
 def inspect(model: str, sidecar: Path | None = None) -> Inspection:
-    """Inspect a model, given by path or name, with its sidecar. Raises PopError."""
+    """Inspect the model with this path or name, and its sidecar. Raises PopError."""
     source = read_source(resolve(model))
     sidecar = sidecar or sidecar_of(source)
     return _of_model(source, sidecar, pop_of(source, sidecar))

@@ -1,4 +1,4 @@
-"""Create sidecars from the sums learned from the user's prompts and measure the sidecars' loss."""
+"""Create sidecars from sums learned from the user's prompts, and measure the sidecars' loss."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ _N_DRAWS = 4
 
 @dataclass(kw_only=True)
 class _LearnedFitter(PlanFitter):
-    """A fitter that computes fits from the learned sums instead of from calibration text."""
+    """A fitter that computes fits from learned sums instead of calibration text."""
 
     learner: OnlineCalibrator
     sums: Sums
@@ -81,10 +81,10 @@ class _LearnedFitter(PlanFitter):
 
 @dataclass
 class _LookupSums:
-    """Learned sums, extended with windows of look-ups.
+    """Learned sums with added windows of look-ups.
 
-    The user's prompts might not contain look-ups. `is_saved`: whether the file contains the sums.
-    `n_done`: the number of windows added so far.
+    The user's prompts might not contain look-ups. `is_saved` is true if the file contains the sums.
+    `n_done` is the number of windows added so far.
     """
 
     sums: Sums
@@ -94,8 +94,8 @@ class _LookupSums:
     def add(self, learner: OnlineCalibrator, runner: TrialRunner) -> Sums:
         """Add the remaining windows and return the sums. Raises PopError or StoppedError.
 
-        The windows are weighted so that look-ups make up at least one in SHARE rows. The number of
-        learned rows in each Gram matrix does not change.
+        The weights of the windows ensure that look-ups make up at least one in SHARE rows. The
+        number of learned rows in each Gram matrix does not change.
         """
         summing, grams, wides = learner.summing, self.sums.grams, self.sums.wides
         boundaries = grams.keys() & set(learner.boundaries)
@@ -122,7 +122,7 @@ class _LookupSums:
 class OnlineCalibration:
     """A fitter that creates sidecars from an open model's learned sums while the model is idle.
 
-    `quality`: the current fit's quality on the newest held-out windows (None until it is measured).
+    `quality` is the current fit's quality on the newest held-out windows (None until measured).
     """
 
     def __init__(self, model: PopModel, budget: Budget = BALANCED) -> None:
@@ -158,10 +158,10 @@ class OnlineCalibration:
         return self._sums is not None or (is_enough and len(learner.held_out) >= LEAST_WINDOWS)
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
-        """Add queued rows to the sums, and fit and measure once the sums have enough rows.
+        """Add queued rows to the sums. Once the sums have enough rows, fit and measure.
 
-        Return the written sidecar if the new fit is better than the current fit, otherwise None.
-        The next call resumes an interrupted fit. Raises PopError.
+        Returns the written sidecar if the new fit is better than the current fit, or None
+        otherwise. The next call resumes an interrupted fit. Raises PopError.
         """
         self._should_stop = should_stop
         self._learner.work(should_stop)

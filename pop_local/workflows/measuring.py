@@ -1,4 +1,4 @@
-"""Open models for measurement and convert results to the metrics that a model file stores."""
+"""Open models for measurement, and convert results to the metrics stored in model files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from pop_local.workflows.hardware import Hardware
 def opened(
     files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any
 ) -> Iterator[PopModel]:
-    """Open a model for a task that `watch.should_stop` can stop. `options`: see EngineOptions."""
+    """Open a model for work that `watch.should_stop` can stop. `options`: see EngineOptions."""
     options |= {"reuse": Reuse.EXACT, "sidecar": files.sidecar}  # stale rows would add to the loss
     model = PopModel(EngineOptions.of(files.path, **vars(hardware), **options))
     with model, stopped_by(watch.should_stop):
@@ -42,7 +42,7 @@ def row_options(plan: Plan) -> dict[str, Any]:
 
 
 def measured(quality: Quality, lookups: Lookups | None = None) -> Measured:
-    """Return the metrics to store in a converted file. Raises PopError if one of them is NaN."""
+    """Return the metrics to store in a converted file. Raises PopError if a metric is NaN."""
     names = {field.name for field in fields(Measured)} & {field.name for field in fields(Quality)}
     found = {name: getattr(quality, name).value for name in names}
     if any(map(isnan, found.values())):

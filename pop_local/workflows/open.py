@@ -39,9 +39,9 @@ def best_model() -> names.CatalogModel:
 def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
     """Open a model by name or path (see `model_files`).
 
-    If `options.full` is set, a sidecar for a different model is ignored with a warning. If the
-    model cannot learn, a note states the reason. `options.context.n_parallel` defaults to 2 if
-    memory and the model allow it, otherwise to 1. Raises PopError or StoppedError.
+    If `options.full` is true, warns about a sidecar for a different model and ignores the sidecar.
+    If the model cannot learn, a note states the reason. `options.context.n_parallel` defaults to 2
+    if memory and the model allow it, otherwise to 1. Raises PopError or StoppedError.
     """
     files = _fitting_files(options, watch)
     options = replace(
@@ -107,7 +107,7 @@ def _warn_of_context(context: "Context", watch: Watch) -> None:
 
 
 def _n_at_once(options: "EngineOptions") -> int:
-    """Return the default number of sequences: 2 if memory and the model allow it, otherwise 1."""
+    """Return the default number of sequences (2 if memory and the model allow it, otherwise 1)."""
     source = read_source(options.path)
     learns = options.learn and not options.full and options.sidecar is None
     will_learn = learns and pop_meta(source.first) is None
@@ -123,7 +123,7 @@ def model_files(
 ) -> ModelFiles:
     """Return the model's files. A note reports which sidecar was found, if any. Raises PopError.
 
-    `names_shipped`: whether the note also reports a shipped sidecar.
+    If `names_shipped` is true, the note also reports a shipped sidecar.
     """
     files = _files(model, sidecar, watch)
     if files.sidecar is not None and sidecar is None:
@@ -159,7 +159,7 @@ def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
 
 
 def files_at_boundary(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the files for measuring a different boundary, without the model's default sidecar."""
+    """Return the files to measure a different boundary, without the model's default sidecar."""
     if sidecar is None:
         return ModelFiles(base_file(model, watch))
     return model_files(model, sidecar, watch)

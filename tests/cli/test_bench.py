@@ -133,7 +133,7 @@ def test_a_boundary_makes_an_unconverted_model_comparable(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--prompt", "100", "--ctx", "64"), "limited to 64"),
+        (("--prompt", "100", "--ctx", "64"), "the context has 64"),
         (("--prompt", "5000"), "but the limit is 4096"),
         (("--prompt", "100", "--boundary", "8"), "boundary 8"),
     ],

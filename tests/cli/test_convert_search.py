@@ -374,7 +374,7 @@ def test_a_stopped_search_keeps_its_fits_for_the_next_run(
     done = convert(tiny, *arguments)
     assert done.exit_code == 0, done.stderr
     assert len(calibrated) == n_fitted
-    assert f"{n_fitted} fits are kept in" in done.stderr
+    assert f"Reusing {n_fitted} fits from" in done.stderr
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
     continued = (tmp_path / "tiny.pop.gguf").read_bytes()
     whole = convert(tiny, *arguments, "--force")

@@ -39,8 +39,8 @@ from pop_local.workflows.hardware import Hardware
 class RowOptions:
     """Options that select the prompt tokens that run through all layers.
 
-    `deep_rows`: the words whose tokens run through all layers. `min_prompt`: the minimum prompt
-    length for pruning, in tokens (default: twice the number of sink and tail tokens).
+    Tokens of the words that `deep_rows` selects run through all layers. Prompts with fewer than
+    `min_prompt` tokens are not pruned (default: twice the number of sink and tail tokens).
     """
 
     sink_tokens: int = PopMeta.sink_tokens
@@ -53,9 +53,9 @@ class RowOptions:
 class ConvertOptions:
     """Options for a conversion.
 
-    `goal`: a named boundary (`Skip`, `Boundary`), or a budget (`Within`), which selects the fastest
-    candidate that meets it. `fit`: the fit's options (None keeps the skipped layers' own
-    projections). `distiller`: a factory for a trainer of the fit (None: no distillation).
+    `goal` is a named boundary (`Skip`, `Boundary`) or a budget (`Within`) that the fastest
+    candidate must meet. If `fit` is None, the skipped layers keep their own projections.
+    `distiller` creates the trainer that distills the fit (None: no distillation).
     """
 
     goal: Goal = Within(BALANCED)
@@ -68,9 +68,9 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A planned conversion, before the model is measured or a file is written.
+    """A planned conversion. The model has not been measured, and no file has been written.
 
-    `plans`: a named boundary's plan, or a search's plans by increasing number of skipped layers.
+    `plans` is the plan for a named boundary, or a search's plans by number of skipped layers.
     """
 
     source: Source
@@ -103,7 +103,7 @@ class Conversion:
 
     @cached_property
     def not_counted(self) -> str:
-        """Return the reason that the plans' work cannot be counted, or "" if it can."""
+        """Return the reason if the plans' work cannot be counted, or "" otherwise."""
         try:
             _ = self.deepest.speedup_limit
         except PopError as error:
@@ -135,7 +135,7 @@ class Conversion:
 
     @cached_property
     def tried(self) -> Sequence[Plan]:
-        """Return the plans that a search may try: all plans, or fewer if their fits are large."""
+        """Return the plans that a search may try. If fits are large, some plans are left out."""
         if self.fit is None or self.budget is None or self.not_counted:
             return self.plans
         return costs.spaced(self.plans, self.source, self.fit)
@@ -206,7 +206,7 @@ def plan_conversion(
 
 @dataclass(frozen=True)
 class Converted:
-    """A finished conversion; `meta`: the written file's keys, including the measured loss."""
+    """A finished conversion. `meta` holds the written file's keys, including the measured loss."""
 
     path: Path
     plan: Plan
@@ -220,7 +220,7 @@ class Converted:
 class ConversionRun:
     """A running conversion.
 
-    `force`: whether to replace an existing output and to accept a model that can no longer copy.
+    `force` permits replacing an existing output and accepting a model that can no longer copy.
     """
 
     conversion: Conversion
@@ -229,7 +229,7 @@ class ConversionRun:
 
     @cached_property
     def fitter(self) -> PlanFitter:
-        """The fitter for the conversion's plans."""
+        """The fitter that fits this conversion's plans."""
         runner, fit = self.runner, self.conversion.fit or FitOptions()
         make = self.conversion.options.distiller
         distiller = make and make(runner.source, fit, runner.hardware, runner.watch)

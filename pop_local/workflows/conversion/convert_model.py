@@ -32,15 +32,15 @@ def convert(
     force: bool = False,
     watch: Watch = Watch(),
 ) -> Converted:
-    """Convert a model, given by path or name, so that it reads long prompts faster.
+    """Convert the model with this path or name to read long prompts faster.
 
-    `out`: the output's path (default: NAME.pop.gguf or NAME.pop-sidecar.gguf next to the model).
-    `force`: whether to replace an existing output. At a boundary that is named without a budget,
+    `out` is the output's path (default: NAME.pop.gguf or NAME.pop-sidecar.gguf next to the model).
+    `force` permits replacing an existing output. If the options set a boundary but no budget,
     `force` also permits a model that can no longer copy from its prompt.
 
-    Raises PopError, or a subclass such as OutputExistsError, OverBudgetError or CopyingBrokenError,
-    if the conversion fails, and StoppedError if `watch.should_stop` returns True. An existing
-    output stays unchanged if an error occurs.
+    If the conversion fails, raises PopError or a subclass, such as OutputExistsError,
+    OverBudgetError or CopyingBrokenError. Raises StoppedError if `watch.should_stop` returns True.
+    If an error occurs, an existing output remains unchanged.
     """
     planned = plan_conversion(base_file(os.fspath(model), watch), out, options)
     return run_conversion(planned, force=force, watch=watch)

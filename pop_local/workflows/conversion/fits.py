@@ -1,4 +1,4 @@
-"""Fit and distill one model's plans on text that is sampled only once."""
+"""Fit and distill all plans of a model on the same sampled text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pop_local.workflows.hardware import Hardware
 
 
 class Distilling(Protocol):
-    """Protocol for a distiller of one model's fits (see pop_local.research.distilled)."""
+    """Protocol for classes that distill one model's fits (see pop_local.research.distilled)."""
 
     def require(self, plan: Plan) -> object:
         """Raise PopError if the plan's fit cannot be distilled."""
@@ -31,7 +31,7 @@ class Distilling(Protocol):
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
         """Train the fit on `text` and return the trained fit. Raises PopError or StoppedError.
 
-        `n_deeper`: the number of deeper boundaries whose fits will probably be distilled next.
+        `n_deeper` is the number of deeper boundaries that will probably be distilled next.
         """
 
 
@@ -42,8 +42,8 @@ MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distilling]
 class PlanFitter:
     """A fitter that uses the same text and the same kind of fit for all plans of a model.
 
-    If the options do not set the kind of fit, the first fitted plan determines it. `kept`: the fits
-    of an earlier, stopped conversion (None: keep no fits).
+    If the options do not set the kind of fit, the first fitted plan determines the kind. `kept`
+    holds the fits of an earlier, stopped conversion (None: keep no fits).
     """
 
     runner: TrialRunner
@@ -68,7 +68,7 @@ class PlanFitter:
             if self.text is None:
                 self.text = calibration_text(context, options, n_embd, watch)
             if self.kept is not None and (known := self.kept.fits(wanted, self.text)):
-                watch.on_note(f"{len(known)} fits are kept in {self.kept.folder}.")
+                watch.on_note(f"Reusing {len(known)} fits from {self.kept.folder}.")
                 self._made |= known
             if missing := [plan for plan in wanted if plan not in self._made]:
                 done = calibrate(missing, context, self.runner.source, options, watch, self.text)
@@ -76,14 +76,14 @@ class PlanFitter:
         return tuple(self._made[plan] for plan in wanted)
 
     def keep(self) -> None:
-        """Keep the sampled text and the fits of a stopped conversion, and notify the user."""
+        """Save the sampled text and the fits of a stopped conversion, and notify the user."""
         if self.kept is None or self.text is None or not (self._made or not self.options.texts):
             return
         watch = self.runner.watch
         try:
             self.kept.save(self.text, self._made)
         except (OSError, PopError) as error:
-            watch.on_warning(PopError(f"the fit could not be kept: {error}"))
+            watch.on_warning(PopError(f"the fit could not be saved: {error}"))
         else:
             where = self.kept.folder
             watch.on_note(f"The fit is kept in {where}; run the same command again to continue.")

@@ -1,4 +1,4 @@
-"""The full model's results on held-out text and look-ups, computed on first use."""
+"""The full model's results on held-out text and look-ups, which are computed on first use."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,9 +22,9 @@ N_DOCUMENTS = 10
 class FullModel:
     """The full model's scores on held-out text and look-ups, with the plan's full rows.
 
-    `settings`: the measurement's settings, including the maximum number of windows. `text`: the
-    tokens to score (default: the shipped held-out text). The scores are computed on first use,
-    which may raise PopError or StoppedError. After a stop, the next use resumes the computation.
+    `settings` contains the maximum number of windows. `text` is the text to score (default: the
+    shipped held-out text). Computing the scores on first use may raise PopError or StoppedError.
+    After a stop, the next use resumes the computation.
     """
 
     runner: TrialRunner

@@ -17,12 +17,12 @@ LEAST_DIVISOR = 3
 
 @dataclass(frozen=True)
 class Skip:
-    """The layers to skip, as a fraction ("1/3", "0.33") or a number ("10")."""
+    """The fraction ("1/3", "0.33") or number ("10") of layers to skip."""
 
     share: str
 
     def plan(self, shape: ModelShape, **rows: Any) -> Plan:
-        """Return a model's plan. `rows`: keyword arguments for make_plan. Raises PlanError."""
+        """Return a model's plan. Passes `rows` to make_plan. Raises PlanError."""
         return make_plan(shape, boundary=boundary_of(shape, parse_skip(self.share)), **rows)
 
 
@@ -33,7 +33,7 @@ class Boundary:
     layer: int
 
     def plan(self, shape: ModelShape, **rows: Any) -> Plan:
-        """Return a model's plan. `rows`: keyword arguments for make_plan. Raises PlanError."""
+        """Return a model's plan. Passes `rows` to make_plan. Raises PlanError."""
         return make_plan(shape, boundary=self.layer, **rows)
 
 
@@ -42,7 +42,7 @@ Named = Skip | Boundary
 
 @dataclass(frozen=True)
 class Within:
-    """The goal of meeting a budget at boundary `at` (None: the fastest that meets it)."""
+    """The goal of meeting a budget at boundary `at` (None: at the fastest possible boundary)."""
 
     budget: Budget
     at: Named | None = None
@@ -52,9 +52,9 @@ Goal = Named | Within
 
 
 def plans_of(goal: Goal, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-    """Return a goal's plans in order of increasing number of skipped layers. Raises PlanError.
+    """Return a goal's plans, sorted by the number of skipped layers.
 
-    `rows`: keyword arguments for make_plan.
+    Passes `rows` to make_plan. Raises PlanError.
     """
     named = goal.at if isinstance(goal, Within) else goal
     if named is not None:

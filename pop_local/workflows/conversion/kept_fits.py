@@ -1,4 +1,4 @@
-"""The text and the fits of a stopped conversion, which the next run of the command reuses."""
+"""Store a stopped conversion's text and fits, which the next run of the command reuses."""
 
 import hashlib
 import shutil
@@ -21,9 +21,9 @@ from pop_local.workflows.conversion.trial_runner import TrialRunner
 
 @dataclass(frozen=True)
 class KeptFits:
-    """A folder next to a conversion's output, which may not exist.
+    """A folder with fits next to a conversion's output. The folder may not exist.
 
-    The text's name contains the model's hash, and each fit is stored as a sidecar of the model.
+    The name of the text file contains the model's hash. Each fit is stored as a sidecar.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class KeptFits:
         return self.folder / f"{plan.boundary}-{plan.projection}-{self.options.kv_type.value}.fit"
 
     def text(self, n_tokens: int) -> CalibrationText | None:
-        """Return the kept sampled text if it has `n_tokens` tokens."""
+        """Return the saved text if its length is `n_tokens`, or None otherwise."""
         with suppress(OSError, ValueError):
             windows = np.load(self._text, allow_pickle=False)
             if windows.size == n_tokens and not self.options.texts:
@@ -47,7 +47,7 @@ class KeptFits:
         return None
 
     def fits(self, plans: Sequence[Plan], text: CalibrationText) -> dict[Plan, Fitted]:
-        """Return the kept fits on `text`."""
+        """Return the saved fits that were computed on `text`."""
         wanted = Calibration(text.name, text.sha256, text.n_tokens, self.options.ridge)
         found = {}
         for plan in plans:
@@ -59,7 +59,7 @@ class KeptFits:
         return found
 
     def save(self, text: CalibrationText, fits: Mapping[Plan, Fitted]) -> None:
-        """Write the text, if the model generated it, and the fits. Raises OSError or WriteError."""
+        """Save the fits, and the text if the model generated it. Raises OSError or WriteError."""
         self.remove()
         self.folder.mkdir(parents=True)
         if not self.options.texts:

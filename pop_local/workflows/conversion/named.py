@@ -1,4 +1,4 @@
-"""Conversion at a named boundary: fit the projections, measure the loss, and write the file."""
+"""Convert at a named boundary: fit the projections, measure the loss, and write the file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +26,10 @@ N_DOCUMENTS = 5
 
 
 def write_named(run: ConversionRun) -> Converted:
-    """Fit, measure and write the model at a named boundary, or only write it if no fit is planned.
+    """Fit, measure and write the model at a named boundary. Without a fit, only write the model.
 
-    Raises PopError or StoppedError. Unless the run is forced, raises CopyingBrokenError if the
-    model can no longer copy from its prompt.
+    Raises PopError or StoppedError. Raises CopyingBrokenError if the model can no longer copy from
+    its prompt, unless `run.force` is true.
     """
     [plan] = run.conversion.plans
     if plan.projection == Projection.OWN:

@@ -1,4 +1,4 @@
-"""Conversion errors, and the measured trials stored in OverBudgetError."""
+"""Conversion errors, and the measured trials that OverBudgetError stores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pop_local.measure.quality import Quality
 
 
 class CopyingBrokenError(PopError):
-    """Error for a model that can no longer copy from its prompt; `found`: the measured figures."""
+    """Error for a model that can no longer copy from its prompt. `found` is the measured loss."""
 
     def __init__(self, boundary: int, found: str) -> None:
         hint = "skip fewer layers, or set a budget but no boundary"
@@ -23,7 +23,7 @@ class CopyingBrokenError(PopError):
 class Trial:
     """A measured candidate.
 
-    `lookups`: the look-ups' results (None if the loss on held-out text already exceeds the budget).
+    `lookups` is None if the loss on held-out text already exceeds the budget.
     """
 
     plan: Plan
@@ -33,7 +33,7 @@ class Trial:
 
 
 class OverBudgetError(PopError):
-    """Error for a budget that no candidate meets; `trials`: the measured candidates."""
+    """Error for a budget that no candidate meets. `trials` lists the measured candidates."""
 
     def __init__(self, message: str, trials: tuple[Trial, ...]) -> None:
         super().__init__(message, "use a looser budget, or name a boundary", cause="over-budget")

@@ -2,16 +2,15 @@
 
 A candidate is a boundary with its projections and deep rows. The search follows these rules:
 
-1. Each candidate is measured with the sidecar that would be written: first on held-out text, then
-   on look-ups.
+1. Each candidate is measured with its final sidecar, first on held-out text and then on look-ups.
 2. Bisection (`budget.undecided`) assumes that skipping more layers never improves quality.
 3. If memory allows, each pass over the text also fits the boundaries that bisection may need next.
-4. After bisection, fits are distilled if requested, starting at the fastest candidate and
-   continuing with deeper boundaries until a candidate exceeds the budget or distillation fails.
+4. After bisection, fits are distilled if requested. Distillation starts at the fastest candidate
+   and continues with deeper boundaries until a candidate exceeds the budget or an error occurs.
 5. Finally, rules with fewer deep rows are tried. For each rule, the search starts at the deepest
-   boundary within the budget, and skips fewer layers while the candidate would be the fastest.
-6. The fastest candidate within the budget is chosen. Among equally fast candidates, a distilled one
-wins unless its KL is larger by more than the standard error. Otherwise, the smallest KL wins.
+   boundary within the budget, and skips fewer layers as long as the candidate would be the fastest.
+6. The fastest candidate within the budget wins. If several are equally fast, a distilled one wins
+   unless its KL is larger by more than the standard error. Otherwise, the smallest KL wins.
 """
 
 from __future__ import annotations
@@ -47,11 +46,11 @@ N_DEEPER = 3
 
 @dataclass(eq=False)
 class Candidate:
-    """A plan that a search may choose, and the plan's fit and measurements so far.
+    """A plan that a search may choose, with the plan's fit and measurements.
 
-    `fitted`: the fit (None before fitting, and always None for `Projection.OWN`). `start`: the fit
-    to distill, if any. `is_inside`: whether the candidate is currently within the budget (None
-    before the first measurement). A stopped search resumes from `scores` and `answers`.
+    `fitted` is None before fitting, and always None for `Projection.OWN`. `start` is the fit to
+    distill, if any. `is_inside` is true if all results so far are within the budget (None without
+    results). A stopped search resumes from `scores` and `answers`.
     """
 
     plan: Plan
@@ -84,7 +83,7 @@ class Candidate:
 
 
 def write_within(run: ConversionRun, budget: Budget) -> Converted:
-    """Write the conversion's fastest plan that is within the budget.
+    """Find the fastest plan within the budget, and write the converted file.
 
     Raises OverBudgetError, PopError or StoppedError.
     """
@@ -100,10 +99,10 @@ def write_within(run: ConversionRun, budget: Budget) -> Converted:
 
 @dataclass
 class Search:
-    """A search among plans, which are sorted by increasing number of skipped layers.
+    """A search among plans that are sorted by the number of skipped layers.
 
-    `plain` and `distilled`: the candidates, in the order of the plans. `traded`: the candidates
-    with fewer deep rows. After a stop, `run` continues the search.
+    `plain` and `distilled` contain candidates in the order of `plans`. `traded` contains the
+    candidates with fewer deep rows. After a stop, `run` continues the search.
     """
 
     runner: TrialRunner
@@ -132,7 +131,7 @@ class Search:
         return [each for each in self.judged if each.is_inside]
 
     def run(self) -> Candidate:
-        """Return the fastest candidate within the budget. Its plan lists all tried candidates.
+        """Return the fastest candidate within the budget. The plan lists all tried candidates.
 
         Raises OverBudgetError, PopError or StoppedError.
         """
@@ -194,9 +193,9 @@ class Search:
         candidate.is_inside = budgets.is_inside(self.budget, candidate.quality)
 
     def settle(self, candidate: Candidate) -> bool:
-        """Measure the candidate on text and on look-ups and return the final verdict.
+        """Measure the candidate on text and look-ups. Return True if it is within the budget.
 
-        A candidate that exceeds the budget on text is rejected without look-ups.
+        If the candidate exceeds the budget on text, the look-ups are skipped.
         """
         self.judge(candidate)
         if candidate.is_inside and candidate.lookups is None:
@@ -252,8 +251,8 @@ class Search:
     def trade_rows(self) -> None:
         """Try rules with fewer deep rows (rule 5).
 
-        The search assumes that fewer deep rows never improve quality, so the search for each rule
-        starts at the boundary that was reached with the previous rule.
+        Fewer deep rows are assumed never to improve quality. The search for each rule therefore
+        starts at the boundary that the previous rule reached.
         """
         ready = {it.boundary: it for it in (*self.plain, *self.distilled) if it.is_ready}
         start = min(each.boundary for each in self.inside)
@@ -271,7 +270,7 @@ class Search:
                 start = boundary + 1
 
     def fit(self, wanted: Sequence[Candidate]) -> None:
-        """Fit the first candidate, and the next ones that the same pass has room for (rule 3)."""
+        """Fit the first candidate, and further candidates if they fit in memory (rule 3)."""
         fitted = self._room_for(wanted)
         plans = [each.plan for each in fitted]
         self.runner.require_room(plans, self.fitter.options.kv_type)
@@ -283,7 +282,7 @@ class Search:
             candidate.plan = replace(candidate.plan, projection=fit.projection)
 
     def _room_for(self, wanted: Sequence[Candidate]) -> list[Candidate]:
-        """Return the first candidate, and the next candidates whose sums also fit in memory."""
+        """Return the first candidate, and further candidates as long as all sums fit in memory."""
         chosen: list[Candidate] = []
         for candidate in (each for each in wanted if not each.is_ready):
             plans = [each.plan for each in (*chosen, candidate)]

@@ -1,4 +1,4 @@
-"""A conversion's expected stages, and the estimated time left for all of them."""
+"""A conversion's expected stages, and the estimated time that they will take."""
 
 import time
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class ExpectedStage(NamedTuple):
 
 
 def planned_stages(planned: Conversion) -> list[ExpectedStage]:
-    """Return the expected stages in order (empty: distillation, or the work cannot be counted)."""
+    """Return the expected stages in order, or [] for distillation or if the work is unknown."""
     if planned.not_counted or planned.options.distiller:
         return []
     settings, asked, plan = QualitySettings(), LookupSettings(), planned.deepest
@@ -62,7 +62,7 @@ def planned_seconds(planned: Conversion) -> float | None:
 
 
 def with_time_left(watch: Watch, stages: Sequence[ExpectedStage]) -> Watch:
-    """Return a Watch that also receives the estimated time left, based on the rate so far."""
+    """Return a Watch that also reports the time left, estimated from the rate so far."""
     began_s, at, work, done_work, share = time.monotonic(), -1, 0.0, 0.0, 0.0
 
     def begin(name: str, unit: Unit) -> None:

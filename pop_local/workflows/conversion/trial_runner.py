@@ -48,8 +48,8 @@ class TrialRunner:
     ) -> Iterator[PopModel]:
         """Open the model, or `files` that were converted from it, with the plan's full rows.
 
-        `n_ctx`: context length in tokens (default: for the windows). Raises PopError or
-        StoppedError.
+        `n_ctx` is the context length in tokens (default: the length that the windows need). Raises
+        PopError or StoppedError.
         """
         settings = QualitySettings()
         n_ctx = n_ctx or 2 * (settings.n_context + settings.n_continuation)
