@@ -4,7 +4,7 @@ from enum import Enum
 
 
 class Projection(str, Enum):
-    """A kind of projection. The key `pop.projection` and the command line use its value.
+    """A kind of projection, used in the key `pop.projection` and on the command line.
 
     OWN uses the layers' own projections and adds no tensors. FITTED is a least-squares fit on the
     boundary state. WIDE is a least-squares fit on additional inputs (fit/wide.py).

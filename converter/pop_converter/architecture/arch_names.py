@@ -1,6 +1,6 @@
 """Architecture properties that GGUF files do not record.
 
-The names come from llama.cpp's src/llama-arch.cpp. Unlisted architectures are ordinary decoders.
+The names are defined in llama.cpp's src/llama-arch.cpp. Unlisted architectures are decoders.
 """
 
 import re
@@ -45,7 +45,7 @@ UNFITTED = {
         _names("cohere2|cohere2moe|command-r|dbrx"),
         "the model uses layer norm instead of RMS norm",
     ),
-    "gemma3n": "the state has multiple streams",
+    "gemma3n": "the hidden state has multiple streams",
 }
 
 # Architectures with multiple positions per row (M-RoPE) if the file has RoPE sections.

@@ -45,10 +45,10 @@ class LayerTensors(dict[str, TensorInfo]):
     def no_refill(self) -> str:
         """The reason that skipped rows cannot run through the layer later, or "" if they can."""
         if self.is_recurrent:
-            return "the recurrent layers keep one state for all rows"
+            return "recurrent layers keep a single state for all tokens"
         if any(name.startswith("indexer") for name in self):
             return "the cache contains more than K and V"
-        return "the state has multiple streams" if "altup_router" in self else ""
+        return "the hidden state has multiple streams" if "altup_router" in self else ""
 
     @property
     def is_fittable(self) -> bool:

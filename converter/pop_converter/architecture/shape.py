@@ -11,7 +11,7 @@ from pop_converter.projection import Projection
 
 # Block size of ggml's quantized types. Each row of an added tensor must consist of whole blocks.
 _BLOCK_SIZE = 32
-_MROPE = "each row has multiple positions (M-RoPE)"
+_MROPE = "each token has multiple positions (M-RoPE)"
 _RMS_KEY = "attention.layer_norm_rms_epsilon"
 
 
@@ -99,7 +99,7 @@ def source_shape(source: Source) -> ModelShape:
         for i, layer in enumerate(layers)
     ]
     if any(min(part) < 0 for part in parts):
-        raise keys.wrong("a fused Q/K/V tensor has too few rows for the heads")
+        raise keys.wrong("a fused Q/K/V tensor has too few rows for the attention heads")
     n_q, n_k, n_v = zip(*parts, strict=True)
     reasons = [*(layer.no_refill for layer in layers), _MROPE if keys.is_mrope else ""]
     has_fits = keys.arch not in UNFITTED and keys.header.of_arch(_RMS_KEY) is not None

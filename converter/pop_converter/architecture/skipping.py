@@ -14,7 +14,7 @@ class SkippableLayers:
 
     `left` lists what the skipped layers still compute for context tokens. `fits_from` is the lowest
     boundary at which projections can be fitted. If no fit is possible, `fits_from` is None and
-    `no_fit` is the reason. Skipping layers `exact` and up has no loss (0: no such layer).
+    `no_fit` is the reason. Skipping layers `exact` and up causes no loss (0: no such layer).
     `no_refill` is the reason that context tokens cannot run through the skipped layers later, or ""
     if they can. `is_measured` is true if pruning was measured on real models of this architecture.
     """
@@ -54,7 +54,7 @@ def _no_fit(shape: ModelShape) -> str:
     if shape.arch in UNFITTED:
         return UNFITTED[shape.arch]
     if any(shape.is_recurrent):
-        return "the recurrent layers have no K and V"
+        return "recurrent layers have no K and V"
     if not any(shape.n_v):
         return "K and V are compressed"
-    return "K and V are not computed from an RMS norm without bias"
+    return "K and V are not computed from a bias-free RMS norm"

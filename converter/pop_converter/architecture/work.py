@@ -6,7 +6,7 @@ rows are as efficient as products with many rows.
 
 Fitted projections cost as much as the layers' own projections, or less if the layers' own K and V
 are fused with Q. A *wide* fit (fit/wide.py) also computes extra inputs once per row. Each layer
-after the boundary multiplies these inputs by weights. This module adds a fit's cost.
+after the boundary multiplies the extra inputs by weights.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Error types for both packages. Most carry a message, a hint and a cause."""
+"""Error types for both packages."""
 
 import zlib
 from tokenize import TokenError

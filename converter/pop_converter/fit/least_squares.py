@@ -1,9 +1,9 @@
 """Fit skipped layers' K/V projections to the full model's K and V by least squares.
 
 Each fit is a weighted least-squares solution in float64. A ridge penalty pulls the solution toward
-the layer's own projections. The inputs are Gram matrices. Let x be the normalized boundary state,
-and let X = [x, 1]. Y contains the full model's K and V. D is the diagonal matrix of token weights,
-and W0 contains the layer's own projections:
+the layer's own projections. The fit needs only Gram matrices. Let x be the normalized boundary
+state, and let X = [x, 1]. Y contains the full model's K and V. D is the diagonal matrix of token
+weights, and W0 contains the layer's own projections:
 
     W = W0 + (X'DX + ridge)^-1 X'D (Y - X W0)
 
@@ -46,7 +46,7 @@ DAMAGED_HINT = "the model file may be damaged: check that the model can answer a
 
 
 class FitError(PopError):
-    """Error for activations that do not allow a fit."""
+    """Error for activations from which no fit can be computed."""
 
 
 class KvType(str, Enum):
@@ -213,7 +213,7 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
 
 
 def _solve_triangles(lower: Doubles, x: Doubles) -> None:
-    """Replace x with (lower lower')^-1 x. Solves in blocks, as numpy has no triangular solver."""
+    """Replace x with (lower lower')^-1 x in blocks, because numpy has no triangular solver."""
     parts = [slice(at, at + _BLOCK) for at in range(0, len(x), _BLOCK)]
     for part in parts:
         x[part] -= lower[part, : part.start] @ x[: part.start]

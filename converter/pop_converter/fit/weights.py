@@ -20,7 +20,7 @@ class KvProjection:
 
     `weight` [n_k + n_v, n_embd] is multiplied by gain * x, where x is the normalized input and
     `gain` [n_embd] is the weight of attn_norm. `bias` is [n_k + n_v]. `wide` [n_k + n_v, n_wide] is
-    multiplied by a wide fit's extra inputs (fit/wide.py). It is None for other projections.
+    multiplied by a wide fit's extra inputs (fit/wide.py). `wide` is None for other projections.
     """
 
     gain: Floats
@@ -31,9 +31,9 @@ class KvProjection:
 
 
 class Weights:
-    """A model's tensors by name. Access to a tensor dequantizes it to float32.
+    """A model's tensors by name, dequantized to float32 on access.
 
-    Access raises FormatError if the tensor is missing or its type cannot be dequantized.
+    Accessing a missing tensor or a type that cannot be dequantized raises FormatError.
     """
 
     def __init__(self, source: Source) -> None:

@@ -112,7 +112,7 @@ def decode_input(
 
 
 def _spread(windows: Iterable[Floats]) -> NDArray[np.float64]:
-    """Return the standard deviation [n] over all rows. Keeps only one window in memory."""
+    """Return the standard deviation [n] over all rows with only one window in memory at a time."""
     n_rows, total, squares = 0, np.zeros(1), np.zeros(1)
     for window in windows:
         n_rows += len(window)

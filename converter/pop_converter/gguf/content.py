@@ -32,7 +32,7 @@ Write = Callable[[memoryview], object]
 
 @dataclass(frozen=True)
 class FileRange:
-    """A byte range of an existing file. In the output, `n_zeros` zeros follow it."""
+    """A byte range of an existing file. In the output, `n_zeros` zeros follow the range."""
 
     path: Path
     start: int
@@ -52,7 +52,7 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Content:
-    """The content of a GGUF file to write. By default, it has no keys or tensors.
+    """The content of a GGUF file to write. By default, the file has no keys or tensors.
 
     `keys` and `tensors` are the raw bytes of the key and tensor tables. `ranges` are the byte
     ranges to copy. `data_end` is the end of the last copied tensor, in bytes from the start of the

@@ -153,11 +153,11 @@ class _Cursor:
         """Read a 64-bit count. Raises FormatError if the count exceeds `most`."""
         found = self.number("Q")
         if found > most:
-            raise corrupt(self.path, f"the number of {what} ({found:,}) exceeds {most:,}")
+            raise corrupt(self.path, f"the {what} ({found:,}) exceeds {most:,}")
         return found
 
     def text(self) -> str:
-        start = self.skip(self.count(_MAX_NAME_BYTES, "bytes in a name"))
+        start = self.skip(self.count(_MAX_NAME_BYTES, "name length"))
         try:
             return self.view[start : self.at].decode()
         except UnicodeDecodeError as error:
@@ -250,7 +250,8 @@ def _scan(path: Path, view: mmap.mmap) -> Header:
     cursor = _Cursor(view, path)
     cursor.skip(len(MAGIC))
     version = cursor.number("I")
-    n_tensors, n_keys = cursor.count(_MAX_TENSORS, "tensors"), cursor.count(_MAX_KEYS, "keys")
+    n_tensors = cursor.count(_MAX_TENSORS, "number of tensors")
+    n_keys = cursor.count(_MAX_KEYS, "number of keys")
     keys = _scan_keys(cursor, n_keys)
     keys_end = cursor.at
     alignment = _alignment(path, keys)

@@ -18,7 +18,7 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 @dataclass(frozen=True)
 class SplitPart:
-    """The parsed file name of a split model's part. `number` counts from 1."""
+    """The parsed file name of a split model's part. `number` is 1-based."""
 
     stem: str
     number: int
@@ -109,7 +109,7 @@ def read_source(path: Path) -> Source:
 
 
 def sampled_sha256(source: Source) -> str:
-    """Return a hex sha256 that tells fine-tunes apart, over the headers and each tensor's start."""
+    """Return a hex sha256 of the headers and each tensor's start. Fine-tunes have other hashes."""
     digest = hashlib.sha256()
     for header in source.parts:
         with header.path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Read and write the `pop.*` keys of a POP file, which is a GGUF file.
+"""Read and write the `pop.*` keys in GGUF files.
 
 Stock llama.cpp ignores these keys, so it can open POP files that have no added tensors.
 """
@@ -28,7 +28,7 @@ NO_LIMIT = 1e9
 
 
 class DeepRows(str, Enum):
-    """Rules that select context words to run through all layers, which preserves their spelling.
+    """Rules for selecting context words that run through all layers to preserve their spelling.
 
     `SPELLING` selects words with a digit, an internal capital, or a symbol between letters. `NAMES`
     also selects words that are capitalized in the middle of a sentence.
@@ -98,10 +98,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Budget:
-    """The search's quality limits. `quality` is their name.
+    """The search's quality limits. `quality` is the name of these limits.
 
-    The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio in Measured, and to the share of the
-    full model's correct look-ups that are lost. `tried` lists the result for each boundary.
+    The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio in Measured, and to the share of lost
+    look-ups. `tried` lists the result for each boundary.
     """
 
     quality: str

@@ -26,9 +26,9 @@ class Plan:
     """A planned conversion in which context tokens skip layers `boundary` and up.
 
     `deep_rows` selects the context rows that run through all layers. `deep_share` is the fraction
-    of rows that it selects in ordinary text, or 0 if unknown. `budget` holds the search's quality
-    limits, or is None if the user chose the boundary. `is_distilled` is true if the fit is also
-    trained end to end. `macs` counts the model's multiply-accumulates.
+    of rows that `deep_rows` selects in ordinary text, or 0 if unknown. `budget` holds the search's
+    quality limits, or is None if the user chose the boundary. `is_distilled` is true if the fit is
+    also trained end to end. `macs` counts the model's multiply-accumulates.
     """
 
     shape: ModelShape
@@ -84,7 +84,7 @@ def parse_skip(text: str) -> Share:
 def boundary_of(shape: ModelShape, skip: Share) -> int:
     """Return the boundary for a number or fraction of skipped layers.
 
-    A fraction is rounded to whole layers, at least one. Raises PlanError if no layer would remain.
+    A fraction is rounded to a whole number (at least 1). Raises PlanError if no layer would remain.
     """
     if isinstance(skip, Fraction):
         skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
@@ -109,10 +109,10 @@ def make_plan(
 ) -> Plan:
     """Plan a conversion that skips layers `boundary` and up (None: the last third).
 
-    `min_prompt` is the length in tokens of the shortest prompt to prune. By default, it is twice
-    the number of full rows. At this length, pruning saves half as much as for a long prompt. The
-    plan uses OWN instead of `projection` if a skipped layer cannot be fitted. It also uses OWN if
-    only one layer is skipped, because that layer's own projections are exact.
+    `min_prompt` is the length in tokens of the shortest prompt to prune. The default is twice the
+    number of full rows, because pruning then saves half as much as for a long prompt. The plan uses
+    OWN instead of `projection` if a skipped layer cannot be fitted. The plan also uses OWN if only
+    one layer is skipped, because that layer's own projections are exact.
 
     Raises PlanError for an invalid boundary or token count. Raises UnsupportedArchitectureError if
     context tokens already skip these layers without loss.
@@ -148,17 +148,19 @@ def make_plan(
 def require_prunable(shape: ModelShape) -> None:
     """Raise UnsupportedArchitectureError if context tokens already skip layers without loss."""
     if shape.exact:
-        earlier = f", or choose a boundary from 1 to {shape.exact - 2}" if shape.exact > 2 else ""
+        hint = "use the file unchanged"
+        if shape.exact > 2:
+            hint = f"use the file unchanged, or choose a boundary from 1 to {shape.exact - 2}"
         raise UnsupportedArchitectureError(
             f"this {shape.arch} model needs no conversion: layers {shape.exact} and up (of"
             f" {shape.n_layer}) reuse the K/V of earlier layers, so context tokens already skip"
             " these layers without any loss",
-            f"use the file unchanged{earlier}",
+            hint,
         )
 
 
 def require_fit(plans: Sequence[Plan]) -> None:
-    """Raise PlanError if fits are needed but none of the plans can have one."""
+    """Raise PlanError if the plans need fitted projections but none can be fitted."""
     if all(plan.projection == Projection.OWN for plan in plans) and any(
         plan.n_skipped > 1 for plan in plans
     ):

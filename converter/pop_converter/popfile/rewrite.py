@@ -140,8 +140,8 @@ def convert(
         is_same = _starts_with(written, header)
         is_same = is_same and same_data(whole, written, len(header), ran if is_copy else _drop)
         if not is_same or (is_copy and not _is_restorable(written, content, meta)):
-            what = "differs from its source" if is_copy else "is damaged"
-            raise WriteError(f"the output file {dst} {what}", "check the disk, then try again")
+            problem = f"{dst} differs from its source" if is_copy else f"{dst} is damaged"
+            raise WriteError(problem, "check the disk, then try again")
         if binding is not None and bind(read_source(src)) != binding:
             raise WriteError(f"{src} changed during the conversion", "try again")
     return meta

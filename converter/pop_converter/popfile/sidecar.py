@@ -1,7 +1,7 @@
 """Read and write sidecars, which are small files with a model's POP keys and added tensors.
 
-The model is neither copied nor changed. Opening a sidecar compares only the model's size and a hash
-of its headers, because hashing the whole model (`pop.source.sha256`) takes too long.
+The model is neither copied nor changed. When a sidecar is opened, only the model's size and a hash
+of its headers are compared. Hashing the whole model (`pop.source.sha256`) would take too long.
 """
 
 from pathlib import Path
@@ -52,8 +52,7 @@ def existing_sidecar(base: Source) -> Path | None:
 def read_sidecar(path: Path, base: Source) -> PopMeta:
     """Read the POP keys of the sidecar at `path`, which must belong to the model `base`.
 
-    Raises FormatError if the sidecar belongs to a different model or has the wrong tensors, or if
-    `base` is a converted model.
+    Raises FormatError if the sidecar does not match the model, or if `base` is a converted model.
     """
     header = read_header(path)
     meta = sidecar_meta(header)
@@ -149,7 +148,7 @@ def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Fil
 
 
 def write_sidecar(plan: Plan, src: Path, dst: Path, **options: Any) -> PopMeta:
-    """Write a sidecar for `src`. Takes the options of `rewrite.convert` and raises its errors.
+    """Write a sidecar for `src`. The options and the errors are the same as in `rewrite.convert`.
 
     `src` is read once to compute its hash. `progress` receives the number of bytes read.
     """
@@ -159,7 +158,7 @@ def write_sidecar(plan: Plan, src: Path, dst: Path, **options: Any) -> PopMeta:
 def write_trial(
     plan: Plan, source: Source, dst: Path, binding: Binding, fitted: Fitted | None
 ) -> None:
-    """Write a temporary sidecar for a measurement. Does not hash the model. Raises WriteError."""
+    """Write a temporary sidecar for a measurement without hashing the model. Raises WriteError."""
     whole = with_tensors(_EMPTY, fitted.tensors) if fitted else _EMPTY
     written = whole.with_keys(encode_sidecar_keys(draft_meta(plan, source, fitted), binding))
     with replacing(dst, force=False) as file:
