@@ -86,7 +86,7 @@ def kept(row: Row) -> str:
 def origin(name: str, verb: str = "We took these measurements") -> str:
     """Return the sentence with a result's machine and date."""
     result = read(name)
-    return f"{verb} on {result['machine']}, on {result['date']}."
+    return f"{verb} on {result['date']}, on {result['machine']}."
 
 
 def summary() -> str:
@@ -131,9 +131,9 @@ def machines() -> str:
         pairs = [(row["llama"], row["full"]), (there["llama"][0], there["full"][0])]
         cells = [[f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.1f}x"] for a, b in pairs]
         rows.append([f"`{row['name']}`", *cells[0], *cells[1]])
-    here, other = (f"{result['machine']} ({result['date']})" for result in map(read, MACHINES))
-    text = f"We measured the first three columns on {here}, and the last three on {other}."
-    return f"\n{markdown(titles, rows)}\n{text}\n"
+    measured = zip(MACHINES, ("first", "last"), strict=True)
+    origins = [origin(name, f"We measured the {which} three columns") for name, which in measured]
+    return f"\n{markdown(titles, rows)}\n{' '.join(origins)}\n"
 
 
 MACHINES = ("shipped", "speeds")

@@ -77,8 +77,10 @@ def kept_table(name: str, chosen: str | None) -> str:
     if chosen:
         by_name = {column["name"]: column for column in [*LOOKUPS, *columns]}
         columns = [by_name[column] for column in chosen.split(", ")]
-    commands = " and ".join(f"`{command}`" for command in kept["commands"])
-    when = f"on {kept['date']}, with {commands} on {kept['machine']}"
+    commands = [f"`{command}`" for command in kept["commands"]]
+    listed = " and ".join(filter(None, (", ".join(commands[:-1]), *commands[-1:])))
+    verb = "commands were" if len(commands) > 1 else "command was"
+    when = f"on {kept['date']}, on {kept['machine']}. The {verb} {listed}"
     source = kept.get("source", f"We measured these values {when}.")
     notes = f" {kept['notes']}." if "notes" in kept else ""
     return f"\n{table(columns, [*map(with_lookups, kept['rows'])])}\n{source}{notes}\n"
