@@ -115,7 +115,7 @@ test-wheels: | $(SMOLLM2).gguf
 	$(PYTHON) tests/smoke.py $(WHEELS) $(SMOLLM2).gguf
 
 DISTILL_TESTS := tests/unit/research tests/unit/calibration/test_needs.py tests/cli/test_convert_distill.py \
-	tests/cli/test_convert_fit.py tests/real/test_real_quality.py
+	tests/cli/test_convert_fit.py tests/unit/workflows/test_time_left.py tests/real/test_real_quality.py
 test-distill: $(VENV)/.tools | $(SMOLLM2).gguf $(GEMMA).gguf
 	$(BIN)/python -m pip install --quiet --no-compile ".[distill]"
 	@rm -rf build pop_local.egg-info

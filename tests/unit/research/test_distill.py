@@ -20,7 +20,6 @@ from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import FULL, Pruning, forced
-from pop_local.research import distill as distilling
 from pop_local.research.distilled import Distiller, start_of
 from pop_local.research.torch_device import TorchDevice, computing
 from pop_local.workflows.hardware import Hardware
@@ -28,8 +27,10 @@ from support.calibrating import BOUNDARY, fitted, planned, prompt, settings
 from support.synthetic import make_gguf
 
 torch = pytest.importorskip("torch")
-torch.set_num_threads(1)
+from pop_local.research import distill as distilling  # noqa: E402
 from pop_local.research.decoder import Decoder  # noqa: E402
+
+torch.set_num_threads(1)
 
 OWN, FITTED, WIDE = Projection
 

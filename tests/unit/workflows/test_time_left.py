@@ -91,6 +91,7 @@ def test_the_plan_names_the_stages_of_its_goal(tmp_path, monkeypatch, goal):
 
 
 def test_nothing_is_estimated_with_distillation(tmp_path):
+    pytest.importorskip("torch")
     from pop_local.research.distilled import Distiller
 
     options = ConvertOptions(Boundary(4), distiller=Distiller)
