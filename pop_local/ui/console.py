@@ -16,8 +16,6 @@ THEME = Theme(
         "bad": "bold red",
         "warn": "yellow",
         "title": "bold",
-        "thinking": "dim",
-        "markdown.code": "cyan",
         "bar.complete": "cyan",
         "bar.finished": "green",
     }

@@ -38,7 +38,7 @@ class EchoModel(ScriptedModel):
                     return
                 time.sleep(0.01)
         lines = text.split("\n")
-        yield Chunk(f"**{len(text)}** characters in {len(lines)} lines: `{lines[0][:20]}`")
+        yield Chunk(f"{len(text)} characters in {len(lines)} lines: {lines[0][:20]}")
         yield Chunk("", STATS)
 
 

@@ -1,27 +1,47 @@
 """The chat's output: answers go to stdout, notes and errors to stderr."""
 
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import TextIO
 
 from pop_converter.base.errors import PopError
 from pop_local.ui import error_output
-from pop_local.ui.chat.live_answer import MarkdownAnswer, PlainAnswer
-from pop_local.ui.console import note, out, warn
+from pop_local.ui.console import note, warn
 from pop_local.ui.progress_bars import Advance, prefill_progress
+
+# A terminal gets no control characters, which could move the cursor or change colors.
+_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class AnswerWriter:
+    """A writer for an answer's text. In a terminal, control characters are removed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._controls = _CONTROLS if stream.isatty() else {}
+        self._last = ""
+
+    def push(self, piece: str) -> None:
+        piece = piece.translate(self._controls)
+        self._stream.write(piece)
+        self._stream.flush()
+        self._last = piece or self._last
+
+    def end(self) -> None:
+        if not self._last.endswith("\n"):
+            self._stream.write("\n")
+            self._stream.flush()
 
 
 class Screen:
     """A chat's output of answers, notes and errors, and its multiple-choice questions."""
 
     def __init__(self) -> None:
-        self._answer: PlainAnswer | MarkdownAnswer | None = None
+        self._answer: AnswerWriter | None = None
 
     def text(self, piece: str) -> None:
-        if self._answer is None:
-            is_plain = os.environ.get("NO_COLOR") or out.is_dumb_terminal or not out.is_terminal
-            self._answer = PlainAnswer(sys.stdout) if is_plain else MarkdownAnswer(out)
+        self._answer = self._answer or AnswerWriter(sys.stdout)
         self._answer.push(piece)
 
     def end_answer(self) -> None:
