@@ -33,7 +33,6 @@ from pop_local.ui.chat.screen import Screen
 from pop_local.ui.console import note, warn
 from pop_local.ui.ctrl_c import deferred_interrupt
 from pop_local.ui.tables import print_json
-from pop_local.ui.typed_keys import unechoed_keys
 from pop_local.ui.views.stats import counted_line, picture_line, stats_line
 
 # Seconds to wait for piped text before a note explains the wait.
@@ -94,7 +93,7 @@ def run(
     options = sampling.given
     options["ends_repeats"] = True
     options["min_answer"] = answer_reserve(sampling.max_tokens, n_ctx)
-    with unechoed_keys(), deferred_interrupt() as interrupt:
+    with deferred_interrupt() as interrupt:
         options["should_stop"] = lambda: interrupt.asked
         try:
             with screen.reading() as advance:

@@ -18,7 +18,6 @@ from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.llama import logs
 from pop_local.ui import hints
 from pop_local.ui.console import err, printable
-from pop_local.ui.typed_keys import echo_again
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -100,7 +99,6 @@ def _last_words() -> Callable[[str], None]:
     stderr = os.dup(2)
 
     def say(reason: str) -> None:
-        echo_again()
         words = f"error: llama.cpp aborted: {printable(reason)}\nhint: {hints.GAVE_UP}\n"
         os.write(stderr, words.encode(errors="replace"))
         os._exit(EXIT_FAILED)

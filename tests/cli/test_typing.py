@@ -18,20 +18,6 @@ PROGRAM = TESTS / "support" / "echo_chat.py"
 PASTE = "\x1b[200~{}\x1b[201~"
 UP = "\x1b[A"
 ALT_ENTER = "\x1b\r"
-IN_BACKGROUND = """
-import os, signal
-from pop_local.ui.typed_keys import unechoed_keys
-child = os.fork()
-if not child:
-    os.setpgid(0, 0)
-    with unechoed_keys():
-        pass
-    os._exit(0)
-_, status = os.waitpid(child, os.WUNTRACED)
-if os.WIFSTOPPED(status):
-    os.kill(child, signal.SIGKILL)
-print("stopped" if os.WIFSTOPPED(status) else "went on")
-"""
 
 
 @pytest.fixture
@@ -207,16 +193,7 @@ def test_keys_typed_during_an_answer_wait_for_the_prompt(terminal):
     terminal.expect("5 characters in 1 lines: typed")
     terminal.line("!")
     terminal.expect("6 characters in 1 lines: ahead!")
-    _, _, drawn = terminal.text.rpartition("speak slowly, briefly")
-    assert drawn.count("word0 ") == 1, "the answer was drawn twice"
     terminal.expect_prompt()
-
-
-def test_an_answer_in_the_background_leaves_the_terminal_alone():
-    terminal = Terminal("-c", IN_BACKGROUND)
-    terminal.expect("went on|stopped")
-    assert terminal.match is not None and terminal.match[0] == "went on"
-    assert terminal.expect_end() == 0
 
 
 def test_without_colours_answers_stay_as_they_were_written(history):

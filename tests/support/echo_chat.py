@@ -11,7 +11,6 @@ from pop_local.ui.chat.line import line_reader
 from pop_local.ui.chat.repl import converse
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.chat.slash import COMMANDS
-from pop_local.ui.typed_keys import unechoed_keys
 from support.scripted_chat import STATS, ScriptedModel, ScriptedPrompt, figures, scripted_chat
 
 
@@ -45,8 +44,7 @@ class EchoModel(ScriptedModel):
 def main(history: str) -> None:
     chat = scripted_chat(EchoModel(n_ctx=1_000_000), Screen())
     words = {name: command.words for name, command in COMMANDS.items()}
-    with unechoed_keys():
-        converse(chat, line_reader(Path(history), words, str))
+    converse(chat, line_reader(Path(history), words, str))
 
 
 if __name__ == "__main__":

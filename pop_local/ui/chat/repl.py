@@ -11,7 +11,6 @@ from pop_local.ui.chat.refill import idling, status_bar
 from pop_local.ui.chat.sessions import Unsaved
 from pop_local.ui.chat.slash import ALIASES, COMMANDS, run_command
 from pop_local.ui.error_output import as_pop_error
-from pop_local.ui.typed_keys import unechoed_keys
 
 LEAVE_HINT = "To quit, type /bye or press Ctrl-D."
 
@@ -19,7 +18,7 @@ LEAVE_HINT = "To quit, type /bye or press Ctrl-D."
 def talk(chat: Dialogue) -> None:
     """Chat until the user quits or the piped input ends."""
     words = {name: command.words for name, command in COMMANDS.items()}
-    with unechoed_keys(), Unsaved(state_dir() / "unsaved") as unsaved:
+    with Unsaved(state_dir() / "unsaved") as unsaved:
         if sys.stdin.isatty():
             unsaved.offer(chat)
         read_line = line_reader(state_dir() / "history", words, lambda: status_bar(chat))
