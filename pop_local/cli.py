@@ -35,7 +35,7 @@ COMMANDS = {
         "smollm2 prompts.jsonl",
     ),
     "analyze": Listed(_SPEED, "Measure how many layers prompts can skip.", "model.gguf"),
-    "config": Listed(_SETUP, "Show and change settings.", "set threads 4"),
+    "config": Listed(_SETUP, "Show settings and where they come from.", "--json"),
     "learn": Listed(_SETUP, "Show or delete the statistics learned from your prompts.", "show"),
     "cache": Listed(_SETUP, "Show or remove the stored KV caches of earlier prompts.", "show"),
     "doctor": Listed(_SETUP, "Check this installation and suggest fixes.", "--json"),

