@@ -21,7 +21,6 @@ _N_LONG = 4096
 class PromptOptions(Group):
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default="512,1024,2048")
     repeat: int = option("Pairs of runs (full and fast) per prompt length.", min=1, default=5)
-    boundary: int | None = option("First layer to skip (default: the file's boundary).", min=1)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
     markdown: bool = option(opt.MARKDOWN, default=False)
 
@@ -41,7 +40,6 @@ def bench(
     options = workflow.BenchOptions(
         _lengths(read.prompt),
         n_pairs=read.repeat,
-        boundary=read.boundary,
         n_ctx=measured.n_ctx,
         hardware=measured.hardware,
         deep_rows=read.deep_rows,

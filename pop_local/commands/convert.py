@@ -8,7 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
+from pop_converter.base.errors import PlanError
 from pop_converter.popfile.format import DeepRows
+from pop_converter.popfile.pruning_plan import parse_skip
 from pop_converter.popfile.rewrite import check_target
 from pop_converter.projection import Projection
 from pop_local.calibration.fit_options import FitOptions
@@ -27,12 +29,33 @@ from pop_local.workflows.conversion.conversion_plan import (
     plan_conversion,
 )
 from pop_local.workflows.conversion.convert_model import run_conversion
-from pop_local.workflows.conversion.goals import Goal, Named, Within
+from pop_local.workflows.conversion.goals import Boundary, Goal, Named, Skip, Within
 from pop_local.workflows.conversion.refusals import OverBudgetError
 from pop_local.workflows.conversion.stages import planned_seconds
 from pop_local.workflows.open import base_file
 
 QualityName = Literal["near-lossless", "balanced", "fast"]
+
+
+@dataclass(frozen=True)
+class BoundaryOptions(Group):
+    skip: str | None = option("Fraction (1/3, 0.33) or number of layers to skip.", "SHARE")
+    boundary: int | None = option("First layer to skip (instead of --skip).", "LAYER")
+
+    @property
+    def named(self) -> Named | None:
+        """Return the boundary from --skip or --boundary, or None if neither option is set."""
+        if self.skip is None:
+            return None if self.boundary is None else Boundary(self.boundary)
+        if self.boundary is not None:
+            message = "--skip and --boundary are mutually exclusive; remove one of them"
+            raise typer.BadParameter(message, param_hint="--boundary")
+        try:
+            parse_skip(self.skip)
+        except PlanError as error:
+            message = f"{error.message}: {error.hint}"
+            raise typer.BadParameter(message, param_hint="--skip") from error
+        return Skip(self.skip)
 
 
 @dataclass(frozen=True)
@@ -121,7 +144,7 @@ def convert(
         ),
     ] = None,
     *,
-    at: opt.BoundaryOptions,
+    at: BoundaryOptions,
     how: HowOptions,
     json: opt.Json = False,
     limits: LimitOptions,

@@ -24,10 +24,9 @@ class WindowOptions(Group):
 
 @expand_options
 def eval(  # noqa: A001
-    model: opt.Model,
+    model: opt.Converted,
     *,
     on: WindowOptions,
-    at: opt.BoundaryOptions,
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
@@ -44,11 +43,6 @@ def eval(  # noqa: A001
     )
     with stoppable_watch() as watch:
         found = evaluate(
-            model,
-            options,
-            at=at.named,
-            sidecar=measured.sidecar,
-            hardware=measured.hardware,
-            watch=watch,
+            model, options, sidecar=measured.sidecar, hardware=measured.hardware, watch=watch
         )
     print_json(evaluation_json(found)) if json else show_evaluation(found)

@@ -4,20 +4,15 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
-from pop_converter.base.errors import PlanError
-from pop_converter.popfile.pruning_plan import parse_skip
 from pop_local.commands.option_expansion import Group, expert, option
 from pop_local.config.settings import MOST, MOST_GIB, MOST_SEED, load
 from pop_local.engine.prefill.plan import Reuse
 from pop_local.ui.console import warn
 from pop_local.workflows.hardware import Hardware
-
-if TYPE_CHECKING:
-    from pop_local.workflows.conversion.goals import Named
 
 
 def finite(value: float | None) -> float | None:
@@ -170,29 +165,6 @@ class SamplingOptions(Group):
     def given(self) -> dict[str, Any]:
         """Return the options that the user set. The other options have the engine's defaults."""
         return given(**vars(self))
-
-
-@dataclass(frozen=True)
-class BoundaryOptions(Group):
-    skip: str | None = option("Fraction (1/3, 0.33) or number of layers to skip.", "SHARE")
-    boundary: int | None = option("First layer to skip (instead of --skip).", "LAYER")
-
-    @property
-    def named(self) -> "Named | None":
-        """Return the boundary from --skip or --boundary, or None if neither option is set."""
-        from pop_local.workflows.conversion.goals import Boundary, Skip
-
-        if self.skip is None:
-            return None if self.boundary is None else Boundary(self.boundary)
-        if self.boundary is not None:
-            message = "--skip and --boundary are mutually exclusive; remove one of them"
-            raise typer.BadParameter(message, param_hint="--boundary")
-        try:
-            parse_skip(self.skip)
-        except PlanError as error:
-            message = f"{error.message}: {error.hint}"
-            raise typer.BadParameter(message, param_hint="--skip") from error
-        return Skip(self.skip)
 
 
 def given(**options: Any) -> dict[str, Any]:

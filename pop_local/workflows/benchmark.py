@@ -30,7 +30,7 @@ from pop_local.measure.speed import (
 from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened
-from pop_local.workflows.open import files_at_boundary, model_files
+from pop_local.workflows.open import model_files
 
 # The values of llama.cpp's options `repack` and `flash_attn` for each compared setting.
 _SETTINGS = {
@@ -48,13 +48,12 @@ class BenchOptions:
     """Options for a benchmark.
 
     `n_prompts` lists the prompt lengths in tokens. `n_pairs` is the number of full and pruned runs
-    per length. By default, `boundary` and `deep_rows` are the file's values, and `n_ctx` is the
-    length that the prompts require.
+    per length. By default, `deep_rows` is the file's rule, and `n_ctx` is the length that the
+    prompts require.
     """
 
     n_prompts: tuple[int, ...]
     n_pairs: int
-    boundary: int | None
     n_ctx: int | None
     hardware: Hardware
     deep_rows: DeepRows | None = None
@@ -141,26 +140,17 @@ def _upstream(
 def _opened(
     model: str, sidecar: Path | None, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[PopModel, ModelFiles]]:
-    find = model_files if options.boundary is None else files_at_boundary
-    files = find(model, sidecar, watch)
+    files = model_files(model, sidecar, watch)
     source = read_source(files.path)
-    is_plain = pop_of(source, files.sidecar) is None and not source_shape(source).exact
-    if options.boundary is None and is_plain:
+    if pop_of(source, files.sidecar) is None and not source_shape(source).exact:
         raise PopError(
             f"{files.path} is not converted, so there is nothing to compare",
-            "convert the model, or choose a boundary",
+            "convert the model",
             cause="nothing-to-compare",
             model=files.path,
         )
-    with opened(
-        files,
-        options.hardware,
-        watch,
-        n_ctx=_context(source, options),
-        deep_rows=options.deep_rows,
-    ) as loaded:
-        if options.boundary is not None:
-            loaded.engine.set_boundary(options.boundary)
+    n_ctx, deep_rows = _context(source, options), options.deep_rows
+    with opened(files, options.hardware, watch, n_ctx=n_ctx, deep_rows=deep_rows) as loaded:
         yield loaded, files
 
 

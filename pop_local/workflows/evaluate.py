@@ -21,10 +21,9 @@ from pop_local.measure.lookups import Lookups, LookupSettings, measure_lookups
 from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import Quality, QualitySettings, measure_pruning
 from pop_local.measure.verdict import verdict_in_words
-from pop_local.workflows.conversion.goals import Named
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import measured, opened
-from pop_local.workflows.open import files_at_boundary, model_files
+from pop_local.workflows.open import model_files
 
 
 @dataclass(frozen=True)
@@ -70,44 +69,30 @@ def evaluate(
     model: str | os.PathLike[str],
     options: EvaluateOptions = EvaluateOptions(),
     *,
-    at: Named | None = None,
     sidecar: Path | None = None,
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Evaluation:
-    """Measure the loss from pruning the model with this path or name.
+    """Measure the loss from pruning the converted model with this path or name.
 
-    `at` is the boundary to measure (default: the converted file's boundary). Boundaries without
-    fitted projections use the model's own projections. Raises PopError or StoppedError.
+    Raises PopError or StoppedError.
     """
-    find = model_files if at is None else files_at_boundary
-    files = find(os.fspath(model), sidecar, watch)
+    files = model_files(os.fspath(model), sidecar, watch)
     source = read_source(files.path)
     shape, meta = source_shape(source), pop_of(source, files.sidecar)
-    if at is not None:
-        boundary = at.plan(shape).boundary
-    elif meta is not None:
-        boundary = meta.boundary
-    else:
+    if meta is None:
         require_prunable(shape)
         raise PopError(
             f"{files.path} is not converted, so it has no boundary to measure",
-            "convert the model, or choose a boundary",
+            "convert the model",
             cause="nothing-to-evaluate",
             model=files.path,
         )
     text = shipped_text() if options.text is None else given_text(options.text)
-    if meta is not None and meta.is_fitted and boundary != meta.boundary:
-        raise PopError(
-            f"{files.sidecar or files.path} has projections only for boundary {meta.boundary}",
-            f"measure other boundaries on the original model, {meta.source_name}",
-            cause="projections-for-one-boundary",
-            model=meta.source_name,
-        )
     asked = None
     if options.n_lookups:
         asked = LookupSettings.of_questions(options.n_lookups, options.settings.seed)
-    n_ctx, pruning = _n_ctx(source, options, asked), Pruning(boundary)
+    n_ctx, pruning = _n_ctx(source, options, asked), Pruning(meta.boundary)
     with opened(files, hardware, watch, n_ctx=n_ctx, deep_rows=options.deep_rows) as loaded:
         rule, tokens = loaded.engine.rule, tokenize(loaded, text)
         advance = watch.stage("Measuring")
@@ -116,12 +101,12 @@ def evaluate(
         if asked is not None:
             lookups = measure_lookups(loaded, asked, pruning, watch.stage("Running look-ups"))
         macs = loaded.engine.context.files.macs
-        limit = speedup_limit(macs, LIMIT_PROMPT, boundary, _n_full(rule, quality))
+        limit = speedup_limit(macs, LIMIT_PROMPT, meta.boundary, _n_full(rule, quality))
     return Evaluation(
         model=files.path,
         text=text,
-        n_skipped=shape.n_layer - boundary,
-        projection=Projection.OWN if meta is None else meta.projection,
+        n_skipped=shape.n_layer - meta.boundary,
+        projection=meta.projection,
         speedup_limit=limit,
         quality=quality,
         lookups=lookups,

@@ -158,13 +158,6 @@ def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
     return ModelFiles(base, sidecar_of(read_source(base)))
 
 
-def files_at_boundary(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the files to measure a different boundary, without the model's default sidecar."""
-    if sidecar is None:
-        return ModelFiles(base_file(model, watch))
-    return model_files(model, sidecar, watch)
-
-
 def base_file(model: str, watch: Watch) -> Path:
     """Return the unconverted model's path, fetching the model if necessary. Raises PopError."""
     try:

@@ -124,18 +124,11 @@ def test_deep_rows(pop_file):
     assert "Deep" in bench(*arguments).stdout
 
 
-def test_a_boundary_makes_an_unconverted_model_comparable(tmp_path):
-    plain = make_gguf(tmp_path / "plain.gguf", "llama")
-    row = report(plain, "--prompt", "100", "--repeat", 1, "--boundary", 4)["rows"][0]
-    assert row["n_pruned"] == 67
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--prompt", "100", "--ctx", "64"), "the context has 64"),
         (("--prompt", "5000"), "but the limit is 4096"),
-        (("--prompt", "100", "--boundary", "8"), "boundary 8"),
     ],
 )
 def test_what_does_not_fit_is_an_error_with_exit_1(pop_file, arguments, said):
@@ -254,10 +247,10 @@ def test_a_model_that_rows_leave_exactly_needs_no_conversion(tmp_path):
     assert "skip layers 4 to 7 of 8, exactly" in " ".join(table.split())
 
 
-def test_llama_cpps_settings_are_tried_in_a_stage_of_their_own(tiny, monkeypatch):
+def test_llama_cpps_settings_are_tried_in_a_stage_of_their_own(pop_file, monkeypatch):
     started: list[str] = []
     watch = Watch(on_stage=lambda name, unit: started.append(name))
-    options = workflow.BenchOptions((32,), 1, 4, None, Hardware(n_threads=1, n_gpu_layers=0))
+    options = workflow.BenchOptions((32,), 1, None, Hardware(n_threads=1, n_gpu_layers=0))
     monkeypatch.setattr(workflow, "has_kernels", lambda: True)
-    workflow.bench(str(tiny), None, options, watch)
+    workflow.bench(str(pop_file), None, options, watch)
     assert started == ["Trying llama.cpp's settings", "Measuring"]

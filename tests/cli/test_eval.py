@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from pop_local.cli import app
 from pop_local.engine.llama import backend
-from support.converted import paired
+from support.converted import converted
 from support.shared_kv import make_shared
 from support.synthetic import make_gguf
 
@@ -60,24 +60,28 @@ def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
     assert done.stdout == ""
 
 
-def test_a_deeper_boundary_loses_less_and_wins_less(pop_file, text):
-    deep, early = (measured(pop_file, "--text", text, "--skip", n) for n in ("1/4", "3/4"))
+def test_a_deeper_boundary_loses_less_and_wins_less(tmp_path, text):
+    model = make_gguf(tmp_path / "m.gguf", "llama")
+    deep, early = (
+        measured(converted(model, tmp_path, boundary=boundary), "--text", text)
+        for boundary in (6, 2)
+    )
     assert (deep["n_skipped"], early["n_skipped"]) == (2, 6)
     assert deep["kl_mean"] < early["kl_mean"]
     assert deep["speedup_limit"] < early["speedup_limit"]
 
 
-def test_a_model_without_keys_is_measured_at_a_given_depth(tmp_path, text):
+def test_a_model_without_keys_has_no_boundary_to_measure(tmp_path, text):
     plain = make_gguf(tmp_path / "plain.gguf", "gemma3")
-    assert measured(plain, "--text", text, "--boundary", 6)["boundary"] == 6
     refused = evaluate(plain, "--text", text, *SHORT)
     assert refused.exit_code == 1
-    assert "--boundary" in refused.stderr
+    assert "pop-local analyze" in refused.stderr
 
 
 def test_a_model_that_rows_leave_exactly_is_measured_at_an_earlier_depth(tmp_path, text):
-    found = measured(make_shared(tmp_path / "g.gguf", "gemma4"), "--text", text, "--boundary", 2)
-    assert (found["boundary"], found["n_pruned"]) == (2, 2 * (60 - 1 - 32))
+    model = converted(make_shared(tmp_path / "g.gguf", "gemma4"), tmp_path, boundary=2)
+    found = measured(model, "--text", text)
+    assert (found["boundary"], found["n_pruned"]) == (2, 2 * (60 - 1 - 16))
     assert found["speedup_limit"] > 1
 
 
@@ -89,10 +93,9 @@ def test_without_json_figures_are_printed_as_lines(pop_file, text):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--skip", "1/3", "--boundary", "4"],
         ["--lookups", "some"],
         ["--lookups", "-1"],
-        ["--skip", "soon"],
+        ["--context", "1"],
     ],
 )
 def test_contradictions_and_nonsense_are_wrong_usage(pop_file, options):
@@ -108,8 +111,6 @@ def test_the_setting_of_the_context_is_for_conversations(pop_file, text, monkeyp
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--boundary", "8"], "1 to 7"),
-        (["--skip", "9"], "9 of 8 layers cannot be skipped"),
         (["--ctx", "100"], "the limit is 100"),
         (["--windows", "500"], "too short for 500 windows"),
         (["--context", "17"], "context is too short"),
@@ -122,11 +123,6 @@ def test_what_cannot_be_measured_is_one_clear_error(pop_file, text, options, rea
     assert done.exit_code == 1
     assert reason in " ".join(done.stderr.split())
     assert done.stdout == ""
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return make_gguf(tmp_path_factory.mktemp("plain") / "plain.gguf", "llama")
 
 
 # --- look-ups
@@ -152,12 +148,3 @@ def test_without_look_ups_the_verdict_mentions_it(pop_file, text):
     report = measured(pop_file, "--text", text)
     assert report["lookups"] is None
     assert "Exact strings: not measured." in report["verdict"]
-
-
-def test_a_fitted_file_has_projections_for_its_own_boundary_only(plain, tmp_path):
-    pair = paired(plain, tmp_path, "fitted", boundary=4)
-    for given in ((pair.single,), (pair.base, "--sidecar", pair.sidecar)):
-        done = evaluate(*given, "--skip", 2)
-        assert done.exit_code == 1
-        assert "has projections only for boundary 4" in done.stderr
-        assert "measure other boundaries on the original model" in done.stderr

@@ -233,7 +233,6 @@ def test_bench(base, sidecar):
     found = json.loads(command(*arguments).stdout)
     assert (found["model"], found["sidecar"]) == (str(base), str(sidecar))
     assert found["rows"][0]["n_pruned"] == 100 - 1 - TAIL_TOKENS
-    assert json.loads(command(*arguments, "--boundary", 3).stdout)["sidecar"] is None
 
 
 def test_eval(fitted, tmp_path):
@@ -245,8 +244,6 @@ def test_eval(fitted, tmp_path):
     assert (found["projection"], found["boundary"]) == ("fitted", 4)
     alone = command("eval", fitted.single, *arguments[2:])
     assert found["kl_mean"] == json.loads(alone.stdout)["kl_mean"]
-    own = json.loads(command(*arguments, "--boundary", 5).stdout)
-    assert (own["projection"], own["boundary"]) == ("own", 5)
 
 
 def test_inspect_of_the_model(base, sidecar):

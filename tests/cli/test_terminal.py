@@ -67,7 +67,7 @@ def test_a_model_of_a_hub_is_fetched_once_a_person_agrees(hub):
 
 
 def test_ctrl_c_ends_the_question_of_a_command_that_defers_it(hub):
-    asked = terminal("bench", "hf:acme/tiny-GGUF", "--boundary", "4", **hub)
+    asked = terminal("bench", "hf:acme/tiny-GGUF", **hub)
     asked.expect(r"\[Y/n\]")
     asked.interrupt_question()
     assert asked.expect_end() == 130
