@@ -119,7 +119,7 @@ def analyze(
     if pop_of(source, None) is not None:
         raise PopError(
             f"{source.first.path} is already converted",
-            "use the original model (pop_converter.popfile.rewrite.strip restores it)",
+            "use the original model",
         )
     shipped = Text("prose of pop-local", (shipped_part("prose"),))
     text = given_text(options.text) if options.text else shipped

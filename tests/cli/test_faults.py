@@ -11,12 +11,11 @@ from types import MappingProxyType
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_converter.popfile.rewrite import strip
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.fetching import resumable_download
 from support.calls import completed, opened
-from support.converted import converted, names
+from support.converted import names
 from support.faults import FAULTS, failing
 from support.hub_server import Hub, Repo, serving, use_hub
 from support.program import called
@@ -98,24 +97,6 @@ def test_convert(model, tmp_path, number, form, monkeypatch):
         number,
         lambda folder: command("convert", model, folder / NAME, *options),
         lambda path: path.read_bytes() == whole,
-    )
-
-
-def test_strip(model, tmp_path, number):
-    pop = converted(model, tmp_path, boundary=1)
-
-    def restore(folder: Path) -> str:
-        try:
-            strip(pop, folder / NAME, force=True)
-        except (PopError, OSError) as error:
-            return str(error)
-        return ""
-
-    check(
-        tmp_path,
-        number,
-        restore,
-        lambda path: path.read_bytes() == model.read_bytes(),
     )
 
 

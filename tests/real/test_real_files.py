@@ -1,17 +1,14 @@
 """Check the real models' header keys, and the number of tokens in shipped texts."""
 
-import hashlib
 import importlib.resources
 
 import pytest
 
 from pop_converter.architecture.work import speedup_limit
-from pop_converter.popfile.rewrite import strip
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.measure.heldout import shipped_text, spread_windows, tokenize
-from support.converted import convert_default
 from support.shapes import read_shape
 
 pytestmark = pytest.mark.slow
@@ -26,14 +23,6 @@ def test_shapes_of_real_models(smollm2, gemma):
     windows = read_shape(gemma).windows
     assert [layer for layer, window in enumerate(windows) if window == 0] == [5, 11, 17]
     assert max(windows) == 512
-
-
-def test_strip_restores_a_real_model(tmp_path, smollm2):
-    pruned, back = tmp_path / "pop.gguf", tmp_path / "back.gguf"
-    convert_default(smollm2, pruned)
-    strip(pruned, back)
-    digests = [hashlib.sha256(path.read_bytes()).digest() for path in (smollm2, back)]
-    assert digests[0] == digests[1]
 
 
 def test_shortest_pruned_prompt_saves_about_half(smollm2):

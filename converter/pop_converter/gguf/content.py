@@ -116,28 +116,6 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
     )
 
 
-def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: int) -> Content:
-    """Return the content without `tensors`, which must be the last rows of the tensor table.
-
-    `size_bytes` is the file's size without `tensors`. Raises FormatError if the removal fails.
-    """
-    n_row_bytes = sum(len(_encode_tensor(tensor, 0)) for tensor in tensors)
-    shorter = replace(
-        content,
-        n_tensors=content.n_tensors - len(tensors),
-        tensors=content.tensors[:-n_row_bytes],
-    )
-    if len(content.ranges) != 1:
-        raise FormatError("cannot restore a fitted split model", "merge the model's parts first")
-    [source_range] = content.ranges
-    n_data_bytes = size_bytes - len(shorter.header)
-    if not 0 <= n_data_bytes <= source_range.size_bytes:
-        raise FormatError(
-            f"{source_range.path} was changed after its conversion", "use the original file"
-        )
-    return replace(shorter, ranges=(replace(source_range, size_bytes=n_data_bytes),))
-
-
 def read_content(source: Source, *, without: str) -> Content:
     """Join a source's parts and return the content without keys that start with `without`.
 

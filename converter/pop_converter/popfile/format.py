@@ -127,9 +127,8 @@ class PopMeta:
     `schedule` has the letter F for each full layer and S for each layer that context tokens skip.
     A prompt's first `sink_tokens` and last `tail_tokens` tokens run through all layers. Prompts
     shorter than `min_prompt` are not pruned. `deep_rows` is the rule for context words that run
-    through all layers. `source_sha256` is the hash of the file that `strip` restores, or of a
-    sidecar's base model. The parts of a split model are hashed as one file. `source_bytes` is the
-    size of the restored file if the conversion added tensors, or 0 otherwise.
+    through all layers. `source_sha256` is the hash of the original model. The parts of a split
+    model are hashed as one file.
     """
 
     schedule: str
@@ -142,7 +141,6 @@ class PopMeta:
     source_sha256: str = ""
     tool: str = ""
     version: int = VERSION
-    source_bytes: int = 0
     calibration: Calibration | None = None
     measured: Measured | None = None
     budget: Budget | None = None
@@ -174,12 +172,9 @@ _KEYS: tuple[tuple[str, str, type[Any]], ...] = (
     ("pop.source.sha256", "source_sha256", str),
     ("pop.tool", "tool", str),
     ("pop.deep_rows", "deep_rows", DeepRows),
-    ("pop.source.size_bytes", "source_bytes", int),
 )
-# Keys that are written only if they differ from their defaults. Older files may also have
-# `pop.select`, `pop.refilled.*` and `pop.image_rows`. If `pop.image_rows` is set, the
-# backend still applies the fit to image rows.
-_OPTIONAL = ("pop.deep_rows", "pop.source.size_bytes")
+# Older files may also have `pop.source.size_bytes`, `pop.select`, `pop.refilled.*` and
+# `pop.image_rows`. If `pop.image_rows` is set, the backend still applies the fit to image rows.
 # Groups of keys by field of PopMeta: `budget` holds the keys `pop.budget.*`.
 _GROUPS: dict[str, type[Any]] = {
     "calibration": Calibration,
@@ -299,7 +294,7 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
     keys = [
         _encode_key(name, value)
         for name, field, _ in _KEYS
-        if (value := getattr(meta, field)) not in (0, DeepRows.NONE) or name not in _OPTIONAL
+        if (value := getattr(meta, field)) is not DeepRows.NONE
     ]
     for name in _GROUPS:
         if (group := getattr(meta, name)) is not None:

@@ -1,4 +1,4 @@
-"""Write and verify converted files and sidecars, and restore original files."""
+"""Write and verify converted files and sidecars."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +19,6 @@ from pop_converter.gguf.content import (
     read_content,
     same_data,
     with_tensors,
-    without_last,
 )
 from pop_converter.gguf.header import BLOCK_SIZES
 from pop_converter.gguf.source import Source, read_source
@@ -35,7 +34,7 @@ from pop_converter.popfile.format import (
     pop_meta,
 )
 from pop_converter.popfile.pruning_plan import Plan
-from pop_converter.projection import TENSOR_MARK, Projection
+from pop_converter.projection import Projection
 
 # Placeholder for a sha256 of the same length, so that the size of the header does not change.
 UNKNOWN_SHA256 = "0" * 64
@@ -115,8 +114,7 @@ def convert(
     content, is_copy = read_content(source, without=PREFIX), binding is None
     base = content if is_copy else Content()
     whole = with_tensors(base, fitted.tensors) if fitted else base
-    source_bytes = content.size_bytes if fitted and is_copy else 0
-    meta = draft_meta(plan, source, fitted, examine, source_bytes=source_bytes)
+    meta = draft_meta(plan, source, fitted, examine)
 
     def encode(meta: PopMeta) -> tuple[bytes, ...]:
         return encode_keys(meta) if binding is None else encode_sidecar_keys(meta, binding)
@@ -139,7 +137,7 @@ def convert(
         file.flush()
         is_same = _starts_with(written, header)
         is_same = is_same and same_data(whole, written, len(header), ran if is_copy else _drop)
-        if not is_same or (is_copy and not _is_restorable(written, content, meta)):
+        if not is_same or (is_copy and pop_meta(read_source(written).first) != meta):
             problem = f"{dst} differs from its source" if is_copy else f"{dst} is damaged"
             raise WriteError(problem, "check the disk, then try again")
         if binding is not None and bind(read_source(src)) != binding:
@@ -154,46 +152,6 @@ def _drop(_: object) -> None:
 def _starts_with(path: Path, content: bytes) -> bool:
     with path.open("rb") as file:
         return file.read(len(content)) == content
-
-
-def strip(
-    src: Path, dst: Path, *, progress: Progress = lambda done, total: None, force: bool = False
-) -> PopMeta:
-    """Restore the original of the converted file `src` to `dst`, and join split parts.
-
-    Returns the keys of `src`. Raises FormatError if the restored file's hash differs from
-    `pop.source.sha256`. Raises OutputExistsError or WriteError if `dst` cannot be written. After an
-    error, an existing `dst` is unchanged and no temporary file remains.
-    """
-    source = read_source(src)
-    meta = pop_meta(source.first)
-    if meta is None:
-        raise FormatError(f"{src} is not a converted file", "pass a converted file")
-    restored = original(source, meta)
-    check_output(dst, source.paths, restored.size_bytes, force=force)
-    ran = counting(restored.data_bytes, progress)
-    with replacing(dst, force=force) as file:
-        file.write(restored.header)
-        sha256 = copy_data(restored, restored.header, file.write, ran)
-        if sha256 != meta.source_sha256:
-            raise FormatError(
-                f"the original cannot be restored: {src} was changed after its conversion",
-                "use the original file, or download the file again",
-            )
-    return meta
-
-
-def original(source: Source, meta: PopMeta) -> Content:
-    """Return a converted file's original content. Raises FormatError."""
-    content = read_content(source, without=PREFIX)
-    added = [tensor for tensor in source.tensors if TENSOR_MARK in tensor.name]
-    return without_last(content, added, meta.source_bytes) if added else content
-
-
-def _is_restorable(written: Path, content: Content, meta: PopMeta) -> bool:
-    """Return True if a copy contains `meta` and `strip` would restore its original header."""
-    source = read_source(written)
-    return pop_meta(source.first) == meta and original(source, meta).header == content.header
 
 
 def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
@@ -211,8 +169,6 @@ def draft_meta(
     source: Source,
     fitted: Fitted | None = None,
     examine: Examine | None = None,
-    *,
-    source_bytes: int = 0,
 ) -> PopMeta:
     """Return keys with placeholders of the same size for the hash and the measured quality."""
     try:
@@ -229,7 +185,6 @@ def draft_meta(
         budget=plan.budget,
         source_name=source.name,
         source_sha256=UNKNOWN_SHA256,
-        source_bytes=source_bytes,
         tool=tool,
         calibration=fitted.calibration if fitted else None,
         measured=Measured() if examine else None,
@@ -240,8 +195,5 @@ def unconverted(src: Path) -> Source:
     """Read an unconverted model. Raises FormatError if the model is already converted."""
     source = read_source(src)
     if pop_meta(source.first) is not None:
-        raise FormatError(
-            f"{src} is already converted",
-            "use the original model (pop_converter.popfile.rewrite.strip restores it)",
-        )
+        raise FormatError(f"{src} is already converted", "use the original model")
     return source

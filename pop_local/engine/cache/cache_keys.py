@@ -65,7 +65,7 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
     if meta is None:
         return f"{Projection.OWN} projections"
     # K/V do not depend on the source file, the tool, the measured quality or the budget.
-    keys = replace(meta, source_name="", source_bytes=0, tool="")
+    keys = replace(meta, source_name="", tool="")
     keys = replace(keys, measured=None, budget=None)
     headers = base.parts if sidecar is None else (read_header(sidecar),)
     digest = _tensors_hash(headers, are_fitted=True, start=b"".join(encode_keys(keys)))
