@@ -56,9 +56,9 @@ def files(model: str) -> ModelFiles:
         return opening.model_files(model, None, watch)
 
 
-def at_depth(model: str) -> Path:
+def base(model: str) -> Path:
     with terminal_watch() as watch:
-        return opening.files_at_boundary(model, None, watch).path
+        return opening.base_file(model, watch)
 
 
 @pytest.fixture
@@ -211,8 +211,8 @@ def test_every_model_of_the_catalog_has_one():
 
 
 def test_the_unconverted_file_of_a_name(store, tmp_path):
-    assert at_depth("smollm2") == store / "tiny.gguf"
-    assert at_depth(str(tmp_path / "tiny.gguf")) == tmp_path / "tiny.gguf"
+    assert base("smollm2") == store / "tiny.gguf"
+    assert base(str(tmp_path / "tiny.gguf")) == tmp_path / "tiny.gguf"
 
 
 def test_a_path_is_used_unchanged(store, tmp_path, capsys):
@@ -224,7 +224,7 @@ def test_a_path_is_used_unchanged(store, tmp_path, capsys):
 def test_stored_models_precede_the_catalog(store, capsys):
     own = make_gguf(store / "smollm2.gguf", "llama", n_layer=4)
     assert files("smollm2") == ModelFiles(own)
-    assert at_depth("smollm2") == own
+    assert base("smollm2") == own
     assert capsys.readouterr().err == ""
 
 

@@ -37,11 +37,6 @@ def model_files(model: str, sidecar: Path | None = None) -> ModelFiles:
         return opening.model_files(model, sidecar, watch)
 
 
-def files_at_boundary(model: str, sidecar: Path | None) -> ModelFiles:
-    with terminal_watch() as watch:
-        return opening.files_at_boundary(model, sidecar, watch)
-
-
 def command(*arguments: object, text: str = "") -> Result:
     return CliRunner().invoke(app, [*map(str, arguments)], input=text)
 
@@ -176,11 +171,6 @@ def test_it_can_be_named(base, sidecar, capsys):
 def test_a_converted_model_has_none(fitted):
     shutil.copy(fitted.sidecar, fitted.single.with_name("single.pop-sidecar.gguf"))
     assert model_files(str(fitted.single)) == ModelFiles(fitted.single)
-
-
-def test_a_depth_of_the_callers_own_leaves_it_out(base, sidecar):
-    assert files_at_boundary(str(base), None) == ModelFiles(base)
-    assert files_at_boundary(str(base), sidecar) == ModelFiles(base, sidecar)
 
 
 def test_a_model_of_the_catalog(base, sidecar, monkeypatch, tmp_path):
