@@ -61,10 +61,10 @@ def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
 
 
 def test_a_deeper_boundary_loses_less_and_wins_less(tmp_path, text):
-    model = make_gguf(tmp_path / "m.gguf", "llama")
+    models = [make_gguf(tmp_path / f"{number}.gguf", "llama") for number in (6, 2)]
     deep, early = (
-        measured(converted(model, tmp_path, boundary=boundary), "--text", text)
-        for boundary in (6, 2)
+        measured(converted(model, tmp_path, boundary=int(model.stem)), "--text", text)
+        for model in models
     )
     assert (deep["n_skipped"], early["n_skipped"]) == (2, 6)
     assert deep["kl_mean"] < early["kl_mean"]
