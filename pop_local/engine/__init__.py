@@ -1,1 +1,1 @@
-"""The engine: all code that calls llama_cpp, with no user interface."""
+"""The engine contains all code that calls llama_cpp, and no user interface."""

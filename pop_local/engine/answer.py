@@ -1,4 +1,4 @@
-"""Answer a prompt: yield text as tokens are sampled, then statistics."""
+"""Answer a prompt by yielding text as tokens are sampled, followed by statistics."""
 
 import math
 import time
@@ -27,7 +27,7 @@ Answering = Generator[Chunk, None, None]
 
 
 class ContextFullError(PopError):
-    """Error for a prompt and answer that do not fit in the context. All numbers are in tokens.
+    """Error raised if a prompt and its answer do not fit in the context. All counts are in tokens.
 
     `n_answer`: tokens reserved for the answer. `n_short`: the number of tokens that do not fit.
     """
@@ -35,8 +35,8 @@ class ContextFullError(PopError):
     def __init__(self, n_prompt: int, n_answer: int, n_ctx: int) -> None:
         larger = n_prompt + max(512, n_answer)
         super().__init__(
-            f"the prompt has {n_prompt:,} tokens, {n_prompt + n_answer - n_ctx:,} too many:"
-            f" the context holds {n_ctx:,}, and an answer needs {n_answer:,}",
+            f"the prompt has {n_prompt:,} tokens, which is {n_prompt + n_answer - n_ctx:,} too many"
+            f" (the context holds {n_ctx:,} tokens, and the answer needs {n_answer:,})",
             f"open the model with a larger context (n_ctx={larger}), or shorten the prompt",
             cause="context-full",
             n_ctx=larger,

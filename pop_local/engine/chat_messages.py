@@ -25,8 +25,8 @@ class Message:
     """One message of a conversation.
 
     `pictures`: (offset, image) pairs in ascending order. Each image precedes the character at its
-    offset in `content`. `calls`: an assistant message's function calls. `call_id`: in a tool
-    message, the ID of the call that it answers.
+    offset in `content`. `calls`: an assistant message's function calls. `call_id`: the ID of the
+    call that a tool message answers.
     """
 
     role: Role
@@ -38,19 +38,19 @@ class Message:
 
 @dataclass(frozen=True)
 class TurnStats:
-    """Statistics of one answer. n_prompt = n_cached + n_pruned + n_skipped_exact + n_full.
+    """Statistics for one answer. n_prompt = n_cached + n_pruned + n_skipped_exact + n_full.
 
-    n_cached: prompt tokens with K/V in the cache. n_stale: cached tokens whose K/V are approximate
+    n_cached: prompt tokens already in the cache. n_stale: cached tokens whose K/V are approximate
     because an earlier part of the prompt has changed. n_pruned: prompt tokens that stopped at the
     boundary layer. n_skipped_exact: prompt tokens that stopped before exact_layer without loss,
     because later layers share the K/V of earlier layers. n_full: prompt tokens that ran through all
-    layers, including n_deep deep rows. n_exact: prompt tokens with the same K/V as in the full
-    model. n_refilled: cached tokens that were refilled since the previous answer. n_image: the
-    prompt's image rows, including cached ones. n_decoded: sampled tokens, including the last one.
+    layers, including n_deep deep rows. n_exact: prompt tokens whose K/V match the full model's.
+    n_refilled: cached tokens that were refilled since the previous answer. n_image: image rows in
+    the prompt, including cached rows. n_decoded: sampled tokens, including the last one.
 
     ttft_s: seconds to the first token, including templating and tokenization. encode_s: seconds
-    spent encoding images. prefill_s: seconds spent on the prompt, excluding encode_s. decode_s:
-    seconds from the first to the last sampled token, without the caller's time.
+    spent encoding images. prefill_s: seconds spent reading the prompt, excluding encode_s.
+    decode_s: seconds from the first to the last sampled token, excluding time spent in the caller.
 
     is_short: whether pruning was on but the uncached part of the prompt was too short to prune.
     fit: the source of the pruned tokens' projections, or "". stop: the stop string that ended the
@@ -81,7 +81,7 @@ class TurnStats:
 
     @property
     def reading(self) -> PrefillKind:
-        """The prefill mode, or "short" if the prompt was too short to be pruned."""
+        """The prefill mode, or "short" if the prompt was too short to prune."""
         if self.n_pruned:
             return "pruned"
         if self.n_skipped_exact:
@@ -90,15 +90,16 @@ class TurnStats:
 
     @property
     def left(self) -> str:
-        """Summary of how the prompt's tokens were read, in the words of the guides."""
+        """A summary of how the prompt's tokens were read, in the same terms as the guides."""
         stale = f" ({self.n_stale:,} stale)" if self.n_stale else ""
-        cached = f"{self.n_cached:,} cached{stale}, " if self.n_cached else ""
+        counts = [f"{self.n_cached:,} cached{stale}"] if self.n_cached else []
         if self.n_skipped_exact:
             stopped = f"{self.n_skipped_exact:,} stopped before layer {self.exact_layer}"
-            return f"{cached}{stopped} without loss"
-        fast = f"{self.n_pruned:,} with fast reading, " if self.n_pruned else ""
-        short = ", too short for fast reading" if self.reading == "short" else ""
-        return f"{cached}{fast}{self.n_full:,} in full{short}"
+            return ", ".join([*counts, f"{stopped} without loss"])
+        if self.n_pruned:
+            counts.append(f"{self.n_pruned:,} with fast reading")
+        short = ["too short for fast reading"] if self.reading == "short" else []
+        return ", ".join([*counts, f"{self.n_full:,} in full", *short])
 
     @property
     def n_evaluated(self) -> int:
@@ -106,7 +107,7 @@ class TurnStats:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Evaluated prompt tokens per second (0 if all were cached)."""
+        """Evaluated prompt tokens per second (0 if all tokens were cached)."""
         return _rate(self.n_evaluated, self.prefill_s)
 
     @property
@@ -117,7 +118,7 @@ class TurnStats:
 
 @dataclass(frozen=True)
 class SessionStats:
-    """Totals of a conversation (see TurnStats). n_answers: answers with at least one token."""
+    """Totals for a conversation (see TurnStats). n_answers: answers with at least one token."""
 
     n_answers: int
     n_prompt: int
@@ -163,10 +164,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer. The last chunk has the statistics and may have no text.
+    """A piece of an answer. The last chunk contains the statistics, and its text may be empty.
 
-    `logprobs`: log probabilities, if requested. `embedding`: set if requested instead of an answer.
-    `progress`: token counts and time during prefill, as in llama-server's `prompt_progress`.
+    `logprobs`: log probabilities, if requested. `embedding`: the embedding, if requested instead of
+    an answer. `progress`: token counts and time during prefill, as in llama-server's
+    `prompt_progress`.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""Embeddings: the last layer's states, pooled as the model's metadata specifies."""
+"""Compute embeddings by pooling the last layer's states as the model's metadata specifies."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ _MAX_ROWS = 512
 def require_pooling(cache: KvCache) -> gguf.PoolingType:
     """Return the file's pooling type (default: mean).
 
-    Raises PopError for a type other than mean or last row.
+    Raises PopError if the type is neither mean nor last row.
     """
     kind = cache.context.files.header.of_arch("pooling_type")
     if kind in (None, gguf.PoolingType.NONE, gguf.PoolingType.MEAN):
@@ -31,10 +31,10 @@ def require_pooling(cache: KvCache) -> gguf.PoolingType:
 
 
 def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
-    """Return the text's normalized embedding, float32 [n_embd] (llama_get_embeddings_ith).
+    """Return the normalized embedding of `tokens`, float32 [n_embd].
 
-    All rows run in full. Empties the cache. Raises PopError if the text cannot be decoded or the
-    vector is not finite. If interrupted, raises StoppedError or the signal handler's exception.
+    Runs all layers, and empties the cache. Raises PopError if the text cannot be decoded or the
+    vector is not finite. Raises StoppedError or the signal handler's exception if interrupted.
     """
     pooling = require_pooling(cache)
     context, api = cache.context, backend.bindings()

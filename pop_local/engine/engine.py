@@ -1,4 +1,4 @@
-"""The parts of an open model, which read prompts and generate answers."""
+"""The parts of an open model that read prompts and generate answers."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class EngineOwner(Protocol):
 class Engine:
     """The parts of an open model.
 
-    Pruning is initially on if the model is converted. `sequences`: one per concurrent prompt.
-    `vision`: the mmproj, if any. `calibrator`: learns from full rows, if learning is on.
+    Pruning is on by default if the model is converted. `sequences`: one sequence per concurrent
+    prompt. `vision`: the mmproj, if any. `calibrator`: the online calibrator, if learning is on.
     """
 
     options: EngineOptions
@@ -67,7 +67,7 @@ class Engine:
 
     @classmethod
     def open(cls, options: EngineOptions) -> Engine:
-        """Load a model. Raises PopError with llama.cpp's reason if loading fails."""
+        """Load a model. Raises PopError with llama.cpp's error message if loading fails."""
         backend.require_patched()
         source = read_source(options.path)
         if "tokenizer.chat_template" in source.first.keys:
@@ -105,7 +105,7 @@ class Engine:
         return engine
 
     def close(self) -> None:
-        """Stop any prompt that is being read, and free the model."""
+        """Stop any read in progress, and free the model."""
         self.context.close()
         if self.calibrator is not None:
             self.calibrator.detach()
@@ -142,7 +142,7 @@ class Engine:
             sequence.set_mode(mode, keeps_exact=keeps_exact)
 
     def set_boundary(self, layer: int) -> None:
-        """Start pruning at another layer, without fitted projections (0: the file's boundary)."""
+        """Prune from `layer` onward, without fitted projections (0: from the file's boundary)."""
         for sequence in self.sequences:
             sequence.set_boundary(layer)
 
@@ -162,7 +162,7 @@ class Engine:
 
     @cached_property
     def recommended(self) -> dict[str, float]:
-        """Sampling options recommended by the model's file, keyed by TurnOptions field."""
+        """Sampling options that the model's file recommends, keyed by TurnOptions field."""
         return recommended(self.context.files.header)
 
     def answer(
@@ -173,7 +173,7 @@ class Engine:
     ) -> Answering:
         """Answer a prompt. The last chunk contains the statistics.
 
-        `prompt`: a prompt, or a function that renders one (its time counts toward TTFT).
+        `prompt`: a prompt, or a function that renders the prompt (rendering counts toward TTFT).
         `sequence`: the sequence to use (default: the first). The engine stays usable after the
         iterator is closed or raises an error. Raises PopError if the prompt exceeds the context.
         """

@@ -17,13 +17,13 @@ class EngineOptions:
     """Options for Engine.open.
 
     `model`: the GGUF file, or a name that the caller resolves before opening. `sidecar`: a file
-    with the model's POP keys and tensors. `mmproj`: the vision encoder, loaded with the first
-    image. `image_tokens`: maximum tokens per image. `sink_tokens`, `tail_tokens`: number of full
-    rows at the start and at the end of a prompt (default: the file's). `deep_rows`: criterion for
-    deep rows (default: the file's). `reuse`: which cached rows a prompt may reuse. `keep_states`:
+    with the model's POP keys and tensors. `mmproj`: the vision encoder's file, loaded on first use.
+    `image_tokens`: the maximum number of tokens per image. `sink_tokens`, `tail_tokens`: full rows
+    at a prompt's start and end (default: the file's). `deep_rows`: the criterion that selects deep
+    rows (default: the file's). `reuse`: which cached rows a prompt may reuse. `keep_states`:
     whether to keep boundary states for refilling. `parse_special`: whether to parse special tokens
-    in messages and documents (a document could then inject turns). `full`: whether to start with
-    pruning off. `learn`: see PopModel.learn. `prompt_cache`: stores earlier prompts' KV caches.
+    in messages and documents, which lets documents inject turns. `full`: whether to start with
+    pruning off. `learn`: see PopModel.learn. `prompt_cache`: the cache of earlier prompts' states.
     """
 
     model: str
@@ -49,7 +49,7 @@ class EngineOptions:
     def of(cls, model: str | os.PathLike[str], **options: Any) -> "EngineOptions":
         """Create the options from keyword arguments. Raises TypeError for unknown keywords.
 
-        `options`: fields of this class, ContextOptions, and llama.cpp's parameters.
+        `options`: fields of this class or ContextOptions, or llama.cpp parameters.
         """
         known = {each.name for each in fields(cls)}
         own = {name: value for name, value in options.items() if name in known}

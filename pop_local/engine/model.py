@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class PopModel:
-    """An open model, whose parts are in `engine`."""
+    """An open model, with its parts in `engine`."""
 
     def __init__(self, options: EngineOptions) -> None:
         self._engine = Engine.open(options)
@@ -55,11 +55,11 @@ class PopModel:
         mmproj: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
-        """Open a GGUF file, or a local model by name, without downloading or converting.
+        """Open a GGUF file or a named local model, without downloading or converting anything.
 
-        `sidecar`: a path (default: the file next to the model, or the shipped one). `mmproj`: a
-        path (default: the file next to the model). `options`: fields of EngineOptions,
-        ContextOptions, and llama.cpp's parameters. Raises PopError if the model cannot be opened.
+        `sidecar`: a path (default: the sidecar next to the model, or else the shipped sidecar).
+        `mmproj`: a path (default: the mmproj next to the model). `options`: fields of EngineOptions
+        or ContextOptions, or llama.cpp parameters. Raises PopError if the model cannot be opened.
         """
         path = model_names.resolve(os.fspath(model))
         return cls(
@@ -83,22 +83,22 @@ class PopModel:
         self.close()
 
     def close(self) -> None:
-        """Stop any prompt that is being read, and free the model.
+        """Stop any read in progress, and free the model.
 
-        If another thread is running a batch, waits for its end. That thread then raises PopError.
+        Waits for other threads to finish their batches, after which these threads raise PopError.
         """
         self._engine.close()
 
     def swap_sidecar(self, sidecar: Path) -> None:
         """Switch to a different sidecar. The cache is kept if all its rows are exact.
 
-        If opening fails or the model has an mmproj, raises PopError and changes nothing.
+        Raises PopError without changing anything if opening fails or the model has an mmproj.
         """
         with self._changing() as before:
             before.context.interrupt.require_idle()
             if before.vision is not None:
                 raise PopError(
-                    "the sidecar of an open model with an mmproj cannot be changed",
+                    "the sidecar cannot be changed while a model with an mmproj is open",
                     "close the model and reopen it with the new sidecar",
                 )
             cache = before.cache
@@ -133,9 +133,9 @@ class PopModel:
 
     @contextmanager
     def _changing(self) -> Iterator[Engine]:
-        """Keep other threads from using or replacing the engine until exit.
+        """Prevent other threads from using or replacing the engine until exit.
 
-        A progress callback holds the context's lock already, so that lock must be taken first.
+        Progress callbacks already hold the context's lock, so this method takes that lock first.
         """
         while True:
             engine = self._engine
@@ -148,8 +148,8 @@ class PopModel:
     def pruning(self) -> bool:
         """True if prompts are pruned.
 
-        Changing the value empties the KV cache unless all rows are exact. Setting it to True raises
-        PopError if the model is not converted.
+        Changing the value empties the KV cache unless all rows are exact. Setting the value to True
+        raises PopError if the model is not converted.
         """
         return self._engine.pruning.mode is not Mode.OFF
 
@@ -186,8 +186,8 @@ class PopModel:
     def ask(self, messages: Sequence[Message], **options: Any) -> Answering:
         """Stream chunks of the answer to the last message.
 
-        A base model, which has no chat template, continues the messages' text if they have no
-        images. `options`: fields of TurnOptions (default: the file's recommendation). Raises
+        A base model without a chat template continues the messages' text, unless a message has
+        images. `options`: fields of TurnOptions (defaults: the file's recommendations). Raises
         PopError if the template rejects the conversation, or if the prompt cannot be read.
         """
         prompter = self._engine.prompter

@@ -18,10 +18,10 @@ _POLL_S = 0.01
 
 @dataclass(eq=False)
 class QueuedPrompt:
-    """A prompt that is being read, or waits for its first turn.
+    """A prompt that is being read or is waiting for its first turn.
 
-    `scope`: the owner of the prompt's rows. `n_left`: number of rows left to read. `has_started`:
-    whether the prompt has had a turn.
+    `scope`: the owner of the prompt's rows. `n_left`: the number of rows left to read.
+    `has_started`: whether the prompt has had a turn.
     """
 
     prompt: Prompt
@@ -43,10 +43,10 @@ class QueuedPrompt:
 
 
 class PrefillScheduler:
-    """The order in which queued prompts are read.
+    """A scheduler that determines the order in which queued prompts are read.
 
-    The prompt with the fewest rows left goes first, and ties go to the oldest prompt. As an
-    exception, the oldest prompt gets one chunk after `AGE_CHUNKS` chunks of other prompts.
+    The prompt with the fewest unread rows goes first, and ties go to the oldest prompt. To avoid
+    starvation, the oldest prompt gets a turn after `AGE_CHUNKS` chunks of other prompts.
     """
 
     def __init__(self) -> None:
@@ -57,13 +57,13 @@ class PrefillScheduler:
         self._prompts.append(prompt)
 
     def remove(self, prompt: QueuedPrompt) -> None:
-        """Remove a prompt, unless it was removed earlier."""
+        """Remove a prompt if it is still queued."""
         if self._prompts[:1] == [prompt]:
             self._n_passed = 0
         self._prompts = [one for one in self._prompts if one is not prompt]
 
     def record(self, prompt: QueuedPrompt, n_left: int) -> None:
-        """Record that a prompt has only `n_left` rows left."""
+        """Record that a prompt has `n_left` rows left to read."""
         if self._prompts[:1] == [prompt]:
             self._n_passed = 0
         elif prompt.has_started:  # otherwise, nothing has been read yet
@@ -71,7 +71,7 @@ class PrefillScheduler:
         prompt.n_left, prompt.has_started = n_left, True
 
     def next(self) -> QueuedPrompt | None:
-        """Return the prompt whose chunk is read next, or None if the queue is empty."""
+        """Return the prompt that gets the next turn, or None if the queue is empty."""
         if not self._prompts:
             return None
         is_due = self._n_passed >= AGE_CHUNKS
@@ -80,7 +80,7 @@ class PrefillScheduler:
 
 
 class PrefillTurns:
-    """A lock for the threads that read prompts. The scheduler decides which thread is next."""
+    """A lock for the threads that read prompts. The scheduler decides which thread goes next."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

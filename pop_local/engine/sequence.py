@@ -1,4 +1,4 @@
-"""A sequence of an engine: reading prompts into its KV cache, and sampling tokens."""
+"""Read prompts into a sequence's KV cache and sample tokens."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -25,9 +25,9 @@ from pop_local.engine.prompt.prompt import Prompt
 class CachedSequence:
     """A KV cache, its saved states, its refiller, and the rule that selects full rows.
 
-    Changing the boundary empties the cache. Changing the mode also empties the cache, with two
-    exceptions: the model skips layers exactly, or all rows are exact and the new mode is OFF (any
-    mode if the caller passes `keeps_exact`).
+    Changing the boundary empties the cache. Changing the mode also empties the cache, unless the
+    model skips layers exactly. If all rows are exact, the cache survives a change to OFF, or any
+    change with `keeps_exact`.
     """
 
     states: CacheStates
@@ -41,7 +41,7 @@ class CachedSequence:
     # Settings
 
     def set_mode(self, mode: Mode, *, keeps_exact: bool = False) -> None:
-        """Set the mode and empty the cache if the cached rows depend on the mode.
+        """Set the mode, and empty the cache if its rows depend on the mode.
 
         Raises PopError if the model supports neither pruning nor exact skipping.
         """
@@ -73,7 +73,7 @@ class CachedSequence:
             self.cache.clear()
 
     def keep_states(self, keep: bool) -> None:
-        """Start storing the boundary states of new rows, or drop all stored states."""
+        """Start storing new rows' boundary states, or drop all states if `keep` is False."""
         self.cache.pruning.keep_states(keep)
         if not keep:
             self.cache.rows.has_state[:] = False
@@ -109,7 +109,7 @@ class CachedSequence:
             return read(self.states, prompt, self.rule, on_prefill)
 
     def step(self, token: int) -> None:
-        """Append an answer token. Its row runs all layers unless the mode is ALWAYS."""
+        """Append an answer token. The token's row runs all layers unless the mode is ALWAYS."""
         self.cache.make_room(1)
         self.cache.slot.begin_decode()
         self.cache.append([token], Outputs.LAST, np.ones(1, bool))

@@ -20,9 +20,9 @@ class SlotScheduler:
         self._lock = threading.Lock()
 
     def take(self, prompt: Prompt, scope: str = "") -> int:
-        """Reserve the free sequence with the most reusable rows and, if tied, the fewest rows.
+        """Reserve the free sequence with the most reusable rows, and among those the shortest.
 
-        `scope`: the owner of reusable rows. Returns the index of the sequence.
+        `scope`: the owner of the rows that may be reused. Returns the sequence's index.
         """
         with self._lock:
             best = max(self._free, key=lambda index: self._score(index, prompt, scope))
@@ -30,7 +30,7 @@ class SlotScheduler:
             return best
 
     def n_cached(self, prompt: Prompt, scope: str) -> int:
-        """Return the number of rows that a prompt may reuse (of busy sequences, the prefix)."""
+        """Return how many rows a prompt may reuse (in busy sequences, only the common prefix)."""
         with self._lock:
             found = [
                 each.n_reusable(prompt) if index in self._free else each.states.n_same(prompt)
@@ -52,7 +52,7 @@ class SlotScheduler:
         return self._model.engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Share the prompt's longest prefix that another sequence, even a busy one, has cached.
+        """Share the longest prefix of the prompt that any sequence, busy or free, has cached.
 
         Does nothing if sequence `index` already has a prefix that is at least as long.
         """
@@ -78,7 +78,7 @@ class SlotScheduler:
         """Return a sort key: (number of reusable rows, negated number of cached rows).
 
         Reusable rows count only if they make up at least half of the cached rows or match the whole
-        prompt. A prompt must not replace a long conversation for the sake of a short common prefix.
+        prompt. A prompt must not replace a long conversation just to reuse a short prefix.
         """
         sequence = self.sequence(index)
         n_tokens = sequence.cache.n_tokens

@@ -273,8 +273,8 @@ def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path)
     counted, error, hint = done.stderr.splitlines()
     assert re.fullmatch(r".*/book\.txt: 501 tokens, 98% of the context\.", counted)
     found = re.fullmatch(
-        r"error: the prompt has (\d+) tokens, (\d+) too many:"
-        r" the context holds 512, and an answer needs 64",
+        r"error: the prompt has (\d+) tokens, which is (\d+) too many"
+        r" \(the context holds 512 tokens, and the answer needs 64\)",
         error,
     )
     assert found and int(found[2]) == int(found[1]) + 64 - 512
