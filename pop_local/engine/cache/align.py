@@ -17,7 +17,7 @@ _COMPARED_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class TokenRun:
-    """A run of `n` matching tokens. `cached`, `prompt`: the run's first row in each."""
+    """A run of `n` tokens, starting at row `cached` of the cache and `prompt` of the prompt."""
 
     cached: int
     prompt: int
@@ -69,7 +69,7 @@ def find_runs(
 
 
 def in_order(runs: Sequence[TokenRun]) -> list[TokenRun]:
-    """Return the subset of `runs` with the most tokens that is also in cache order."""
+    """Return the subset of `runs` that is in cache order and covers the most tokens."""
     best: list[tuple[int, int]] = []  # for each run: tokens up to its end, and the previous run
     for at, run in enumerate(runs):
         before = [

@@ -1,4 +1,4 @@
-"""Keys of cached rows, built from the model, mode, boundary and conversion."""
+"""Build keys of cached rows from the model, mode, boundary and conversion."""
 
 import hashlib
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ _FIELDS = (
 
 
 class CacheKeys:
-    """Keys of the rows that a context computes with the current settings."""
+    """Keys for the rows that a context computes with the current settings."""
 
     def __init__(
         self, context: Context, pruning: PruningSettings, vision: Mmproj | None = None
@@ -39,28 +39,28 @@ class CacheKeys:
 
     @property
     def model(self) -> str:
-        """Key of the model, its options and its vision model, regardless of mode."""
+        """Key for the model, its options and its vision encoder, regardless of mode."""
         images = self._vision.key if self._vision else ""
         return f"model {self._model_hash}{opened_with(self._context)}, images {images}"
 
     @property
     def mode(self) -> str:
-        """Key of rows that are prefilled in the current mode."""
+        """Key for rows that are prefilled in the current mode."""
         pruning = self._pruning
         if pruning.mode is Mode.OFF or pruning.exact:
             return FULL
         return f"mode {pruning.mode.name}, boundary {pruning.boundary}, {self._conversion}"
 
     def accepts(self, key: str) -> bool:
-        """Return whether a prompt can extend cached rows with this key."""
+        """Return whether a prompt can extend cached rows with the given key."""
         return key in (FULL, self.mode)
 
 
 def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
-    """Return a model's projection type and, if it is converted, the conversion's fingerprint.
+    """Return a model's projection type and, for a converted model, the conversion's fingerprint.
 
-    The fingerprint covers the keys that pruned K/V depend on, and the names, shapes and first bytes
-    of the fitted tensors. A sidecar and a converted file with the same fit share a fingerprint.
+    The fingerprint covers the keys that affect pruned K/V, and the names, shapes and first bytes of
+    the fitted tensors. A sidecar and a converted file with the same fit share a fingerprint.
     """
     if meta is None:
         return f"{Projection.OWN} projections"
@@ -73,7 +73,7 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
 
 
 def opened_with(context: Context) -> str:
-    """Return the non-default options that saved K/V depend on, as text."""
+    """Return a string of the non-default options that affect saved K/V."""
     defaults = bindings().llama_context_default_params()
     defaults.flash_attn_type = 0
     found = {name: getattr(context.settings, name) for name in _FIELDS}
@@ -84,7 +84,7 @@ def opened_with(context: Context) -> str:
 
 
 def _tensors_hash(headers: Iterable[Header], *, are_fitted: bool, start: bytes = b"") -> str:
-    """Hash `start` and the fitted (or all other) tensors' names, shapes, types and first bytes."""
+    """Hash `start` and the selected tensors' names, shapes, types and first bytes."""
     digest = hashlib.sha256(start)
     for header in headers:
         with header.path.open("rb") as file:

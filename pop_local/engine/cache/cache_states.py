@@ -18,10 +18,10 @@ MIN_LOST = 256
 
 
 class CacheStates:
-    """Manager for a KV cache's saved states. `prompts`: the cache that stores them, if any.
+    """Saves and restores a KV cache's states. `prompts`: the prompt cache, if any.
 
-    `scope` names the owner of the cached rows ("": shared). An owner's prompts never reuse another
-    owner's rows, because response times and cached-token counts would reveal that owner's prompts.
+    `scope`: the owner of the cached rows ("": shared rows). Prompts never reuse another owner's
+    rows, because response times and cached-token counts would reveal the other owner's prompts.
     """
 
     def __init__(self, cache: KvCache, keys: CacheKeys, prompts: PromptCache | None) -> None:
@@ -29,7 +29,7 @@ class CacheStates:
         self.scope = ""
 
     def set_scope(self, scope: str) -> None:
-        """Set the owner. If it changes, store the old owner's rows and empty the KV cache."""
+        """Set the owner. On a change, store the old owner's rows and empty the KV cache."""
         if scope != self.scope and self.cache.n_tokens:
             self.store()
             self.cache.clear()
@@ -37,15 +37,15 @@ class CacheStates:
 
     @property
     def key(self) -> str:
-        """Key of the cached rows. Caches with different keys are never combined."""
+        """Key for the cached rows. Caches with different keys are never combined."""
         return FULL if 0 < self.cache.n_tokens == self.cache.n_exact else self.keys.mode
 
     def n_same(self, prompt: Prompt) -> int:
-        """Return the number of a prompt's leading rows that are cached."""
+        """Return how many of a prompt's leading rows are cached."""
         return prompt.n_equal(self.cache.tokens, self.cache.images)
 
     def save(self) -> SavedState:
-        """Return a copy of the cache's state. Raises PopError if KvCache.forget_unfinished does."""
+        """Return a copy of the state. Raises PopError if KvCache.forget_unfinished fails."""
         cache = self.cache
         with cache.context.locked():
             cache.forget_unfinished()
@@ -65,7 +65,7 @@ class CacheStates:
     def restore(self, state: SavedState) -> None:
         """Replace the cached rows with a saved state.
 
-        Raises PopError if the state does not fit, or if its model or key is not accepted.
+        Raises PopError if the state does not fit, or was saved with a different model or mode.
         """
         if state.model != self.keys.model:
             raise PopError(
@@ -83,10 +83,10 @@ class CacheStates:
     # The prompt cache
 
     def stash(self, count: CountReusable, end: CountReusable | None = None) -> None:
-        """Store the rows in the prompt cache if the prompt would drop many of them.
+        """Store the rows in the prompt cache if reading a prompt would drop many of them.
 
-        The rows are stored if the prompt can reuse fewer than half of them, or if it would drop
-        MIN_LOST or more at the end. `end` returns the end of the reusable rows (default: `count`).
+        The rows are stored if the prompt can reuse fewer than half of them, or would drop MIN_LOST
+        or more trailing rows. `end` returns the end index of the reusable rows (default: `count`).
         """
         tokens, images = self.cache.tokens, self.cache.images
         n_lost = len(tokens) - (end or count)(tokens, images)
@@ -94,7 +94,7 @@ class CacheStates:
             self.store()
 
     def store(self) -> None:
-        """Store the rows in the prompt cache, if one exists and accepts a state of this size."""
+        """Store the rows in the prompt cache, if one exists and the state is not too large."""
         if self.prompts is None or not self.cache.n_tokens:
             return
         if self.prompts.accepts(self.cache.slot.cells.state_size()):
@@ -129,9 +129,9 @@ class CacheStates:
     # Other sequences
 
     def share(self, other: "CacheStates", prompt: Prompt) -> None:
-        """Share a prompt's longest prefix that another sequence has cached.
+        """Share the longest prefix of a prompt that another sequence has cached.
 
-        Does nothing if this cache already has a prefix of that length, or if mode keys differ.
+        Does nothing if this cache has an equally long prefix, or if the caches' mode keys differ.
         """
         with self.cache.slot.locked():
             n = prompt.whole(other.n_same(prompt))

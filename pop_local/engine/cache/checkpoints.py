@@ -20,7 +20,7 @@ MAX_BYTES = 512 * 2**20
 class Checkpoints:
     """A sequence's checkpoints, in ascending order of row count.
 
-    `is_needed`: False unless the model has recurrent layers, or windows that drop rows.
+    `is_needed`: whether the model has recurrent layers or windows that drop rows.
     """
 
     def __init__(self, context: Context, cells: Cells) -> None:
@@ -37,15 +37,15 @@ class Checkpoints:
 
     @property
     def last(self) -> int:
-        """Number of rows before the last checkpoint (0 if there are no checkpoints)."""
+        """Number of rows before the last checkpoint (0 if no checkpoint exists)."""
         return max(self._states, default=0)
 
     def best(self, n_rows: int) -> int:
-        """Return the number of rows before the last checkpoint within the first `n_rows`, or 0."""
+        """Return the row count of the last checkpoint within the first `n_rows` rows, or 0."""
         return max((n for n in self._states if n <= n_rows), default=0)
 
     def add(self, n_rows: int) -> None:
-        """Copy the state after the sequence's `n_rows` rows, unless a checkpoint already exists."""
+        """Save a checkpoint after `n_rows` rows, unless one already exists."""
         if not self.is_needed or n_rows <= self.last:
             return
         state = self._cells.checkpoint(MAX_BYTES)
@@ -61,10 +61,10 @@ class Checkpoints:
     def return_to(self, n_rows: int, position: int) -> bool:
         """Restore the checkpoint taken after `n_rows` rows and drop cells from `position` onward.
 
-        If this method returns False, the cells are undefined.
+        If this method returns False, the contents of the cells are undefined.
         """
         return self._cells.return_to(self._states[n_rows], position)
 
     def drop_after(self, n_rows: int) -> None:
-        """Drop the checkpoints taken after more than `n_rows` rows, because those rows change."""
+        """Drop all checkpoints beyond the first `n_rows` rows, because later rows will change."""
         self._states = {n: state for n, state in self._states.items() if n <= n_rows}

@@ -1,8 +1,8 @@
-"""Saved states on disk, which survive a restart.
+"""Store saved states on disk, so that they survive a restart.
 
-Each state is one zip file (see saved_state.py) with mode 0600, named after a hash of its key and
-tokens. If the files exceed the capacity, the least recently used files are removed. Multiple
-processes may share the folder: each process finds new files and ignores removed ones.
+Each state is a zip file (see saved_state.py) with mode 0600. The file name is a hash of the state's
+key and tokens. If the files exceed the capacity, the least recently used files are removed.
+Multiple processes may share the folder. Each process finds new files and ignores removed files.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredState:
-    """A stored state without its cells. `used_s`: the Unix time of its last use."""
+    """A stored state without its cells. `used_s`: the Unix time of the last use."""
 
     path: Path
     size_bytes: int
@@ -56,13 +56,13 @@ class StoredState:
 
 
 class DiskStore:
-    """Saved states in a folder, up to `capacity_bytes`. A background thread writes the files.
+    """Stores up to `capacity_bytes` of states in a folder. A background thread writes the files.
 
     A store with a capacity of 0 can only list or clear the folder, and does not create it.
     """
 
     def __init__(self, folder: Path, capacity_bytes: int = 0) -> None:
-        """Create the folder unless the capacity is 0. Raises PopError if that fails."""
+        """Create the folder unless the capacity is 0. Raises PopError if creation fails."""
         self.folder, self.capacity_bytes = folder, capacity_bytes
         # Another version of llama.cpp may compute different K/V.
         self._format = f"{_FORMAT}, {backend.version()} abi {backend.library_abi()}"
@@ -79,7 +79,7 @@ class DiskStore:
             ) from error
 
     def add(self, prompts_key: str, state: SavedState) -> None:
-        """Write a state in the background. Errors, such as a full disk, are logged."""
+        """Write a state in the background. Errors such as a full disk are logged."""
         if len(state.cells) <= self.capacity_bytes:
             self._writer.submit(self._write, prompts_key, state)
 
@@ -95,7 +95,7 @@ class DiskStore:
     def stored(self) -> list[StoredState]:
         """Return the readable states, least recently used first.
 
-        If the capacity is above 0, removes damaged files and files written by other versions.
+        If the capacity is above 0, this method removes damaged files and files from other versions.
         """
         found: dict[Path, StoredState] = {}
         for path, status in self._files():
@@ -108,7 +108,7 @@ class DiskStore:
         return list(found.values())
 
     def find(self, key: str, count: CountReusable, n_least: int) -> SavedState | None:
-        """Return the state with the most reusable rows, or None if none has more than `n_least`."""
+        """Return the state with the most reusable rows, or None if no state exceeds `n_least`."""
         best, n_best = None, n_least
         for each in self.stored():
             if each.prompts_key == key and (n := count(each.tokens, each.images)) > n_best:
@@ -116,7 +116,7 @@ class DiskStore:
         return None if best is None else self._load(best)
 
     def _load(self, stored: StoredState) -> SavedState | None:
-        """Read a state and mark it as used. If the file is damaged, removes it and returns None."""
+        """Read a state and mark it as used. Returns None and removes the file if it is damaged."""
 
         def read(archive: zipfile.ZipFile) -> SavedState:
             n_tokens = len(stored.tokens)
@@ -150,7 +150,7 @@ class DiskStore:
             tokens = read_member(archive, "tokens.npy")
             about = json.loads(read_member(archive, _ABOUT, _MOST_ABOUT_BYTES))
             if about["format"] != self._format:
-                raise ValueError(f"its format is {about['format']}")
+                raise ValueError(f"unknown format {about['format']}")
             return StoredState(
                 path=path,
                 size_bytes=status.st_size,
@@ -197,7 +197,7 @@ class DiskStore:
         return self.folder / f"{digest.hexdigest()[:32]}{SUFFIX}"
 
     def _evict(self, newest_path: Path, prompts_key: str, newest: SavedState) -> None:
-        """Remove states that are prefixes of the newest one, then the oldest until the rest fit."""
+        """Remove all prefixes of the newest state, then the oldest states until the rest fit."""
         for each in self.stored():
             is_prefix = each.prompts_key == prompts_key and newest.extends(each.tokens, each.images)
             if each.path != newest_path and is_prefix:

@@ -20,7 +20,7 @@ from pop_local.engine.llama.slot import Slot
 
 
 class ReadObserver(Protocol):
-    """Observer of prompt reads."""
+    """An observer of prompt reads."""
 
     def attach(self, cache: "KvCache") -> None:
         """Start observing a cache."""
@@ -32,14 +32,14 @@ class ReadObserver(Protocol):
         """Handle tokens that were prefilled into rows starting at `start`."""
 
     def computed(self) -> None:
-        """Handle the end of a computation. Taps can now be read (engine/llama/taps.py)."""
+        """Handle the end of a computation, when taps can be read (engine/llama/taps.py)."""
 
 
 class KvCache:
-    """The cached rows of a sequence, in one mode.
+    """The cached rows of one sequence.
 
-    `images`: each image's key, by first row. `has_logits`: whether the last row has logits to
-    sample from. `epoch` changes when a running answer cannot continue. `learner` observes reads.
+    `images`: maps each image's first row to its key. `has_logits`: whether the last row has logits
+    to sample from. `epoch` changes when running answers cannot continue. `learner` observes reads.
     """
 
     def __init__(self, slot: Slot, vision: Mmproj | None = None) -> None:
@@ -83,9 +83,9 @@ class KvCache:
             self.epoch += 1
 
     def truncate(self, n_rows: int) -> bool:
-        """Keep the first `n_rows`, which must not end within an image, and drop all later rows.
+        """Keep the first `n_rows` rows and drop the rest. The cut must not be inside an image.
 
-        Returns False if the memory can be neither truncated there nor restored from a checkpoint.
+        Returns False if the cells can be neither truncated there nor restored from a checkpoint.
         Raises PopError if called during a batch.
         """
         with self.slot.locked():
@@ -121,7 +121,7 @@ class KvCache:
         return self.slot.cells.truncate(int(self.rows.positions[row]))
 
     def _lacks_rows_before(self, row: int) -> bool:
-        """Return whether a sliding window has dropped rows that this row attends to.
+        """Return whether a sliding window has dropped rows that `row` attends to.
 
         llama.cpp does not check for dropped rows (llama_kv_cache_iswa::seq_rm). Recurrent models do
         not need this check, because llama.cpp never truncates their state.
@@ -188,7 +188,7 @@ class KvCache:
         self.forget_unfinished()
 
     def append(self, tokens: Sequence[int], outputs: Outputs, full: np.ndarray) -> None:
-        """Decode tokens after the last row. `full`: bool [n], True if a row runs all layers.
+        """Decode tokens after the last row. `full`: bool [n], True for rows that run all layers.
 
         Raises PopError if the tokens cannot be decoded.
         """
@@ -229,8 +229,8 @@ class KvCache:
     def _placed(self, tokens: Sequence[int]) -> Iterator[None]:
         """Place new rows in empty cells, even after rows were moved or restored.
 
-        Otherwise, llama.cpp would start its search at the first of these rows and reuse the cells
-        of rows that have left a window.
+        Otherwise, llama.cpp would search from the first moved or restored row, and reuse the cells
+        of rows that have left the window.
         """
         if not (self._must_place and backend.bindings().llama_model_n_swa(self.context.model)):
             yield
@@ -259,9 +259,9 @@ class KvCache:
 def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
     """Replace the rows with an edited prompt's rows. No image may follow the first changed row.
 
-    `tokens`: int32 [n]. `sources`: int32 [n], the row that contains each token's K/V, or -1 for
-    rows that `decode_again` must decode. The cache ends before the first such row until the caller
-    extends it, so no other sequence shares these rows. Returns False if rows cannot be moved.
+    `tokens`: int32 [n]. `sources`: int32 [n], the row that holds each token's K/V, or -1 for rows
+    that `decode_again` must decode. Until the caller extends the cache, it ends before the first -1
+    row, so no other sequence shares these rows. Returns False if the rows cannot be moved.
     """
     start = n_leading(sources == np.arange(len(sources)))
     with cache.slot.locked():
@@ -284,9 +284,9 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
 def decode_again(
     cache: KvCache, start: int, tokens: np.ndarray, outputs: Outputs, full: np.ndarray
 ) -> None:
-    """Decode the rows from `start` onward again, in place. Call this inside Slot.overwriting.
+    """Re-decode rows in place, starting at row `start`. Call this function inside Slot.overwriting.
 
-    `tokens`: int32 [n]. `full`: bool [n], True for a full row. Raises PopError if decoding fails.
+    `tokens`: int32 [n]. `full`: bool [n], True for full rows. Raises PopError if decoding fails.
     """
     cache.has_logits = False
     cache.slot.decode(tokens.tolist(), int(cache.rows.positions[start]), outputs)

@@ -1,4 +1,4 @@
-"""LRU cache of earlier prompts' saved states."""
+"""An LRU cache of earlier prompts' saved states."""
 
 import threading
 
@@ -7,10 +7,10 @@ from pop_local.engine.cache.saved_state import CountReusable, SavedState
 
 
 class PromptCache:
-    """LRU cache of saved states, indexed by key and tokens, with up to `capacity_bytes` of cells.
+    """LRU cache of saved states by key and tokens, with up to `capacity_bytes` of cells.
 
-    A prompt's state replaces the states of its prefixes. Models and threads may share a cache.
-    Evicted states are moved to `store`, if given.
+    A prompt's state replaces the states of its prefixes. Multiple models and threads may share a
+    cache. Evicted states are moved to `store`, if given.
     """
 
     def __init__(self, capacity_bytes: int, store: DiskStore | None = None) -> None:
@@ -27,7 +27,7 @@ class PromptCache:
         return sum(len(state.cells) for _, state in self._states)
 
     def accepts(self, n_bytes: int) -> bool:
-        """Return whether `add` stores a state of this size."""
+        """Return whether `add` stores a state of the given size."""
         return n_bytes <= self.capacity_bytes or self.store is not None
 
     def add(self, key: str, state: SavedState) -> None:
@@ -53,7 +53,7 @@ class PromptCache:
                 self.store.add(*each)
 
     def best(self, key: str, count: CountReusable, n_least: int = 0) -> SavedState | None:
-        """Return the state with the most reusable rows, or None if none has more than `n_least`."""
+        """Return the state with the most reusable rows, or None if no state exceeds `n_least`."""
         best, n_best = None, n_least
         with self._lock:
             for index, (other_key, state) in enumerate(self._states):
@@ -66,7 +66,7 @@ class PromptCache:
         return found if stored is None else stored
 
     def close(self) -> None:
-        """Move all states to the store and wait until they are stored."""
+        """Move all states to the store and wait until they are written."""
         if self.store is None:
             return
         with self._lock:

@@ -1,4 +1,4 @@
-"""Settings for a slot's prompt rows: mode, boundary and stored boundary states."""
+"""Settings for a slot's prompt rows: mode, boundary, and whether to store boundary states."""
 
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -9,7 +9,7 @@ class PruningSettings:
     """Settings for a slot's prompt rows. Changing a setting may invalidate the cached rows.
 
     `exact`: the first layer that context rows skip without loss (0: none). `keeps_states`: whether
-    boundary states are stored. CachedSequence changes the settings and the cache together.
+    boundary states are stored. Use CachedSequence to change the settings and the cache together.
     """
 
     def __init__(self, slot: Slot) -> None:
@@ -50,7 +50,7 @@ class PruningSettings:
     def _exact_layer(self) -> int:
         """Return the first layer that can be skipped without loss.
 
-        Returns 0 if no layer can, or if pruning starts at an earlier layer.
+        Returns 0 if no such layer exists, or if pruning starts at an earlier layer.
         """
         exact = backend.model_exact(self._slot.context.model)
         return 0 if 0 < self.boundary < exact else exact

@@ -1,4 +1,4 @@
-"""A KV cache's rows: their positions, and whether they are projected, deep or exact."""
+"""Track the position, depth and exactness of a KV cache's rows."""
 
 from collections.abc import Sequence
 
@@ -16,15 +16,15 @@ class CachedRows:
     """Position, depth and exactness of each row.
 
     The first `n_exact` rows are identical to the full model's. A row is exact only if all earlier
-    rows are, because it attends to them. Full rows after a context row are not exact, so a refill
-    recomputes them too. A refill needs each row's boundary state (`has_state`).
+    rows are exact, because it attends to them. Full rows after a context row are not exact, so a
+    refill recomputes them, too. A refill needs each row's boundary state (`has_state`).
 
-    Rows at `first_stale` and later are stale: they were computed before an earlier row was edited.
-    A refill decodes stale rows again, so stale rows do not need a boundary state.
+    Rows from `first_stale` onward are stale, because they were computed before an earlier row was
+    edited. A refill re-decodes stale rows, so they do not need boundary states.
 
-    `positions`: int32 [n_ctx + 1], ending with the next row's position. An image's rows may share a
-    position. `is_copied`: the text rows that were copied from another sequence, without boundary
-    states. A refill decodes these rows again, too.
+    `positions`: int32 [n_ctx + 1], including the next row's position. An image's rows may share a
+    position. `is_copied`: True for text rows that were copied from another sequence without
+    boundary states. A refill also re-decodes copied rows.
     """
 
     def __init__(self, n_ctx: int) -> None:
@@ -67,7 +67,7 @@ class CachedRows:
             self.first_stale = min(self.first_stale, int(reused[0]))
 
     def record_redone(self, start: int, full: np.ndarray, *, keeps_states: bool) -> None:
-        """Record that rows starting at `start` were decoded again in place. `full`: bool [n]."""
+        """Record that rows starting at `start` were re-decoded in place. `full`: bool [n]."""
         end = start + len(full)
         self.is_full[start:end] = full
         self.has_state[start:end] = keeps_states and end <= self.first_stale
@@ -100,9 +100,9 @@ class CachedRows:
         self.n_exact = n if is_exact else 0
 
     def share(self, other: "CachedRows", n_rows: int, copied: np.ndarray | None) -> None:
-        """Replace all rows with another sequence's first rows.
+        """Replace all rows with another sequence's first `n_rows` rows.
 
-        `copied`: the text rows if the rows were copied, bool [n_rows] (None: the cells are shared).
+        `copied`: bool [n_rows], True for text rows (None: the cells are shared, not copied).
         """
         self.forget_from(0)
         self.positions[: n_rows + 1] = other.positions[: n_rows + 1]
@@ -116,6 +116,6 @@ class CachedRows:
             self.first_stale = other.first_stale
 
     def can_be_redone(self, n_rows: int) -> bool:
-        """Return whether some of the first `n_rows` are inexact and a refill can redo them."""
+        """Return whether the first `n_rows` include inexact rows that a refill can redo."""
         rows = slice(self.n_exact, min(n_rows, self.first_stale))
         return bool(self.n_exact < n_rows and (self.has_state | self.is_copied)[rows].all())

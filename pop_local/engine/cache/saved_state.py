@@ -1,4 +1,4 @@
-"""A sequence's saved state, and its arrays and cells as members of a zip archive.
+"""A sequence's saved state, stored as members of a zip archive.
 
     tokens.npy     int32 (n_tokens): each cached row's token, NO_TOKEN for image rows
     full.npy       bool (n_tokens): rows that ran all layers
@@ -6,8 +6,8 @@
     stale.npy      int32 (2): number of exact rows and first stale row, only if a row is stale
     kv.bin         llama.cpp's state: only the used cells
 
-The zip format's CRC-32 detects damage. numpy's reader accepts any header and allocates the size it
-declares, so `decoded_array` checks the header and the size first.
+The zip format's CRC-32 detects damage. numpy's reader allocates whatever size a header declares, so
+`decoded_array` checks the header and the size first.
 """
 
 import io
@@ -41,9 +41,9 @@ CountReusable = Callable[[np.ndarray, Mapping[int, str]], int]
 class SavedState:
     """A sequence's used cells, with each row's token, position and depth.
 
-    `tokens`: int32 [n]. `is_full`: bool [n]. `positions`: int32 [n + 1], see CachedRows. `images`:
-    see Prompt.n_equal. `key`: CacheStates.key. `model`: CacheKeys.model. For other fields, see
-    CachedRows.
+    `tokens`: int32 [n]. `is_full`: bool [n]. `positions`: int32 [n + 1] (see CachedRows). `images`:
+    see Prompt.n_equal. `key`: CacheStates.key. `model`: CacheKeys.model. CachedRows describes the
+    other fields.
     """
 
     key: str
@@ -79,7 +79,7 @@ def members(state: SavedState) -> Iterator[tuple[str, bytes]]:
 def read_state(
     archive: zipfile.ZipFile, key: str, model: str, images: Mapping[int, str], n_tokens: int
 ) -> SavedState:
-    """Read a state. Raises one of DAMAGES if a member is damaged or the arrays are inconsistent."""
+    """Read a state. Raises an error in DAMAGES if the members are damaged or inconsistent."""
 
     def array(name: str, kind: type[np.generic], length: int) -> np.ndarray:
         return decoded_array(read_member(archive, name), kind, length)
@@ -99,7 +99,7 @@ def read_state(
         n_exact=n_exact,
     )
     if not _is_consistent(state):
-        raise ValueError("its arrays are inconsistent")
+        raise ValueError("the arrays are inconsistent")
     return state
 
 
@@ -127,7 +127,7 @@ def add_member(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def read_member(archive: zipfile.ZipFile, name: str, most_bytes: int | None = None) -> bytes:
-    """Return a member's content. Raises ValueError if it is compressed or too long."""
+    """Return a member's content. Raises ValueError if the member is compressed or too long."""
     info = archive.getinfo(name)  # a compressed member could expand to any size
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ValueError(f"{name} is compressed")
@@ -143,7 +143,7 @@ def encoded_array(values: np.ndarray) -> bytes:
 
 
 def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.ndarray:
-    """Parse a .npy file. Raises ValueError if the type, length or size is not as expected."""
+    """Parse a .npy file. Raises ValueError for an unexpected type, length or size."""
     head, dtype = _NPY.match(content), np.dtype(kind)
     if (
         head is None
@@ -151,5 +151,5 @@ def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.nda
         or int(head[2]) != length
         or len(content) != head.end() + length * dtype.itemsize
     ):
-        raise ValueError("another array")
+        raise ValueError("unexpected array header")
     return np.frombuffer(content, dtype, offset=head.end())
