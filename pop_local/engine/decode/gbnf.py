@@ -1,8 +1,8 @@
-"""Translate llama.cpp's GBNF into llguidance's Lark.
+"""Translate llama.cpp's GBNF grammars into llguidance's Lark format.
 
-llguidance's own converter turns strings and classes into lexemes, and its lexer matches the longest
-lexeme. As a result, it wrongly rejects "ab" for `"a" "b" | "ab" "c"`. Here, each character is a
-lexeme, and a grammar without recursion becomes a single regular expression.
+llguidance's own converter turns strings and character classes into lexemes, and its lexer matches
+the longest lexeme. As a result, the lexer wrongly rejects "ab" for `"a" "b" | "ab" "c"`. Here,
+every character is a lexeme, and grammars without recursion become one regular expression.
 """
 
 import re
@@ -32,8 +32,8 @@ _CONTROL = {"t": 9, "n": 10, "r": 13}
 def lark_of(text: str, instead: Mapping[str, str]) -> str:
     """Translate a GBNF grammar into Lark in linear time.
 
-    `instead`: replacement Lark bodies by rule name. Rules used only by replaced rules are dropped.
-    Raises ValueError if the grammar is invalid or has more than MAX_RULES rules.
+    `instead` maps rule names to replacement Lark bodies. Rules used only by replaced rules are
+    dropped. Raises ValueError if the grammar is invalid or has more than MAX_RULES rules.
     """
     rules: dict[str, list[re.Match[str]]] = {}
     body: list[re.Match[str]] | None = None
@@ -68,7 +68,7 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
     if missing := {"root"}.union(*named.values()) - rules.keys():
         raise ValueError(f"rule {min(missing)} is not defined")
     if len(rules) > MAX_RULES:
-        raise ValueError(f"it has {len(rules):,} rules, more than {MAX_RULES:,}")
+        raise ValueError(f"it has {len(rules):,} rules, but the limit is {MAX_RULES:,}")
     # Lark compiles names in capitals to regular expressions, which cannot be recursive.
     # The sorter returns a rule only after all rules that the rule refers to.
     sorter = TopologicalSorter(named | {name: {name} for name in instead.keys() & rules.keys()})

@@ -1,4 +1,4 @@
-"""Grammars for llguidance: JSON schemas and GBNF."""
+"""Build grammars for llguidance from JSON schemas and GBNF."""
 
 import json
 import queue
@@ -61,14 +61,14 @@ for _ in range(N_COMPILING):
 
 @dataclass(frozen=True)
 class JsonRule:
-    """A JSON schema as a Lark rule body. `ignored`: schema keywords that have no effect."""
+    """A JSON schema translated into a Lark rule. `ignored`: schema keywords that have no effect."""
 
     text: str
     ignored: tuple[str, ...]
 
 
 class GrammarError(PopError):
-    """Error for an unusable grammar or JSON schema, or for a grammar that allows no next token."""
+    """Error raised for an unusable grammar or schema, or if a grammar allows no next token."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,10 @@ class Grammar:
 
     @classmethod
     def of_schema(cls, schema: Any) -> "Grammar":
-        """Return a grammar for JSON that matches a schema (draft 2020-12), in its property order.
+        """Return a grammar for JSON that matches a schema (draft 2020-12).
 
-        Raises GrammarError if the schema is invalid, unsatisfiable, or unsupported.
+        The schema determines the order of properties. Raises GrammarError if the schema is invalid,
+        unsatisfiable, or unsupported.
         """
         rule = json_rule(schema)
         return cls.of_lark(f"start: {rule.text}", "the JSON schema", rule.ignored)
@@ -107,9 +108,9 @@ class Grammar:
 
     @classmethod
     def of_gbnf(cls, gbnf: str, instead: Mapping[str, "JsonRule"] | None = None) -> "Grammar":
-        """Return a grammar for text that matches the `root` rule of llama.cpp's GBNF.
+        """Return a grammar for text that matches the `root` rule of a GBNF grammar.
 
-        `instead`: replacement JSON schemas by rule name. Raises GrammarError for invalid GBNF.
+        `instead` maps rule names to replacement schemas. Raises GrammarError for invalid GBNF.
         """
         rules = instead or {}
         noun = "a tool's schema" if rules else "the grammar"
@@ -127,12 +128,12 @@ class Grammar:
 
 
 def _called(noun: str, method: str, *arguments: Any) -> Any:
-    """Call a GrammarCompiler method. Raises RefusedError, or GrammarError for exceeded limits."""
+    """Call a GrammarCompiler method. Raises RefusedError, or GrammarError on exceeding a limit."""
     child = _children.get()
     try:
         return child.call(method, *arguments)
     except BeyondLimitsError as error:
-        raise GrammarError(f"{noun} takes {child.limits}", "simplify it") from error
+        raise GrammarError(f"{noun} takes more than {child.limits}", "simplify it") from error
     finally:
         _children.put(child)
 
@@ -158,12 +159,12 @@ def json_rule(schema: Any) -> JsonRule:
 
 
 def unchecked(lark: str) -> Grammar:
-    """Return a grammar without compiling it. The grammar's parts must already have been checked."""
+    """Return a grammar without compiling it. The caller must have checked the grammar's parts."""
     return Grammar(LLMatcher.grammar_from_lark(f"{_HEAD}{lark}"))
 
 
 def short(message: str) -> str:
-    """Return an llguidance message as a single line, worded in JSON Schema terms."""
+    """Rewrite an llguidance message as a single line in JSON Schema terms."""
     text = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", message)
     text = re.split(r"\n<|\n +\d+ \| ", text)[0]
     return " ".join(text.split()).replace("regex", "pattern")[:_MAX_MESSAGE]

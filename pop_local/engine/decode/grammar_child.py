@@ -1,7 +1,8 @@
-"""A child process that test-compiles grammars so that a malicious one cannot crash the parent.
+"""Test-compile grammars in a child process, so that a malicious grammar cannot crash the parent.
 
-llguidance limits each compilation step, but not the total. 1,000 chained `$ref` keywords overflow
-the stack. Compiling a six-digit `multipleOf` or 10,000 optional properties takes half a minute.
+llguidance limits each compilation step, but not the total cost. 1,000 chained `$ref` keywords
+overflow the stack. Compiling a six-digit `multipleOf` or 10,000 optional properties takes half a
+minute.
 """
 
 import threading
@@ -26,7 +27,7 @@ class GrammarCompiler:
         threading.stack_size(_STACK_BYTES)
 
     def lark(self, gbnf: str, instead: dict[str, str]) -> str:
-        """Translate GBNF as gbnf.lark_of does. Raises ValueError for an invalid grammar."""
+        """Translate GBNF into Lark (see gbnf.lark_of). Raises ValueError for an invalid grammar."""
         return lark_of(gbnf, instead)
 
     def warnings(self, grammar: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Constrained decoding with llguidance: the token ids that a grammar allows next."""
+"""Use llguidance to find the token ids that a grammar allows next."""
 
 from collections.abc import Container
 from typing import Any
@@ -13,9 +13,9 @@ from pop_local.engine.llama.vocabulary import Pieces, Vocabulary
 
 
 class _TokenBytes:
-    """A llama.cpp vocabulary behind the interface that llguidance expects (`TokenizerWrapper`).
+    """An adapter from llama.cpp's vocabulary to llguidance's `TokenizerWrapper` interface.
 
-    Control tokens outside `shown` have no bytes, so only end tokens among them are ever allowed.
+    Control tokens outside `shown` have no bytes, so grammars allow only the end tokens among them.
     """
 
     is_tokenizer_wrapper = True
@@ -28,7 +28,7 @@ class _TokenBytes:
         self.special_token_ids = ends
 
     def __call__(self, text: str) -> list[int]:
-        raise NotImplementedError("not used: with no_forcing, the model chooses every token")
+        raise NotImplementedError("llguidance does not tokenize text if no_forcing is set")
 
 
 class TokenTries:
@@ -55,7 +55,7 @@ class TokenTries:
 
 
 class Constraint:
-    """An answer's parsing state under a grammar (not thread-safe).
+    """The parser state of an answer that follows a grammar (not thread-safe).
 
     Raises GrammarError if the grammar exceeds llguidance's limits.
     """
@@ -66,7 +66,7 @@ class Constraint:
         self._check()
 
     def allowed(self) -> NDArray[np.intp]:
-        """Return the allowed token ids in order, including end tokens if the text is complete.
+        """Return the sorted allowed token ids, including end tokens if the text is complete.
 
         Raises GrammarError if the grammar allows no token.
         """

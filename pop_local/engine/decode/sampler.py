@@ -1,4 +1,4 @@
-"""Sample with llama.cpp's samplers, in the same order as llama_cpp's chain.
+"""Sample tokens with llama.cpp's samplers, in the same order as in llama_cpp's chain.
 
 Greedy sampling picks the token with the largest logit directly. A sampler chain would choose the
 same token, but would first fill an array with {id, logit, p} for the whole vocabulary.
@@ -30,9 +30,9 @@ _RECOMMENDED = {
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """Sampling parameters. Temperature 0 means greedy sampling. `seed`: None for a random seed.
+    """Sampling parameters. Temperature 0 means greedy sampling. `seed`: None means a random seed.
 
-    `logit_bias`: (token, number to add to its logit) pairs.
+    `logit_bias`: (token, bias) pairs. Each bias is added to the token's logit.
     """
 
     temperature: float = 0.8
@@ -47,7 +47,7 @@ class SamplerOptions:
 
 
 def recommended(header: Header) -> dict[str, float]:
-    """Return the publisher's recommended options, ignoring negative and non-finite values."""
+    """Return the publisher's recommended options, except negative and non-finite values."""
     found: dict[str, float] = {}
     for key, (option, kind) in _RECOMMENDED.items():
         value = header.get(key)
@@ -60,7 +60,7 @@ class Allowed(Protocol):
     """A constraint on the next token."""
 
     def allowed(self) -> np.ndarray | None:
-        """Return allowed token ids in order (None: all). Raises PopError if no token is allowed."""
+        """Return the sorted allowed ids (None: all). Raises PopError if no token is allowed."""
 
     def accept(self, token: int) -> None:
         """Advance the constraint past a sampled token."""

@@ -1,11 +1,11 @@
-"""Decode sampled tokens into text that has only complete characters and no stop strings."""
+"""Decode sampled tokens into text with only complete characters and no stop strings."""
 
 import codecs
 from collections.abc import Sequence
 
 
 class TextStream:
-    """Incremental decoder for answer bytes.
+    """An incremental decoder for an answer's bytes.
 
     The decoder holds back incomplete characters and text that may be the start of a stop string.
     """
@@ -33,12 +33,12 @@ class TextStream:
         self._stops = ()
 
     def flush(self) -> str:
-        """Return the held-back text once the answer has ended, without incomplete characters."""
+        """Return the text that is still held back, without incomplete characters."""
         shown, self._held = self._held, ""
         return shown
 
 
 def n_begun(text: str, whole: str) -> int:
-    """Return the length of the longest proper prefix of `whole` that `text` ends with."""
+    """Return the length of the longest proper prefix of `whole` at the end of `text`."""
     longest = min(len(whole) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(whole[:n])), 0)

@@ -1,1 +1,1 @@
-"""Rows that run all layers: deep rows, which are chosen by token, and refilled rows."""
+"""Rows that run all layers: deep rows, which are selected by their tokens, and refilled rows."""

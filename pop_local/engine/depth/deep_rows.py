@@ -1,7 +1,7 @@
 """Deep rows: prompt rows that run all layers because they spell names, numbers or identifiers.
 
-Deep rows depend only on the prompt's tokens, so later questions can reuse the cached rows
-regardless of the batch size and the number of sequences.
+Deep rows depend only on the prompt's tokens, not on the batch size or the number of sequences.
+Later questions can therefore reuse the cached rows.
 """
 
 import re
@@ -24,9 +24,9 @@ _SPELLED = re.compile(rb"\d|[a-z][A-Z]|/|\w[@_\\#=+~-]+\w")
 def find_deep_rows(context: Context, tokens: np.ndarray, criterion: DeepRows) -> NDArray[np.bool_]:
     """Return a mask of the deep rows, bool [n_tokens].
 
-    `tokens`: int [n_tokens], from the start of the prompt, negative for image rows. All rows of a
-    deep word are deep. Control tokens and images separate words. A recurrent model has no deep
-    rows, because its rows run in order and scattered deep rows would split batches.
+    `tokens`: int [n_tokens], the prompt's first tokens (negative: image rows). If a word matches,
+    all its rows are deep. Control tokens and images separate words. Recurrent models have no deep
+    rows, because their rows run in order and scattered deep rows would split batches.
     """
     found = np.zeros(len(tokens), bool)
     if criterion is DeepRows.NONE or not len(tokens) or context.is_recurrent:

@@ -48,11 +48,11 @@ class Refiller:
         should_stop: Callable[[], bool] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Make the cached rows exact, in order: refill pruned rows, and re-decode stale rows.
+        """Make the cached rows exact, from the first inexact row onward.
 
-        Deep passes refill the pruned rows. Returns the number of rows made exact, or 0 if a pruned
-        row lacks its boundary state. `should_stop` is called during and after each chunk.
-        `on_progress` is called with (done_rows, total_rows).
+        Deep passes refill pruned rows, and stale rows are re-decoded. Returns the number of rows
+        made exact, or 0 if a pruned row lacks its boundary state. `should_stop` is called during
+        and after each chunk. `on_progress` is called with (done_rows, total_rows).
         """
         cache = self._cache
         with cache.context.locked():
@@ -92,7 +92,7 @@ class Refiller:
         self._adapt(len(rows), time.perf_counter() - started_s)
 
     def _decode_again(self, rows: range) -> None:
-        """Re-decode stale or copied rows in place, in all layers."""
+        """Re-decode stale or copied rows in place, through all layers."""
         slot = self._cache.slot
         slot.begin_prefill()
         slot.set_full(0, 0)

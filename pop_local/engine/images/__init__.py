@@ -1,1 +1,1 @@
-"""Images in prompts: decoding with Pillow, then splitting and encoding with libmtmd."""
+"""Decode images in prompts with Pillow, then split and encode them with libmtmd."""

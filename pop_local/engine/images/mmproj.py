@@ -1,6 +1,6 @@
-"""An mmproj: the vision encoder of a vision-language model, run by libmtmd.
+"""Run an mmproj, the vision encoder of a vision-language model, with libmtmd.
 
-A prompt's tokens contain NO_TOKEN for each image row. The image's key identifies its cached rows.
+A prompt's tokens contain NO_TOKEN for each image row. An image's key identifies its cached rows.
 """
 
 import ctypes
@@ -46,11 +46,11 @@ _NODES_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class ImageChunk:
-    """An image: a whole picture, or one part of a picture if the model splits pictures.
+    """A whole picture, or one part of a picture if the model splits pictures.
 
-    `number`: index among libmtmd's chunks of the picture. `key`: identifies the image's rows.
-    `n_pos`: number of positions that the image's rows occupy. `is_mutual`: whether every row
-    attends to all rows of the image. Such an image must be decoded in one batch.
+    `number`: the image's index in libmtmd's list of the picture's chunks. `key` identifies the
+    image's rows. `n_pos`: the number of positions that the image's rows occupy. `is_mutual`:
+    whether all rows attend to each other and must be in one batch.
     """
 
     picture: Picture
@@ -77,7 +77,7 @@ _Pixels = tuple[int, int, bytes]
 
 
 class _Cut:
-    """libmtmd's chunks of a picture, freed with this object. Chunks hold megabytes of pixels."""
+    """A picture's libmtmd chunks, which hold megabytes of pixels and are freed with this object."""
 
     def __init__(self, mtmd: Any, picture: Picture) -> None:
         self.sha256 = picture.sha256
@@ -93,9 +93,9 @@ class _Cut:
 
 
 class Mmproj:
-    """A model's mmproj file, which `open` loads.
+    """A model's mmproj file. Call `open` to load it.
 
-    `key`: identifies the file. Multiple threads may call `see` while another thread is decoding.
+    `key` identifies the file. Multiple threads may call `see` while another thread is decoding.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class Mmproj:
         max_tokens: int | None,
         should_stop: Callable[[], bool],
     ) -> None:
-        """`max_tokens`: maximum tokens per image (None: the projector's default).
+        """`max_tokens`: the maximum number of tokens per image (None: the projector's default).
 
-        Some projectors ignore `max_tokens`. `should_stop` is called while an image is encoded.
-        Raises PopError if the mmproj is invalid.
+        Some projectors ignore `max_tokens`. `should_stop` is called while an image is being
+        encoded. Raises PopError if the mmproj is invalid.
         """
         if not path.is_file():
             raise PopError(f"the mmproj {path} does not exist", "check the path")
@@ -198,7 +198,7 @@ class Mmproj:
     def decode(self, slot: Slot, image: ImageChunk, first: int) -> float:
         """Encode an image and decode its rows starting at position `first`.
 
-        Returns the encoding time in seconds. Raises PopError if encoding or decoding fails, or
+        Returns the encoding time in seconds. Raises PopError if encoding or decoding fails. Raises
         StoppedError or the signal handler's exception if interrupted.
         """
         ctx, n_batch = slot.context.ctx, slot.context.n_batch
@@ -270,8 +270,8 @@ class Mmproj:
     def _on_node(self, _tensor: int, is_query: bool, _data: object) -> bool:
         """Handle a node of the encoder's graph (ggml_backend_sched_eval_callback).
 
-        If `is_query` is True, returns whether llama.cpp should call this method again after
-        computing the node. The second call returns False to stop the encoder. The encoder still
+        If `is_query` is True, the result states whether llama.cpp calls this method again after
+        computing the node. The second call returns False to stop the encoder. The stopped encoder
         reports success, so `_stop_error` stores the reason.
         """
         if is_query:
@@ -285,10 +285,10 @@ class Mmproj:
         return self._stop_error is None
 
     def _cut_up(self, picture: Picture) -> _Cut:
-        """Return a picture's chunks, which are cached until the next picture.
+        """Return a picture's chunks, and cache them until the next picture.
 
-        Decoding the pixels takes seconds, so it happens outside the lock. The pixels are kept
-        until the picture's rows are encoded, so that each request decodes the pixels only once.
+        Decoding the pixels takes seconds, so this method decodes them outside the lock. The pixels
+        are kept until the picture's rows are encoded, so that each request decodes them only once.
         """
         if (last := self._last) is not None and last.sha256 == picture.sha256:
             return last
@@ -354,9 +354,9 @@ class Mmproj:
 
 
 def _require_layers(path: Path, names: Sequence[str]) -> None:
-    """Raise PopError if a layer lacks a tensor, as libmtmd would dereference a null pointer."""
+    """Raise PopError if a tensor is missing, because libmtmd would dereference a null pointer."""
     found = [match for name in names if (match := _PART.fullmatch(name))]
     parts = {(match[1], match[2]) for match in found}
     for layer, part in product({match[1] for match in found}, {match[2] for match in found}):
         if (layer, part) not in parts:
-            raise PopError(f"{path} has no v.blk.{layer}.{part}", "download the file again")
+            raise PopError(f"{path} has no tensor v.blk.{layer}.{part}", "download the file again")

@@ -1,8 +1,8 @@
 """Read and decode image files within limits on size, time and memory.
 
-Pillow decodes images, because libmtmd's decoder is not meant for untrusted files, does not support
-WebP, and ignores the EXIF orientation. Large WebP files are decoded in a child process, because
-Pillow blocks all threads while it decodes a WebP.
+Pillow decodes the images. libmtmd's own decoder is not meant for untrusted files, does not support
+WebP, and ignores the EXIF orientation. A child process decodes large WebP files, because Pillow
+blocks all threads while it decodes WebP.
 """
 
 import base64
@@ -49,7 +49,7 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file whose header was checked by `picture_of`.
+    """An image file with a header that `picture_of` has checked.
 
     `name` appears in messages. `width`, `height`: size in pixels after EXIF rotation. Two Pictures
     are equal if their files are identical.
@@ -67,8 +67,8 @@ class Picture:
     def rgb(self, most: int = MAX_SHOWN) -> tuple[int, int, bytes]:
         """Decode the first frame, and return its width, its height, and its pixels as RGB bytes.
 
-        The frame is rotated upright, drawn on white if transparent, and scaled down to about `most`
-        pixels. Raises PopError if the file is damaged.
+        The frame is rotated upright, drawn on a white background if transparent, and scaled down to
+        about `most` pixels. Raises PopError if the file is damaged.
         """
         is_webp = self.content[8:12] == b"WEBP"
         if not is_webp or self.width * self.height <= _MAX_INLINE:
@@ -77,7 +77,7 @@ class Picture:
         try:
             width, height, pixels = _decoder.call("rgb", content, self.name, most)
         except BeyondLimitsError as error:
-            message = f"decoding {self.name} takes {_decoder.limits}"
+            message = f"decoding {self.name} takes more than {_decoder.limits}"
             raise PopError(message, "scale the image down") from error
         return width, height, base64.b64decode(pixels)
 
@@ -91,7 +91,7 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
 
 
 def picture_of(content: bytes, name: str) -> Picture:
-    """Create a Picture from a file's bytes, decoding only the header.
+    """Create a Picture from a file's bytes. Only the header is decoded.
 
     Raises PopError if the bytes are not an image or exceed MAX_BYTES, MAX_PIXELS, or MAX_ASPECT.
     """

@@ -59,7 +59,7 @@ def test_an_mmproj_layer_without_a_tensor_is_refused(part, smol, tmp_path):
     bad, name = tmp_path / "bad.gguf", f"v.blk.1.{part}.weight"
     content = make_mmproj(bad, MMPROJS["llama"]).read_bytes()
     bad.write_bytes(content.replace(name.encode(), b"x" + name[1:].encode()))
-    with pytest.raises(PopError, match=f"has no {name}"):
+    with pytest.raises(PopError, match=f"has no tensor {name}"):
         smol.opened(mmproj=bad)
 
 
