@@ -1,1 +1,1 @@
-"""Online calibration: sums for fitting projections, collected from the user's prompts."""
+"""Collect sums for fitting projections from the user's prompts (online calibration)."""

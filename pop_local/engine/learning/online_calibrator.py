@@ -1,7 +1,7 @@
-"""Online calibration: learn from rows that run all layers anyway.
+"""Calibrate online by learning from rows that run all layers anyway.
 
 Unpruned prompts yield rows for multiple boundaries, but refills yield rows only for the current
-one. The rows are queued after each batch and added to the sums while the model is idle.
+boundary. The rows are queued after each batch and added to the sums while the model is idle.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def _require_learnable(cache: KvCache) -> None:
         or pop_meta(context.files.source.first) is not None
     ):
         message = (
-            "learning does not support this model: the file itself is converted, the model skips"
-            " layers exactly, or its rows have multiple positions each"
+            "learning does not support converted files, models that skip layers without loss,"
+            " or models with multiple positions per row"
         )
     elif not N_WINDOW <= context.n_ubatch == context.n_batch:
         message = f"learning requires equal batch and ubatch sizes of at least {N_WINDOW} tokens"
@@ -84,27 +84,27 @@ class LearnedFit:
     n_rows: int
 
     def __str__(self) -> str:
-        until = "from now on" if is_learned(self.sidecar) else "until the model is closed"
-        return (
-            f"Learned from {self.n_rows:,} tokens of your prompts. Prompts are read up to"
-            f" {self.speedup_limit:.1f} times as fast {until}."
-        )
+        learned = f"Learned from {self.n_rows:,} tokens of your prompts."
+        limit = f"{self.speedup_limit:.1f}"
+        if is_learned(self.sidecar):
+            return f"{learned} Prompts are read up to {limit} times as fast from now on."
+        return f"{learned} Prompts are read up to {limit} times as fast until the model is closed."
 
 
 class Fitter(Protocol):
-    """A fitter for learned sums (implemented in pop_local.workflows.learning)."""
+    """A fitter for learned sums. pop_local.workflows.learning implements this protocol."""
 
     @property
     def has_work(self) -> bool:
         """Return True if `idle` has work to do."""
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
-        """Return a better fit, or None if none is found or a stop is requested. Raises PopError."""
+        """Return a better fit if one is found before a stop is requested. Raises PopError."""
 
 
 @dataclass(frozen=True)
 class HeldOutChunk:
-    """A held-out prompt chunk: its first row and its tokens."""
+    """A held-out chunk of a prompt, with its first row and its tokens."""
 
     start: int
     tokens: np.ndarray
@@ -123,7 +123,7 @@ def _key(tokens: Sequence[int] | np.ndarray) -> int:
 class OnlineCalibrator:
     """A calibrator that learns from the rows of a KvCache.
 
-    `boundaries`: the learned boundaries, deepest first. `n_missed`: rows dropped for lack of
+    `boundaries`: the boundaries to learn, in ascending order. `n_missed`: rows dropped for lack of
     memory. The caller must use the cache and the calibrator from one thread at a time.
     """
 
@@ -185,7 +185,7 @@ class OnlineCalibrator:
             log.warning("cannot save the learned sums: %s", error)
 
     def _candidates(self, memory_bytes: int) -> tuple[int, ...]:
-        """Choose boundaries whose sums fit in memory: those in the sums file, or the defaults."""
+        """Choose the stored or else the default boundaries whose sums fit in memory."""
         n = self._shape.n_layer
         known = sorted(self._known.n_rows)
         wanted = known or [n - max(1, round(n * share)) for share in _SHARES]
@@ -268,9 +268,9 @@ class OnlineCalibrator:
             self.save()
 
     def save(self) -> None:
-        """Move new sums that cover enough rows to the file and keep the others in memory.
+        """Move new sums that cover enough rows to the file, and keep the other sums in memory.
 
-        On failure, raise PopError and keep all sums in memory.
+        Raises PopError if saving fails, and then keeps all sums in memory.
         """
         new = self._new.grams
         saved = {at: sums for at, sums in new.items() if sums.n_rows >= SAVED_ROWS * len(sums.xx)}
@@ -282,9 +282,9 @@ class OnlineCalibrator:
             self._new = Sums(self._new.wides | self._known.wides, rest)
 
     def sums(self) -> Sums:
-        """Return the sums in the file or else the unsaved sums. Raises PopError like `save`.
+        """Return the sums in the file, or else the unsaved sums. Raises PopError if saving fails.
 
-        They are never merged: the sidecar and the file would together reveal the unsaved rows.
+        Merged sums would let a reader of the sidecar and the file derive the unsaved rows.
         """
         self.save()
         self._known = self.file.known()
@@ -295,7 +295,7 @@ class OnlineCalibrator:
 
     @property
     def is_saved(self) -> bool:
-        """Return True if `sums` returns the sums in the file."""
+        """Return True if `sums` returns sums from the file."""
         return bool(self._known.n_rows)
 
     @property
@@ -326,7 +326,7 @@ class OnlineCalibrator:
         return self.summing.is_wide(boundary) and boundary not in self._new.wides
 
     def _choose(self, boundaries: Sequence[int]) -> None:
-        """Choose wider inputs from shipped text, because inputs reveal the text they come from."""
+        """Choose wider inputs based on shipped text, because they reveal details of the text."""
         n_windows = _ROWS_TO_CHOOSE * self._shape.n_embd // N_WINDOW + 1
         wanted, context = self.summing.wanted(boundaries), self._cache.context
         windows = list(read_shipped_windows(context, wanted, n_windows, N_WINDOW))

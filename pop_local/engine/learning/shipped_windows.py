@@ -1,4 +1,4 @@
-"""Activations for windows of shipped text, which reveal nothing about the user's prompts."""
+"""Compute activations for shipped text, which reveals nothing about the user's prompts."""
 
 import importlib.resources
 from collections.abc import Iterator
@@ -39,5 +39,5 @@ def read_shipped_windows(
             if code:
                 raise logs.not_decoded(code)
             tapped = taps.take(ctx)
-            assert tapped is not None, "the rows have taps"
+            assert tapped is not None, "set_taps enables taps for all rows"
             yield tapped

@@ -1,6 +1,6 @@
 """Sums for fitting projections at given boundaries, and the file that stores a model's sums.
 
-`convert` adds rows from text windows, online_calibrator.py adds rows from prompts, and both compute
+`convert` adds rows from text windows, and online_calibrator.py adds rows from prompts. Both compute
 the same sums from the same rows. A sums file contains sums over thousands of rows, but no
 individual rows or tokens. Only the folder's owner can read sums files (docs/learning.md).
 """
@@ -47,16 +47,16 @@ class Sums:
     grams: dict[int, Gram] = field(default_factory=dict)
 
     def has_same_input(self, other: "Sums", boundary: int) -> bool:
-        """Return True if both sums were computed over the same inputs."""
+        """Return True if both sums were computed from the same inputs."""
         ours, theirs = self.wides.get(boundary), other.wides.get(boundary)
         if ours is None or theirs is None:
             return ours is theirs
         return bool(np.array_equal(ours.previous, theirs.previous))
 
     def merge(self, other: "Sums") -> None:
-        """Add the sums of newer rows. Wider inputs that `self` already has are not replaced.
+        """Add the sums of newer rows without replacing existing wider inputs.
 
-        Sums over different inputs cannot be added, so these rows are dropped with a warning.
+        Sums over different inputs cannot be added, so they are dropped with a warning.
         """
         for boundary, wide in other.wides.items():
             if boundary not in self.grams:
@@ -65,14 +65,14 @@ class Sums:
             mine = self.grams.get(boundary, gram)
             ours, theirs = ({at: xy.shape for at, xy in each.xy.items()} for each in (mine, gram))
             if ours != theirs or not self.has_same_input(other, boundary):
-                log.warning("%d rows have other inputs and were dropped", gram.n_rows)
+                log.warning("dropped %d rows with different inputs", gram.n_rows)
             elif mine is gram:
                 self.grams[boundary] = gram
             else:
                 mine.merge(gram)
 
     def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Convert the sums to a JSON header and named arrays (inverse: `of`)."""
+        """Convert the sums to a JSON header and named arrays (the inverse of `of`)."""
         head = {
             "grams": [
                 (boundary, list(gram.xy), gram.n_rows) for boundary, gram in self.grams.items()
@@ -120,7 +120,7 @@ def stored_inputs(head: Any, arrays: Any) -> dict[int, WideInput]:
 
 
 def _floats(arrays: Any, name: str) -> np.ndarray:
-    """Return a stored vector or matrix. Raises ValueError unless its values are finite floats."""
+    """Return a stored vector or matrix. Raises ValueError unless all values are finite floats."""
     found: np.ndarray = arrays[name]
     if found.dtype.kind != "f" or found.ndim not in (1, 2) or not np.isfinite(found).all():
         raise ValueError(f"{name} is not a matrix of finite numbers")
@@ -128,14 +128,14 @@ def _floats(arrays: Any, name: str) -> np.ndarray:
 
 
 def _read_head(arrays: Any) -> Any:
-    """Return a sums file's header. Raises ValueError or another error for unexpected types."""
+    """Return a sums file's header. Raises ValueError or another error for invalid content."""
     head = json.loads(str(arrays["head"]))
     numbers = [number for boundary, layers, n in head["grams"] for number in (boundary, n, *layers)]
     numbers += [boundary for boundary, _ in head.get("wides", ())]
     if not all(isinstance(number, int) and 0 <= number < 2**53 for number in numbers):
-        raise ValueError("its header contains invalid numbers")
+        raise ValueError("the header contains invalid numbers")
     if not isinstance(named := head.get("kinds", {}), dict):
-        raise ValueError("its kinds are not an object")
+        raise ValueError("the header's kinds are not an object")
     for boundary, kinds in named.items():
         int(boundary), list(map(Projection, kinds))
     return head
@@ -175,7 +175,7 @@ class SumsFile:
         return cls(LearnedFiles.of(source).sums, sampled_sha256(source), n_embd)
 
     def load(self) -> Sums:
-        """Return the stored sums, if any. A damaged or foreign file is renamed to *.damaged."""
+        """Return the stored sums, if any. An unusable file is renamed to *.damaged."""
         return self._read(Sums.of) or Sums()
 
     def known(self) -> Known:
@@ -190,10 +190,10 @@ class SumsFile:
                 if (head["version"], head["model"]) == (_VERSION, self.model):
                     for wide in stored_inputs(head, arrays).values():
                         if self.n_embd is not None and wide.previous.shape[1:] != (self.n_embd,):
-                            raise ValueError("its inputs have a different width")
+                            raise ValueError("the inputs have a different width")
                     return take(head, arrays)
                 log.warning(
-                    "%s is for a different model or version: learning starts over", self.path
+                    "%s is for a different model or version, so learning starts over", self.path
                 )
         except FileNotFoundError:
             return None
@@ -208,7 +208,7 @@ class SumsFile:
         return None
 
     def rows(self) -> dict[int, int]:
-        """Return each boundary's row count, for any model's file ({} if the file is unreadable)."""
+        """Return the number of rows per boundary in any model's file ({} if it is unreadable)."""
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
                 head = _read_head(arrays)
@@ -253,7 +253,7 @@ class Summing:
     ) -> None:
         """`projections`: the kinds of fit at each boundary, excluding `Projection.OWN`.
 
-        `start`: an earlier fit, which the ridge penalty pulls toward (None: the layers' own).
+        `start`: the fit that the ridge penalty pulls toward (None: the layers' own projections).
         """
         self.shape, self.projections = shape, projections
         self._start = start or {}
@@ -297,7 +297,7 @@ class Summing:
         return wide_input(self.shape, self._weights, boundary, windows)
 
     def empty(self, boundary: int, layers: Iterable[int]) -> Gram:
-        """Return empty sums for `layers`, which are fitted at a boundary."""
+        """Return empty sums for fitting `layers` at a boundary."""
         widths = {layer: self.shape.n_kv(layer) for layer in layers}
         kinds = self.projections[boundary]
         return Gram.empty(max(self._n_inputs(boundary, kind) for kind in kinds), widths)
@@ -326,7 +326,7 @@ class Summing:
     def solve(
         self, gram: Gram, boundary: int, layer: int, kind: Projection, ridge: float, stored: KvType
     ) -> tuple[NewTensor, ...]:
-        """Solve a layer's fit from the sums at a boundary. Raises FitError for unusable sums."""
+        """Solve for a layer's fit at a boundary. Raises FitError for unusable sums."""
         own = self._weights.own_projection(layer, self.shape.n_k[layer], self.shape.n_v[layer])
         if self._start:
             own = fit.decode(layer, self._start, own)

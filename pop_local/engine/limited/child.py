@@ -1,4 +1,4 @@
-"""The child side of a limited process. Each call and each result is one line of JSON."""
+"""Run calls in a child process. Each call and each result is one line of JSON."""
 
 import faulthandler
 import importlib
@@ -12,7 +12,7 @@ from pop_converter.base.errors import PopError
 
 
 def main(module: str, worker: str, limit_s: float, limit_bytes: int) -> None:
-    """Run calls to class `worker`'s methods, read from standard input, until the input closes.
+    """Read calls to `worker`'s methods from standard input and run them until the input closes.
 
     A call that takes longer than `limit_s` seconds terminates this process. On Linux, a call may
     use up to `limit_bytes` more memory than the process used at startup. If a method raises an

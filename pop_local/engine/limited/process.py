@@ -1,4 +1,4 @@
-"""The parent side of a child process with time and memory limits."""
+"""Start and call child processes with time and memory limits."""
 
 import atexit
 import json
@@ -19,24 +19,24 @@ _START = (
 
 
 class RefusedError(PopError, ValueError):
-    """Error for an exception in the called method, with the exception's message and hint."""
+    """Error with the message and hint of an exception that the called method raised."""
 
 
 class NoChildError(PopError):
-    """Error for a child process that could not be started, regardless of the call."""
+    """Error raised if a child process cannot be started."""
 
 
 class BeyondLimitsError(PopError):
-    """Error for a call that exceeded its time or memory limit."""
+    """Error raised if a call exceeds its time or memory limit."""
 
 
 def _python() -> str:
-    """Return the interpreter that multiprocessing uses. An embedding application can set it."""
+    """Return multiprocessing's interpreter, which applications that embed Python can set."""
     python = os.fsdecode(get_executable())
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
-            "a frozen application has no Python for templates, grammars and large images",
-            "call multiprocessing.set_executable with a Python that has these packages installed",
+            "a frozen application has no interpreter for templates, grammars and large images",
+            "call multiprocessing.set_executable with a Python that has pop-local installed",
         )
     return python
 
@@ -44,8 +44,8 @@ def _python() -> str:
 class KeptProcess:
     """A child process that runs a worker's methods. If the process has ended, a call restarts it.
 
-    Thread-safe: calls run one at a time. If a call is interrupted or exceeds a limit, the child
-    ends.
+    Calls are thread-safe, because they run one at a time. If a call is interrupted or exceeds a
+    limit, the child is killed.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class KeptProcess:
         *,
         limit_s: float,
         limit_bytes: int,
-        takes: str = "it takes",
+        task: str = "it",
         hint: str = "",
     ) -> None:
         """`worker`: the class whose methods the child runs.
 
-        `takes`: the start of BeyondLimitsError's message. `hint`: the error's hint.
+        `task`: the subject of BeyondLimitsError's message. `hint`: the hint of that message.
         """
         self.limit_s, self.limit_bytes = limit_s, limit_bytes
         self._place = (worker.__module__, worker.__qualname__)
-        self._takes, self._hint = takes, hint
+        self._task, self._hint = task, hint
         self._lock = threading.RLock()
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = 0
@@ -72,7 +72,7 @@ class KeptProcess:
 
     @property
     def limits(self) -> str:
-        return f"more than {self.limit_s:g} s or {self.limit_bytes >> 20} MiB"
+        return f"{self.limit_s:g} s or {self.limit_bytes >> 20} MiB"
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start the child process unless it is running. Startup takes a fraction of a second."""
@@ -113,14 +113,14 @@ class KeptProcess:
                 self.close()
                 if not self._is_ready:
                     raise NoChildError("a child process exited before its first call")
-                raise BeyondLimitsError(f"{self._takes} {self.limits}", self._hint)
+                raise BeyondLimitsError(f"{self._task} takes more than {self.limits}", self._hint)
         answer = json.loads(line)
         if "refused" in answer:
             raise RefusedError(answer["refused"], answer.get("hint", ""))
         return answer["result"]
 
     def close(self) -> None:
-        """End the child process, unless a different process started it."""
+        """Kill the child process, unless a different process started it."""
         child, self._child = self._child, None
         if child is None or self._owner != os.getpid():
             return

@@ -42,7 +42,7 @@ _chat = KeptProcess(
     chat_child.ChatFormatter,
     limit_s=LIMIT_S,
     limit_bytes=LIMIT_BYTES,
-    takes="processing the tool calls takes",
+    task="processing the tool calls",
     hint="send fewer or simpler tools",
 )
 
