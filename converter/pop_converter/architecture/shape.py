@@ -59,10 +59,7 @@ class ModelShape:
         return boundary < self.n_layer - 1 and all(self.is_fittable[boundary:])
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:
-        """Return how many previous-token values and neurons a wide fit (fit/wide.py) uses.
-
-        Both numbers are multiples of the quantization block size.
-        """
+        """Return how many previous-token values and neurons a wide fit (fit/wide.py) uses."""
         n_prev = max(self.n_embd // 4 // _BLOCK_SIZE, 1) * _BLOCK_SIZE
         n_most = min(self.n_embd // 2, self.n_neurons[boundary])
         return n_prev, n_most // _BLOCK_SIZE * _BLOCK_SIZE
