@@ -46,7 +46,7 @@ def _calls(code: str) -> list[tuple[str, dict[str, Any]]]:
         warnings.simplefilter("ignore")  # a warning would print the model's text
         lines = ast.parse(code).body
     calls: list[Any] = [line.value if isinstance(line, ast.Expr) else None for line in lines]
-    if any(call.args for call in calls):
-        raise ValueError("positional arguments do not name parameters")
+    if any(call.args or any(k.arg is None for k in call.keywords) for call in calls):
+        raise ValueError("an argument names no parameter")
     literal = ast.literal_eval
     return [(ast.unparse(c.func), {k.arg: literal(k.value) for k in c.keywords}) for c in calls]

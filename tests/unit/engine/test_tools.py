@@ -248,6 +248,7 @@ def test_python_calls_have_several_kinds_of_values(model):
         (PYTHON.replace('"Rome"', "city"), "neither JSON nor"),
         (PYTHON.replace('city="Rome"', '"Rome"'), "neither JSON nor"),
         (PYTHON.replace("get_", "x = get_"), "neither JSON nor"),
+        (PYTHON.replace('city="Rome"', '**{"city": "Rome"}'), "neither JSON nor"),
         (PYTHON.replace('"Rome"', '{"Rome"}'), "neither JSON nor"),
         (PYTHON.replace('"Rome"', "(" * 5000), "neither JSON nor"),
         (PYTHON.replace("city", "town"), "wrong arguments"),
