@@ -1,4 +1,4 @@
-"""Options for opening a model, created once by the CLI, the server, or the Python API."""
+"""Options that the CLI, the server and the Python API use to open a model."""
 
 import os
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from pop_local.engine.prefill.plan import Reuse
 class EngineOptions:
     """Options for Engine.open.
 
-    `model`: the GGUF file, or a name that the caller resolves before opening. `sidecar`: a file
-    with the model's POP keys and tensors. `mmproj`: the vision encoder's file, loaded on first use.
+    `model`: the GGUF file, or a model name that the caller resolves first. `sidecar`: a file with
+    the model's POP keys and tensors. `mmproj`: the vision encoder's file, loaded on first use.
     `image_tokens`: the maximum number of tokens per image. `sink_tokens`, `tail_tokens`: full rows
     at a prompt's start and end (default: the file's). `deep_rows`: the criterion that selects deep
     rows (default: the file's). `reuse`: which cached rows a prompt may reuse. `keep_states`:

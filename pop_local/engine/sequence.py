@@ -26,8 +26,8 @@ class CachedSequence:
     """A KV cache, its saved states, its refiller, and the rule that selects full rows.
 
     Changing the boundary empties the cache. Changing the mode also empties the cache, unless the
-    model skips layers exactly. If all rows are exact, the cache survives a change to OFF, or any
-    change with `keeps_exact`.
+    model skips layers exactly. If all rows are exact, the cache is kept on a change to OFF, or on
+    any change with `keeps_exact`.
     """
 
     states: CacheStates

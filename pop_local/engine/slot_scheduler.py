@@ -20,7 +20,7 @@ class SlotScheduler:
         self._lock = threading.Lock()
 
     def take(self, prompt: Prompt, scope: str = "") -> int:
-        """Reserve the free sequence with the most reusable rows, and among those the shortest.
+        """Reserve the free sequence with the most reusable rows (if tied, the shortest one).
 
         `scope`: the owner of the rows that may be reused. Returns the sequence's index.
         """
@@ -54,7 +54,7 @@ class SlotScheduler:
     def share(self, index: int, prompt: Prompt) -> None:
         """Share the longest prefix of the prompt that any sequence, busy or free, has cached.
 
-        Does nothing if sequence `index` already has a prefix that is at least as long.
+        Does nothing if sequence `index` already has an equally long prefix.
         """
         scope = self.sequence(index).states.scope
         states = [each.states for each in self._model.engine.sequences]

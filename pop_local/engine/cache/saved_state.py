@@ -79,7 +79,7 @@ def members(state: SavedState) -> Iterator[tuple[str, bytes]]:
 def read_state(
     archive: zipfile.ZipFile, key: str, model: str, images: Mapping[int, str], n_tokens: int
 ) -> SavedState:
-    """Read a state. Raises an error in DAMAGES if the members are damaged or inconsistent."""
+    """Read a state. Raises an error from DAMAGES if members are damaged or inconsistent."""
 
     def array(name: str, kind: type[np.generic], length: int) -> np.ndarray:
         return decoded_array(read_member(archive, name), kind, length)

@@ -1,1 +1,1 @@
-"""Decoding: constrained sampling, log probabilities, and streamed text."""
+"""Decode answers with constrained sampling, log probabilities, and streamed text."""

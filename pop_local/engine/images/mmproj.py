@@ -93,7 +93,7 @@ class _Cut:
 
 
 class Mmproj:
-    """A model's mmproj file. Call `open` to load it.
+    """A model's mmproj file. Call `open` to load the file.
 
     `key` identifies the file. Multiple threads may call `see` while another thread is decoding.
     """
@@ -181,7 +181,7 @@ class Mmproj:
         )
 
     def see(self, picture: Picture) -> TokenizedPicture:
-        """Split a picture into images, and return its tokens.
+        """Split a picture into images, and return the picture's tokens.
 
         Raises PopError if the picture is damaged or libmtmd rejects it.
         """

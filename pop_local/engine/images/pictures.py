@@ -65,7 +65,7 @@ class Picture:
         return hashlib.sha256(self.content).hexdigest()
 
     def rgb(self, most: int = MAX_SHOWN) -> tuple[int, int, bytes]:
-        """Decode the first frame, and return its width, its height, and its pixels as RGB bytes.
+        """Decode the first frame, and return its width, height, and RGB bytes.
 
         The frame is rotated upright, drawn on a white background if transparent, and scaled down to
         about `most` pixels. Raises PopError if the file is damaged.

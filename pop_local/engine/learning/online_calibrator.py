@@ -185,7 +185,7 @@ class OnlineCalibrator:
             log.warning("cannot save the learned sums: %s", error)
 
     def _candidates(self, memory_bytes: int) -> tuple[int, ...]:
-        """Choose the stored or else the default boundaries whose sums fit in memory."""
+        """Choose boundaries whose sums fit in memory, preferably those in the sums file."""
         n = self._shape.n_layer
         known = sorted(self._known.n_rows)
         wanted = known or [n - max(1, round(n * share)) for share in _SHARES]
@@ -270,7 +270,7 @@ class OnlineCalibrator:
     def save(self) -> None:
         """Move new sums that cover enough rows to the file, and keep the other sums in memory.
 
-        Raises PopError if saving fails, and then keeps all sums in memory.
+        If saving fails, all sums stay in memory, and PopError is raised.
         """
         new = self._new.grams
         saved = {at: sums for at, sums in new.items() if sums.n_rows >= SAVED_ROWS * len(sums.xx)}
@@ -326,7 +326,7 @@ class OnlineCalibrator:
         return self.summing.is_wide(boundary) and boundary not in self._new.wides
 
     def _choose(self, boundaries: Sequence[int]) -> None:
-        """Choose wider inputs based on shipped text, because they reveal details of the text."""
+        """Choose wider inputs from shipped text, because inputs reveal details of their source."""
         n_windows = _ROWS_TO_CHOOSE * self._shape.n_embd // N_WINDOW + 1
         wanted, context = self.summing.wanted(boundaries), self._cache.context
         windows = list(read_shipped_windows(context, wanted, n_windows, N_WINDOW))

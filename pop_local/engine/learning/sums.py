@@ -1,8 +1,8 @@
 """Sums for fitting projections at given boundaries, and the file that stores a model's sums.
 
-`convert` adds rows from text windows, and online_calibrator.py adds rows from prompts. Both compute
-the same sums from the same rows. A sums file contains sums over thousands of rows, but no
-individual rows or tokens. Only the folder's owner can read sums files (docs/learning.md).
+`convert` adds rows from text windows, and online_calibrator.py adds rows from prompts. The sums
+depend only on the rows. A sums file contains sums over thousands of rows, but no individual rows or
+tokens. Only the folder's owner can read sums files (docs/learning.md).
 """
 
 import json
@@ -41,7 +41,7 @@ N_WEIGHING = 4
 
 @dataclass
 class Sums:
-    """Gram sums by boundary. `wides`: parameters of each boundary's wider input, if any."""
+    """Gram matrices by boundary. `wides`: parameters of each boundary's wider input, if any."""
 
     wides: dict[int, WideInput] = field(default_factory=dict)
     grams: dict[int, Gram] = field(default_factory=dict)
@@ -159,7 +159,7 @@ class Known:
 
 @dataclass(frozen=True)
 class SumsFile:
-    """A model's sums file. Multiple processes may add sums to it.
+    """A model's sums file. Multiple processes may add sums to the file.
 
     `model`: the model's hash. `n_embd`: the model's embedding width (None: not checked).
     """

@@ -19,7 +19,7 @@ _START = (
 
 
 class RefusedError(PopError, ValueError):
-    """Error with the message and hint of an exception that the called method raised."""
+    """Error that carries the message and hint of an exception raised in the child process."""
 
 
 class NoChildError(PopError):
@@ -59,7 +59,7 @@ class KeptProcess:
     ) -> None:
         """`worker`: the class whose methods the child runs.
 
-        `task`: the subject of BeyondLimitsError's message. `hint`: the hint of that message.
+        `task`, `hint`: the subject and the hint of BeyondLimitsError's message.
         """
         self.limit_s, self.limit_bytes = limit_s, limit_bytes
         self._place = (worker.__module__, worker.__qualname__)
