@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command-line app; Ctrl-C exits quietly, even during imports."""
+    """Run the command-line app. Ctrl-C exits quietly, even during imports."""
     try:
         from pop_local.cli import main as run
     except KeyboardInterrupt:
@@ -19,8 +19,8 @@ def main() -> None:
 def _prepare_streams() -> None:
     """Redirect closed streams to the null device, and make stdout accept any character.
 
-    On Windows, pipes and files are written as UTF-8. In UTF-8, undecodable file names are written
-    as their original bytes. Other encodings escape characters that they cannot represent.
+    On Windows, pipes and files receive UTF-8. With UTF-8, undecodable file names keep their
+    original bytes. With other encodings, unsupported characters are escaped.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

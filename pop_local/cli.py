@@ -16,7 +16,9 @@ COMMANDS = {
     "serve": Listed(_USE, "Serve a model over the OpenAI, Anthropic and Ollama APIs.", "qwen-1.5b"),
     "launch": Listed(_USE, "Start a coding agent that uses a local model.", "opencode qwen-1.5b"),
     "demo": Listed(_USE, "Answer one long prompt with and without fast reading.", "smollm2"),
-    "pull": Listed(_MODELS, "Fetch a model from the catalog or a hub.", "qwen3-8b"),
+    "pull": Listed(
+        _MODELS, "Download a model from the catalog or the Hugging Face Hub.", "qwen3-8b"
+    ),
     "list": Listed(_MODELS, "List the local models.", "--json"),
     "inspect": Listed(_MODELS, "Show the contents of a model file.", "smollm2"),
     "rm": Listed(_MODELS, "Remove models.", "qwen3-8b"),
@@ -34,7 +36,7 @@ COMMANDS = {
         "Compare answers to your prompts with and without fast reading.",
         "smollm2 prompts.jsonl",
     ),
-    "analyze": Listed(_SPEED, "Measure how many layers prompts can skip.", "model.gguf"),
+    "analyze": Listed(_SPEED, "Measure how many layers a model can skip.", "model.gguf"),
     "config": Listed(_SETUP, "Show settings and where they come from.", "--json"),
     "learn": Listed(_SETUP, "Show or delete the statistics learned from your prompts.", "show"),
     "cache": Listed(_SETUP, "Show or remove the stored KV caches of earlier prompts.", "show"),

@@ -1,6 +1,6 @@
 """Coding agents that `pop-local launch` can start, and the settings that connect them to a server.
 
-The settings are arguments and environment variables, so the agents' own files stay unchanged.
+The settings are arguments and environment variables, so the agents' settings files stay unchanged.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from string import Template
 class Agent:
     """A coding agent.
 
-    `install`: the command that installs `program`. `n_ctx`: a context length in tokens that holds
-    the first prompt and several turns. In `variables` (for the environment) and `arguments`, $url,
-    $model and $n_ctx stand for a server's URL with /v1, a model's name and its context length.
+    `install`: the command that installs `program`. `n_ctx`: context length in tokens for the first
+    prompt and several turns. `variables`: environment variables as NAME=VALUE. `variables` and
+    `arguments` may contain $url (the server's URL with /v1), $model (a name) and $n_ctx.
     """
 
     program: str
@@ -24,7 +24,7 @@ class Agent:
     arguments: tuple[str, ...] = ()
 
     def command(self, added: Sequence[str], **values: object) -> list[str]:
-        """Return a command line. `added`: the user's arguments. `values`: see the class."""
+        """Return a command line. `added`: the user's arguments. `values`: url, model and n_ctx."""
         words = ("env", *self.variables, self.program, *self.arguments)
         return [*(Template(word).substitute(values) for word in words), *added]
 

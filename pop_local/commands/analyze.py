@@ -1,4 +1,4 @@
-"""`pop-local analyze MODEL`: measure the cost of each boundary."""
+"""`pop-local analyze MODEL`: measure the quality loss at each boundary."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,9 @@ from pop_local.ui.watch import stoppable_watch
 
 @dataclass(frozen=True)
 class ProbeOptions(Group):
-    text: Path | None = option("Text to measure on (default: built-in prose).", "FILE")
+    text: Path | None = option("Text file to measure on (default: built-in prose).", "FILE")
     tokens: int | None = option(
-        "Number of tokens to fit (default: 1/4 of convert's default).", min=1
+        "Number of tokens to fit on (default: a quarter of convert's default).", min=1
     )
     markdown: bool = option(opt.MARKDOWN, default=False)
 
@@ -27,7 +27,7 @@ def analyze(
     json: opt.Json = False,
     processors: opt.HardwareOptions,
 ) -> None:
-    """Measure the cost of each boundary, and how many layers prompts can skip."""
+    """Measure the quality loss at each boundary, and how many layers the model can skip."""
     from pop_local.research import layer_analysis
 
     options = layer_analysis.AnalyzeOptions(by.text, by.tokens)

@@ -20,7 +20,7 @@ _N_LONG = 4096
 @dataclass(frozen=True)
 class PromptOptions(Group):
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default="512,1024,2048")
-    repeat: int = option("Pairs of runs (full and fast) per prompt length.", min=1, default=5)
+    repeat: int = option("Number of paired runs (full and fast) per length.", min=1, default=5)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
     markdown: bool = option(opt.MARKDOWN, default=False)
 
@@ -48,14 +48,14 @@ def bench(
         warn(f"Other programs are using {n_busy:.1f} CPUs, so the times are unreliable.")
     if (read.repeat + 1) * sum(options.n_prompts) > _N_LONG:
         note(
-            "bench usually takes 2 to 15 minutes with a catalog model. For a first impression in 1"
-            " to 2 minutes, pass --prompt 512 --repeat 1."
+            "bench usually takes 2 to 15 minutes with a catalog model. For a quick result in 1 to 2"
+            " minutes, pass --prompt 512 --repeat 1."
         )
     with stoppable_watch() as watch:
         speed = workflow.bench(model, measured.sidecar, options, watch)
     print_json(speed) if json else show_speed(speed, as_markdown=read.markdown)
     if read.repeat < 2:
-        warn("A single pair of runs cannot show timing noise; pass --repeat 3 or more.")
+        warn("One pair of runs does not show how much the times vary. Pass --repeat 3 or more.")
 
 
 def _lengths(text: str) -> tuple[int, ...]:

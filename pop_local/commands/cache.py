@@ -27,13 +27,13 @@ def _used(stored: StoredState) -> str:
 def about() -> None:
     """Show or remove the stored KV caches of earlier prompts.
 
-    `chat`, `run` and `serve` store KV caches if --cache-disk or the setting cache_disk is set.
+    `chat`, `run` and `serve` store KV caches if you pass --cache-disk or set cache_disk.
     """
 
 
 @cache.command()
 def show(json: Json = False) -> None:
-    """Show each stored prompt's tokens, size and last use."""
+    """Show the length, size and last use of each stored prompt."""
     store = DiskStore(settings.prompts_dir())
     found = store.stored()
     if json:

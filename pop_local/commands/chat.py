@@ -39,7 +39,7 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError:
-        note(f"Port {port} is in use. Using a different port, where the page lacks earlier chats.")
+        note(f"Port {port} is in use. The page opens on another port, without your earlier chats.")
         port = 0
     serve_named(model, ServerOptions(port=port), opened, asked, show)
 
@@ -58,7 +58,7 @@ def chat(
 ) -> None:
     """Chat with a model.
 
-    /help lists the chat's commands. Each line of piped input is treated as a question.
+    In the chat, /help lists the commands. If you pipe text to `chat`, each line is one question.
     """
     asked = opt.given_names(call)
     if web:
@@ -67,7 +67,7 @@ def chat(
     screen = Screen()
     # A pipe delivers its next line immediately, without idle time.
     if not sys.stdin.isatty() and opened.refill == "idle":
-        opened = opening.without_refill(opened, "piped questions leave no idle time", asked)
+        opened = opening.without_refill(opened, "a chat with piped input is never idle", asked)
         opened = replace(opened, learn="off")
     prompts = opening.open_prompt_cache(opened)
     name = model or opening.default_model()
@@ -91,7 +91,7 @@ def chat(
                 " prompts. Turn learning off with --learn off."
             )
         if mmproj := engine.options.mmproj:
-            note(f"Images are enabled ({mmproj.name}). Attach one with /image PATH.")
+            note(f"Images are enabled ({mmproj.name}). To attach an image, type /image PATH.")
         known, n_ctx = lookup(name), engine.context.n_ctx
         title = known.short_name if known else engine.context.files.path.stem
         note(f"Ask {title} a question, or type /help. Its context is {n_ctx:,} tokens.")

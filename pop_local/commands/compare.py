@@ -1,4 +1,4 @@
-"""`pop-local compare MODEL PROMPTS.jsonl`: compare full and pruned answers to your prompts."""
+"""`pop-local compare MODEL PROMPTS.jsonl`: compare answers with and without pruning."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,9 @@ from pop_local.ui.watch import stoppable_watch
 @dataclass(frozen=True)
 class GreedyOptions(Group):
     # The field is not named max_tokens, because the setting `max_tokens` is for conversations.
-    longest: int = option("Maximum tokens per answer.", flag="--max-tokens", min=1, default=256)
+    longest: int = option(
+        "Maximum answer length in tokens.", flag="--max-tokens", min=1, default=256
+    )
     mmproj: Path | None = option(opt.MMPROJ, "FILE")
     markdown: bool = option(opt.MARKDOWN, default=False)
 
@@ -28,8 +30,9 @@ def compare(
         Path,
         typer.Argument(
             metavar="PROMPTS.jsonl",
-            help='Each line is {"messages": [...]} or {"prompt": ...}. Optional keys: "documents":'
-            ' [TEXT, {"file": PATH}], "images": [PATH], and "answer" for the correct answer.',
+            help='A file with one prompt per line: {"prompt": TEXT} or {"messages": [...]}. You can'
+            ' add "documents": [TEXT, {"file": PATH}], "images": [PATH], and "answer": TEXT (the'
+            " correct answer).",
         ),
     ],
     *,
@@ -37,9 +40,10 @@ def compare(
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Answer your prompts with and without fast reading, and compare the answers and their speed.
+    """Answer your prompts with and without fast reading, and compare the answers and times.
 
-    Decoding is greedy. If lines have an "answer" key, McNemar's test compares the correct answers.
+    Decoding is greedy. If you specify correct answers, the command counts how many answers are
+    right and tests whether the difference may be chance.
     """
     from pop_local.workflows.compare_answers import compare_answers
 

@@ -39,7 +39,7 @@ QualityName = Literal["near-lossless", "balanced", "fast"]
 
 @dataclass(frozen=True)
 class BoundaryOptions(Group):
-    skip: str | None = option("Fraction (1/3, 0.33) or number of layers to skip.", "SHARE")
+    skip: str | None = option("Number or fraction (such as 1/3) of layers to skip.", "SHARE")
     boundary: int | None = option("First layer to skip (instead of --skip).", "LAYER")
 
     @property
@@ -61,15 +61,17 @@ class BoundaryOptions(Group):
 @dataclass(frozen=True)
 class HowOptions(Group):
     quality: QualityName | None = option(
-        f"Maximum quality loss (default: {BALANCED.quality}; unlimited with --skip or --boundary)."
+        "Maximum quality loss: near-lossless, balanced or fast (default:"
+        f" {BALANCED.quality}; unlimited with --skip or --boundary).",
+        "LEVEL",
     )
     projection: Projection | None = option(
-        "K/V projections for skipped layers: own (no fit, lower quality), fitted (takes"
-        " minutes) or fitted-wide (fitted to more inputs; the default if it costs little speed)."
+        "K/V projections for skipped layers: own (no fit, lower quality), fitted (takes minutes)"
+        " or fitted-wide (uses more inputs; the default if it costs little speed)."
     )
     text: list[Path] | None = option(
-        "Text file or folder to fit on; repeatable, and each gets an equal share (default:"
-        " look-ups, documentation, code, and text sampled from the model).",
+        "Text file or folder to fit on (default: look-ups, documentation, code, and text sampled"
+        " from the model). You can repeat this option. Each path then gets an equal share.",
         "FILE|DIR",
     )
     distill: bool = option(
@@ -77,12 +79,12 @@ class HowOptions(Group):
         " boundary, needs torch, and supports dense llama, qwen2, qwen3, gemma2 and gemma3 models.",
         default=False,
     )
-    sidecar: bool = option("Write only the projections, to a small sidecar file.", default=False)
+    sidecar: bool = option("Write a small sidecar file instead of a copy.", default=False)
     dry_run: bool = option("Print the plan without writing anything.", default=False)
     markdown: bool = option(opt.MARKDOWN, default=False)
     force: bool = option(
-        "Replace an existing output file. With --skip or --boundary and no limit, write the"
-        " model even if it can no longer copy from its prompt.",
+        "Replace an existing output file. With --skip or --boundary and no quality limit, also"
+        " write a model that can no longer copy from its prompt.",
         flag="--force -f",
         default=False,
     )
@@ -97,8 +99,8 @@ class LimitOptions(Group):
     panel: ClassVar[str] = EXPERT
 
     max_kl: float | None = _limit("NATS", "Maximum KL divergence from the full model.")
-    max_ppl_ratio: float | None = _limit("RATIO", "Maximum perplexity relative to the full model.")
-    max_copy_ratio: float | None = _limit("RATIO", "Maximum PPL ratio on a repeated passage.")
+    max_ppl_ratio: float | None = _limit("RATIO", "Maximum ratio to the full model's perplexity.")
+    max_copy_ratio: float | None = _limit("RATIO", "Maximum perplexity ratio on repeated text.")
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,10 @@ class FittingOptions(Group):
     panel: ClassVar[str] = EXPERT
 
     deep_rows: DeepRows = option(
-        "Rule for the words that run through all layers.", default=RowOptions.deep_rows
+        "Rule that selects words to run through all layers.", default=RowOptions.deep_rows
     )
     tokens: int | None = option(
-        "Number of tokens to fit (default: 24 per embedding dimension, but at least 16384)."
+        "Number of tokens to fit on (default: 24 per embedding dimension, but at least 16384)."
         " --distill uses the same number, but at least 65536.",
         min=1,
     )
@@ -140,7 +142,7 @@ def convert(
     output: Annotated[
         Path | None,
         typer.Argument(
-            metavar="OUT.gguf", help="Output file (default: IN.pop.gguf in the input's folder)."
+            metavar="OUT.gguf", help="Output file (default: IN.pop.gguf in the same folder)."
         ),
     ] = None,
     *,
@@ -153,14 +155,14 @@ def convert(
 ) -> None:
     """Write a copy of a model that reads long prompts faster.
 
-    --quality limits the quality loss, which in turn limits the number of skipped layers. The limits
-    on the perplexity of held-out text and of a repeated passage, relative to the full model's, are
-    1.01 and 1.02 for near-lossless, 1.03 and 1.1 for balanced, and 1.06 and 1.3 for fast. --dry-run
-    prints all limits. --skip and --boundary choose the skipped layers directly.
+    --quality limits the quality loss and therefore the number of skipped layers. near-lossless
+    allows 1% more perplexity than the full model's on held-out text and 2% more on a repeated
+    passage. balanced allows 3% and 10%, and fast allows 6% and 30%. --dry-run prints all limits. To
+    choose the skipped layers yourself, use --skip or --boundary.
 
-    The copy contains the model's weights and K/V projections fitted for the skipped layers. Only
-    pop-local can open the copy. The command measures the quality loss, prints it and stores it in
-    the copy. With --projection own, the copy has no new weights, and stock llama.cpp can open it.
+    The copy contains the model's weights, and fitted K/V projections for the skipped layers. Only
+    pop-local can open the copy. The command measures the quality loss and stores it in the copy.
+    With --projection own, the copy has no new weights, and stock llama.cpp can open it.
     """
     named, own = at.named, opt.given(**vars(limits))
     fit = fitting.fit(how.text or ())
@@ -186,7 +188,7 @@ def convert(
     if (found := sidecar_of(planned.source)) and is_shipped(found):
         note(f"pop-local ships the sidecar {found.name}, so this model needs no conversion.")
         if how.dry_run and not how.force and not json:
-            note("To print the plan of a conversion anyway, add --force.")
+            note("To print the plan anyway, add --force.")
             return
         if not how.dry_run and sys.stdin.isatty() and not typer.confirm("Convert it?", err=True):
             raise typer.Exit
@@ -212,13 +214,13 @@ def convert(
         view.show_converted(planned, done, as_markdown=how.markdown)
     if entry := next((each for each in load_catalog() if is_unused_copy(each, done.path)), None):
         note(
-            f"The name {entry.short_name} still opens the original, whose sidecar loses less"
-            f" quality. To use the copy, pass its path: {done.path}"
+            f"The name {entry.short_name} still opens the original model, because its sidecar loses"
+            f" less quality. To use the copy, pass its path: {done.path}"
         )
 
 
 def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:
-    """Return the requested goal. Missing limits default to the limits of BALANCED."""
+    """Return the requested goal. Missing limits default to BALANCED's."""
     if quality and limits:
         raise typer.BadParameter("use either --quality or custom limits, not both")
     if limits:

@@ -1,4 +1,4 @@
-"""`pop-local demo [MODEL]`: answer a question about a document with and without pruning."""
+"""`pop-local demo [MODEL]`: answer a question with and without pruning."""
 
 from typing import Annotated
 
@@ -19,14 +19,14 @@ def demo(
     model: opt.Converted = DEFAULT_MODEL,
     *,
     pairs: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Pairs of answers (full and fast).")
+        int, typer.Option(min=1, metavar="N", help="Number of answer pairs, full and fast.")
     ] = 3,
     json: opt.Json = False,
     how: opt.OpenOptions,
 ) -> None:
     """Answer one question about a document with and without fast reading.
 
-    Both answers are short and decoded greedily, so you can compare them.
+    Both answers are short and use greedy decoding, so you can compare them.
     """
     opened = Opener(model, opt.ModelOptions(**vars(how)))()
     with terminal_watch() as watch:
@@ -39,16 +39,16 @@ def show_demonstration(found: Demonstration) -> None:
     say(f"Model: {found.model}")
     say(f"Prompt: a document and a question, {found.n_prompt:,} tokens in total")
     say(f"Question: {found.question}")
-    say(f"Answers: decoded greedily, up to {MAX_TOKENS} tokens\n")
+    say(f"Answers: up to {MAX_TOKENS} tokens, with greedy decoding\n")
     median = " (median)" if found.n_pairs > 1 else ""
-    say(f"Full reading, first token after {full.ttft_s:.2f} s{median}:\n  {full.text}\n")
-    say(f"Fast reading, first token after {pop.ttft_s:.2f} s{median}:\n  {pop.text}\n")
+    say(f"With full reading, the first token took {full.ttft_s:.2f} s{median}:\n  {full.text}\n")
+    say(f"With fast reading, the first token took {pop.ttft_s:.2f} s{median}:\n  {pop.text}\n")
     if full.text != pop.text:
         say("The answers differ. `pop-local eval` measures the quality loss.\n")
     pairs = ""
     if found.n_pairs > 1:
         pairs = f", the median of {found.n_pairs} pairs ({speedup.min:.2f}-{speedup.max:.2f})"
-    say(f"Speedup: {speedup.median:.2f}x{pairs}. The skipped work predicts {found.limit:.2f}x.")
+    say(f"Speedup: {speedup.median:.2f}x{pairs}. The operation count predicts {found.limit:.2f}x.")
     skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
     say(
         f"Tokens with fast reading: {pop.n_pruned:,} of {found.n_prompt:,} (each skipped {skipped})"

@@ -27,7 +27,7 @@ Status = Literal["ok", "note", "fix"]
 MARKS = {"ok": ("ok  ", "good"), "note": ("note", "warn"), "fix": ("FIX ", "bad")}
 DRIVER = "check that the device's driver is installed and that you have permission to use it"
 NO_DEVICE = {
-    "CUDA": "check that nvidia-smi lists a device, and that its driver supports this build's CUDA",
+    "CUDA": "check that nvidia-smi lists a device and that the driver supports this CUDA version",
     "Vulkan": "ggml ignores CPU devices such as lavapipe unless GGML_VK_VISIBLE_DEVICES=0 is set",
 }
 KERNELS_VARIABLE = "GGML_POP_KERNELS"
@@ -38,7 +38,7 @@ CUDA_HINT = (
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check. `to_do` is the suggested fix ("" if nothing needs fixing)."""
+    """The result of one check. `to_do` is the suggested fix, or "" if no fix is needed."""
 
     key: str
     title: str
@@ -69,10 +69,10 @@ def _draw(checks: tuple[Check, ...]) -> None:
     width = max(len(check.title) for check in checks)
     for check in checks:
         found = f"  {check.title.ljust(width)}  {printable(check.found)}"
-        out.print(Text.assemble(MARKS[check.status], found), soft_wrap=True)
+        out.print(Text.assemble(MARKS[check.status], found), soft_wrap=not out.is_terminal)
         if check.to_do:
             to_do = Text(f"      {' ' * width}  {printable(check.to_do)}", style="hint")
-            out.print(to_do, soft_wrap=True)
+            out.print(to_do, soft_wrap=not out.is_terminal)
 
 
 def _backend() -> list[Check]:
@@ -97,9 +97,9 @@ def _kernels(name: str) -> Check:
     if asked is not None:
         to_do = f"unset {KERNELS_VARIABLE} to use the fastest kernels"
         return Check("kernels", "Kernels", "note", f"{name}: {KERNELS_VARIABLE}={asked}", to_do)
-    found = f"{name}, this build's fastest kernels for this processor"
+    found = f"{name}, the fastest kernels in this build for this processor"
     if name == devices.NO_KERNELS:
-        found = "this build has no kernels for this processor, so llama.cpp's kernels are used"
+        found = "this build has no kernels for this processor, so it uses llama.cpp's kernels"
     return Check("kernels", "Kernels", "ok", found)
 
 
@@ -107,17 +107,17 @@ def _threads(n_threads: int) -> Check:
     found = f"{n_threads} on {os.cpu_count() or 1} logical CPUs"
     if not (n_busy := devices.busy_cpus(n_threads)):
         return Check("threads", "Threads", "ok", found)
-    found += f", {n_busy:.1f} of them used by other processes"
+    found += f"; other processes are using {n_busy:.1f} CPUs"
     to_do = "expect slower answers and unreliable timings"
     if n_threads > 1:
-        to_do += "; a lower --threads may be faster"
+        to_do += "; fewer --threads may be faster"
     return Check("threads", "Threads", "note", found, to_do)
 
 
 def _abi(abi: int | None) -> Check:
     if abi == backend.ABI:
         return Check("pop_abi", "Fast reading", "ok", f"patched, ABI {abi}")
-    found = "not available, because this llama.cpp is not patched"
+    found = "not available, because pop-local's patches are missing in this llama.cpp"
     if abi is not None:
         found = f"the backend has ABI {abi}, but pop-local needs ABI {backend.ABI}"
     return Check("pop_abi", "Fast reading", "fix", found, backend.INSTALL_HINT)
@@ -141,7 +141,7 @@ def _gpus(info: devices.BackendInfo) -> list[Check]:
 
 
 def _enabled(features: str) -> str:
-    """Return the enabled CPU features from text like 'CUDA : ARCHS = 900 | CPU : AVX = 1'."""
+    """Return the enabled CPU features in text such as 'CUDA : ARCHS = 900 | CPU : AVX = 1'."""
     names = [part.partition("=") for part in features.partition("CPU :")[2].split("|")]
     return " ".join(name.strip() for name, _, value in names if value.strip() not in ("", "0"))
 

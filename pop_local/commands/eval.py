@@ -14,9 +14,9 @@ from pop_local.ui.watch import stoppable_watch
 @dataclass(frozen=True)
 class WindowOptions(Group):
     text: Path | None = option("Held-out text to measure on (default: built-in text).", "FILE")
-    context: int = option("Context tokens per window.", min=2, default=512)
-    continuation: int = expert("Scored tokens per window, after the context.", min=2, default=128)
-    windows: int = option("Windows to score.", min=1, default=32)
+    context: int = option("Number of context tokens per window.", min=2, default=512)
+    continuation: int = expert("Number of scored tokens after each context.", min=2, default=128)
+    windows: int = option("Number of windows to score.", min=1, default=32)
     lookups: int = option("Number of questions about exact strings.", min=0, default=100)
     seed: int = expert("Seed for choosing passages, random tokens and look-ups.", min=0, default=0)
     deep_rows: DeepRows | None = expert(opt.DEEP_ROWS)
@@ -30,7 +30,7 @@ def eval(  # noqa: A001
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Measure the loss from fast reading: KL divergence, perplexity, copying and look-ups."""
+    """Measure the quality loss from fast reading: KL divergence, perplexity, copying, look-ups."""
     from pop_local.measure.quality import QualitySettings
     from pop_local.workflows.evaluate import EvaluateOptions, evaluate
 

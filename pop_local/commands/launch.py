@@ -44,18 +44,18 @@ def launch(
     ] = None,
     *,
     prints: Annotated[
-        bool, typer.Option("--print", help="Print the two commands instead of running them.")
+        bool, typer.Option("--print", help="Print the server's and the agent's command and exit.")
     ] = False,
     how: opt.MeasureOptions,
 ) -> None:
     """Start a coding agent that uses a local model.
 
-    The command starts a server on a free port, passes its address to the agent in arguments and
-    environment variables, and stops it when the agent exits. The agent's settings files stay
+    The command starts a server on a free port and stops it when the agent exits. The agent receives
+    the server's address in its arguments and environment variables. The agent's settings files stay
     unchanged.
     """
     if model and model.startswith("-"):
-        raise typer.BadParameter("a model must precede the agent's arguments", param_hint="MODEL")
+        raise typer.BadParameter("pass a model before the agent's arguments", param_hint="MODEL")
     chosen = AGENTS[agent]
     if not prints and shutil.which(chosen.program) is None:
         raise PopError(f"{agent} is not installed", f"install it with: {chosen.install}")
@@ -83,7 +83,7 @@ def launch(
 def _server(arguments: list[str]) -> Iterator[str]:
     """Run a server on a free port, and yield its URL once clients can connect.
 
-    If the server ends before that, print its messages and raise typer.Exit.
+    If the server exits too early, print its log and raise typer.Exit.
     """
     command = [sys.executable, "-m", "pop_local", *arguments, "--port=0"]
     with tempfile.TemporaryDirectory(prefix="pop-local-") as folder:
@@ -94,7 +94,7 @@ def _server(arguments: list[str]) -> Iterator[str]:
                 command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True
             )
         try:
-            note(f"Starting the server; its log is {log}.")
+            note(f"Starting the server. Its log file is {log}.")
             while (found := _SERVING.search(log.read_text("utf-8", "replace"))) is None:
                 if server.poll() is not None:
                     sys.stderr.write(log.read_text("utf-8", "replace"))

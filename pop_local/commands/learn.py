@@ -29,10 +29,10 @@ _COLUMNS = (
 
 @learn.callback()
 def about() -> None:
-    """Show or delete learned statistics: sums over the tokens of your prompts, never text.
+    """Show or delete the statistics learned from your prompts.
 
-    `chat` and `serve` learn while they are idle, unless --learn is off. In Python,
-    PopModel.open(..., learn=True) turns learning on.
+    The statistics are sums over tokens and contain no text. `chat` and `serve` learn while they are
+    idle, unless --learn is off. In Python, PopModel.open(..., learn=True) turns learning on.
     """
 
 
@@ -45,7 +45,7 @@ def show(json: Json = False) -> None:
     elif found:
         print_table(_COLUMNS, found)
     else:
-        note("No learned statistics yet.")
+        note("pop-local has not learned any statistics yet.")
 
 
 def _shown(files: LearnedFiles) -> dict[str, Any]:
@@ -67,10 +67,10 @@ def forget(
         typer.Argument(metavar="MODEL", help="A GGUF file or a model name (default: all models)."),
     ] = None,
 ) -> None:
-    """Delete learned statistics and the sidecars fitted from them."""
+    """Delete learned statistics and the sidecars computed from them."""
     wanted = None if model is None else LearnedFiles.of(read_source(resolve(model, base=True)))
     forgotten = [each for each in learned_files() if wanted in (None, each)]
     for each in forgotten:
         each.forget()
     names = ", ".join(each.name for each in forgotten)
-    note(f"Deleted: {names}." if names else "No learned statistics to delete.")
+    note(f"Deleted: {names}." if names else "There are no statistics to delete.")

@@ -23,9 +23,9 @@ def _short_name(model: StoredModel) -> str | None:
 
 
 def list(json: Json = False, markdown: Markdown = False) -> None:  # noqa: A001
-    """List the local models and their problems, and the models that can be fetched by name.
+    """List the local models, their problems, and the models that you can download by name.
 
-    Commands with a MODEL argument accept the listed names. `chat` and `run` fetch missing models.
+    Commands with a MODEL argument accept these names. `chat` and `run` download missing models.
     """
     folders, catalog = models_dirs(), not_fetched()
     models = tuple(model for folder in folders for model in stock(folder))
@@ -38,11 +38,11 @@ def list(json: Json = False, markdown: Markdown = False) -> None:  # noqa: A001
         print_json({"folder": folders[0], "models": models, "not_fetched": fetchable})
         return
     where = " and ".join(map(str, folders))
-    note(f"In {where}:" if models else f"No models in {where} yet.")
+    note(f"In {where}:" if models else f"There are no models in {where} yet.")
     shown = models + absent
     columns = [each for each in _COLUMNS if {*map(each.cell, shown)} - {None, ""}]
     if len({model.name for model in models}) < len(models):
         columns.insert(1, _FOLDER)
     print_table(columns, shown, as_markdown=markdown)
     if absent:
-        note(f"Fetch a missing model by its name, for example: pop-local pull {absent[0].name}")
+        note(f"To download a model, pass its name, for example: pop-local pull {absent[0].name}")

@@ -22,7 +22,7 @@ def default_model() -> str:
 
 
 def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> ModelOptions:
-    """Turn refilling off and warn if the user requested it on the command line."""
+    """Turn refilling off. Warn the user if --refill was passed on the command line."""
     if options.refill != "off" and "refill" in asked:
         warn(f"--refill {options.refill} has no effect: {why}")
     return replace(options, refill="off")
@@ -32,8 +32,8 @@ def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> M
 class Opener:
     """A callable that opens models with a command's options.
 
-    A call that names a different model ignores --sidecar and --mmproj. `asked`: options from the
-    command line.
+    A call that names a different model ignores --sidecar and --mmproj. `asked`: names of the
+    options on the command line.
     """
 
     model: str
@@ -74,7 +74,7 @@ class Opener:
         options, engine = self.options, opened.engine
         refills = engine.refiller.is_on or engine.calibrator  # a calibrator may prune later
         if options.refill != "off" and "refill" in self.asked and not refills:
-            why = engine.context.files.no_refill or "this model has no fast reading"
+            why = engine.context.files.no_refill or "this model does not support fast reading"
             warn(f"--refill has no effect: {why}")
         if options.learn == "on" and "learn" in self.asked and len(engine.sequences) > 1:
             warn("--learn has no effect with multiple slots; use --parallel 1")
@@ -87,12 +87,12 @@ def open_prompt_cache(options: ModelOptions, ram_bytes: int = 0) -> PromptCache 
     store = None
     if options.cache_disk:
         store = DiskStore(settings.prompts_dir(), options.cache_disk * 2**30)
-        note(f"Earlier prompts are stored in {store.folder}, up to {options.cache_disk} GiB.")
+        note(f"pop-local stores prompts in {store.folder} (up to {options.cache_disk} GiB).")
     return PromptCache(ram_bytes, store) if ram_bytes or store is not None else None
 
 
 def store_prompts(model: PopModel) -> None:
-    """Store the model's cached prompts on disk if requested. Call before closing the model."""
+    """Store the model's cached prompts on disk if requested. The model must still be open."""
     prompts = model.engine.options.prompt_cache
     if prompts is not None:
         for sequence in model.engine.sequences:
@@ -101,5 +101,5 @@ def store_prompts(model: PopModel) -> None:
 
 
 def lessons(model: PopModel) -> OnlineCalibration | None:
-    """Return the online calibration, or None if the model does not learn."""
+    """Return the model's online calibration, or None if learning is off."""
     return None if model.engine.calibrator is None else OnlineCalibration(model)

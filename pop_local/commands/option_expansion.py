@@ -24,7 +24,7 @@ def option(words: str, unit: str = "", *, default: Any = None, flag: str = "", *
     """Return a Group field for an option whose help text is `words`.
 
     `unit`: the value's placeholder in the help (default: N, X or TEXT). `flag`: the option's names
-    (default: -- plus the field's name). `how`: additional arguments for typer.Option.
+    (default: the field's name after --). `how`: additional arguments for typer.Option.
     """
     how |= {"metavar": unit or None, "help": words}
     return field(default=default, metadata={"flag": flag, "how": how})
@@ -40,9 +40,9 @@ def _is_expert(parameter: inspect.Parameter) -> bool:
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each Group parameter of a command with the group's options, for Typer.
+    """Replace each Group parameter of a command with separate options, which Typer requires.
 
-    If a Group parameter has a default value, the value's fields are the options' defaults.
+    If a Group parameter has a default value, its fields are the options' defaults.
     """
     options: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}

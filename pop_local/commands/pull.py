@@ -1,4 +1,4 @@
-"""`pop-local pull MODEL`: fetch a model from the catalog or a hub."""
+"""`pop-local pull MODEL`: download a model from the catalog or a hub."""
 
 from dataclasses import replace
 from operator import itemgetter
@@ -32,9 +32,8 @@ def pull(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A known name, hf:OWNER/REPO[:FILE], or a URL of the Hugging Face Hub (default:"
-            " list the known names). FILE may be part of the file's name, as in"
-            " hf:OWNER/REPO:Q4_K_M.",
+            help="A model name, hf:OWNER/REPO[:FILE], or a URL of the Hugging Face Hub (default:"
+            " list all names). FILE may be part of a file name, as in hf:OWNER/REPO:Q4_K_M.",
         ),
     ] = None,
     folder: Annotated[
@@ -44,15 +43,15 @@ def pull(
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
     markdown: Markdown = False,
 ) -> None:
-    """Fetch a model, check its hash and print its path.
+    """Download a model, check its hash and print its path.
 
-    An interrupted download resumes if the server supports it.
+    After an interruption, the download resumes if the server supports it.
     """
     if model is None:
         print_table(_CATALOG, load_catalog(), as_markdown=markdown)
         print_sentence("")
         print_table(_HUB, [*hub_names().items()], as_markdown=markdown)
-        note("Before downloading a model from the hub, pull shows its size and license.")
+        note("Before downloading a model from the hub, `pull` shows its size and license.")
         return
     try:
         with terminal_watch() as watch:

@@ -45,24 +45,24 @@ def run(
     model: opt.OptionalModel = None,
     question: Annotated[
         str,
-        typer.Argument(metavar="QUESTION", help="The question (optional with piped text)."),
+        typer.Argument(metavar="QUESTION", help="The question (optional if you pipe text)."),
     ] = "",
     *,
     file: Annotated[
         list[Path] | None,
         typer.Option(
-            "--file", "-f", metavar="FILE", help="Text, PDF or DOCX file to include; repeatable."
+            "--file", "-f", metavar="FILE", help="Text, PDF or DOCX file to include (repeatable)."
         ),
     ] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Image to include; repeatable.")
+        list[Path] | None, typer.Option(metavar="FILE", help="Image to include (repeatable).")
     ] = None,
     json: opt.Json = False,
     system: opt.System = "",
     how: opt.ModelOptions,
     sampling: opt.SamplingOptions,
 ) -> None:
-    """Answer one question. Images, files and piped text precede the question in the prompt.
+    """Answer one question. In the prompt, images, files and piped text precede the question.
 
     A model without a chat template continues the text instead of answering.
     """
@@ -76,9 +76,7 @@ def run(
     screen = Screen()
     asked = opt.given_names(call)
     if how.full or how.refill == "idle":
-        why = (
-            "--full turns fast reading off" if how.full else "a single question leaves no idle time"
-        )
+        why = "--full turns fast reading off" if how.full else "`run` exits after one answer"
         how = without_refill(how, why, asked)
     name = model or default_model()
     opened = Opener(name, how, asked, prompt_cache=open_prompt_cache(how))()
@@ -129,7 +127,7 @@ def _documents(files: list[Path]) -> Iterator[Document]:
 
 def _piped() -> bytes:
     timer = threading.Timer(
-        _PATIENCE_S, note, ["Waiting for the piped text to end (or use < /dev/null)."]
+        _PATIENCE_S, note, ["Waiting for piped text. To run without it, add < /dev/null."]
     )
     timer.daemon = True
     timer.start()

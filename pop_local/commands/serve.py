@@ -26,51 +26,56 @@ class ServerOptions(Group):
     host: str = option("Address to listen on (0.0.0.0: all interfaces).", default="127.0.0.1")
     port: int = option("Port to listen on (0: any free port).", min=0, max=65535, default=8080)
     api_key: list[str] | None = option(
-        "API key that clients must send; repeatable. Without a key, the server rejects requests for"
-        " other host names and from other sites' web pages.",
+        "API key that clients must send (repeatable). Without a key, the server rejects requests to"
+        " other host names and requests from other sites' web pages.",
         "KEY",
         envvar="POP_LOCAL_API_KEY",
         show_envvar=True,
     )
     cache_scope: Literal["client", "shared"] = option(
-        'Owner of cached rows: "client" (an API key or, without keys, an address), or "shared"'
-        " (all clients together).",
-        "OWNER",
+        "Who may reuse a cached prompt (default: client): clients with the same API key or, without"
+        " keys, the same address (client), or all clients (shared).",
+        "SCOPE",
         default="client",
     )
     name: str = expert("Model name in the APIs (default: the catalog or file name).", default="")
     strict_model: bool = expert("Reject requests that name an unknown model.", default=False)
     models: Path | None = option(
-        "Serve every model in this folder under the name that `list` shows, and open each one on"
-        " demand. MODEL, if given, is opened at startup and answers requests that do not name a"
-        " model (default: the most recently requested model).",
+        "Serve every model in this folder under the name that `list` shows. The server opens models"
+        " on demand. If you also pass MODEL, the server opens it at startup and uses it for"
+        " requests that do not name a model (default: the most recently requested model).",
         "FOLDER",
         exists=True,
         file_okay=False,
     )
     ram: float | None = option(
-        "Memory limit for --models, enforced by closing idle models (default: one open model).",
+        "Memory limit for --models. The server closes idle models to free memory (default: it keeps"
+        " one model open).",
         "GIB",
         min=0.0,
         callback=opt.finite,
     )
     cors: list[str] | None = option(
-        "Allow this origin's web pages to send requests without a key; repeatable.", "ORIGIN"
+        "Allow this origin's web pages to send requests without a key (repeatable).", "ORIGIN"
     )
     cache_ram: int = expert(
         "Memory for KV caches of earlier prompts (0: only the latest).", "MIB", min=0, default=2048
     )
     parallel: int | None = option(
-        "Number of slots, each with its own context (default: 2 with 8 GB of free memory; 1 with"
-        " less memory, with --repeatable, or for a model that learns).",
+        "Number of slots for concurrent answers, each with its own context (default: 2 with 8 GB of"
+        " free memory; 1 with less memory, with --repeatable, or if the model learns).",
         "N",
         min=1,
         max=64,
     )
-    max_waiting: int = expert("Maximum queue length (when full: status 503).", min=1, default=256)
+    max_waiting: int = expert(
+        "Maximum number of waiting requests before the server returns status 503.",
+        min=1,
+        default=256,
+    )
     repeatable: bool = expert(
-        "Read prompts without the cache, and one at a time, so that identical requests get"
-        " identical answers at temperature 0 or with a fixed seed.",
+        "Return identical answers to identical requests at temperature 0 or with a fixed seed. The"
+        " server then reads prompts one at a time and without the cache.",
         default=False,
     )
 
@@ -85,8 +90,9 @@ def serve(
 ) -> None:
     """Serve a model over the OpenAI, Anthropic, Ollama and llama-server APIs, with a web page.
 
-    --parallel sets the number of concurrent answers. Other requests wait in a queue. A request with
-    "pop": false is read in full. /health and /metrics (Prometheus) report the server's state.
+    --parallel sets the number of concurrent answers. Other requests wait in a queue. To turn fast
+    reading off for a request, send "pop": false. /health and /metrics (Prometheus) report the
+    server's state.
     """
     serve_named(model, to, how, opt.given_names(call))
 
@@ -100,7 +106,7 @@ def serve_named(
 ) -> None:
     """Serve models until a signal arrives. Calls `on_ready` with the URL once clients can connect.
 
-    `asked`: the names of the options given on the command line.
+    `asked`: names of the options on the command line.
     """
     n_parallel = _require_usage(to, how)
     try:
@@ -125,7 +131,9 @@ def serve_named(
     def announce(url: str) -> None:
         _announce(pool, to)
         if rules.host not in LOOPBACK and not rules.api_keys:
-            warn("Anyone who can reach this machine can use the model; set --api-key.")
+            warn(
+                "Anyone who can reach this machine can use the model. To prevent it, set --api-key."
+            )
         note(f"Serving a web page at {url}/ and APIs at {url}/v1 (Ctrl-C to stop)")
         on_ready(url)
 
@@ -148,7 +156,7 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
 
 
 def _pool(to: ServerOptions, opener: Opener, prompts: PromptCache | None) -> "ModelPool":
-    """Return a model pool with the opener's model, if any, already open."""
+    """Return a model pool, and open the opener's model if it has one."""
     from pop_local.server.model_listing import ModelFile, models_in, printable
     from pop_local.server.model_pool import ModelPool, ModelRegistry
 
@@ -183,7 +191,7 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
     if to.models is not None:
         names = ", ".join(pool.registry.files()) or "none yet"
         limit = f"in up to {to.ram:g} GiB of memory" if to.ram else "one at a time"
-        note(f"Models in {to.models}: {names}. They open on demand, {limit}.")
+        note(f"Models in {to.models}: {names}. The server opens them on demand, {limit}.")
 
 
 def _announce_model(name: str, opened: PopModel) -> None:
@@ -197,6 +205,6 @@ def _announce_model(name: str, opened: PopModel) -> None:
         skipping = f"uses fast reading (it skips {n_layer - pruning.boundary} of {n_layer} layers)"
     note(f"{name} has a context of {engine.context.n_ctx:,} tokens and {skipping}.")
     if mmproj and not engine.prompter.can_see:
-        warn("Images are disabled: Pillow is not installed (pip install 'pop-local[images]').")
+        warn("Images are disabled: Pillow is not installed. Run: pip install 'pop-local[images]'")
     elif mmproj:
         note(f"Images are enabled ({mmproj.name}). Clients must send images as data: URLs.")

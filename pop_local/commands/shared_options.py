@@ -41,10 +41,12 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
     return n_cores
 
 
-_SIDECAR = "Sidecar (default: the one in the model's folder, or the learned or shipped one)."
+_SIDECAR = (
+    "Sidecar file (default: a sidecar in the model's folder, or else a learned or shipped sidecar)."
+)
 MMPROJ = "Multimodal projector for images (default: mmproj*.gguf in the model's folder)."
 MARKDOWN = "Print tables as Markdown."
-DEEP_ROWS = "Rule for the words that run through all layers (default: the file's rule)."
+DEEP_ROWS = "Rule that selects words to run through all layers (default: the file's rule)."
 _MODEL = "A GGUF file, a name listed by `pop-local pull`, or hf:OWNER/REPO"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL}.")]
 OptionalModel = Annotated[
@@ -67,10 +69,12 @@ class HardwareOptions(Group):
     panel: ClassVar[str] = "Hardware"
 
     threads: int | None = option(
-        "Number of CPU threads (default: physical cores).", min=1, callback=_no_more_than_cores
+        "Number of CPU threads (default: one per physical core).",
+        min=1,
+        callback=_no_more_than_cores,
     )
     gpu_layers: int = option(
-        "Number of layers on the GPU (default: -1 for all).", min=-1, max=MOST, default=-1
+        "Number of layers on the GPU (default: -1, meaning all).", min=-1, max=MOST, default=-1
     )
 
     @property
@@ -80,7 +84,7 @@ class HardwareOptions(Group):
 
 @dataclass(frozen=True)
 class MeasureOptions(HardwareOptions):
-    """Options for opening a model to be measured."""
+    """Options for opening a model for a measurement."""
 
     panel: ClassVar[str] = "Model and hardware"
 
@@ -99,8 +103,8 @@ class OpenOptions(HardwareOptions):
 
     sidecar: Path | None = expert(_SIDECAR, "PATH")
     ctx: int | None = option(
-        "Context length in tokens (default: the training length, or less if the context would take"
-        " more than a quarter of the free memory).",
+        "Context length in tokens (default: the training length, or the length that fits in a"
+        " quarter of the free memory).",
         min=1,
         max=MOST,
     )
@@ -112,31 +116,35 @@ class ModelOptions(OpenOptions):
 
     mmproj: Path | None = option(MMPROJ, "FILE")
     image_tokens: int | None = expert(
-        "Maximum tokens per image, if the mmproj supports a limit.", min=1, max=MOST
+        "Maximum number of tokens per image, if the mmproj has a limit.", min=1, max=MOST
     )
-    full: bool = option("Run prompts through all layers, without fast reading.", default=False)
+    full: bool = option(
+        "Turn fast reading off, so that prompts run through all layers.", default=False
+    )
     refill: Literal["idle", "off"] = expert(
-        "Run tokens that were read fast through the skipped layers while the model is idle.",
+        "Run the skipped layers for cached tokens while the model is idle.",
         default="off",
     )
     learn: Literal["on", "off"] = option(
         "Store statistics about prompts, never text, to speed up later prompts.", default="off"
     )
     reuse: Reuse = expert(
-        "What a prompt may reuse from the cache: a common prefix and the passages after an edit"
-        " (approximate until they have caught up), only a common prefix, or nothing.",
+        "What a prompt may reuse from the cache (default: edited): nothing (off), a common prefix"
+        " (exact), or also the text after an edit, which is approximate at first (edited).",
         default=Reuse.EDITED,
     )
     cache_type_k: Literal["f16", "q8_0"] = expert(
-        "Type of the K cache. q8_0 takes 53% of the memory of f16.", default="f16"
+        "Type of the K cache (default: f16). q8_0 takes 53% of the memory.", default="f16"
     )
     cache_type_v: Literal["f16", "q8_0"] = expert(
-        "Type of the V cache. q8_0 turns flash attention on.", default="f16"
+        "Type of the V cache (default: f16). q8_0 turns flash attention on.", default="f16"
     )
     cache_disk: int = expert(
         "Disk space for KV caches of earlier prompts.", "GIB", min=0, max=MOST_GIB, default=0
     )
-    parse_special: bool = expert("Parse special tokens (only for trusted text).", default=False)
+    parse_special: bool = expert(
+        "Parse special tokens in prompts. Use it only with trusted text.", default=False
+    )
 
     @property
     def cache_types(self) -> dict[str, Any]:
@@ -154,7 +162,9 @@ class SamplingOptions(Group):
     panel: ClassVar[str] = "Answers"
 
     max_tokens: int | None = option("Maximum answer length in tokens (default: no limit).", min=1)
-    temperature: float | None = option("Temperature (0: greedy).", min=0.0, callback=finite)
+    temperature: float | None = option(
+        "Sampling temperature (0: greedy decoding).", min=0.0, callback=finite
+    )
     top_k: int | None = expert("Sample from the K most likely tokens (0: all).", min=0, max=MOST)
     top_p: float | None = option(
         "Nucleus sampling threshold (1: all tokens).", min=0.0, max=1.0, callback=finite
@@ -163,7 +173,7 @@ class SamplingOptions(Group):
 
     @property
     def given(self) -> dict[str, Any]:
-        """Return the options that the user set. The other options have the engine's defaults."""
+        """Return the options that the user set. The engine has defaults for the other options."""
         return given(**vars(self))
 
 

@@ -31,7 +31,7 @@ class _Console(Console):
         return super().is_terminal and (self._force_terminal is not None or self.file.isatty())
 
     def on_broken_pipe(self) -> None:
-        """Raise the error that print() raises, instead of exiting with 1 as rich does."""
+        """Raise the same error as print(), because rich would exit with code 1."""
         raise BrokenPipeError
 
 
@@ -64,12 +64,12 @@ def printable(text: str, *, kept: str = "") -> str:
 
 
 def say(text: str) -> None:
-    """Print data to stdout, escaping control characters only if stdout is a terminal."""
+    """Print data to stdout. Escape control characters only if stdout is a terminal."""
     out.file.write((printable(text, kept="\n") if out.is_terminal else text) + "\n")
 
 
 def note(message: str, style: str = "note") -> None:
-    """Print a note on stderr, because stdout is for answers and data."""
+    """Print a note to stderr, because stdout is for answers and data."""
     err.print(Text(printable(message), style), soft_wrap=not err.is_terminal)
 
 

@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class CtrlC:
-    """Flags for Ctrl-C: `asked` if it was pressed, `at_once` if it must raise immediately."""
+    """Flags for Ctrl-C. `asked`: the user pressed it. `at_once`: it raises immediately."""
 
     def __init__(self) -> None:
         self.asked = self.at_once = False
@@ -16,7 +16,7 @@ class CtrlC:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[CtrlC]:
-    """Record the first Ctrl-C and raise KeyboardInterrupt only on the second.
+    """Record the first Ctrl-C, and raise KeyboardInterrupt on the second.
 
     An exception between a decode and its bookkeeping would corrupt the KV cache. A process that
     ignores Ctrl-C, such as a shell script's background job, continues to ignore it.

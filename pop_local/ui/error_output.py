@@ -81,7 +81,7 @@ def as_pop_error(error: Exception) -> PopError:
 
 
 def show(error: PopError) -> None:
-    """Print the error and its hint on stderr, one line each."""
+    """Print the error and its hint to stderr. A terminal wraps long lines between words."""
     _labelled("error", error.message)
     if hint := hints.hint_of(error):
         _labelled("hint", hint)
@@ -89,12 +89,12 @@ def show(error: PopError) -> None:
 
 def _labelled(label: str, text: str) -> None:
     line = printable(" ".join(text.split()))
-    err.print(Text.assemble((f"{label}: ", label), line), soft_wrap=True)
+    err.print(Text.assemble((f"{label}: ", label), line), soft_wrap=not err.is_terminal)
 
 
 @functools.cache
 def _last_words() -> Callable[[str], None]:
-    """Return a function that prints llama.cpp's reason for aborting, and exits."""
+    """Return a function that prints why llama.cpp aborted and exits the process."""
     # llama_cpp redirects stderr while it opens a model.
     stderr = os.dup(2)
 
@@ -109,7 +109,7 @@ def _last_words() -> Callable[[str], None]:
 class PrintableFormatter(logging.Formatter):
     """A log formatter that escapes untrusted text, such as file names and a model's metadata.
 
-    A message stays on one line, so that it cannot imitate other messages.
+    Each message stays on one line, so untrusted text cannot imitate another message.
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
@@ -121,7 +121,7 @@ class PrintableFormatter(logging.Formatter):
 
 @contextmanager
 def _terminations_unwind() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM and SIGHUP, so that temporary files are removed."""
+    """Raise SystemExit on SIGTERM and SIGHUP so that temporary files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

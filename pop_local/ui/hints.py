@@ -29,12 +29,12 @@ BY_ERRNO = {
 
 @functools.cache
 def hints_for(kind: Literal["causes", "commands"]) -> dict[str, str]:
-    """Return hints by error cause, or by the name of another program's command."""
+    """Return a dict of hints. The keys are error causes or other programs' commands."""
     text = Path(__file__).with_suffix(".toml").read_text("utf-8")
     return dict(tomlkit.parse(text).unwrap()[kind])
 
 
 def hint_of(error: PopError) -> str:
-    """Return the command-line hint for an error, or the library's hint if any."""
+    """Return the command-line hint for an error (default: the library's hint)."""
     template = hints_for("causes").get(error.cause, "{hint}")
     return template.format_map({**error.fields, "hint": error.hint})

@@ -32,7 +32,7 @@ OPTION_ALIASES = {
 
 @dataclass(frozen=True)
 class Listed:
-    """A command's panel and words in the list of commands, and its arguments in an example."""
+    """A command's panel and description in the list of commands, and its example arguments."""
 
     panel: str
     words: str
@@ -79,7 +79,7 @@ def _defaults(command: Any) -> dict[str, Any]:
 
 
 def _simplify_help(command: Any, ctx: Any) -> None:
-    """Hide types and ranges in the help, and end help texts with the default value."""
+    """Hide types and ranges in the help, and append default values to the help texts."""
     for param in command.get_params(ctx):
         # Typer 0.29 has no options for this, so its methods are replaced.
         param._get_number_range_help_str = lambda: None
@@ -96,7 +96,7 @@ def _simplify_help(command: Any, ctx: Any) -> None:
 
 
 def _with_aliases(command: Any) -> None:
-    """Accept other programs' names for the command's options, without listing them in the help."""
+    """Accept other programs' names for the command's options. The help does not list them."""
     make_parser = command.make_parser
 
     def with_aliases(ctx: Any) -> Any:
@@ -110,7 +110,7 @@ def _with_aliases(command: Any) -> None:
 
 
 def _translated(args: list[str]) -> list[str]:
-    """Replace Ollama's commands, and pass llama.cpp's -m, -hf and -p as arguments."""
+    """Replace Ollama's command names, and convert llama.cpp's -m, -hf and -p to arguments."""
     name, *given = args
     if name == "help" and given:
         return [given[0], "--help"]
@@ -132,7 +132,7 @@ def _paragraphs(docstring: str | None) -> str:
 
 
 def lazy_group(package: str, commands: Mapping[str, Listed]) -> type[TyperGroup]:
-    """Return a group class for typer.Typer. `commands` maps names to the commands' help."""
+    """Return a group class for typer.Typer. `commands` maps each command's name to its help."""
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:

@@ -55,7 +55,7 @@ def rich_table(columns: Sequence[Column], rows: Sequence[Any]) -> RichTable:
 def print_table(
     columns: Sequence[Column], rows: Sequence[Any], *, as_markdown: bool = False
 ) -> None:
-    """Print a table on stdout. A text table is as wide as the terminal, or unlimited in a pipe."""
+    """Print a table to stdout. A text table fits the terminal. In a pipe, it can be any width."""
     if as_markdown:
         out.file.write(markdown(columns, rows) + "\n")
     elif out.is_terminal:
@@ -83,7 +83,7 @@ def markdown(columns: Sequence[Column], rows: Sequence[Any]) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON on stdout, with dataclasses as objects and paths as strings."""
+    """Print JSON to stdout, with dataclasses as objects and paths as strings."""
     is_ascii = out.encoding != "utf-8"
     text = json.dumps(value, indent=2, ensure_ascii=is_ascii, allow_nan=False, default=_jsonable)
     out.file.write(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
@@ -106,12 +106,12 @@ Fact = tuple[str, str]
 
 
 def print_sentence(text: str) -> None:
-    """Print text on stdout, wrapped between words in a terminal."""
+    """Print text to stdout. In a terminal, wrap it between words."""
     out.print(Text(printable(text)), soft_wrap=not out.is_terminal)
 
 
 def print_facts(facts: Sequence[Fact]) -> None:
-    """Print labels and values on stdout in two columns and wrap long values in a terminal."""
+    """Print labels and values to stdout in two columns. In a terminal, wrap long values."""
     facts = [(label, printable(value)) for label, value in facts]
     if not out.is_terminal:
         width = max(len(label) for label, _ in facts)

@@ -68,7 +68,7 @@ class _Stages:
 
 @contextmanager
 def terminal_watch(interrupt: CtrlC | None = None) -> Iterator[Watch]:
-    """Show a workflow's progress. Ctrl-C raises KeyboardInterrupt, unless `interrupt` defers it."""
+    """Show a workflow's progress. Ctrl-C raises KeyboardInterrupt unless `interrupt` defers it."""
     stages = _Stages(interrupt or CtrlC())
     try:
         yield Watch(

@@ -48,15 +48,15 @@ def test_the_choice_is_named_an_estimate(model, text):
     ]
     assert row.split("|")[1].strip() == "3"
     assert "2,048 tokens" in done.stdout
-    assert "With the balanced budget, layers can be skipped from layer 3" in done.stdout
-    assert "estimated from 3 windows" in done.stdout
+    assert "The balanced budget allows skipping layers 3 and up" in done.stdout
+    assert "The loss was measured on 3 windows." in done.stdout
 
 
 def test_no_boundary_is_chosen_outside_the_budget(model, text, monkeypatch):
     monkeypatch.setattr(budget, "BALANCED", replace(budget.BALANCED, max_kl=-1.0))
     assert report(model, "--text", text)["chosen"]["boundary"] is None
     done = analyze(model, "--text", text)
-    assert "No measured boundary is within the balanced budget." in done.stdout
+    assert "The balanced budget does not allow any of the measured boundaries." in done.stdout
 
 
 def test_too_little_memory_for_the_fit(model, text, monkeypatch):

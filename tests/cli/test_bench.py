@@ -32,7 +32,7 @@ from support.shared_kv import make_shared
 from support.synthetic import make_gguf
 
 SPREAD = {"median", "min", "max"}
-ONE_PAIR = "A single pair of runs cannot show timing noise; pass --repeat 3 or more.\n"
+ONE_PAIR = "One pair of runs does not show how much the times vary. Pass --repeat 3 or more.\n"
 
 
 def bench(*arguments: object) -> Done:

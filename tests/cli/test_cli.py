@@ -235,14 +235,14 @@ def test_options_without_effect_get_a_word(tmp_path):
     assert done.returncode == 0
     for words in (
         "llama.cpp rounds the context up to 256 tokens",
-        "--refill idle has no effect: a single question leaves no idle time",
+        "--refill idle has no effect: `run` exits after one answer",
         "--image-tokens has no effect: this model has no mmproj",
     ):
         assert words in done.stderr
 
 
-PLAIN, ONCE = "this model has no fast reading", "a single question leaves no idle time"
-PIPED = "piped questions leave no idle time"
+PLAIN, ONCE = "this model does not support fast reading", "`run` exits after one answer"
+PIPED = "a chat with piped input is never idle"
 
 
 @pytest.mark.parametrize(
@@ -429,5 +429,5 @@ def test_every_option_that_is_a_float_is_checked():
 
 def test_paragraphs_of_help_wrap_at_the_width_of_the_terminal():
     lines = [line.strip() for line in called("rm", "--help", COLUMNS="70").stdout.splitlines()]
-    first = next(n for n, line in enumerate(lines) if line.startswith("A model's sidecar"))
+    first = next(n for n, line in enumerate(lines) if line.startswith("The command also removes"))
     assert min(map(len, lines[first : first + 2])) > 50

@@ -65,10 +65,11 @@ def test_a_table_shows_what_differs(pop_file, mine):
     assert done.exit_code == 0, done.stderr
     assert done.stdout.endswith(" Use --full to avoid any loss.\n")
     facts = " ".join(done.stdout.split())
-    right = "1 in full, 1 with fast reading, of 2; 0 only in full, 0 only with fast reading"
-    assert f"Right {right}" in facts
-    assert "Read in full 2 of 3, which are short or cached" in facts
-    assert re.search(r"with fast reading: \d+\.\d\dx \(totals, each prompt timed once\)", facts)
+    right = "1 of 2 in full, 1 with fast reading 0 only in full, 0 only with fast reading"
+    assert f"Right answers {right}" in facts
+    assert "p = 1, the probability of such a difference by chance (McNemar's exact test)" in facts
+    assert "Read in full 2 of 3 prompts, because they are too short for fast reading," in facts
+    assert re.search(r"with fast reading \(\d+\.\d\dx as fast; each prompt timed once\)", facts)
     found = compared(pop_file, mine)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert found["n_same"] < 3
@@ -78,7 +79,7 @@ def test_a_table_shows_what_differs(pop_file, mine):
 def test_without_a_pruned_prompt_no_speedup_is_shown(pop_file, mine):
     mine.write_text(json.dumps({"prompt": "Hm"}))
     shown = " ".join(answered(pop_file, mine).stdout.split())
-    assert "mine.jsonl: 1 prompt, decoded greedily" in shown
+    assert "mine.jsonl: 1 prompt, greedy decoding" in shown
     assert "Speedup not measured, because no prompt used fast reading" in shown
     assert "Answers changed by fast reading: 0 of 1." in shown
     assert not re.search(r"\dx|To first token", shown)

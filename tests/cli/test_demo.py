@@ -34,10 +34,10 @@ def test_the_real_model_answers_twice_and_the_program_leaves(smollm2):
     done = run("demo", "--threads", 1, smollm2, "--pairs", 1)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if not line.endswith(" left")] == []
-    assert done.stdout.count("first token after") == 2
+    assert done.stdout.count("reading, the first token took") == 2
     assert "What rule was painted above the lamp-room door?" in done.stdout
     assert done.stdout.count("The light is never late") == 2, "both answers are in the document"
-    assert "x. The skipped work predicts 1.21x." in done.stdout
+    assert "x. The operation count predicts 1.21x." in done.stdout
     assert "each skipped 7 of 30 layers" in done.stdout
 
 

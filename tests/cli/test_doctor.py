@@ -1,5 +1,6 @@
 """Test `pop-local doctor` with complete, unpatched and missing backends."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pop_converter.base.errors import PopError
@@ -15,6 +17,7 @@ from pop_local.cli import app
 from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.devices import BackendInfo, Device
 from pop_local.models import model_names as models
+from pop_local.ui.console import THEME
 from pop_local.workflows.open import best_model
 
 FEATURES = "CUDA : ARCHS = 900 | CPU : SSE3 = 1 | AVX = 1 | AVX512 = 0 | OPENMP = 1 | REPACK = 1 | "
@@ -69,11 +72,24 @@ def test_all_is_well(install):
     assert "FIX" not in done.stdout
 
 
+def test_a_narrow_terminal_breaks_lines_between_words(install, monkeypatch):
+    install(abi=None)
+    stream = io.StringIO()
+    narrow = Console(file=stream, theme=THEME, width=60, force_terminal=True, color_system=None)
+    monkeypatch.setattr("pop_local.commands.doctor.out", narrow)
+    assert doctor().exit_code == 1
+    shown = stream.getvalue()
+    assert max(map(len, shown.splitlines())) <= 60
+    found = [f"{check['found']} {check['to_do']}" for check in checks().values()]
+    words = {word for word in " ".join(found).split() if len(word) < 60}
+    assert words <= {*shown.split()}
+
+
 def test_unpatched_backend_must_be_fixed(install):
     install(abi=None)
     done = doctor()
     assert done.exit_code == 1
-    assert "this llama.cpp is not patched" in done.stdout
+    assert "pop-local's patches are missing" in done.stdout
     assert "pip install ./patches/llama-cpp-python" in done.stdout
     found = json.loads(doctor("--json").stdout)
     assert found["ok"] is False
@@ -140,7 +156,7 @@ def test_the_variant_of_the_cpu_is_named(install):
         (
             "avx512vnni",
             None,
-            "avx512vnni, this build's fastest kernels for this processor",
+            "avx512vnni, the fastest kernels in this build for this processor",
             "ok",
         ),
         ("avx2", "avx2", "avx2: GGML_POP_KERNELS=avx2", "note"),
@@ -170,8 +186,8 @@ def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
     assert checks()["threads"]["status"] == "ok"
     monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 60.0)
     assert checks()["threads"]["status"] == "note"
-    assert checks()["threads"]["found"].endswith("4.8 of them used by other processes")
-    assert "lower --threads" in checks()["threads"]["to_do"]
+    assert checks()["threads"]["found"].endswith("; other processes are using 4.8 CPUs")
+    assert "fewer --threads" in checks()["threads"]["to_do"]
     assert doctor().exit_code == 0
     install(n_threads=1)
     monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 100.0)

@@ -1,12 +1,14 @@
 """Test that only the command line's hints name options and commands, not the library's."""
 
 import ast
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from string import Formatter
 
 import pytest
+from rich.console import Console
 
 import pop_converter
 import pop_local
@@ -14,6 +16,7 @@ from pop_converter.base.errors import PopError
 from pop_local.cli import COMMANDS
 from pop_local.ui import error_output
 from pop_local.ui.chat.slash import COMMANDS as SLASH_COMMANDS
+from pop_local.ui.console import THEME
 from pop_local.ui.hints import hint_of, hints_for
 
 ROOMS = (
@@ -115,6 +118,16 @@ def test_a_cause_is_shown_in_the_words_of_the_command_line(capsys):
         PopError("too few", "give 512 tokens", cause="too-few-tokens", n_least=512, n_default=9)
     )
     assert "hint: use --tokens 512 or more (default: 9)\n" in capsys.readouterr().err
+
+
+def test_a_narrow_terminal_breaks_errors_and_hints_between_words(monkeypatch):
+    stream = io.StringIO()
+    narrow = Console(file=stream, theme=THEME, width=60, force_terminal=True, color_system=None)
+    monkeypatch.setattr(error_output, "err", narrow)
+    error, hint = "the model was not found in the folder " * 3, BY_CAUSE["unknown-model"] * 2
+    error_output.show(PopError(error, hint))
+    assert max(map(len, stream.getvalue().splitlines())) <= 60
+    assert stream.getvalue().split() == ["error:", *error.split(), "hint:", *hint.split()]
 
 
 def test_without_a_cause_the_library_has_the_word():

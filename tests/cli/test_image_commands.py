@@ -122,7 +122,7 @@ def test_a_picture_larger_than_the_context(path):
 def test_a_model_that_cannot_see_what_was_shown(path):
     a = path.parent / "a.png"
     shown = chatted(path, f"/image {a}", "what?", "/save shown", "/model blind", "more?", "/undo")
-    blind = "* This model has no mmproj and cannot read the conversation's images"
+    blind = "* This model has no mmproj, so it cannot read the conversation's images"
     assert shown.count(blind) == 1
     assert shown.count("/undo and /clear remove images") == 1
     assert shown.endswith("# Dropped: what?\n")

@@ -143,4 +143,4 @@ def test_opencode_settings_are_json():
 
 def test_arguments_without_a_model_are_wrong_usage():
     done = called("launch", "codex", "--", "--help")
-    assert done.returncode == 2 and "a model must precede" in done.stderr
+    assert done.returncode == 2 and "pass a model before" in done.stderr

@@ -25,7 +25,7 @@ from pop_local.workflows.learning import OnlineCalibration
 WARN_SHARE = 0.8
 # Strings that must be exact: four or more characters with a digit, e-mail addresses, paths.
 _EXACT_STRING = re.compile(r"\d[\w.,:/-]{3,}|\w{3,}\d|\w@\w|/\w+/\w")
-_OFFER = "Fast reading may cause errors in numbers, names and paths (/full on disables it)."
+_OFFER = "Fast reading may cause errors in numbers, names and paths (/full on turns it off)."
 
 
 # Opens a model by name (None: the current model) with a context in tokens (None: the default).
@@ -70,7 +70,7 @@ class Dialogue:
     # The model
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
-        """Replace the model, or only its context if `name` is None (the cache is then kept).
+        """Replace the model. If `name` is None, replace only the context and keep the cache.
 
         If opening fails, the current model stays open.
         """
@@ -99,10 +99,10 @@ class Dialogue:
         try:
             self.model.swap_sidecar(fit.sidecar)
         except PopError as error:
-            self.screen.note(f"{fit} The fit will take effect at the next start ({error.message}).")
+            self.screen.note(f"{fit} It takes effect after a restart ({error.message}).")
             return
         self.model.engine.set_refill(self.refill != "off")
-        self.screen.note(f"{fit} /full on disables fast reading.")
+        self.screen.note(f"{fit} /full on turns fast reading off.")
 
     def enlarge(self, n_ctx: int) -> bool:
         """Reopen the model with a larger context. Return False if the model cannot be reopened."""
@@ -155,7 +155,7 @@ class Dialogue:
         if self.session.dropped is None:
             self._warn_when_full()
         else:
-            self.screen.note("The question was dropped; /retry asks it again.")
+            self.screen.note("The question was dropped. To ask it again, type /retry.")
         if interrupt.asked and not self.screen.is_typed:
             raise KeyboardInterrupt
 
@@ -164,7 +164,7 @@ class Dialogue:
         self.screen.error(error)
 
     def refuse(self, line: str) -> None:
-        """Show the reason that a slash command was refused."""
+        """Show why a slash command was refused."""
         self.has_failed = True
         self.screen.note(line)
 
@@ -218,31 +218,31 @@ class Dialogue:
         is_full = n_used >= WARN_SHARE * n_ctx
         if is_full and not self._is_warned:
             self.screen.warn(
-                f"The context is {n_used / n_ctx:.0%} full ({n_used:,} of {n_ctx:,} tokens):"
-                " /clear starts over, /undo removes the last turn, --ctx N sets a larger context."
+                f"The context is {n_used / n_ctx:.0%} full ({n_used:,} of {n_ctx:,} tokens). Type"
+                " /clear or /undo, or restart with a larger context (--ctx N)."
             )
         self._is_warned = is_full
 
 
 def pruning_state(model: PopModel) -> str:
-    """Describe in a sentence whether prompt tokens skip layers."""
+    """Return a sentence that describes whether prompt tokens skip layers."""
     pruning = model.engine.pruning
     is_off = pruning.mode is Mode.OFF
     if pruning.exact and is_off:
-        return "Exact skipping is off: prompt tokens run through all layers, with the same result."
+        return "Exact skipping is off: prompts run through all layers, with the same result."
     if pruning.exact:
         return (
-            f"Exact skipping is on: prompt tokens skip layers {pruning.exact} and up. Answers are"
-            " identical to the full model's."
+            f"Exact skipping is on: prompt tokens skip layers {pruning.exact} and up. This does not"
+            " change the answers."
         )
     if not pruning.boundary:
-        return "Fast reading is not available because this model is not converted."
+        return "Fast reading is not available because this model has not been converted."
     if is_off:
-        return "Fast reading is off: prompts run through all layers (/full off enables it)."
+        return "Fast reading is off: prompts run through all layers (/full off turns it on)."
     n_layer = model.engine.context.files.shape.n_layer
     return (
         f"Fast reading is on: it skips {n_layer - pruning.boundary} of {n_layer} layers at a small"
-        " loss (/full on: no loss)."
+        " quality loss (/full on turns it off)."
     )
 
 
@@ -256,6 +256,6 @@ def warn_of_base_model(screen: Screen, model: PopModel) -> None:
 def warn_of_hidden_pictures(chat: Dialogue) -> None:
     if chat.session.conversation.pictures and not chat.model.engine.prompter.can_see:
         chat.screen.warn(
-            "This model has no mmproj and cannot read the conversation's images. Remove the"
-            " images with /undo or /clear."
+            "This model has no mmproj, so it cannot read the conversation's images. To remove the"
+            " images, type /undo or /clear."
         )

@@ -43,7 +43,7 @@ def line_reader(
     """Return a function that reads a line from stdin.
 
     `commands` maps slash commands to functions that complete their arguments. `status` returns the
-    text below the line. If `status` returns "" when a line starts, nothing is shown.
+    text to show below the line ("" for no text).
     """
     if not sys.stdin.isatty():
         return piped_line
@@ -88,7 +88,7 @@ def _utf8(line: str) -> str:
 def chosen_key(keys: Sequence[str], enter: str = "") -> str | None:
     """Ask the user to choose one of the keys. Return None for Ctrl-C or Ctrl-D.
 
-    An empty line chooses `enter`, or None if `enter` is empty.
+    For an empty line, return `enter`, or None if `enter` is empty.
     """
     session = _session()
     choices = "/".join(keys) + (f" (Enter: {enter})" if enter else "")
@@ -100,7 +100,7 @@ def chosen_key(keys: Sequence[str], enter: str = "") -> str | None:
             return None
         if not typed or typed in keys:
             return typed or None
-        question = f"That is not a choice. Type {choices}"
+        question = f"Invalid choice. Type {choices}"
 
 
 def _session(**options: Any) -> PromptSession[str]:

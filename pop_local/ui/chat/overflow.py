@@ -22,7 +22,7 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
     """
     message = (
         f"The context is {error.n_short:,} tokens too small: the prompt has {error.n_prompt:,}"
-        f" tokens, an answer needs {error.n_answer:,} or more, and the limit is {error.n_ctx:,}."
+        f" tokens, an answer needs at least {error.n_answer:,}, and the limit is {error.n_ctx:,}."
     )
     n_turns = len(session.conversation.turns)
     n_drop = next((n for n in range(1, n_turns) if _fits(session, n, error)), 0)
@@ -50,7 +50,7 @@ def too_long(model: EngineOwner, error: ContextFullError) -> PopError:
 
 
 def larger_ctx(model: EngineOwner, n_needed: int) -> int | None:
-    """Return a larger context length with room to spare, or None if the model supports none."""
+    """Return a larger context length than needed, or None if the model does not support one."""
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
     n_ctx = min(wanted, model.engine.context.files.n_ctx_train or wanted)
     return n_ctx if n_ctx >= n_needed and n_ctx > model.engine.context.n_ctx else None

@@ -54,7 +54,7 @@ def idling(chat: Dialogue) -> Iterator[None]:
 
 
 def _join(thread: threading.Thread) -> None:
-    """Wait for the thread, which uses the model, even after Ctrl-C."""
+    """Wait for the thread even after Ctrl-C, because the thread uses the model."""
     interrupted = False
     while thread.is_alive():
         try:
@@ -76,11 +76,11 @@ def finish(chat: Dialogue) -> None:
     except KeyboardInterrupt:
         if not chat.screen.is_typed:
             raise
-        chat.screen.note("Catching up was interrupted; the saved session is not yet exact.")
+        chat.screen.note("Catching up was interrupted, so the saved session is not exact yet.")
 
 
 def status_bar(chat: Dialogue) -> str:
-    """Describe how far the cache has caught up. Return "" if all its tokens are exact."""
+    """Describe how far the cache has caught up. Return "" if all cached tokens are exact."""
     cache = chat.model.engine.cache
     if cache.n_exact == cache.n_tokens or not status(chat):
         return ""

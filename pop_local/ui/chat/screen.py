@@ -35,7 +35,7 @@ class AnswerWriter:
 
 
 class Screen:
-    """A chat's output of answers, notes and errors, and its multiple-choice questions."""
+    """The output of a chat: answers, notes, errors and multiple-choice questions."""
 
     def __init__(self) -> None:
         self._answer: AnswerWriter | None = None
@@ -70,8 +70,8 @@ class Screen:
     def choose(self, question: str, choices: Mapping[str, str], enter: str = "") -> str | None:
         """Return the key that the user chooses, or None if there is no choice or no terminal.
 
-        `choices` maps keys to descriptions. The last choice must have no effect, since the user is
-        not asked if no other choice exists. `enter`: the key that an empty line chooses, if any.
+        `choices` maps keys to descriptions. The last choice must have no effect. If it is the only
+        choice, the user is not asked. `enter`: the key for an empty line, if any.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:

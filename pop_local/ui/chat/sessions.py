@@ -43,7 +43,7 @@ def save(chat: Dialogue, name: str) -> None:
     finish(chat)
     n_bytes = chat.session.save(path, overwrite=True).stat().st_size
     chat.saved_as = name
-    chat.screen.note(f"The session is saved as {name} ({size(n_bytes)}); /load {name} restores it.")
+    chat.screen.note(f"Saved the session ({size(n_bytes)}). To restore it, type /load {name}.")
 
 
 def load(chat: Dialogue, name: str) -> None:
@@ -64,10 +64,10 @@ def load(chat: Dialogue, name: str) -> None:
     if session.reread:
         chat.screen.warn(
             f"Cannot reuse the saved KV cache: {session.reread}. The model will read the transcript"
-            " again with your next question."
+            " again before your next answer."
         )
     else:
-        chat.screen.note(f"{session.n_cached:,} session tokens are cached.")
+        chat.screen.note(f"The cache contains {session.n_cached:,} tokens of the session.")
     warn_of_hidden_pictures(chat)
     if chat.model.engine.pruning.mode is not before:
         chat.screen.note(pruning_state(chat.model))
@@ -76,7 +76,7 @@ def load(chat: Dialogue, name: str) -> None:
 def _list(chat: Dialogue) -> None:
     listed = list(saved().listed())
     if not listed:
-        chat.screen.note("No sessions are saved yet; /save NAME saves this session.")
+        chat.screen.note("No sessions are saved yet. To save this session, type /save NAME.")
     for stored in listed:
         what = "damaged"
         if session := stored.session:
@@ -99,7 +99,7 @@ def _changed(stored: SavedFile) -> str:
 
 
 class Unsaved:
-    """This chat's transcript in a file that is removed when the block ends without an error."""
+    """A file with this chat's transcript. It is removed if the block ends without an error."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -132,7 +132,7 @@ class Unsaved:
             self._is_possible = False
             reason = as_pop_error(error).message
             chat.screen.warn(
-                f"A crash would lose this conversation ({reason}); /save NAME saves it."
+                f"A crash would lose this conversation ({reason}). To save it, type /save NAME."
             )
 
     def offer(self, chat: Dialogue) -> None:
@@ -152,7 +152,7 @@ class Unsaved:
         return False
 
     def _is_last(self, chat: Dialogue, stored: SavedFile, n_older: int) -> bool:
-        """Offer one conversation. Return True if no more conversations should be offered."""
+        """Offer one conversation. Return True if it is the last one to offer."""
         assert stored.session is not None, "the file is damaged"
         name, turns = stored.session.model, stored.session.conversation.turns
         date, n_turns = _changed(stored), _turns(len(turns))
@@ -161,13 +161,13 @@ class Unsaved:
             question += f" It starts with: {short(turns[0].question)}"
         if n_older:
             older = "1 older chat" if n_older == 1 else f"{n_older} older chats"
-            question += f"\n{older} also ended unexpectedly; after d or k, the next one is offered."
+            question += f"\n{older} also ended unexpectedly. To see the next one, type d or k."
         chosen = chat.screen.choose(question, _CHOICES, enter="c")
         if chosen == "c":
             before = chat.model.engine.pruning.mode
             chat.resume(load_session(chat.model, self._sessions.path(stored.name)), "")
             self.keep(chat)
-            chat.screen.note("The model will read this conversation again with your next question.")
+            chat.screen.note("The model will read this conversation again before your next answer.")
             if chat.model.engine.pruning.mode is not before:
                 chat.screen.note(pruning_state(chat.model))
         if chosen == "d" or (chosen == "c" and self._is_possible):

@@ -19,8 +19,8 @@ from pop_local.ui.views.stats import learned_lines, session_lines
 
 HELP_NOTES = (
     "Ctrl-C stops an answer. Alt-Enter starts a new line.",
-    'Between """ and """, Enter also starts a new line.',
-    "A line that starts with a space is always a question.",
+    'Between two """, Enter also starts a new line.',
+    "To send a line that starts with / as a question, put a space before it.",
 )
 # Names that Ollama and shells use for these commands.
 ALIASES = {
@@ -187,13 +187,13 @@ _ALL = (
     Command("/save NAME", "save the chat", sessions.save, lambda: sessions.saved().names()),
     Command(
         "/load NAME",
-        "continue a saved chat, or list all",
+        "continue a saved chat, or list all chats",
         sessions.load,
         lambda: sessions.saved().names(),
     ),
     Command("/model NAME", "switch models, or show the model", _model),
     Command("/system TEXT", "set or show the system prompt", _system),
-    Command("/set PARAM VALUE", "set or list temperature, length, seed", _set, _PARAMS.keys),
+    Command("/set PARAM VALUE", "set a parameter, or list all parameters", _set, _PARAMS.keys),
     Command("/stats", "show speed, tokens and the context", _stats),
     Command("/exit", "quit (also /bye, exit or Ctrl-D)", _leave),
 )

@@ -50,7 +50,7 @@ def show(found: Analysis, *, as_markdown: bool = False) -> None:
 
 
 def _columns(found: Analysis) -> Iterator[Column]:
-    """Yield the columns. Each row shows the cost of skipping one layer and all later ones."""
+    """Yield the columns. Each row shows the cost of skipping a layer and all later layers."""
     depths = {depth.boundary: depth for depth in found.depths}
 
     def of_depth(title: str, show: Callable[[DepthCost], object], numeric: bool = True) -> Column:
@@ -72,11 +72,11 @@ def _note(depth: DepthCost, found: Analysis) -> str:
 def _choice(found: Analysis) -> str:
     name, depth = found.budget.quality, found.chosen
     if depth is None or depth.quality is None:
-        return f"No measured boundary is within the {name} budget."
+        return f"The {name} budget does not allow any of the measured boundaries."
     return (
-        f"With the {name} budget, layers can be skipped from layer {depth.boundary}, which allows"
-        f" a speedup of up to {depth.speedup_limit:.2f}x (estimated from"
-        f" {depth.quality.n_windows} windows; `convert` measures more windows)."
+        f"The {name} budget allows skipping layers {depth.boundary} and up, for a speedup of up to"
+        f" {depth.speedup_limit:.2f}x. The loss was measured on {depth.quality.n_windows} windows."
+        " `convert` measures more windows."
     )
 
 

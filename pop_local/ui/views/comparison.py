@@ -23,20 +23,26 @@ def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
         print_sentence("")
     n = len(found.answers)
     facts: list[Fact] = [
-        ("Prompts", f"{found.prompts.name}: {n} prompt{'s' * (n != 1)}, decoded greedily"),
+        ("Prompts", f"{found.prompts.name}: {n} prompt{'s' * (n != 1)}, greedy decoding"),
         ("Same answer", f"{n - len(found.different)} of {n}"),
     ]
     if found.n_judged:
-        hits = f"{found.full_hits} in full, {found.pruned_hits} with fast reading"
-        right = f"{hits}, of {found.n_judged}"
+        n_all = found.n_judged
+        right = f"{found.full_hits} of {n_all} in full, {found.pruned_hits} with fast reading"
         only = f"{found.n_only_full} only in full, {found.n_only_pruned} only with fast reading"
-        facts += [("Right", f"{right}; {only}"), ("", f"p = {found.p_value:.2g} (McNemar, exact)")]
+        p = f"p = {found.p_value:.2g}"
+        facts += [
+            ("Right answers", right),
+            ("", only),
+            ("", f"{p}, the probability of such a difference by chance (McNemar's exact test)"),
+        ]
     if found.n_unpruned < n:
         ratio = found.full_ttft_s / found.pruned_ttft_s
         times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s with fast reading"
-        facts.append(("To first token", f"{times}: {ratio:.2f}x (totals, each prompt timed once)"))
+        facts.append(("To first token", f"{times} ({ratio:.2f}x as fast; each prompt timed once)"))
     if found.n_unpruned:
-        facts.append(("Read in full", f"{found.n_unpruned} of {n}, which are short or cached"))
+        why = "because they are too short for fast reading, or mostly in the cache"
+        facts.append(("Read in full", f"{found.n_unpruned} of {n} prompts, {why}"))
     if found.n_unpruned == n:
         facts.append(("Speedup", "not measured, because no prompt used fast reading"))
     print_facts(facts)

@@ -62,7 +62,7 @@ def show_trials(trials: Sequence[Trial], *, as_markdown: bool = False) -> None:
 
 
 def trial_json(trial: Trial) -> dict[str, Any]:
-    """Return a candidate as a JSON object, including the figures that a budget limits."""
+    """Return a candidate as a JSON object, including all figures that have a limit."""
     plan, found = trial.plan, figures(trial.quality)
     return {
         **fields_of(plan, "boundary", "n_skipped", "projection"),
@@ -181,7 +181,7 @@ def _plan_facts(conversion: Conversion, plan: Plan, sizes: FileSizes) -> list[Fa
 
 
 def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str:
-    """Return a plan's largest possible speedup. `most`: that of the plan with the most layers."""
+    """Return a plan's largest speedup. `most`: the speedup of the plan that skips most layers."""
     if conversion.not_counted:
         return f"unknown: {conversion.not_counted}"
     limit = f"up to {plan.speedup_limit:.2f}x"
@@ -196,7 +196,7 @@ def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """Return the facts about a plan. `where`: facts about where the skipped `layers` start."""
+    """Return the facts about a plan. `where`: facts about the first of the skipped `layers`."""
     form, read = conversion.options.output, size(conversion.sizes.source_bytes)
     opened_by = "stock llama.cpp can also open the copy"
     if form == "sidecar":
@@ -206,7 +206,7 @@ def _facts(
     return [
         ("Model", str(conversion.path)),
         ("Architecture", plan.shape.arch),
-        ("Layers", f"{plan.shape.n_layer}, of which prompt tokens skip {layers}"),
+        ("Layers", f"{plan.shape.n_layer} (prompt tokens skip {layers})"),
         *where,
         ("Skipped layers", f"K and V from {plan.projection} projections; {opened_by}"),
         *skipping_facts(skipping_of(plan.shape))[1:],
@@ -217,7 +217,7 @@ def _facts(
 
 
 def fit_facts(conversion: Conversion) -> Iterator[Fact]:
-    """Yield facts about a planned fit's text, memory and time."""
+    """Yield facts about a planned fit's text and memory."""
     plan, fit, needs = conversion.deepest, conversion.fit, conversion.needs
     if fit is None or needs is None:
         return
@@ -252,10 +252,11 @@ def skipping_facts(found: SkippableLayers) -> list[Fact]:
 
 
 def full_fact(rows: Plan | PopMeta) -> Fact:
-    ends = f"the first {rows.sink_tokens} and last {rows.tail_tokens} tokens"
+    start = "token" if rows.sink_tokens == 1 else f"{rows.sink_tokens} tokens"
+    ends = f"the first {start} and the last {rows.tail_tokens} tokens"
     if rows.deep_rows is DeepRows.NONE:
         return "Run all layers", ends
-    words = f"words selected by the rule {rows.deep_rows}"
+    words = f"words selected by the rule '{rows.deep_rows}'"
     if share := getattr(rows, "deep_share", 0.0):
         words += f" ({share:.0%} of ordinary text)"
     return "Run all layers", f"{ends}, and {words}"
@@ -272,7 +273,7 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     yield "Copying", f"perplexity ratio {ratio}, correct top prediction for {right}"
     if found.copy_ppl_ratio > FAST.max_copy_ratio:
         most = FAST.max_copy_ratio
-        yield "", f"BROKEN: above a copy ratio of {most:g}, a model cannot copy from its prompt"
+        yield "", f"BROKEN: a model cannot copy from its prompt if this ratio exceeds {most:g}"
     if found.lookups_n:
         shares = f"{found.lookups_lost} of {found.lookups_full} lost, {found.lookups_gained} gained"
         lost = f"{found.lookups_logprob_lost:.2f} ± {found.lookups_logprob_se:.2f}"

@@ -42,7 +42,7 @@ def figures(quality: Quality | Lookups) -> dict[str, Any]:
 
 
 def with_advice(verdict: str) -> str:
-    """Append a hint about --full, which avoids any loss, to a verdict."""
+    """Append the advice to use --full to a verdict."""
     return f"{verdict} Use --full to avoid any loss."
 
 
@@ -69,7 +69,7 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     yield "Text", found.text.name
     layers = f"{found.n_skipped} layers ({q.boundary} and up), with {found.projection} projections"
     if found.deep_rows is not DeepRows.NONE:
-        layers += f" and deep rows selected by the rule {found.deep_rows}"
+        layers += f" and deep rows selected by the rule '{found.deep_rows}'"
     yield "Skipped", f"{layers}; the speedup is up to {found.speedup_limit:.2f}x"
     yield "Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"
     yield "With fast reading", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} context tokens"
@@ -85,11 +85,11 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     yield "", f"correct top predictions: fast {right}, full {right_full}"
     retained = "but the full model cannot copy random tokens either"
     if q.induction_retention is not None:
-        retained = f"{q.induction_retention.value:.0%} of the full model's gain"
+        retained = f"{q.induction_retention.value:.0%} of the full model's gain remains"
     added = with_se(q.induction_delta_nll, ".3f")
     yield "Induction", f"NLL {'' if added.startswith('-') else '+'}{added}, {retained}"
     if (lookups := found.lookups) is not None:
-        counts = f"of {lookups.n}, {lookups.full} correct in full, {lookups.pruned} fast"
+        counts = f"{lookups.full} of {lookups.n} correct in full, {lookups.pruned} fast"
         changes = f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"
         yield "Look-ups", f"{counts}; {changes}"
         full, lost = with_se(lookups.logprob_full, ".2f"), with_se(lookups.logprob_lost, ".2f")

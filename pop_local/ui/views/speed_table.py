@@ -15,7 +15,7 @@ def show_speed(found: Speed, *, as_markdown: bool = False) -> None:
     layers = f"{found.boundary} to {found.n_layer - 1} of {found.n_layer}"
     layers += ", exactly" if found.is_exact else ""
     print_sentence(f"{found.model}: prompt tokens skip layers {layers}")
-    print_sentence(f"{found.backend}; medians (speedup: minimum-maximum)")
+    print_sentence(f"{found.backend}. Times are medians. Ranges are in parentheses.")
     if found.upstream is not None:
         kernels = f"{found.kernels}, compared with llama.cpp's ({found.upstream})"
         print_sentence(f"Prompt kernels: {kernels}")

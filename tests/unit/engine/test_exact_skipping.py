@@ -160,10 +160,10 @@ def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     model.engine.pruning.boundary, model.engine.pruning.exact = 0, 15
     said = talk(model, "/full", "hello", "/stats", "/full on", "/full")
     on = (
-        "# Exact skipping is on: prompt tokens skip layers 15 and up. Answers are identical"
-        " to the full model's."
+        "# Exact skipping is on: prompt tokens skip layers 15 and up. This does not"
+        " change the answers."
     )
-    off = "# Exact skipping is off: prompt tokens run through all layers, with the same result."
+    off = "# Exact skipping is off: prompts run through all layers, with the same result."
     assert said[1] == on
     assert any("983 stopped before layer 15 without loss) · TTFT" in line for line in said)
     assert any(

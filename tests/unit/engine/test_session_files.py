@@ -229,14 +229,13 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     model = opened(chat_model)
     _, shown = talked(model, "/load", "a b c d " * 30, "/save one", "/save one", "/load")
-    assert shown[1] == "# No sessions are saved yet; /save NAME saves this session."
-    assert shown[-5].startswith("# The session is saved as one (") and shown[-3].startswith(
-        "# The session is saved as one ("
-    )
+    assert shown[1] == "# No sessions are saved yet. To save this session, type /save NAME."
+    assert shown[-5].startswith("# Saved the session (")
+    assert shown[-3].startswith("# Saved the session (") and shown[-3].endswith("type /load one.")
     assert shown[-1].startswith("# one: 1 turn, ")
     chat, shown = talked(opened(chat_model), "/load one", "/stats", "more?")
     assert shown[1] == "# Loaded one: 1 turn."
-    assert shown[2].endswith(" session tokens are cached.")
+    assert shown[2].startswith("# The cache contains ")
     assert shown[3] == "> /stats", "pruning was on and still is"
     _, in_another_mode = talked(opened(chat_model), "/full on", "/load one")
     assert in_another_mode[-1].startswith("# Fast reading is on")
@@ -259,7 +258,7 @@ def test_cleared_and_undone_turns_are_not_saved(chat_model, monkeypatch, tmp_pat
     with zipfile.ZipFile(sessions.path("cleared")) as archive:
         assert archive.namelist() == ["session.json"]
     _, shown = talked(opened(chat_model), "/load cleared")
-    assert shown[2] == "# 0 session tokens are cached."
+    assert shown[2] == "# The cache contains 0 tokens of the session."
 
 
 def test_a_session_of_another_model_is_reported_and_read_again(chat_model, monkeypatch, tmp_path):
@@ -270,7 +269,7 @@ def test_a_session_of_another_model_is_reported_and_read_again(chat_model, monke
     assert shown[2].startswith(
         "* Cannot reuse the saved KV cache: the session was saved with a different model ("
     )
-    assert shown[2].endswith("The model will read the transcript again with your next question.")
+    assert shown[2].endswith("The model will read the transcript again before your next answer.")
     (stats,) = chat.session.answer_stats
     assert (stats.n_cached, stats.n_prompt > 100) == (0, True)
 
@@ -301,7 +300,7 @@ def test_too_long_a_name_for_the_disk_is_one_error(chat_model, monkeypatch, tmp_
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     _, shown = talked(opened(chat_model), "a b c d", "/save " + "字" * 80, "/save talk")
     assert any(line.startswith("! cannot write ") and "too long" in line for line in shown)
-    assert shown[-1].startswith("# The session is saved as talk")
+    assert shown[-1].startswith("# Saved the session (")
 
 
 def test_other_weights_or_rope_are_another_model(chat_model, sessions, tmp_path):

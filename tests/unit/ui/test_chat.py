@@ -24,7 +24,11 @@ from support.scripted_chat import (
     talk,
 )
 
-DROPPED = "# The question was dropped; /retry asks it again."
+DROPPED = "# The question was dropped. To ask it again, type /retry."
+FAST = (
+    "# Fast reading is on: it skips 10 of 30 layers at a small quality loss"
+    " (/full on turns it off)."
+)
 
 
 def test_two_turns_keep_the_conversation():
@@ -52,11 +56,11 @@ def test_pop_is_switched_and_shown():
     model = ScriptedModel()
     assert talk(model, "/full", "/full on", "/FULL OFF", "/full maybe") == [
         "> /full",
-        "# Fast reading is on: it skips 10 of 30 layers at a small loss (/full on: no loss).",
+        FAST,
         "> /full on",
-        "# Fast reading is off: prompts run through all layers (/full off enables it).",
+        "# Fast reading is off: prompts run through all layers (/full off turns it on).",
         "> /FULL OFF",
-        "# Fast reading is on: it skips 10 of 30 layers at a small loss (/full on: no loss).",
+        FAST,
         "> /full maybe",
         "# /full accepts on or off, not maybe.",
     ]
@@ -68,7 +72,7 @@ def test_pop_on_a_model_that_is_not_converted():
     model.convert(boundary=0)
     assert talk(model, "/full", "/full off") == [
         "> /full",
-        "# Fast reading is not available because this model is not converted.",
+        "# Fast reading is not available because this model has not been converted.",
         "> /full off",
         "! model.gguf has no pruning keys; convert it first",
     ]
@@ -99,7 +103,7 @@ def test_system_is_set_and_shown():
 def test_stats_add_up():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS])
     assert talk(model, "a", "b", "/stats")[-5:] == [
-        "# Fast reading is on: it skips 10 of 30 layers at a small loss (/full on: no loss).",
+        FAST,
         "# Last answer: " + STATS_LINE.removeprefix("# "),
         "# Answers: 2, with 22 tokens.",
         "# Prompt tokens: 1,966 with fast reading, 34 in full, 400 reused from the cache.",
@@ -175,7 +179,7 @@ def test_an_answer_that_was_stopped_before_it_began():
         "# Reading stopped after 512 of 1,000 prompt tokens.",
         DROPPED,
         "> /stats",
-        "# Fast reading is on: it skips 10 of 30 layers at a small loss (/full on: no loss).",
+        FAST,
         "# No answers yet.",
     ]
 
@@ -263,7 +267,7 @@ def test_a_full_context_is_reported_once():
     shown = talk(ScriptedModel(["And so", filling], ["on", filling]), "tell", "more")
     assert shown[3].endswith("· cut off at the token limit")
     assert shown[4] == (
-        "* The context is 80% full (3,296 of 4,096 tokens):"
-        " /clear starts over, /undo removes the last turn, --ctx N sets a larger context."
+        "* The context is 80% full (3,296 of 4,096 tokens)."
+        " Type /clear or /undo, or restart with a larger context (--ctx N)."
     )
     assert sum(line.startswith("* ") for line in shown) == 1

@@ -62,7 +62,7 @@ def test_a_key_that_is_no_choice_is_named_and_asked_again(monkeypatch):
 
     monkeypatch.setattr(line, "_session", lambda: SimpleNamespace(prompt=prompt))
     assert line.chosen_key(["c", "d"], "c") == "d"
-    assert asked == ["c/d (Enter: c)? ", "That is not a choice. Type c/d (Enter: c)? "]
+    assert asked == ["c/d (Enter: c)? ", "Invalid choice. Type c/d (Enter: c)? "]
 
 
 def test_a_pipe_that_cannot_be_read_ends_the_chat():

@@ -118,7 +118,7 @@ def test_model_is_shown_and_changed_in_mid_conversation():
         "> /model other",
         "# other.gguf (Scripted, llama)",
         "# Context: 2,048 tokens.",
-        "# Fast reading is off: prompts run through all layers (/full off enables it).",
+        "# Fast reading is off: prompts run through all layers (/full off turns it on).",
     ]
     assert model.is_closed and not other.is_closed
     assert [message.content for message in other.asked[0]] == ["hi", "One.", "go on"]
@@ -242,12 +242,12 @@ def test_a_question_that_does_not_fit_offers_choices():
     _, shown = conversation()
     at = next(i for i, line in enumerate(shown) if line.startswith("? "))
     assert shown[at:] == [
-        "? The context is 2 tokens too small: the prompt has 37 tokens, an answer needs 5 or more,"
+        "? The context is 2 tokens too small: the prompt has 37 tokens, an answer needs at least 5,"
         " and the limit is 40.",
         "?   d  drop the oldest turn",
         "?   n  start a new conversation with this question",
         "?   x  drop this question",
-        "# The question was dropped; /retry asks it again.",
+        "# The question was dropped. To ask it again, type /retry.",
     ]
 
 

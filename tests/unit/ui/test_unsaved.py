@@ -48,7 +48,7 @@ def test_a_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
     )
     assert shown[-1] == "# The conversation has no turns to remove."
     shown = talked(model, tmp_path, "", SystemExit(143))  # Enter continues the chat
-    assert "# The model will read this conversation again with your next question." in shown
+    assert "# The model will read this conversation again before your next answer." in shown
     talked(model, tmp_path, "c", "third", SystemExit(143))
     shown = talked(model, tmp_path, "d")
     assert "(3 turns). It starts with: my question" in shown[0]
@@ -73,9 +73,7 @@ def test_a_mode_restored_with_a_conversation_is_reported(model, tmp_path):
         shown = talked(model, tmp_path, "c", "/exit")
     finally:
         model.engine.set_mode(Mode.CONTEXT)
-    assert (
-        "# Fast reading is on: it skips 3 of 8 layers at a small loss (/full on: no loss)." in shown
-    )
+    assert any(line.startswith("# Fast reading is on: it skips 3 of 8 layers") for line in shown)
 
 
 def test_its_folders_are_the_owners(model, tmp_path):

@@ -130,7 +130,7 @@ def test_the_next_start_uses_learned_statistics_and_adds_to_them(plain):
     again.close()
     assert CliRunner().invoke(app, ["learn", "forget", str(plain)]).exit_code == 0
     assert not learned_files() and sidecar_of(model.engine.context.files.source) is None
-    assert "No learned statistics yet" in CliRunner().invoke(app, ["learn", "show"]).stderr
+    assert "has not learned any statistics yet" in CliRunner().invoke(app, ["learn", "show"]).stderr
 
 
 def test_a_fit_over_few_rows_is_never_saved(plain, monkeypatch):
@@ -306,7 +306,7 @@ def test_a_chat_reports_a_learned_fit(plain):
     with refill.idling(chat):
         wait_for(lambda: not lessons.has_work)
     assert "# Learned from" in screen.shown
-    assert "times as fast from now on. /full on disables fast reading." in screen.shown
+    assert "times as fast from now on. /full on turns fast reading off." in screen.shown
     chat.ask("a b c d " * 300)
     assert chat.session.answer_stats[-1].n_pruned > 0
 
