@@ -28,14 +28,11 @@ class Decoder:
     Raises UnsupportedArchitectureError, or FormatError if the file is invalid.
     """
 
-    def __init__(
-        self, source: Source, device: str = "cpu", matrices: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, source: Source, matrices: torch.dtype | None = None) -> None:
         self._matrices = matrices
         self.hyper = read_hyper(source)
         self.n_layer = self.hyper.n_layer
         self._weights = Weights(source)
-        self.device = torch.device(device)
         self._output_norm = self._tensor("output_norm.weight")
         tied = "output.weight" not in self._weights
         self._head = self._matrix(self._tensor("token_embd.weight" if tied else "output.weight"))
@@ -44,7 +41,7 @@ class Decoder:
     def embed(self, tokens: np.ndarray) -> Tensor:
         """Return the states [n_windows, n_tokens, n_embd] for token ids [n_windows, n_tokens]."""
         rows = self._weights.rows("token_embd.weight", tokens.reshape(-1))
-        states = self._to_device(rows).reshape(*tokens.shape, -1)
+        states = self._to_tensor(rows).reshape(*tokens.shape, -1)
         return states * self.hyper.embedding_scale
 
     def layer(self, index: int) -> "DecoderLayer":
@@ -66,13 +63,13 @@ class Decoder:
         return functional.linear(normed.to(head.dtype), head).to(normed.dtype)
 
     def _tensor(self, name: str) -> Tensor:
-        return self._to_device(self._weights[name])
+        return self._to_tensor(self._weights[name])
 
     def _matrix(self, values: Tensor) -> Tensor:
         return values if self._matrices is None or values.dim() < 2 else values.to(self._matrices)
 
-    def _to_device(self, values: Floats) -> Tensor:
-        return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(self.device)
+    def _to_tensor(self, values: Floats) -> Tensor:
+        return torch.from_numpy(np.require(values, requirements=["C", "W"]))
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ class DecoderLayer:
         """Return the outputs of the attention heads [n_windows, n_rows, n_head * dim_v]."""
         h = self.hyper
         if positions is None:
-            positions = torch.arange(states.shape[1], device=states.device)
+            positions = torch.arange(states.shape[1])
         kv = self.key_value(states, positions)
         if stored is not None:
             kv = StoredKv(
@@ -167,7 +164,7 @@ class DecoderLayer:
     def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
         """Apply RoPE to the first n_rot elements of the last axis of [..., n_rows, dim]."""
         n = self.hyper.n_rot
-        exponents = torch.arange(0, n, 2, device=positions.device) / n
+        exponents = torch.arange(0, n, 2) / n
         frequencies = self.rope.scale * self.rope.base**-exponents
         if self.rope_factors is not None:
             frequencies = frequencies / self.rope_factors

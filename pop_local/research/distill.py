@@ -72,16 +72,14 @@ class InitialFit:
 class TeacherStates:
     """The full model's states for the text's windows and for windows with a repeated passage.
 
-    `first`: the smallest boundary whose fits can be distilled. `states` [n_all, n_tokens,
-    n_embd]: the inputs of layer `first`. `last`: the outputs of the last layer, with the same
-    shape. `likely` [n_all, n_tokens, n_likely]: the most likely next tokens for each row that can
-    be an answer row (0 for all other rows). `weights` [n_all, n_tokens]: each row's weight in the
-    loss. All tensors are in main memory.
+    `states` [n_all, n_tokens, n_embd]: the inputs of the boundary layer. `last`: the outputs of the
+    last layer, with the same shape. `likely` [n_all, n_tokens, n_likely]: the most likely next
+    tokens for each row that can be an answer row (0 for all other rows). `weights` [n_all,
+    n_tokens]: each row's weight in the loss.
     """
 
     text: DistillText
     weights: Tensor
-    first: int
     states: Tensor
     last: Tensor
     likely: Tensor
@@ -89,31 +87,31 @@ class TeacherStates:
 
 @torch.no_grad()
 def read(
-    decoder: Decoder, first: int, text: DistillText, *, seed: int, on_progress: Progress
+    decoder: Decoder, boundary: int, text: DistillText, *, seed: int, on_progress: Progress
 ) -> TeacherStates:
     """Run the full model on the text's windows, and on copies of some that repeat a passage.
 
-    `first`: the smallest boundary whose fits can be distilled. `seed`: for choosing passages.
-    `on_progress(done, total)` receives progress in windows times layers. It may raise to stop.
+    `boundary`: the boundary of the fit. `seed`: for choosing passages. `on_progress(done, total)`
+    receives progress in windows times layers. It may raise to stop.
     """
     copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])
     weights = np.concatenate([text.weights, np.ones(copies.shape, np.float32)])
     ran = counting((decoder.n_layer + 1) * len(every), on_progress)
     parts = [every[at : at + _N_READ] for at in range(0, len(every), _N_READ)]
-    states = torch.cat([decoder.embed(part).cpu() for part in parts])
+    states = torch.cat([decoder.embed(part) for part in parts])
     entering = states
     for index in range(decoder.n_layer):
-        if index == first:
+        if index == boundary:
             entering = states.clone()
         _run(decoder, index, states, ran)
     likely = torch.zeros(*every.shape, min(_N_LIKELY, decoder.n_vocab), dtype=torch.int32)
     n_context = int(_CONTEXT[0] * every.shape[1])
     for window, tokens in zip(states, likely, strict=True):
-        logits = decoder.logits(window[n_context:].to(decoder.device))
+        logits = decoder.logits(window[n_context:])
         tokens[n_context:] = logits.topk(likely.shape[-1]).indices
         ran(1)
-    return TeacherStates(text, torch.from_numpy(weights), first, entering, states, likely)
+    return TeacherStates(text, torch.from_numpy(weights), entering, states, likely)
 
 
 def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
@@ -121,7 +119,7 @@ def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
     layer = decoder.layer(index)
     for at in range(0, len(states), _N_READ):
         part = states[at : at + _N_READ]
-        part.copy_(layer(part.to(decoder.device)))
+        part.copy_(layer(part))
         ran(len(part))
 
 
@@ -135,21 +133,20 @@ def distill(
 ) -> dict[int, KvProjection]:
     """Train a fit's projections on the full model's states and return the trained projections.
 
-    The fit's boundary must be at least `reference.first`. `on_progress(done, total)` receives
-    progress in windows times layers, forward and backward, and may raise an exception to stop the
-    training. `seed`: the seed for choosing the order of the windows and their context lengths.
-    Raises FitError if any trained weight is not finite.
+    `reference` must belong to the fit's boundary. `on_progress(done, total)` receives progress in
+    windows times layers, forward and backward, and may raise an exception to stop the training.
+    `seed`: the seed for choosing the order of the windows and their context lengths. Raises
+    FitError if any trained weight is not finite.
     """
     rng = np.random.default_rng(seed)
     n_windows, n_tokens = reference.states.shape[:2]
     n_batch = min(N_BATCH, n_windows)
     n_each = n_windows // n_batch
     n_steps = _N_PASSES * n_each
-    between = range(reference.first, start.boundary)
     # A backward pass costs as much as two forward passes.
     n_step = 3 * (decoder.n_layer - start.boundary) * n_batch
     # Preparing the inputs counts as one more layer.
-    ran = counting((len(between) + 1) * n_windows + n_steps * n_step, on_progress)
+    ran = counting(n_windows + n_steps * n_step, on_progress)
     student = _Student(decoder, start, reference, ran)
     optimizer = torch.optim.Adam(student.changes, lr=_STEP, betas=_BETAS)
     passes = [rng.permutation(n_windows)[: n_each * n_batch] for _ in range(_N_PASSES)]
@@ -196,17 +193,11 @@ class _Student:
             parts = [fit.weight, fit.bias[:, None]]
             if fit.wide is not None:
                 parts.insert(1, fit.wide)
-            self._weights[layer] = torch.from_numpy(np.hstack(parts)).to(decoder.device)
+            self._weights[layer] = torch.from_numpy(np.hstack(parts))
         n_inputs = next(iter(self._weights.values())).shape[1]
-        # The states that enter the boundary layer.
-        self._states = reference.states
-        if reference.first < start.boundary:
-            self._states = reference.states.clone()
-        for index in range(reference.first, start.boundary):
-            _run(decoder, index, self._states, ran)
         # The projections' inputs; the last one is constant.
-        self._inputs = torch.ones(*self._states.shape[:2], n_inputs)
-        for window, inputs in zip(self._states, self._inputs, strict=True):
+        self._inputs = torch.ones(*reference.states.shape[:2], n_inputs)
+        for window, inputs in zip(reference.states, self._inputs, strict=True):
             x = normalised(window.numpy(), decoder.hyper.eps)
             seen = [x] if start.wide is None else [x, start.wide(x)]
             inputs[:, :-1] = torch.from_numpy(np.hstack(seen))
@@ -216,12 +207,12 @@ class _Student:
         mean = context.mean((0, 1))
         mean[-1] = 0
         self._inputs -= mean
-        self._mean = mean.to(decoder.device)
+        self._mean = mean
         each = -(-self._inputs.shape[1] // _ROWS_EACH)
-        rows = context[:, ::each].flatten(0, 1).to(decoder.device)
+        rows = context[:, ::each].flatten(0, 1)
         self._gains, self._units, self._changes = {}, {}, {}
         for layer, weights in self._weights.items():
-            gain = torch.tensor(start.projections[layer].gain, device=decoder.device)
+            gain = torch.tensor(start.projections[layer].gain)
             gain = functional.pad(gain, (0, n_inputs - len(gain)), value=1.0)
             # The inputs are centered, so that changing the weights does not shift the mean of K
             # and V.
@@ -235,7 +226,7 @@ class _Student:
 
     def loss(self, chosen: list[int], n_context: int) -> Tensor:
         """Return the weighted mean of `kl` over the answer rows."""
-        weights = self._reference.weights[chosen][:, n_context:].to(self._decoder.device)
+        weights = self._reference.weights[chosen][:, n_context:]
         return (self.kl(chosen, n_context) * weights).sum() / weights.sum()
 
     def kl(self, chosen: list[int], n_context: int) -> Tensor:
@@ -244,20 +235,19 @@ class _Student:
         The KL covers only tokens that are likely in one of these rows. With a large vocabulary,
         computing all logits would dominate the run time.
         """
-        reference, device = self._reference, self._decoder.device
-        tokens = torch.unique(reference.likely[chosen][:, n_context:]).to(device)
+        reference = self._reference
+        tokens = torch.unique(reference.likely[chosen][:, n_context:])
         with torch.no_grad():
-            last = reference.last[chosen][:, n_context:].to(device)
+            last = reference.last[chosen][:, n_context:]
             full = self._decoder.logits(last, tokens).log_softmax(-1)
         pruned = self._decoder.logits(self._last(chosen, n_context), tokens).log_softmax(-1)
         return functional.kl_div(pruned, full, reduction="none", log_target=True).sum(-1)
 
     def _last(self, chosen: list[int], n_context: int) -> Tensor:
         """Return the last layer's output for the answer rows [n_chosen, n_answer, n_embd]."""
-        device = self._decoder.device
-        states, inputs = self._states[chosen].to(device), self._inputs[chosen].to(device)
+        states, inputs = self._reference.states[chosen], self._inputs[chosen]
         n_sink = _n_sink(self._start.n_sink, states.shape[1])
-        every = torch.arange(states.shape[1], device=device)
+        every = torch.arange(states.shape[1])
         full, context = torch.cat([every[:n_sink], every[n_context:]]), every[n_sink:n_context]
         rows = states[:, full]
         stored = self._deep[0].key_value(states[:, context], context)
@@ -314,13 +304,10 @@ def _n_sink(wanted: int, n_tokens: int) -> int:
     return min(wanted, n_tokens // 4)
 
 
-def memory(
-    plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype
-) -> tuple[int, int, int]:
-    """Return the memory needed to distill on windows [n_windows, n_tokens] and on their copies.
+def memory(plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype) -> int:
+    """Return the memory in bytes to distill on windows [n_windows, n_tokens] and on their copies.
 
-    Returns three sizes in bytes: main memory for the result of `read`, main memory for `distill`,
-    and device memory. `matrices`: the data type of the skipped layers' matrices.
+    `matrices`: the data type of the skipped layers' matrices.
     """
     shape, n_inputs = plan.shape, plan.shape.n_wide(plan.boundary, plan.projection)
     n_inputs += shape.n_embd + 1
@@ -338,4 +325,4 @@ def memory(
     per_row = 4 * min(shape.n_vocab, n_rows * _N_LIKELY) + plan.n_skipped * (
         12 * max(shape.n_neurons) + 5 * n_head * n_tokens
     )
-    return reference, main, weights + 4 * (projections + n_rows * per_row)
+    return reference + main + weights + 4 * (projections + n_rows * per_row)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,32 +21,29 @@ from pop_local.calibration import needs
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, SEED, CalibrationText, DistillText, distill_text
+from pop_local.engine.llama.devices import default_threads
 from pop_local.research.hyper import read_hyper
-from pop_local.research.torch_device import TorchDevice, computing, torch_device
 from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
+    import torch
+
     from pop_local.research.distill import InitialFit, TeacherStates
 
 _HINT = "close other programs or convert without distilling"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Distiller:
-    """A distiller for one model's fits (see pop_local.workflows.conversion.fits).
-
-    `reference`: the full model's states for the text, kept for later fits (0.5 GB if n_embd is
-    500).
-    """
+    """A distiller for one model's fits (see pop_local.workflows.conversion.fits)."""
 
     source: Source
     options: FitOptions
     hardware: Hardware
     watch: Watch
-    reference: TeacherStates | None = None
 
-    def require(self, plan: Plan) -> TorchDevice:
-        """Return the device to distill on. Raises PopError if the plan's fit cannot be trained."""
+    def require(self, plan: Plan) -> torch.dtype:
+        """Return the data type of matrices. Raises PopError if the plan's fit cannot be trained."""
         cannot, why = "the fit cannot be distilled", ""
         try:
             hyper = read_hyper(self.source)
@@ -54,54 +53,36 @@ class Distiller:
             why = "with only one skipped layer, there are no fitted projections"
         if why:
             raise PopError(f"{cannot}: {why}", "convert without distilling", cause="not-distilled")
-        device = torch_device(self.hardware, cannot)
+        matrices = _matrix_type(self.hardware, cannot)
         from pop_local.research.distill import memory
 
         n_windows = self.options.n_distilled(plan.shape.n_embd)
-        reference_bytes, needed, device_bytes = memory(
-            plan, hyper, n_windows, N_WINDOW, device.matrices
-        )
-        if self.reference is None or self.reference.first > plan.boundary:
-            needed += reference_bytes
-        if device.name == "cpu":  # torch reports a lack of GPU memory
-            needed += device_bytes
+        needed = memory(plan, hyper, n_windows, N_WINDOW, matrices)
         needs.require_memory(
             "distilling the fit needs", needed, _HINT, cause="no-memory-to-distill"
         )
-        return device
+        return matrices
 
-    def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
-        """Train the fit on `text` and return the trained fit. Raises PopError or StoppedError.
+    def train(self, plan: Plan, fitted: Fitted, text: CalibrationText) -> Fitted:
+        """Train the fit on `text` and return the trained fit. Raises PopError or StoppedError."""
+        matrices = self.require(plan)
+        n_windows = self.options.n_distilled(plan.shape.n_embd)
+        with loaded(self.source.first.path, **vars(self.hardware)) as context:
+            chosen = distill_text(context, text, self.options.texts, n_windows)
+        return self.trained(plan, fitted, self.read(plan.boundary, chosen, matrices), matrices)
 
-        The full model first reads the text, unless an earlier call already read the text for this
-        boundary. `n_deeper`: the number of deeper boundaries whose fits need the same states.
-        """
-        device = self.require(plan)
-        reference = self.reference
-        if reference is None or plan.boundary < reference.first:
-            n_windows = self.options.n_distilled(plan.shape.n_embd)
-            if reference:
-                chosen = reference.text
-            else:
-                with loaded(self.source.first.path, **vars(self.hardware)) as context:
-                    chosen = distill_text(context, text, self.options.texts, n_windows)
-            self.reference = reference = None  # memory has room for only one reference
-            reference = self.read(max(plan.boundary - n_deeper, 0), chosen, device)
-        self.reference = reference if n_deeper else None
-        return self.trained(plan, fitted, reference, device)
-
-    def read(self, first: int, text: DistillText, device: TorchDevice) -> TeacherStates:
-        """Run the full model on the text's windows to distill fits at boundaries `first` and up."""
+    def read(self, boundary: int, text: DistillText, matrices: torch.dtype) -> TeacherStates:
+        """Run the full model on the text's windows to distill the fit at a boundary."""
         from pop_local.research.decoder import Decoder
         from pop_local.research.distill import read
 
         stage = self.watch.stage("Reading text for distillation")
         with computing("distilling", _HINT, cause="no-memory-to-distill"):
-            decoder = Decoder(self.source, device.name, device.matrices)
-            return read(decoder, first, text, seed=SEED, on_progress=stage)
+            decoder = Decoder(self.source, matrices)
+            return read(decoder, boundary, text, seed=SEED, on_progress=stage)
 
     def trained(
-        self, plan: Plan, fitted: Fitted, reference: TeacherStates, device: TorchDevice
+        self, plan: Plan, fitted: Fitted, reference: TeacherStates, matrices: torch.dtype
     ) -> Fitted:
         from pop_local.research.decoder import Decoder
         from pop_local.research.distill import distill
@@ -109,13 +90,45 @@ class Distiller:
         start, kv_type = start_of(plan, self.source, fitted), self.options.kv_type
         stage = self.watch.stage(f"Distilling boundary {plan.boundary}")
         with computing("distilling", _HINT, cause="no-memory-to-distill"):
-            decoder = Decoder(self.source, device.name, device.matrices)
+            decoder = Decoder(self.source, matrices)
             found = distill(decoder, start, reference, seed=SEED, on_progress=stage)
         new = [each for layer, made in found.items() for each in fit.encode(layer, made, kv_type)]
         names = {tensor.name for tensor in new}
         kept = [tensor for tensor in fitted.tensors if tensor.name not in names]
         calibration = replace(fitted.calibration, n_distilled=int(reference.text.windows.size))
         return replace(fitted, tensors=(*kept, *new), calibration=calibration)
+
+
+def _matrix_type(hardware: Hardware, what: str) -> torch.dtype:
+    """Set torch's number of threads, and return the fastest data type for matrix products.
+
+    Raises PopError if torch is missing. `what`: the operation that needs torch, for the message.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise PopError(
+            f"{what}: torch is not installed", "install torch", cause="missing-torch"
+        ) from None
+    torch.set_num_threads(hardware.n_threads or default_threads())
+    # On CPUs without AVX-512 BF16, bfloat16 is slower than float32.
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if capabilities.get("avx512_bf16") is True else torch.float32
+
+
+@contextmanager
+def computing(what: str, hint: str, *, cause: str) -> Iterator[None]:
+    """Convert torch's out-of-memory errors in the `with` block to PopError.
+
+    `what`: a name for the computation, for the error message.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        said = ("not enough memory", "allocate memory")
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in said):
+            raise
+        raise PopError(f"there is not enough memory for {what}", hint, cause=cause) from error
 
 
 def start_of(plan: Plan, source: Source, fitted: Fitted) -> InitialFit:

@@ -117,17 +117,17 @@ def distill(options: argparse.Namespace, start: Path, variant: str, target: Path
     with stoppable_watch() as watch:
         distiller = Distiller(source, how, Hardware(n_threads=1, n_gpu_layers=0), watch)
         plan = make_plan(source_shape(source), boundary=meta.boundary, projection=WIDE)
-        device = distiller.require(plan)
+        matrices = distiller.require(plan)
         texts.SHARE = VARIANTS[variant]
         n_windows, n_embd = options.distill_windows, plan.shape.n_embd
         with loaded(options.model, n_threads=1) as context:
             count = min(n_windows, options.tokens[0] // N_WINDOW)
             text = texts.given_text(context, how.texts, count, n_embd)
             chosen = texts.distill_text(context, text, how.texts, n_windows)
-        teacher = distiller.read(plan.boundary, chosen, device)
+        teacher = distiller.read(plan.boundary, chosen, matrices)
         assert meta.calibration is not None
         fitted = Fitted(meta.calibration, tuple(fitted_tensors(start).values()), WIDE)
-        fitted = distiller.trained(plan, fitted, teacher, device)
+        fitted = distiller.trained(plan, fitted, teacher, matrices)
     write_sidecar(plan, options.model, target, fitted=fitted)
 
 

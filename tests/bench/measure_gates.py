@@ -1,7 +1,7 @@
 """Measure each layer's importance with virtual gates, for docs/analysis.md. Not a test.
 
     python tests/bench/measure_gates.py MODEL.gguf [--windows 20 --context 192 --continuation 64]
-        [--text FILE] [--threads 1 --gpu-layers 0] [--seed 0]
+        [--text FILE] [--threads 1] [--seed 0]
 
 This program implements the importance analysis of arXiv 2602.03295. A gate g_l = 1 multiplies layer
 l's contribution to the residual stream. Each layer has one gate for the context rows of a window
@@ -29,13 +29,12 @@ from torch import Tensor
 from pop_converter.base.progress import Progress, Ran, counting
 from pop_converter.gguf.source import read_source
 from pop_local.engine.engine_options import EngineOptions
+from pop_local.engine.llama.devices import default_threads
 from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate, mean, redrawn
 from pop_local.measure.heldout import Text, given_text, shipped_part, spread_windows, tokenize
 from pop_local.research.decoder import Decoder
-from pop_local.research.torch_device import torch_device
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.hardware import Hardware
 
 Tokens = NDArray[np.int32]
 Floats = NDArray[np.float64]
@@ -60,7 +59,7 @@ def gate_gradients(
     context. `n_batch`: windows per batch. `on_progress(done, total)` counts layers times windows,
     forward and backward. The seed determines the targets.
     """
-    generator = torch.Generator(decoder.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     ran = counting(2 * decoder.n_layer * len(windows), on_progress)
     found = torch.cat(
         [
@@ -173,8 +172,8 @@ def read_windows(options: argparse.Namespace) -> Tokens:
 
 
 def measure(options: argparse.Namespace, windows: Tokens) -> Importance:
-    device = torch_device(Hardware(options.threads, options.gpu_layers), "no gates")
-    decoder = Decoder(read_source(options.model), device.name)
+    torch.set_num_threads(options.threads or default_threads())
+    decoder = Decoder(read_source(options.model))
     with terminal_watch() as watch:
         prefill, decode = gate_gradients(
             decoder,
@@ -199,7 +198,6 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=192, help="context tokens per window")
     parser.add_argument("--continuation", type=int, default=64, help="answer tokens per window")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--gpu-layers", type=int, default=-1)
     parser.add_argument("--seed", type=int, default=0, help="seed for the targets")
     options = parser.parse_args()
     found = measure(options, read_windows(options))

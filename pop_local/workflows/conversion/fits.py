@@ -28,11 +28,8 @@ class Distilling(Protocol):
     def require(self, plan: Plan) -> object:
         """Raise PopError if the plan's fit cannot be distilled."""
 
-    def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
-        """Train the fit on `text` and return the trained fit. Raises PopError or StoppedError.
-
-        `n_deeper` is the number of deeper boundaries that will probably be distilled next.
-        """
+    def train(self, plan: Plan, fitted: Fitted, text: CalibrationText) -> Fitted:
+        """Train the fit on `text` and return the trained fit. Raises PopError or StoppedError."""
 
 
 MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distilling]
@@ -88,7 +85,7 @@ class PlanFitter:
             where = self.kept.folder
             watch.on_note(f"The fit is kept in {where}; run the same command again to continue.")
 
-    def distilled(self, plan: Plan, fitted: Fitted, n_deeper: int = 0) -> Fitted:
+    def distilled(self, plan: Plan, fitted: Fitted) -> Fitted:
         """Train a plan's fit end to end and return the result. Raises PopError or StoppedError."""
         assert self.distiller is not None and self.text is not None, "nothing was fitted"
-        return self.distiller.train(plan, fitted, self.text, n_deeper)
+        return self.distiller.train(plan, fitted, self.text)

@@ -40,9 +40,6 @@ from pop_local.workflows.conversion.refusals import OverBudgetError, Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
-# Maximum number of deeper boundaries whose distillation reuses the states read for a boundary.
-N_DEEPER = 3
-
 
 @dataclass(eq=False)
 class Candidate:
@@ -234,14 +231,11 @@ class Search:
 
     def distill(self) -> None:
         """Distill the candidates in order until one of them exceeds the budget (rule 4)."""
-        for number, candidate in enumerate(self.distilled):
+        for candidate in self.distilled:
             try:
                 if candidate.fitted is None:
                     assert candidate.start is not None
-                    n_deeper = min(N_DEEPER, len(self.distilled) - number - 1)
-                    candidate.fitted = self.fitter.distilled(
-                        candidate.plan, candidate.start, n_deeper
-                    )
+                    candidate.fitted = self.fitter.distilled(candidate.plan, candidate.start)
                 if not self.settle(candidate):
                     return
             except PopError as error:

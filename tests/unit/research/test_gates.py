@@ -27,8 +27,8 @@ SEED = 7
 class DoubleDecoder(Decoder):
     """In double precision, so that differences mean something."""
 
-    def _to_device(self, values):
-        return super()._to_device(values).double()
+    def _to_tensor(self, values):
+        return super()._to_tensor(values).double()
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
