@@ -36,7 +36,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 @dataclass(frozen=True)
 class Setting:
-    """A user setting. `default` describes the default. `least` and `most` are inclusive limits."""
+    """A user setting. `default` is a description. `least` and `most` are inclusive limits."""
 
     key: str
     kind: type[int] | type[float] | type[str]
@@ -210,7 +210,7 @@ def _line(text: str, key: str) -> int:
 
 
 def _located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
-    """Return the result of `call`. If it raises PopError, add `where` and, if missing, `hint`."""
+    """Return `call()`. If `call` raises PopError, add `where` and, if missing, `hint`."""
     try:
         return call()
     except PopError as error:

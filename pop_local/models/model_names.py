@@ -178,7 +178,7 @@ def converted_copy(model: CatalogModel) -> Path | None:
 
 
 def is_unused_copy(model: CatalogModel, path: Path) -> bool:
-    """Return True if `path` is the model's converted copy, but its name refers to the original."""
+    """Return True if `path` is the model's converted copy, but the name refers to the original."""
     return path == stored_file(model.pop_file) and converted_copy(model) is None
 
 

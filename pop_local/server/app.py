@@ -190,7 +190,7 @@ class _Server(uvicorn.Server):
 def run_app(app: Starlette, listening: socket.socket) -> None:
     """Serve an app until a signal arrives.
 
-    Before it returns or raises KeyboardInterrupt, all threads have stopped using models.
+    When this function returns or raises KeyboardInterrupt, no thread is using a model.
     """
     # Make glibc return freed blocks of 1 MiB and more to the system. By default, glibc raises this
     # threshold to up to 32 MiB and allocates smaller blocks from heaps. Fragmentation by cached

@@ -1,4 +1,4 @@
-"""Limits on expensive work, shared fairly among clients."""
+"""Limits on expensive work, in total and for each client."""
 
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
@@ -17,7 +17,7 @@ class ClientLimiter:
     """
 
     def __init__(self, total: float, per_client: int, max_waiting: int) -> None:
-        """Create a limiter that lets each client have up to `max_waiting` waiting requests."""
+        """Create a limiter that allows up to `max_waiting` waiting requests per client."""
         self._per_client, self._max_waiting = per_client, max_waiting
         self._all = CapacityLimiter(total)
         self._shares: WeakValueDictionary[str, CapacityLimiter] = WeakValueDictionary()

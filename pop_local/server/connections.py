@@ -1,4 +1,4 @@
-"""HTTP connections with a maximum number and a time limit for receiving a request."""
+"""HTTP connections, limited in number and in the time to receive a request."""
 
 import asyncio
 import sys

@@ -116,7 +116,7 @@ class _AnswerParser:
             f" {stats.n_decoded:,} tokens generated"
         )
         if self._reader is not None and self._reader.no_call:
-            state.note += f", no tool call: {self._reader.no_call}"
+            state.note = f"{state.note}, no tool call: {self._reader.no_call}"
         if stats.finish_reason == "interrupted":
             raise client_gone() if job.cancelled.is_set() else stopping()
         form = job.task.options.calls or job.task.options.grammar

@@ -218,7 +218,7 @@ class ModelPool:
         return [ModelInfo.of_model(served.name, served.model) for served in self.loaded]
 
     async def info(self, file: ModelFile) -> ModelInfo:
-        """Describe a model. Raises PopError or OSError if its file is damaged or unreadable."""
+        """Describe a model. Raises PopError or OSError if the file is damaged or unreadable."""
         if served := self._current(file.path):
             return ModelInfo.of_model(file.name, served.model)
         return await run_in_threadpool(self._read, file)
@@ -407,7 +407,7 @@ class ModelPool:
     def health(self) -> dict[str, Any]:
         """Return /health's fields. Raises ApiError if a model hangs or the only model is unusable.
 
-        `replaced` lists open models with replaced files. A model's next request reopens the model.
+        `replaced` lists open models with replaced files. The next request for a model reopens it.
         """
         in_memory = [*self.loaded, *self._closing]
         if hung_s := max((served.worker.hung_s() for served in in_memory), default=0.0):

@@ -155,7 +155,7 @@ class ChatTool(LenientBody):
 
 
 def keep_tool_types(*types: str | None) -> BeforeValidator:
-    """Return a validator that drops other types of tools. Only the API's vendor can run them."""
+    """Return a validator that drops tools of other types, which only the API's vendor can run."""
 
     def kept(tools: Any) -> Any:
         if not isinstance(tools, list):

@@ -36,8 +36,8 @@ from pop_local.workflows.open import model_files
 _SETTINGS = {
     "flash attention": (True, True),
     "no flash attention": (True, False),
-    "flash attention, weights not repacked": (False, True),
-    "no flash attention, weights not repacked": (False, False),
+    "flash attention, no repacking": (False, True),
+    "no flash attention, no repacking": (False, False),
 }
 # Maximum length in tokens of the prompt with which llama.cpp's settings are compared.
 _N_TRIED = 512
@@ -47,9 +47,9 @@ _N_TRIED = 512
 class BenchOptions:
     """Options for a benchmark.
 
-    `n_prompts` lists the prompt lengths in tokens. `n_pairs` is the number of full and pruned runs
-    per length. By default, `deep_rows` is the file's rule, and `n_ctx` is the length that the
-    prompts require.
+    `n_prompts` lists the prompt lengths in tokens. `n_pairs` is the number of pairs of runs (full
+    and pruned) per length. By default, `deep_rows` is the file's rule, and `n_ctx` is the length
+    that the prompts require.
     """
 
     n_prompts: tuple[int, ...]

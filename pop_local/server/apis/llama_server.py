@@ -33,7 +33,7 @@ _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 class LlamaBody(bodies.CompletionBody):
     """A request to /completion. Some field names differ from OpenAI's.
 
-    If `n_predict` is 0, this server generates one token. llama-server would only fill its cache.
+    If `n_predict` is 0, this server generates one token, but llama-server only fills its cache.
     """
 
     unsupported = (*bodies.CompletionBody.unsupported, "post_sampling_probs")

@@ -159,7 +159,7 @@ class ResponsesBody(bodies.ModelRequest):
         )
 
     def messages(self) -> list[Json]:
-        """Return the input as chat messages. Function calls join the last assistant message."""
+        """Convert the input to chat messages. Calls are added to the last assistant message."""
         found: list[Json] = []
         for item in self.input:
             if isinstance(item, MessageItem):

@@ -52,7 +52,7 @@ _IMAGE = re.compile(r"image/[\w.+-]{1,40}")
 
 
 def is_public(scope: Scope) -> bool:
-    """Return True if the request is for a file of the page. These files require no API key."""
+    """Return True if the request is for one of the page's files, which require no API key."""
     path: str = scope["path"]
     return scope["method"] in ("GET", "HEAD") and (path == "/" or path.startswith("/page/"))
 

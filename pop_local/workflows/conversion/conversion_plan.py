@@ -39,8 +39,8 @@ from pop_local.workflows.hardware import Hardware
 class RowOptions:
     """Options that select the prompt tokens that run through all layers.
 
-    Tokens of the words that `deep_rows` selects run through all layers. Prompts with fewer than
-    `min_prompt` tokens are not pruned (default: twice the number of sink and tail tokens).
+    The words that `deep_rows` selects run through all layers. Prompts with fewer than `min_prompt`
+    tokens are not pruned (default: twice the number of sink and tail tokens).
     """
 
     sink_tokens: int = PopMeta.sink_tokens
@@ -70,7 +70,7 @@ class ConvertOptions:
 class Conversion:
     """A planned conversion. The model has not been measured, and no file has been written.
 
-    `plans` is the plan for a named boundary, or a search's plans by number of skipped layers.
+    `plans` contains one plan for a named boundary, or all plans of a search.
     """
 
     source: Source
@@ -103,7 +103,7 @@ class Conversion:
 
     @cached_property
     def not_counted(self) -> str:
-        """Return the reason if the plans' work cannot be counted, or "" otherwise."""
+        """Return why the plans' work cannot be counted, or "" if it can be counted."""
         try:
             _ = self.deepest.speedup_limit
         except PopError as error:
@@ -229,7 +229,7 @@ class ConversionRun:
 
     @cached_property
     def fitter(self) -> PlanFitter:
-        """The fitter that fits this conversion's plans."""
+        """The fitter for this conversion's plans."""
         runner, fit = self.runner, self.conversion.fit or FitOptions()
         make = self.conversion.options.distiller
         distiller = make and make(runner.source, fit, runner.hardware, runner.watch)

@@ -9,7 +9,7 @@ A candidate is a boundary with its projections and deep rows. The search follows
    and continues with deeper boundaries until a candidate exceeds the budget or an error occurs.
 5. Finally, rules with fewer deep rows are tried. For each rule, the search starts at the deepest
    boundary within the budget, and skips fewer layers as long as the candidate would be the fastest.
-6. The fastest candidate within the budget wins. If several are equally fast, a distilled one wins
+6. The fastest candidate within the budget wins. Of equally fast candidates, a distilled one wins
    unless its KL is larger by more than the standard error. Otherwise, the smallest KL wins.
 """
 
@@ -190,7 +190,7 @@ class Search:
         candidate.is_inside = budgets.is_inside(self.budget, candidate.quality)
 
     def settle(self, candidate: Candidate) -> bool:
-        """Measure the candidate on text and look-ups. Return True if it is within the budget.
+        """Measure the candidate on text and look-ups. Return True if the budget is met.
 
         If the candidate exceeds the budget on text, the look-ups are skipped.
         """
@@ -198,7 +198,7 @@ class Search:
         if candidate.is_inside and candidate.lookups is None:
             reference = self.full.lookups
             with self.runner.tried(candidate.plan, candidate.fitted) as model:
-                advance = self.runner.watch.stage(f"Running look-ups, boundary {candidate}")
+                advance = self.runner.watch.stage(f"Running look-ups at boundary {candidate}")
                 reference.ask(model, Pruning(candidate.boundary), advance, candidate.answers)
             candidate.lookups = reference.compare(candidate.answers)
             candidate.is_inside = budgets.keeps_lookups(self.budget, candidate.lookups)
@@ -245,8 +245,8 @@ class Search:
     def trade_rows(self) -> None:
         """Try rules with fewer deep rows (rule 5).
 
-        Fewer deep rows are assumed never to improve quality. The search for each rule therefore
-        starts at the boundary that the previous rule reached.
+        The search assumes that fewer deep rows never improve quality. The search for each rule
+        therefore starts at the boundary that the previous rule reached.
         """
         ready = {it.boundary: it for it in (*self.plain, *self.distilled) if it.is_ready}
         start = min(each.boundary for each in self.inside)

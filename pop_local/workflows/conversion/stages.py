@@ -44,7 +44,7 @@ def planned_stages(planned: Conversion) -> list[ExpectedStage]:
     work = planned.fit_work or FitWork(0, 0)
     stages = [ExpectedStage("Sampling text", work.sampling), ExpectedStage("Fitting", work.fitting)]
     tried = ExpectedStage("Measuring boundary", _BOUNDARY_COST * read)
-    looked_up = ExpectedStage("Running look-ups, boundary", lookups)
+    looked_up = ExpectedStage("Running look-ups at boundary", lookups)
     if planned.budget is not None:
         stages.append(ExpectedStage("Running the full model", read))
         stages += [tried] * min(_N_MEASURED, len(planned.plans))
