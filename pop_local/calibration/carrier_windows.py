@@ -24,7 +24,7 @@ _MOST = 64
 
 @dataclass(frozen=True)
 class CarrierWindows:
-    """Look-up windows, and a mask of their answer tokens (`answers`); both are [n, n_tokens]."""
+    """Look-up windows [n, n_tokens], and a mask of their answer tokens, with the same shape."""
 
     windows: NDArray[np.int32]
     answers: NDArray[np.bool_]
@@ -35,7 +35,7 @@ def carrier_windows(
 ) -> CarrierWindows:
     """Build `n` windows of `n_tokens` tokens. The same seed yields the same windows.
 
-    If a document does not fit (tiny vocabulary), the result contains only the earlier documents.
+    If a document does not fit (as with a tiny vocabulary), returns only the earlier windows.
     """
     rng = np.random.default_rng(seed)
     windows = np.zeros((n, n_tokens), np.int32)

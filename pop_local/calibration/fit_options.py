@@ -23,9 +23,9 @@ N_DISTILLED = 128
 class FitOptions:
     """Options for fitting the K/V projections of skipped layers.
 
-    `projection`: kind of fit (None: wide if the cost in speed is small). `tokens`: number of tokens
-    to fit on (None: depends on the model's size). `texts`: files and folders to fit on (empty:
-    default text). `memory_bytes`: memory limit for one pass's sums (None: half of the free memory).
+    `projection`: kind of fit (None: wide if this costs little speed). `tokens`: number of tokens to
+    fit on (None: depends on the model's size). `texts`: files and folders to fit on (empty: default
+    text). `memory_bytes`: memory limit for one pass's sums (None: half of the free memory).
     """
 
     tokens: int | None = None
@@ -40,12 +40,12 @@ class FitOptions:
         return ", ".join(map(str, self.texts)) or DEFAULT_NAME
 
     def n_tokens(self, n_embd: int) -> int:
-        """Return the number of tokens to fit on, in whole windows. Raises CalibrationError."""
+        """Return the number of tokens to fit on, as whole windows. Raises CalibrationError."""
         default, least = default_tokens(n_embd), least_tokens(n_embd)
         n_tokens = default if self.tokens is None else self.tokens
         if n_tokens < least:
             raise CalibrationError(
-                f"{n_tokens:,} tokens are too few for a fit: this model needs {least:,} or more",
+                f"{n_tokens:,} tokens are too few for a fit, because this model needs {least:,}",
                 f"use {least} tokens or more (default: {default})",
                 cause="too-few-tokens",
                 n_least=least,

@@ -25,7 +25,7 @@ from pop_local.engine.llama.taps import Rows, TapRequest
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Each plan's fitted projections and the text they were fitted on."""
+    """Each plan's fitted projections, and the text used for fitting."""
 
     fitted: tuple[Fitted, ...]
     text: CalibrationText
@@ -43,7 +43,7 @@ def calibrate(
 
     No two plans may have the same boundary and the same kind of fit. If memory allows, one pass
     over the text serves all plans (see `plan_needs`). `text`: the text of an earlier calibration
-    with the same settings. The stages of `watch` count tokens. Raises PopError or StoppedError.
+    with the same settings. `watch` receives progress in tokens. Raises PopError or StoppedError.
     """
     shape = plans[0].shape
     if text is None:
@@ -85,7 +85,7 @@ def calibrate(
 def calibration_text(
     context: Context, options: FitOptions, n_embd: int, watch: Watch
 ) -> CalibrationText:
-    """Return the options' text or, by default, a text of which the model samples a part."""
+    """Return the options' text, or the default text, part of which the model generates."""
     count = options.n_tokens(n_embd) // N_WINDOW
     if options.texts:
         return texts.given_text(context, options.texts, count, n_embd)
@@ -95,7 +95,7 @@ def calibration_text(
 def _choose_inputs(
     summing: Summing, context: Context, windows: Windows, boundaries: Set[int], watch: Watch
 ) -> dict[int, WideInput]:
-    """Choose the inputs of wide fits from windows spread evenly over the text."""
+    """Choose the inputs of wide fits, using windows spread evenly over the text."""
     wanted = sorted(filter(summing.is_wide, boundaries))
     if not wanted:
         return {}

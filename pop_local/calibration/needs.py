@@ -1,4 +1,4 @@
-"""Calibration cost: passes over the text, memory and time."""
+"""The cost of a calibration: passes over the text, memory, and time."""
 
 import time
 from collections.abc import Sequence
@@ -60,10 +60,10 @@ class FitPair(NamedTuple):
 
 @dataclass(frozen=True)
 class FitNeeds:
-    """Cost of a calibration.
+    """The cost of a calibration.
 
-    `groups`: the (boundary, layer) pairs to fit in each pass over the text. `n_inputs`: the largest
-    number of inputs to any fit. `n_sampled`: the number of text windows to sample from the model
+    `groups`: the (boundary, layer) pairs to fit in each pass over the text. `n_inputs`: the number
+    of inputs of the largest fit. `n_sampled`: the number of text windows to sample from the model
     first. `sums_bytes`: memory for the largest group's Gram matrices, including scratch memory.
     `total_bytes`: the process's peak memory, excluding the mapped model file.
     """
@@ -79,16 +79,16 @@ def free_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def require_memory(what: str, needed_bytes: int, hint: str, *, cause: str) -> None:
-    """Raise PopError if too little memory is free; `what` starts its message ("the fit needs")."""
+def require_memory(work: str, needed_bytes: int, hint: str, *, cause: str) -> None:
+    """Raise PopError if too little memory is free. `work`: the operation that needs the memory."""
     free = free_bytes()
     if needed_bytes > free:
-        message = f"{what} {size(needed_bytes)} of memory, but only {size(free)} is free"
+        message = f"{work} needs {size(needed_bytes)} of memory, but only {size(free)} is free"
         raise PopError(message, hint, cause=cause)
 
 
 def fit_cost(plan: Plan, projection: Projection) -> float:
-    """Return the fraction of speed that the given projection loses compared with a plain fit."""
+    """Return how much slower `projection` is than a plain fit, as a fraction of the speed."""
     plain, wide = (
         replace(plan, projection=kind).speedup_limit for kind in (Projection.FITTED, projection)
     )
@@ -115,7 +115,7 @@ def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Fit
 def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[Plan, ...]:
     """Return the first plan and as many evenly spaced later plans as one pass has room for.
 
-    The sums may take up to MOST_SUMS_BYTES, or the options' `memory_bytes` if that is larger.
+    The sums may take up to MOST_SUMS_BYTES or the options' `memory_bytes`, whichever is larger.
     """
     most = max(MOST_SUMS_BYTES, options.memory_bytes or 0)
     options = replace(options, memory_bytes=_ANY)
@@ -175,19 +175,19 @@ def plan_needs(
 
 
 class FitWork(NamedTuple):
-    """The work of sampling a text and of fitting, in multiply-accumulates at numpy's speed."""
+    """The work of sampling text and of fitting, in equivalent numpy multiply-accumulates."""
 
     sampling: float
     fitting: float
 
 
 def reading_work(plan: Plan, n_tokens: int) -> float:
-    """Return a full prefill's work, in multiply-accumulates at numpy's speed. Raises PopError."""
+    """Return a full prefill's work, in equivalent numpy multiply-accumulates. Raises PopError."""
     return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
 
 
 def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
-    """Return the work of all fits, without measurements.
+    """Return the work of all fits, excluding measurements.
 
     Each pass adds the text's rows to the sums. Each pair's linear system is solved in float64.
     Propagates errors from `Plan.macs`.
@@ -206,7 +206,7 @@ def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> Fit
 
 @cache
 def macs_per_s() -> float:
-    """Measure this machine's multiply-accumulates per second. Takes less than a second."""
+    """Measure this machine's speed in multiply-accumulates per second. Takes less than a second."""
     a = np.ones((_N_PRODUCT, _N_PRODUCT), np.float32)
     times_s = []
     for _ in range(4):
@@ -217,7 +217,7 @@ def macs_per_s() -> float:
 
 
 def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:
-    """Return the size in bytes of an F16 KV cache plus a batch of `n_rows` with logits."""
+    """Return the size in bytes of an F16 KV cache and of a batch of `n_rows` rows with logits."""
     cache = 2 * n_cells * sum(shape.n_k + shape.n_v)
     return cache + 4 * n_rows * (2 * shape.n_vocab + 8 * shape.n_embd)
 
@@ -227,7 +227,7 @@ def n_choosing(n_embd: int) -> int:
 
 
 def _choosing_bytes(shape: ModelShape, n_boundaries: int) -> int:
-    """Return the bytes needed to choose a wide input: states, their axes, and a layer's neurons."""
+    """Return the memory in bytes for choosing wide inputs, including states, axes, and neurons."""
     n, n_rows = shape.n_embd, n_choosing(shape.n_embd) * N_WINDOW
     axes = 8 * n * (2 * n_rows + 3 * n)
     neurons = 4 * max(shape.n_neurons) * (3 * n + 5 * N_WINDOW)

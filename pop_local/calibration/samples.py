@@ -28,7 +28,7 @@ def sample_windows(
 ) -> NDArray[np.int32]:
     """Extend each sequence in `starts` to `n_window` tokens by sampling from the model.
 
-    Returns the tokens, [len(starts), n_window]. Progress is reported in tokens. Raises PopError if
+    Returns the tokens, [len(starts), n_window]. `on_progress` counts tokens. Raises PopError if
     llama.cpp fails or returns NaN logits.
     """
     rng = np.random.default_rng(seed)
@@ -52,7 +52,7 @@ def sample_windows(
                 if np.isnan(logits.max(axis=1)).any():
                     raise PopError(
                         "the model returned NaN logits",
-                        "the model file may be damaged: download it again",
+                        "download the model again, because its file may be damaged",
                     )
                 for number in np.flatnonzero(n_given[part] <= step):
                     windows[part[number], step] = draw(logits[number], rng.random())
@@ -62,7 +62,7 @@ def sample_windows(
 
 
 def draw(logits: NDArray[np.float32], chance: float) -> int:
-    """Return the first token whose cumulative probability exceeds `chance`; `logits`: [n_vocab]."""
+    """Return the first token whose cumulative probability exceeds `chance`. `logits`: [n_vocab]."""
     weights = np.exp(logits - logits.max())
     starts = np.arange(0, weights.size, _BLOCK)
     ends = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)

@@ -33,12 +33,12 @@ _LEAST_DISTINCT = 16
 
 
 class CalibrationError(PopError):
-    """Error for text that is unusable or too short."""
+    """Error raised if text is unusable or too short."""
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The windows to fit on: [n_windows, N_WINDOW]. `sha256`: the hash of the text or tokens."""
+    """The windows [n_windows, N_WINDOW] to fit on. `sha256`: the hash of the text or tokens."""
 
     name: str
     sha256: str
@@ -50,7 +50,7 @@ class CalibrationText:
 
 
 def default_tokens(n_embd: int) -> int:
-    """Return the default text length: 24 tokens per state dimension, but at least 16k.
+    """Return the default text length: 24 tokens per state dimension, but at least 16,384.
 
     A fit's error is proportional to n_embd / n_tokens. The length is a multiple of two windows.
     """
@@ -71,10 +71,10 @@ def n_sampled_of(count: int) -> int:
 
 
 def own_text(context: Context, count: int, on_progress: Progress) -> CalibrationText:
-    """Build text from look-ups, Python's documentation and library code, and model samples.
+    """Build a text from look-ups, Python's documentation and library code, and model samples.
 
-    Half of the samples are free text. The rest are questions and answers that start with the chat
-    template's first tokens. Nothing is downloaded. Progress is reported in sampled tokens.
+    Half of the samples are free text. The other half are questions and answers that start with the
+    chat template's first tokens. Nothing is downloaded. `on_progress` counts sampled tokens.
     """
     n_sampled = n_sampled_of(count)
     carriers = own_carriers(context, count // SHARE)
@@ -97,7 +97,7 @@ def _starts(context: Context, n_sampled: int) -> list[list[int]]:
 
 
 def first_token(context: Context) -> int:
-    """Return the token that starts generated text: BOS, EOS if there is no BOS, or token 0."""
+    """Return the token that starts generated text: BOS, or else EOS, or else token 0."""
     api, vocab = bindings(), context.vocabulary.pointer
     found = (api.llama_vocab_bos(vocab), api.llama_vocab_eos(vocab))
     return next((int(token) for token in found if token >= 0), 0)
@@ -134,9 +134,8 @@ def distill_text(
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
     """Choose equal shares of windows from all paths and, within a folder, from all kinds of files.
 
-    If one is too short, longer texts make up the difference. Windows are spread evenly over each
-    text, and one in SHARE has look-ups. Raises PopError for empty, binary, short or repetitive
-    texts.
+    Longer texts make up for short texts. Windows are spread evenly over each text, and one window
+    in SHARE contains look-ups. Raises PopError for empty, binary, short or repetitive texts.
     """
     groups = _grouped_texts(paths, count)
     least = least_tokens(n_embd)
@@ -147,7 +146,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
         raise _too_short(paths, found, least)
     if np.unique(windows).size < _LEAST_DISTINCT:
         raise CalibrationError(
-            f"{_names(paths)} is repetitive: it has fewer than {_LEAST_DISTINCT} distinct tokens",
+            f"{_names(paths)} is repetitive, with fewer than {_LEAST_DISTINCT} distinct tokens",
             "use more varied text, or the default text",
         )
     whole = "\n\n".join(chain.from_iterable(groups))
@@ -181,12 +180,12 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def _grouped_texts(paths: Sequence[Path], count: int) -> list[list[str]]:
-    """Return each path's texts, each limited to the length of `count` windows."""
+    """Return each path's texts, limiting each text to the length of `count` windows."""
     return read_kinds(paths, count * N_WINDOW * _MAX_CHARS_PER_TOKEN)
 
 
 def _spread(context: Context, parts: Sequence[str | Sequence[str]], count: int) -> Windows:
-    """Choose windows in equal shares from all parts, which are texts or groups of texts.
+    """Choose equal shares of windows from all parts, which are texts or groups of texts.
 
     If a part is too short for its share, longer parts make up the difference.
     """
@@ -211,14 +210,14 @@ def _topics() -> str:
 
 
 def _library_code() -> str:
-    """Return the standard library's source code as one string, or "" if it is not installed."""
+    """Return the standard library's source code as one string, or "" if no source is installed."""
     folder = Path(sysconfig.get_path("stdlib"))
     sources = [decoded(read_file(file), str(file)) for file in sorted(folder.glob("*.py"))]
     return "\n\n".join(sources)
 
 
 def _cut(context: Context, text: str, count: int) -> Windows:
-    """Choose up to `count` windows spread evenly over the text, each starting with BOS."""
+    """Choose up to `count` windows spread evenly over the text, and start each with BOS."""
     prefix = list(context.vocabulary.bos)
     n_text = N_WINDOW - len(prefix)
     n_chars = n_text * _MAX_CHARS_PER_TOKEN

@@ -64,12 +64,12 @@ def copies(quality: "Quality") -> bool:
 
 
 def may_copy(retention: "Estimate | None") -> bool:
-    """Return True if a fit might restore copying, given the `retention` without a fit."""
+    """Return True if a fit might restore copying, based on the retention without a fit."""
     return _keeps(retention, _RETENTION_GAIN)
 
 
 def _keeps(retention: "Estimate | None", slack: float = 0.0) -> bool:
-    """Return True if retention is high enough, or is None because the full model cannot copy."""
+    """Return True if retention is high enough, or if the full model cannot copy (None)."""
     return retention is None or retention.value >= LEAST_RETENTION - slack
 
 
@@ -85,12 +85,12 @@ def boundaries(shape: "ModelShape", divisor: int = 2) -> tuple[int, ...]:
 
 
 def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int, ...]:
-    """Return the boundaries to measure next, most useful first.
+    """Return the boundaries to measure next, starting with the most useful.
 
     `plans`: the available boundaries. `verdicts`: whether each measured boundary is within the
     budget. The search assumes that a deeper boundary never improves quality. The search starts at
-    the middle boundary, which is close to the result for most models. The step doubles until the
-    limit is bracketed, and then the search bisects. The result is empty once the deepest boundary
+    the middle boundary, which is close to the result for most models. The search doubles its step
+    until it brackets the limit, and then bisects. The result is empty once the deepest boundary
     within the budget is known, or if all boundaries exceed the budget.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans, default=0) + 1)
@@ -120,8 +120,8 @@ def limits_in_words(budget: Budget) -> str:
 
 def figures_in_words(quality: "Quality", lookups: "Lookups | None" = None) -> str:
     """Describe the limited metrics, in the same order as `limits_in_words`."""
-    lost = "" if lookups is None else f", {lookups.lost} of {lookups.full} look-ups lost"
-    return (
-        f"KL {quality.kl_mean.value:.4g}, perplexity ratio {quality.ppl_ratio.value:.3f}, "
-        f"copy ratio {quality.copy_ppl_ratio.value:.3f}{lost}"
-    )
+    found = [f"KL {quality.kl_mean.value:.4g}", f"perplexity ratio {quality.ppl_ratio.value:.3f}"]
+    found.append(f"copy ratio {quality.copy_ppl_ratio.value:.3f}")
+    if lookups is not None:
+        found.append(f"{lookups.lost} of {lookups.full} look-ups lost")
+    return ", ".join(found)

@@ -60,7 +60,7 @@ class Compared:
     """The full model's answer and the pruned model's answer to a prompt.
 
     `is_full_right` and `is_pruned_right` are None if the prompt has no expected answer.
-    `first_difference`: the number of shared leading tokens (None if the answers are identical).
+    `first_difference`: number of leading tokens that both answers share (None if identical).
     """
 
     line: int
@@ -132,9 +132,9 @@ def mcnemar(n_first: int, n_second: int) -> float:
 def read_prompts(path: Path) -> PromptFile:
     """Read a JSONL file whose objects have the key `prompt` or `messages`. Raises PopError.
 
-    An object with `prompt` may have `documents`, a list of strings and {"file": PATH} objects, and
-    `images`, a list of paths. Documents and images precede the prompt's text. Paths are relative to
-    the JSONL file. `answer` is a string that correct answers contain, or {"regex": PATTERN}.
+    An object with `prompt` may also have the lists `documents` (strings or {"file": PATH} objects)
+    and `images` (paths). Documents and images precede the prompt's text. Paths are relative to the
+    JSONL file. `answer` is a string that correct answers contain, or {"regex": PATTERN}.
     """
     # str.splitlines would also split at characters that JSON strings may contain.
     lines = re.split(r"\r\n?|\n", read_text(path))
@@ -149,8 +149,8 @@ def _prompt(path: Path, number: int, line: str) -> ComparedPrompt:
         return PopError(
             f"{path}, line {number}: {what}",
             'each line must be {"prompt": TEXT} or {"messages": [{"role": ..., "content": TEXT}]},'
-            ' optionally with "answer": TEXT or {"regex": PATTERN}; a prompt may also have'
-            ' "documents" and "images"',
+            ' optionally with "answer": TEXT or {"regex": PATTERN} (a prompt may also have'
+            ' "documents" and "images")',
         )
 
     try:
@@ -207,8 +207,8 @@ def _text(given: Any) -> str:
 def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answered:
     """Answer a prompt greedily with the model's current pruning settings.
 
-    The prefix that the prompt shares with the previous prompt stays cached. Raises PopError if the
-    prompt does not fit in the context, or StoppedError if the caller stops the answer.
+    Any prefix that is shared with the previous prompt stays cached. Raises PopError if the prompt
+    does not fit in the context, or StoppedError if the caller stops the answer.
     """
     try:
         chunks = list(model.ask(prompt.messages, temperature=0.0, max_tokens=max_tokens))

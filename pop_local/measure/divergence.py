@@ -30,7 +30,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """NLL of the target tokens [n] in nats, and whether each was the most likely token [n]."""
+    """The target tokens' NLL [n] in nats, and whether each target is the most likely token [n]."""
 
     nll: Floats
     is_top1: Flags
@@ -38,7 +38,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(full || pruned) of each row [n] in nats, and whether the most likely tokens agree [n]."""
+    """Each row's KL(full || pruned) [n] in nats, and whether the most likely tokens agree [n]."""
 
     kl: Floats
     same_top1: Flags

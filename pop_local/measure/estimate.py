@@ -27,7 +27,7 @@ class Estimate:
 
 
 def mean(per_window: Floats | Flags) -> Estimate:
-    """Return the mean of numbers or flags [n_windows, ...] and the standard error."""
+    """Return the mean of numbers or flags [n_windows, ...] and its standard error."""
     windows = per_window.reshape(len(per_window), -1).mean(axis=1, dtype=np.float64)
     n = len(windows)
     se = float(windows.std(ddof=1)) / math.sqrt(n) if n > 1 else None
@@ -35,7 +35,7 @@ def mean(per_window: Floats | Flags) -> Estimate:
 
 
 def exp_mean(per_window: Floats) -> Estimate:
-    """Return exp(mean), for example a perplexity, with a first-order error estimate."""
+    """Return exp(mean), such as a perplexity, with a first-order error estimate."""
     inner = mean(per_window)
     value = math.exp(inner.value) if inner.value < _MAX_EXPONENT else math.inf
     return Estimate(value, None if inner.se is None else value * inner.se)
@@ -48,7 +48,7 @@ def ratio(upper: Floats, lower: Floats) -> Estimate:
 
 
 def quantile(per_window: Floats, share: float) -> Estimate:
-    """Return a quantile of all values [n_windows, n_tokens] and the standard error."""
+    """Return a quantile of all values [n_windows, n_tokens] and its standard error."""
     return redrawn(per_window, lambda windows: float(np.quantile(windows, share)))
 
 

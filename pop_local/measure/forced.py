@@ -1,8 +1,8 @@
-"""Teacher forcing: read a context in one mode, then score the text that follows it.
+"""Teacher forcing: read a context in one mode, then score the text after the context.
 
 Rows with requested logits run all layers, so only the context's last token yields a prediction.
-`Forced` raises PopError unless the backend's row counters show the planned number of pruned rows
-after each context and text. In a `stopped_by` block, a measurement can raise StoppedError.
+After each context and text, `Forced` raises PopError unless the backend counted the planned number
+of pruned rows. In a `stopped_by` block, a measurement can raise StoppedError.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,7 +52,7 @@ def forced(model: PopModel) -> Iterator["Forced"]:
 
 
 class Forced:
-    """A model opened for teacher forcing; see `forced`."""
+    """A model that `forced` has opened for teacher forcing."""
 
     def __init__(self, model: PopModel) -> None:
         self.rule = replace(model.engine.rule, min_prompt=0)
@@ -64,7 +64,7 @@ class Forced:
         self.n_pruned = 0
 
     def read(self, context: Tokens, pruning: Pruning) -> None:
-        """Read a context into an empty cache and set `n_pruned` to the number of pruned rows."""
+        """Empty the cache, read a context, and set `n_pruned` to the number of pruned rows."""
         cache = self._cache
         cache.clear()
         if pruning.context is not Mode.OFF:
@@ -84,7 +84,7 @@ class Forced:
     def predict(self, tokens: Tokens) -> Logits:
         """Return the full model's logits (len(tokens), n_vocab) for text after the context.
 
-        Row i is predicted from the context and tokens[:i]. The cache then drops the tokens.
+        Row i depends on the context and tokens[:i]. Drops the tokens from the cache afterward.
         """
         n_context, n_decoded = self._cache.n_tokens, len(tokens) - 1
         logits = np.empty((len(tokens), self._context.vocabulary.n_tokens), np.float32)
@@ -101,7 +101,7 @@ class Forced:
 
     @contextmanager
     def branch(self) -> Iterator[None]:
-        """On exit, remove from the cache all tokens that `extend` appended in the `with` block."""
+        """Context manager that, on exit, drops the tokens that `extend` appended to the cache."""
         n_tokens, following, state = self._cache.n_tokens, self._next, self._state
         try:
             yield
@@ -110,7 +110,7 @@ class Forced:
             self._next, self._state = following, state
 
     def extend(self, tokens: Tokens) -> None:
-        """Append tokens, such as a question or a generated answer, and run all layers for them."""
+        """Append tokens, such as a question or a generated answer, and run them in full."""
         for _ in self._append_full(tokens, Outputs.LAST, self._context.n_batch):
             self._next = self._context.logits().copy()
         self._state = self._sequence.states.save() if self._context.is_recurrent else None
@@ -118,7 +118,7 @@ class Forced:
     def _append_full(
         self, tokens: Tokens, outputs: Outputs, n_rows: int
     ) -> Iterator[tuple[int, int]]:
-        """Run tokens through all layers in batches of up to `n_rows` and yield each range."""
+        """Run tokens through all layers in batches of up to `n_rows`, and yield their ranges."""
         cache, step = self._cache, min(n_rows, self._context.n_batch)
         backend.reset_counters(self._context.ctx)
         cache.slot.set_mode(Mode.OFF)
@@ -144,7 +144,7 @@ class Forced:
         counters = self._cache.slot.counters
         if (counters.n_context, counters.n_rows) != (expected, n_tokens):
             raise PopError(
-                f"the measurement is invalid: of {n_tokens} {what} tokens, {expected} should be"
-                f" pruned, but the backend counted {counters.n_context} pruned and"
+                f"the measurement is invalid: expected {expected} pruned {what} tokens of"
+                f" {n_tokens}, but the backend counted {counters.n_context} pruned and"
                 f" {counters.n_full} full tokens"
             )

@@ -20,7 +20,7 @@ TextTokens = Sequence[Sequence[int]]
 class Text:
     """Text that is split into parts, such as prose and code.
 
-    No window extends across the end of a part.
+    No window contains tokens from two parts.
     """
 
     name: str
@@ -39,12 +39,12 @@ def shipped_part(name: str) -> str:
 
 
 def given_text(path: Path) -> Text:
-    """Read a file as one part. Raises PopError if the file is unreadable, binary, or empty."""
+    """Read a file as a single part. Raises PopError for an unreadable, binary, or empty file."""
     return Text(path.name, (read_text(path),))
 
 
 def tokenize(model: PopModel, text: Text) -> tuple[tuple[int, ...], ...]:
-    """Return the tokens of each part of the text, without BOS."""
+    """Return the tokens of each part, without BOS."""
     return tuple(tuple(model.engine.context.vocabulary.tokenize(part)) for part in text.parts)
 
 
@@ -56,13 +56,13 @@ def room(texts: TextTokens, n_tokens: int) -> int:
 def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Sequence[int]]:
     """Return non-overlapping windows of `n_tokens`, spread evenly over all parts of the text.
 
-    If a part is too short, longer parts provide more windows. Raises PopError if none fit.
+    Longer parts make up for short parts. Raises PopError if the whole text is too short.
     """
     rooms = [len(text) // n_tokens for text in texts]
     if sum(rooms) < n_windows:
         raise PopError(
-            f"the text is too short for {n_windows} windows of {n_tokens:,} tokens:"
-            f" it has room for {sum(rooms)}",
+            f"the text is too short for {n_windows} windows of {n_tokens:,} tokens, because only"
+            f" {sum(rooms)} fit",
             "use a longer text, or fewer or shorter windows",
             cause="text-too-short",
         )
@@ -74,7 +74,7 @@ def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Seq
 
 
 def _shares(room: list[int], n_windows: int) -> list[int]:
-    """Distribute windows over parts as equally as possible; the first parts get the remainder."""
+    """Distribute windows equally over the parts. The first parts get the remainder."""
     shares = [0] * len(room)
     for _ in range(n_windows):
         open_parts = [part for part, limit in enumerate(room) if shares[part] < limit]

@@ -1,13 +1,12 @@
 """Look-ups: questions about exact strings in a document, answered with and without pruning.
 
 The full model and the pruned model each read every synthetic document once. The documents
-(`carriers`) have layouts that are never used for fitting. All layers run for the questions, as for
-the tail of a prompt. Questions are completions, so that both base models and instruction-tuned
-models can answer the same questions.
+(`carriers`) have layouts that are never used for fitting. Questions run through all layers, like
+the tail of a prompt. Questions are worded as completions, which base models can also answer.
 
-An answer is *correct* if the greedy continuation contains the exact string (see `is_right`). The
-*log-probability* of the correct string after the question is computed with teacher forcing, and is
-far less noisy than the number of correct answers.
+An answer is *correct* if the greedy continuation contains the exact string (see `is_right`).
+Teacher forcing yields the *log-probability* of the correct string, which is far less noisy than the
+number of correct answers.
 """
 
 import re
@@ -96,9 +95,9 @@ class Lookups:
     `full` and `pruned`: the number of correct answers from each model, out of `n` answers. `lost`:
     the number of questions that only the full model answers correctly. `gained`: the number of
     questions that only the pruned model answers correctly. `p`: the two-sided p-value of McNemar's
-    exact test. `logprob_*`: the mean log-probability of the correct strings in nats; `logprob_lost`
-    is full minus pruned. `expected_lost`: the relative drop in the correct strings' mean
-    probability. Errors are computed from the spread between documents.
+    exact test. `logprob_*`: the mean log-probability of the correct strings in nats. `logprob_lost`
+    is the full model's value minus the pruned model's. `expected_lost`: the relative drop in the
+    correct strings' mean probability. Errors are computed from the spread across documents.
     """
 
     n: int
@@ -120,7 +119,7 @@ def measure_lookups(
 ) -> Lookups:
     """Answer the questions about each document, once with pruning and once without.
 
-    Progress is reported in questions. Raises PopError if a prompt is too long or was not pruned as
+    `on_progress` counts questions. Raises PopError if a prompt is too long or was not pruned as
     planned.
     """
     reference = LookupReference(settings, make_documents(model, settings), [])
@@ -132,7 +131,7 @@ def measure_lookups(
 
 @dataclass(frozen=True)
 class LookupReference:
-    """The full model's answers, for comparison with multiple files of the same model."""
+    """The full model's answers, for comparison with several files of the same model."""
 
     settings: LookupSettings
     documents: tuple[LookupDocument, ...]
@@ -144,14 +143,14 @@ class LookupReference:
     ) -> "LookupReference":
         """Answer the questions about each document without pruning, unless `known` has the answers.
 
-        Adds new answers to `known`, so they survive interruptions. Raises PopError.
+        Appends new answers to `known`, so that an interrupted run keeps them. Raises PopError.
         """
         found = cls(settings, make_documents(model, settings), known)
         found.ask(model, FULL, on_progress, known)
         return replace(found, full=known[: len(found.documents)])
 
     def ask(self, model: PopModel, pruning: Pruning, on_progress: Progress, known: Answers) -> None:
-        """Answer the questions that `known` does not cover yet and append the answers to it."""
+        """Answer the questions that `known` does not cover, and append the answers to `known`."""
         new = self.documents[len(known) :]
         ran = counting(sum(len(each.questions) for each in new), on_progress)
         with forced(model) as reader:
@@ -189,8 +188,8 @@ class LookupReference:
 def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDocument, ...]:
     """Build documents from held-out layouts, words, and prose.
 
-    Increasing `n_documents` only adds documents at the end of the result. Raises PopError if the
-    documents are too short for a look-up.
+    A larger `n_documents` only appends documents to the result. Raises PopError if the documents
+    are too short for a look-up.
     """
     rng, prose = np.random.default_rng(settings.seed), shipped_part("prose")
     vocabulary = model.engine.context.vocabulary
@@ -223,8 +222,8 @@ def _tokenize_question(model: PopModel, question: LookupQuestion) -> TokenizedQu
 def is_right(text: str, answer: str) -> bool:
     """Return True if the first line of a continuation contains the exact answer.
 
-    Quotes and words may surround the answer, but the answer must not be part of a longer value. No
-    letter or digit may adjoin the answer, either directly or separated by one of `.,-/@`.
+    Quotes and words may surround the answer, but the answer must not be part of a longer value. The
+    answer must not be adjacent to a letter or digit, either directly or across one of `.,-/@`.
     """
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"
@@ -260,7 +259,7 @@ def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
 def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
     """Return the first line of the greedy continuation, whose first `n_right` tokens are correct.
 
-    After a complete correct answer, generates one more token to check if the value continues.
+    After a complete correct answer, generates one more token to check whether the value continues.
     """
     model, tokens = reader.model, list(asked.answer[:n_right])
     n_most = len(asked.answer) + (_N_LEEWAY if n_right < len(asked.answer) else 1)

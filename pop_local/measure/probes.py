@@ -1,8 +1,9 @@
-"""Two probes of copying from the prompt, because the KL on prose hides failures to copy.
+"""Two probes that measure copying from the prompt. The KL on prose hides failures to copy.
 
-The *copy* probe repeats a passage of the context at the end of the context. The *induction* probe
-repeats random tokens; a model that cannot copy has the same loss on both occurrences. Both probes
-score only tokens whose first occurrence was pruned, or all random tokens if none was pruned.
+The *copy* probe repeats a passage from the context at the end of the context. The *induction* probe
+repeats random tokens. A model that cannot copy has the same loss on both occurrences. Both probes
+score only tokens whose first occurrence was pruned. If no random token was pruned, the induction
+probe scores all tokens.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ _NORMAL = 1 << 2  # LLAMA_TOKEN_ATTR_NORMAL
 
 @dataclass(frozen=True)
 class Repeated:
-    """Random tokens, and the full model's mean NLL [n_draws] in nats for each occurrence."""
+    """Random tokens, and the full model's mean NLL [n_draws] in nats for both occurrences."""
 
     draws: tuple[Sequence[int], ...]
     first: Floats
@@ -37,8 +38,8 @@ def require_passage(n_context: int, rule: RowRule) -> None:
     least = max(1, rule.sink_tokens) + rule.tail_tokens + 2
     if n_context < least:
         raise PopError(
-            f"the context is too short: of {n_context} tokens, the first"
-            f" {rule.sink_tokens} and the last {rule.tail_tokens} run all layers",
+            f"the context of {n_context} tokens is too short, because the first"
+            f" {rule.sink_tokens} and the last {rule.tail_tokens} tokens run all layers",
             f"use a context of {least} tokens or more",
             cause="context-too-short",
             n_least=least,
@@ -99,7 +100,7 @@ def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> floa
 
 
 def _scored(reader: Forced) -> tuple[int, int]:
-    """Return the range of random tokens whose first occurrence is pruned, or all tokens if none is.
+    """Return the range of random tokens whose first occurrence is pruned (or of all tokens).
 
     The first token is excluded, because it has no prediction.
     """
@@ -109,7 +110,7 @@ def _scored(reader: Forced) -> tuple[int, int]:
 
 
 def random_tokens(model: PopModel, n_tokens: int, rng: np.random.Generator) -> list[int]:
-    """Draw ordinary tokens uniformly, because models treat control tokens specially."""
+    """Draw random tokens, excluding control tokens, which models treat specially."""
     vocabulary, attribute = model.engine.context.vocabulary, backend.bindings().llama_vocab_get_attr
     tokens: list[int] = []
     while len(tokens) < n_tokens:

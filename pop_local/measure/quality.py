@@ -146,8 +146,8 @@ def measure_pruning(
     """Measure the loss from pruning relative to the full model.
 
     A file's fitted projections are used only at the file's boundary. `text_tokens`: one token
-    sequence per part of the text, without BOS. Progress is reported in windows and draws. The
-    measurement takes 8 * n_continuation * n_vocab bytes of memory. Raises PopError if the text is
+    sequence per part of the text, without BOS. `on_progress` counts windows and draws. The
+    measurement needs 8 * n_continuation * n_vocab bytes of memory. Raises PopError if the text is
     too short, if no token would be pruned, or if the backend's counters differ from the plan.
     """
     with forced(model) as reader:
@@ -167,9 +167,9 @@ def read_reference(
 ) -> QualityReference:
     """Run the full model on windows of text and on random tokens.
 
-    `known` contains the scores already computed. This function appends the remaining scores to
-    `known`, so a later call can resume an interrupted run. Progress is reported in windows and
-    draws. Raises PopError if the text is too short, or if no token would be pruned.
+    `known` contains earlier scores. This function appends the remaining scores to `known`, so a
+    later call can resume an interrupted run. `on_progress` counts windows and draws. Raises
+    PopError if the text is too short, or if no token would be pruned.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
@@ -190,8 +190,8 @@ def measure_against(
 ) -> Quality:
     """Measure pruning against a reference, using the loaded file's projections.
 
-    `known` contains the scores already computed, as in `read_reference`. Progress is reported in
-    windows and draws. Raises the same errors as `measure_pruning`.
+    `known` contains earlier scores, as in `read_reference`. `on_progress` counts windows and
+    draws. Raises the same errors as `measure_pruning`.
     """
     known = [] if known is None else known
     with forced(model) as reader:
@@ -249,7 +249,7 @@ def choose_windows(
 def _summarize(
     pruning: Pruning, reference: QualityReference, scores: Sequence[Scores], repeated_nll: Floats
 ) -> Quality:
-    """Summarize all windows' scores; `repeated_nll` [n_draws]: see `measure_induction`."""
+    """Summarize all windows' scores. `repeated_nll` [n_draws]: see `measure_induction`."""
     settings, repeated = reference.settings, reference.repeated
     kl = np.stack([score.divergence.kl for score in scores])
     full, pruned = _nll(s.full for s in scores), _nll(s.pruned for s in scores)

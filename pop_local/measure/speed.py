@@ -1,10 +1,10 @@
 """Measure the time to first token (TTFT) with and without pruning.
 
 Each round runs both modes in the same process and with the same weights. Ratios are computed within
-each round, so a temporary slowdown affects both modes. The order of the runs is reversed after each
-round. Each run starts with an empty KV cache. The measured time includes prefill and sampling the
-first token; decode is measured separately. Each run raises PopError unless the backend's row
-counters show that all prompt tokens were evaluated and pruned as planned.
+each round, so a temporary slowdown affects both modes. Each round reverses the order of the runs.
+Each run starts with an empty KV cache. The measured time includes prefill and sampling the first
+token. Decode is measured separately. Each run raises PopError unless the backend's row counters
+show that all prompt tokens were evaluated and pruned as planned.
 """
 
 import statistics
@@ -52,10 +52,10 @@ class ModePair:
 class SpeedRow:
     """Speed measurements for one prompt length. Times are in seconds.
 
-    `speedup`: the TTFT in full mode divided by the TTFT in pruned mode. `n_deep`: the number of the
-    prompt's deep rows. `n_skipped_exact`: the number of rows that skipped layers without loss.
-    `upstream_ttft_s`: the TTFT without pop-local's kernels (None: not measured).
-    `kernels_speedup`: the ratio of `upstream_ttft_s` to the full TTFT (None: not measured).
+    `speedup`: the TTFT in full mode divided by the TTFT in pruned mode. `n_deep`: the number of
+    deep rows in the prompt. `n_skipped_exact`: the number of rows that skipped layers without loss.
+    `upstream_ttft_s`: the TTFT without pop-local's kernels (None: not measured). `kernels_speedup`:
+    the ratio of `upstream_ttft_s` to the full TTFT (None: not measured).
     """
 
     n_prompt: int
@@ -72,10 +72,13 @@ class SpeedRow:
     @property
     def in_words(self) -> str:
         full_s, pop_s = self.full_ttft_s.median, self.pop_ttft_s.median
-        seconds = f"{pop_s:.3g} s with fast reading and {full_s:.3g} s in full"
+        words = (
+            f"pop-local reads a prompt of {self.n_prompt:,} tokens in {pop_s:.3g} s with fast"
+            f" reading and {full_s:.3g} s in full."
+        )
         if self.upstream_ttft_s is not None:
-            seconds += f", and llama.cpp in {self.upstream_ttft_s.median:.3g} s"
-        return f"pop-local reads a prompt of {self.n_prompt:,} tokens in {seconds}."
+            words += f" llama.cpp takes {self.upstream_ttft_s.median:.3g} s."
+        return words
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,10 @@ def measure_speed(
 ) -> tuple[SpeedRow, ...]:
     """Measure each prompt length in `n_rounds` rounds, after a warm-up round.
 
-    `upstream` runs a prompt without pop-local's kernels. Progress is reported in prompt tokens
-    after each round, because a round's runs differ in speed. `on_row` receives all rows but the
-    last. The context must have room for the longest prompt plus N_DECODE tokens. Raises PopError if
-    the backend's counters differ from the plan.
+    `upstream`: function that runs a prompt without pop-local's kernels. `on_progress` counts prompt
+    tokens after each round, because a round's runs differ in speed. `on_row` is called with every
+    row except the last. The context must have room for the longest prompt plus N_DECODE tokens.
+    Raises PopError if the backend's counters differ from the plan.
     """
     n_ways = 2 if upstream is None else 3
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
@@ -151,7 +154,7 @@ def run_rounds(
 ) -> list[list[Run]]:
     """Run each function once per round, after a warm-up round, and return each function's runs.
 
-    The order of the functions is reversed after each round. `ran` is called after each round.
+    Each round reverses the order of the functions. `ran` is called after each round.
     """
     runs: list[list[Run]] = [[] for _ in ways]
     order = list(range(len(ways)))
@@ -201,9 +204,9 @@ def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters
     n_pruned, n_full = counters.n_context, counters.n_full
     if (n_pruned, counters.n_exact, n_full) != (*expected, n_prompt - n_left):
         raise PopError(
-            f"the measurement is invalid: of {n_prompt} prompt tokens, {expected[0]} should be"
-            f" pruned and {expected[1]} should skip layers exactly, but the backend counted"
-            f" {n_pruned} pruned, {counters.n_exact} exact, and {n_full} full tokens"
+            f"the measurement is invalid: expected {expected[0]} pruned and {expected[1]} lossless"
+            f" tokens of {n_prompt}, but the backend counted {n_pruned} pruned, {counters.n_exact}"
+            f" lossless, and {n_full} full tokens"
         )
 
 

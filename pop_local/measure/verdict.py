@@ -39,12 +39,12 @@ def comparison_in_words(found: "Comparison") -> str:
     """Describe how many correct answers are lost with pruning, or how many answers change."""
     n = len(found.answers)
     if not found.n_judged:
-        changed = f"{len(found.different)} of {n}"
-        return f"Answers changed by fast reading: {changed}. No prompt has an expected answer."
+        n_changed = len(found.different)
+        return f"Fast reading changed {n_changed} of {n} answers. No prompt has an expected answer."
     lost = f"{found.n_only_full or 'none'} of {found.full_hits} correct answers lost"
     if found.n_only_pruned:
         lost += f", {found.n_only_pruned} gained"
     if found.n_only_full + found.n_only_pruned:
-        is_chance = found.p_value >= _LEAST_P
-        lost += ", which may be chance" if is_chance else ", which is unlikely to be chance"
+        certainty = "may" if found.p_value >= _LEAST_P else "is unlikely to"
+        lost += f", which {certainty} be chance"
     return f"Answers: {lost}."

@@ -1,8 +1,8 @@
 """A dense decoder in torch that loads a GGUF file layer by layer to compute gradients.
 
-The decoder computes the same function as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma3),
-in float32 by default. Since llama.cpp rounds activations and the KV cache, its predictions differ
-from the decoder's by a KL of about 0.001.
+The decoder computes the same function as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma3), in
+float32 by default. The KL between the predictions is about 0.001, because llama.cpp rounds
+activations and the KV cache.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ BASE_BYTES = 400_000_000
 
 
 class Decoder:
-    """A dense model whose LM head stays in memory and whose layers are loaded on demand.
+    """A dense model that keeps its LM head in memory and loads its layers on demand.
 
     `matrices`: the data type for storing and multiplying matrices (default: the states' type).
     Raises UnsupportedArchitectureError, or FormatError if the file is invalid.
@@ -56,7 +56,7 @@ class Decoder:
     def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Return the logits [..., n_vocab] for the last layer's output [..., n_embd].
 
-        `tokens` [n]: which logits [..., n] to return, computed in the states' type (None: all).
+        `tokens` [n]: the tokens to compute logits [..., n] for, in the states' type (None: all).
         """
         normed = _rms_norm(states, self._output_norm, self.hyper.eps)
         head = self._head if tokens is None else self._head[tokens].to(normed.dtype)
@@ -86,7 +86,7 @@ class StoredKv:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A layer of the decoder; `window`: the number of visible positions (0: all positions)."""
+    """A layer of the decoder. `window`: the number of visible positions (0: all positions)."""
 
     tensors: dict[str, Tensor]
     hyper: Hyper

@@ -1,11 +1,11 @@
 """Distill fitted K/V projections by training them on the full model's predictions.
 
 Least squares (pop_converter.fit.least_squares) approximates each layer's K and V without regard to
-the effect on later layers. Distillation runs the skipped layers as for a pruned prompt: context
-rows after the sinks stop at the boundary, while answer rows run through all layers and attend to
-the projected K and V. The loss is KL(full || pruned) over the answer rows. Adam updates the
-projections with the gradient of the loss through the skipped layers, while the model's weights stay
-frozen (knowledge distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980).
+the effect on later layers. Distillation runs the skipped layers as in a pruned prompt. Context rows
+after the sinks stop at the boundary. Answer rows run through all layers and attend to the projected
+K and V. The loss is KL(full || pruned) over the answer rows. Adam (arXiv 1412.6980) updates the
+projections with the gradient of the loss through the skipped layers. The model's weights stay
+frozen. The method is knowledge distillation (Hinton et al., arXiv 1503.02531).
 
 Some windows end with a passage repeated from their context, because pruning damages copying first.
 """
@@ -59,7 +59,7 @@ class InitialFit:
     """The initial fit for distillation: projections for all skipped layers except the first.
 
     `wide`: the function that computes a wide fit's extra inputs (None for other fits). `n_sink`:
-    the number of leading rows that are never pruned (reduced to a quarter of a window if larger).
+    the number of leading rows that are never pruned (up to a quarter of a window).
     """
 
     boundary: int
@@ -89,10 +89,10 @@ class TeacherStates:
 def read(
     decoder: Decoder, boundary: int, text: DistillText, *, seed: int, on_progress: Progress
 ) -> TeacherStates:
-    """Run the full model on the text's windows, and on copies of some that repeat a passage.
+    """Run the full model on the text's windows, and on copies that repeat a passage.
 
-    `boundary`: the boundary of the fit. `seed`: for choosing passages. `on_progress(done, total)`
-    receives progress in windows times layers. It may raise to stop.
+    `boundary`: the fit's boundary. `seed`: seed for choosing passages. `on_progress(done, total)`
+    counts windows times layers, and may raise an exception to stop.
     """
     copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])
@@ -133,10 +133,9 @@ def distill(
 ) -> dict[int, KvProjection]:
     """Train a fit's projections on the full model's states and return the trained projections.
 
-    `reference` must belong to the fit's boundary. `on_progress(done, total)` receives progress in
-    windows times layers, forward and backward, and may raise an exception to stop the training.
-    `seed`: the seed for choosing the order of the windows and their context lengths. Raises
-    FitError if any trained weight is not finite.
+    `reference` must belong to the fit's boundary. `on_progress(done, total)` counts windows times
+    layers, forward and backward, and may raise an exception to stop. `seed`: seed for choosing the
+    windows' order and context lengths. Raises FitError if any trained weight is not finite.
     """
     rng = np.random.default_rng(seed)
     n_windows, n_tokens = reference.states.shape[:2]
@@ -167,7 +166,7 @@ def distill(
 
 
 def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
-    """Copy some windows [n, n_tokens], and end each copy with a passage from its context."""
+    """Copy some of the windows [n, n_tokens], and end each copy with a passage from its context."""
     n_windows, n_tokens = windows.shape
     made = windows[rng.permutation(n_windows)[: round(_COPIES * n_windows)]].copy()
     for window in made:
@@ -232,8 +231,8 @@ class _Student:
     def kl(self, chosen: list[int], n_context: int) -> Tensor:
         """Return KL(full || pruned) [n, n_answer] in nats for the chosen windows' answer rows.
 
-        The KL covers only tokens that are likely in one of these rows. With a large vocabulary,
-        computing all logits would dominate the run time.
+        The KL covers only tokens that are likely in one of the answer rows. With a large
+        vocabulary, computing all logits would dominate the run time.
         """
         reference = self._reference
         tokens = torch.unique(reference.likely[chosen][:, n_context:])
@@ -287,10 +286,10 @@ class _Student:
 
 
 def _units(rows: Tensor, weights: Tensor) -> Tensor:
-    """Return the units [n_out, n_in] for changes to a projection with inputs [n_rows, n_in].
+    """Return the step sizes [n_out, n_in] for changes to a projection with inputs [n_rows, n_in].
 
-    A change of 1 unit moves an output by the output's spread divided by n_in. Weak inputs are
-    assigned a minimum power, because large weights would increase their blocks' quantization error.
+    One step changes an output by the output's spread divided by n_in. Weak inputs are assigned a
+    minimum power, because large weights would increase their blocks' quantization error.
     """
     spread = (rows @ weights.T).std(0)
     power = rows.square().mean(0).sqrt()

@@ -50,7 +50,7 @@ class Distiller:
         except UnsupportedArchitectureError as error:
             why = f"{error.message}; {error.hint}"
         if plan.projection == Projection.OWN:
-            why = "with only one skipped layer, there are no fitted projections"
+            why = "a single skipped layer has no fitted projections"
         if why:
             raise PopError(f"{cannot}: {why}", "convert without distilling", cause="not-distilled")
         matrices = _matrix_type(self.hardware, cannot)
@@ -58,9 +58,7 @@ class Distiller:
 
         n_windows = self.options.n_distilled(plan.shape.n_embd)
         needed = memory(plan, hyper, n_windows, N_WINDOW, matrices)
-        needs.require_memory(
-            "distilling the fit needs", needed, _HINT, cause="no-memory-to-distill"
-        )
+        needs.require_memory("distilling the fit", needed, _HINT, cause="no-memory-to-distill")
         return matrices
 
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText) -> Fitted:
@@ -102,13 +100,13 @@ class Distiller:
 def _matrix_type(hardware: Hardware, what: str) -> torch.dtype:
     """Set torch's number of threads, and return the fastest data type for matrix products.
 
-    Raises PopError if torch is missing. `what`: the operation that needs torch, for the message.
+    Raises PopError if torch is missing. `what`: the start of the error message.
     """
     try:
         import torch
     except ImportError:
         raise PopError(
-            f"{what}: torch is not installed", "install torch", cause="missing-torch"
+            f"{what} because torch is not installed", "install torch", cause="missing-torch"
         ) from None
     torch.set_num_threads(hardware.n_threads or default_threads())
     # On CPUs without AVX-512 BF16, bfloat16 is slower than float32.
@@ -120,7 +118,7 @@ def _matrix_type(hardware: Hardware, what: str) -> torch.dtype:
 def computing(what: str, hint: str, *, cause: str) -> Iterator[None]:
     """Convert torch's out-of-memory errors in the `with` block to PopError.
 
-    `what`: a name for the computation, for the error message.
+    `what`: the computation's name in the error message.
     """
     try:
         yield
@@ -132,7 +130,7 @@ def computing(what: str, hint: str, *, cause: str) -> Iterator[None]:
 
 
 def start_of(plan: Plan, source: Source, fitted: Fitted) -> InitialFit:
-    """Return a fit's projections in the form that `distill` expects. Raises FormatError."""
+    """Return a fit's projections in the format that `distill` expects. Raises FormatError."""
     from pop_local.research.distill import InitialFit
 
     shape, weights = source_shape(source), Weights(source)

@@ -31,7 +31,7 @@ _OUTSIDE = {f"{name}.weight" for name in ("token_embd", "output", "output_norm",
 
 @dataclass(frozen=True)
 class Rope:
-    """A layer's RoPE parameters; the angles are base ** (-2 i / n_rot) * scale * position."""
+    """A layer's RoPE parameters. The angles are base ** (-2 i / n_rot) * scale * position."""
 
     base: float
     scale: float
@@ -67,12 +67,12 @@ def read_hyper(source: Source) -> Hyper:
     header, shape = source.first, source_shape(source)
     arch = shape.arch
     if arch not in ARCHITECTURES:
-        raise _unsupported(header, f"the architecture {arch!r}")
+        raise _unsupported(header, f"the architecture {arch!r} is not supported")
     unknown = _unknown_tensor(source)
     if unknown:
-        raise _unsupported(header, f"the tensor {unknown}")
+        raise _unsupported(header, f"the tensor {unknown} is not supported")
     if _number(header, "final_logit_softcapping", 0):
-        raise _unsupported(header, "capped logits")
+        raise _unsupported(header, "capped logits are not supported")
     n_head = int(_number(header, "attention.head_count", 1))
     dim = shape.n_embd // max(n_head, 1)
     dim_k = int(_number(header, "attention.key_length", dim))
@@ -99,9 +99,9 @@ def read_hyper(source: Source) -> Hyper:
     )
 
 
-def _unsupported(header: Header, what: str) -> UnsupportedArchitectureError:
+def _unsupported(header: Header, reason: str) -> UnsupportedArchitectureError:
     return UnsupportedArchitectureError(
-        f"{header.path}: gradients are not supported for {what}",
+        f"pop-local cannot compute gradients of {header.path}, because {reason}",
         f"use a dense model with one of these architectures: {', '.join(ARCHITECTURES)}",
     )
 
@@ -120,7 +120,7 @@ def _unknown_tensor(source: Source) -> str | None:
 def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
     scaling = header.get(f"{shape.arch}.rope.scaling.type")
     if scaling is not None and scaling not in _SCALINGS:
-        raise _unsupported(header, f"the RoPE scaling {scaling!r}")
+        raise _unsupported(header, f"the RoPE scaling {scaling!r} is not supported")
     factor = _number(header, "rope.scaling.factor", _number(header, "rope.scale_linear", 1))
     scale = 1.0 if factor == 0 or scaling == "none" else 1 / factor
     whole = Rope(_number(header, "rope.freq_base", 10_000), scale)
@@ -132,7 +132,7 @@ def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
 
 
 def _number(header: Header, name: str, default: float | None = None) -> float:
-    """Return a key's numeric value, or the first layer's value if the key has one per layer."""
+    """Return a key's numeric value, or the first layer's value if the key has a value per layer."""
     value = header.of_arch(name)
     if value is None and default is not None:
         return default

@@ -1,9 +1,9 @@
 """Measure the loss and the speedup at each of a model's boundaries.
 
 At each boundary in the second half of the layers, repeated random tokens show how well the model
-still copies with the layers' own projections. Fitting barely changes this result. At boundaries
-where the model still copies, the KL and the copy ratio are then measured on a few windows of prose,
-with fitted projections if possible.
+still copies with the layers' own projections. Fitting barely changes this result. If the model
+still copies at a boundary, the KL and the copy ratio are measured on a few windows of prose, with
+fitted projections if possible.
 """
 
 import os
@@ -62,7 +62,7 @@ _FIT_SHARE = 4
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """Options for an analysis; `text`: the text file to measure on (default: the shipped prose).
+    """Options for an analysis. `text`: the text file to measure on (default: the shipped prose).
 
     `fit_tokens`: the number of tokens for fitting (default: a quarter of convert's default).
     """
@@ -75,8 +75,8 @@ class AnalyzeOptions:
 class DepthCost:
     """The loss and the speedup at one boundary.
 
-    `retention`: the `induction_retention` of `Quality` with the layers' own projections (None if
-    the full model shows no gain). `quality` and `projection`: None if not measured on prose.
+    `retention`: `Quality.induction_retention` with the layers' own projections (None if the full
+    model shows no gain). `quality` and `projection`: None if not measured on prose.
     """
 
     boundary: int
@@ -91,9 +91,9 @@ class DepthCost:
 class Analysis:
     """The results of `analyze`.
 
-    `calibration` is None if no boundary needed a fit. `depths`: the boundaries from the last layer
-    down. `chosen`: the boundary that skips the most layers with a measured loss within `budget`
-    (None: every boundary's loss exceeds the budget).
+    `calibration` is None if no boundary needed a fit. `depths`: the boundaries, starting at the
+    last layer. `chosen`: the boundary that skips the most layers with a measured loss within
+    `budget` (None: all losses exceed the budget).
     """
 
     model: Path
@@ -127,7 +127,7 @@ def analyze(
     if run.needs:
         needed_bytes, hint = run.needs.total_bytes, "fit on fewer tokens or close other programs"
         needed_bytes += source.size_bytes
-        memory.require_memory("the fit needs", needed_bytes, hint, cause="no-memory-for-fit")
+        memory.require_memory("the fit", needed_bytes, hint, cause="no-memory-for-fit")
     depths, reference = run.probed()
     found, calibration = run.measured(reference, worth_measuring(depths))
     measured = {depth.boundary: depth for depth in found}
@@ -180,10 +180,7 @@ class _Run:
         return memory.fit_needs(self._fitted, self.source, self._fit_options)
 
     def probed(self) -> tuple[tuple[DepthCost, ...], QualityReference]:
-        """Run the full model, then measure each boundary's retention. Raises PopError.
-
-        Return each boundary's retention and the full model's scores.
-        """
+        """Return each boundary's retention and the full model's scores. Raises PopError."""
         settings = QualitySettings(_N_PROBED, N_CONTEXT, N_ANSWER, n_draws=_N_DRAWS)
         files, rows = ModelFiles(self.source.first.path), row_options(self.last)
         with opened(files, self.hardware, self.watch, n_ctx=_N_CTX, **rows) as model:
@@ -197,7 +194,7 @@ class _Run:
     def measured(
         self, reference: QualityReference, tried: Sequence[DepthCost]
     ) -> tuple[list[DepthCost], Calibration | None]:
-        """Fit all boundaries in `tried` in one pass and measure each one's quality on prose."""
+        """Fit all boundaries in `tried` in one pass and measure each fit's quality on prose."""
         runner = TrialRunner(self.source, self.hardware, self.watch)
         plans = [self.plans[depth.boundary] for depth in tried]
         runner.require_room(plans, self._fit_options.kv_type)
@@ -218,7 +215,7 @@ def measure_copying(
 ) -> tuple[DepthCost, ...]:
     """Measure the retention at each boundary.
 
-    The speedup limits apply to prompts of LIMIT_PROMPT tokens. Progress is reported in draws.
+    The speedup limits apply to prompts of LIMIT_PROMPT tokens. `on_progress` counts draws.
     """
     context, rule = model.engine.context, model.engine.rule
     tried, retentions = boundaries(context.files.shape), []
@@ -240,7 +237,7 @@ def measure_copying(
 
 
 def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
-    """Return the boundaries at which the model may still copy, plus the next lower one.
+    """Return the boundaries at which the model may still copy, plus the next lower boundary.
 
     Boundaries with a speedup limit below LEAST_LIMIT are omitted.
     """
@@ -250,6 +247,6 @@ def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
 
 
 def deepest_within(budget: Budget, depths: Sequence[DepthCost]) -> DepthCost | None:
-    """Return the deepest boundary within the budget, or None if every loss exceeds it."""
+    """Return the deepest boundary within the budget, or None if every loss exceeds the budget."""
     inside = [d for d in depths if d.quality is not None and is_inside(budget, d.quality)]
     return min(inside, key=lambda depth: depth.boundary, default=None)

@@ -7,7 +7,7 @@ from pop_local.texts.carrier_values import Use
 
 @dataclass(frozen=True)
 class Block:
-    """Records with the same fields: each has an entity and the entity's values, one per field."""
+    """Records with the same fields. Each record has an entity and one value for each field."""
 
     noun: str
     fields: tuple[str, ...]
@@ -18,9 +18,9 @@ class Block:
 class Layout:
     """The format strings for a block.
 
-    `records`: the formats of consecutive records, which are used in rotation. `pair`: the format of
-    a field and its value. Pairs are joined by `separator`, and records by `between`. `subject`: a
-    phrase that identifies one value.
+    `records`: the formats that consecutive records use in rotation. `pair`: the format of a field
+    and its value. Pairs are joined by `separator`, and records by `between`. `subject`: a phrase
+    that identifies one value.
     """
 
     records: tuple[str, ...]

@@ -13,7 +13,7 @@ KINDS = ("hex", "decimal", "phone", "e-mail", "path", "identifier", "date", "amo
 
 
 class Use(Enum):
-    """The purpose of a document: fitting (including training), or measurement only."""
+    """The purpose of a document: fitting and training, or only measurement."""
 
     FITTING = "fitting"
     HELD_OUT = "held-out"
@@ -23,8 +23,8 @@ class Use(Enum):
 class Words:
     """Word lists for one use of documents.
 
-    `fields` maps each kind of value to field names. Entity names and family names are
-    each built from a random prefix and suffix. `phone`, `date` and `amount` are format strings.
+    `fields` maps each kind of value to field names. Each entity name and family name is built from
+    a random prefix and a random suffix. `phone`, `date` and `amount` are format strings.
     """
 
     nouns: list[str]

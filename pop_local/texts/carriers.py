@@ -29,9 +29,9 @@ _PROSE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class LookupQuestion:
-    """A question whose answer is a value from the document, as an exact string.
+    """A question whose answer is an exact string from the document.
 
-    `stem` is the start of the answer sentence; `answer` follows it after a space. `kind` is the
+    `stem` is the start of the answer sentence. `answer` follows `stem` after a space. `kind` is the
     value's kind (one of `KINDS`), and `layout` names the layout of the value's block.
     """
 
@@ -64,11 +64,11 @@ def make_carrier(
     n_tokens: int,
     n_questions: int,
 ) -> Carrier:
-    """Build a document of about `n_tokens` tokens from blocks in the use's layouts and from prose.
+    """Build a document of about `n_tokens` tokens from prose and blocks in the layouts for `use`.
 
-    The blocks are surrounded by prose that starts at a random sentence of `prose`. `count` returns
-    the length of a string in tokens. The document has one question for each value, up to
-    `n_questions`. Raises PopError if the blocks leave no room for prose.
+    The prose around the blocks starts at a random sentence of `prose`. `count` returns the length
+    of a string in tokens. The document has one question for each value, up to `n_questions`. Raises
+    PopError if the blocks leave no room for prose.
     """
     # The seed includes the use, so that the two uses get different values.
     rng = np.random.default_rng([*use.value.encode(), int(rng.integers(1 << 62))])
@@ -96,7 +96,7 @@ def make_carrier(
 
 
 def with_answers(carrier: Carrier) -> tuple[str, list[Span]]:
-    """Return text to fit projections to, and the positions of the answers in it.
+    """Return a text for fitting projections, and the answers' positions in the text.
 
     The text is the document with its questions and answers. Positions exclude preceding spaces.
     """
@@ -145,7 +145,7 @@ def _paragraphs(
 
 
 class _Writer:
-    """A writer for one document's blocks that never repeats an entity or a value."""
+    """A writer that creates one document's blocks without repeating any entity or value."""
 
     def __init__(self, rng: np.random.Generator, use: Use) -> None:
         self._rng, self._words = rng, words(use)
@@ -157,7 +157,7 @@ class _Writer:
         self._seen: list[str] = []
 
     def block(self, n_tokens: float, count: CountTokens) -> tuple[str, list[LookupQuestion]]:
-        """Return the text of a block, and questions about it.
+        """Return a block's text and questions about the block.
 
         The block has up to `n_tokens` tokens, or more if it contains only one record.
         """

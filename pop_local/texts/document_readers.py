@@ -22,7 +22,7 @@ from pop_converter.base.files import read_file
 MAX_BYTES = 100_000_000
 # The maximum growth of a DOCX when unpacked, since parsed XML takes twelve times as much memory.
 _MAX_GROWTH_BYTES = 32_000_000
-EXTRA_HINT = "install the reader: pip install 'pop-local[documents]'"
+EXTRA_HINT = "run pip install 'pop-local[documents]'"
 _PLAIN_HINT = "save the file as plain text first"
 _TEXT_HINT = "convert the file to plain text first"
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -88,14 +88,14 @@ def read_document(path: str | os.PathLike[str]) -> Document:
 
 
 def read_limited(file: BinaryIO, origin: str) -> bytes:
-    """Read a file. Raises PopError if the file exceeds MAX_BYTES, without reading the rest."""
+    """Read a file of up to MAX_BYTES bytes. Raises PopError if the file is larger."""
     return _within_limit(file.read(MAX_BYTES + 1), origin)
 
 
 def _within_limit(content: bytes, origin: str) -> bytes:
     if len(content) > MAX_BYTES:
         raise PopError(
-            f"{origin} is too large: it has more than {MAX_BYTES:,} bytes",
+            f"{origin} is too large, with more than {MAX_BYTES:,} bytes",
             "pass only part of the file",
         )
     return content
@@ -152,7 +152,7 @@ def _mail(path: Path, content: bytes) -> str:
 
 
 def _table(table: Any) -> str:
-    """Return a table's text. Unlike in `row.cells`, cells that span columns are not repeated."""
+    """Return a table's text, in which cells that span columns appear only once."""
     rows = []
     for row in table._tbl.tr_lst:
         cells = ["\n".join(paragraph.text for paragraph in cell.p_lst) for cell in row.tc_lst]
@@ -202,7 +202,7 @@ def _in_folder(folder: Path, most_chars: int, seen: set[str]) -> list[str]:
 
 
 def _new(text: str, seen: set[str]) -> list[str]:
-    """Return a list with the text, or an empty list if the text is a copy of an earlier text."""
+    """Return a list with the text, or an empty list if the text duplicates an earlier text."""
     sha256 = _sha256(text)
     if sha256 in seen:
         return []

@@ -89,7 +89,7 @@ def test_upstream_has_its_own_columns(capsys):
     assert "| llama.cpp |" in shown
     show_speed(full)
     shown = capsys.readouterr().out
-    assert "1 s with fast reading and 1 s in full, and llama.cpp in 1 s.\n" in shown
+    assert "1 s with fast reading and 1 s in full. llama.cpp takes 1 s.\n" in shown
 
 
 def test_a_busy_machine_is_reported(pop_file, monkeypatch):

@@ -81,7 +81,7 @@ def test_without_a_pruned_prompt_no_speedup_is_shown(pop_file, mine):
     shown = " ".join(answered(pop_file, mine).stdout.split())
     assert "mine.jsonl: 1 prompt, greedy decoding" in shown
     assert "Speedup not measured, because no prompt used fast reading" in shown
-    assert "Answers changed by fast reading: 0 of 1." in shown
+    assert "Fast reading changed 0 of 1 answers." in shown
     assert not re.search(r"\dx|To first token", shown)
 
 

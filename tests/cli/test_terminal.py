@@ -283,8 +283,8 @@ def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path)
     assert called(*arguments, "--max-tokens", "2", "--ctx", larger[1]).returncode == 0
     file.write_text("a word " * 1000)
     assert re.fullmatch(
-        r"hint: shorten the prompt, or use a model with a longer context; this model was trained on"
-        r" [\d,]+ tokens and is unreliable on longer prompts, in any context",
+        r"hint: shorten the prompt, or use a model with a longer context, because this model was"
+        r" trained on [\d,]+ tokens and is unreliable on longer prompts",
         called(*arguments).stderr.splitlines()[-1],
     )
 

@@ -322,7 +322,11 @@ def test_only_allowed_tools_are_called(client, mode):
     ("text", "reason", "note"),
     [
         ("I do it.\n```python\ndouble(n=4)\n```", "tool_calls", " tokens generated"),
-        ("double(n=4)", "stop", "no tool call: double is not in a known form, or text follows it"),
+        (
+            "double(n=4)",
+            "stop",
+            "no tool call: the call to double has an unknown format, or text follows the call",
+        ),
         ("I double it.", "stop", " tokens generated"),
     ],
 )

@@ -1,6 +1,6 @@
 """Bindings for the C ABI in llama-pop.h, using the library that llama_cpp has loaded.
 
-Setters raise PopError if the library rejects a value. `ctx`: a llama_context pointer.
+Setters raise PopError if the library rejects a value. `ctx` is a pointer to a llama_context.
 """
 
 import ctypes
@@ -21,16 +21,14 @@ from pop_local.engine.llama import logs
 
 ABI = 11
 OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
-INSTALL_HINT = (
-    f"install it with: pip install ./patches/llama-cpp-python, or reinstall the wheel of {OURS}"
-)
+INSTALL_HINT = f"run pip install ./patches/llama-cpp-python, or reinstall the {OURS} wheel"
 # Number of times that a libgomp thread spins at a barrier. The default of 300,000 spins takes
 # milliseconds, so threads on a busy machine would spend their time slices waiting for each other.
 SPINS = "1000"
 
 
 class Reading(IntEnum):
-    """The kind of prompt rows in a batch.
+    """Kinds of prompt rows that a batch can contain.
 
     NONE: the batch has no prompt rows. SOME: the prompt rows may include full rows. CONTEXT: all
     prompt rows are context rows, so any full rows belong to answers.
@@ -44,8 +42,8 @@ class Reading(IntEnum):
 class Mode(IntEnum):
     """A context's pruning mode.
 
-    OFF: every row is full. CONTEXT: context rows are pruned, or skip layers exactly if the model
-    supports it. ALWAYS: every row is pruned.
+    OFF: every row runs all layers. CONTEXT: context rows are pruned, or skip layers without any
+    loss in models that share K/V. ALWAYS: every row is pruned.
     """
 
     OFF = 0
@@ -58,8 +56,8 @@ class Counters:
     """Counts of rows computed since the last reset.
 
     `n_context` rows stopped at the boundary, and `n_full` rows ran all layers. `n_exact` rows
-    skipped layers exactly, because all of the skipped layers share earlier layers' K/V. `n_deep`:
-    how many of the `n_full` rows `set_deep_rows` selected (llama_pop_counters: n_marked).
+    skipped layers without any loss, because these layers reuse K/V from earlier layers. `n_deep`:
+    number of full rows selected by `set_deep_rows` (`n_marked` in llama_pop_counters).
     """
 
     n_context: int
@@ -134,7 +132,7 @@ def bindings() -> ModuleType:
     except ImportError as error:
         raise PopError(
             f"{OURS} cannot be imported: {error}",
-            f"{INSTALL_HINT}; uninstalling {OTHER} also removes {OURS}'s files",
+            f"{INSTALL_HINT} (uninstalling {OTHER} also removes {OURS}'s files)",
         ) from error
     except (AttributeError, OSError, RuntimeError) as error:
         raise PopError(f"llama.cpp's library cannot be loaded: {error}", INSTALL_HINT) from error
@@ -166,7 +164,7 @@ def library_abi() -> int | None:
 
 @functools.cache
 def require_patched() -> ctypes.CDLL:
-    """Return the library, with the ABI functions' argument types set.
+    """Return the library after setting the ABI functions' argument types.
 
     Raises PopError if the library is unpatched or has a different ABI version.
     """
@@ -184,7 +182,7 @@ def require_patched() -> ctypes.CDLL:
 
 
 def model_exact(model: Any) -> int:
-    """Return the first layer that rows without logits skip exactly (0: none)."""
+    """Return the first layer that rows without logits can skip without any loss (0: none)."""
     return int(require_patched().llama_pop_model_exact(model))
 
 
@@ -201,24 +199,24 @@ def get_boundary(ctx: Any) -> int:
 
 
 def set_boundary(ctx: Any, layer: int) -> None:
-    """Prune layers `layer` and up with the model's own projections (0: use the file's boundary)."""
+    """Prune from `layer` onward with the model's own projections (0: use the file's boundary)."""
     call("llama_pop_set_boundary", ctx, layer)
 
 
 def set_full_from(ctx: Any, sequence: int, position: int) -> None:
-    """Run a sequence's rows in full starting at a position (-1: no rows)."""
+    """Run a sequence's rows from `position` onward through all layers (-1: no rows)."""
     call("llama_pop_set_full_from", ctx, sequence, position)
 
 
 def set_deep_rows(ctx: Any, sequence: int, positions: np.ndarray) -> None:
-    """Replace the list of ascending positions at which a sequence's rows run in full."""
+    """Set the positions of a sequence's deep rows, in ascending order."""
     pointed = np.ascontiguousarray(positions, np.int32)
     pointer = pointed.ctypes.data_as(_POINTER)
     call("llama_pop_set_deep_rows", ctx, sequence, pointer, len(pointed))
 
 
 def set_sink(ctx: Any, n_tokens: int) -> None:
-    """Run every sequence's first `n_tokens` positions in full (-1: the file's number)."""
+    """Run every sequence's first `n_tokens` rows through all layers (-1: the file's value)."""
     call("llama_pop_set_sink", ctx, n_tokens)
 
 
@@ -226,7 +224,7 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
     """Run the boundary layer and all later layers for up to one ubatch of a sequence's rows.
 
     `positions`: int32, ascending. Computes no logits. Returns False if the abort callback stopped
-    the pass, which the caller must then repeat. Raises PopError with the backend's reason.
+    the pass, which the caller must then repeat. Raises PopError on failure.
     """
     logs.forget_errors()
     pointer = positions.ctypes.data_as(_POINTER)
@@ -237,10 +235,10 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
 
 
 def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
-    """Replace a sequence's rows at position `start` and later with an edited prompt's rows.
+    """Replace a sequence's rows from position `start` onward with an edited prompt's rows.
 
-    `sources`: int32 [n], the position from which each row's K/V are copied, or -1 for rows that
-    must be decoded in place (see `set_overwrite`) before later rows use them. `tokens`: int32 [n].
+    `sources`: int32 [n], the position to copy each row's K/V from, or -1. Rows with -1 must be
+    decoded in place (see `set_overwrite`) before later rows attend to them. `tokens`: int32 [n].
     """
     arrays = [np.ascontiguousarray(each, np.int32) for each in (sources, tokens)]
     pointers = [each.ctypes.data_as(_POINTER) for each in arrays]
@@ -250,7 +248,7 @@ def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: 
 def set_overwrite(ctx: Any, is_on: bool) -> None:
     """Let batches of one sequence overwrite rows that already have cells.
 
-    A row attends to rows up to its own position. A failed batch leaves its rows partly overwritten.
+    Each row attends to rows up to its own position. A failed batch may overwrite some of its rows.
     """
     call("llama_pop_set_overwrite", ctx, is_on)
 
@@ -268,11 +266,11 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
 
 
 def set_reading(ctx: Any, reading: Reading) -> None:
-    """Declare the kind of prompt rows in the following batches.
+    """Set the kind of prompt rows that the following batches contain.
 
-    With flash attention and pop-local's kernels, the results do not depend on the batch size,
-    because the kernels process even the smallest prompt batch. In decode, they run only the
-    operations that they speed up.
+    pop-local's kernels process even the smallest prompt batch, so with flash attention the results
+    do not depend on the batch size. During decode, the kernels run only the operations that they
+    speed up.
     """
     call("llama_pop_set_reading", ctx, reading)
 
@@ -289,7 +287,7 @@ def reset_counters(ctx: Any) -> None:
 
 
 def call(name: str, ctx: Any, *values: Any) -> None:
-    """Call a function that returns 0 on success. Raises PopError if the function fails."""
+    """Call an ABI function that returns 0 on success. Raises PopError if the function fails."""
     logs.forget_errors()
     if getattr(require_patched(), name)(ctx, *values) != 0:
         raise PopError(logs.first_error() or f"{name}{values} was refused")

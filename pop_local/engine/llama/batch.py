@@ -1,4 +1,4 @@
-"""A llama_batch filled through numpy views."""
+"""A llama_batch that is filled through numpy views."""
 
 import ctypes
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Tokens = Sequence[int] | np.ndarray
 
 
 class Outputs(Enum):
-    """The rows in a batch that need logits."""
+    """The rows of a batch for which logits are computed."""
 
     NONE = "none"
     LAST = "last"
@@ -29,8 +29,8 @@ def decode_rows(
 ) -> int:
     """Decode rows of embeddings without computing logits. Returns llama_decode's code.
 
-    `rows`: float32 [n, n_embd_inp]. `positions`: int32 [n_pos, n]. `is_mutual`: whether every row
-    attends to all rows.
+    `rows`: float32 [n, n_embd_inp]. `positions`: int32 [n_pos, n]. `is_mutual`: whether all rows
+    attend to each other.
     """
     api = bindings()
     rows, positions = np.ascontiguousarray(rows), np.ascontiguousarray(positions)

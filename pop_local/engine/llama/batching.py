@@ -1,7 +1,7 @@
 """Continuous batching: rows from multiple sequences of one context share batches.
 
-Each sequence has its own thread, which blocks in `decode`. A batch runs once all working sequences
-have queued a request. A batch contains one row per answer and rows of at most one prompt.
+Each sequence has its own thread, which blocks in `decode`. A batch runs once all active sequences
+have queued a request. A batch contains one row per answer, and rows from at most one prompt.
 """
 
 import threading
@@ -50,14 +50,14 @@ class _Request:
         return self.error is not None or self.n_left == 0
 
     def gives_logits(self, n: int) -> bool:
-        """Return whether logits are computed for the last of the next `n` rows."""
+        """Return True if the last of the next `n` rows needs logits."""
         return self.outputs is Outputs.LAST and n == self.n_left
 
 
 class Batcher:
-    """A queue of decode requests, which one of the waiting threads runs as shared batches.
+    """A queue of decode requests that one of the waiting threads runs in shared batches.
 
-    `holder`: the thread that has locked the context (0: none).
+    `holder`: the ID of the thread that has locked the context (0: none).
     """
 
     def __init__(self, context: Context) -> None:
@@ -71,7 +71,7 @@ class Batcher:
 
     @contextmanager
     def working(self, n: int) -> Iterator[None]:
-        """Context manager that makes batches wait for `n` more sequences' requests."""
+        """Context manager that makes each batch wait for requests from `n` more sequences."""
         with self._turn:
             self._n_working += n
             self._turn.notify_all()
@@ -93,7 +93,7 @@ class Batcher:
                 self.holder = before
 
     def decode(self, request: _Request) -> None:
-        """Queue a request and block until it is decoded. Raises the request's error."""
+        """Queue a request and block until its rows are decoded. Raises the request's error."""
         with self._turn:
             self._queue.append(request)
             while not request.is_over:
@@ -106,7 +106,7 @@ class Batcher:
             raise request.error
 
     def _compute(self) -> None:
-        """Decode a batch of queued rows, with rows from at most one prompt."""
+        """Decode one batch of queued rows. At most one prompt contributes rows."""
         for request in self._queue:
             try:
                 if request.should_stop():
@@ -202,7 +202,7 @@ def _reading_of(parts: Sequence[tuple[_Request, int]]) -> Reading:
 class BatchedSlot(Slot):
     """A slot of a context with multiple sequences. Each slot has its own thread.
 
-    Prompts are prefilled in the context's mode, or in mode OFF, in which all rows are full.
+    Prefill uses the context's mode, or mode OFF, which runs every row through all layers.
     """
 
     def __init__(self, batcher: Batcher, context: Context, sequence: int) -> None:
@@ -262,7 +262,7 @@ class BatchedSlot(Slot):
         return self._counted
 
     def _add_counters(self, before: Counters) -> None:
-        """Add the counts of rows that the context has computed since `before`."""
+        """Add the rows computed since `before` to this slot's counters."""
         now = backend.get_counters(self.context.ctx)
         fields = zip(astuple(self._counted), astuple(now), astuple(before), strict=True)
         self._counted = Counters(*(known + new - old for known, new, old in fields))
@@ -279,7 +279,7 @@ class BatchedSlot(Slot):
             super().set_deep_rows(positions)
 
     def _is_context(self, first: int, n: int) -> bool:
-        """Return whether all rows in [first, first + n) are context rows by position and token."""
+        """Return True if all rows in [first, first + n) are context rows that are not deep."""
         if not (self._context_rows.start <= first and first + n <= self._context_rows.stop):
             return False
         start, end = np.searchsorted(self._deep_rows, (first, first + n))

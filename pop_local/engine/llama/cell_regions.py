@@ -1,11 +1,11 @@
-"""Place each sequence's rows in separate blocks of KV cells, so that results are always the same.
+"""Place each sequence's rows in its own blocks of KV cells to make results reproducible.
 
-Attention adds up tiles of 64 cells within chunks of 1,024 cells, and our kernels derive a constant
-from the first two cells. A row's rounding therefore depends on its sequence's cells. Here, each
-sequence owns blocks of one chunk in ascending order, and the first two cells never change.
+Attention sums tiles of 64 cells within chunks of 1,024 cells, and our kernels derive a constant
+from the first two cells. A row's rounding errors therefore depend on its sequence's cells. Each
+sequence owns blocks of 1,024 cells in ascending order, and the first two cells never change.
 
-llama.cpp places rows in the lowest empty cells. Fillers, which are sequences without data, occupy
-all unused cells of the blocks, except those for the rows that the next batch decodes.
+llama.cpp places rows in the lowest empty cells. Sequences without data, called fillers, occupy the
+blocks' unused cells, except the cells for the next batch's rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,23 +27,23 @@ Rows = tuple[int, int, int]
 
 
 def n_cells(n_ctx: int, n_sequences: int) -> int:
-    """Return the number of cells that a context needs for sequences of `n_ctx` rows."""
+    """Return the number of cells that a context needs for sequences of `n_ctx` rows each."""
     n_blocks = 1 + n_sequences * -(-n_ctx // BLOCK_CELLS)
     return n_ctx if n_sequences == 1 else n_blocks * BLOCK_CELLS
 
 
 def n_all_sequences(n_sequences: int) -> int:
-    """Return the number of sequences, with their fillers and the owner of the first block."""
+    """Return the number of sequences, including the fillers and the owner of the first block."""
     return 1 if n_sequences == 1 else 2 * n_sequences + 1
 
 
 class CellRegions:
-    """The blocks of a context's sequences. The caller must lock the context.
+    """The blocks of cells that a context's sequences own. The caller must lock the context.
 
-    Position p of a sequence has the cell with index p % BLOCK_CELLS in its block p // BLOCK_CELLS.
-    The filler of sequence i is sequence n + i. It occupies the unused cells of sequence i's blocks,
-    at the positions of the rows that they are for. `is_on` is False if llama.cpp's memory for the
-    model does not support this, such as with M-RoPE. Rows are then placed in any cells.
+    The row at position p of a sequence uses cell p % BLOCK_CELLS of the sequence's block p //
+    BLOCK_CELLS. Sequence n + i is the filler of sequence i. In each unused cell, the filler has the
+    position of the row for which the cell is reserved. `is_on` is False if llama.cpp does not
+    support fillers for the model, for example with M-RoPE. Without fillers, rows use any cells.
     """
 
     def __init__(self, context: Any, n_sequences: int) -> None:
@@ -73,16 +73,16 @@ class CellRegions:
         return int(self._api.llama_memory_seq_pos_max(self._memory, sequence)) + 1
 
     def _fill(self, sequence: int, first: int, n: int) -> None:
-        """Append rows without data to a sequence, in the lowest empty cells."""
+        """Append `n` rows without data to a sequence, using the lowest empty cells."""
         empty = np.full(n, -1, np.int32)
         backend.move_rows(self._context.ctx, sequence, first, empty, np.zeros(n, np.int32))
 
     @contextmanager
     def placing(self, rows: Sequence[Rows]) -> Iterator[np.ndarray]:
-        """Context manager that provides cells for rows that llama.cpp adds until exit.
+        """Context manager that provides cells for the rows that llama.cpp adds in the `with` block.
 
-        Yields the order in which llama.cpp must add the rows: int64 [n_rows]. If the block raises
-        an exception, the rows are dropped. Raises PopError if there are too few cells.
+        Yields the order in which llama.cpp must add the rows, int64 [n_rows]. If the `with` block
+        raises an exception, the rows are dropped. Raises PopError if there are too few cells.
         """
         sizes = [n for _, _, n in rows]
         if not self.is_on:
@@ -114,7 +114,7 @@ class CellRegions:
             raise
 
     def truncate(self, sequence: int, first: int) -> bool:
-        """Drop a sequence's rows from position `first` on. Returns False if this is impossible."""
+        """Drop a sequence's rows from position `first` onward. Returns False on failure."""
         self.reserve(sequence, first)
         is_done = bool(self._api.llama_memory_seq_rm(self._memory, sequence, first, -1))
         while self._drop_last_block():
@@ -122,7 +122,7 @@ class CellRegions:
         return is_done
 
     def reserve(self, sequence: int, first: int) -> None:
-        """Let the filler keep the cells of the rows from `first` on when these are dropped."""
+        """Reserve the cells from position `first` onward before their rows are dropped."""
         if self.is_on:
             self._api.llama_memory_seq_cp(self._memory, sequence, self._n + sequence, first, -1)
 
@@ -133,7 +133,7 @@ class CellRegions:
         self._n_blocks += 1
 
     def _drop_last_block(self) -> bool:
-        """Empty the last block if it is unused, because each batch masks all cells up to it."""
+        """Empty the last block if it is unused, so that batches no longer mask its cells."""
         for sequence, blocks in enumerate(self._blocks):
             first = (len(blocks) - 1) * BLOCK_CELLS
             if blocks and blocks[-1] == self._n_blocks - 1 and self._end(sequence) <= first:

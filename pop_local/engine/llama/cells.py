@@ -16,9 +16,9 @@ Lock = Callable[[], AbstractContextManager[None]]
 
 
 class Cells:
-    """KV cells of a context's only sequence.
+    """The KV cells of a context's only sequence.
 
-    Saved states contain the whole context. A single sequence's state lacks rows outside the window.
+    Saved states contain the whole context, including rows outside the sliding window.
     """
 
     _starts_with_size = True  # of the architecture's name
@@ -51,19 +51,19 @@ class Cells:
             return int(self._api.llama_memory_seq_pos_min(self._memory, self._sequence))
 
     def truncate(self, position: int) -> bool:
-        """Drop the cells from a position onward. Returns False if the memory cannot do this."""
+        """Drop the cells from `position` onward. Returns False on failure."""
         with self._locked():
             if self.end <= position:
                 return True
             return bool(self._api.llama_memory_seq_rm(self._memory, self._sequence, position, -1))
 
     def clear(self) -> None:
-        """Drop all cells, including any restored from a foreign state."""
+        """Drop all cells, including cells that were restored from a saved state."""
         if memory := self._memory:
             self._api.llama_memory_clear(memory, True)
 
     def placing(self, first: int, n: int) -> AbstractContextManager[Any]:
-        """Context manager that provides cells for `n` rows from position `first` on."""
+        """Context manager that provides cells for `n` rows, starting at position `first`."""
         return nullcontext()
 
     def share(self, other: "Cells", n_positions: int, tokens: np.ndarray) -> bool:
@@ -76,17 +76,17 @@ class Cells:
         return False
 
     def move(self, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
-        """Replace the cells from `start` onward with an edited prompt's (backend.move_rows)."""
+        """Replace the cells from `start` onward with an edited prompt's cells (see move_rows)."""
         with self._locked():
             backend.move_rows(self._ctx, self._sequence, start, sources, tokens)
 
     def state_size(self) -> int:
-        """Return the maximum size in bytes of the result of `state`."""
+        """Return the maximum size of the saved state in bytes."""
         with self._locked():
             return self._state("get_size")
 
     def state(self) -> bytes:
-        """Return the state of the cells in llama.cpp's format."""
+        """Return the cells' state in llama.cpp's format."""
         with self._locked():
             buffer = np.empty(self._state("get_size"), dtype=np.uint8)
             n_read = self._state("get_data", _address(buffer), buffer.size)
@@ -95,8 +95,8 @@ class Cells:
     def restore(self, state: bytes, n_positions: int) -> bool:
         """Restore `n_positions` cells from a saved state. Returns False on failure.
 
-        If False is returned, the cells' contents are undefined. Empty states and states that
-        declare gigabytes are rejected here, since llama.cpp would accept or allocate them.
+        After a failure, the cells' contents are undefined. Rejects empty states, and states that
+        are shorter than their declared size.
         """
         size = int.from_bytes(state[:4], "little") if self._starts_with_size else 0
         if not state or size > len(state):
@@ -108,8 +108,8 @@ class Cells:
     def checkpoint(self, max_bytes: int) -> np.ndarray | None:
         """Return a copy of the recurrent states and of the rows in sliding windows.
 
-        Returns uint8 [n_bytes] in llama.cpp's format, or None if it is empty, unreadable or too
-        large.
+        Returns uint8 [n_bytes] in llama.cpp's format, or None if the copy would be empty,
+        unreadable or too large.
         """
         api, flags = self._api, self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
         with self._locked():
@@ -121,7 +121,7 @@ class Cells:
             return state if n_read == n_bytes else None
 
     def return_to(self, checkpoint: np.ndarray, position: int) -> bool:
-        """Restore a checkpoint and drop all other cells at `position` and later.
+        """Restore a checkpoint and drop all other cells from `position` onward.
 
         Returns False on failure, which leaves the cells' contents undefined.
         """
@@ -140,7 +140,7 @@ class Cells:
 
 
 class SequenceCells(Cells):
-    """KV cells of one of multiple sequences. Saved states contain only that sequence."""
+    """The KV cells of one of several sequences. A saved state contains only this sequence."""
 
     _starts_with_size = False
 
@@ -177,7 +177,7 @@ class SequenceCells(Cells):
     def restore(self, state: bytes, n_positions: int) -> bool:
         with self._locked(), suppress(PopError), self.placing(0, n_positions):
             if not super().restore(state, n_positions):
-                raise PopError("the state does not fit")
+                raise PopError("the saved state does not fit in the context")
             return True
         return False
 

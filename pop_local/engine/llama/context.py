@@ -33,14 +33,14 @@ _CHUNK_ROWS = 256
 class ContextOptions:
     """Options for opening a model.
 
-    `n_ctx`: context length per sequence in tokens (None: the training length, or less if all K/V
-    would take more than a quarter of the free memory). `n_parallel`: number of sequences that share
-    batches. `n_threads`: CPU threads (None: the number of physical cores). `n_gpu_layers`: number
-    of layers on GPUs (-1: all). Without a GPU, the value is ignored. `kernels`: whether to use
-    pop-local's kernels, if they support this CPU. `flash_attn`: None enables it on CPUs with
-    pop-local's kernels and on GPUs that support it. `repack`: whether llama.cpp repacks weights for
-    its own CPU kernels. pop-local's kernels cannot use repacked weights (None: only if pop-local's
-    kernels are not used). `others`: other llama_model_params and llama_context_params by name.
+    `n_ctx`: context length per sequence in tokens (None: the trained length, or less if memory is
+    limited). `n_parallel`: number of sequences that share batches. `n_threads`: CPU threads (None:
+    the number of physical cores). `n_gpu_layers`: number of layers to run on GPUs, if there are any
+    (-1: all). `kernels`: whether to use pop-local's kernels, if they support this CPU.
+    `flash_attn`: whether to use flash attention (None: with pop-local's kernels, and on GPUs that
+    support it). `repack`: whether llama.cpp repacks weights for its own CPU kernels (None: only
+    without pop-local's kernels, which cannot use repacked weights). `others`: other
+    llama_model_params and llama_context_params by name.
     """
 
     n_ctx: int | None = None
@@ -82,7 +82,7 @@ class Context:
     """A model's weights and vocabulary, and a llama_context that uses them.
 
     `model`, `ctx`: llama.cpp's pointers. `settings`: the context's llama_context_params. `n_chunk`:
-    maximum number of prompt rows to decode at once. `on_device`: whether layers are on a GPU.
+    maximum number of prompt rows to decode at once. `on_device`: whether any layers run on a GPU.
     `window`: number of positions that sliding-window layers keep (0: all). `is_mrope`: whether rows
     have multiple positions (time, height, width).
     """
@@ -216,13 +216,13 @@ class Context:
     def locked(self) -> AbstractContextManager[Any]:
         """Context manager that keeps other threads from using the context's only sequence.
 
-        Does nothing if the context has multiple sequences, because each has its own thread.
+        Does nothing if the context has several sequences, because each sequence has its own thread.
         """
         return self.interrupt.lock if self.options.n_sequences == 1 else nullcontext()
 
     @property
     def ctx(self) -> Any:
-        """llama.cpp's context. Raises PopError if it is closed or another thread is closing it."""
+        """The llama_context. Raises PopError if the model is closed or another thread closes it."""
         if self._ctx is None or self._closing_thread not in (0, threading.get_ident()):
             raise PopError(f"the model {self.files.path} is closed", "open it again")
         return self._ctx
@@ -249,7 +249,7 @@ class Context:
         """Raise PopError if called in a forked process or if a mapped file has changed."""
         if os.getpid() != self._opened_by:
             raise PopError(
-                "the model was opened by another process, whose threads are not copied by a fork",
+                "the model was opened by another process, and a fork does not copy its threads",
                 "open the model in the process that uses it",
             )
         if replaced := self.files.replaced:
@@ -260,14 +260,14 @@ class Context:
             )
 
     def logits(self, n_rows: int = 1) -> np.ndarray:
-        """Return the last logits, float32 [n_rows, n_vocab], valid until the next decode."""
+        """Return the last logits, float32 [n_rows, n_vocab]. The next decode overwrites them."""
         found = self._api.llama_get_logits(self.ctx)
         return np.ctypeslib.as_array(found, (n_rows, self.vocabulary.n_tokens))
 
     def close(self) -> None:
-        """Stop the running batch, even if another thread runs it, and free the model.
+        """Stop the running batch, even one in another thread, and free the model.
 
-        If this thread is running the batch, the model is freed after the batch.
+        If the calling thread is running the batch, the model is freed when the batch ends.
         """
         if self._model is None:
             return
@@ -287,11 +287,11 @@ class Context:
 
 
 def require_finite(value: float) -> None:
-    """Raise PopError if a value that the model computed is NaN or infinite."""
+    """Raise PopError if a value computed by the model is NaN or infinite."""
     if not math.isfinite(value):
         raise PopError(
-            "the model's output is NaN or infinite, so it cannot answer",
-            "the model file may be damaged, so download or convert it again",
+            "the model cannot answer because its output is NaN or infinite",
+            "download or convert the model again, because its file may be damaged",
         )
 
 

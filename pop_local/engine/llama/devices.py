@@ -39,7 +39,7 @@ class BackendInfo:
 
     `abi`: None if the library is unpatched. `built_in`: (name, number of devices) for each ggml
     backend. `cpu_variant`: the variant of the CPU library that ggml loaded, or "" if the build has
-    only one. `kernels`: the result of `cpu_kernels`.
+    only one variant. `kernels`: the result of `cpu_kernels`.
     """
 
     version: str
@@ -54,7 +54,7 @@ class BackendInfo:
 
 
 def describe_backend() -> BackendInfo:
-    """Describe the library, patched or not. Raises PopError if the library cannot be loaded."""
+    """Describe the patched or unpatched library. Raises PopError if loading fails."""
     llama_cpp = backend.bindings()
     return BackendInfo(
         version=backend.version(),
@@ -72,7 +72,7 @@ def describe_backend() -> BackendInfo:
 def cpu_kernels() -> str:
     """Return the name of pop-local's kernels for this CPU (ggml_pop_kernels).
 
-    Returns NO_KERNELS if no kernels exist, and KERNELS_OFF if GGML_POP_KERNELS=0 is set.
+    Returns NO_KERNELS if no kernels support the CPU, or KERNELS_OFF if GGML_POP_KERNELS=0 is set.
     """
     cpu = ggml("ggml_backend_reg_by_name", _POINTER, b"CPU")
     get = "ggml_backend_reg_get_proc_address"  # also finds functions of a separate CPU library
@@ -81,7 +81,7 @@ def cpu_kernels() -> str:
 
 
 def has_kernels() -> bool:
-    """Return whether pop-local has kernels for this CPU and they are enabled."""
+    """Return True if pop-local has kernels for this CPU and they are enabled."""
     return cpu_kernels() not in (NO_KERNELS, KERNELS_OFF)
 
 
@@ -114,7 +114,7 @@ def busy_cpus(n_threads: int) -> float:
 
 
 def devices() -> tuple[Device, ...]:
-    """Return ggml's devices in ggml's order, with the CPU last."""
+    """Return all devices in ggml's order, which puts the CPU last."""
     found = []
     for i in range(ggml("ggml_backend_dev_count", ctypes.c_size_t)):
         device = _POINTER(ggml("ggml_backend_dev_get", _POINTER, ctypes.c_size_t(i)))

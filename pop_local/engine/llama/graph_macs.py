@@ -1,4 +1,4 @@
-"""Count multiply-accumulates in llama.cpp's graph, without reading weights."""
+"""Count the multiply-accumulates in llama.cpp's graph without reading any weights."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +18,7 @@ class GraphMacs:
     """A counter for a prompt's multiply-accumulates (pop_converter.architecture.work.Macs).
 
     The first call reads the headers of the model's file and sidecar, which takes a few tenths of a
-    second. Counts are cached. Counts for more than 2,048 tokens are extrapolated. The result is
+    second. Counts are cached. Counts for more than 2,048 tokens are extrapolated. Extrapolation is
     exact for sliding windows of up to 1,024 tokens.
     """
 
@@ -29,9 +29,9 @@ class GraphMacs:
         self._found: dict[tuple[int, int | None, int], int] = {}
 
     def __call__(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
-        """Return a prompt's multiply-accumulate count (`boundary`: None if it runs in full).
+        """Return a prompt's multiply-accumulate count (`boundary`: None without pruning).
 
-        Fitted projections count only at the file's boundary. Raises PopError for invalid input.
+        Includes fitted projections only at the file's boundary. Raises PopError for invalid input.
         """
         key = n_prompt, boundary, 1 if boundary is None else n_full
         if n_prompt > _N_CTX and 2 * key[2] < _N_CTX:
@@ -48,7 +48,7 @@ class GraphMacs:
         return self._found[key]
 
     def _extrapolate(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
-        """Extrapolate quadratically in the number of tokens, from three shorter prompts."""
+        """Extrapolate a quadratic function through the counts for three shorter prompts."""
         step = _N_CTX // 4
         first, second, third = (self(i * step, boundary, n_full) for i in (2, 3, 4))
         n = n_prompt / step - 2

@@ -1,4 +1,4 @@
-"""Interrupt a prefill between graph nodes and between batches."""
+"""Interrupt prefill between graph nodes or between batches."""
 
 import signal
 import threading
@@ -22,7 +22,7 @@ _SIGNALS = [
 
 @contextmanager
 def stopped_by(should_stop: Callable[[], bool] | None) -> Iterator[None]:
-    """Let `should_stop`, if given, stop this thread's batches inside the `with` block."""
+    """Let `should_stop`, if given, stop this thread's batches in the `with` block."""
     token = _should_stop.set(should_stop or _should_stop.get())
     try:
         yield
@@ -36,21 +36,21 @@ def current_should_stop() -> Callable[[], bool]:
 
 
 class DisplacedError(PopError):
-    """Error for an answer during which the KV cache was emptied or overwritten."""
+    """Error raised if the KV cache is emptied or overwritten during an answer."""
 
     def __init__(self) -> None:
         super().__init__(
             "the KV cache was emptied or another answer started before this answer ended",
-            "read each answer to the end, or close its iterator, before the next question",
+            "read each answer to the end, or close its iterator, before asking the next question",
         )
 
 
 class Interrupt:
-    """The abort callback that stops llama_decode on a signal or if `should_stop` returns True.
+    """An abort callback that stops llama_decode on a signal, or if `should_stop` returns True.
 
     Python handles signals only between bytecodes, so Ctrl-C would have no effect until the batch
-    ends. Exceptions cannot cross ctypes, so handlers are deferred. The thread using the context
-    holds `lock`.
+    ends. Exceptions cannot cross ctypes, so signal handlers are deferred. The thread that uses the
+    context holds `lock`.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Interrupt:
     def opening(self, model_params: Any) -> Iterator[None]:
         """Let a signal or `should_stop` abort model loading (llama_progress_callback).
 
-        An aborted load fails in llama.cpp. Deferred signal handlers run at exit.
+        If loading is aborted, llama.cpp reports a failure. Deferred signal handlers run at exit.
         """
         should_stop = current_should_stop()
         callback = self._api.llama_progress_callback(
@@ -104,7 +104,7 @@ class Interrupt:
 
     @contextmanager
     def tokenizing(self) -> Iterator[Any]:
-        """Yield a callback that can stop llama_pop_tokenize, then raise what stopped it."""
+        """Yield a callback that can stop llama_pop_tokenize, then raise the stopping exception."""
         with self._deferred_signals():
             yield self._callback
             if self._raised is not None:
@@ -112,9 +112,9 @@ class Interrupt:
 
     @contextmanager
     def stopped(self, work: Callable[[], None]) -> Iterator[bool]:
-        """Context manager that stops the running batch and keeps other threads from starting one.
+        """Context manager that stops the running batch and blocks new batches in other threads.
 
-        If this thread is running the batch, yields False and calls `work` after the batch ends.
+        If this thread is running the batch, yields False and calls `work` when the batch ends.
         """
         self._n_stopping += 1
         with self.lock:
@@ -158,7 +158,7 @@ class Interrupt:
 
     @contextmanager
     def _deferred_signals(self) -> Iterator[None]:
-        """Context manager that defers signal handlers in the main thread, which runs them."""
+        """Context manager that defers signal handlers until exit if called in the main thread."""
         self._pending.clear()
         self._handlers.clear()
         if threading.current_thread() is threading.main_thread():

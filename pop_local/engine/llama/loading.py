@@ -26,8 +26,8 @@ _CTX_STEP = 256
 def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, params: Any) -> Any:
     """Load a model with the given llama_model_params. Returns a pointer that the caller must free.
 
-    Raises PopError with llama.cpp's reason if the files cannot be loaded, or if the library's
-    boundary differs from the one in `meta`.
+    Raises PopError with llama.cpp's reason if the files cannot be loaded. Also raises PopError if
+    the library's boundary differs from `meta.boundary`.
     """
     backend.require_patched()
     require_loadable(source.first)
@@ -60,8 +60,8 @@ def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, param
 def default_ctx(source: Source, n_sequences: int, free_bytes: int | None = None) -> int:
     """Return the trained context length in tokens, or less if memory is limited.
 
-    The K/V of all sequences take up to a quarter of `free_bytes` (default: the free main memory),
-    unless that would leave fewer than _LEAST_CTX tokens. Raises FormatError.
+    The K/V of all sequences may take up a quarter of `free_bytes` (default: the free main memory).
+    The length is never reduced below _LEAST_CTX tokens. Raises FormatError.
     """
     if free_bytes is None:
         free_bytes = psutil.virtual_memory().available
@@ -75,7 +75,7 @@ def default_ctx(source: Source, n_sequences: int, free_bytes: int | None = None)
 
 
 def kv_bytes(shape: ModelShape, n_ctx: int, *, is_windowed: bool = False) -> int:
-    """Return the size in bytes of a context's K and V in F16."""
+    """Return the size of a context's F16 K and V in bytes."""
     windows = shape.windows if is_windowed else [0] * shape.n_layer
     cells = [min(n_ctx, window or n_ctx) for window in windows]
     return int(2 * sum(map(mul, cells, map(shape.n_kv, range(shape.n_layer)))))
@@ -87,9 +87,9 @@ def require_room(
     """Raise PopError if a context needs more memory than is free.
 
     Without this check, the system could kill the process when llama.cpp zeroes the cache.
-    `is_windowed`: whether sliding-window layers keep only the window. `holds_kv`: whether K/V are
-    stored in main memory, in F16. `holds_states`: whether each row's boundary state is stored (in
-    main memory, in F32). Other parts of a context are not counted.
+    `is_windowed`: whether sliding-window layers keep only the rows in the window. `holds_kv`:
+    whether K/V are stored in main memory, in F16. `holds_states`: whether each row's boundary state
+    is stored in main memory, in F32. The check ignores all other buffers.
     """
     needed_bytes, free_bytes = 0, psutil.virtual_memory().available + psutil.swap_memory().free
     with suppress(PopError):
@@ -102,5 +102,5 @@ def require_room(
         raise PopError(
             f"a context of {n_ctx:,} tokens needs {needed_bytes / 1e9:,.1f} GB of memory,"
             f" but only {free_bytes / 1e9:.1f} GB is free",
-            f"open the model with n_ctx smaller than {n_ctx}",
+            f"open the model with an n_ctx below {n_ctx}",
         )

@@ -1,7 +1,7 @@
-"""Forward llama.cpp's log to `logging` and keep its error lines for error messages.
+"""Forward llama.cpp's log to `logging`, and keep error lines for use in exceptions.
 
-The logger "pop_local.llama_cpp" is silent unless the application configures it. Some damaged files
-trigger a failed assertion in llama.cpp, which calls `on_abort` and then aborts the process.
+The logger "pop_local.llama_cpp" is silent unless the application configures it. With some damaged
+files, an assertion in llama.cpp fails. llama.cpp then calls `on_abort` and aborts the process.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ _CONTINUED = 5
 
 
 class _Errors(threading.local):
-    """Error lines of the current thread. Errors from other threads would be misleading."""
+    """Error lines of the current thread. Messages must not contain other threads' errors."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=64)
@@ -46,7 +46,7 @@ _WRAPPING = re.compile(r"^error loading model( \w+)?: ")
 def take_over(llama_cpp: Any, ggml: ctypes.CDLL) -> None:
     """Redirect llama.cpp's log from stderr to `logging`, and ggml's aborts to `on_abort`.
 
-    Later calls have no effect, because llama.cpp may still call the first call's callbacks.
+    Only the first call has an effect, because llama.cpp may keep using the first callbacks.
     """
     global _callbacks
     if not _is_first_call.acquire(blocking=False):

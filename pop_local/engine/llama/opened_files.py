@@ -1,4 +1,4 @@
-"""The files of an open model, and values from their headers."""
+"""The files of an open model, and values read from the files' headers."""
 
 from contextlib import suppress
 from functools import cached_property
@@ -18,8 +18,8 @@ class OpenedFiles:
 
     `meta`: POP keys of the file or its sidecar (None: the model is not converted). `header`:
     metadata of the model's file. `n_ctx_train`: trained context length in tokens (0: unknown).
-    `n_positions`: number of learned positions, beyond which llama.cpp aborts (0: no limit). `macs`:
-    counts the model's multiply-accumulates.
+    `n_positions`: number of learned positions (0: no limit). llama.cpp aborts on longer prompts.
+    `macs`: counter of multiply-accumulates.
     """
 
     def __init__(
@@ -40,22 +40,22 @@ class OpenedFiles:
 
     @property
     def replaced(self) -> list[Path]:
-        """Mapped files that were changed after they were opened, except deleted files."""
+        """Mapped files that have changed since they were opened, excluding deleted files."""
         return [path for path, mark in self._marks.items() if _mark(path) not in (None, mark)]
 
     @property
     def n_embd(self) -> int:
         """The width of the hidden state."""
         n_embd = self.header.of_arch("embedding_length")
-        assert isinstance(n_embd, int), "llama.cpp has loaded the file"
+        assert isinstance(n_embd, int), "llama.cpp requires an embedding length"
         return n_embd
 
     @property
     def untrained_hint(self) -> str:
-        """Advice for a prompt that needs more tokens than the model was trained on."""
+        """Hint for prompts that are longer than the model's trained context."""
         return (
-            "shorten the prompt, or use a model with a longer context; this model was trained on"
-            f" {self.n_ctx_train:,} tokens and is unreliable on longer prompts, in any context"
+            "shorten the prompt, or use a model with a longer context, because this model was"
+            f" trained on {self.n_ctx_train:,} tokens and is unreliable on longer prompts"
         )
 
     @cached_property
@@ -68,7 +68,7 @@ class OpenedFiles:
 
     @cached_property
     def no_refill(self) -> str:
-        """The reason why this model's rows cannot be deep or refilled, or "" if they can."""
+        """The reason why the model does not support deep rows or refills, or "" if it does."""
         with suppress(PopError):
             return self.shape.no_refill
         return ""

@@ -11,10 +11,10 @@ _SMOOTHING = 0.3
 
 
 class PrefillThrottle:
-    """A limit on prompt rows in batches with answer rows, based on how long earlier batches took.
+    """A limit on prompt rows in batches with answer rows, based on the times of earlier batches.
 
-    A batch's predicted time is the time of a batch without prompt rows, plus a constant, plus a
-    time per prompt row. After a slow batch, some batches contain only answer rows.
+    The predicted time of a batch is the sum of three terms: the time without prompt rows, a
+    constant, and a time per prompt row. After a slow batch, some batches contain only answer rows.
     """
 
     def __init__(self, n_batch: int) -> None:
@@ -53,7 +53,7 @@ class PrefillThrottle:
         self._owed_s = min(max(0.0, owed_s), max(_WAIT_S, step_s))
 
     def _step_of(self, n_answers: int) -> float:
-        """Return the time of a batch of `n_answers` rows, or of the nearest number timed."""
+        """Return the time of a batch with `n_answers` rows, or of the most similar timed batch."""
         if not self._step_s:
             return 0.0
         return self._step_s[min(self._step_s, key=lambda n: abs(n - n_answers))]

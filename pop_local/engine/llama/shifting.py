@@ -28,10 +28,10 @@ _known: WeakKeyDictionary[Context, bool] = WeakKeyDictionary()
 
 
 def can_shift(context: Context) -> bool:
-    """Return whether a moved row equals, up to rounding, a row decoded at the new position.
+    """Return True if a moved row equals a row decoded at the new position, up to rounding.
 
-    The rows differ in models with learned positions. They also differ in layers without RoPE and
-    layers that normalize K after RoPE, because llama.cpp rotates a moved row's K in all layers.
+    The rows differ in models with learned positions. llama.cpp rotates a moved row's K in every
+    layer, so the rows also differ if a layer has no RoPE or normalizes K after RoPE.
     """
     if context not in _known:
         _known[context] = _is_equal_after_a_shift(context)
@@ -65,14 +65,14 @@ def _is_equal_after_a_shift(context: Context) -> bool:
 
 
 def _decoded_at(ctx: Any, position: int) -> NDArray[np.float32]:
-    """Decode a token at a position of an empty cache and return the state."""
+    """Decode a token at `position` in an empty cache and return its state."""
     with closing(TokenBatch(1)) as batch:
         batch.decode(ctx, [_TOKEN], position, Outputs.LAST)
     return _state(ctx)
 
 
 def _state(ctx: Any) -> NDArray[np.float32]:
-    """Return the only row's state, read as F16. States at the same position have equal headers."""
+    """Return the only row's state as F16 values. States at the same position have equal headers."""
     api = backend.bindings()
     state = np.zeros(int(api.llama_state_seq_get_size(ctx, 0)) // 2, np.float16)
     pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -13,9 +13,9 @@ from pop_local.engine.llama.context import Context
 
 
 class Slot:
-    """A context's only sequence.
+    """A slot for a context's only sequence.
 
-    BatchedSlot (batching.py) is one of multiple sequences.
+    BatchedSlot, in batching.py, is a slot for one of several sequences.
     """
 
     def __init__(self, context: Context, sequence: int = 0) -> None:
@@ -27,7 +27,7 @@ class Slot:
     def working(self, *, pauses: bool = False) -> AbstractContextManager[None]:
         """Context manager that makes other sequences' batches wait for this sequence's rows.
 
-        `pauses`: let the batches run without this sequence's rows instead.
+        `pauses`: whether the batches run without this sequence's rows instead.
         """
         return nullcontext()
 
@@ -36,7 +36,7 @@ class Slot:
         return self.context.locked()
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Context manager that runs this sequence's batches immediately and blocks the others."""
+        """Context manager that runs this sequence's batches immediately and blocks all others."""
         return self.context.locked()
 
     def interruptible(self) -> AbstractContextManager[None]:
@@ -55,7 +55,7 @@ class Slot:
 
     @property
     def mode(self) -> Mode:
-        """The mode used to compute rows."""
+        """The pruning mode in which rows are computed."""
         return backend.get_mode(self.context.ctx)
 
     def set_mode(self, mode: Mode) -> None:
@@ -77,22 +77,19 @@ class Slot:
         return backend.get_counters(self.context.ctx)
 
     def set_full(self, sink_tokens: int, full_from: int) -> None:
-        """Run rows in full before position `sink_tokens` and starting at `full_from` (-1: none)."""
+        """Run rows before `sink_tokens` and from `full_from` onward in full (-1: no rows)."""
         backend.set_sink(self.context.ctx, sink_tokens)
         backend.set_full_from(self.context.ctx, self.sequence, full_from)
 
     def set_deep_rows(self, positions: np.ndarray) -> None:
-        """Set the ascending positions at which the next batch's rows run in full.
-
-        Positions set by an earlier call are replaced.
-        """
+        """Set the positions of the next batch's deep rows, in ascending order."""
         backend.set_deep_rows(self.context.ctx, self.sequence, positions)
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         """Decode tokens at consecutive positions.
 
-        Raises PopError if llama.cpp rejects the tokens, or StoppedError or the signal handler's
-        exception if decoding is interrupted.
+        Raises PopError if llama.cpp rejects the tokens. If interrupted, raises StoppedError or the
+        signal handler's exception.
         """
         context = self.context
         logs.forget_errors()
@@ -117,5 +114,5 @@ class Slot:
         return np.ctypeslib.as_array(row, (self.context.vocabulary.n_tokens,))
 
     def run_deep(self, positions: np.ndarray) -> bool:
-        """Run a deep pass over rows (see backend.run_deep)."""
+        """Run the skipped layers for the rows at `positions` (see backend.run_deep)."""
         return backend.run_deep(self.context.ctx, self.sequence, positions)

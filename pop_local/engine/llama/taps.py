@@ -1,4 +1,4 @@
-"""Taps: intermediate values of full rows, used to fit K/V projections.
+"""Taps: intermediate values of full rows, which are used to fit K/V projections.
 
 See llama_pop_add_tap in llama-pop.h. After a batch or deep pass, `take` reads only the last ubatch.
 """
@@ -23,9 +23,9 @@ class _CTapped(ctypes.Structure):
 
 @dataclass(frozen=True)
 class TapRequest:
-    """The requested values: states at `boundaries`, and K and V of `layers`.
+    """A request for the states at `boundaries` and for the K and V of `layers`.
 
-    `weighing`: layers whose `mass` is requested to weight the rows in a fit.
+    `weighing`: layers for which to return `mass`, which weights the rows in a fit.
     """
 
     boundaries: tuple[int, ...]
@@ -37,7 +37,7 @@ class TapRequest:
 class Tapped:
     """Per-layer arrays for the rows of one ubatch, which starts at `position`.
 
-    `states` [n_rows, n_embd]: the layer's input. `k` [n_rows, n_k]: before norm and RoPE. `v`
+    `states` [n_rows, n_embd]: the layer's input. `k` [n_rows, n_k]: K before norm and RoPE. `v`
     [n_rows, n_v]. `mass` [n_rows]: attention that each row receives from every 16th later row,
     summed over heads. All arrays are views into `block`.
     """
@@ -58,7 +58,7 @@ class Tapped:
 
 
 def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
-    """Request values from the following batches (None: no values). Raises PopError on failure."""
+    """Request values from subsequent batches (None: no values). Raises PopError on failure."""
     backend.require_patched().llama_pop_remove_taps(ctx)
     if wanted is not None:
         # In the order of enum llama_pop_tap_kind.
@@ -69,10 +69,10 @@ def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
 
 
 def take(ctx: Any, used: Rows | None = None) -> Tapped | None:
-    """Return the last ubatch's values, or None if it has no values.
+    """Return the last ubatch's values, or None if no values were recorded.
 
-    `used`: an earlier result's block, to be overwritten if it is large enough. Allocating a new
-    block would take longer than copying the values.
+    `used`: a block to reuse from an earlier result, if it is large enough. Allocating a new block
+    would take longer than copying the values.
     """
     library = backend.require_patched()
     found = [_CTapped() for _ in range(library.llama_pop_n_tapped(ctx))]

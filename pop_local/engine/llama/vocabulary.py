@@ -12,8 +12,8 @@ from pop_local.engine.llama.interrupt import Interrupt
 class Vocabulary:
     """A model's vocabulary (llama_vocab).
 
-    `n_tokens`: number of tokens in the vocabulary. Methods raise PopError after `close`, which the
-    model's owner calls before freeing the model.
+    `n_tokens`: number of tokens in the vocabulary. The model's owner calls `close` before freeing
+    the model. After `close`, all methods raise PopError.
     """
 
     def __init__(self, pointer: Any) -> None:
@@ -41,8 +41,8 @@ class Vocabulary:
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
         """Tokenize text. `special`: whether to parse special tokens.
 
-        Raises PopError if the text cannot be tokenized or encoded as UTF-8, or StoppedError or the
-        signal handler's exception if interrupted.
+        Raises PopError if the text cannot be tokenized or encoded as UTF-8. If interrupted, raises
+        StoppedError or the signal handler's exception.
         """
         raw, split = utf8(text), backend.require_patched().llama_pop_tokenize
         room = len(raw) + 8
@@ -55,7 +55,7 @@ class Vocabulary:
         return tokens[: max(n, 0)]
 
     def detokenize(self, tokens: Iterable[int]) -> str:
-        """Return the text of the tokens, without control tokens or incomplete characters."""
+        """Return the tokens' text, omitting control tokens and incomplete characters."""
         pieces = Pieces(self)
         return b"".join(pieces[token] for token in tokens).decode(errors="ignore")
 
@@ -64,7 +64,7 @@ class Vocabulary:
 
 
 class Pieces:
-    """A map from tokens to bytes. Control tokens map to b"" unless they are in `shown`."""
+    """A mapping from tokens to bytes. Control tokens map to b"" unless they are in `shown`."""
 
     def __init__(self, vocabulary: Vocabulary, shown: Container[int] = ()) -> None:
         self._vocabulary = vocabulary

@@ -50,7 +50,7 @@ class ReusableRows:
         return len(self._rows(cached, images))
 
     def end(self, cached: np.ndarray, images: Mapping[int, str]) -> int:
-        """Return the row that follows the last reusable row (see CountReusable)."""
+        """Return the index of the row after the last reusable row (see CountReusable)."""
         return int(self._rows(cached, images).max(initial=-1)) + 1
 
     def _rows(self, cached: np.ndarray, images: Mapping[int, str]) -> NDArray[np.int32]:
@@ -66,10 +66,10 @@ class ReusableRows:
     def edit(
         self, cache: KvCache, n_usable: int, must_be_full: NDArray[np.bool_]
     ) -> NDArray[np.int32] | None:
-        """Return each token's cached row, or -1 if the row must be decoded: int32 [n_prompt].
+        """Return the cached row for each token, int32 [n_prompt], with -1 for rows to decode.
 
         `n_usable`: the number of reusable rows in the common prefix. `must_be_full`: bool
-        [n_prompt]. Returns None if an edit is not possible or would save too little time.
+        [n_prompt]. Returns None if an edit is impossible or would save too little time.
         """
         if not self._can_pay(cache.tokens, n_usable):
             return None
@@ -84,7 +84,7 @@ class ReusableRows:
         return sources if self._pays(int((sources >= 0).sum()), n_usable) else None
 
     def _can_pay(self, cached: np.ndarray, n_prefix: int) -> bool:
-        """Return whether an edit may reuse more rows than the common prefix has.
+        """Return True if an edit might reuse enough rows beyond the common prefix.
 
         The prefix must contain all images, because a refill cannot make stale image rows exact.
         """
@@ -93,14 +93,14 @@ class ReusableRows:
         return self._can_edit and has_images and self._pays(n_most, n_prefix)
 
     def _pays(self, n_reused: int, n_prefix: int) -> bool:
-        """Return whether reusing `n_reused` rows is better than reusing only the common prefix.
+        """Return True if reusing `n_reused` rows is better than reusing only the common prefix.
 
-        Reusing only half of the rows costs more quality than pruning (docs/quality.md).
+        Reusing only half of the rows would hurt quality more than pruning does (docs/quality.md).
         """
         return n_reused >= n_prefix + MIN_REUSED and 3 * n_reused >= 2 * len(self._tokens)
 
     def _sources(self, cached: np.ndarray) -> NDArray[np.int32]:
-        """Return the cached row that matches each token, or -1 if none does: int32 [n_prompt]."""
+        """Return the cached row that matches each token, int32 [n_prompt], with -1 for no match."""
         key = cached.tobytes()
         if key in self._found:
             return self._found[key]

@@ -1,7 +1,7 @@
-"""Choose which prompt rows run in full, and split the prompt into chunks to decode.
+"""Choose which prompt rows run all layers, and split the prompt into chunks for decoding.
 
-A row is full if its logits are requested, if its position is below `sink_tokens` or at least
-`full_from`, or if its token makes it a deep row. Every other row stops at the boundary.
+A row is full if it is a deep row or needs logits, or if its position is below `sink_tokens` or at
+least `full_from`. Every other row stops at the boundary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 class Reuse(str, Enum):
     """Cached rows that a prompt may reuse.
 
-    OFF: none. EXACT reuses the common prefix. If prompts are pruned, EDITED also reuses matching
-    passages after an edit, whose K/V are approximate until a refill (see prefill.edit).
+    OFF: none. EXACT reuses the common prefix. With pruning, EDITED also reuses matching passages
+    after an edit. The K/V of these passages are approximate until a refill (see prefill.edit).
     """
 
     OFF = "off"
@@ -28,10 +28,10 @@ class Reuse(str, Enum):
 
 @dataclass(frozen=True)
 class RowRule:
-    """Rule that selects the prompt rows to run in full.
+    """A rule for selecting the prompt rows that run all layers.
 
-    The full rows are the first `sink_tokens`, the last `tail_tokens`, the rows that `deep_rows`
-    selects by token, and all rows of prompts shorter than `min_prompt`. `reuse`: see Reuse.
+    The rule selects the first `sink_tokens` rows, the last `tail_tokens` rows, and the rows whose
+    tokens `deep_rows` selects. Prompts shorter than `min_prompt` run in full. `reuse`: see Reuse.
     """
 
     sink_tokens: int = 1
@@ -54,10 +54,10 @@ NO_FULL_ROWS = RowRule(sink_tokens=0, tail_tokens=0)
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """Plan for decoding a prompt's uncached tokens.
+    """A plan for decoding a prompt's uncached tokens.
 
-    `full_from`: first row of the tail. `chunks`: (start, end) offsets into the uncached tokens, for
-    text or a single image. `n_pruned`: number of rows that stop at the boundary in mode CONTEXT.
+    `full_from`: first row of the tail. `chunks`: (start, end) offsets of text or a single image
+    among the uncached tokens. `n_pruned`: number of rows that stop at the boundary in mode CONTEXT.
     """
 
     full_from: int

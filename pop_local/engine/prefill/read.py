@@ -28,7 +28,7 @@ def read(
     """Read a prompt, reusing its cached prefix, and compute the last row's logits.
 
     Raises PopError if the prompt does not fit in the context or cannot be decoded. If interrupted,
-    raises PrefillStoppedError or the signal handler's exception; decoded rows stay cached.
+    raises PrefillStoppedError or the signal handler's exception. Decoded rows stay cached.
     """
     if not len(prompt):
         raise PopError("the prompt is empty", "add text to the prompt")
@@ -88,7 +88,7 @@ def append(
     n = max((each.n_rows for each in prompt.images.values() if each.is_mutual), default=0)
     if n > n_at_once:
         raise PopError(
-            f"an image's {n} tokens must fit in one ubatch, which has {n_at_once} tokens",
+            f"the image's {n} tokens must fit in one ubatch, but a ubatch has {n_at_once} tokens",
             f"open the model with n_batch and n_ubatch of at least {n}",
         )
     if deep is None:
@@ -100,7 +100,7 @@ def append(
 
 
 def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int]:
-    """Empty the cache, run the text's rows through all layers, and compute their logits.
+    """Empty the cache, run a text through all layers, and compute the logits of all rows.
 
     Yields the number of rows in each decoded piece (up to `step`).
     """
@@ -116,13 +116,13 @@ def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int
 
 
 def _deep_rows(cache: KvCache, tokens: np.ndarray, rule: RowRule) -> NDArray[np.bool_]:
-    """Return a mask of a prompt's deep rows, all False if pruning is off: bool [n_tokens]."""
+    """Return a mask of a prompt's deep rows, bool [n_tokens] (all False without pruning)."""
     criterion = rule.deep_rows if cache.pruning.is_pruning else DeepRows.NONE
     return find_deep_rows(cache.context, tokens, criterion)
 
 
 class _PlannedReading(PromptReading):
-    """A read that appends a prompt to the cached rows, following a PrefillPlan."""
+    """A PromptReading that appends a prompt to the cached rows, following a PrefillPlan."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class _PlannedReading(PromptReading):
             self._encode_s += cache.append_image(image, full)
 
     def _position_of(self, n: int) -> int:
-        """Return the position of the row `n` rows ahead, which must not be inside an image."""
+        """Return the position `n` rows ahead. No image may extend across that position."""
         images = self._prompt.images.items()
         lost = sum(each.n_rows - each.n_pos for start, each in images if start + each.n_rows <= n)
         return self._next + n - lost

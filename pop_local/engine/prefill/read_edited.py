@@ -14,10 +14,10 @@ from pop_local.engine.prefill.reading import OnPrefill, PromptReading, Read
 
 
 class EditedReading(PromptReading):
-    """A read that decodes the rows that `move_rows` did not fill with cached rows.
+    """A PromptReading that decodes only the rows that `move_rows` left empty.
 
-    `run` raises PopError if the rows cannot be decoded. If the read fails or is stopped, the cache
-    keeps all decoded and reused rows, so that the next read can reuse them.
+    `run` raises PopError if the rows cannot be decoded. If reading fails or is stopped, the cache
+    keeps all decoded and reused rows for the next prompt.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class EditedReading(PromptReading):
             raise
 
     def _close_gaps(self) -> None:
-        """Remove the undecoded rows and move the later reused rows down."""
+        """Remove the undecoded rows, and move later reused rows down to close the gaps."""
         cache = self._cache
         is_kept = self._sources >= 0
         is_kept[: cache.n_tokens] = True

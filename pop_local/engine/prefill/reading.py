@@ -1,4 +1,4 @@
-"""A prompt that is being read, and the result of the read."""
+"""A prompt that is being read, and the result of reading a prompt."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Read:
 
     `n_cached`: the number of reused rows, of which `n_stale` are stale. `counters`: the backend's
     counters. `encode_s`: image encoding time in seconds. `n_exact`: the number of leading rows that
-    are exact after the read (see CachedRows). `is_short`: whether the prompt is too short to prune.
+    are exact after reading (see CachedRows). `is_short`: whether the prompt is too short to prune.
     """
 
     n_prompt: int
@@ -37,7 +37,7 @@ class Read:
 
 
 class PrefillStoppedError(StoppedError):
-    """Error for a read that was stopped. `read`: the result for the rows decoded so far."""
+    """Error raised if reading is stopped. `read`: the result for the rows decoded so far."""
 
     def __init__(self, read: Read) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class PromptReading(ABC):
         full_from: int,
         outputs: Outputs,
     ) -> NDArray[np.bool_]:
-        """Pass a batch's deep rows to the backend and return the full rows in mode CONTEXT.
+        """Pass a batch's deep rows to the backend. Return the rows that are full in mode CONTEXT.
 
         `positions`: int [n]. `deep`: a mask of the deep rows, bool [n]. Returns a mask, bool [n].
         """

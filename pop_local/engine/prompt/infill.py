@@ -23,7 +23,7 @@ def infilling(
     """Return a FIM prompt's tokens in the order used by llama.cpp's server (format_prompt_infill).
 
     `prefix`: text or tokens. `begun`: the start of the answer. `files`: (name, text) pairs that
-    precede the prefix. Special tokens in texts are read as plain text. Raises PopError.
+    precede the prefix. Special tokens in the texts are treated as plain text. Raises PopError.
     """
     if not can_infill(context):
         raise PopError(
@@ -43,7 +43,7 @@ def infilling(
 
 
 def _marks(context: Context, *names: str) -> list[int]:
-    """Return the FIM tokens with the given names, with -1 for each missing token."""
+    """Return the IDs of the named FIM tokens, with -1 for each missing token."""
     api = bindings()
     return [
         int(getattr(api, f"llama_vocab_fim_{name}")(context.vocabulary.pointer)) for name in names

@@ -22,7 +22,8 @@ class Prompt:
     """A prompt's tokens and images.
 
     `stops`: strings that end the answer. `begun`: the start of the answer, as rendered by the
-    template. `images`: the images, keyed by first row. `tokens` has NO_TOKEN for each image row.
+    template. `images` maps each image's first row to the image. Image rows have NO_TOKEN in
+    `tokens`.
     """
 
     tokens: Sequence[int]
@@ -39,7 +40,7 @@ class Prompt:
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """Return each image's range of rows as (start, end), in order."""
+        """Return each image's range of rows as (start, end), in ascending order."""
         return tuple((start, start + image.n_rows) for start, image in self.images.items())
 
     @property
@@ -59,7 +60,7 @@ class Prompt:
     def n_equal(self, tokens: np.ndarray, images: Mapping[int, str]) -> int:
         """Return the number of matching leading rows, rounded down so that no image is split.
 
-        `tokens`: int32 [n]. `images`: the images' keys, by first row.
+        `tokens`: int32 [n]. `images` maps the images' first rows to their keys.
         """
         n = min(len(self.tokens), len(tokens))
         differ = np.flatnonzero(tokens[:n] != np.asarray(self.tokens[:n], dtype=np.intc))

@@ -24,10 +24,10 @@ Write = Callable[[list[str], Callable[[str], str]], str]
 
 
 class Prompter:
-    """A builder of a model's prompts.
+    """A builder of prompts for a model.
 
-    `parse_special`: whether to parse special tokens in messages and documents. If True, a document
-    can forge turns of the conversation.
+    `parse_special`: whether to parse special tokens in messages and documents. If `parse_special`
+    is True, a document can forge turns of the conversation.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Prompter:
 
     @cached_property
     def template(self) -> Template:
-        """The model's template, or a plain one. Raises PopError if the template is broken."""
+        """The model's template, or a plain template. Raises PopError if the template is broken."""
         try:
             return Template(self._source or PLAIN_TEMPLATE, self.context.vocabulary.pointer)
         except PopError as error:
@@ -58,14 +58,14 @@ class Prompter:
         return self._vision is not None and has_pillow()
 
     def text(self, text: str) -> Prompt:
-        """Return a prompt for continuing text. Raises the same errors as Vocabulary.tokenize."""
+        """Return a prompt for completing `text`. Raises the same errors as Vocabulary.tokenize."""
         return Prompt(self.context.vocabulary.tokenize(text, add_bos=True))
 
     def conversation(self, messages: Sequence[Message], *, continues: bool = False) -> Prompt:
         """Return a conversation's prompt, up to the start of the answer.
 
-        `continues`: whether the answer starts with the last message's content. Raises PopError if
-        the template rejects the conversation.
+        `continues`: whether the answer continues the last message. Raises PopError if the template
+        rejects the conversation.
         """
         before, begun = (messages[:-1], messages[-1:]) if continues else (messages, ())
         if any(message.role == "system" for message in before) and not self._supports_system:
@@ -140,8 +140,8 @@ class Prompter:
         """Load the mmproj on first use. Raises PopError if there is no mmproj or loading fails."""
         if self._vision is None:
             raise PopError(
-                "cannot read an image: the model was opened without an mmproj",
-                "open the model with mmproj=PATH, the mmproj file published with the model",
+                "cannot read images because the model was opened without an mmproj",
+                "open the model with mmproj=PATH, using the mmproj file published with the model",
                 cause="no-mmproj",
             )
         return self._vision.open(self.context.model, self.context.settings.n_threads_batch)
@@ -207,7 +207,7 @@ def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Pic
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
-    """Move system messages to the start of the next user message, as in llama.cpp's chat.cpp."""
+    """Move system messages to the start of the next user message, as llama.cpp's chat.cpp does."""
     found: list[Message] = []
     held: Message | None = None
     for message in messages:

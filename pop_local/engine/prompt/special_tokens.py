@@ -1,6 +1,6 @@
 """Treat special tokens in messages as plain text.
 
-Otherwise, a document containing `<|im_end|>` could end a turn and start a system message.
+A document that contains `<|im_end|>` could otherwise end a turn and start a system message.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,18 +13,18 @@ _FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a private-use plane
 
 
 class SpecialTokens:
-    """A vocabulary's special tokens, whose spellings may occur in text."""
+    """A vocabulary's special tokens, which may also occur in ordinary text."""
 
     def __init__(self, context: Context) -> None:
         self._api, self._context = bindings(), context
 
     def spelled(self, tokens: Iterable[int], texts: Sequence[str]) -> list[str]:
-        """Return the spellings of the special tokens in `tokens` that occur in any of the texts."""
+        """Return the spellings of special tokens that occur both in `tokens` and in `texts`."""
         special = {self._text(token) for token in set(tokens) if self._is_special(token)}
         return sorted(each for each in special if any(each in text for text in texts))
 
     def tokens(self, text: str, marks: dict[str, str]) -> list[int]:
-        """Tokenize a prompt, with each mark replaced by the plain text that it stands for.
+        """Replace each mark in a prompt with its plain text and tokenize the result.
 
         As in llama.cpp, text between two special tokens is tokenized as one piece.
         """

@@ -37,7 +37,7 @@ def _refuse(message: str) -> NoReturn:
 
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> Template:
-    """Compile a template in the same Jinja environment as llama_cpp and transformers."""
+    """Compile a template in the kind of Jinja environment that llama_cpp and transformers use."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -46,11 +46,11 @@ def _compiled(template: str) -> Template:
 
 
 class TemplateRenderer:
-    """The methods that the parent process calls."""
+    """Methods that the parent process can call."""
 
     @staticmethod
     def rendered(template: str, arguments: dict[str, Any] | None) -> str:
-        """Render a template. If `arguments` is None, only compile the template and return "".
+        """Render a template. If `arguments` is None, only compiles the template and returns "".
 
         Raises ValueError if the template rejects the arguments, or other errors if rendering fails.
         """

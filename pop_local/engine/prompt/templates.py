@@ -18,7 +18,7 @@ renderer = KeptProcess(
     template_child.TemplateRenderer,
     limit_s=LIMIT_S,
     limit_bytes=LIMIT_BYTES,
-    task="rendering the chat template",
+    task="rendering the template",
     hint=_HINT,
 )
 

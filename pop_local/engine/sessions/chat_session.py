@@ -28,7 +28,7 @@ GivenImage = str | os.PathLike[str] | bytes | Picture
 
 
 class QuestionOptions(AnswerOptions, total=False):
-    """The keyword arguments of ChatSession.stream."""
+    """Keyword arguments for ChatSession.stream."""
 
     documents: Sequence[str | Document]
     images: Sequence[GivenImage]
@@ -48,8 +48,8 @@ class Answer:
 class Stream(Iterator[str]):
     """An iterator over an answer's text. `text`: the text so far. `stats`: None until the end.
 
-    Closing the stream ends the answer and leaves `stats` as None. If on_prefill or should_stop
-    closes the stream, the answer ends after the callback, and `stats` is set.
+    Closing the stream ends the answer and leaves `stats` as None. If the on_prefill or should_stop
+    callback closes the stream, the answer ends after the callback, and `stats` is set.
     """
 
     def __init__(self, chunks: Answering, on_end: Callable[[Stream], None]) -> None:
@@ -83,16 +83,16 @@ class Stream(Iterator[str]):
 
 
 class ChatSession:
-    """A conversation whose prompts contain all earlier turns.
+    """A conversation in which each prompt contains all earlier turns.
 
     Sessions are not thread-safe. A model has one KV cache and generates one answer at a time. A
-    question in another session evicts this conversation, which must then be read again.
+    question in another session evicts this conversation, so the model must reread it.
     """
 
     def __init__(
         self, model: EngineOwner, conversation: Conversation | None = None, *, reread: str = ""
     ) -> None:
-        """`reread`: why the conversation must be read again for the next question, or ""."""
+        """`reread`: the reason why the model must reread the conversation, or ""."""
         self.model = model
         self.reread = reread
         self._conversation = conversation or Conversation()
@@ -102,9 +102,9 @@ class ChatSession:
 
     @property
     def conversation(self) -> Conversation:
-        """The system prompt and all turns so far. Accessing this property ends a streaming answer.
+        """The system prompt and all turns so far. Accessing this property closes any open stream.
 
-        Raises PopError if accessed from the streaming answer's on_prefill or should_stop.
+        Raises PopError if the stream's on_prefill or should_stop callback accesses this property.
         """
         self._settle()
         return self._conversation
@@ -121,7 +121,7 @@ class ChatSession:
 
     @property
     def dropped(self) -> Turn | None:
-        """The last question, if unanswered. Unanswered questions are not in `conversation`."""
+        """The last question if it has no answer. `conversation` omits unanswered questions."""
         self._settle()
         return self._dropped
 
@@ -146,7 +146,7 @@ class ChatSession:
         return tuple(stats for stats in self._stats if stats.n_decoded)
 
     def chat(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:
-        """Return the complete answer. Until it is complete, other threads cannot use the model.
+        """Return the complete answer. Other threads cannot use the model during the answer.
 
         Arguments and errors are the same as for `stream`.
         """
@@ -167,12 +167,13 @@ class ChatSession:
     ) -> Stream:
         """Stream the answer. Prefill starts when the caller requests the first piece.
 
-        `images`: paths or contents of image files; images require an mmproj. In the prompt, images
+        `images`: paths or contents of image files, which require an mmproj. In the prompt, images
         and documents precede the question.
 
-        Once the stream ends or is closed, or after Ctrl-C, the conversation includes the question
-        and the answer. If the answer is empty, the question is moved to `dropped` instead. Raises
-        ContextFullError if the prompt exceeds the context, or PopError if the template rejects it.
+        After the stream ends, is closed, or is interrupted by Ctrl-C, the conversation includes the
+        question and the answer. If the answer is empty, the question is moved to `dropped` instead.
+        Raises ContextFullError if the prompt exceeds the context, or PopError if the template
+        rejects the prompt.
         """
         turn = Turn(question, _documents(documents), pictures=_pictures(images))
         return self._ask(turn, self.conversation, options)
@@ -202,7 +203,7 @@ class ChatSession:
         return turns[-1]
 
     def forget_oldest(self, n_turns: int) -> None:
-        """Remove the first `n_turns` turns. The next question's prompt is then read again."""
+        """Remove the first `n_turns` turns. The model must then reread the remaining turns."""
         self._conversation = self.conversation.without_oldest(n_turns)
 
     def forget(self) -> None:
@@ -239,13 +240,13 @@ class ChatSession:
         if self._stream is not None:
             raise PopError(
                 "the session is still generating an answer",
-                "wait until the answer ends; on_prefill and should_stop may only close the stream",
+                "wait until the answer ends (on_prefill and should_stop may only close the stream)",
             )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the transcript and KV cache atomically and return the path (*.popsession).
+        """Write the transcript and KV cache atomically, and return the file's path (*.popsession).
 
-        If the cache holds a different session, the file does not contain a KV cache. Raises
+        If the cache holds a different session, the file contains only the transcript. Raises
         PopError if the file already exists or cannot be written.
         """
         sessions, name = _split(path)
@@ -257,10 +258,10 @@ class ChatSession:
 
 
 def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSession:
-    """Load a saved conversation. Its mode and KV cache are also loaded if they match the model.
+    """Load a saved conversation, with its mode and KV cache if they match the model.
 
-    If they do not match, `reread` contains the reason, and the conversation is read again with the
-    next question. Raises PopError if the file is not a session file.
+    If the mode or KV cache does not match, `reread` contains the reason, and the model rereads the
+    conversation for the next question. Raises PopError if the file is not a session file.
     """
     sessions, name = _split(path)
     if not sessions.path(name).is_file():

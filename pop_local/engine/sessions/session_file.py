@@ -7,8 +7,9 @@
 If the model's cache holds a different conversation, n_tokens is 0 and the arrays are missing.
 
 Loading restores the K/V only if the model, mmproj, POP mode, boundary, projections, backend version
-and RoPE options are the same. Models are compared by size and by a hash of their headers and of
-sampled tensor data. Otherwise, only the transcript is restored. Zip's CRC-32 detects damage.
+and RoPE options are unchanged. If anything differs, loading restores only the transcript. Models
+are compared by size and by a hash of their headers and sampled tensor data. The zip file's CRC-32
+checksums detect damage.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ from pop_local.engine.sessions.conversation import Conversation
 
 SUFFIX = ".popsession"
 FORMAT = 3
-_NOT_SAVED = "the file has no KV cache, because another conversation had replaced the cached rows"
+_NOT_SAVED = "the file has no KV cache because another conversation had replaced the cached rows"
 _TRANSCRIPT = "session.json"
 _PICTURE = "pictures/{}"
 _MAX_TRANSCRIPT_BYTES = 1 << 28
@@ -57,7 +58,7 @@ ReadPicture = Callable[[str, str], Picture]
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Identity of the model and backend that computed the K/V, without the POP key."""
+    """A fingerprint of the model and backend that computed the K/V, excluding the POP key."""
 
     model_bytes: int
     model_sha256: str
@@ -67,9 +68,9 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Session:
-    """The contents of a session file, except the K/V.
+    """The contents of a session file, except for the K/V.
 
-    `mode`: the mode that computed the K/V. `images`: (first row, key) of each image.
+    `mode`: the mode in which the K/V were computed. `images`: the first row and key of each image.
     """
 
     name: str
@@ -133,7 +134,7 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
 
 
 def fingerprint(engine: Engine) -> Fingerprint:
-    """Return the fingerprint, with an empty hash if a model file was replaced while it was open."""
+    """Return the fingerprint. The hash is empty if a model file was replaced while open."""
     source = engine.context.files.source
     version = f"{backend.version()} abi {backend.library_abi()}{opened_with(engine.context)}"
     mmproj = engine.vision.key if engine.vision else ""
@@ -148,7 +149,7 @@ class Sessions:
         self._folder = folder
 
     def names(self) -> list[str]:
-        """Return the sorted names of the regular files that `load` accepts."""
+        """Return the sorted names of the sessions that `load` accepts."""
         found = (path for path in self._folder.glob(f"*{SUFFIX}") if path.is_file())
         names = (path.name.removesuffix(SUFFIX) for path in found)
         return sorted(filter(_NAME.fullmatch, names))
@@ -163,11 +164,11 @@ class Sessions:
             yield SavedFile(name, status.st_size, status.st_mtime, session)
 
     def path(self, name: str) -> Path:
-        """Return a session's path. Raises PopError if the name is invalid, for example a path."""
+        """Return a session's path. Raises PopError if the name is invalid, such as a path."""
         if not _NAME.fullmatch(name):
             raise PopError(
                 f"{name!r} is not a valid session name",
-                "use up to 80 letters, digits, spaces and any of . _ + -",
+                "use up to 80 letters, digits, spaces, dots, and the characters _ + -",
             )
         return self._folder / f"{name}{SUFFIX}"
 
@@ -176,8 +177,8 @@ class Sessions:
     ) -> int:
         """Write the file atomically and return its size in bytes. Raises PopError on failure.
 
-        `with_cache`: include the cached rows if they belong to the conversation. In that case, all
-        rows after the conversation are dropped from the cache.
+        `with_cache`: whether to save the cached rows if they belong to the conversation. Saving the
+        rows drops all later rows from the cache.
         """
         path, state = self.path(name), None
         n_own = n_own_tokens(engine, conversation) if with_cache else 0
@@ -280,7 +281,7 @@ def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session
 
 
 def _value(kind: Any, raw: object, picture: ReadPicture) -> Any:
-    """Convert a field's JSON to its type. Raises ValueError or KeyError if that is impossible."""
+    """Convert a field's JSON to the field's type. Raises ValueError or KeyError on failure."""
     if kind is Picture:
         named = _fields(raw, {"name", "sha256"})
         return picture(_text(named["name"]), _text(named["sha256"]))
@@ -298,14 +299,14 @@ def _value(kind: Any, raw: object, picture: ReadPicture) -> Any:
     if kind is not int:
         return _text(raw)
     if not 0 <= (number := _typed(raw, int)) < 2**63:
-        raise ValueError("number out of range")
+        raise ValueError("the number is out of range")
     return number
 
 
 def _fields(value: object, names: Set[str]) -> dict[str, Any]:
     fields: dict[str, Any] = _typed(value, dict)
     if fields.keys() != names:
-        raise ValueError("missing or unknown fields")
+        raise ValueError("some fields are missing or unknown")
     return fields
 
 
@@ -353,5 +354,5 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 def _damaged(path: Path) -> PopError:
     return PopError(
         f"the file {path} is damaged or not a session",
-        "if the file is still being copied, wait; otherwise, load a different file",
+        "wait if the file is still being copied, or load a different file",
     )

@@ -1,1 +1,1 @@
-"""Describe tools in prompts, constrain the form of tool calls, and parse calls in answers."""
+"""Describe tools in prompts, constrain the format of tool calls, and parse calls in answers."""

@@ -1,4 +1,4 @@
-"""The form of an answer that may call tools, and the constraint that enforces the form."""
+"""The format of an answer that may call tools, and the constraint that enforces the format."""
 
 import codecs
 import re
@@ -22,8 +22,8 @@ _N_TRIGGER = 512
 class Trigger:
     """A pattern that activates a grammar for the rest of an answer.
 
-    `grammars`: grammars, keyed by the text of group `name` ("" if the pattern has no such group).
-    The grammar applies from the start of group `rest` or, without it, of the first matched group.
+    `grammars` maps the text of the group `name` ("" without this group) to a grammar. The grammar
+    applies from the start of the group `rest` if it exists, or else from the first matched group.
     """
 
     pattern: re.Pattern[str]
@@ -32,12 +32,12 @@ class Trigger:
 
 @dataclass(frozen=True)
 class CallForm:
-    """The form of an answer's tool calls.
+    """The format of an answer's tool calls.
 
     `tools`: tools that the answer may call. `must_call`: whether the answer must contain a call.
-    `triggers`: patterns, each of which activates a grammar when it matches the answer. Without
-    triggers, `grammar` applies from the first token. `shown`: special tokens that appear as text in
-    this form. `native`: llama.cpp's format (None: the text form).
+    `triggers`: patterns that activate a grammar when they match the answer. Without triggers,
+    `grammar` applies from the first token. `shown`: special tokens that the format contains as
+    text. `native`: llama.cpp's format (None: plain text).
     """
 
     tools: tuple[Tool, ...]
@@ -49,7 +49,7 @@ class CallForm:
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Return the keywords in the tools' schemas that are ignored."""
+        """Return the ignored keywords in the tools' schemas."""
         return self.grammar.ignored if self.grammar else ()
 
 
@@ -71,7 +71,7 @@ class CallConstraint:
         return self._constraint is not None
 
     def allowed(self) -> np.ndarray | None:
-        """Return the allowed token IDs in order, or None if all tokens are allowed."""
+        """Return the allowed token IDs in ascending order, or None if all tokens are allowed."""
         must_continue = self._form.must_call and not (self._call.strip() or self._last_call)
         if self._constraint is None:
             return self._all_but_ends if must_continue else None
@@ -103,7 +103,7 @@ class CallConstraint:
                 return
 
     def _begin(self, grammar: Grammar, text: str) -> None:
-        """Apply the grammar after `text`, unless the grammar rejects `text`."""
+        """Apply the grammar to the answer after `text`, unless the grammar rejects `text`."""
         constraint = Constraint(self._tokenizer, grammar)
         try:
             for token in self._tokenizer.greedy_tokenize(text):

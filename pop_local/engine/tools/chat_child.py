@@ -1,4 +1,4 @@
-"""Child process that runs llama.cpp's chat code, which a template or an answer can crash.
+"""Child process that runs llama.cpp's chat code, which some templates and answers can crash.
 
 The library is `libpop-chat` (patches/llama.cpp/common/pop/pop-chat.cpp).
 """
@@ -27,7 +27,7 @@ def _library() -> ctypes.CDLL:
 
 
 class ChatFormatter:
-    """The methods that the parent process calls.
+    """Methods that the parent process can call.
 
     All methods raise ValueError for input that llama.cpp rejects.
     """
@@ -36,7 +36,7 @@ class ChatFormatter:
         self._library = _library()
 
     def render(self, request: dict[str, Any]) -> Any:
-        """Return a prompt and the form of the answer."""
+        """Return a prompt and the format of the answer."""
         return self._call(self._library.pop_chat_render, request)
 
     def parse(self, request: dict[str, Any]) -> Any:

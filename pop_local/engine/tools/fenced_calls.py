@@ -1,4 +1,4 @@
-"""Tool calls as JSON or Python in a fence, with which some models end their answers."""
+"""Parse tool calls that some models write as fenced JSON or Python at the end of an answer."""
 
 import ast
 import json
@@ -13,10 +13,10 @@ _FENCE = re.compile(r"(?:\A\s*|(?<=\n))```\w*\s*\n\s*((?:(?!```).)*)(?:```\s*|\Z
 
 
 def last_calls(text: str, tools: Sequence[Tool]) -> tuple[tuple[tuple[str, str], ...], str]:
-    """Parse the calls in the fence at an answer's end: pairs of a name and the arguments as JSON.
+    """Return (name, JSON arguments) pairs for the calls in the code fence that ends an answer.
 
-    If the answer writes a tool's name as in a call, but contains no call, also returns the reason.
-    All calls must be of known tools, with keywords that the tools' parameters allow.
+    Also returns the reason if the answer seems to call a tool but contains no valid call. Calls
+    must name known tools and use only arguments that the tools' schemas allow.
     """
     known = {tool.name: tool.parameters for tool in tools}
     either = "|".join(map(re.escape, known))
@@ -25,20 +25,20 @@ def last_calls(text: str, tools: Sequence[Tool]) -> tuple[tuple[tuple[str, str],
         return (), ""
     *_, last = (None, *_FENCE.finditer(text))
     if last is None or last.end() < len(text):
-        return (), f"{named[1]} is not in a known form, or text follows it"
+        return (), f"the call to {named[1]} has an unknown format, or text follows the call"
     try:
         calls = [(name, json.dumps(given), {*given}) for name, given in _calls(last[1])]
     except (AttributeError, KeyError, RecursionError, SyntaxError, TypeError, ValueError):
-        return (), f"{named[1]}'s fence is neither JSON nor calls with literals"
+        return (), f"the fenced call to {named[1]} is neither JSON nor Python with literals"
     for name, _, given in calls:
         required, allowed = (known.get(name, {}).get(key) for key in ("required", "properties"))
         if name not in known or not {*(required or ())} <= given <= {*(allowed or given)}:
-            return (), f"{named[1]}'s fence has an unknown name or wrong arguments"
+            return (), f"the fenced call to {named[1]} has an unknown name or wrong arguments"
     return tuple((name, arguments) for name, arguments, _ in calls), ""
 
 
 def _calls(code: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return names and arguments. Raises one of several errors if the code contains other text."""
+    """Return (name, arguments) pairs. Raises one of several errors for any other code."""
     if code.startswith("{"):
         value = json.loads(code)
         return [(value["name"], {**value.get("arguments", value.get("parameters"))})]
@@ -47,6 +47,6 @@ def _calls(code: str) -> list[tuple[str, dict[str, Any]]]:
         lines = ast.parse(code).body
     calls: list[Any] = [line.value if isinstance(line, ast.Expr) else None for line in lines]
     if any(call.args or any(k.arg is None for k in call.keywords) for call in calls):
-        raise ValueError("an argument names no parameter")
+        raise ValueError("each argument must have a name")
     literal = ast.literal_eval
     return [(ast.unparse(c.func), {k.arg: literal(k.value) for k in c.keywords}) for c in calls]

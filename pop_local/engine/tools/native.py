@@ -1,4 +1,4 @@
-"""Render and parse tool calls in the template's form, using llama.cpp's chat code."""
+"""Render and parse tool calls in the template's format, using llama.cpp's chat code."""
 
 from dataclasses import dataclass, fields
 from hashlib import sha256
@@ -14,10 +14,10 @@ _SEVERAL = "root ::= tool-call | tool-calls"
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt and the form of the answer, as returned by pop-chat.cpp.
+    """A prompt and the format of the answer, as returned by pop-chat.cpp.
 
-    `takes_tools`: whether the template renders tools. `grammar`: the GBNF that applies after one of
-    the `triggers` (type and value) matches. `shown`: special tokens in the form's text.
+    `takes_tools`: whether the template renders tools. `grammar`: a GBNF grammar that applies after
+    one of the `triggers` (type and value) matches. `shown`: special tokens in the format's text.
     """
 
     prompt: str
@@ -42,7 +42,7 @@ _chat = KeptProcess(
     chat_child.ChatFormatter,
     limit_s=LIMIT_S,
     limit_bytes=LIMIT_BYTES,
-    task="processing the tool calls",
+    task="processing tool calls",
     hint="send fewer or simpler tools",
 )
 

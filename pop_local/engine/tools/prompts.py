@@ -1,4 +1,4 @@
-"""Build prompts with tools and determine the form of the answers."""
+"""Build prompts with tools and determine the format of the answers."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -29,16 +29,16 @@ _ROOT = re.compile(r"^root ::= (.*)$", re.MULTILINE)
 def prompt_with_tools(
     prompter: Prompter, messages: Sequence[Message], tools: Tools, schema: Any = None
 ) -> tuple[Prompt, CallForm | None]:
-    """Return a prompt that describes the tools, and the form of the calls in the answer.
+    """Return a prompt that describes the tools, and the format of the answer's calls.
 
-    `schema`: the JSON schema of an answer without a call (None: any text). If llama.cpp supports
-    the template, the template defines the form. Otherwise, calls are plain text. The form is None
-    if no tool may be called. Raises PopError if the model has no template or the template rejects
-    the conversation, or GrammarError if a schema is invalid.
+    `schema`: the JSON schema for answers without a call (None: any text). If llama.cpp supports the
+    template, the template defines the format. For other templates, calls are plain text. The format
+    is None if no tool may be called. Raises PopError if the model has no template or the template
+    rejects the conversation. Raises GrammarError if a schema is invalid.
     """
     if not prompter.has_template:
         hint = "send no tools, or use a model with a chat template"
-        raise PopError("the model has no chat template, so it cannot call tools", hint)
+        raise PopError("the model cannot call tools because it has no chat template", hint)
     rules = {tool.name: json_rule(tool.schema) for tool in tools.all}
     answer = None if schema is None or tools.must_call else json_rule(schema)
     own = _Native(prompter, messages, tools)
@@ -55,7 +55,7 @@ def prompt_with_tools(
 
 
 class _Native:
-    """A conversation with tools, rendered by llama.cpp in the template's form."""
+    """A conversation with tools, which llama.cpp renders in the template's format."""
 
     def __init__(self, prompter: Prompter, messages: Sequence[Message], tools: Tools) -> None:
         self._prompter, self._messages, self._tools = prompter, _numbered(messages), tools
@@ -65,7 +65,7 @@ class _Native:
 
     @property
     def is_known(self) -> bool:
-        """Return whether the template renders tools and llama.cpp has a grammar for calls."""
+        """Return True if the template renders tools and llama.cpp has a grammar for calls."""
         made, tools = self._rendered, self._tools.all
         if made is None or not made.takes_tools:
             return False
@@ -97,7 +97,7 @@ class _Native:
         return native.render(self._prompter.template, messages, tools, several=several)
 
     def form(self, rules: dict[str, JsonRule], answer: JsonRule | None) -> CallForm:
-        """Return the form of calls, or of an answer that `answer` allows (None: any text)."""
+        """Return the format of calls. `answer`: rule for answers without calls (None: any text)."""
         tools, made = self._tools, self._rendered
         assert made is not None
         if tools.callable_ != tools.all:
@@ -121,7 +121,7 @@ class _Native:
         return CallForm(tools.callable_, tools.must_call, triggers, grammar, shown, made.format)
 
     def _shown(self, made: Rendered) -> Iterator[int]:
-        """Yield the form's special tokens that are usually hidden in answers, except end tokens."""
+        """Yield the format's special tokens that answers normally hide, except end tokens."""
         context = self._prompter.context
         pieces = Pieces(context.vocabulary)
         for text in made.shown:
@@ -152,16 +152,16 @@ def _in_json(tools: Tools, rules: dict[str, JsonRule]) -> Trigger:
 
 
 def _pattern(trigger: dict[str, str]) -> re.Pattern[str]:
-    """Convert one of llama.cpp's common_grammar_triggers to a pattern that has a group."""
+    """Convert a common_grammar_trigger from llama.cpp to a pattern with a group."""
     value, is_pattern = trigger["value"], trigger["type"].startswith("pattern")
     found = re.compile(value if is_pattern else re.escape(value))
     return found if found.groups else re.compile(f"({found.pattern})")
 
 
 def _numbered(messages: Sequence[Message]) -> list[Message]:
-    """Replace call IDs with IDs that every template accepts, and set the IDs of results.
+    """Replace call IDs with IDs that every template accepts, and update the results' IDs.
 
-    Results without IDs, which Ollama's clients send, belong to the first open call.
+    Results without IDs, which Ollama's clients send, belong to the first unanswered call.
     """
     found: list[Message] = []
     open_: dict[str, str] = {}
@@ -182,7 +182,7 @@ def _numbered(messages: Sequence[Message]) -> list[Message]:
 
 
 def _calls(message: Message) -> dict[str, Any]:
-    """Return a message's calls, or the ID of the call that was answered, in OpenAI's format."""
+    """Return a message's calls, or the ID of the call that it answers, in OpenAI's format."""
     if message.role == "tool":
         return {"tool_call_id": message.call_id}
     calls = [
@@ -197,7 +197,7 @@ def _calls(message: Message) -> dict[str, Any]:
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a copy of a JSON value with `change` applied to every string, including names."""
+    """Return a copy of a JSON value with `change` applied to every string, including keys."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

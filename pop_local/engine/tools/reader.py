@@ -1,4 +1,4 @@
-"""Parse tool calls in an answer while it is generated."""
+"""Parse tool calls in an answer while the model generates the answer."""
 
 import secrets
 import string
@@ -29,9 +29,9 @@ class Piece:
 
 
 class CallReader:
-    """A parser for one answer that arrives in parts.
+    """A parser for a single answer that arrives in parts.
 
-    After the end, `no_call` is the reason if the answer names a tool but does not call it.
+    If the answer names a tool without calling it, `no_call` contains the reason after `end`.
     """
 
     def __init__(self, form: CallForm) -> None:
@@ -51,7 +51,7 @@ class CallReader:
         return self._added(self._parsed(partial=False))
 
     def _parsed(self, *, partial: bool) -> Parsed:
-        """Parse the text so far. Fall back to the text form if llama.cpp finds no calls."""
+        """Parse the text so far. Falls back to plain-text calls if llama.cpp finds no calls."""
         found: Parsed | None = None
         if self._native is not None:
             try:

@@ -1,4 +1,4 @@
-"""Tool calls as plain text, for templates and models that do not support other forms."""
+"""Tool calls as plain text, for templates and models that do not support other formats."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Messa
 
 
 def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
-    """Return a grammar for calls between tags. `rules`: tools with Lark rules for arguments."""
+    """Return a grammar for calls between tags. `rules`: tools and their Lark rules."""
     calls = " | ".join(f"call{number}" for number in range(len(rules)))
     more = f"({_SPACE} call)*" if several else ""
     lines = [
@@ -80,12 +80,12 @@ def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
 
 
 def rest_of_json(rule: str) -> str:
-    """Return a grammar for the rest of a call after `opening`: the arguments and the end."""
+    """Return a grammar for the arguments and the end of a call, which follow `opening`."""
     return f'start: {_SPACE} args {_SPACE} "}}" {_END}\nargs: {rule}'
 
 
 def opening(names: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern for a call's start. Its group `rest` marks the start of the arguments."""
+    """Return a pattern for a call's start. The group `rest` marks where the arguments start."""
     either = "|".join(map(re.escape, names))
     return re.compile(
         rf'{_OPEN}\{{{{1,2}}\s*"name"\s*:\s*"(?P<name>{either})"\s*,\s*'
@@ -94,7 +94,7 @@ def opening(names: Sequence[str]) -> re.Pattern[str]:
 
 
 def may_open(text: str) -> bool:
-    """Return whether an answer that starts with this text may turn into a JSON call."""
+    """Return True if an answer that starts with `text` may become a JSON call."""
     return _BEGUN.fullmatch(text) is not None
 
 

@@ -1,4 +1,4 @@
-"""Tools that are described in a prompt and may be called in the answer."""
+"""Tools that a prompt describes and an answer may call."""
 
 import re
 from collections.abc import Sequence
@@ -44,8 +44,9 @@ class Tool:
 class Tools:
     """A prompt's tools, and the calls that the answer may contain.
 
-    `all`: tools in the prompt. `callable_`: tools that may be called. `must_call`: a call is
-    required. `several`: multiple calls are allowed. Raises PopError if two tools share a rule.
+    `all`: tools in the prompt. `callable_`: tools that may be called. `must_call`: whether a call
+    is required. `several`: whether to allow several calls. Raises PopError if two tools share a
+    rule.
     """
 
     all: tuple[Tool, ...]
@@ -58,7 +59,7 @@ class Tools:
         for tool in self.all:
             if other := rules.get(tool.rule):
                 names = f"{other!r} and {tool.name!r}"
-                message = f"two tools have the same name, ignoring punctuation: {names}"
+                message = f"two tools have the same name except for punctuation: {names}"
                 raise PopError(message, "rename one of the two tools")
             rules[tool.rule] = tool.name
 

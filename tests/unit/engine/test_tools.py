@@ -242,8 +242,8 @@ def test_python_calls_have_several_kinds_of_values(model):
     [
         (f"{PYTHON}\nThis calls the tool.", "text follows"),
         (f"Like so:\n{JSON}\nThis calls the tool.", "text follows"),
-        ('get_weather(city="Rome")', "not in a known form"),
-        ("<function=get_weather><parameter=city>Rome</parameter></function>", "not in a known"),
+        ('get_weather(city="Rome")', "has an unknown format"),
+        ("<function=get_weather><parameter=city>Rome</parameter></function>", "unknown format"),
         ('Now:\n```json\n{"tool": "get_weather", "city": "Rome"}\n```', "neither JSON nor"),
         (PYTHON.replace('"Rome"', "city"), "neither JSON nor"),
         (PYTHON.replace('city="Rome"', '"Rome"'), "neither JSON nor"),
