@@ -38,8 +38,8 @@ COMMANDS = {
     ),
     "analyze": Listed(_SPEED, "Measure how many layers a model can skip.", "model.gguf"),
     "config": Listed(_SETUP, "Show settings and where they come from.", "--json"),
-    "learn": Listed(_SETUP, "Show or delete the statistics learned from your prompts.", "show"),
-    "cache": Listed(_SETUP, "Show or remove the stored KV caches of earlier prompts.", "show"),
+    "learn": Listed(_SETUP, "Delete the statistics learned from your prompts.", "forget"),
+    "cache": Listed(_SETUP, "Remove the stored KV caches of earlier prompts.", "clear"),
     "doctor": Listed(_SETUP, "Check this installation and suggest fixes.", "--json"),
 }
 

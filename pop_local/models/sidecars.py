@@ -37,11 +37,6 @@ class LearnedFiles:
     def sidecar(self) -> Path:
         return learned_dir() / f"{self.name}{SUFFIX}"
 
-    @property
-    def size_bytes(self) -> int:
-        """The total size in bytes of the model's learned files."""
-        return sum(path.stat().st_size for path in (self.sums, self.sidecar) if path.exists())
-
     def forget(self) -> None:
         """Remove the model's learned files, including temporary files."""
         for path in learned_dir().glob(f"{glob.escape(self.name)}.*"):

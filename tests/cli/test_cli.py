@@ -372,7 +372,7 @@ def test_a_reader_that_left_is_no_error(tmp_path):
     ("words", "expected"),
     [
         ("pop-local c", ["chat", "convert", "compare", "config", "cache"]),
-        ("pop-local cache s", ["show"]),
+        ("pop-local cache c", ["clear"]),
     ],
 )
 def test_shell_completion(tmp_path, words, expected):

@@ -43,11 +43,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredState:
-    """A stored state without its cells. `used_s`: the Unix time of the last use."""
+    """A stored state without its cells."""
 
     path: Path
     size_bytes: int
-    used_s: float
     prompts_key: str
     key: str
     model: str
@@ -55,21 +54,26 @@ class StoredState:
     images: dict[int, str]
 
 
+def clear_folder(folder: Path) -> int:
+    """Remove a folder's states and leftover temporary files. Return the number of states."""
+    remove_leftovers(folder)
+    files = list(folder.glob(f"*{SUFFIX}"))
+    for path in files:
+        with suppress(OSError):
+            path.unlink()
+    return len(files)
+
+
 class DiskStore:
-    """Stores up to `capacity_bytes` of states in a folder. A background thread writes the files.
+    """Stores up to `capacity_bytes` of states in a folder. A background thread writes the files."""
 
-    A store with a capacity of 0 can only list or clear the folder, and does not create it.
-    """
-
-    def __init__(self, folder: Path, capacity_bytes: int = 0) -> None:
-        """Create the folder unless the capacity is 0. Raises PopError if creation fails."""
+    def __init__(self, folder: Path, capacity_bytes: int) -> None:
+        """Create the folder. Raises PopError if creation fails."""
         self.folder, self.capacity_bytes = folder, capacity_bytes
         # Another version of llama.cpp may compute different K/V.
         self._format = f"{_FORMAT}, {backend.version()} abi {backend.library_abi()}"
         self._known: dict[Path, StoredState] = {}
         self._writer = ThreadPoolExecutor(1, "pop-local disk store")
-        if not capacity_bytes:
-            return
         try:
             make_private(folder)
             remove_leftovers(folder)
@@ -87,16 +91,8 @@ class DiskStore:
         """Wait until all states are written."""
         self._writer.shutdown()
 
-    @property
-    def size_bytes(self) -> int:
-        """Return the total size of all stored files, including unreadable files."""
-        return sum(status.st_size for _, status in self._files())
-
     def stored(self) -> list[StoredState]:
-        """Return the readable states, least recently used first.
-
-        If the capacity is above 0, this method removes damaged files and files from other versions.
-        """
+        """Return the readable states, least recently used first, and remove all other files."""
         found: dict[Path, StoredState] = {}
         for path, status in self._files():
             state = self._known.get(path)
@@ -128,15 +124,6 @@ class DiskStore:
                 os.utime(stored.path)
         return state
 
-    def clear(self) -> int:
-        """Remove all states and leftover temporary files, and return the number of states."""
-        remove_leftovers(self.folder)
-        files = [path for path, _ in self._files()]
-        for path in files:
-            with suppress(OSError):
-                path.unlink()
-        return len(files)
-
     def _files(self) -> list[tuple[Path, os.stat_result]]:
         """Return the state files and their status, least recently used first."""
         found = []
@@ -154,7 +141,6 @@ class DiskStore:
             return StoredState(
                 path=path,
                 size_bytes=status.st_size,
-                used_s=status.st_mtime,
                 prompts_key=str(about["prompts_key"]),
                 key=str(about["key"]),
                 model=str(about["model"]),
@@ -218,8 +204,7 @@ class DiskStore:
         except FileNotFoundError:  # another process removed it
             return None
         except (OSError, TypeError, *DAMAGES) as error:
-            if self.capacity_bytes:
-                log.warning("removed the unreadable state %s: %s", path, error)
-                with suppress(OSError):
-                    path.unlink()
+            log.warning("removed the unreadable state %s: %s", path, error)
+            with suppress(OSError):
+                path.unlink()
             return None

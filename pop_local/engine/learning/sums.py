@@ -207,15 +207,6 @@ class SumsFile:
             self.path.replace(self.path.with_suffix(".damaged"))
         return None
 
-    def rows(self) -> dict[int, int]:
-        """Return the number of rows per boundary in any model's file ({} if it is unreadable)."""
-        try:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                head = _read_head(arrays)
-                return {int(boundary): int(n_rows) for boundary, _, n_rows in head["grams"]}
-        except DAMAGED_ARCHIVE:
-            return {}
-
     def add(self, sums: Sums, kinds: dict[int, list[Projection]]) -> None:
         """Add sums for the given projection kinds to the file (see Sums.merge).
 

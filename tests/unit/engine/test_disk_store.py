@@ -18,7 +18,7 @@ import pytest
 from pop_converter.base import output_file
 from pop_converter.base.errors import WriteError
 from pop_local.engine.cache import disk_store
-from pop_local.engine.cache.disk_store import SUFFIX, DiskStore
+from pop_local.engine.cache.disk_store import SUFFIX, DiskStore, clear_folder
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.prompt.prompt import Prompt
 from support.calls import kv_bytes, last_logits, opened, prompt, read
@@ -227,7 +227,7 @@ def test_two_processes_share_a_folder(pop_file, folder):
 
 def test_clear_removes_all_states(pop_file, folder):
     store_prompt(pop_file, folder)
-    assert DiskStore(folder, ROOM).clear() == 1
+    assert clear_folder(folder) == 1
     assert files(folder) == []
 
 
