@@ -144,7 +144,7 @@ class Forced:
         counters = self._cache.slot.counters
         if (counters.n_context, counters.n_rows) != (expected, n_tokens):
             raise PopError(
-                f"the measurement is invalid: expected {expected} pruned {what} tokens of"
-                f" {n_tokens}, but the backend counted {counters.n_context} pruned and"
-                f" {counters.n_full} full tokens"
+                f"the measurement is invalid: the backend should have pruned {expected} of"
+                f" {n_tokens} {what} tokens, but it pruned {counters.n_context} and ran"
+                f" {counters.n_full} in full"
             )

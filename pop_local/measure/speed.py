@@ -205,7 +205,7 @@ def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters
     if (n_pruned, counters.n_exact, n_full) != (*expected, n_prompt - n_left):
         raise PopError(
             f"the measurement is invalid: expected {expected[0]} pruned and {expected[1]} lossless"
-            f" tokens of {n_prompt}, but the backend counted {n_pruned} pruned, {counters.n_exact}"
+            f" prompt tokens, but the backend counted {n_pruned} pruned, {counters.n_exact}"
             f" lossless, and {n_full} full tokens"
         )
 

@@ -50,7 +50,7 @@ class Distiller:
         except UnsupportedArchitectureError as error:
             why = f"{error.message}; {error.hint}"
         if plan.projection == Projection.OWN:
-            why = "a single skipped layer has no fitted projections"
+            why = "with only one skipped layer, there are no fitted projections"
         if why:
             raise PopError(f"{cannot}: {why}", "convert without distilling", cause="not-distilled")
         matrices = _matrix_type(self.hardware, cannot)

@@ -43,7 +43,7 @@ class CellRegions:
     The row at position p of a sequence uses cell p % BLOCK_CELLS of the sequence's block p //
     BLOCK_CELLS. Sequence n + i is the filler of sequence i. In each unused cell, the filler has the
     position of the row for which the cell is reserved. `is_on` is False if llama.cpp does not
-    support fillers for the model, for example with M-RoPE. Without fillers, rows use any cells.
+    support fillers for the model, for example with M-RoPE. Without fillers, rows may use any cells.
     """
 
     def __init__(self, context: Any, n_sequences: int) -> None:

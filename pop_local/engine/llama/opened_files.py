@@ -19,7 +19,7 @@ class OpenedFiles:
     `meta`: POP keys of the file or its sidecar (None: the model is not converted). `header`:
     metadata of the model's file. `n_ctx_train`: trained context length in tokens (0: unknown).
     `n_positions`: number of learned positions (0: no limit). llama.cpp aborts on longer prompts.
-    `macs`: counter of multiply-accumulates.
+    `macs`: a counter of multiply-accumulates.
     """
 
     def __init__(

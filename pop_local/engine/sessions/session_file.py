@@ -164,7 +164,7 @@ class Sessions:
             yield SavedFile(name, status.st_size, status.st_mtime, session)
 
     def path(self, name: str) -> Path:
-        """Return a session's path. Raises PopError if the name is invalid, such as a path."""
+        """Return a session's path. Raises PopError for an invalid name, such as a path."""
         if not _NAME.fullmatch(name):
             raise PopError(
                 f"{name!r} is not a valid session name",

@@ -37,7 +37,7 @@ def prompt_with_tools(
     rejects the conversation. Raises GrammarError if a schema is invalid.
     """
     if not prompter.has_template:
-        hint = "send no tools, or use a model with a chat template"
+        hint = "remove the tools, or use a model with a chat template"
         raise PopError("the model cannot call tools because it has no chat template", hint)
     rules = {tool.name: json_rule(tool.schema) for tool in tools.all}
     answer = None if schema is None or tools.must_call else json_rule(schema)
