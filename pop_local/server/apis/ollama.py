@@ -168,7 +168,7 @@ class OllamaReply(replies.OtherApiReply):
         return self._shown(end.pieces, end.logprobs) | done | figures
 
     def loaded(self) -> Response:
-        """Return the response to a request that only loads the model because it has no prompt."""
+        """Return the response to a request without a prompt, which only loads the model."""
         return JSONResponse(self._shown(()) | {"done": True, "done_reason": "load"})
 
     def failed(self, error: ApiError) -> Json:

