@@ -39,7 +39,7 @@ class RemoteFile:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason from OpenSSL or the operating system, or else the error's class name.
+    """Return the error's reason from OpenSSL or the operating system, or else its class name.
 
     The full error message could contain secrets from a URL.
     """
