@@ -1,7 +1,6 @@
 """Options and option groups that multiple commands share."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -9,9 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import typer
 
 from pop_local.commands.option_expansion import Group, expert, option
-from pop_local.config.settings import MOST, MOST_GIB, MOST_SEED, load
+from pop_local.config.settings import MOST, MOST_GIB, MOST_SEED, MOST_THREADS
 from pop_local.engine.prefill.plan import Reuse
-from pop_local.ui.console import warn
 from pop_local.workflows.hardware import Hardware
 
 
@@ -27,18 +25,6 @@ def positive(value: float | None) -> float | None:
     if value is not None and value <= 0:
         raise typer.BadParameter(f"{value:g} is not greater than 0")
     return finite(value)
-
-
-def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | None:
-    n_cores = os.cpu_count()
-    if n_threads is None or n_cores is None or n_threads <= n_cores:
-        return n_threads
-    if "threads" in given_names(call):
-        raise typer.BadParameter(f"{n_threads} threads exceed this machine's {n_cores} cores")
-    # The settings file may be shared with a machine that has more cores.
-    where = next(value.where for value in load() if value.key == "threads")
-    warn(f"{where} requests {n_threads} threads, but this machine has only {n_cores} cores")
-    return n_cores
 
 
 _SIDECAR = (
@@ -69,9 +55,7 @@ class HardwareOptions(Group):
     panel: ClassVar[str] = "Hardware"
 
     threads: int | None = option(
-        "Number of CPU threads (default: one per physical core).",
-        min=1,
-        callback=_no_more_than_cores,
+        "Number of CPU threads (default: one per physical core).", min=1, max=MOST_THREADS
     )
     gpu_layers: int = option(
         "Number of layers on the GPU (default: -1, meaning all).", min=-1, max=MOST, default=-1

@@ -27,6 +27,7 @@ Scalar = int | float | str
 # llama.cpp's counts have 32 bits.
 MOST = 2**31 - 1
 MOST_GIB = 2**20
+MOST_THREADS = 512  # ggml.h's GGML_MAX_N_THREADS; with more, llama.cpp aborts
 # The next larger number makes llama.cpp choose a random seed.
 MOST_SEED = 2**32 - 2
 _MOST_BITS = 64
@@ -55,7 +56,7 @@ SETTINGS = (
     Setting("models_dir", str, is_path=True),
     Setting("state_dir", str, is_path=True),
     Setting("model", str, "the best catalog model that fits in the free memory"),
-    Setting("threads", int, "the number of physical cores", least=1, most=MOST),
+    Setting("threads", int, "the number of physical cores", least=1, most=MOST_THREADS),
     Setting("ctx", int, "the training length, or less if memory is limited", least=1, most=MOST),
     Setting("gpu_layers", int, "-1 (all)", least=-1, most=MOST),
     Setting("temperature", float, "the model's default, or the engine's if unset", least=0),

@@ -142,15 +142,6 @@ class SessionStats:
             **{name: sum(getattr(turn, name) for turn in turns) for name in summed},
         )
 
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        return _rate(self.n_pruned + self.n_skipped_exact + self.n_full, self.prefill_s)
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Decoded tokens per second, excluding each answer's first token."""
-        return _rate(self.n_decoded - self.n_answers, self.decode_s)
-
 
 @dataclass(frozen=True)
 class TokenLogprob:

@@ -21,7 +21,6 @@ from pop_converter.popfile.format import Budget, Calibration
 from pop_converter.popfile.pruning_plan import Plan, make_plan
 from pop_converter.popfile.sidecar import pop_of
 from pop_converter.projection import Projection
-from pop_local.calibration import needs as memory
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.texts import default_tokens
 from pop_local.engine.llama.graph_macs import GraphMacs
@@ -124,10 +123,6 @@ def analyze(
     shipped = Text("prose of pop-local", (shipped_part("prose"),))
     text = given_text(options.text) if options.text else shipped
     run = _Run(source, text, options, hardware, watch)
-    if run.needs:
-        needed_bytes, hint = run.needs.total_bytes, "fit on fewer tokens or close other programs"
-        needed_bytes += source.size_bytes
-        memory.require_memory("the fit", needed_bytes, hint, cause="no-memory-for-fit")
     depths, reference = run.probed()
     found, calibration = run.measured(reference, worth_measuring(depths))
     measured = {depth.boundary: depth for depth in found}
@@ -165,19 +160,9 @@ class _Run:
         return self.plans[max(self.plans)]
 
     @cached_property
-    def _fitted(self) -> list[Plan]:
-        return [plan for plan in self.plans.values() if plan.fitted_layers]
-
-    @cached_property
     def _fit_options(self) -> FitOptions:
         default = default_tokens(self.last.shape.n_embd) // _FIT_SHARE
         return FitOptions(self.options.fit_tokens or default, projection=Projection.FITTED)
-
-    @cached_property
-    def needs(self) -> memory.FitNeeds | None:
-        if not self._fitted:
-            return None
-        return memory.fit_needs(self._fitted, self.source, self._fit_options)
 
     def probed(self) -> tuple[tuple[DepthCost, ...], QualityReference]:
         """Return each boundary's retention and the full model's scores. Raises PopError."""

@@ -6,7 +6,6 @@ from typing import cast
 
 import pytest
 
-from pop_local.calibration import needs
 from pop_local.measure import budget
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.quality import Quality
@@ -57,17 +56,6 @@ def test_no_boundary_is_chosen_outside_the_budget(model, text, monkeypatch):
     assert report(model, "--text", text)["chosen"]["boundary"] is None
     done = analyze(model, "--text", text)
     assert "The balanced budget does not allow any of the measured boundaries." in done.stdout
-
-
-def test_too_little_memory_for_the_fit(model, text, monkeypatch):
-    monkeypatch.setattr(needs, "free_bytes", lambda: 100_000_000)
-    done = analyze(model, "--text", text)
-    assert done.exit_code == 1
-    message = " ".join(done.stderr.split())
-    assert "the fit needs" in message
-    assert "MB of memory, but only 100.0 MB is free" in message
-    assert "lower --tokens" in message
-    assert done.stdout == ""
 
 
 def _boundaries(depths: list[DepthCost]) -> list[int]:

@@ -197,27 +197,6 @@ def test_settings_become_the_defaults_of_a_commands_parameters(file, probe, monk
     assert printed("other", "--threads", "6", "--gpu-layers", "7") == ["other", 6, 7, None]
 
 
-@pytest.mark.parametrize("origin", ["file", "environment"])
-def test_threads_of_a_larger_machine_are_no_more_than_there_are_here(file, monkeypatch, origin):
-    def shown(threads: int, *_: object) -> None:
-        raise PopError(f"{threads} threads")
-
-    monkeypatch.setattr("pop_local.commands.shared_options.Hardware", shown)
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    if origin == "file":
-        file.write_text("threads = 64\n")
-    else:
-        monkeypatch.setenv("POP_LOCAL_THREADS", "64")
-    warning, error = pop_local("run", "x", "hi").stderr.splitlines()
-    where = file if origin == "file" else "POP_LOCAL_THREADS"
-    assert warning == f"{where} requests 64 threads, but this machine has only 4 cores"
-    assert error == "error: 4 threads"
-    assert pop_local("run", "x", "hi", "--threads", "3").stderr == "error: 3 threads\n"
-    refused = pop_local("run", "x", "hi", "--threads", "64")
-    assert refused.exit_code == 2
-    assert "64 threads exceed this machine's 4 cores" in refused.stderr
-
-
 def test_what_must_be_given_is_never_filled_in(file, probe):
     file.write_text('model = "mine"\n')
     assert CliRunner().invoke(probe, ["must"]).exit_code == 2
