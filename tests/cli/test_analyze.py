@@ -79,7 +79,7 @@ def test_a_converted_file_is_refused(tmp_path, projection):
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
     assert "is already converted" in message
-    assert "rewrite.strip restores" in message
+    assert "use the original model" in message
 
 
 # --- boundaries
