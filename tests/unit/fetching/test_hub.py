@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pop_local.fetching import resumable_download
 from support.hub_server import COMMIT, Hub, Repo, serving, use_hub
 from support.program import Done, called, run
 
@@ -30,6 +31,7 @@ FILES = {
 
 @pytest.fixture
 def hub(monkeypatch) -> Iterator[Hub]:
+    monkeypatch.setattr(resumable_download, "_PAUSE_S", 0.0)
     with serving(Hub(repos={"acme/tiny-GGUF": Repo(FILES)})) as hub:
         use_hub(hub, monkeypatch)
         yield hub
