@@ -21,9 +21,10 @@ def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     `bench` skips the unpatched library, which needs three more processes; test_bench.py runs it.
     """
+    few = partial(LookupSettings, n_per_document=4, n_tokens=256)
     for module in (named, full_model):
         monkeypatch.setattr(module, "N_DOCUMENTS", 1)
-        monkeypatch.setattr(module, "LookupSettings", partial(LookupSettings, n_per_document=4))
+        monkeypatch.setattr(module, "LookupSettings", few)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     monkeypatch.setattr(benchmark, "has_kernels", lambda: False)
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)

@@ -33,7 +33,10 @@ def test_real_model_has_the_known_losses(smollm2_q4_0, tmp_path, monkeypatch):
     """
     monkeypatch.setattr(named, "N_WINDOWS", 1)
     monkeypatch.setattr(named, "N_DOCUMENTS", 1)
-    monkeypatch.setattr(named, "LookupSettings", partial(LookupSettings, n_per_document=4))
+    few = partial(LookupSettings, n_per_document=4, n_tokens=256)
+    monkeypatch.setattr(named, "LookupSettings", few)
+    short = partial(QualitySettings, n_context=256, n_continuation=64)
+    monkeypatch.setattr(named, "QualitySettings", short)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     model = PopModel(EngineOptions.of(smollm2_q4_0, n_ctx=512, n_threads=1))
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
@@ -83,7 +86,7 @@ def test_torch_logits_of_a_real_model_equal_the_backends(smollm2):
 
     model = PopModel(EngineOptions.of(smollm2, n_ctx=128, n_threads=1))
     text = model.engine.context.vocabulary.tokenize(shipped_part("prose"))
-    tokens = [*model.engine.context.vocabulary.bos, *text][:64]
+    tokens = [*model.engine.context.vocabulary.bos, *text][:32]
     expected = backend_logits(model, tokens)
     assert mean_kl(expected, torch_logits(smollm2, tokens)) < 0.01
 
@@ -95,7 +98,7 @@ def test_deep_layers_of_a_real_model_matter_in_decode_and_not_in_prefill(smollm2
     from measure_gates import measure, read_windows
 
     options = argparse.Namespace(
-        model=smollm2, text=None, windows=2, context=64, continuation=32, seed=0
+        model=smollm2, text=None, windows=2, context=32, continuation=16, seed=0
     )
     options.threads, options.gpu_layers = 1, 0
     found = measure(options, read_windows(options))
