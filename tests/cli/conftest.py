@@ -15,13 +15,13 @@ from support.synthetic import make_gguf
 
 @pytest.fixture(autouse=True)
 def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw random tokens once, measure few windows, and ask few questions about one document.
+    """Draw random tokens once, measure few windows, and ask one question about one document.
 
     No other program uses the processor.
 
     `bench` skips the unpatched library, which needs three more processes; test_bench.py runs it.
     """
-    few = partial(LookupSettings, n_per_document=4, n_tokens=256)
+    few = partial(LookupSettings, n_per_document=1, n_tokens=256)
     for module in (named, full_model):
         monkeypatch.setattr(module, "N_DOCUMENTS", 1)
         monkeypatch.setattr(module, "LookupSettings", few)

@@ -58,7 +58,7 @@ NONE = Budget(
 def small(tmp_path, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setattr(full_model, "N_DOCUMENTS", 1)
-    few = partial(LookupSettings, n_per_document=4, n_tokens=256)
+    few = partial(LookupSettings, n_per_document=1, n_tokens=256)
     monkeypatch.setattr(full_model, "LookupSettings", few)
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)
     # Random tokens look like spelling, so nearly all of them would be deep rows.
