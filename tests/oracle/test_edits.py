@@ -127,7 +127,11 @@ def assert_repaired(
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_prompt_equals_a_fresh_one_after_repair(
-    cached: tuple[Job, str, tuple[Step, ...]], model: Path, edit: str, tmp_path: Path, unpatched_lib: Path
+    cached: tuple[Job, str, tuple[Step, ...]],
+    model: Path,
+    edit: str,
+    tmp_path: Path,
+    unpatched_lib: Path,
 ) -> None:
     job, cache, old = cached
     obstacle = "" if can_move(model, cache) else "rows of this model cannot move"

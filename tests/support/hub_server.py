@@ -113,6 +113,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and content are written separately
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         return
