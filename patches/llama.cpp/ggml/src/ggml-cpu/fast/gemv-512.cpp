@@ -65,7 +65,7 @@ struct avx512_vectors {
         constexpr bool mins = type_of<TYPE>::fmt.mins;
         for (int b = 0; b < n; b += 2) {
             const int last = std::min(b + 1, n - 1); // past the end it repeats a block, multiplied with the column's zeros
-            const __m512i codes = join(codes_32(w[b]), codes_32(w[last]));
+            const __m512i codes = codes_64(w[b], w[last]);
             const __m512i dots  = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(x.codes + 32 * b));
             const float scales[2] = { scale_of(w[b]), scale_of(w[last]) };
             const floats low = _mm512_set1_ps(scales[0] * x.scales[b]), high = _mm512_set1_ps(scales[1] * x.scales[b + 1]);

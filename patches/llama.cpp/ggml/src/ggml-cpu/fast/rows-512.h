@@ -14,6 +14,12 @@ static inline float from_half(ggml_half h) {
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
 }
 
+static inline __m128i load_32(const void * p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return _mm_cvtsi32_si128(x);
+}
+
 static inline __m256i load_256(const void * p) {
     return _mm256_loadu_si256((const __m256i *) p);
 }
@@ -26,19 +32,6 @@ static inline __m512i look_up(const uint8_t table[16], __m512i codes) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *) table)), codes);
 }
 
-static inline __m512 floats_of_bytes(uint64_t low, uint64_t high) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_set_epi64x((long long) high, (long long) low)));
-}
-
-// Split 12 bytes into eight scales and eight mins of six bits.
-static inline void split_k4(const uint8_t * p, uint64_t & scales, uint64_t & mins) {
-    uint32_t x[3];
-    memcpy(x, p, 12);
-    const uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x30303030;
-    scales = (x[0] & six) | (uint64_t) ((x[2] & four)        | ((x[0] >> 2) & two)) << 32;
-    mins   = (x[1] & six) | (uint64_t) (((x[2] >> 4) & four) | ((x[1] >> 2) & two)) << 32;
-}
-
 // 256 codes of a row.
 struct row_codes {
     __m512i codes[4];
@@ -46,29 +39,50 @@ struct row_codes {
     __m512  mins;   // 16 mins, only for types with two mins per 32 values
 };
 
+// Return the low nibbles in the 64-bit groups where `high` is 0, and the high nibbles in the others. By GFNI, one bit matrix does both.
+static inline __m512i pick_nibbles(__m512i x, __mmask8 high) {
+#if defined(__GFNI__)
+    const __m512i low = _mm512_set1_epi64(0x0102040800000000);
+    return _mm512_gf2p8affine_epi64_epi8(x, _mm512_mask_set1_epi64(low, high, 0x1020408000000000), 0);
+#else
+    return _mm512_and_si512(_mm512_srlv_epi64(x, _mm512_maskz_set1_epi64(high, 4)), _mm512_set1_epi8(15));
+#endif
+}
+
 // Return the low nibbles of 32 bytes, then the high ones.
-static inline __m512i nibbles(__m256i x) {
-    return _mm512_and_si512(join(x, _mm256_srli_epi16(x, 4)), _mm512_set1_epi8(15));
+static inline __m512i nibbles(const uint8_t * p) {
+    return pick_nibbles(_mm512_broadcast_i64x4(load_256(p)), 0xf0);
 }
 
-// Return the low nibbles of 16 bytes, then the high ones.
-static inline __m256i nibbles_16(const uint8_t * p) {
-    const __m128i x = _mm_loadu_si128((const __m128i *) p);
-    return _mm256_and_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_srli_epi16(x, 4), 1), _mm256_set1_epi8(15));
+// Return the low nibbles of 16 bytes, then the high ones, and the same of 16 other bytes.
+static inline __m512i nibbles(const uint8_t * a, const uint8_t * b) {
+    const __m512i twice = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) a));
+    return pick_nibbles(_mm512_mask_broadcast_i32x4(twice, 0xff00, _mm_loadu_si128((const __m128i *) b)), 0xcc);
 }
 
+// Return eight scales, then eight mins. The 12 bytes contain them in six bits each: three dwords with the low bits of the first four scales,
+// of the first four mins and of the others, whose high bits are the top bits of the first two dwords.
 template <typename B> static inline __m512 scales_k4(const B & x) {
-    uint64_t scales, mins;
-    split_k4(x.scales, scales, mins);
-    return _mm512_mul_ps(floats_of_bytes(scales, mins),
-        _mm512_insertf32x8(_mm512_set1_ps(from_half(x.d)), _mm256_set1_ps(-from_half(x.dmin)), 1));
+    const __m128i all  = _mm_loadu_si128((const __m128i *) x.scales); // the last four bytes are codes
+    const __m128i low  = _mm_srlv_epi32(_mm_shuffle_epi32(all, 0x98), _mm_setr_epi32(0, 0, 0, 4));
+    const __m128i high = _mm_srli_epi32(_mm_shuffle_epi32(all, 0x50), 2);
+    const __m128i bits = _mm_or_si128(_mm_and_si128(low, _mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f)),
+        _mm_and_si128(high, _mm_setr_epi32(0, 0x30303030, 0, 0x30303030)));
+    const __m128 factors = _mm_xor_ps(_mm_cvtph_ps(load_32(&x)), _mm_setr_ps(0.0f, -0.0f, 0.0f, 0.0f)); // d and -dmin
+    const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bits)), _mm512_permutexvar_ps(halves, _mm512_castps128_ps512(factors)));
+}
+
+// Add a number to the codes where a byte has the given bit.
+static inline __m512i add_where(__m512i bytes, int bit, __m512i codes, char number) {
+    return _mm512_mask_add_epi8(codes, _mm512_test_epi8_mask(bytes, _mm512_set1_epi8((char) bit)), codes, _mm512_set1_epi8(number));
 }
 
 static inline row_codes read(const block_q4_K & x) {
     row_codes r;
     FAST_UNROLL
     for (int i = 0; i < 4; i++) {
-        r.codes[i] = nibbles(load_256(x.qs + 32 * i));
+        r.codes[i] = nibbles(x.qs + 32 * i);
     }
     r.scales = scales_k4(x);
     return r;
@@ -79,8 +93,7 @@ static inline row_codes read(const block_q5_K & x) {
     const __m512i high = join(load_256(x.qh), _mm256_srli_epi16(load_256(x.qh), 1)); // bit 2 i belongs to vector i of codes
     FAST_UNROLL
     for (int i = 0; i < 4; i++) {
-        const __m512i bit = _mm512_and_si512(_mm512_srli_epi16(high, 2 * i), _mm512_set1_epi8(1));
-        r.codes[i] = _mm512_or_si512(nibbles(load_256(x.qs + 32 * i)), _mm512_slli_epi16(bit, 4));
+        r.codes[i] = add_where(high, 1 << (2 * i), nibbles(x.qs + 32 * i), 16);
     }
     r.scales = scales_k4(x);
     return r;
@@ -130,15 +143,12 @@ static inline row_codes read(const block_q3_K & x) {
     const __m512i high = join(load_256(x.hmask), _mm256_srli_epi16(load_256(x.hmask), 1));
     FAST_UNROLL
     for (int i = 0; i < 4; i++) {
-        const __m512i bit = _mm512_and_si512(_mm512_srli_epi16(high, 2 * i), _mm512_set1_epi8(1));
-        r.codes[i] = _mm512_or_si512(r.codes[i], _mm512_slli_epi16(bit, 2));
+        r.codes[i] = add_where(high, 1 << (2 * i), r.codes[i], 4);
     }
-    uint32_t s[3], t[4];
-    memcpy(s, x.scales, 12);
-    for (int i = 0; i < 4; i++) {
-        t[i] = ((s[i % 2] >> (i / 2 * 4)) & 0x0f0f0f0f) | ((s[2] >> (2 * i)) & 0x03030303) << 4;
-    }
-    const __m512i scales = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) t));
+    const __m128i four = _mm_loadl_epi64((const __m128i *) x.scales), two = _mm_broadcastd_epi32(load_32(x.scales + 8));
+    const __m128i fours = _mm_and_si128(_mm_srlv_epi32(_mm_unpacklo_epi64(four, four), _mm_setr_epi32(0, 0, 4, 4)), _mm_set1_epi8(15));
+    const __m128i twos = _mm_and_si128(_mm_srlv_epi32(two, _mm_setr_epi32(0, 2, 4, 6)), _mm_set1_epi8(3));
+    const __m512i scales = _mm512_cvtepu8_epi32(_mm_or_si128(fours, _mm_slli_epi16(twos, 4)));
     r.scales = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(scales, _mm512_set1_epi32(32))), _mm512_set1_ps(from_half(x.d)));
     return r;
 }
@@ -147,7 +157,7 @@ static inline row_codes read(const block_iq4_xs & x) {
     row_codes r;
     FAST_UNROLL
     for (int i = 0; i < 4; i++) {
-        r.codes[i] = look_up(iq4_codes, join(nibbles_16(x.qs + 32 * i), nibbles_16(x.qs + 32 * i + 16)));
+        r.codes[i] = look_up(iq4_codes, nibbles(x.qs + 32 * i, x.qs + 32 * i + 16));
     }
     const __m256i by_block = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     uint32_t low;
@@ -159,25 +169,26 @@ static inline row_codes read(const block_iq4_xs & x) {
     return r;
 }
 
-static inline __m256i fifth_bits(const uint8_t qh[4]) {
-    uint32_t bits;
-    memcpy(&bits, qh, 4);
-    return _mm256_maskz_set1_epi8(bits, 16);
+// Return the codes of two blocks.
+static inline __m512i codes_64(const block_q4_0 & a, const block_q4_0 & b) { return nibbles(a.qs, b.qs); }
+static inline __m512i codes_64(const block_q4_1 & a, const block_q4_1 & b) { return nibbles(a.qs, b.qs); }
+static inline __m512i codes_64(const block_iq4_nl & a, const block_iq4_nl & b) { return look_up(iq4_codes, nibbles(a.qs, b.qs)); }
+static inline __m512i codes_64(const block_mxfp4 & a, const block_mxfp4 & b) { return look_up(mxfp4_codes, nibbles(a.qs, b.qs)); }
+
+static inline __m512i codes_64(const block_q8_0 & a, const block_q8_0 & b) {
+    return _mm512_xor_si512(join(load_256(a.qs), load_256(b.qs)), _mm512_set1_epi8((char) 0x80));
 }
 
-static inline __m256i codes_32(const block_q4_0 & x) { return nibbles_16(x.qs); }
-static inline __m256i codes_32(const block_q4_1 & x) { return nibbles_16(x.qs); }
-static inline __m256i codes_32(const block_q5_0 & x) { return _mm256_or_si256(nibbles_16(x.qs), fifth_bits(x.qh)); }
-static inline __m256i codes_32(const block_q5_1 & x) { return _mm256_or_si256(nibbles_16(x.qs), fifth_bits(x.qh)); }
-static inline __m256i codes_32(const block_q8_0 & x) { return _mm256_xor_si256(load_256(x.qs), _mm256_set1_epi8((char) 0x80)); }
-
-static inline __m256i codes_32(const block_iq4_nl & x) {
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *) iq4_codes)), nibbles_16(x.qs));
+template <typename B> static inline __m512i codes_of_five_bits(const B & a, const B & b) {
+    uint32_t low, high;
+    memcpy(&low, a.qh, 4);
+    memcpy(&high, b.qh, 4);
+    const __m512i four = nibbles(a.qs, b.qs);
+    return _mm512_mask_add_epi8(four, low | (uint64_t) high << 32, four, _mm512_set1_epi8(16));
 }
 
-static inline __m256i codes_32(const block_mxfp4 & x) {
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *) mxfp4_codes)), nibbles_16(x.qs));
-}
+static inline __m512i codes_64(const block_q5_0 & a, const block_q5_0 & b) { return codes_of_five_bits(a, b); }
+static inline __m512i codes_64(const block_q5_1 & a, const block_q5_1 & b) { return codes_of_five_bits(a, b); }
 
 // Return 2^(e - 128): MXFP4's scales, halved since its code values are doubled. Below e = 2 the result is subnormal.
 static inline __m256 eight_powers(uint64_t exponents) {
@@ -214,14 +225,15 @@ static inline __m512 scales_of(const block_mxfp4 * x) {
     return _mm512_insertf32x8(_mm512_setzero_ps(), eight_powers(e), 0);
 }
 
+// Load the first four bytes of four blocks. From an array, GCC builds the vector in memory, where the loads wait for the stores.
+template <typename B> static inline __m128i four_heads(const B * x) {
+    const auto head = [x](int i) { return load_32(&x[i]); };
+    return _mm_unpacklo_epi64(_mm_unpacklo_epi32(head(0), head(1)), _mm_unpacklo_epi32(head(2), head(3)));
+}
+
 // The same for blocks that start with a scale and a min.
 template <typename B> static inline __m512 pairs_of(const B * x) {
-    int32_t pair[8];
-    FAST_UNROLL
-    for (int i = 0; i < 8; i++) {
-        memcpy(&pair[i], &x[i], 4);
-    }
-    const __m256i all = _mm256_setr_epi32(pair[0], pair[1], pair[2], pair[3], pair[4], pair[5], pair[6], pair[7]);
+    const __m256i all   = _mm256_inserti128_si256(_mm256_castsi128_si256(four_heads(x)), four_heads(x + 4), 1);
     const __m512i apart = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     return _mm512_permutexvar_ps(apart, _mm512_cvtph_ps(all));
 }
@@ -234,7 +246,7 @@ template <typename B> static inline row_codes read_8(const B * x) {
     row_codes r;
     FAST_UNROLL
     for (int i = 0; i < 4; i++) {
-        r.codes[i] = join(codes_32(x[2 * i]), codes_32(x[2 * i + 1]));
+        r.codes[i] = codes_64(x[2 * i], x[2 * i + 1]);
     }
     r.scales = scales_of(x);
     return r;
