@@ -66,12 +66,12 @@ class HowOptions(Group):
         "LEVEL",
     )
     projection: Projection | None = option(
-        "K/V projections for skipped layers: own (no fit, lower quality), fitted (takes minutes)"
-        " or fitted-wide (uses more inputs; the default if it costs little speed)."
+        "K/V projections for skipped layers. own: no fit, lower quality. fitted: takes minutes."
+        " fitted-wide: uses more inputs, and is the default if it costs little speed."
     )
     text: list[Path] | None = option(
         "Text file or folder to fit on (default: look-ups, documentation, code, and text sampled"
-        " from the model). You can repeat this option. Each path then gets an equal share.",
+        " from the model). You can repeat this option to give several paths an equal share.",
         "FILE|DIR",
     )
     distill: bool = option(
@@ -155,10 +155,11 @@ def convert(
 ) -> None:
     """Write a copy of a model that reads long prompts faster.
 
-    --quality limits the quality loss and therefore the number of skipped layers. near-lossless
-    allows 1% more perplexity than the full model's on held-out text and 2% more on a repeated
-    passage. balanced allows 3% and 10%, and fast allows 6% and 30%. --dry-run prints all limits. To
-    choose the skipped layers yourself, use --skip or --boundary.
+    --quality limits the quality loss and therefore the number of skipped layers. With
+    near-lossless, perplexity may be up to 1% higher than the full model's on held-out text, and up
+    to 2% higher on a repeated passage. These limits are 3% and 10% with balanced, and 6% and 30%
+    with fast. --dry-run prints all limits. To choose the skipped layers yourself, use --skip or
+    --boundary.
 
     The copy contains the model's weights, and fitted K/V projections for the skipped layers. Only
     pop-local can open the copy. The command measures the quality loss and stores it in the copy.
@@ -167,7 +168,9 @@ def convert(
     named, own = at.named, opt.given(**vars(limits))
     fit = fitting.fit(how.text or ())
     if how.projection is Projection.OWN and (fit or how.distill):
-        raise typer.BadParameter("--projection own does not use a fit; remove the fit options")
+        raise typer.BadParameter(
+            "--projection own does not use a fit. Remove the options for the fit."
+        )
     fit = replace(fit or FitOptions(), projection=how.projection)
     distiller = None
     if how.distill:
@@ -220,7 +223,7 @@ def convert(
 
 
 def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:
-    """Return the requested goal. Missing limits default to BALANCED's."""
+    """Return the requested goal. BALANCED supplies the limits that the user did not set."""
     if quality and limits:
         raise typer.BadParameter("use either --quality or custom limits, not both")
     if limits:

@@ -19,7 +19,7 @@ def demo(
     model: opt.Converted = DEFAULT_MODEL,
     *,
     pairs: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Number of answer pairs, full and fast.")
+        int, typer.Option(min=1, metavar="N", help="Number of full and fast answers.")
     ] = 3,
     json: opt.Json = False,
     how: opt.OpenOptions,
@@ -37,7 +37,7 @@ def demo(
 def show_demonstration(found: Demonstration) -> None:
     full, pop, speedup = found.full, found.pop, found.speedup
     say(f"Model: {found.model}")
-    say(f"Prompt: a document and a question, {found.n_prompt:,} tokens in total")
+    say(f"Prompt: a document and a question with {found.n_prompt:,} tokens in total")
     say(f"Question: {found.question}")
     say(f"Answers: up to {MAX_TOKENS} tokens, with greedy decoding\n")
     median = " (median)" if found.n_pairs > 1 else ""
@@ -47,7 +47,7 @@ def show_demonstration(found: Demonstration) -> None:
         say("The answers differ. `pop-local eval` measures the quality loss.\n")
     pairs = ""
     if found.n_pairs > 1:
-        pairs = f", the median of {found.n_pairs} pairs ({speedup.min:.2f}-{speedup.max:.2f})"
+        pairs = f" (median of {found.n_pairs}, range {speedup.min:.2f}-{speedup.max:.2f})"
     say(f"Speedup: {speedup.median:.2f}x{pairs}. The operation count predicts {found.limit:.2f}x.")
     skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
     say(

@@ -25,7 +25,7 @@ from pop_local.workflows.open import best_model
 
 Status = Literal["ok", "note", "fix"]
 MARKS = {"ok": ("ok  ", "good"), "note": ("note", "warn"), "fix": ("FIX ", "bad")}
-DRIVER = "check that the device's driver is installed and that you have permission to use it"
+DRIVER = "check that the driver is installed and that you have permission to use the device"
 NO_DEVICE = {
     "CUDA": "check that nvidia-smi lists a device and that the driver supports this CUDA version",
     "Vulkan": "ggml ignores CPU devices such as lavapipe unless GGML_VK_VISIBLE_DEVICES=0 is set",
@@ -117,7 +117,7 @@ def _threads(n_threads: int) -> Check:
 def _abi(abi: int | None) -> Check:
     if abi == backend.ABI:
         return Check("pop_abi", "Fast reading", "ok", f"patched, ABI {abi}")
-    found = "not available, because pop-local's patches are missing in this llama.cpp"
+    found = "not available, because this llama.cpp does not contain pop-local's patches"
     if abi is not None:
         found = f"the backend has ABI {abi}, but pop-local needs ABI {backend.ABI}"
     return Check("pop_abi", "Fast reading", "fix", found, backend.INSTALL_HINT)
@@ -126,7 +126,7 @@ def _abi(abi: int | None) -> Check:
 def _gpus(info: devices.BackendInfo) -> list[Check]:
     gpus = []
     for each in filter(lambda device: device.is_gpu, info.devices):
-        memory = f"{size(each.memory_free_bytes)} of {size(each.memory_total_bytes)} memory free"
+        memory = f"{size(each.memory_free_bytes)} of {size(each.memory_total_bytes)} memory is free"
         gpus.append(Check("gpu", "GPU", "ok", f"{each.name}: {each.description}, {memory}"))
     for name, n_devices in info.built_in:
         if n_devices == 0 and name != "RPC":
@@ -157,5 +157,5 @@ def _model() -> Check:
         entry = lookup(model)
         if entry is None:
             return Check("model", "Default model", "fix", error.message, hint_of(error))
-    to_do = f"run `pop-local pull {entry.name}` or `pop-local chat` to fetch the model"
+    to_do = f"run `pop-local pull {entry.name}` or `pop-local chat` to download the model"
     return Check("model", "Default model", "note", f"{entry.name} is not in {folder} yet", to_do)

@@ -30,7 +30,7 @@ def rm(
     """Remove models, converted copies or unfinished downloads from the models folder.
 
     The command also removes a model's sidecar, and the mmproj that is named after the model. A
-    catalog name refers to both the model and its converted copy. Other names refer to one of them.
+    catalog name refers to both the model and its converted copy. Other names refer to one file.
     """
     # Look up every name before deleting anything.
     files = tuple(dict.fromkeys(file for name in names for file in _found(name)))

@@ -127,7 +127,7 @@ def _documents(files: list[Path]) -> Iterator[Document]:
 
 def _piped() -> bytes:
     timer = threading.Timer(
-        _PATIENCE_S, note, ["Waiting for piped text. To run without it, add < /dev/null."]
+        _PATIENCE_S, note, ["Waiting for piped text. To run without piped text, add < /dev/null."]
     )
     timer.daemon = True
     timer.start()

@@ -33,8 +33,8 @@ class ServerOptions(Group):
         show_envvar=True,
     )
     cache_scope: Literal["client", "shared"] = option(
-        "Who may reuse a cached prompt (default: client): clients with the same API key or, without"
-        " keys, the same address (client), or all clients (shared).",
+        "Who may reuse a cached prompt (default: client). client: clients with the same API key (or"
+        " the same address, without keys). shared: all clients.",
         "SCOPE",
         default="client",
     )
@@ -42,15 +42,15 @@ class ServerOptions(Group):
     strict_model: bool = expert("Reject requests that name an unknown model.", default=False)
     models: Path | None = option(
         "Serve every model in this folder under the name that `list` shows. The server opens models"
-        " on demand. If you also pass MODEL, the server opens it at startup and uses it for"
-        " requests that do not name a model (default: the most recently requested model).",
+        " on demand. If you also pass MODEL, the server opens that model at startup and uses it for"
+        " requests without a model name. Otherwise, such requests use the most recent model.",
         "FOLDER",
         exists=True,
         file_okay=False,
     )
     ram: float | None = option(
-        "Memory limit for --models. The server closes idle models to free memory (default: it keeps"
-        " one model open).",
+        "Memory limit for --models. The server closes idle models to free memory (default: one open"
+        " model).",
         "GIB",
         min=0.0,
         callback=opt.finite,
@@ -62,8 +62,8 @@ class ServerOptions(Group):
         "Memory for KV caches of earlier prompts (0: only the latest).", "MIB", min=0, default=2048
     )
     parallel: int | None = option(
-        "Number of slots for concurrent answers, each with its own context (default: 2 with 8 GB of"
-        " free memory; 1 with less memory, with --repeatable, or if the model learns).",
+        "Number of concurrent answers, each with its own context. The default is 1, or 2 with 8 GB"
+        " of free memory, unless --repeatable is set or the model learns.",
         "N",
         min=1,
         max=64,
@@ -131,9 +131,7 @@ def serve_named(
     def announce(url: str) -> None:
         _announce(pool, to)
         if rules.host not in LOOPBACK and not rules.api_keys:
-            warn(
-                "Anyone who can reach this machine can use the model. To prevent it, set --api-key."
-            )
+            warn("Anyone on the network can use the model. To require a key, set --api-key.")
         note(f"Serving a web page at {url}/ and APIs at {url}/v1 (Ctrl-C to stop)")
         on_ready(url)
 
@@ -147,11 +145,11 @@ def serve_named(
 def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
     """Return the number of slots (None: the model's default). Raises BadParameter."""
     if to.models is None and to.ram is not None:
-        raise typer.BadParameter("requires --models", param_hint="--ram")
+        raise typer.BadParameter("it requires --models", param_hint="--ram")
     single = {"--name": to.name, "--sidecar": how.sidecar, "--mmproj": how.mmproj}
     for name, value in single.items():
         if value and to.models is not None:
-            raise typer.BadParameter("cannot be combined with --models", param_hint=name)
+            raise typer.BadParameter("it cannot be combined with --models", param_hint=name)
     return to.parallel or (1 if to.repeatable else None)
 
 
@@ -191,7 +189,7 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
     if to.models is not None:
         names = ", ".join(pool.registry.files()) or "none yet"
         limit = f"in up to {to.ram:g} GiB of memory" if to.ram else "one at a time"
-        note(f"Models in {to.models}: {names}. The server opens them on demand, {limit}.")
+        note(f"Models in {to.models}: {names}. The server opens models on demand, {limit}.")
 
 
 def _announce_model(name: str, opened: PopModel) -> None:
@@ -205,6 +203,6 @@ def _announce_model(name: str, opened: PopModel) -> None:
         skipping = f"uses fast reading (it skips {n_layer - pruning.boundary} of {n_layer} layers)"
     note(f"{name} has a context of {engine.context.n_ctx:,} tokens and {skipping}.")
     if mmproj and not engine.prompter.can_see:
-        warn("Images are disabled: Pillow is not installed. Run: pip install 'pop-local[images]'")
+        warn("Images need Pillow, which is not installed. Run: pip install 'pop-local[images]'")
     elif mmproj:
         note(f"Images are enabled ({mmproj.name}). Clients must send images as data: URLs.")

@@ -100,7 +100,7 @@ class ModelOptions(OpenOptions):
 
     mmproj: Path | None = option(MMPROJ, "FILE")
     image_tokens: int | None = expert(
-        "Maximum number of tokens per image, if the mmproj has a limit.", min=1, max=MOST
+        "Maximum number of tokens per image, if the mmproj supports it.", min=1, max=MOST
     )
     full: bool = option(
         "Turn fast reading off, so that prompts run through all layers.", default=False
@@ -113,12 +113,12 @@ class ModelOptions(OpenOptions):
         "Store statistics about prompts, never text, to speed up later prompts.", default="off"
     )
     reuse: Reuse = expert(
-        "What a prompt may reuse from the cache (default: edited): nothing (off), a common prefix"
-        " (exact), or also the text after an edit, which is approximate at first (edited).",
+        "What a prompt may reuse from the cache (default: edited). off: nothing. exact: a common"
+        " prefix. edited: also the text after an edit, whose cached values are approximate.",
         default=Reuse.EDITED,
     )
     cache_type_k: Literal["f16", "q8_0"] = expert(
-        "Type of the K cache (default: f16). q8_0 takes 53% of the memory.", default="f16"
+        "Type of the K cache (default: f16). q8_0 takes 53% of f16's memory.", default="f16"
     )
     cache_type_v: Literal["f16", "q8_0"] = expert(
         "Type of the V cache (default: f16). q8_0 turns flash attention on.", default="f16"
@@ -127,7 +127,7 @@ class ModelOptions(OpenOptions):
         "Disk space for KV caches of earlier prompts.", "GIB", min=0, max=MOST_GIB, default=0
     )
     parse_special: bool = expert(
-        "Parse special tokens in prompts. Use it only with trusted text.", default=False
+        "Parse special tokens in prompts. Use this only for trusted text.", default=False
     )
 
     @property
@@ -157,7 +157,7 @@ class SamplingOptions(Group):
 
     @property
     def given(self) -> dict[str, Any]:
-        """Return the options that the user set. The engine has defaults for the other options."""
+        """Return the options that the user set. The engine supplies all other values."""
         return given(**vars(self))
 
 

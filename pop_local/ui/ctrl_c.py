@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class CtrlC:
-    """Flags for Ctrl-C. `asked`: the user pressed it. `at_once`: it raises immediately."""
+    """Flags. `asked`: the user pressed Ctrl-C. `at_once`: Ctrl-C raises an error immediately."""
 
     def __init__(self) -> None:
         self.asked = self.at_once = False

@@ -96,7 +96,7 @@ def _simplify_help(command: Any, ctx: Any) -> None:
 
 
 def _with_aliases(command: Any) -> None:
-    """Accept other programs' names for the command's options. The help does not list them."""
+    """Accept other programs' names for the command's options. The help omits these names."""
     make_parser = command.make_parser
 
     def with_aliases(ctx: Any) -> Any:

@@ -55,7 +55,7 @@ def rich_table(columns: Sequence[Column], rows: Sequence[Any]) -> RichTable:
 def print_table(
     columns: Sequence[Column], rows: Sequence[Any], *, as_markdown: bool = False
 ) -> None:
-    """Print a table to stdout. A text table fits the terminal. In a pipe, it can be any width."""
+    """Print a table to stdout. Text tables fit the terminal, and have any width in a pipe."""
     if as_markdown:
         out.file.write(markdown(columns, rows) + "\n")
     elif out.is_terminal:
@@ -106,7 +106,7 @@ Fact = tuple[str, str]
 
 
 def print_sentence(text: str) -> None:
-    """Print text to stdout. In a terminal, wrap it between words."""
+    """Print text to stdout. In a terminal, wrap lines between words."""
     out.print(Text(printable(text)), soft_wrap=not out.is_terminal)
 
 

@@ -89,7 +89,7 @@ def test_unpatched_backend_must_be_fixed(install):
     install(abi=None)
     done = doctor()
     assert done.exit_code == 1
-    assert "pop-local's patches are missing" in done.stdout
+    assert "this llama.cpp does not contain pop-local's patches" in done.stdout
     assert "pip install ./patches/llama-cpp-python" in done.stdout
     found = json.loads(doctor("--json").stdout)
     assert found["ok"] is False
@@ -212,7 +212,7 @@ def test_threads_that_wait_for_each_other_sleep_soon(given, spins):
 
 def test_gpus_are_listed(install):
     install(found=(GPU, CPU))
-    assert checks()["gpu"]["found"] == "CUDA0: Some GPU, 70.00 GB of 80.00 GB memory free"
+    assert checks()["gpu"]["found"] == "CUDA0: Some GPU, 70.00 GB of 80.00 GB memory is free"
 
 
 @pytest.mark.parametrize(

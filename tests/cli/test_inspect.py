@@ -64,10 +64,15 @@ def test_converted_file_for_people(converted):
 @pytest.mark.slow
 def test_summary_names_the_kind_of_model_and_loose_limits(smollm2, gemma):
     shown = {model: " ".join(inspect(model).stdout.split()) for model in (smollm2, gemma)}
-    assert "Kind chat model, trained on 8,192 tokens" in shown[smollm2]
-    assert "skips 7 of 30 layers, within the quality limits near-lossless Stock" in shown[smollm2]
-    assert "Kind base model (it has no chat template), trained on 32,768" in shown[gemma]
-    assert "within the quality limits fast (looser than the default)" in shown[gemma]
+    assert "Kind chat model, trained for contexts of up to 8,192 tokens" in shown[smollm2]
+    assert (
+        "skips 7 of 30 layers and meets the quality limits 'near-lossless' Stock" in shown[smollm2]
+    )
+    assert (
+        "Kind base model (it has no chat template), trained for contexts of up to 32,768"
+        in shown[gemma]
+    )
+    assert "meets the quality limits 'fast' (looser than the default)" in shown[gemma]
 
 
 def test_unsupported_architecture_is_shown_as_such(tmp_path):

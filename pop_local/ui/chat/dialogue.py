@@ -99,7 +99,7 @@ class Dialogue:
         try:
             self.model.swap_sidecar(fit.sidecar)
         except PopError as error:
-            self.screen.note(f"{fit} It takes effect after a restart ({error.message}).")
+            self.screen.note(f"{fit} The fit takes effect after a restart ({error.message}).")
             return
         self.model.engine.set_refill(self.refill != "off")
         self.screen.note(f"{fit} /full on turns fast reading off.")
@@ -155,7 +155,7 @@ class Dialogue:
         if self.session.dropped is None:
             self._warn_when_full()
         else:
-            self.screen.note("The question was dropped. To ask it again, type /retry.")
+            self.screen.note("The question was dropped. To ask the question again, type /retry.")
         if interrupt.asked and not self.screen.is_typed:
             raise KeyboardInterrupt
 
@@ -232,8 +232,8 @@ def pruning_state(model: PopModel) -> str:
         return "Exact skipping is off: prompts run through all layers, with the same result."
     if pruning.exact:
         return (
-            f"Exact skipping is on: prompt tokens skip layers {pruning.exact} and up. This does not"
-            " change the answers."
+            f"Exact skipping is on: prompt tokens skip layers {pruning.exact} and up. The answers"
+            " stay the same."
         )
     if not pruning.boundary:
         return "Fast reading is not available because this model has not been converted."

@@ -23,7 +23,7 @@ from pop_local.ui.chat.dialogue import Dialogue, pruning_state, warn_of_hidden_p
 from pop_local.ui.chat.refill import finish
 from pop_local.ui.error_output import as_pop_error
 
-_CHOICES = {"c": "continue it", "d": "delete it", "k": "keep it, and offer it again later"}
+_CHOICES = {"c": "continue the chat", "d": "delete the chat", "k": "keep the chat for later"}
 
 
 def saved() -> Sessions:
@@ -36,14 +36,16 @@ def save(chat: Dialogue, name: str) -> None:
         return
     path = saved().path(name)
     if path.exists() and chat.saved_as != name:
-        choices = {"r": "replace it", "k": "keep it, and do not save"}
+        choices = {"r": "replace it", "k": "keep the existing session"}
         if chat.screen.choose(f"Session {name} already exists.", choices) != "r":
             chat.refuse("Nothing was saved.")
             return
     finish(chat)
     n_bytes = chat.session.save(path, overwrite=True).stat().st_size
     chat.saved_as = name
-    chat.screen.note(f"Saved the session ({size(n_bytes)}). To restore it, type /load {name}.")
+    chat.screen.note(
+        f"Saved the session ({size(n_bytes)}). To restore the session, type /load {name}."
+    )
 
 
 def load(chat: Dialogue, name: str) -> None:
@@ -99,7 +101,7 @@ def _changed(stored: SavedFile) -> str:
 
 
 class Unsaved:
-    """A file with this chat's transcript. It is removed if the block ends without an error."""
+    """This chat's transcript file. It is removed if the block ends without an error."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -132,7 +134,7 @@ class Unsaved:
             self._is_possible = False
             reason = as_pop_error(error).message
             chat.screen.warn(
-                f"A crash would lose this conversation ({reason}). To save it, type /save NAME."
+                f"A crash would lose this chat ({reason}). To save the chat, type /save NAME."
             )
 
     def offer(self, chat: Dialogue) -> None:
@@ -152,16 +154,16 @@ class Unsaved:
         return False
 
     def _is_last(self, chat: Dialogue, stored: SavedFile, n_older: int) -> bool:
-        """Offer one conversation. Return True if it is the last one to offer."""
+        """Offer one conversation. Return False if the next conversation should be offered."""
         assert stored.session is not None, "the file is damaged"
         name, turns = stored.session.model, stored.session.conversation.turns
         date, n_turns = _changed(stored), _turns(len(turns))
         question = f"A chat with {name} ended unexpectedly on {date} ({n_turns})."
         if turns:
-            question += f" It starts with: {short(turns[0].question)}"
+            question += f" The first question was: {short(turns[0].question)}"
         if n_older:
             older = "1 older chat" if n_older == 1 else f"{n_older} older chats"
-            question += f"\n{older} also ended unexpectedly. To see the next one, type d or k."
+            question += f"\n{older} also ended unexpectedly. To see the next chat, type d or k."
         chosen = chat.screen.choose(question, _CHOICES, enter="c")
         if chosen == "c":
             before = chat.model.engine.pruning.mode

@@ -19,8 +19,8 @@ from pop_local.ui.views.stats import learned_lines, session_lines
 
 HELP_NOTES = (
     "Ctrl-C stops an answer. Alt-Enter starts a new line.",
-    'Between two """, Enter also starts a new line.',
-    "To send a line that starts with / as a question, put a space before it.",
+    'Inside triple quotes ("""), Enter also starts a new line.',
+    "To ask a question that starts with /, type a space before the slash.",
 )
 # Names that Ollama and shells use for these commands.
 ALIASES = {
@@ -194,7 +194,7 @@ _ALL = (
     Command("/model NAME", "switch models, or show the model", _model),
     Command("/system TEXT", "set or show the system prompt", _system),
     Command("/set PARAM VALUE", "set a parameter, or list all parameters", _set, _PARAMS.keys),
-    Command("/stats", "show speed, tokens and the context", _stats),
+    Command("/stats", "show speed, token counts and context use", _stats),
     Command("/exit", "quit (also /bye, exit or Ctrl-D)", _leave),
 )
 COMMANDS = {command.usage.partition(" ")[0]: command for command in _ALL}

@@ -39,10 +39,12 @@ def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
     if found.n_unpruned < n:
         ratio = found.full_ttft_s / found.pruned_ttft_s
         times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s with fast reading"
-        facts.append(("To first token", f"{times} ({ratio:.2f}x as fast; each prompt timed once)"))
+        facts.append(
+            ("To first token", f"{times} ({ratio:.2f}x as fast; each prompt was timed once)")
+        )
     if found.n_unpruned:
-        why = "because they are too short for fast reading, or mostly in the cache"
-        facts.append(("Read in full", f"{found.n_unpruned} of {n} prompts, {why}"))
+        why = "Prompts that are short or mostly cached are always read in full."
+        facts.append(("Read in full", f"{found.n_unpruned} of {n} prompts. {why}"))
     if found.n_unpruned == n:
         facts.append(("Speedup", "not measured, because no prompt used fast reading"))
     print_facts(facts)

@@ -29,7 +29,7 @@ def summary_facts(found: Inspection) -> list[Fact]:
         stock = "opens this file without fast reading"
     return [
         *facts,
-        ("Kind", f"{kind}, trained on {found.n_ctx_train:,} tokens"),
+        ("Kind", f"{kind}, trained for contexts of up to {found.n_ctx_train:,} tokens"),
         ("Fast reading", _fast_reading(found)),
         ("Stock llama.cpp", stock),
     ]
@@ -43,7 +43,7 @@ def _fast_reading(found: Inspection) -> str:
         if meta.budget is None:
             return skipped
         looser = " (looser than the default)" if meta.budget.quality == FAST.quality else ""
-        return f"{skipped}, within the quality limits {meta.budget.quality}{looser}"
+        return f"{skipped} and meets the quality limits '{meta.budget.quality}'{looser}"
     if found.skipping is not None and found.skipping.exact:
         return f"skips layers {found.skipping.exact} and up without any loss"
     return "not available until the model is converted (`pop-local convert`)"
@@ -79,5 +79,5 @@ def _pruning_facts(meta: PopMeta) -> list[Fact]:
         *([budget_fact(meta.budget)] if meta.budget else []),
         *measured_facts(meta),
         ("Converted from", meta.source_name or "unknown"),
-        ("Its sha256", meta.source_sha256 or "unknown"),
+        ("Original sha256", meta.source_sha256 or "unknown"),
     ]

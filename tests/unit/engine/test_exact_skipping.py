@@ -159,10 +159,7 @@ def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     model = ScriptedModel(["One.", figures(n_pruned=0, n_skipped_exact=983, exact_layer=15)])
     model.engine.pruning.boundary, model.engine.pruning.exact = 0, 15
     said = talk(model, "/full", "hello", "/stats", "/full on", "/full")
-    on = (
-        "# Exact skipping is on: prompt tokens skip layers 15 and up. This does not"
-        " change the answers."
-    )
+    on = "# Exact skipping is on: prompt tokens skip layers 15 and up. The answers stay the same."
     off = "# Exact skipping is off: prompts run through all layers, with the same result."
     assert said[1] == on
     assert any("983 stopped before layer 15 without loss) · TTFT" in line for line in said)

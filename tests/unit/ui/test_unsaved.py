@@ -43,7 +43,7 @@ def test_a_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
     shown = talked(model, tmp_path, "k", "/undo")
     assert re.fullmatch(
         r"\? A chat with .+\.gguf ended unexpectedly on 20.+ \(2 turns\)\."
-        r" It starts with: my question",
+        r" The first question was: my question",
         shown[0],
     )
     assert shown[-1] == "# The conversation has no turns to remove."
@@ -51,7 +51,7 @@ def test_a_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
     assert "# The model will read this conversation again before your next answer." in shown
     talked(model, tmp_path, "c", "third", SystemExit(143))
     shown = talked(model, tmp_path, "d")
-    assert "(3 turns). It starts with: my question" in shown[0]
+    assert "(3 turns). The first question was: my question" in shown[0]
     assert talked(model, tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -118,6 +118,6 @@ def test_a_transcript_that_cannot_be_saved_is_reported_once(model, tmp_path):
     (tmp_path / "file").write_text("")
     shown = talked(model, tmp_path / "file" / "unsaved", "one", "two")
     assert [line[:30] for line in shown if line.startswith("* ")] == [
-        "* A crash would lose this conv"
+        "* A crash would lose this chat"
     ]
     assert sum(line.startswith("# prompt ") for line in shown) == 2
