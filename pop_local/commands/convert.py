@@ -67,7 +67,8 @@ class HowOptions(Group):
     )
     projection: Projection | None = option(
         "K/V projections for skipped layers. own: no fit, lower quality. fitted: takes minutes."
-        " fitted-wide: uses more inputs, and is the default if it costs little speed."
+        " fitted-wide: uses more inputs, and is the default if it costs little speed.",
+        "KIND",
     )
     text: list[Path] | None = option(
         "Text file or folder to fit on (default: look-ups, documentation, code, and text sampled"

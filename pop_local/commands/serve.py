@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServerOptions(Group):
-    host: str = option("Address to listen on (0.0.0.0: all interfaces).", default="127.0.0.1")
-    port: int = option("Port to listen on (0: any free port).", min=0, max=65535, default=8080)
+    host: str = option("Address to listen on, or 0.0.0.0 for all interfaces.", default="127.0.0.1")
+    port: int = option("Port to listen on, or 0 for any free port.", min=0, max=65535, default=8080)
     api_key: list[str] | None = option(
         "API key that clients must send (repeatable). Without a key, the server rejects requests to"
         " other host names and requests from other sites' web pages.",
@@ -59,7 +59,7 @@ class ServerOptions(Group):
         "Allow this origin's web pages to send requests without a key (repeatable).", "ORIGIN"
     )
     cache_ram: int = expert(
-        "Memory for KV caches of earlier prompts (0: only the latest).", "MIB", min=0, default=2048
+        "Memory for KV caches of earlier prompts, or 0 for only one.", "MIB", min=0, default=2048
     )
     parallel: int | None = option(
         "Number of concurrent answers, each with its own context. The default is 1, or 2 with 8 GB"
