@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 from pop_converter.base.errors import PopError
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "1"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "0.4"))
 N_FILES = int(os.environ.get("FUZZ_FILES", "0"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
-FEWEST = 50  # if the machine is too busy for more
+FEWEST = 20  # if the machine is too busy for more
 # Limits for one file in seconds: processor time in this process, elapsed time of a child on a busy
 # machine. An endless reader needs a signal from outside.
 PATIENCE_S, CHILD_PATIENCE_S = 5.0, 60.0

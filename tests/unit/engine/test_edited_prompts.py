@@ -23,7 +23,7 @@ from support.converted import tiny
 from support.edit_operations import Operations, randomly_edited, stop_after, stopping
 from support.edited_prompts import EDITS, NEW, OLD, Tokens, pruned
 
-N_OPERATIONS = int(os.environ.get("EDIT_OPERATIONS", "150"))
+N_OPERATIONS = int(os.environ.get("EDIT_OPERATIONS", "80"))
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3", "qwen2"])
