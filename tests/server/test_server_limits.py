@@ -171,7 +171,7 @@ def resident():
 
 def work(self, job, *_):
     rng, cache, small, most, before = random.Random(0), PromptCache(1 << 26), {}, 0, resident()
-    for number in range(200):
+    for number in range(100):
         size = rng.randrange(1 << 21, 1 << 24)
         buffer = bytearray(size)
         tokens = np.array([number], np.int32)

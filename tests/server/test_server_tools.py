@@ -21,7 +21,7 @@ from pop_local.server.replies import AnswerEnd
 from pop_local.server.worker import Task
 from support.calls import opened
 from support.chat_tools import DOUBLE, QWEN, TEMPLATES, WEATHER, function
-from support.child_limits import one_second_limit
+from support.child_limits import call_limit
 from support.converted import tiny
 from support.server_requests import NAME, chat, events, message_of
 from support.serving import app_of, asking
@@ -194,7 +194,7 @@ def test_invalid_requests_are_refused(client, body, reason):
 
 
 def test_tool_beyond_limits_is_refused(client):
-    with one_second_limit(*grammar._children.queue):
+    with call_limit(0.5, *grammar._children.queue):
         refused = chat(client, tools=[function("a", b=BOMB)])
     assert refused.status_code == 400, refused.text
 

@@ -7,15 +7,15 @@ from pop_local.engine.limited.process import KeptProcess
 
 
 @contextmanager
-def one_second_limit(*children: KeptProcess) -> Iterator[None]:
-    """Limit each call of the children to one second."""
+def call_limit(limit_s: float, *children: KeptProcess) -> Iterator[None]:
+    """Limit each call of the children to `limit_s` seconds."""
     before = [each.limit_s for each in children]
     for each in children:
-        each.limit_s = 1.0
+        each.limit_s = limit_s
         each.close()
     try:
         yield
     finally:
-        for each, limit_s in zip(children, before, strict=True):
-            each.limit_s = limit_s
+        for each, previous_s in zip(children, before, strict=True):
+            each.limit_s = previous_s
             each.close()

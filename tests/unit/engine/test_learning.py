@@ -204,12 +204,12 @@ while True:
 def test_a_kill_at_any_time_leaves_whole_sums(tmp_path):
     file = SumsFile(tmp_path / "learned" / "model.sums.npz", "model")
     seen = 0
-    for number in range(6):
+    for number in range(4):
         child = subprocess.Popen(
             [sys.executable, "-c", ADDING, str(file.path)], stdout=subprocess.PIPE
         )
         assert child.stdout is not None and child.stdout.readline()
-        time.sleep(0.05 + 0.02 * number)
+        time.sleep(0.05 + 0.03 * number)
         child.kill()
         child.wait()
         grams = file.load().grams

@@ -14,7 +14,7 @@ from pop_local.engine.decode import grammar
 from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.decode.grammar_mask import Constraint
 from support.calls import N_VOCAB, opened
-from support.child_limits import one_second_limit
+from support.child_limits import call_limit
 from support.synthetic import make_gguf
 
 Accepts = Callable[[Any, Any], bool]
@@ -407,7 +407,7 @@ def test_a_client_cannot_change_how_json_is_written(accepts):
 
 @pytest.fixture(scope="module")
 def in_a_hurry():
-    with one_second_limit(*grammar._children.queue):
+    with call_limit(0.5, *grammar._children.queue):
         yield
 
 

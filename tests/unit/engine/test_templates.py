@@ -14,7 +14,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompter import Prompter, _without_system
 from pop_local.engine.prompt.templates import Template
-from support.child_limits import one_second_limit
+from support.child_limits import call_limit
 from support.synthetic import make_gguf
 from support.vision_models import png
 
@@ -64,7 +64,7 @@ def test_the_prompt_equals_llama_cpps(template, vocab):
 
 @pytest.fixture(scope="module")
 def in_a_hurry():
-    with one_second_limit(templates.renderer):
+    with call_limit(1.0, templates.renderer):
         yield
 
 
