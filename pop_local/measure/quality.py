@@ -65,9 +65,9 @@ class Quality:
     both models' top predictions agree. copy_*: results for a repeated passage from the context.
     copy_top1: the fraction of the repeated tokens that the model ranks first. induction_*: results
     for repeated random tokens. delta_nll: the increase in the repetition's NLL due to pruning.
-    retention: the fraction of the full model's gain from the repetition that the pruned model
-    retains (None if the full model shows no gain). n_pruned: the number of context tokens that
-    stopped at the boundary, counted by the backend over all windows.
+    retention: the fraction of the full model's gain from the repetition that pruning preserves
+    (None if the full model shows no gain). n_pruned: the number of context tokens that stopped at
+    the boundary, counted by the backend over all windows.
     """
 
     boundary: int

@@ -74,8 +74,8 @@ class TeacherStates:
 
     `states` [n_all, n_tokens, n_embd]: the inputs of the boundary layer. `last`: the outputs of the
     last layer, with the same shape. `likely` [n_all, n_tokens, n_likely]: the most likely next
-    tokens for each row that can be an answer row (0 for all other rows). `weights` [n_all,
-    n_tokens]: each row's weight in the loss.
+    tokens for each possible answer row (0 for all other rows). `weights` [n_all, n_tokens]: each
+    row's weight in the loss.
     """
 
     text: DistillText

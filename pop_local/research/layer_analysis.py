@@ -1,9 +1,9 @@
 """Measure the loss and the speedup at each of a model's boundaries.
 
-At each boundary in the second half of the layers, repeated random tokens show how well the model
-still copies with the layers' own projections. Fitting barely changes this result. If the model
-still copies at a boundary, the KL and the copy ratio are measured on a few windows of prose, with
-fitted projections if possible.
+Repeated random tokens show at which boundaries the model still copies with the layers' own
+projections. Only the second half of the layers is tested. Fitting barely changes the result. If the
+model still copies, a few windows of prose yield the KL and the copy ratio, with fitted projections
+if possible.
 """
 
 import os

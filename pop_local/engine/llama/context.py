@@ -260,7 +260,7 @@ class Context:
             )
 
     def logits(self, n_rows: int = 1) -> np.ndarray:
-        """Return the last logits, float32 [n_rows, n_vocab]. The next decode overwrites them."""
+        """Return float32 logits [n_rows, n_vocab], which the next decode overwrites."""
         found = self._api.llama_get_logits(self.ctx)
         return np.ctypeslib.as_array(found, (n_rows, self.vocabulary.n_tokens))
 

@@ -104,7 +104,7 @@ class Interrupt:
 
     @contextmanager
     def tokenizing(self) -> Iterator[Any]:
-        """Yield a callback that can stop llama_pop_tokenize, then raise the stopping exception."""
+        """Yield a callback for llama_pop_tokenize, and raise the callback's exception at exit."""
         with self._deferred_signals():
             yield self._callback
             if self._raised is not None:

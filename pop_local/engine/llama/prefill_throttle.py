@@ -13,8 +13,8 @@ _SMOOTHING = 0.3
 class PrefillThrottle:
     """A limit on prompt rows in batches with answer rows, based on the times of earlier batches.
 
-    The predicted time of a batch is the sum of three terms: the time without prompt rows, a
-    constant, and a time per prompt row. After a slow batch, some batches contain only answer rows.
+    A batch's predicted time is the time without prompt rows, plus a constant, plus a time per
+    prompt row. After a slow batch, some batches contain only answer rows.
     """
 
     def __init__(self, n_batch: int) -> None:

@@ -27,7 +27,7 @@ class Slot:
     def working(self, *, pauses: bool = False) -> AbstractContextManager[None]:
         """Context manager that makes other sequences' batches wait for this sequence's rows.
 
-        `pauses`: whether the batches run without this sequence's rows instead.
+        `pauses`: whether the batches run without this sequence's rows.
         """
         return nullcontext()
 

@@ -1,7 +1,7 @@
 """Choose which prompt rows run all layers, and split the prompt into chunks for decoding.
 
-A row is full if it is a deep row or needs logits, or if its position is below `sink_tokens` or at
-least `full_from`. Every other row stops at the boundary.
+A row is full if it is a deep row or needs logits. Rows below position `sink_tokens` and rows from
+position `full_from` onward are also full. Every other row stops at the boundary.
 """
 
 from collections.abc import Iterator, Sequence

@@ -203,7 +203,7 @@ class ChatSession:
         return turns[-1]
 
     def forget_oldest(self, n_turns: int) -> None:
-        """Remove the first `n_turns` turns. The model must then reread the remaining turns."""
+        """Remove the first `n_turns` turns, which makes the model reread the remaining turns."""
         self._conversation = self.conversation.without_oldest(n_turns)
 
     def forget(self) -> None:
@@ -260,8 +260,8 @@ class ChatSession:
 def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSession:
     """Load a saved conversation, with its mode and KV cache if they match the model.
 
-    If the mode or KV cache does not match, `reread` contains the reason, and the model rereads the
-    conversation for the next question. Raises PopError if the file is not a session file.
+    If the mode or KV cache does not match, `reread` contains the reason. For the next question, the
+    model rereads the conversation. Raises PopError if the file is not a session file.
     """
     sessions, name = _split(path)
     if not sessions.path(name).is_file():
