@@ -59,7 +59,7 @@ class ServerOptions(Group):
         "Allow this origin's web pages to send requests without a key (repeatable).", "ORIGIN"
     )
     cache_ram: int = expert(
-        "Memory for KV caches of earlier prompts, or 0 for only one.", "MIB", min=0, default=2048
+        "Memory for caches of earlier prompts, or 0 for the latest.", "MIB", min=0, default=2048
     )
     parallel: int | None = option(
         "Number of concurrent answers, each with its own context. The default is 1, or 2 with 8 GB"
