@@ -1,5 +1,6 @@
 """Set up all tests: their environment, two small models and the unpatched library."""
 
+import gc
 import os
 import shutil
 import signal
@@ -26,6 +27,17 @@ for name in list(os.environ):
         del os.environ[name]
 sys.dont_write_bytecode = False
 os.environ["POP_LOCAL_CONFIG"] = str(TESTS / "no-such-config.toml")
+
+
+# Collected tests and imported modules are a million objects that live until the end. Searching them
+# for garbage took a third of the collection's time, and 0.3 s in each full search after it.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Exclude these objects from the following searches for garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 # Background jobs of a shell ignore Ctrl-C, and their children inherit that.
