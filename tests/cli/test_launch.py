@@ -74,7 +74,7 @@ def assert_ended(report: Any) -> None:
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_agent_reaches_a_server_that_ends_with_it(name, agent, tiny):
-    done = run("launch", name, tiny, "--ctx", 4096, "--threads", 1, "--", "do", "--it well")
+    done = called("launch", name, tiny, "--ctx", 4096, "--threads", 1, "--", "do", "--it well")
     assert done.returncode == 3, done.stderr
     report = report_of(agent)
     assert report["arguments"][-2:] == ["do", "--it well"]

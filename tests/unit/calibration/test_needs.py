@@ -117,8 +117,8 @@ def test_sampling_a_token_takes_five_times_as_long_as_reading_it(llama_8b):
 
 
 def test_estimated_memory_of_a_fit_matches_measurement(tmp_path):
-    shape = {"n_layer": 4, "n_embd": 1024, "n_ff": 2816, "n_head": 8, "head_dim": 128}
-    path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=4, type=Q8_0, **shape)
+    shape = {"n_layer": 4, "n_embd": 768, "n_ff": 2112, "n_head": 6, "head_dim": 128}
+    path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=3, type=Q8_0, **shape)
     command = [sys.executable, "-c", FITTING, str(path), str(words(tmp_path))]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
