@@ -193,7 +193,7 @@ def test_random_conversations_equal_fresh_readings(open_model, monkeypatch):
     monkeypatch.setattr(checkpoints_module, "MAX_CHECKPOINTS", 5)
     chance = random.Random(7)
     model, fresh, tokens = open_model(), open_model(), prompt(200)
-    for seed in range(12):
+    for seed in range(8):
         n_kept = chance.choice([len(tokens), len(tokens), chance.randrange(1, len(tokens))])
         tokens = tokens[: min(n_kept, 700)] + prompt(chance.randrange(1, 200), seed)
         if chance.random() < 0.3:

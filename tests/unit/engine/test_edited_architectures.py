@@ -32,7 +32,7 @@ def prompt(n_tokens: int, seed: int = 0) -> list[int]:
     return tokens
 
 
-OLD, NEW = prompt(700), prompt(300, seed=1)
+OLD, NEW = prompt(450), prompt(300, seed=1)
 MOVED = NEW[:30] + OLD[10:]
 IN_PLACE = OLD[:70] + NEW[:10] + OLD[80:]
 
