@@ -30,7 +30,7 @@ def eval(  # noqa: A001
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Measure the quality loss from fast reading: KL divergence, perplexity, copying, look-ups."""
+    """Measure fast reading's quality loss: KL divergence, perplexity, copying and look-ups."""
     from pop_local.measure.quality import QualitySettings
     from pop_local.workflows.evaluate import EvaluateOptions, evaluate
 

@@ -44,7 +44,7 @@ def launch(
     ] = None,
     *,
     prints: Annotated[
-        bool, typer.Option("--print", help="Print the server's and the agent's command and exit.")
+        bool, typer.Option("--print", help="Print the commands instead of running them.")
     ] = False,
     how: opt.MeasureOptions,
 ) -> None:
@@ -83,7 +83,7 @@ def launch(
 def _server(arguments: list[str]) -> Iterator[str]:
     """Run a server on a free port, and yield its URL once clients can connect.
 
-    If the server exits too early, print its log and raise typer.Exit.
+    If the server exits before clients can connect, print its log and raise typer.Exit.
     """
     command = [sys.executable, "-m", "pop_local", *arguments, "--port=0"]
     with tempfile.TemporaryDirectory(prefix="pop-local-") as folder:
@@ -94,7 +94,7 @@ def _server(arguments: list[str]) -> Iterator[str]:
                 command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True
             )
         try:
-            note(f"Starting the server. Its log file is {log}.")
+            note(f"Starting the server. The log file is {log}.")
             while (found := _SERVING.search(log.read_text("utf-8", "replace"))) is None:
                 if server.poll() is not None:
                     sys.stderr.write(log.read_text("utf-8", "replace"))
