@@ -27,9 +27,7 @@ def positive(value: float | None) -> float | None:
     return finite(value)
 
 
-_SIDECAR = (
-    "Sidecar file (default: a sidecar in the model's folder, or else a learned or shipped sidecar)."
-)
+_SIDECAR = "Sidecar file (default: from the model's folder, or else a learned or shipped file)."
 MMPROJ = "Multimodal projector for images (default: mmproj*.gguf in the model's folder)."
 MARKDOWN = "Print tables as Markdown."
 DEEP_ROWS = "Rule that selects words to run through all layers (default: the file's rule)."
@@ -102,9 +100,7 @@ class ModelOptions(OpenOptions):
     image_tokens: int | None = expert(
         "Maximum number of tokens per image, if the mmproj supports it.", min=1, max=MOST
     )
-    full: bool = option(
-        "Turn fast reading off, so that prompts run through all layers.", default=False
-    )
+    full: bool = option("Turn fast reading off.", default=False)
     refill: Literal["idle", "off"] = expert(
         "Run the skipped layers for cached tokens while the model is idle.",
         default="off",
@@ -126,9 +122,7 @@ class ModelOptions(OpenOptions):
     cache_disk: int = expert(
         "Disk space for KV caches of earlier prompts.", "GIB", min=0, max=MOST_GIB, default=0
     )
-    parse_special: bool = expert(
-        "Parse special tokens in prompts. Use this only for trusted text.", default=False
-    )
+    parse_special: bool = expert("Parse special tokens (for trusted text only).", default=False)
 
     @property
     def cache_types(self) -> dict[str, Any]:
@@ -146,9 +140,7 @@ class SamplingOptions(Group):
     panel: ClassVar[str] = "Answers"
 
     max_tokens: int | None = option("Maximum answer length in tokens (default: no limit).", min=1)
-    temperature: float | None = option(
-        "Sampling temperature (0: greedy decoding).", min=0.0, callback=finite
-    )
+    temperature: float | None = option("Temperature (0: greedy).", min=0.0, callback=finite)
     top_k: int | None = expert("Sample from the K most likely tokens (0: all).", min=0, max=MOST)
     top_p: float | None = option(
         "Nucleus sampling threshold (1: all tokens).", min=0.0, max=1.0, callback=finite

@@ -30,18 +30,12 @@ def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
         n_all = found.n_judged
         right = f"{found.full_hits} of {n_all} in full, {found.pruned_hits} with fast reading"
         only = f"{found.n_only_full} only in full, {found.n_only_pruned} only with fast reading"
-        p = f"p = {found.p_value:.2g}"
-        facts += [
-            ("Right answers", right),
-            ("", only),
-            ("", f"{p}, the probability of such a difference by chance (McNemar's exact test)"),
-        ]
+        chance = "the probability of such a difference by chance (McNemar's exact test)"
+        facts += [("Right answers", right), ("", only), ("", f"p = {found.p_value:.2g}, {chance}")]
     if found.n_unpruned < n:
         ratio = found.full_ttft_s / found.pruned_ttft_s
         times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s with fast reading"
-        facts.append(
-            ("To first token", f"{times} ({ratio:.2f}x as fast; each prompt was timed once)")
-        )
+        facts.append(("To first token", f"{times} ({ratio:.2f}x; each prompt was timed once)"))
     if found.n_unpruned:
         why = "Prompts that are short or mostly cached are always read in full."
         facts.append(("Read in full", f"{found.n_unpruned} of {n} prompts. {why}"))
