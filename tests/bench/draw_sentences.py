@@ -3,7 +3,8 @@
     python tests/bench/draw_sentences.py [--seed 0] [--count 30] [--controls KEY.json]
 
 Docstrings and messages are from the packages, documents from README.md, CONTRIBUTING.md and docs
-without the notebook's archive. The same seed in the same tree draws the same sentences.
+without the notebook's archive. Fragments of fewer than four words outside placeholders and the
+texts of look-up documents are left out. The same seed in the same tree draws the same sentences.
 
 `--controls` mixes in as many sentences of well-known packages of this environment, so that a
 reader's marks have a baseline. The sources are written to KEY.json instead of being printed.
@@ -26,6 +27,8 @@ from support.prose import Sentence, sentences_of
 
 MIN_WORDS = 4
 KINDS = ("docstring", "document", "message")
+PLACEHOLDER = re.compile(r"\{[^}]*\}")
+LOOKUP_TEXTS = ("carrier_layouts.py", "carrier_values.py")
 PACKAGES = ("pop_local", "converter/pop_converter", "patches/llama-cpp-python/pop_build")
 CONTROLS = [
     "anyio",
@@ -51,7 +54,8 @@ FIELDS = re.compile(
 
 def sources(kind: str) -> list[Path]:
     if kind != "document":
-        return [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
+        found = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
+        return [path for path in found if path.name not in LOOKUP_TEXTS]
     pages = sorted((ROOT / "docs").rglob("*.md"))
     kept = [page for page in pages if "archive" not in page.parts]
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "patches" / "README.md", *kept]
@@ -72,13 +76,17 @@ def control_sources(kind: str, folder: Path) -> list[Path]:
     return pages
 
 
+def n_words(sentence: Sentence) -> int:
+    return len(re.findall(r"\w\S*", PLACEHOLDER.sub("", sentence.text)))
+
+
 def draw(paths: Iterable[Path], kind: str, count: int, seed: int) -> list[Sentence]:
     """Return `count` different sentences of a kind, in the order of their files."""
     found = [
         sentence
         for path in paths
         for sentence in sentences_of(path)
-        if sentence.kind == kind and sentence.n_words >= MIN_WORDS
+        if sentence.kind == kind and n_words(sentence) >= MIN_WORDS
     ]
     chosen = random.Random(seed).sample(range(len(found)), min(count, len(found)))
     return [found[index] for index in sorted(chosen)]
