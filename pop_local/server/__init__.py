@@ -1,1 +1,1 @@
-"""The HTTP server, which serves models over multiple APIs."""
+"""The HTTP server, which provides multiple APIs for the same models."""

@@ -1,4 +1,4 @@
-"""Middleware that enforces the access rules, counts requests and writes the access log."""
+"""Middleware that enforces the access rules, counts requests, and writes the access log."""
 
 import asyncio
 import hashlib
@@ -37,10 +37,10 @@ _MAX_LOGGED_NAME = 80  # characters
 class AccessRules:
     """Rules that decide which requests the server accepts.
 
-    If `api_keys` is not empty, requests must carry one of the keys. Without keys, the server
-    accepts requests only to loopback names and to `host`, its listening address. Without keys, a
-    web page from another machine may send requests only if `origins` lists its origin in lowercase.
-    If `shares_cache` is true, prompts may reuse rows cached for other clients.
+    If `api_keys` is not empty, requests must include one of the keys. Without keys, requests must
+    be addressed to a loopback name or to `host`, the listening address. Web pages from other
+    machines may then send requests only if `origins` contains their origin in lowercase. If
+    `shares_cache` is true, prompts may reuse rows cached for other clients.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ def parse_origin(text: str) -> str:
 
 @dataclass(frozen=True)
 class AccessMiddleware:
-    """ASGI middleware that checks, counts and logs each request.
+    """ASGI middleware that checks, counts, and logs each request.
 
     The metrics have a separate counter for each path in `paths`. In the scope's state, `client`
     identifies the client, and `cache_scope` identifies the owner of the client's cached rows.
@@ -138,9 +138,9 @@ class AccessMiddleware:
 def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
     """Return an error if the rules reject the request, or None if the rules accept it.
 
-    Without keys, the Host header must name this machine, which blocks DNS rebinding. If a web page
-    sent the request, the page's origin must be allowed. A server that listens on 0.0.0.0 accepts
-    any IP address in the Host header, because DNS rebinding requires a host name.
+    Without keys, the Host header must name this machine. This check blocks DNS rebinding. If a web
+    page sent the request, the page's origin must be allowed. A server that listens on 0.0.0.0
+    accepts any IP address in the Host header, because DNS rebinding requires a host name.
     """
     headers = Headers(scope=scope)
     if "content-length" in headers and "transfer-encoding" in headers:
@@ -190,7 +190,7 @@ def sent_key(scope: Scope, rules: AccessRules) -> str | None:
 
 
 def _host_name(url: str) -> str:
-    """Return a URL's host name, or "" if the URL has any part besides scheme, host, and port."""
+    """Return a URL's host name, or "" if the URL has anything besides scheme, host, and port."""
     try:
         parts = urlsplit(url)
         is_more = "@" in parts.netloc or parts.netloc != url.partition("//")[2]

@@ -96,7 +96,7 @@ class Api:
     # Models
 
     def require_file(self, request: Request, name: str | None) -> ModelFile:
-        """Return the file of the requested or default model. Raises ApiError."""
+        """Return the file for the requested or default model. Raises ApiError."""
         file = self.models.find(name)
         if name and file is None:
             if self.models.registry.strict_model:
@@ -115,9 +115,9 @@ class Api:
         return ApiError(404, message, code="model_not_found", param="model")
 
     async def served(self, request: Request, name: str | None) -> ServedModel:
-        """Return the requested or default model, which stays open until the response is sent.
+        """Return the requested or default model, and keep it open until the response is sent.
 
-        Raises ApiError if the model cannot be opened, the queue is full or the client disconnects.
+        Raises ApiError if the model cannot be opened, the queue is full, or the client disconnects.
         """
         lease = await self.models.lease(self.require_file(request, name))
         request.state.held.callback(lease.end)

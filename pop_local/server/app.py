@@ -1,4 +1,4 @@
-"""The HTTP server: routes, listening socket and shutdown."""
+"""The HTTP server: routes, listening socket, and shutdown."""
 
 import ctypes
 import errno
@@ -49,7 +49,7 @@ log = logging.getLogger("pop_local.server")
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to `port` (0: any free port). Raises PopError.
 
-    The caller binds the socket before opening a model in order to report a busy port immediately.
+    The caller binds the socket before opening a model so that a busy port is reported immediately.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -105,7 +105,7 @@ def log_to_stderr(formatter: logging.Formatter) -> None:
 
 
 def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
-    """Return a model pool's ASGI app. The workers run during the app's lifespan."""
+    """Return the ASGI app for a model pool. The workers run during the app's lifespan."""
     api = Api(models)
 
     async def health(request: Request) -> Response:
@@ -161,7 +161,7 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that ends answers on a signal, and kills the process if an answer hangs."""
+    """A uvicorn server that ends answers on a signal and kills the process if an answer hangs."""
 
     models: ModelPool
     end: threading.Timer | None = None

@@ -1,4 +1,4 @@
-"""HTTP connections, limited in number and in the time to receive a request."""
+"""HTTP connections with limits on their number and on the time to receive a request."""
 
 import asyncio
 import sys

@@ -81,9 +81,9 @@ async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> As
 
 
 class _AnswerParser:
-    """A parser that splits an answer into text, reasoning and tool calls.
+    """A parser that splits an answer into text, reasoning, and tool calls.
 
-    A child process parses the tool calls, so that parsing never blocks the event loop.
+    A child process parses the tool calls so that parsing never blocks the event loop.
     """
 
     def __init__(self, job: Job) -> None:

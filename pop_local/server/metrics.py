@@ -30,7 +30,7 @@ class Metrics:
             "n_full": prompt.labels("full"),
             "n_cached": prompt.labels("cached"),
             "n_stale": counter(
-                "pop_stale_tokens", "Cached tokens with K/V that were computed before an edit"
+                "pop_stale_tokens", "Cached tokens with K/V computed before an edit"
             ),
             "n_image": counter(
                 "pop_image_tokens", "Image tokens in prompts, including cached tokens"

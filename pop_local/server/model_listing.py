@@ -96,7 +96,7 @@ class ModelInfo:
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:
-    """Return a value that changes with the file or the folder's list of names (None: missing)."""
+    """Return a value that changes when a file or a folder's contents change (None: missing)."""
     with suppress(OSError):
         stat = path.stat()
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -134,7 +134,7 @@ def models_in(folder: Path) -> dict[str, Path]:
 
 
 def printable(name: str) -> str:
-    """Escape undecodable bytes from file names to make a text valid Unicode."""
+    """Escape undecodable bytes from file names so that a string is valid Unicode."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 

@@ -63,7 +63,7 @@ class ModelRegistry:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """An open model with its API name, task factory and worker."""
+    """An open model with its API name, task factory, and worker."""
 
     name: str
     path: Path
@@ -118,14 +118,14 @@ class Lease:
 class ModelPool:
     """A pool that opens requested models and closes idle models to make room.
 
-    Only `load`, `stop`, `join` and `close` may be called from outside the event loop.
+    Only `load`, `stop`, `join`, and `close` may be called from outside the event loop.
     """
 
     def __init__(self, registry: ModelRegistry, default: str = "") -> None:
         """Create a pool with no open models.
 
         The model named `default` answers requests without a model name. If `default` is "", the
-        most recently requested model answers or, before any request, the first model.
+        most recently requested model answers (before any request: the first model).
         """
         self.registry, self._default = registry, default
         self.metrics = Metrics()
@@ -169,7 +169,7 @@ class ModelPool:
     def of_folder(cls, folder: Path, registry: ModelRegistry, model: str) -> "ModelPool":
         """Create a pool for the models in a folder, and open `model` unless it is "".
 
-        Raises PopError if the folder does not contain the model, or if the model cannot be opened.
+        Raises PopError if the folder does not contain the model or the model cannot be opened.
         """
         files = registry.files()
         file = find(model, files) if model else None
@@ -245,7 +245,7 @@ class ModelPool:
     async def lease(self, file: ModelFile) -> Lease:
         """Start a lease, which the caller must end.
 
-        Raises ApiError if the file is unreadable, the queue is full or the server is stopping.
+        Raises ApiError if the file is unreadable, the queue is full, or the server is stopping.
         """
         try:
             needed_bytes = (await self.info(file)).needed_bytes
@@ -306,8 +306,8 @@ class ModelPool:
     def _to_close(self, lease: Lease) -> list[ServedModel] | None:
         """Return the idle models that must be closed before the lease's model can be opened.
 
-        Returns None if busy models leave too little memory, or if the file of the lease's model was
-        replaced while the model was busy.
+        Returns None if busy models leave too little memory, or if the leased model is busy and its
+        file was replaced.
         """
         limit = self.registry.ram_bytes
         n_bytes = lease.needed_bytes + sum(served.needed_bytes for served in self.loaded)
@@ -380,7 +380,7 @@ class ModelPool:
         reason = as_api_error(error).detail
         log.error("cannot open %s: %s", file.name, reason, exc_info=None if is_expected else error)
         # /health needs no key, and the reason may contain a path.
-        self._problem = f"cannot open {file.name}: the server's log contains the reason"
+        self._problem = f"cannot open {file.name}: see the server log for details"
         return ApiError(500, f"cannot open {file.name}: {reason}", param="model")
 
     # Life cycle
@@ -407,7 +407,8 @@ class ModelPool:
     def health(self) -> dict[str, Any]:
         """Return /health's fields. Raises ApiError if a model hangs or the only model is unusable.
 
-        `replaced` lists open models with replaced files. The next request for a model reopens it.
+        `replaced` lists the open models whose files were replaced. The next request for such a
+        model reopens it.
         """
         in_memory = [*self.loaded, *self._closing]
         if hung_s := max((served.worker.hung_s() for served in in_memory), default=0.0):

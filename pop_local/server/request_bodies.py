@@ -216,7 +216,7 @@ def _as_biases(sent: Any) -> Any:
     return named if isinstance(sent, dict) else sent
 
 
-# Each pair has a token ID, or a text for all its tokens, and a bias (false: never sample).
+# Each pair has a token ID (or a string, for all its tokens) and a bias (false: never sample).
 LogitBias = Annotated[
     list[tuple[int | str, Literal[False] | Annotated[float, Field(ge=-1e6, le=1e6)]]] | None,
     Field(fail_fast=True, max_length=MAX_BIASES),
@@ -360,7 +360,7 @@ class ChatBody(GenerationBody):
 
 
 Tokens = Annotated[list[int], Field(fail_fast=True)]
-# One prompt: token IDs, and texts to tokenize.
+# One prompt: token IDs and strings to tokenize.
 MixedTokens = Annotated[list[int | str], Field(fail_fast=True)]
 
 
@@ -384,7 +384,7 @@ def _check_prompts(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         found = handler(prompt)
     except ValidationError:
         found = None
-    # A list of too many texts passes validation as MixedTokens.
+    # A list of too many strings passes validation as MixedTokens.
     if found is None or len(as_prompts(found)) > MAX_TEXTS:
         raise ValueError(
             f"send a string, a list of token ids, or a list of up to {MAX_TEXTS} such prompts"

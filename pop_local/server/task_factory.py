@@ -44,7 +44,7 @@ class TaskFactory:
         self._is_full = model.engine.pruning.can_switch and model.engine.pruning.mode is Mode.OFF
 
     def chat(self, body: bodies.ChatBody) -> list[Task]:
-        """Return a chat's `n` tasks, which use different seeds. Raises ApiError."""
+        """Return `n` tasks for a chat, each with a different seed. Raises ApiError."""
         urls = [url for message in body.messages for _, url in message.image_urls]
         if urls and not self.model.engine.prompter.can_see:
             raise ApiError(400, "this server's model cannot read images", param="messages")
@@ -75,7 +75,7 @@ class TaskFactory:
         return _seeded(Task(prompt, options, reason, **self._how(body)), body.n)
 
     def completions(self, body: bodies.CompletionBody) -> list[Task]:
-        """Return each prompt's `n` tasks, which use different seeds. Raises ApiError."""
+        """Return `n` tasks for each prompt, each with a different seed. Raises ApiError."""
         prompts = self._tokens(bodies.as_prompts(body.prompt), "prompt", body.suffix)
         max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
         options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
@@ -92,7 +92,7 @@ class TaskFactory:
             raise ApiError(400, message, param="dimensions")
         with bad_request():
             require_pooling(self.model.engine.cache)
-        # An empty text has no rows to embed, so a space replaces it.
+        # An empty string has no rows to embed, so a space replaces it.
         texts = [text if text != "" else " " for text in bodies.as_prompts(body.input)]
         prompts = map(Prompt, self._tokens(texts, "input"))
         reason = "embeddings require all layers"
@@ -146,7 +146,7 @@ class TaskFactory:
         vocabulary = self.model.engine.context.vocabulary
         tokens = [token for token in prompt.tokens if token >= 0]  # images have no text
         n_bos = len(vocabulary.bos) if tokens[:1] == list(vocabulary.bos) else 0
-        # SentencePiece adds a space at the start of a text.
+        # SentencePiece adds a space at the start of a string.
         added = self.text(vocabulary.tokenize("a")).removesuffix("a")
         return self.text(tokens[n_bos:]).removeprefix(added)
 
@@ -175,7 +175,7 @@ class TaskFactory:
     def _options(
         self, body: bodies.GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
-        """Return a request's options, with defaults from the model or, if missing, the engine."""
+        """Return a request's options. Missing values default to the model's, then the engine's."""
         given = body.model_dump(include=set(bodies.SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
             given["temperature"] = 0.0

@@ -145,7 +145,7 @@ class Worker(threading.Thread):
     """The threads that run a model's jobs, one per sequence.
 
     The thread that holds `_turn` waits for the next job. Threads with jobs take turns reading
-    prompts, and decode their answers together.
+    prompts and decode their answers together.
     """
 
     def __init__(

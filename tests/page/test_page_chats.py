@@ -283,4 +283,4 @@ def test_export_leaves_out_damaged_chats(fed, tmp_path):
 
 def test_export_without_chats(fed):
     fed.click("#export")
-    fed.wait_for_selector("#transferred:text('No chat is stored in this browser yet.')")
+    fed.wait_for_selector("#transferred:text('No chats are stored in this browser yet.')")

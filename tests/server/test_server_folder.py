@@ -243,7 +243,7 @@ def test_health_reports_an_only_model_that_cannot_be_reopened(folder, tmp_path, 
         assert "/home/ann" in complete(client).json()["error"]["message"]
         health = client.get("/health")
         assert health.status_code == 503
-        assert "cannot open one: the server's log contains the reason" in health.text
+        assert "cannot open one: see the server log for details" in health.text
         assert "/home/ann" not in health.text
         library.problem = None
         assert text_of(complete(client)) == expected["two"]

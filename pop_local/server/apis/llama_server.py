@@ -33,7 +33,7 @@ _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 class LlamaBody(bodies.CompletionBody):
     """A request to /completion. Some field names differ from OpenAI's.
 
-    If `n_predict` is 0, this server generates one token, but llama-server only fills its cache.
+    If `n_predict` is 0, this server generates one token, whereas llama-server only fills its cache.
     """
 
     unsupported = (*bodies.CompletionBody.unsupported, "post_sampling_probs")
@@ -138,7 +138,7 @@ def routes(api: Api) -> list[Route]:
 
 
 async def _props(api: Api, request: Request) -> Response:
-    """Describe a model without opening it, because any web page can send GET requests."""
+    """Describe a model without opening it, because web pages must not be able to load models."""
     file = api.require_file(request, request.query_params.get("model"))
     info = await api.models.info(file)
     template = info.open_template
@@ -160,7 +160,7 @@ async def _props(api: Api, request: Request) -> Response:
 
 
 async def _slots(api: Api, request: Request) -> Response:
-    """List the slots of all open models, or of the model in the query."""
+    """List the slots of all open models, or only those of the model in the query."""
     name = request.query_params.get("model")
     found = [
         _slot(served, number, request.state.cache_scope)
@@ -175,7 +175,7 @@ def _slot(served: ServedModel, number: int, cache_scope: str) -> Json:
     """Describe a slot. `left_s` is the estimated number of seconds until the prompt has been read.
 
     `job` is the id of the slot's latest job, and `n_behind` is the number of rows that can catch
-    up. If another `cache_scope` owns the rows, the result omits `job`, `n_behind` and the prompt's
+    up. If another `cache_scope` owns the rows, the result omits `job`, `n_behind`, and the prompt
     length.
     """
     job, n_ctx = served.worker.running.get(number), served.model.engine.context.n_ctx

@@ -116,7 +116,7 @@ class AnthropicToolChoice(bodies.LenientBody):
 
 
 class CountTokensBody(bodies.ModelRequest):
-    """A request to count tokens. `thinking`, `metadata` and `cache_control` are ignored."""
+    """A request to count tokens. `thinking`, `metadata`, and `cache_control` are ignored."""
 
     unsupported = ("mcp_servers", "container")
     messages: Annotated[

@@ -133,7 +133,7 @@ class OllamaReply(replies.OtherApiReply):
     _shown_s = 0.0
 
     def comment(self, progress: str) -> bytes:
-        """Return an object without text as a keep-alive, because JSON streams have no comments."""
+        """Return an object without text as a keep-alive, because JSON does not allow comments."""
         if (now_s := time.monotonic()) - self._shown_s < _QUIET_S:
             return b""
         self._shown_s = now_s
@@ -168,7 +168,7 @@ class OllamaReply(replies.OtherApiReply):
         return self._shown(end.pieces, end.logprobs) | done | figures
 
     def loaded(self) -> Response:
-        """Return the response to a request without a prompt, which only loads the model."""
+        """Return the response to a request that has no prompt and only loads the model."""
         return JSONResponse(self._shown(()) | {"done": True, "done_reason": "load"})
 
     def failed(self, error: ApiError) -> Json:

@@ -1,4 +1,4 @@
-"""OpenAI's APIs for models, chat completions, text completions and embeddings."""
+"""OpenAI's APIs for models, chat completions, text completions, and embeddings."""
 
 import time
 from base64 import b64encode

@@ -96,7 +96,7 @@ class ResponsesTool(bodies.FunctionSpec):
 
 
 def _names_of_unused(tools: Any) -> list[str]:
-    """Return the names or types of tools, such as web_search, that are left out of prompts."""
+    """Return the names or types of the tools that prompts omit (such as web_search)."""
     given = [one for one in tools if isinstance(one, dict)] if isinstance(tools, list) else []
     unused = [one for one in given if one.get("type") != "function"]
     return [str(one.get("name") or one.get("type")) for one in unused]
@@ -115,7 +115,7 @@ def _chat_choice(choice: Any) -> Any:
 
 
 class ResponsesBody(bodies.ModelRequest):
-    """A request to /v1/responses. The fields `metadata`, `user` and `reasoning` are ignored."""
+    """A request to /v1/responses. The fields `metadata`, `user`, and `reasoning` are ignored."""
 
     unsupported = (
         *("conversation", "background", "prompt", "max_tool_calls", "top_logprobs"),
@@ -279,7 +279,7 @@ class ResponsesReply(EventReply):
         yield self._event("output_item.added", output_index=index, item=deepcopy(item | fields))
 
     def _close(self) -> Iterator[Json]:
-        """Yield the events that end the last output item, unless the item has ended."""
+        """Yield the events that end the last output item, unless it has already ended."""
         if not self._output or self._output[-1]["status"] == "completed":
             return
         item = self._output[-1]

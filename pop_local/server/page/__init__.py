@@ -1,1 +1,1 @@
-"""The chat page at /, and the endpoint that reads its uploaded files."""
+"""The chat page at /, and the endpoint that reads files uploaded to it."""

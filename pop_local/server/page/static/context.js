@@ -25,9 +25,9 @@ export function showTokens(n, isNext = false) {
   label.textContent = `${number(n)} of ${number(size)} tokens`;
   Object.assign(bar, { max: size, value: Math.min(n, size) });
   $("context").classList.toggle("full", n > NEARLY_FULL * size);
-  $("context").dataset.hint = isNext ? "Use of the context with the attached files"
+  $("context").dataset.hint = isNext ? "Context usage, including the attached files"
     : n > NEARLY_FULL * size ? "The context is nearly full. Start a new chat."
-      : "Use of the context: documents, questions and answers";
+      : "Context usage: documents, questions, and answers";
 }
 
 // Shows the use of the context. With attached files, the server counts the tokens of the next prompt.

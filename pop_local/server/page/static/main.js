@@ -29,7 +29,7 @@ async function showModels() {
 for (const name of ["attach", "settings", "theme"]) $(name).append(icon(name));
 $("compare").onclick = () => {
   if (!$("pruning").disabled) ask(compare);
-  else tell("This model has no fast reading. Prepare it with `pop-local convert` to compare.");
+  else tell("This model does not support fast reading. To compare, convert the model with `pop-local convert`.");
 };
 $("stop").onclick = () => session.running?.stop.abort();
 document.onkeydown = ({ key }) => {

@@ -15,7 +15,7 @@ const because = (words) => (error) => {
 
 const sentence = (words) => `${words[0].toUpperCase()}${words.slice(1)}${/[.!?]$/.test(words) ? "" : "."}`;
 
-// Returns an Error with the server's reason, its `code` and its `figures`.
+// Returns an Error with the server's reason, its `code`, and its `figures`.
 function refused({ message, ...figures }) {
   return Object.assign(new Error(sentence(message)), { code: figures.code, figures });
 }

@@ -13,7 +13,7 @@ function storedSettings() {
 
 export const fresh = () => ({ id: newId(), title: "", messages: [], settings: storedSettings() });
 
-// `running` is the current answer: its chat, abort controller and end.
+// `running` is the current answer: its chat, abort controller, and end.
 export const session = { models: [], chat: fresh(), running: null };
 
 export const model = () => session.models.find(({ id }) => id === $("model").value);

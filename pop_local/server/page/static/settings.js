@@ -1,4 +1,4 @@
-// The dialog for a chat's settings: system prompt, temperature and answer length.
+// The dialog for a chat's settings: system prompt, temperature, and answer length.
 
 import { $, tell } from "./dom.js";
 import { call } from "./server.js";
@@ -11,7 +11,7 @@ export function showSettings() {
   const isChanged = Object.keys(session.chat.settings ?? {}).length > 0;
   $("settings").classList.toggle("changed", isChanged);
   $("settings").dataset.hint = isChanged
-    ? "Settings of this chat (changed)" : "System prompt, temperature and answer length";
+    ? "Settings of this chat (changed)" : "System prompt, temperature, and answer length";
 }
 
 async function showDefaults() {

@@ -1,4 +1,4 @@
-// The list of chats: search, rename, download and delete.
+// The list of chats: search, rename, download, and delete.
 
 import * as chats from "./chats.js";
 import { $, announce, button, counted, h, icon, tell } from "./dom.js";

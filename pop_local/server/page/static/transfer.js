@@ -83,7 +83,7 @@ export async function exportAll() {
     size += part.length;
     parts.push(parts.length ? ",\n" : "", part);
   });
-  if (!parts.length) throw new Error("No chat is stored in this browser yet.");
+  if (!parts.length) throw new Error("No chats are stored in this browser yet.");
   if (size > MOST_BYTES) throw new Error(`The export is larger than ${megabytes(MOST_BYTES)}. Delete some chats.`);
   const head = JSON.stringify({ format: FORMAT, version: VERSION, exported: new Date().toISOString() });
   const name = `pop-local-chats-${today()}.json`;
