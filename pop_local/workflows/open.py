@@ -94,8 +94,8 @@ def _warn_of_context(context: "Context", watch: Watch) -> None:
     if n_ctx and n_ctx > n_trained:
         watch.on_warning(
             PopError(
-                f"the model was trained on {n_trained:,} tokens and is unreliable on longer"
-                " prompts",
+                f"the model was trained on contexts of {n_trained:,} tokens and is unreliable on"
+                " longer prompts",
                 f"use a context of up to {n_trained:,} tokens",
             )
         )

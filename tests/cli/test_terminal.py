@@ -215,7 +215,7 @@ def test_a_context_beyond_the_trained_one_is_warned_of(model):
     arguments = ("run", model, "hi", "--max-tokens", 2, *ANSWER_OPTIONS)
     warned = called(*arguments, "--ctx", 5000)
     assert warned.returncode == 0
-    assert "Warning: the model was trained on 4,096 tokens" in warned.stderr
+    assert "Warning: the model was trained on contexts of 4,096 tokens" in warned.stderr
     assert "Warning" not in called(*arguments, "--ctx", 4096).stderr
 
 
@@ -283,8 +283,8 @@ def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path)
     assert called(*arguments, "--max-tokens", "2", "--ctx", larger[1]).returncode == 0
     file.write_text("a word " * 1000)
     assert re.fullmatch(
-        r"hint: shorten the prompt, or use a model with a longer context, because this model was"
-        r" trained on [\d,]+ tokens and is unreliable on longer prompts",
+        r"hint: shorten the prompt, or use a model with a longer context: this model was trained on"
+        r" contexts of [\d,]+ tokens and is unreliable on longer prompts",
         called(*arguments).stderr.splitlines()[-1],
     )
 

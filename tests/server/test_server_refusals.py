@@ -185,7 +185,7 @@ def test_error_beyond_context_states_tokens(client):
     error = response.json()["error"]
     assert error["code"] == "context_length_exceeded"
     assert "500" in error["message"] and str(N_CTX) in error["message"]
-    assert "trained on 4,096 tokens and is unreliable on longer prompts" in error["message"]
+    assert "contexts of 4,096 tokens and is unreliable on longer prompts" in error["message"]
     shorter = complete(client, "x" * (N_CTX + 100)).json()["error"]["message"]
     assert re.search(r"restart the server with --ctx \d+$", shorter)
 

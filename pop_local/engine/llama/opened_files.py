@@ -47,15 +47,15 @@ class OpenedFiles:
     def n_embd(self) -> int:
         """The width of the hidden state."""
         n_embd = self.header.of_arch("embedding_length")
-        assert isinstance(n_embd, int), "llama.cpp requires an embedding length"
+        assert isinstance(n_embd, int), "llama.cpp requires the embedding length"
         return n_embd
 
     @property
     def untrained_hint(self) -> str:
         """Hint for prompts that are longer than the model's trained context."""
         return (
-            "shorten the prompt, or use a model with a longer context, because this model was"
-            f" trained on {self.n_ctx_train:,} tokens and is unreliable on longer prompts"
+            "shorten the prompt, or use a model with a longer context: this model was trained on"
+            f" contexts of {self.n_ctx_train:,} tokens and is unreliable on longer prompts"
         )
 
     @cached_property
@@ -68,7 +68,7 @@ class OpenedFiles:
 
     @cached_property
     def no_refill(self) -> str:
-        """The reason why the model does not support deep rows or refills, or "" if it does."""
+        """The reason the model does not support deep rows or refills, or "" if it does."""
         with suppress(PopError):
             return self.shape.no_refill
         return ""
