@@ -1,4 +1,4 @@
-"""Answer a prompt by yielding text as tokens are sampled, followed by statistics."""
+"""Stream the answer to a prompt, followed by its statistics."""
 
 import math
 import time

@@ -41,7 +41,7 @@ class TurnStats:
     """Statistics for one answer. n_prompt = n_cached + n_pruned + n_skipped_exact + n_full.
 
     n_cached: prompt tokens already in the cache. n_stale: cached tokens whose K/V are approximate
-    because an earlier part of the prompt has changed. n_pruned: prompt tokens that stopped at the
+    because an earlier part of the prompt changed. n_pruned: prompt tokens that stopped at the
     boundary layer. n_skipped_exact: prompt tokens that stopped before exact_layer without loss,
     because later layers share the K/V of earlier layers. n_full: prompt tokens that ran through all
     layers, including n_deep deep rows. n_exact: prompt tokens whose K/V match the full model's.
@@ -90,7 +90,7 @@ class TurnStats:
 
     @property
     def left(self) -> str:
-        """A summary of how the prompt's tokens were read, in the same terms as the guides."""
+        """A summary of how the prompt's tokens were read, in the user guides' terms."""
         stale = f" ({self.n_stale:,} stale)" if self.n_stale else ""
         counts = [f"{self.n_cached:,} cached{stale}"] if self.n_cached else []
         if self.n_skipped_exact:
@@ -107,7 +107,7 @@ class TurnStats:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Evaluated prompt tokens per second (0 if all tokens were cached)."""
+        """Prompt tokens evaluated per second (0 if all tokens were cached)."""
         return _rate(self.n_evaluated, self.prefill_s)
 
     @property
@@ -158,7 +158,7 @@ class Chunk:
     """A piece of an answer. The last chunk contains the statistics, and its text may be empty.
 
     `logprobs`: log probabilities, if requested. `embedding`: the embedding, if requested instead of
-    an answer. `progress`: token counts and time during prefill, as in llama-server's
+    an answer. `progress`: token counts and elapsed time during prefill, as in llama-server's
     `prompt_progress`.
     """
 

@@ -1,4 +1,4 @@
-"""Compute embeddings by pooling the last layer's states as the model's metadata specifies."""
+"""Compute embeddings by pooling the last layer's states, as the model's metadata specifies."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ _MAX_ROWS = 512
 def require_pooling(cache: KvCache) -> gguf.PoolingType:
     """Return the file's pooling type (default: mean).
 
-    Raises PopError if the type is neither mean nor last row.
+    Raises PopError if the type is neither mean nor last-row pooling.
     """
     kind = cache.context.files.header.of_arch("pooling_type")
     if kind in (None, gguf.PoolingType.NONE, gguf.PoolingType.MEAN):
@@ -33,7 +33,7 @@ def require_pooling(cache: KvCache) -> gguf.PoolingType:
 def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     """Return the normalized embedding of `tokens`, float32 [n_embd].
 
-    Runs all layers, and empties the cache. Raises PopError if the text cannot be decoded or the
+    Runs all layers and empties the cache. Raises PopError if the text cannot be decoded or the
     vector is not finite. Raises StoppedError or the signal handler's exception if interrupted.
     """
     pooling = require_pooling(cache)

@@ -105,7 +105,7 @@ class Engine:
         return engine
 
     def close(self) -> None:
-        """Stop any read in progress, and free the model."""
+        """Stop any read in progress and free the model."""
         self.context.close()
         if self.calibrator is not None:
             self.calibrator.detach()
@@ -162,7 +162,7 @@ class Engine:
 
     @cached_property
     def recommended(self) -> dict[str, float]:
-        """Sampling options that the model's file recommends, keyed by TurnOptions field."""
+        """Sampling options recommended in the model's file, keyed by TurnOptions field."""
         return recommended(self.context.files.header)
 
     def answer(

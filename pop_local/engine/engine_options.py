@@ -1,4 +1,4 @@
-"""Options that the CLI, the server and the Python API use to open a model."""
+"""Options that the CLI, the server, and the Python API use to open a model."""
 
 import os
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ from pop_local.engine.prefill.plan import Reuse
 class EngineOptions:
     """Options for Engine.open.
 
-    `model`: the GGUF file, or a model name that the caller resolves first. `sidecar`: a file with
-    the model's POP keys and tensors. `mmproj`: the vision encoder's file, loaded on first use.
+    `model`: the GGUF file, or a model name that the caller must resolve. `sidecar`: a file with the
+    model's POP keys and tensors. `mmproj`: the vision encoder's file, loaded on first use.
     `image_tokens`: the maximum number of tokens per image. `sink_tokens`, `tail_tokens`: full rows
     at a prompt's start and end (default: the file's). `deep_rows`: the criterion that selects deep
     rows (default: the file's). `reuse`: which cached rows a prompt may reuse. `keep_states`:
     whether to keep boundary states for refilling. `parse_special`: whether to parse special tokens
-    in messages and documents, which lets documents inject turns. `full`: whether to start with
+    in messages and documents (documents can then inject turns). `full`: whether to start with
     pruning off. `learn`: see PopModel.learn. `prompt_cache`: the cache of earlier prompts' states.
     """
 
@@ -47,7 +47,7 @@ class EngineOptions:
 
     @classmethod
     def of(cls, model: str | os.PathLike[str], **options: Any) -> "EngineOptions":
-        """Create the options from keyword arguments. Raises TypeError for unknown keywords.
+        """Create the options from keyword arguments. Raises TypeError for unknown ones.
 
         `options`: fields of this class or ContextOptions, or llama.cpp parameters.
         """

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class PopModel:
-    """An open model, with its parts in `engine`."""
+    """An open model. `engine` holds the model's parts."""
 
     def __init__(self, options: EngineOptions) -> None:
         self._engine = Engine.open(options)
@@ -83,9 +83,9 @@ class PopModel:
         self.close()
 
     def close(self) -> None:
-        """Stop any read in progress, and free the model.
+        """Stop any read in progress and free the model.
 
-        Waits for other threads to finish their batches, after which these threads raise PopError.
+        Waits for other threads' running batches to finish. These threads then raise PopError.
         """
         self._engine.close()
 
@@ -135,7 +135,7 @@ class PopModel:
     def _changing(self) -> Iterator[Engine]:
         """Prevent other threads from using or replacing the engine until exit.
 
-        Progress callbacks already hold the context's lock, so this method takes that lock first.
+        Takes the context's lock first to avoid a deadlock with progress callbacks, which hold it.
         """
         while True:
             engine = self._engine
@@ -188,7 +188,7 @@ class PopModel:
 
         A base model without a chat template continues the messages' text, unless a message has
         images. `options`: fields of TurnOptions (defaults: the file's recommendations). Raises
-        PopError if the template rejects the conversation, or if the prompt cannot be read.
+        PopError if the template rejects the conversation or the prompt cannot be read.
         """
         prompter = self._engine.prompter
         chosen: dict[str, Any] = self._engine.recommended | options

@@ -101,7 +101,7 @@ class PrefillTurns:
                 self._changed.wait(_POLL_S)
 
     def record(self, prompt: QueuedPrompt, n_left: int) -> bool:
-        """Record the rows left after a chunk. Returns whether the prompt keeps its turn."""
+        """Record the end of a chunk. Returns whether the prompt keeps its turn."""
         with self._changed:
             self._scheduler.record(prompt, n_left)
             self._pass_on(prompt)

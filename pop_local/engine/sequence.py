@@ -26,8 +26,8 @@ class CachedSequence:
     """A KV cache, its saved states, its refiller, and the rule that selects full rows.
 
     Changing the boundary empties the cache. Changing the mode also empties the cache, unless the
-    model skips layers exactly. If all rows are exact, the cache is kept on a change to OFF, or on
-    any change with `keeps_exact`.
+    model skips layers without loss. If all rows are exact, the cache is kept when the mode changes
+    to OFF or, if `keeps_exact` is True, to any mode.
     """
 
     states: CacheStates
@@ -41,9 +41,9 @@ class CachedSequence:
     # Settings
 
     def set_mode(self, mode: Mode, *, keeps_exact: bool = False) -> None:
-        """Set the mode, and empty the cache if its rows depend on the mode.
+        """Set the mode and, if the cached rows depend on it, empty the cache.
 
-        Raises PopError if the model supports neither pruning nor exact skipping.
+        Raises PopError if the model can neither be pruned nor skip layers without loss.
         """
         cache, pruning = self.cache, self.cache.pruning
         with cache.context.locked():

@@ -10,7 +10,7 @@ from pop_local.engine.sequence import CachedSequence
 class SlotScheduler:
     """A scheduler that assigns each of an engine's sequences to one answer at a time.
 
-    Only `take`, `give_back` and `n_cached` are thread-safe.
+    Only `take`, `give_back`, and `n_cached` are thread-safe.
     """
 
     def __init__(self, model: EngineOwner) -> None:
@@ -52,7 +52,7 @@ class SlotScheduler:
         return self._model.engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Share the longest prefix of the prompt that any sequence, busy or free, has cached.
+        """Share the longest prefix of the prompt cached in any sequence, busy or free.
 
         Does nothing if sequence `index` already has an equally long prefix.
         """

@@ -23,8 +23,8 @@ class TurnOptions(SamplerOptions):
     end an answer that keeps repeating a block, unless a grammar is set.
 
     `on_prefill(done, total)` is called before the first batch and after each batch. `done` and
-    `total` count uncached tokens. `should_stop` is called during prefill and after each token.
-    Returning True ends the answer as "interrupted", or raises StoppedError during tokenization.
+    `total` count uncached tokens. `should_stop` is called during prefill and after each token. If
+    it returns True, the answer ends as "interrupted" (during tokenization: StoppedError).
     """
 
     max_tokens: int | None = None
