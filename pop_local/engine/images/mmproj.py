@@ -48,9 +48,9 @@ _NODES_AT_ONCE = 32
 class ImageChunk:
     """A whole picture, or one part of a picture if the model splits pictures.
 
-    `number`: the image's index in libmtmd's list of the picture's chunks. `key` identifies the
-    image's rows. `n_pos`: the number of positions that the image's rows occupy. `is_mutual`:
-    whether all rows attend to each other and must be in one batch.
+    `number`: the image's index among the picture's libmtmd chunks. `key` identifies the image's
+    rows. `n_pos`: the number of positions that the image's rows occupy. `is_mutual`: whether all
+    rows attend to each other and must be in one batch.
     """
 
     picture: Picture
@@ -72,7 +72,7 @@ class TokenizedPicture:
     images: Mapping[int, ImageChunk]
 
 
-# Width, height and RGB bytes (see Picture.rgb).
+# Width, height, and RGB bytes (see Picture.rgb).
 _Pixels = tuple[int, int, bytes]
 
 
@@ -181,7 +181,7 @@ class Mmproj:
         )
 
     def see(self, picture: Picture) -> TokenizedPicture:
-        """Split a picture into images, and return the picture's tokens.
+        """Split a picture into images and return the picture's tokens.
 
         Raises PopError if the picture is damaged or libmtmd rejects it.
         """
@@ -270,9 +270,9 @@ class Mmproj:
     def _on_node(self, _tensor: int, is_query: bool, _data: object) -> bool:
         """Handle a node of the encoder's graph (ggml_backend_sched_eval_callback).
 
-        If `is_query` is True, the result states whether llama.cpp calls this method again after
-        computing the node. The second call returns False to stop the encoder. The stopped encoder
-        reports success, so `_stop_error` stores the reason.
+        If `is_query` is True, returning True requests a second call after the node is computed. The
+        second call returns False to stop the encoder. A stopped encoder still reports success, so
+        `_stop_error` stores the reason.
         """
         if is_query:
             self._n_nodes += 1
@@ -285,10 +285,10 @@ class Mmproj:
         return self._stop_error is None
 
     def _cut_up(self, picture: Picture) -> _Cut:
-        """Return a picture's chunks, and cache them until the next picture.
+        """Return a picture's chunks and cache them until the next picture.
 
-        Decoding the pixels takes seconds, so this method decodes them outside the lock. The pixels
-        are kept until the picture's rows are encoded, so that each request decodes them only once.
+        Decoding the pixels takes seconds, so this happens outside the lock. The pixels are kept
+        until the picture's rows are encoded, so that each request decodes them only once.
         """
         if (last := self._last) is not None and last.sha256 == picture.sha256:
             return last
@@ -354,7 +354,7 @@ class Mmproj:
 
 
 def _require_layers(path: Path, names: Sequence[str]) -> None:
-    """Raise PopError if a tensor is missing, because libmtmd would dereference a null pointer."""
+    """Raise PopError if a tensor is missing. Otherwise libmtmd would dereference a null pointer."""
     found = [match for name in names if (match := _PART.fullmatch(name))]
     parts = {(match[1], match[2]) for match in found}
     for layer, part in product({match[1] for match in found}, {match[2] for match in found}):

@@ -1,4 +1,4 @@
-"""Read and decode image files within limits on size, time and memory.
+"""Read and decode image files within limits on size, time, and memory.
 
 Pillow decodes the images. libmtmd's own decoder is not meant for untrusted files, does not support
 WebP, and ignores the EXIF orientation. A child process decodes large WebP files, because Pillow
@@ -36,7 +36,7 @@ MAX_ASPECT = 100
 _WHITE = (255, 255, 255, 255)
 # Larger pictures are scaled down first, because models use fewer pixels.
 MAX_SHOWN = 8_000_000
-# Pillow cannot decode a WebP at reduced size, and keeps several copies of its pixels in memory.
+# Pillow cannot decode a WebP at reduced size and keeps several copies of its pixels in memory.
 MAX_WEBP_PIXELS = 2 * MAX_SHOWN
 # Decoding a larger WebP takes longer than starting a child process.
 _MAX_INLINE = 1_000_000
@@ -49,7 +49,7 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file with a header that `picture_of` has checked.
+    """An image file whose header `picture_of` has checked.
 
     `name` appears in messages. `width`, `height`: size in pixels after EXIF rotation. Two Pictures
     are equal if their files are identical.
@@ -65,7 +65,7 @@ class Picture:
         return hashlib.sha256(self.content).hexdigest()
 
     def rgb(self, most: int = MAX_SHOWN) -> tuple[int, int, bytes]:
-        """Decode the first frame, and return its width, height, and RGB bytes.
+        """Decode the first frame and return its width, height, and RGB bytes.
 
         The frame is rotated upright, drawn on a white background if transparent, and scaled down to
         about `most` pixels. Raises PopError if the file is damaged.
