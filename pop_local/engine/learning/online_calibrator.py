@@ -46,7 +46,7 @@ N_WINDOW = 512
 # Numbers of rows, as multiples of n_embd, needed to choose the wider input and to try a fit.
 _ROWS_TO_CHOOSE, ROWS_TO_FIT = 2, 16
 _LEAST_ROWS = 32
-# Minimum rows per input before sums, or a sidecar from them, are written. An attacker distinguishes
+# Minimum rows per input for writing sums or a sidecar based on them. An attacker distinguishes
 # a tiny model's summed rows from other rows with an AUC of at most .60 (docs/learning.md).
 SAVED_ROWS = 2000
 
@@ -96,7 +96,7 @@ class Fitter(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """Return True if `idle` has work to do."""
+        """True if `idle` has work to do."""
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
         """Return a better fit if one is found before a stop is requested. Raises PopError."""
@@ -121,7 +121,7 @@ def _key(tokens: Sequence[int] | np.ndarray) -> int:
 
 
 class OnlineCalibrator:
-    """A calibrator that learns from the rows of a KvCache.
+    """A calibrator that learns from the rows in a KvCache.
 
     `boundaries`: the boundaries to learn, in ascending order. `n_missed`: rows dropped for lack of
     memory. The caller must use the cache and the calibrator from one thread at a time.
@@ -211,7 +211,7 @@ class OnlineCalibrator:
     # While a prompt is read
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
-        """Record that a prompt chunk starting at row `start` was prefilled, in any mode."""
+        """Record the prefill, in any mode, of a prompt chunk that starts at row `start`."""
         if len(tokens) < N_WINDOW or _key(tokens) in self._seen:
             return
         self._n_chunks += 1
@@ -219,7 +219,7 @@ class OnlineCalibrator:
             self.held_out.append(HeldOutChunk(start, np.asarray(tokens[:N_WINDOW])))
 
     def computed(self) -> None:
-        """Queue the last ubatch's rows if they are exact, new and not held out."""
+        """Queue the last ubatch's rows if they are exact, new, and not held out."""
         cache = self._cache
         used = self._used.pop() if self._used else None
         tapped = taps.take(cache.context.ctx, used)
@@ -246,11 +246,11 @@ class OnlineCalibrator:
 
     @property
     def has_work(self) -> bool:
-        """Return True if queued rows can be added to the sums."""
+        """True if queued rows can be added to the sums."""
         return bool(self._waiting)
 
     def work(self, should_stop: Callable[[], bool]) -> None:
-        """Add the queued rows to the sums and save the sums. Raises PopError if saving fails."""
+        """Add the queued rows to the sums and save them. Raises PopError if saving fails."""
         while self.has_work and not should_stop():
             lacking = [each for each in self.boundaries if self._lacks_input(each)]
             if lacking:
@@ -268,7 +268,7 @@ class OnlineCalibrator:
             self.save()
 
     def save(self) -> None:
-        """Move new sums that cover enough rows to the file, and keep the other sums in memory.
+        """Move new sums to the file if they cover enough rows, and keep the others in memory.
 
         If saving fails, all sums stay in memory, and PopError is raised.
         """
@@ -284,7 +284,7 @@ class OnlineCalibrator:
     def sums(self) -> Sums:
         """Return the sums in the file, or else the unsaved sums. Raises PopError if saving fails.
 
-        Merged sums would let a reader of the sidecar and the file derive the unsaved rows.
+        If both were merged, the unsaved rows could be derived from the sidecar and the file.
         """
         self.save()
         self._known = self.file.known()
@@ -295,7 +295,7 @@ class OnlineCalibrator:
 
     @property
     def is_saved(self) -> bool:
-        """Return True if `sums` returns sums from the file."""
+        """True if `sums` returns sums from the file."""
         return bool(self._known.n_rows)
 
     @property
@@ -305,12 +305,12 @@ class OnlineCalibrator:
 
     @property
     def n_rows(self) -> int:
-        """The number of rows that all processes have added for the boundary with the most rows."""
+        """The number of rows added by all processes at the boundary with the most rows."""
         return self._n_new + max(self._known.n_rows.values(), default=0)
 
     @property
     def n_wanted(self) -> int:
-        """The number of rows that the first fit needs."""
+        """The number of rows required for the first fit."""
         return ROWS_TO_FIT * self._shape.n_embd
 
     @property
@@ -326,7 +326,7 @@ class OnlineCalibrator:
         return self.summing.is_wide(boundary) and boundary not in self._new.wides
 
     def _choose(self, boundaries: Sequence[int]) -> None:
-        """Choose wider inputs from shipped text, because inputs reveal details of their source."""
+        """Choose wider inputs from shipped text, because they reveal details of their source."""
         n_windows = _ROWS_TO_CHOOSE * self._shape.n_embd // N_WINDOW + 1
         wanted, context = self.summing.wanted(boundaries), self._cache.context
         windows = list(read_shipped_windows(context, wanted, n_windows, N_WINDOW))

@@ -1,4 +1,4 @@
-"""Compute activations for shipped text, which reveals nothing about the user's prompts."""
+"""Compute activations for shipped text, because it reveals nothing about the user's prompts."""
 
 import importlib.resources
 from collections.abc import Iterator
@@ -39,5 +39,5 @@ def read_shipped_windows(
             if code:
                 raise logs.not_decoded(code)
             tapped = taps.take(ctx)
-            assert tapped is not None, "set_taps enables taps for all rows"
+            assert tapped is not None, "set_taps taps every row"
             yield tapped

@@ -56,7 +56,7 @@ class Sums:
     def merge(self, other: "Sums") -> None:
         """Add the sums of newer rows without replacing existing wider inputs.
 
-        Sums over different inputs cannot be added, so they are dropped with a warning.
+        If the inputs differ, the newer sums cannot be added and are dropped with a warning.
         """
         for boundary, wide in other.wides.items():
             if boundary not in self.grams:
@@ -101,7 +101,7 @@ class Sums:
             xx = _floats(arrays, f"xx.{boundary}")
             xy = {layer: _floats(arrays, f"xy.{boundary}.{layer}") for layer in layers}
             if any(len(each) != len(xx) for each in (xx.T, *xy.values())):
-                raise ValueError(f"the shapes of the sums at layer {boundary} differ")
+                raise ValueError(f"the sums at layer {boundary} have mismatched shapes")
             sums.grams[boundary] = Gram(xx, xy, n_rows)
         return sums
 
@@ -135,7 +135,7 @@ def _read_head(arrays: Any) -> Any:
     if not all(isinstance(number, int) and 0 <= number < 2**53 for number in numbers):
         raise ValueError("the header contains invalid numbers")
     if not isinstance(named := head.get("kinds", {}), dict):
-        raise ValueError("the header's kinds are not an object")
+        raise ValueError("the header's `kinds` field is not an object")
     for boundary, kinds in named.items():
         int(boundary), list(map(Projection, kinds))
     return head
@@ -190,7 +190,7 @@ class SumsFile:
                 if (head["version"], head["model"]) == (_VERSION, self.model):
                     for wide in stored_inputs(head, arrays).values():
                         if self.n_embd is not None and wide.previous.shape[1:] != (self.n_embd,):
-                            raise ValueError("the inputs have a different width")
+                            raise ValueError("the inputs have the wrong width")
                     return take(head, arrays)
                 log.warning(
                     "%s is for a different model or version, so learning starts over", self.path
@@ -233,7 +233,7 @@ class SumsFile:
 
 
 class Summing:
-    """Accumulates sums over a model's rows and solves for the model's fits."""
+    """An accumulator for sums over a model's rows, which also solves for the fits."""
 
     def __init__(
         self,
