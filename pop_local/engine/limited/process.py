@@ -31,12 +31,12 @@ class BeyondLimitsError(PopError):
 
 
 def _python() -> str:
-    """Return multiprocessing's interpreter, which applications that embed Python can set."""
+    """Return multiprocessing's interpreter (applications that embed Python can set it)."""
     python = os.fsdecode(get_executable())
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
-            "a frozen application has no interpreter for templates, grammars and large images",
-            "call multiprocessing.set_executable with a Python that has pop-local installed",
+            "a frozen application has no interpreter for templates, grammars, and large images",
+            "call multiprocessing.set_executable with a Python interpreter that has pop-local",
         )
     return python
 
@@ -44,8 +44,8 @@ def _python() -> str:
 class KeptProcess:
     """A child process that runs a worker's methods. If the process has ended, a call restarts it.
 
-    Calls are thread-safe, because they run one at a time. If a call is interrupted or exceeds a
-    limit, the child is killed.
+    Calls are thread-safe and run one at a time. If a call is interrupted or exceeds a limit, the
+    child is killed.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class KeptProcess:
     ) -> None:
         """`worker`: the class whose methods the child runs.
 
-        `task`, `hint`: the subject and the hint of BeyondLimitsError's message.
+        `task`, `hint`: the subject of BeyondLimitsError's message, and its hint.
         """
         self.limit_s, self.limit_bytes = limit_s, limit_bytes
         self._place = (worker.__module__, worker.__qualname__)
@@ -94,7 +94,7 @@ class KeptProcess:
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a method with JSON arguments and return its JSON result.
 
-        Raises RefusedError, BeyondLimitsError or NoChildError.
+        Raises RefusedError, BeyondLimitsError, or NoChildError.
         """
         with self._lock:
             child, line = self.start(), b""
