@@ -1,4 +1,4 @@
-"""Bindings for the C ABI in llama-pop.h, using the library that llama_cpp has loaded.
+"""Bindings for the C ABI in llama-pop.h, using the library that llama_cpp loaded.
 
 Setters raise PopError if the library rejects a value. `ctx` is a pointer to a llama_context.
 """
@@ -123,7 +123,7 @@ def bindings() -> ModuleType:
             continue
         raise PopError(
             f"{OTHER} {other.version} is installed and overwrites {OURS}'s files",
-            f"run pip uninstall {OTHER}, which removes both packages' files, then {INSTALL_HINT}",
+            f"run pip uninstall {OTHER} (which removes both packages' files), then {INSTALL_HINT}",
         )
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
@@ -224,7 +224,7 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
     """Run the boundary layer and all later layers for up to one ubatch of a sequence's rows.
 
     `positions`: int32, ascending. Computes no logits. Returns False if the abort callback stopped
-    the pass, which the caller must then repeat. Raises PopError on failure.
+    the pass. The caller must then repeat it. Raises PopError on failure.
     """
     logs.forget_errors()
     pointer = positions.ctypes.data_as(_POINTER)
@@ -269,8 +269,8 @@ def set_reading(ctx: Any, reading: Reading) -> None:
     """Set the kind of prompt rows that the following batches contain.
 
     pop-local's kernels process even the smallest prompt batch, so with flash attention the results
-    do not depend on the batch size. During decode, the kernels run only the operations that they
-    speed up.
+    do not depend on the batch size. During decode, the kernels run only operations that they speed
+    up.
     """
     call("llama_pop_set_reading", ctx, reading)
 

@@ -12,7 +12,7 @@ Tokens = Sequence[int] | np.ndarray
 
 
 class Outputs(Enum):
-    """The rows of a batch for which logits are computed."""
+    """The rows in a batch for which logits are computed."""
 
     NONE = "none"
     LAST = "last"

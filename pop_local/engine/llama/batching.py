@@ -55,7 +55,7 @@ class _Request:
 
 
 class Batcher:
-    """A queue of decode requests that one of the waiting threads runs in shared batches.
+    """A queue of decode requests, which one of the waiting threads runs in shared batches.
 
     `holder`: the ID of the thread that has locked the context (0: none).
     """
@@ -84,7 +84,7 @@ class Batcher:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Context manager that keeps other threads from decoding and from changing cells."""
+        """Context manager that keeps other threads from decoding and changing cells."""
         with self._turn:
             before, self.holder = self.holder, threading.get_ident()
             try:
@@ -202,7 +202,7 @@ def _reading_of(parts: Sequence[tuple[_Request, int]]) -> Reading:
 class BatchedSlot(Slot):
     """A slot of a context with multiple sequences. Each slot has its own thread.
 
-    Prefill uses the context's mode, or mode OFF, which runs every row through all layers.
+    Prefill uses either the context's mode or OFF, in which every row runs through all layers.
     """
 
     def __init__(self, batcher: Batcher, context: Context, sequence: int) -> None:

@@ -95,8 +95,8 @@ class Cells:
     def restore(self, state: bytes, n_positions: int) -> bool:
         """Restore `n_positions` cells from a saved state. Returns False on failure.
 
-        After a failure, the cells' contents are undefined. Rejects empty states, and states that
-        are shorter than their declared size.
+        After a failure, the cells' contents are undefined. Rejects empty states and states that are
+        shorter than their declared size.
         """
         size = int.from_bytes(state[:4], "little") if self._starts_with_size else 0
         if not state or size > len(state):
@@ -109,7 +109,7 @@ class Cells:
         """Return a copy of the recurrent states and of the rows in sliding windows.
 
         Returns uint8 [n_bytes] in llama.cpp's format, or None if the copy would be empty,
-        unreadable or too large.
+        unreadable, or too large.
         """
         api, flags = self._api, self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
         with self._locked():

@@ -24,7 +24,7 @@ from pop_local.engine.llama.vocabulary import Vocabulary
 
 _N_BATCH = 512
 _ROUNDED_TO = 256  # llama.cpp rounds context lengths up to a multiple
-# With several sequences, a short prompt need not wait for long until a long prompt's chunk is read.
+# With several sequences, a short prompt need not wait long for a long prompt's chunk to be read.
 # With 256 rows, SmolLM2 reads 7,000 tokens as fast as with 512. With 128, it reads 3% slower.
 _CHUNK_ROWS = 256
 
@@ -35,12 +35,12 @@ class ContextOptions:
 
     `n_ctx`: context length per sequence in tokens (None: the trained length, or less if memory is
     limited). `n_parallel`: number of sequences that share batches. `n_threads`: CPU threads (None:
-    the number of physical cores). `n_gpu_layers`: number of layers to run on GPUs, if there are any
-    (-1: all). `kernels`: whether to use pop-local's kernels, if they support this CPU.
-    `flash_attn`: whether to use flash attention (None: with pop-local's kernels, and on GPUs that
-    support it). `repack`: whether llama.cpp repacks weights for its own CPU kernels (None: only
-    without pop-local's kernels, which cannot use repacked weights). `others`: other
-    llama_model_params and llama_context_params by name.
+    the number of physical cores). `n_gpu_layers`: number of layers to run on GPUs, if any (-1:
+    all). `kernels`: whether to use pop-local's kernels, if they support this CPU. `flash_attn`:
+    whether to use flash attention (None: with pop-local's kernels, and on GPUs that support it).
+    `repack`: whether llama.cpp repacks weights for its own CPU kernels (None: only without
+    pop-local's kernels, which cannot use repacked weights). `others`: other llama_model_params and
+    llama_context_params, by name.
     """
 
     n_ctx: int | None = None
@@ -61,7 +61,7 @@ class ContextOptions:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "ContextOptions":
-        """Create the options from keyword arguments. Raises TypeError for unknown keywords."""
+        """Create the options from keyword arguments. Raises TypeError for unknown ones."""
         api = backend.bindings()
         known = cls.__dataclass_fields__.keys() - {"others"}
         others = {name: value for name, value in given.items() if name not in known}
@@ -249,7 +249,7 @@ class Context:
         """Raise PopError if called in a forked process or if a mapped file has changed."""
         if os.getpid() != self._opened_by:
             raise PopError(
-                "the model was opened by another process, and a fork does not copy its threads",
+                "the model was opened by another process, and forking does not copy threads",
                 "open the model in the process that uses it",
             )
         if replaced := self.files.replaced:
@@ -265,7 +265,7 @@ class Context:
         return np.ctypeslib.as_array(found, (n_rows, self.vocabulary.n_tokens))
 
     def close(self) -> None:
-        """Stop the running batch, even one in another thread, and free the model.
+        """Stop the running batch, even in another thread, and free the model.
 
         If the calling thread is running the batch, the model is freed when the batch ends.
         """

@@ -1,4 +1,4 @@
-"""ggml's backends, devices and CPU kernels."""
+"""ggml's backends, devices, and CPU kernels."""
 
 import ctypes
 import functools
@@ -35,7 +35,7 @@ class Device:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """A description of the loaded backend for the `doctor` command.
+    """A description of the loaded backend, for the `doctor` command.
 
     `abi`: None if the library is unpatched. `built_in`: (name, number of devices) for each ggml
     backend. `cpu_variant`: the variant of the CPU library that ggml loaded, or "" if the build has
@@ -94,7 +94,7 @@ def _cpu_variant(log: str) -> str:
 def default_threads() -> int:
     """Return the number of physical cores that this process may use.
 
-    Two threads that share a core are slower than one.
+    Two threads on the same core are slower than one.
     """
     if hasattr(os, "sched_getaffinity"):
         cpus = os.sched_getaffinity(0)

@@ -48,7 +48,7 @@ class GraphMacs:
         return self._found[key]
 
     def _extrapolate(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
-        """Extrapolate a quadratic function through the counts for three shorter prompts."""
+        """Extrapolate from three shorter prompts' counts with a quadratic function."""
         step = _N_CTX // 4
         first, second, third = (self(i * step, boundary, n_full) for i in (2, 3, 4))
         n = n_prompt / step - 2

@@ -40,13 +40,13 @@ class DisplacedError(PopError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the KV cache was emptied or another answer started before this answer ended",
+            "the KV cache was emptied, or another answer started, before this answer ended",
             "read each answer to the end, or close its iterator, before asking the next question",
         )
 
 
 class Interrupt:
-    """An abort callback that stops llama_decode on a signal, or if `should_stop` returns True.
+    """An abort callback that stops llama_decode on a signal or when `should_stop` returns True.
 
     Python handles signals only between bytecodes, so Ctrl-C would have no effect until the batch
     ends. Exceptions cannot cross ctypes, so signal handlers are deferred. The thread that uses the
@@ -128,7 +128,7 @@ class Interrupt:
         if self._in_callback:
             raise PopError(
                 "the model was called from a callback during a batch",
-                "call the model again after this answer has ended",
+                "call the model again after this answer ends",
             )
 
     def check(self) -> None:

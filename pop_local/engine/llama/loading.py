@@ -60,8 +60,8 @@ def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, param
 def default_ctx(source: Source, n_sequences: int, free_bytes: int | None = None) -> int:
     """Return the trained context length in tokens, or less if memory is limited.
 
-    The K/V of all sequences may take up a quarter of `free_bytes` (default: the free main memory).
-    The length is never reduced below _LEAST_CTX tokens. Raises FormatError.
+    All sequences' K/V may use up to a quarter of `free_bytes` (default: the free main memory). The
+    length is never reduced below _LEAST_CTX tokens. Raises FormatError.
     """
     if free_bytes is None:
         free_bytes = psutil.virtual_memory().available
@@ -75,7 +75,7 @@ def default_ctx(source: Source, n_sequences: int, free_bytes: int | None = None)
 
 
 def kv_bytes(shape: ModelShape, n_ctx: int, *, is_windowed: bool = False) -> int:
-    """Return the size of a context's F16 K and V in bytes."""
+    """Return the size in bytes of a context's F16 K and V."""
     windows = shape.windows if is_windowed else [0] * shape.n_layer
     cells = [min(n_ctx, window or n_ctx) for window in windows]
     return int(2 * sum(map(mul, cells, map(shape.n_kv, range(shape.n_layer)))))
@@ -88,8 +88,8 @@ def require_room(
 
     Without this check, the system could kill the process when llama.cpp zeroes the cache.
     `is_windowed`: whether sliding-window layers keep only the rows in the window. `holds_kv`:
-    whether K/V are stored in main memory, in F16. `holds_states`: whether each row's boundary state
-    is stored in main memory, in F32. The check ignores all other buffers.
+    whether K/V are stored as F16 in main memory. `holds_states`: whether each row's boundary state
+    is stored as F32 in main memory. The check ignores all other buffers.
     """
     needed_bytes, free_bytes = 0, psutil.virtual_memory().available + psutil.swap_memory().free
     with suppress(PopError):

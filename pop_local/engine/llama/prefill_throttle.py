@@ -11,7 +11,7 @@ _SMOOTHING = 0.3
 
 
 class PrefillThrottle:
-    """A limit on prompt rows in batches with answer rows, based on the times of earlier batches.
+    """A limit on prompt rows in batches with answer rows, based on how long earlier batches took.
 
     A batch's predicted time is the time without prompt rows, plus a constant, plus a time per
     prompt row. After a slow batch, some batches contain only answer rows.
@@ -25,7 +25,7 @@ class PrefillThrottle:
         self._owed_s = 0.0
 
     def max_prompt_rows(self, n_answers: int) -> int:
-        """Return the largest number of prompt rows that keeps answers at half speed or faster."""
+        """Return the maximum number of prompt rows that keeps answers at half speed or faster."""
         if not n_answers:
             return self._n_batch
         if self._owed_s > 0:

@@ -1,4 +1,4 @@
-"""One sequence of a llama_context: its KV cells, batches and logits."""
+"""One sequence of a llama_context: its KV cells, batches, and logits."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,7 +27,7 @@ class Slot:
     def working(self, *, pauses: bool = False) -> AbstractContextManager[None]:
         """Context manager that makes other sequences' batches wait for this sequence's rows.
 
-        `pauses`: whether the batches run without this sequence's rows.
+        `pauses`: whether batches run without waiting for this sequence's rows.
         """
         return nullcontext()
 

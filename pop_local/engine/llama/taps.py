@@ -1,4 +1,4 @@
-"""Taps: intermediate values of full rows, which are used to fit K/V projections.
+"""Taps: intermediate values for full rows, used to fit K/V projections.
 
 See llama_pop_add_tap in llama-pop.h. After a batch or deep pass, `take` reads only the last ubatch.
 """
@@ -71,7 +71,7 @@ def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
 def take(ctx: Any, used: Rows | None = None) -> Tapped | None:
     """Return the last ubatch's values, or None if no values were recorded.
 
-    `used`: a block to reuse from an earlier result, if it is large enough. Allocating a new block
+    `used`: a block from an earlier result, reused if it is large enough. Allocating a new block
     would take longer than copying the values.
     """
     library = backend.require_patched()
