@@ -100,7 +100,7 @@ def plan_prefill(
 def _chunks(
     n_tokens: int, tail_start: int, n_batch: int, images: Images
 ) -> Iterator[tuple[int, int]]:
-    """Yield one chunk for each image, and chunks of up to `n_batch` tokens for text.
+    """Yield one chunk per image, and chunks of up to `n_batch` tokens for the text.
 
     A tail that fits in one chunk is never split, because each chunk with full rows reads the
     skipped layers' weights.

@@ -88,7 +88,7 @@ def append(
     n = max((each.n_rows for each in prompt.images.values() if each.is_mutual), default=0)
     if n > n_at_once:
         raise PopError(
-            f"the image's {n} tokens must fit in one ubatch, but a ubatch has {n_at_once} tokens",
+            f"the image's {n} tokens must fit in one ubatch, but a ubatch holds {n_at_once} tokens",
             f"open the model with n_batch and n_ubatch of at least {n}",
         )
     if deep is None:
@@ -100,7 +100,7 @@ def append(
 
 
 def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int]:
-    """Empty the cache, run a text through all layers, and compute the logits of all rows.
+    """Empty the cache, run `tokens` through all layers, and compute logits for all rows.
 
     Yields the number of rows in each decoded piece (up to `step`).
     """

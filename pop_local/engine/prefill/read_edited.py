@@ -62,7 +62,7 @@ class EditedReading(PromptReading):
             raise
 
     def _close_gaps(self) -> None:
-        """Remove the undecoded rows, and move later reused rows down to close the gaps."""
+        """Remove the undecoded rows and move later reused rows down to close the gaps."""
         cache = self._cache
         is_kept = self._sources >= 0
         is_kept[: cache.n_tokens] = True
@@ -85,7 +85,7 @@ class EditedReading(PromptReading):
         )
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
-        """Split each gap into chunks of up to one batch and yield the chunks."""
+        """Split each gap into chunks of up to one batch and yield them."""
         n_batch = self._cache.context.n_chunk
         for start, end in gaps(self._sources):
             for at in range(start, end, n_batch):
