@@ -86,7 +86,7 @@ def kept(row: Row) -> str:
 def origin(name: str, verb: str = "We took these measurements") -> str:
     """Return the sentence with a result's machine and date."""
     result = read(name)
-    return f"{verb} on {result['date']}, on {result['machine']}."
+    return f"{verb} on {result['machine']} on {result['date']}."
 
 
 def summary() -> str:

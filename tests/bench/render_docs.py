@@ -78,10 +78,10 @@ def kept_table(name: str, chosen: str | None) -> str:
         by_name = {column["name"]: column for column in [*LOOKUPS, *columns]}
         columns = [by_name[column] for column in chosen.split(", ")]
     commands = [f"`{command}`" for command in kept["commands"]]
-    listed = " and ".join(filter(None, (", ".join(commands[:-1]), *commands[-1:])))
-    verb = "commands were" if len(commands) > 1 else "command was"
-    when = f"on {kept['date']}, on {kept['machine']}. The {verb} {listed}"
-    source = kept.get("source", f"We measured these values {when}.")
+    separator = ", and " if len(commands) > 2 else " and "
+    listed = separator.join(filter(None, (", ".join(commands[:-1]), *commands[-1:])))
+    ran = f"On {kept['date']}, we ran {listed} on {kept['machine']}."
+    source = kept.get("source", ran)
     notes = f" {kept['notes']}." if "notes" in kept else ""
     return f"\n{table(columns, [*map(with_lookups, kept['rows'])])}\n{source}{notes}\n"
 
