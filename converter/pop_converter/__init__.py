@@ -1,3 +1,3 @@
-"""Convert GGUF models for prefill-only pruning: file format, plans, fits and writers."""
+"""Convert GGUF models for prefill-only pruning: file format, plans, fits, and writers."""
 
 __version__ = "0.1.0"

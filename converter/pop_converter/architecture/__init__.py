@@ -1,1 +1,1 @@
-"""Read a model's layer sizes, and find the layers that prompt tokens can skip."""
+"""Read a model's layer sizes and find the layers that prompt tokens can skip."""

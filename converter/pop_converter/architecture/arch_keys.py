@@ -108,7 +108,7 @@ class ArchKeys:
         if reason := refusal(self.arch, self.number(LOOPS_KEY, 1)):
             raise UnsupportedArchitectureError(
                 f"{header.path} ({self.arch}) cannot be pruned: {reason}",
-                "use a decoder-only model, such as Llama, Qwen or Gemma",
+                "use a decoder-only model, such as Llama, Qwen, or Gemma",
             )
 
     def wrong(self, problem: str) -> FormatError:

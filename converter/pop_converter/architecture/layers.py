@@ -43,7 +43,7 @@ class LayerTensors(dict[str, TensorInfo]):
 
     @property
     def no_refill(self) -> str:
-        """The reason that skipped rows cannot run through the layer later, or "" if they can."""
+        """The reason why skipped rows cannot run through the layer later, or "" if they can."""
         if self.is_recurrent:
             return "recurrent layers keep a single state for all tokens"
         if any(name.startswith("indexer") for name in self):
@@ -73,11 +73,11 @@ def read_layers(source: Source, n_layer: int, *, repeat: bool) -> list[LayerTens
     """Return a model's layers without the tensors that a conversion added.
 
     If `repeat` is true, a layer without tensors reuses an earlier layer's tensors. Raises
-    FormatError if a layer has no tensors.
+    FormatError if a layer still has no tensors.
     """
     path, layers = source.first.path, [LayerTensors() for _ in range(n_layer)]
     if not source.tensors:
-        raise FormatError(f"{path} has a vocabulary but no layers", "pass the model's file")
+        raise FormatError(f"{path} has a vocabulary but no layers", "pass the model file")
     for tensor in source.tensors:
         match = _NAME.fullmatch(tensor.name)
         if match and int(match[1]) < n_layer and TENSOR_MARK not in tensor.name:

@@ -19,15 +19,15 @@ _RMS_KEY = "attention.layer_norm_rms_epsilon"
 class ModelShape:
     """A model's layer sizes. Each tuple has one entry per layer.
 
-    `n_q`, `n_k` and `n_v` are the row counts of the attention projections. MLA layers have K rows
+    `n_q`, `n_k`, and `n_v` are the row counts of the attention projections. MLA layers have K rows
     but no V rows. Layers that do not compute K/V have no K or V rows. `n_heads_out` is the combined
     output width of the attention heads. `n_neurons` is the number of neurons in a dense gated FFN,
     or 0 for other FFNs. `n_weights` is the number of weights in the layer's matrices. `windows`
     contains the attention windows in tokens (0: no window). `is_recurrent` marks layers with a
     recurrent state, which cannot be overwritten row by row. `is_fittable` marks layers for which
-    K/V projections can be fitted. `is_fused` marks layers with a single tensor for Q, K and V.
+    K/V projections can be fitted. `is_fused` marks layers with a single tensor for Q, K, and V.
 
-    `no_refill` is the reason that context tokens cannot run through the skipped layers later, or ""
+    `no_refill` is the reason why context tokens cannot run through the skipped layers later, or ""
     if they can. `exact` is the first layer that reuses an earlier layer's K/V, or 0 if no layer
     does. The first `n_deepstack` layers add image features to the hidden state.
     """
@@ -55,7 +55,7 @@ class ModelShape:
         return self.n_k[layer] + self.n_v[layer]
 
     def fits(self, boundary: int) -> bool:
-        """Return True if layers `boundary` and up can be fitted (at least two are required)."""
+        """Return True if the layers from `boundary` up (at least two) can be fitted."""
         return boundary < self.n_layer - 1 and all(self.is_fittable[boundary:])
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:

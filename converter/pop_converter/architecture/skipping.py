@@ -1,4 +1,4 @@
-"""Find the layers that context tokens can skip, and the work that remains in these layers."""
+"""Find the layers that context tokens can skip and the work that remains in those layers."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ class SkippableLayers:
 
     `left` lists what the skipped layers still compute for context tokens. `fits_from` is the lowest
     boundary at which projections can be fitted. If no fit is possible, `fits_from` is None and
-    `no_fit` is the reason. Skipping layers `exact` and up causes no loss (0: no such layer).
-    `no_refill` is the reason that context tokens cannot run through the skipped layers later, or ""
+    `no_fit` is the reason. Skipping the layers from `exact` up causes no loss (0: no such layer).
+    `no_refill` is the reason why context tokens cannot run through the skipped layers later, or ""
     if they can. `is_measured` is true if pruning was measured on real models of this architecture.
     """
 

@@ -1,8 +1,8 @@
-"""Compute the speedup limit, the ratio of multiply-accumulates without and with pruning.
+"""Compute the speedup limit, which is the ratio of full to pruned multiply-accumulates.
 
-The caller counts a prompt's multiply-accumulates in llama.cpp's graph, from an empty cache to the
-last token's logits. The count covers only matrix products. The limit assumes that products with few
-rows are as efficient as products with many rows.
+The caller counts a prompt's multiply-accumulates in llama.cpp's graph, starting with an empty cache
+and ending with the last token's logits. The count covers only matrix products. The limit assumes
+that products with few rows are as efficient as products with many rows.
 
 Fitted projections cost as much as the layers' own projections, or less if the layers' own K and V
 are fused with Q. A *wide* fit (fit/wide.py) also computes extra inputs once per row. Each layer
@@ -25,7 +25,7 @@ Macs = Callable[[int, int | None, int], int]
 
 
 def uncounted(n_prompt: int, boundary: int | None, n_full: int) -> int:
-    """Raise PopError. Plans use this function as `macs` by default."""
+    """Raise PopError. This is a plan's default `macs` function."""
     raise PopError(
         "the plan has no function for counting multiply-accumulates", "pass macs to make_plan"
     )

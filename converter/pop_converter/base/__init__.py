@@ -1,1 +1,1 @@
-"""Helpers shared by both packages: errors, progress, files and numbers."""
+"""Helpers shared by both packages: errors, progress, files, and numbers."""

@@ -24,7 +24,7 @@ class PopError(Exception):
     """An error with a message for users.
 
     `hint` suggests a fix in terms of function parameters, or is "". A program that shows its own
-    hints can identify the error by `cause` and read numbers, names and paths from `fields`. Most
+    hints can identify the error by `cause` and read numbers, names, and paths from `fields`. Most
     errors have no cause ("").
     """
 
@@ -51,11 +51,11 @@ class TruncatedError(FormatError):
 
 
 class UnsupportedArchitectureError(PopError):
-    """Error for an architecture that cannot be pruned, or that this build does not support."""
+    """Error for an architecture that cannot be pruned or that this build does not support."""
 
 
 class PlanError(PopError):
-    """Error for a boundary, number of layers or number of tokens that is invalid for the model."""
+    """Error for a boundary, layer count, or token count that is invalid for the model."""
 
 
 class OutputExistsError(PopError):

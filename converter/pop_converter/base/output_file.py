@@ -26,7 +26,8 @@ def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: b
     # Some network drives report a size of 0 and no free space.
     if disk.total and disk.free < n_bytes:
         raise WriteError(
-            f"the disk is too full: {dst} needs {n_bytes:,} bytes, but only {disk.free:,} are free",
+            f"not enough disk space: {dst} needs {n_bytes:,} bytes, but only {disk.free:,} are"
+            " free",
             "free up some space, or write to a different disk",
         )
 
@@ -83,7 +84,7 @@ def _exists(message: str) -> OutputExistsError:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove temporary files of exited processes for the output `name` ("": any output)."""
+    """Remove temporary files that exited processes left for the output `name` ("": any output)."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
             stem, _, pid = path.name.removesuffix(_SUFFIX).rpartition(".")
@@ -101,4 +102,4 @@ def _is_other_process(pid: int) -> bool:
 
 
 def _hint(dst: Path) -> str:
-    return f"check the free space and the permissions of {dst.parent}"
+    return f"check the free space in {dst.parent} and the permissions on it"

@@ -68,7 +68,7 @@ class Gram:
 
     `xx` is X'DX [n_inputs + 1, n_inputs + 1]. `xy` maps layers to X'DY [n_inputs + 1, n_k + n_v].
     The last input is constant. `n_rows` is the number of rows in the sums. float32 is precise
-    enough, because the ridge far exceeds the rounding error.
+    enough because the ridge far exceeds the rounding error.
     """
 
     xx: Floats
@@ -204,7 +204,7 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
     if lower is None or lower.diagonal().min() ** 2 < _LEAST_PIVOT:
         raise FitError(
             "the Gram matrix is singular",
-            "fit on more varied text, or with a larger ridge",
+            "fit on more varied text, or use a larger ridge",
             cause="singular",
         )
     solution = rest * scale[:, None]

@@ -1,4 +1,4 @@
-"""Dequantize a model's tensors, and read its layers' own K/V projections."""
+"""Dequantize a model's tensors and read its layers' own K/V projections."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ class KvProjection:
 class Weights:
     """A model's tensors by name, dequantized to float32 on access.
 
-    Accessing a missing tensor or a type that cannot be dequantized raises FormatError.
+    Accessing a tensor that is missing or cannot be dequantized raises FormatError.
     """
 
     def __init__(self, source: Source) -> None:

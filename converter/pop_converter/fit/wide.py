@@ -7,7 +7,7 @@
   A neuron's strength is the power that it adds to the layer's output. Outputs are scaled to unit
   variance and clamped, because outliers can ruin results. For a mixture of experts, a is empty.
 
-The first token of a ubatch has no predecessor, so its own x is used (docs/notebook/wide-fits.md).
+The first token in a ubatch has no predecessor, so its own x is used (docs/notebook/wide-fits.md).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -112,7 +112,7 @@ def decode_input(
 
 
 def _spread(windows: Iterable[Floats]) -> NDArray[np.float64]:
-    """Return the standard deviation [n] over all rows with only one window in memory at a time."""
+    """Return the standard deviation [n] over all rows, keeping one window in memory at a time."""
     n_rows, total, squares = 0, np.zeros(1), np.zeros(1)
     for window in windows:
         n_rows += len(window)

@@ -32,7 +32,7 @@ Write = Callable[[memoryview], object]
 
 @dataclass(frozen=True)
 class FileRange:
-    """A byte range of an existing file. In the output, `n_zeros` zeros follow the range."""
+    """A byte range in an existing file. In the output, `n_zeros` zeros follow the range."""
 
     path: Path
     start: int
@@ -99,7 +99,7 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
     gap = offset - content.data_bytes
     if gap < 0:
         raise FormatError(
-            "no tensors can be added, because the model file has bytes after its last tensor",
+            "cannot add tensors: the model file has bytes after its last tensor",
             "rewrite the file with llama-quantize (type COPY), or use the model's own projections",
             cause="no-room-for-tensors",
         )
@@ -146,7 +146,7 @@ def read_content(source: Source, *, without: str) -> Content:
 
 
 def _joined(content: Content, source: Source) -> Content:
-    """Return the content with the tensors of all parts. Each tensor is padded to the alignment."""
+    """Return the content with all parts' tensors. Each tensor is padded to the alignment."""
     rows, ranges, offset = [], [], 0
     for part in source.parts:
         for tensor in part.tensors:
@@ -166,7 +166,7 @@ def _encode_tensor(tensor: TensorInfo | NewTensor, offset: int) -> bytes:
 
 
 def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran) -> str:
-    """Pass the copied data to `write`, and return the sha256 of `hashed_header` and the data.
+    """Pass the copied data to `write` and return the sha256 of `hashed_header` and the data.
 
     The sha256 is a hex string. `advance` receives the number of bytes in each step. Raises
     FormatError if a source cannot be read. Propagates errors from `write`.
@@ -181,7 +181,7 @@ def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran
 
 
 def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool:
-    """Return True if `written` contains exactly the data of `content` from byte `start` on.
+    """Return True if `written` contains exactly `content`'s data from byte `start` onward.
 
     `advance` receives the number of bytes in each step. Raises FormatError if a source cannot be
     read, and OSError if `written` cannot be read.

@@ -2,7 +2,7 @@
 
 `gguf.GGUFReader` builds two numpy arrays for each vocabulary entry, which takes too much time and
 memory (Gemma-3-270M: 12 s, 680 MB). A GGUF file consists of a magic number, a version, counts,
-keys, tensors, padding and data, in this order (ggml/docs/gguf.md).
+keys, tensors, padding, and data, in that order (ggml/docs/gguf.md).
 """
 
 import math
@@ -210,7 +210,7 @@ def align(position: int, alignment: int) -> int:
 
 
 def read_header(path: Path) -> Header:
-    """Read the keys and the tensor table of a little-endian GGUF file (version 2 or 3).
+    """Read the keys and the tensor table from a little-endian GGUF file (version 2 or 3).
 
     Raises FormatError if the file has a different format or is incomplete.
     """
@@ -324,7 +324,7 @@ def _alignment(path: Path, keys: Mapping[str, HeaderKey]) -> int:
 
 
 def _check_data(header: Header) -> None:
-    """Raise FormatError unless the tensors are contiguous and inside the file, like llama.cpp."""
+    """Require contiguous tensors inside the file, as llama.cpp does. Raises FormatError."""
     expected = 0
     for tensor in header.tensors:
         if tensor.offset != expected:

@@ -43,7 +43,7 @@ class DeepRows(str, Enum):
 
     @property
     def fewer(self) -> tuple["DeepRows", ...]:
-        """The rules that select fewer rows than this rule, with the largest selection first."""
+        """The rules that select fewer rows than this rule, largest selection first."""
         rules = list(DeepRows)
         return tuple(reversed(rules[: rules.index(self)]))
 
@@ -53,8 +53,8 @@ class Calibration:
     """The text used for a fit.
 
     `sha256` is the hash of the text, or of the tokens if the model generated some of the text.
-    `weighting` is the kind of token weights ("attention": the attention that a token receives).
-    `n_distilled` is the number of tokens for end-to-end training of the fit (0: no training).
+    `weighting` specifies the token weights ("attention": the attention that a token receives).
+    `n_distilled` is the number of tokens used to train the fit end to end (0: no training).
     """
 
     name: str
@@ -114,7 +114,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Binding:
-    """The size and headers' sha256 that identify a sidecar's base model."""
+    """The size and the headers' sha256, which identify a sidecar's base model."""
 
     base_bytes: int
     header_sha256: str
@@ -122,7 +122,7 @@ class Binding:
 
 @dataclass(frozen=True)
 class PopMeta:
-    """POP keys of a converted file or sidecar, with defaults for missing keys.
+    """POP keys in a converted file or sidecar, with defaults for missing keys.
 
     `schedule` has the letter F for each full layer and S for each layer that context tokens skip.
     A prompt's first `sink_tokens` and last `tail_tokens` tokens run through all layers. Prompts
@@ -222,7 +222,7 @@ def pop_meta(header: Header) -> PopMeta | None:
 
 
 def bind(base: Source) -> Binding:
-    """Return the identity of a base model. Raises FormatError."""
+    """Return a base model's identity. Raises FormatError."""
     digest = hashlib.sha256()
     for part in base.parts:
         try:
@@ -234,7 +234,7 @@ def bind(base: Source) -> Binding:
 
 
 def read_binding(header: Header) -> Binding:
-    """Return the identity of a sidecar's base model. Raises FormatError."""
+    """Return the identity of the base model recorded in a sidecar. Raises FormatError."""
     binding = _read_group(header, _BINDING, Binding)
     if binding is None:
         raise FormatError(f"{header.path} does not identify its base model", CONVERT_AGAIN)

@@ -1,4 +1,4 @@
-"""Plan which layers context tokens skip, and which tokens run through all layers."""
+"""Plan which layers context tokens skip and which tokens run through all layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ Share = Fraction | int
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned conversion in which context tokens skip layers `boundary` and up.
+    """A planned conversion in which context tokens skip the layers from `boundary` up.
 
     `deep_rows` selects the context rows that run through all layers. `deep_share` is the fraction
     of rows that `deep_rows` selects in ordinary text, or 0 if unknown. `budget` holds the search's
@@ -76,7 +76,7 @@ def parse_skip(text: str) -> Share:
     if skip <= 0 or (isinstance(skip, Fraction) and skip >= 1):
         raise PlanError(
             f"{text!r} is neither a fraction nor a number of layers",
-            "pass a fraction (1/3), a decimal below 1 (0.33) or a number of layers (10)",
+            "pass a fraction (1/3), a decimal below 1 (0.33), or a number of layers (10)",
         )
     return skip
 
@@ -107,10 +107,10 @@ def make_plan(
     deep_rows: DeepRows = DeepRows.NONE,
     macs: Macs = uncounted,
 ) -> Plan:
-    """Plan a conversion that skips layers `boundary` and up (None: the last third).
+    """Plan a conversion that skips the layers from `boundary` up (None: the last third).
 
     `min_prompt` is the length in tokens of the shortest prompt to prune. The default is twice the
-    number of full rows, because pruning then saves half as much as for a long prompt. The plan uses
+    number of full rows, so at least half of a pruned prompt's rows are context rows. The plan uses
     OWN instead of `projection` if a skipped layer cannot be fitted. The plan also uses OWN if only
     one layer is skipped, because that layer's own projections are exact.
 

@@ -62,7 +62,7 @@ class FileSizes:
 
 
 def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return a conversion's file sizes without padding and the keys for measured quality.
+    """Return a conversion's file sizes, excluding padding and the keys for measured quality.
 
     Raises FormatError for an invalid source.
     """
@@ -85,7 +85,7 @@ def stored_bytes(plan: Plan, kind: KvType) -> int:
 
 
 def check_target(src: Path, dst: Path, sizes: FileSizes, *, force: bool) -> None:
-    """Raise FormatError, OutputExistsError or WriteError if `convert` cannot write to `dst`."""
+    """Raise FormatError, OutputExistsError, or WriteError if `convert` cannot write to `dst`."""
     check_output(dst, unconverted(src).paths, sizes.output_bytes, force=force)
 
 
@@ -100,7 +100,7 @@ def convert(
     force: bool = False,
     binding: Binding | None = None,
 ) -> PopMeta:
-    """Copy `src` (a file or a split model's first part) to `dst` with the keys of `plan`.
+    """Copy `src` (a file or a split model's first part) to `dst` with the plan's keys.
 
     The written file is then compared with its source byte for byte. `progress` receives the
     number of bytes written and compared. `fitted` is required if the plan has fitted projections.
@@ -170,7 +170,7 @@ def draft_meta(
     fitted: Fitted | None = None,
     examine: Examine | None = None,
 ) -> PopMeta:
-    """Return keys with placeholders of the same size for the hash and the measured quality."""
+    """Return keys with same-size placeholders for the hash and the measured quality."""
     try:
         tool = f"pop-local {version('pop-local')}"
     except PackageNotFoundError:

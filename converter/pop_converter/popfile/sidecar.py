@@ -1,7 +1,7 @@
 """Read and write sidecars, which are small files with a model's POP keys and added tensors.
 
-The model is neither copied nor changed. When a sidecar is opened, only the model's size and a hash
-of its headers are compared. Hashing the whole model (`pop.source.sha256`) would take too long.
+The model is neither copied nor changed. When a sidecar is opened, only the model's size and its
+headers' hash are checked. Hashing the whole model (`pop.source.sha256`) would take too long.
 """
 
 from pathlib import Path
@@ -93,7 +93,7 @@ def sidecar_meta(header: Header) -> PopMeta:
 
 
 def fitted_tensors(path: Path) -> dict[str, NewTensor]:
-    """Return the fitted tensors of a converted file or sidecar by name. Raises FormatError."""
+    """Return the fitted tensors from a converted file or sidecar by name. Raises FormatError."""
     header = read_header(path)
     try:
         with path.open("rb") as file:
@@ -140,7 +140,7 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
 
 
 def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return the size of the model and the estimated size of its sidecar."""
+    """Return the model's size and its sidecar's estimated size."""
     source = unconverted(src)
     binding = Binding(source.size_bytes, UNKNOWN_SHA256)
     header = _EMPTY.with_keys(encode_sidecar_keys(draft_meta(plan, source), binding)).header
@@ -148,7 +148,7 @@ def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Fil
 
 
 def write_sidecar(plan: Plan, src: Path, dst: Path, **options: Any) -> PopMeta:
-    """Write a sidecar for `src`. The options and the errors are the same as in `rewrite.convert`.
+    """Write a sidecar for `src`. Options and errors are the same as in `rewrite.convert`.
 
     `src` is read once to compute its hash. `progress` receives the number of bytes read.
     """
