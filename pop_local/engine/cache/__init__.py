@@ -1,1 +1,1 @@
-"""The KV cache: rows, keys, saved states and the prompt cache."""
+"""The KV cache: rows, keys, saved states, and the prompt cache."""

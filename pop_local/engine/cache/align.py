@@ -17,7 +17,7 @@ _COMPARED_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class TokenRun:
-    """A run of `n` tokens at row `cached` of the cache and at row `prompt` of the prompt."""
+    """A run of `n` tokens, starting at row `cached` of the cache and row `prompt` of the prompt."""
 
     cached: int
     prompt: int

@@ -1,4 +1,4 @@
-"""Build keys of cached rows from the model, mode, boundary and conversion."""
+"""Build keys for cached rows from the model, mode, boundary, and conversion."""
 
 import hashlib
 from collections.abc import Iterable
@@ -39,13 +39,13 @@ class CacheKeys:
 
     @property
     def model(self) -> str:
-        """Key for the model, its options and its vision encoder, regardless of mode."""
+        """Key for the model, its options, and its vision encoder, regardless of mode."""
         images = self._vision.key if self._vision else ""
         return f"model {self._model_hash}{opened_with(self._context)}, images {images}"
 
     @property
     def mode(self) -> str:
-        """Key for rows that are prefilled in the current mode."""
+        """Key for rows prefilled in the current mode."""
         pruning = self._pruning
         if pruning.mode is Mode.OFF or pruning.exact:
             return FULL
@@ -59,12 +59,12 @@ class CacheKeys:
 def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
     """Return a model's projection type and, for a converted model, the conversion's fingerprint.
 
-    The fingerprint covers the keys that affect pruned K/V, and the names, shapes and first bytes of
-    the fitted tensors. A sidecar and a converted file with the same fit share a fingerprint.
+    The fingerprint covers the keys that affect pruned K/V, and the fitted tensors' names, shapes,
+    and first bytes. A sidecar and a converted file with the same fit share a fingerprint.
     """
     if meta is None:
         return f"{Projection.OWN} projections"
-    # K/V do not depend on the source file, the tool, the measured quality or the budget.
+    # K/V do not depend on the source file, the tool, the measured quality, or the budget.
     keys = replace(meta, source_name="", tool="")
     keys = replace(keys, measured=None, budget=None)
     headers = base.parts if sidecar is None else (read_header(sidecar),)
@@ -73,7 +73,7 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
 
 
 def opened_with(context: Context) -> str:
-    """Return a string of the non-default options that affect saved K/V."""
+    """Return a string with the non-default options that affect saved K/V."""
     defaults = bindings().llama_context_default_params()
     defaults.flash_attn_type = 0
     found = {name: getattr(context.settings, name) for name in _FIELDS}
@@ -84,7 +84,7 @@ def opened_with(context: Context) -> str:
 
 
 def _tensors_hash(headers: Iterable[Header], *, are_fitted: bool, start: bytes = b"") -> str:
-    """Hash `start` and the selected tensors' names, shapes, types and first bytes."""
+    """Hash `start` and the selected tensors' names, shapes, types, and first bytes."""
     digest = hashlib.sha256(start)
     for header in headers:
         with header.path.open("rb") as file:

@@ -29,7 +29,7 @@ class CacheStates:
         self.scope = ""
 
     def set_scope(self, scope: str) -> None:
-        """Set the owner. On a change, store the old owner's rows and empty the KV cache."""
+        """Set the owner. If it changes, store the old owner's rows and empty the KV cache."""
         if scope != self.scope and self.cache.n_tokens:
             self.store()
             self.cache.clear()
@@ -65,7 +65,7 @@ class CacheStates:
     def restore(self, state: SavedState) -> None:
         """Replace the cached rows with a saved state.
 
-        Raises PopError if the state does not fit, or was saved with a different model or mode.
+        Raises PopError if the state does not fit or was saved with a different model or mode.
         """
         if state.model != self.keys.model:
             raise PopError(
@@ -94,7 +94,7 @@ class CacheStates:
             self.store()
 
     def store(self) -> None:
-        """Store the rows in the prompt cache, if one exists and the state is not too large."""
+        """Store the rows in the prompt cache if one exists and the state is not too large."""
         if self.prompts is None or not self.cache.n_tokens:
             return
         if self.prompts.accepts(self.cache.slot.cells.state_size()):
@@ -129,7 +129,7 @@ class CacheStates:
     # Other sequences
 
     def share(self, other: "CacheStates", prompt: Prompt) -> None:
-        """Share the longest prefix of a prompt that another sequence has cached.
+        """Share the longest prompt prefix that another sequence has cached.
 
         Does nothing if this cache has an equally long prefix, or if the caches' mode keys differ.
         """

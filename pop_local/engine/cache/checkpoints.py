@@ -61,7 +61,7 @@ class Checkpoints:
     def return_to(self, n_rows: int, position: int) -> bool:
         """Restore the checkpoint taken after `n_rows` rows and drop cells from `position` onward.
 
-        If this method returns False, the contents of the cells are undefined.
+        If this method returns False, the cells' contents are undefined.
         """
         return self._cells.return_to(self._states[n_rows], position)
 

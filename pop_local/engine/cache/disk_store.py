@@ -1,4 +1,4 @@
-"""Store saved states on disk, so that they survive a restart.
+"""Store saved states on disk so that they survive a restart.
 
 Each state is a zip file (see saved_state.py) with mode 0600. The file name is a hash of the state's
 key and tokens. If the files exceed the capacity, the least recently used files are removed.
@@ -55,7 +55,7 @@ class StoredState:
 
 
 def clear_folder(folder: Path) -> int:
-    """Remove a folder's states and leftover temporary files. Return the number of states."""
+    """Remove a folder's states and temporary files. Return the number of removed states."""
     remove_leftovers(folder)
     files = list(folder.glob(f"*{SUFFIX}"))
     for path in files:
@@ -68,7 +68,7 @@ class DiskStore:
     """Stores up to `capacity_bytes` of states in a folder. A background thread writes the files."""
 
     def __init__(self, folder: Path, capacity_bytes: int) -> None:
-        """Create the folder. Raises PopError if creation fails."""
+        """Create the folder. Raises PopError on failure."""
         self.folder, self.capacity_bytes = folder, capacity_bytes
         # Another version of llama.cpp may compute different K/V.
         self._format = f"{_FORMAT}, {backend.version()} abi {backend.library_abi()}"
@@ -104,7 +104,7 @@ class DiskStore:
         return list(found.values())
 
     def find(self, key: str, count: CountReusable, n_least: int) -> SavedState | None:
-        """Return the state with the most reusable rows, or None if no state exceeds `n_least`."""
+        """Return the state with the most reusable rows (more than `n_least`), or None."""
         best, n_best = None, n_least
         for each in self.stored():
             if each.prompts_key == key and (n := count(each.tokens, each.images)) > n_best:
@@ -183,7 +183,7 @@ class DiskStore:
         return self.folder / f"{digest.hexdigest()[:32]}{SUFFIX}"
 
     def _evict(self, newest_path: Path, prompts_key: str, newest: SavedState) -> None:
-        """Remove all prefixes of the newest state, then the oldest states until the rest fit."""
+        """Remove the newest state's prefixes, and then the oldest states until the rest fit."""
         for each in self.stored():
             is_prefix = each.prompts_key == prompts_key and newest.extends(each.tokens, each.images)
             if each.path != newest_path and is_prefix:

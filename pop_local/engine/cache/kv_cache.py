@@ -188,7 +188,7 @@ class KvCache:
         self.forget_unfinished()
 
     def append(self, tokens: Sequence[int], outputs: Outputs, full: np.ndarray) -> None:
-        """Decode tokens after the last row. `full`: bool [n], True for rows that run all layers.
+        """Decode tokens after the last row. `full`: bool [n], True for full rows.
 
         Raises PopError if the tokens cannot be decoded.
         """
@@ -229,7 +229,7 @@ class KvCache:
     def _placed(self, tokens: Sequence[int]) -> Iterator[None]:
         """Place new rows in empty cells, even after rows were moved or restored.
 
-        Otherwise, llama.cpp would search from the first moved or restored row, and reuse the cells
+        Otherwise, llama.cpp would search from the first moved or restored row and reuse the cells
         of rows that have left the window.
         """
         if not (self._must_place and backend.bindings().llama_model_n_swa(self.context.model)):
@@ -260,8 +260,8 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
     """Replace the rows with an edited prompt's rows. No image may follow the first changed row.
 
     `tokens`: int32 [n]. `sources`: int32 [n], the row that holds each token's K/V, or -1 for rows
-    that `decode_again` must decode. Until the caller extends the cache, it ends before the first -1
-    row, so no other sequence shares these rows. Returns False if the rows cannot be moved.
+    that `decode_again` must decode. The cache ends before the first -1 row until the caller extends
+    it, so no other sequence shares these rows. Returns False if the rows cannot be moved.
     """
     start = n_leading(sources == np.arange(len(sources)))
     with cache.slot.locked():

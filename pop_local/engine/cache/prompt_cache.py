@@ -31,7 +31,7 @@ class PromptCache:
         return n_bytes <= self.capacity_bytes or self.store is not None
 
     def add(self, key: str, state: SavedState) -> None:
-        """Store a state under `key`, and evict the least recently used states if needed.
+        """Store a state under `key` and evict the least recently used states if needed.
 
         A state larger than the capacity goes straight to the store.
         """
@@ -53,7 +53,7 @@ class PromptCache:
                 self.store.add(*each)
 
     def best(self, key: str, count: CountReusable, n_least: int = 0) -> SavedState | None:
-        """Return the state with the most reusable rows, or None if no state exceeds `n_least`."""
+        """Return the state with the most reusable rows (more than `n_least`), or None."""
         best, n_best = None, n_least
         with self._lock:
             for index, (other_key, state) in enumerate(self._states):

@@ -1,4 +1,4 @@
-"""Track the position, depth and exactness of a KV cache's rows."""
+"""Track the position, depth, and exactness of a KV cache's rows."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def n_leading(flags: np.ndarray) -> int:
 
 
 class CachedRows:
-    """Position, depth and exactness of each row.
+    """Position, depth, and exactness of each row.
 
     The first `n_exact` rows are identical to the full model's. A row is exact only if all earlier
     rows are exact, because it attends to them. Full rows after a context row are not exact, so a
@@ -42,7 +42,7 @@ class CachedRows:
     def read(
         self, start: int, full: np.ndarray, positions: np.ndarray, *, keeps_states: bool
     ) -> None:
-        """Record decoded rows starting at `start`. `full`: bool [n], True if a row ran all layers.
+        """Record decoded rows starting at `start`. `full`: bool [n], True for full rows.
 
         `positions`: int32 [n + 1], including the next row's position.
         """
@@ -116,6 +116,6 @@ class CachedRows:
             self.first_stale = other.first_stale
 
     def can_be_redone(self, n_rows: int) -> bool:
-        """Return whether the first `n_rows` include inexact rows that a refill can redo."""
+        """Return whether the first `n_rows` include inexact rows that a refill can recompute."""
         rows = slice(self.n_exact, min(n_rows, self.first_stale))
         return bool(self.n_exact < n_rows and (self.has_state | self.is_copied)[rows].all())

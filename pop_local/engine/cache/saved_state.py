@@ -39,7 +39,7 @@ CountReusable = Callable[[np.ndarray, Mapping[int, str]], int]
 
 @dataclass(frozen=True)
 class SavedState:
-    """A sequence's used cells, with each row's token, position and depth.
+    """A sequence's used cells, with each row's token, position, and depth.
 
     `tokens`: int32 [n]. `is_full`: bool [n]. `positions`: int32 [n + 1] (see CachedRows). `images`:
     see Prompt.n_equal. `key`: CacheStates.key. `model`: CacheKeys.model. CachedRows describes the
@@ -143,7 +143,7 @@ def encoded_array(values: np.ndarray) -> bytes:
 
 
 def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.ndarray:
-    """Parse a .npy file. Raises ValueError for an unexpected type, length or size."""
+    """Parse a .npy file. Raises ValueError for an unexpected type, length, or size."""
     head, dtype = _NPY.match(content), np.dtype(kind)
     if (
         head is None

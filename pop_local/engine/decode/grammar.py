@@ -68,7 +68,7 @@ class JsonRule:
 
 
 class GrammarError(PopError):
-    """Error raised for an unusable grammar or schema, or if a grammar allows no next token."""
+    """Error raised for an unusable grammar or schema, or when a grammar allows no next token."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _schemas(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _prepared(schema: dict[str, Any]) -> list[str]:
-    """Add constraints that llguidance lacks, and return the keywords that it only partly enforces.
+    """Add constraints that llguidance lacks and return the keywords that it only partly enforces.
 
     Raises GrammarError for values that llguidance would confuse with other values.
     """

@@ -1,7 +1,7 @@
-"""Test-compile grammars in a child process, so that a malicious grammar cannot crash the parent.
+"""Test-compile grammars in a child process so that a malicious grammar cannot crash the parent.
 
-llguidance limits each compilation step, but not the total cost. 1,000 chained `$ref` keywords
-overflow the stack. Compiling a six-digit `multipleOf` or 10,000 optional properties takes half a
+llguidance limits each compilation step but not the total cost. A chain of 1,000 `$ref` keywords
+overflows the stack. Compiling a six-digit `multipleOf` or 10,000 optional properties takes half a
 minute.
 """
 

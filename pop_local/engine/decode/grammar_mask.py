@@ -39,7 +39,7 @@ class TokenTries:
         self._tries: dict[frozenset[int], LLTokenizer] = {}
 
     def get(self, shown: frozenset[int] = frozenset()) -> LLTokenizer:
-        """Return the trie for `shown`, the special tokens that appear in answers as text.
+        """Return the trie for `shown`, the special tokens that appear as text in answers.
 
         Building a trie takes a second or more. Raises GrammarError if the model has no end token.
         """

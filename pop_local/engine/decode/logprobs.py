@@ -10,7 +10,7 @@ from pop_local.engine.llama.vocabulary import Pieces
 
 
 class Logprobs:
-    """Log probabilities of sampled tokens before temperature, penalties and grammar are applied."""
+    """Sampled tokens' log probabilities before temperature, penalties, and grammar are applied."""
 
     def __init__(self, slot: Slot, n_top: int) -> None:
         self._slot = slot

@@ -1,7 +1,7 @@
 """Sample tokens with llama.cpp's samplers, in the same order as in llama_cpp's chain.
 
 Greedy sampling picks the token with the largest logit directly. A sampler chain would choose the
-same token, but would first fill an array with {id, logit, p} for the whole vocabulary.
+same token but would first fill an array with {id, logit, p} for the whole vocabulary.
 """
 
 import ctypes

@@ -1,1 +1,1 @@
-"""Rows that run all layers: deep rows, which are selected by their tokens, and refilled rows."""
+"""Rows that run through all layers: refilled rows, and deep rows selected by their tokens."""

@@ -1,4 +1,4 @@
-"""Deep rows: prompt rows that run all layers because they spell names, numbers or identifiers.
+"""Deep rows: prompt rows that spell names, numbers, or identifiers and run through all layers.
 
 Deep rows depend only on the prompt's tokens, not on the batch size or the number of sequences.
 Later questions can therefore reuse the cached rows.
@@ -13,10 +13,10 @@ from pop_converter.popfile.format import DeepRows
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.vocabulary import Pieces
 
-# Brackets, quotes and commas end a word. Otherwise a single number would make a
+# Brackets, quotes, and commas end a word. Otherwise a single number would make a
 # whole line of CSV deep.
 _WORD = re.compile(rb"[^\s,;\"'`(){}\[\]<>|*]+")
-# A space, quotes and brackets between two words take up to 4 bytes.
+# A space, quotes, and brackets between two words take up to 4 bytes.
 _LOOK_BACK = 4
 _SPELLED = re.compile(rb"\d|[a-z][A-Z]|/|\w[@_\\#=+~-]+\w")
 
