@@ -18,7 +18,7 @@ renderer = KeptProcess(
     template_child.TemplateRenderer,
     limit_s=LIMIT_S,
     limit_bytes=LIMIT_BYTES,
-    task="rendering the template",
+    task="rendering the chat template",
     hint=_HINT,
 )
 
