@@ -122,7 +122,7 @@ class PopModel:
                 before.calibrator.attach(engine.cache)
 
     def learn(self, memory_bytes: int | None = None) -> None:
-        """Start learning from rows that run all layers (docs/learning.md).
+        """Start learning from rows that run through all layers (docs/learning.md).
 
         `memory_bytes`: memory limit for the sums and the queued rows (default: see
         OnlineCalibrator). Raises PopError if the model cannot be fitted.

@@ -109,7 +109,7 @@ class CachedSequence:
             return read(self.states, prompt, self.rule, on_prefill)
 
     def step(self, token: int) -> None:
-        """Append an answer token. The token's row runs all layers unless the mode is ALWAYS."""
+        """Append an answer token. Unless the mode is ALWAYS, its row runs through all layers."""
         self.cache.make_room(1)
         self.cache.slot.begin_decode()
         self.cache.append([token], Outputs.LAST, np.ones(1, bool))

@@ -1,4 +1,4 @@
-"""Calibrate online by learning from rows that run all layers anyway.
+"""Calibrate online by learning from rows that run through all layers anyway.
 
 Unpruned prompts yield rows for multiple boundaries, but refills yield rows only for the current
 boundary. The rows are queued after each batch and added to the sums while the model is idle.
@@ -84,7 +84,7 @@ class LearnedFit:
     n_rows: int
 
     def __str__(self) -> str:
-        learned = f"Learned from {self.n_rows:,} tokens of your prompts."
+        learned = f"Learned from {self.n_rows:,} tokens in your prompts."
         limit = f"{self.speedup_limit:.1f}"
         if is_learned(self.sidecar):
             return f"{learned} Prompts are read up to {limit} times as fast from now on."
@@ -123,7 +123,7 @@ def _key(tokens: Sequence[int] | np.ndarray) -> int:
 class OnlineCalibrator:
     """A calibrator that learns from the rows in a KvCache.
 
-    `boundaries`: the boundaries to learn, in ascending order. `n_missed`: rows dropped for lack of
+    `boundaries`: the boundaries to fit, in ascending order. `n_missed`: rows dropped for lack of
     memory. The caller must use the cache and the calibrator from one thread at a time.
     """
 

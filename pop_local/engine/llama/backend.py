@@ -42,8 +42,8 @@ class Reading(IntEnum):
 class Mode(IntEnum):
     """A context's pruning mode.
 
-    OFF: every row runs all layers. CONTEXT: context rows are pruned, or skip layers without any
-    loss in models that share K/V. ALWAYS: every row is pruned.
+    OFF: every row runs through all layers. CONTEXT: context rows are pruned, or skip layers without
+    any loss in models that share K/V. ALWAYS: every row is pruned.
     """
 
     OFF = 0
@@ -55,9 +55,9 @@ class Mode(IntEnum):
 class Counters:
     """Counts of rows computed since the last reset.
 
-    `n_context` rows stopped at the boundary, and `n_full` rows ran all layers. `n_exact` rows
-    skipped layers without any loss, because these layers reuse K/V from earlier layers. `n_deep`:
-    number of full rows selected by `set_deep_rows` (`n_marked` in llama_pop_counters).
+    `n_context` rows stopped at the boundary, and `n_full` rows ran through all layers. `n_exact`
+    rows skipped layers without any loss, because these layers reuse K/V from earlier layers.
+    `n_deep`: number of full rows selected by `set_deep_rows` (`n_marked` in llama_pop_counters).
     """
 
     n_context: int

@@ -75,7 +75,7 @@ class OpenedFiles:
 
 
 def _mark(path: Path) -> tuple[int, ...] | None:
-    """Return metadata that changes if the file is replaced, or None if the file is missing."""
+    """Return metadata that changes if the file is replaced, or None if it is missing."""
     try:
         stat = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Choose which prompt rows run all layers, and split the prompt into chunks for decoding.
+"""Choose which prompt rows run in full, and split the prompt into chunks for decoding.
 
 A row is full if it is a deep row or needs logits. Rows below position `sink_tokens` and rows from
 position `full_from` onward are also full. Every other row stops at the boundary.
@@ -28,7 +28,7 @@ class Reuse(str, Enum):
 
 @dataclass(frozen=True)
 class RowRule:
-    """A rule for selecting the prompt rows that run all layers.
+    """A rule for selecting the prompt rows that run through all layers.
 
     The rule selects the first `sink_tokens` rows, the last `tail_tokens` rows, and the rows whose
     tokens `deep_rows` selects. Prompts shorter than `min_prompt` run in full. `reuse`: see Reuse.
