@@ -102,4 +102,4 @@ def _is_other_process(pid: int) -> bool:
 
 
 def _hint(dst: Path) -> str:
-    return f"check the free space in {dst.parent} and the permissions on it"
+    return f"check the permissions on {dst.parent} and its free space"
