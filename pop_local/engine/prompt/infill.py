@@ -23,12 +23,12 @@ def infilling(
     """Return a FIM prompt's tokens in the order used by llama.cpp's server (format_prompt_infill).
 
     `prefix`: text or tokens. `begun`: the start of the answer. `files`: (name, text) pairs that
-    precede the prefix. Special tokens in the texts are treated as plain text. Raises PopError.
+    precede the prefix. Special tokens in these strings are treated as plain text. Raises PopError.
     """
     if not can_infill(context):
         raise PopError(
             "this model has no fill-in-the-middle (FIM) tokens",
-            "use a model that was trained to fill in gaps in code",
+            "use a model trained for fill-in-the-middle completion",
         )
     pre, suf, mid, rep, sep = _marks(context, "pre", "suf", "mid", "rep", "sep")
     split = context.vocabulary.tokenize

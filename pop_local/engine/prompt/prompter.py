@@ -24,10 +24,10 @@ Write = Callable[[list[str], Callable[[str], str]], str]
 
 
 class Prompter:
-    """A builder of prompts for a model.
+    """A prompt builder for a model.
 
     `parse_special`: whether to parse special tokens in messages and documents. If `parse_special`
-    is True, a document can forge turns of the conversation.
+    is True, a document can forge conversation turns.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class Prompter:
         return self.render([*before, *begun], (), write)
 
     def render(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
-        """Return the prompt that `write` renders from the messages' contents and the other texts.
+        """Return the prompt that `write` renders from the messages' contents and other strings.
 
-        If any text contains special tokens, `write` is called again with a mark in place of each
-        such token. The first argument of `write` is the list of marked contents, and the second is
-        a function that marks the other texts. Raises PopError if `write` raises ValueError.
+        If any string contains special tokens, `write` is called again with placeholders for them.
+        Its arguments are the contents with placeholders and a function that adds placeholders to
+        the other strings. Raises PopError if `write` raises ValueError.
         """
         texts = [*(message.content for message in messages), *others]
         utf8("".join(texts))
@@ -120,10 +120,10 @@ class Prompter:
         return Prompt(tokens, () if self.has_template else PLAIN_STOPS, begun, images)
 
     def before_question(self) -> str:
-        """Return the text that the template renders before a user's first question.
+        """Return the text that the template renders before the first user message.
 
-        Returns "" if the model has no template, or if the template rejects a single question.
-        Raises PopError if the template exceeds the limits.
+        Returns "" if the model has no template or the template rejects a single question. Raises
+        PopError if the template exceeds the limits.
         """
         if self.has_template:
             with suppress(ValueError):
@@ -149,7 +149,7 @@ class Prompter:
     def _with_pictures(
         self, text: str, marks: Mapping[str, str], shown: Mapping[str, TokenizedPicture]
     ) -> tuple[list[int], dict[int, ImageChunk]]:
-        """Return the tokens and images of a rendered prompt, which contains one mark per image."""
+        """Return the tokens and images of a rendered prompt with one placeholder per image."""
         pieces = re.split(f"([{''.join(shown)}])", text) if shown else [text]
         if pieces[1::2] != list(shown):
             raise PopError("the chat template omits images", "send one image at a time")
@@ -197,7 +197,7 @@ class Prompter:
 
 
 def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Picture]) -> str:
-    """Return a message's content with one mark per image, and add the marks to `pictures`."""
+    """Return the content with one placeholder per image, and add each placeholder to `pictures`."""
     pieces, at = [], 0
     for offset, picture in message.pictures:
         pictures[mark := next(unused)] = picture

@@ -24,7 +24,7 @@ class SpecialTokens:
         return sorted(each for each in special if any(each in text for text in texts))
 
     def tokens(self, text: str, marks: dict[str, str]) -> list[int]:
-        """Replace each mark in a prompt with its plain text and tokenize the result.
+        """Replace each placeholder in a prompt with its plain text, and tokenize the result.
 
         As in llama.cpp, text between two special tokens is tokenized as one piece.
         """
@@ -66,6 +66,6 @@ class SpecialTokens:
 
 
 def unused_marks(texts: Sequence[str]) -> Iterable[str]:
-    """Return the private-use characters that do not occur in any of the texts."""
+    """Return the private-use characters that do not occur in any of the strings."""
     marks = (chr(code) for code in range(_FIRST_MARK, _LAST_MARK + 1))
     return (mark for mark in marks if not any(mark in text for text in texts))

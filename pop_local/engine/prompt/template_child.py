@@ -1,6 +1,6 @@
 """Child process that renders chat templates, which are untrusted programs.
 
-Jinja's sandbox blocks access to files and modules, but does not limit time or memory.
+Jinja's sandbox blocks access to files and modules but does not limit time or memory.
 """
 
 import functools

@@ -24,7 +24,7 @@ renderer = KeptProcess(
 
 
 class Template:
-    """A chat template with the texts of the vocabulary's BOS and EOS tokens ("" if missing).
+    """A chat template and the vocabulary's BOS and EOS strings ("" if missing).
 
     Raises PopError if the template is invalid or exceeds the limits.
     """

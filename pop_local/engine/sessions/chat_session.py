@@ -85,14 +85,14 @@ class Stream(Iterator[str]):
 class ChatSession:
     """A conversation in which each prompt contains all earlier turns.
 
-    Sessions are not thread-safe. A model has one KV cache and generates one answer at a time. A
-    question in another session evicts this conversation, so the model must reread it.
+    Sessions are not thread-safe. A model has one KV cache and generates one answer at a time. If
+    another session asks a question, the model must reread this conversation.
     """
 
     def __init__(
         self, model: EngineOwner, conversation: Conversation | None = None, *, reread: str = ""
     ) -> None:
-        """`reread`: the reason why the model must reread the conversation, or ""."""
+        """`reread`: the reason that the model must reread the conversation, or ""."""
         self.model = model
         self.reread = reread
         self._conversation = conversation or Conversation()
@@ -111,7 +111,7 @@ class ChatSession:
 
     @property
     def system(self) -> str:
-        """The system prompt, or "". Changes take effect with the next question."""
+        """The system prompt, or "". Changes take effect at the next question."""
         return self._conversation.system
 
     @system.setter
@@ -146,7 +146,7 @@ class ChatSession:
         return tuple(stats for stats in self._stats if stats.n_decoded)
 
     def chat(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:
-        """Return the complete answer. Other threads cannot use the model during the answer.
+        """Return the complete answer. Other threads cannot use the model until the answer ends.
 
         Arguments and errors are the same as for `stream`.
         """
@@ -167,8 +167,8 @@ class ChatSession:
     ) -> Stream:
         """Stream the answer. Prefill starts when the caller requests the first piece.
 
-        `images`: paths or contents of image files, which require an mmproj. In the prompt, images
-        and documents precede the question.
+        `images`: paths to image files, or the files' contents (requires an mmproj). In the prompt,
+        images and documents precede the question.
 
         After the stream ends, is closed, or is interrupted by Ctrl-C, the conversation includes the
         question and the answer. If the answer is empty, the question is moved to `dropped` instead.
@@ -203,7 +203,7 @@ class ChatSession:
         return turns[-1]
 
     def forget_oldest(self, n_turns: int) -> None:
-        """Remove the first `n_turns` turns, which makes the model reread the remaining turns."""
+        """Remove the first `n_turns` turns. The model must then reread the remaining turns."""
         self._conversation = self.conversation.without_oldest(n_turns)
 
     def forget(self) -> None:
@@ -213,7 +213,7 @@ class ChatSession:
 
     def _ask(self, turn: Turn, before: Conversation, options: AnswerOptions) -> Stream:
         if not turn.prompt and not turn.pictures:
-            raise PopError("the question is empty", "pass a question, a document or an image")
+            raise PopError("the question is empty", "pass a question, a document, or an image")
 
         def keep(ended: Stream) -> None:
             self._stream = None
@@ -260,8 +260,8 @@ class ChatSession:
 def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSession:
     """Load a saved conversation, with its mode and KV cache if they match the model.
 
-    If the mode or KV cache does not match, `reread` contains the reason. For the next question, the
-    model rereads the conversation. Raises PopError if the file is not a session file.
+    If the mode or KV cache does not match, `reread` contains the reason. The model then rereads the
+    conversation at the next question. Raises PopError if the file is not a session file.
     """
     sessions, name = _split(path)
     if not sessions.path(name).is_file():

@@ -1,15 +1,15 @@
 """Session files: a conversation's transcript and KV state in a zip file.
 
-    session.json   format, model, backend, KV key and the transcript
+    session.json   format, model, backend, KV key, and the transcript
     pictures/HASH  image files by SHA-256
     *.npy, kv.bin  the KV cache, see cache/saved_state.py
 
 If the model's cache holds a different conversation, n_tokens is 0 and the arrays are missing.
 
-Loading restores the K/V only if the model, mmproj, POP mode, boundary, projections, backend version
-and RoPE options are unchanged. If anything differs, loading restores only the transcript. Models
-are compared by size and by a hash of their headers and sampled tensor data. The zip file's CRC-32
-checksums detect damage.
+Loading restores the K/V only if the model, mmproj, POP mode, boundary, projections, backend
+version, and RoPE options are unchanged. If anything differs, loading restores only the transcript.
+Models are compared by size and by a hash of their headers and sampled tensor data. The zip file's
+CRC-32 checksums detect damage.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ from pop_local.engine.sessions.conversation import Conversation
 
 SUFFIX = ".popsession"
 FORMAT = 3
-_NOT_SAVED = "the file has no KV cache because another conversation had replaced the cached rows"
+_NOT_SAVED = "the file has no KV cache because another conversation replaced the cached rows"
 _TRANSCRIPT = "session.json"
 _PICTURE = "pictures/{}"
 _MAX_TRANSCRIPT_BYTES = 1 << 28
@@ -58,7 +58,7 @@ ReadPicture = Callable[[str, str], Picture]
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A fingerprint of the model and backend that computed the K/V, excluding the POP key."""
+    """The model and backend that computed the K/V, without the POP key."""
 
     model_bytes: int
     model_sha256: str
@@ -95,7 +95,7 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class Restored:
-    """A loaded session. `reread`: the reason why the saved K/V cannot be used, or ""."""
+    """A loaded session. `reread`: the reason that the saved K/V cannot be used, or ""."""
 
     session: Session
     reread: str
@@ -256,7 +256,7 @@ def encoded(session: Session) -> str:
 def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session:
     """Parse an archive's transcript. Images have no content unless `with_pictures` is True.
 
-    Raises PopError for a different format version, or one of DAMAGES for invalid JSON.
+    Raises PopError for a different format version, or an error in DAMAGES for invalid JSON.
     """
 
     def picture(name: str, sha256: str) -> Picture:
@@ -323,7 +323,7 @@ def _text(value: object) -> str:
 
 
 def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
-    """Return the reason why the model cannot use the saved KV cache, or ""."""
+    """Return the reason that the model cannot use the saved KV cache, or ""."""
     saved = session.fingerprint
     if (saved.model_bytes, saved.model_sha256) != (ours.model_bytes, ours.model_sha256):
         return f"the session was saved with a different model ({session.model})"
