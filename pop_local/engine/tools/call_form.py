@@ -22,8 +22,9 @@ _N_TRIGGER = 512
 class Trigger:
     """A pattern that activates a grammar for the rest of an answer.
 
-    `grammars` maps the text of the group `name` ("" without this group) to a grammar. The grammar
-    applies from the start of the group `rest` if it exists, or else from the first matched group.
+    `grammars` maps the text that matches the group `name` ("" if the pattern lacks this group) to a
+    grammar. The grammar applies from the start of the group `rest` if it exists, or else from the
+    first matched group.
     """
 
     pattern: re.Pattern[str]
@@ -36,8 +37,8 @@ class CallForm:
 
     `tools`: tools that the answer may call. `must_call`: whether the answer must contain a call.
     `triggers`: patterns that activate a grammar when they match the answer. Without triggers,
-    `grammar` applies from the first token. `shown`: special tokens that the format contains as
-    text. `native`: llama.cpp's format (None: plain text).
+    `grammar` applies from the first token. `shown`: special tokens that appear as text in the
+    format. `native`: llama.cpp's format (None: plain text).
     """
 
     tools: tuple[Tool, ...]
@@ -49,7 +50,7 @@ class CallForm:
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Return the ignored keywords in the tools' schemas."""
+        """Return the keywords in the tools' schemas that the grammar ignores."""
         return self.grammar.ignored if self.grammar else ()
 
 

@@ -74,7 +74,7 @@ class _Native:
         return not tools or (bool(made.grammar) and is_clear)
 
     def prompt(self) -> Prompt:
-        """Render the conversation, treating special tokens in the texts as plain text."""
+        """Render the conversation, treating special tokens in its strings as plain text."""
         others = _texts([_calls(message) for message in self._messages])
         others += _texts([tool.openai for tool in self._tools.all])
         made = self._prompter.render(

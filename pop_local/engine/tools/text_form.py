@@ -94,7 +94,7 @@ def opening(names: Sequence[str]) -> re.Pattern[str]:
 
 
 def may_open(text: str) -> bool:
-    """Return True if an answer that starts with `text` may become a JSON call."""
+    """Return True if an answer that starts with `text` could become a JSON call."""
     return _BEGUN.fullmatch(text) is not None
 
 

@@ -45,8 +45,8 @@ class Tools:
     """A prompt's tools, and the calls that the answer may contain.
 
     `all`: tools in the prompt. `callable_`: tools that may be called. `must_call`: whether a call
-    is required. `several`: whether to allow several calls. Raises PopError if two tools share a
-    rule.
+    is required. `several`: whether to allow several calls. Raises PopError if two tools have the
+    same rule name.
     """
 
     all: tuple[Tool, ...]
