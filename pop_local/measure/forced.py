@@ -1,8 +1,8 @@
 """Teacher forcing: read a context in one mode, then score the text after the context.
 
-Rows with requested logits run all layers, so only the context's last token yields a prediction.
-After each context and text, `Forced` raises PopError unless the backend counted the planned number
-of pruned rows. In a `stopped_by` block, a measurement can raise StoppedError.
+Rows whose logits are requested run through all layers, so only the context's last token yields a
+prediction. Each step raises PopError unless the backend counted the planned number of pruned rows.
+In a `stopped_by` block, a measurement can raise StoppedError.
 """
 
 from collections.abc import Iterator, Sequence

@@ -31,7 +31,7 @@ def shipped_text() -> Text:
     """Return the shipped held-out text, with one part each of prose, dialogue, code, and tables."""
     names = sorted(f.name for f in _HELDOUT.iterdir() if f.name.endswith(".txt"))
     parts = tuple(shipped_part(name.removesuffix(".txt")) for name in names)
-    return Text("held-out text of pop-local", parts)
+    return Text("pop-local's held-out text", parts)
 
 
 def shipped_part(name: str) -> str:
@@ -44,26 +44,26 @@ def given_text(path: Path) -> Text:
 
 
 def tokenize(model: PopModel, text: Text) -> tuple[tuple[int, ...], ...]:
-    """Return the tokens of each part, without BOS."""
+    """Return each part's tokens, without BOS."""
     return tuple(tuple(model.engine.context.vocabulary.tokenize(part)) for part in text.parts)
 
 
 def room(texts: TextTokens, n_tokens: int) -> int:
-    """Return the number of windows of `n_tokens` that fit in the texts."""
+    """Return the number of windows of `n_tokens` tokens that fit in the parts."""
     return sum(len(text) // n_tokens for text in texts)
 
 
 def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Sequence[int]]:
-    """Return non-overlapping windows of `n_tokens`, spread evenly over all parts of the text.
+    """Return non-overlapping windows of `n_tokens` tokens, spread evenly over all parts.
 
-    Longer parts make up for short parts. Raises PopError if the whole text is too short.
+    Longer parts make up for shorter ones. Raises PopError if the whole text is too short.
     """
     rooms = [len(text) // n_tokens for text in texts]
     if sum(rooms) < n_windows:
         raise PopError(
-            f"the text is too short for {n_windows} windows of {n_tokens:,} tokens, because only"
+            f"the text is too short for {n_windows} windows of {n_tokens:,} tokens: only"
             f" {sum(rooms)} fit",
-            "use a longer text, or fewer or shorter windows",
+            "use longer text, or fewer or shorter windows",
             cause="text-too-short",
         )
     return [

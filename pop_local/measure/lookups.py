@@ -57,7 +57,7 @@ class LookupSettings:
 
 @dataclass(frozen=True)
 class TokenizedQuestion:
-    """Tokens of a question and its correct answer, which follow the document's tokens."""
+    """The tokens of a question and its correct answer, to append to the document's tokens."""
 
     question: LookupQuestion
     tokens: tuple[int, ...]
@@ -97,7 +97,8 @@ class Lookups:
     questions that only the pruned model answers correctly. `p`: the two-sided p-value of McNemar's
     exact test. `logprob_*`: the mean log-probability of the correct strings in nats. `logprob_lost`
     is the full model's value minus the pruned model's. `expected_lost`: the relative drop in the
-    correct strings' mean probability. Errors are computed from the spread across documents.
+    correct strings' mean probability. Standard errors are computed from the spread across
+    documents.
     """
 
     n: int
@@ -131,7 +132,7 @@ def measure_lookups(
 
 @dataclass(frozen=True)
 class LookupReference:
-    """The full model's answers, for comparison with several files of the same model."""
+    """The full model's answers, kept for comparing several files of the same model."""
 
     settings: LookupSettings
     documents: tuple[LookupDocument, ...]
@@ -141,7 +142,7 @@ class LookupReference:
     def read(
         cls, model: PopModel, settings: LookupSettings, on_progress: Progress, known: Answers
     ) -> "LookupReference":
-        """Answer the questions about each document without pruning, unless `known` has the answers.
+        """Answer the questions about each document in full, unless `known` contains the answers.
 
         Appends new answers to `known`, so that an interrupted run keeps them. Raises PopError.
         """

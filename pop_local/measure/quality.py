@@ -165,7 +165,7 @@ def read_reference(
     on_progress: Progress,
     known: list[FullScores] | None = None,
 ) -> QualityReference:
-    """Run the full model on windows of text and on random tokens.
+    """Run the full model on windows of text and on sequences of random tokens.
 
     `known` contains earlier scores. This function appends the remaining scores to `known`, so a
     later call can resume an interrupted run. `on_progress` counts windows and draws. Raises

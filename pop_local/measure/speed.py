@@ -2,9 +2,9 @@
 
 Each round runs both modes in the same process and with the same weights. Ratios are computed within
 each round, so a temporary slowdown affects both modes. Each round reverses the order of the runs.
-Each run starts with an empty KV cache. The measured time includes prefill and sampling the first
-token. Decode is measured separately. Each run raises PopError unless the backend's row counters
-show that all prompt tokens were evaluated and pruned as planned.
+Each run starts with an empty KV cache. The measured time covers prefill and the sampling of the
+first token. Decode is measured separately. Each run raises PopError unless the backend's row
+counters show that all prompt tokens were evaluated and pruned as planned.
 """
 
 import statistics
@@ -74,7 +74,7 @@ class SpeedRow:
         full_s, pop_s = self.full_ttft_s.median, self.pop_ttft_s.median
         words = (
             f"pop-local reads a prompt of {self.n_prompt:,} tokens in {pop_s:.3g} s with fast"
-            f" reading and {full_s:.3g} s in full."
+            f" reading and {full_s:.3g} s without."
         )
         if self.upstream_ttft_s is not None:
             words += f" llama.cpp takes {self.upstream_ttft_s.median:.3g} s."
@@ -213,7 +213,7 @@ def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters
 def text_prompt(model: PopModel, n_prompt: int) -> Prompt:
     """Return a prompt with `n_prompt` tokens of held-out prose, dialogue, code, and tables.
 
-    The prompt is real text, because its words determine which rows run through all layers.
+    The prompt is real text because its words determine which rows run through all layers.
     """
     kinds = [model.engine.context.vocabulary.tokenize(part) for part in shipped_text().parts]
     n_each = -(-n_prompt // len(kinds))

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 # Largest relative increase in perplexity that is not visible in answers.
 _INVISIBLE = 0.01
-# A difference within 2 standard errors, or with a p-value of 0.05 or more, may be chance.
+# A difference within 2 standard errors, or with a p-value of 0.05 or more, may be due to chance.
 _BY_CHANCE, _LEAST_P = 2.0, 0.05
 
 
@@ -46,5 +46,5 @@ def comparison_in_words(found: "Comparison") -> str:
         lost += f", {found.n_only_pruned} gained"
     if found.n_only_full + found.n_only_pruned:
         certainty = "may" if found.p_value >= _LEAST_P else "is unlikely to"
-        lost += f", which {certainty} be chance"
+        lost += f", which {certainty} be due to chance"
     return f"Answers: {lost}."

@@ -17,7 +17,7 @@ def test_windows_do_not_overlap_and_are_spread_evenly():
 
 
 def test_errors_name_the_windows_that_fit():
-    with pytest.raises(PopError, match="8 windows of 100 tokens, because only 7 fit"):
+    with pytest.raises(PopError, match="8 windows of 100 tokens: only 7 fit"):
         spread_windows([range(799)], 8, 100)
 
 

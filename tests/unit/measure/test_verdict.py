@@ -41,8 +41,8 @@ def test_lost_strings_are_counted_among_those_answered_in_full(n, full, lost, ex
     ("only_full", "only_pruned", "p", "expected"),
     [
         (0, 0, 1.0, "none of 18 correct answers lost"),
-        (3, 1, 0.6, "3 of 18 correct answers lost, 1 gained, which may be chance"),
-        (9, 0, 0.004, "9 of 18 correct answers lost, which is unlikely to be chance"),
+        (3, 1, 0.6, "3 of 18 correct answers lost, 1 gained, which may be due to chance"),
+        (9, 0, 0.004, "9 of 18 correct answers lost, which is unlikely to be due to chance"),
     ],
 )
 def test_a_comparison_counts_lost_right_answers(only_full, only_pruned, p, expected) -> None:
