@@ -50,7 +50,7 @@ class WindowReader:
         tapped = taps.take(self._slot.context.ctx)
         if tapped is None or not tapped.has(self._wanted):
             raise PopError(
-                "the backend does not return the activations of this model's layers",
+                "the backend does not return activations for this model's layers",
                 "reinstall the backend, or convert with the model's own projections",
                 cause="activations-not-shown",
             )

@@ -23,7 +23,7 @@ N_DISTILLED = 128
 class FitOptions:
     """Options for fitting the K/V projections of skipped layers.
 
-    `projection`: kind of fit (None: wide if this costs little speed). `tokens`: number of tokens to
+    `projection`: kind of fit (None: wide if the slowdown is small). `tokens`: number of tokens to
     fit on (None: depends on the model's size). `texts`: files and folders to fit on (empty: default
     text). `memory_bytes`: memory limit for one pass's sums (None: half of the free memory).
     """
@@ -45,7 +45,7 @@ class FitOptions:
         n_tokens = default if self.tokens is None else self.tokens
         if n_tokens < least:
             raise CalibrationError(
-                f"{n_tokens:,} tokens are too few for a fit, because this model needs {least:,}",
+                f"{n_tokens:,} tokens are too few for a fit: this model needs {least:,}",
                 f"use {least} tokens or more (default: {default})",
                 cause="too-few-tokens",
                 n_least=least,

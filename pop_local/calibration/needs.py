@@ -88,7 +88,7 @@ def require_memory(work: str, needed_bytes: int, hint: str, *, cause: str) -> No
 
 
 def fit_cost(plan: Plan, projection: Projection) -> float:
-    """Return how much slower `projection` is than a plain fit, as a fraction of the speed."""
+    """Return the fraction by which `projection` reduces a plain fit's speedup limit."""
     plain, wide = (
         replace(plan, projection=kind).speedup_limit for kind in (Projection.FITTED, projection)
     )
@@ -96,7 +96,7 @@ def fit_cost(plan: Plan, projection: Projection) -> float:
 
 
 def fit_kind(plan: Plan, options: FitOptions) -> Projection:
-    """Return the kind of fit from the options (default: a wide fit if it costs little speed)."""
+    """Return the kind of fit from the options (default: a wide fit if the slowdown is small)."""
     if options.projection is not None:
         return options.projection
     is_cheap = fit_cost(plan, Projection.WIDE) <= MAX_WIDE_COST
@@ -175,7 +175,7 @@ def plan_needs(
 
 
 class FitWork(NamedTuple):
-    """The work of sampling text and of fitting, in equivalent numpy multiply-accumulates."""
+    """The work to sample text and to fit, in equivalent numpy multiply-accumulates."""
 
     sampling: float
     fitting: float
@@ -187,7 +187,7 @@ def reading_work(plan: Plan, n_tokens: int) -> float:
 
 
 def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
-    """Return the work of all fits, excluding measurements.
+    """Return the work for all fits, excluding measurements.
 
     Each pass adds the text's rows to the sums. Each pair's linear system is solved in float64.
     Propagates errors from `Plan.macs`.
@@ -227,7 +227,7 @@ def n_choosing(n_embd: int) -> int:
 
 
 def _choosing_bytes(shape: ModelShape, n_boundaries: int) -> int:
-    """Return the memory in bytes for choosing wide inputs, including states, axes, and neurons."""
+    """Return the bytes needed to choose wide inputs, including states, axes, and neurons."""
     n, n_rows = shape.n_embd, n_choosing(shape.n_embd) * N_WINDOW
     axes = 8 * n * (2 * n_rows + 3 * n)
     neurons = 4 * max(shape.n_neurons) * (3 * n + 5 * N_WINDOW)

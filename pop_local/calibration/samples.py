@@ -52,7 +52,7 @@ def sample_windows(
                 if np.isnan(logits.max(axis=1)).any():
                     raise PopError(
                         "the model returned NaN logits",
-                        "download the model again, because its file may be damaged",
+                        "download the model again: its file may be damaged",
                     )
                 for number in np.flatnonzero(n_given[part] <= step):
                     windows[part[number], step] = draw(logits[number], rng.random())

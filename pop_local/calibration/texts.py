@@ -71,7 +71,7 @@ def n_sampled_of(count: int) -> int:
 
 
 def own_text(context: Context, count: int, on_progress: Progress) -> CalibrationText:
-    """Build a text from look-ups, Python's documentation and library code, and model samples.
+    """Build text from look-ups, Python's documentation and library code, and model samples.
 
     Half of the samples are free text. The other half are questions and answers that start with the
     chat template's first tokens. Nothing is downloaded. `on_progress` counts sampled tokens.
@@ -114,10 +114,10 @@ class DistillText:
 def distill_text(
     context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> DistillText:
-    """Return the calibration windows, more windows from the same texts, and look-ups.
+    """Return the calibration windows, more windows from the same sources, and look-ups.
 
-    `paths`: the calibration's texts (empty: the default texts). The result has `n_windows` windows,
-    or fewer if the texts are too short.
+    `paths`: the calibration's files and folders (empty: the default text). The result has
+    `n_windows` windows, or fewer if the text is too short.
     """
     groups = _grouped_texts(paths, n_windows) if paths else [_texts()]
     carriers = carrier_windows(context, n_windows // SHARE, N_WINDOW, groups[0][0], SEED + 1)
@@ -134,8 +134,9 @@ def distill_text(
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
     """Choose equal shares of windows from all paths and, within a folder, from all kinds of files.
 
-    Longer texts make up for short texts. Windows are spread evenly over each text, and one window
-    in SHARE contains look-ups. Raises PopError for empty, binary, short or repetitive texts.
+    Longer pieces of text make up for shorter ones. Windows are spread evenly over each piece, and
+    one window in SHARE contains look-ups. Raises PopError for empty, binary, short, or repetitive
+    text.
     """
     groups = _grouped_texts(paths, count)
     least = least_tokens(n_embd)
@@ -146,7 +147,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
         raise _too_short(paths, found, least)
     if np.unique(windows).size < _LEAST_DISTINCT:
         raise CalibrationError(
-            f"{_names(paths)} is repetitive, with fewer than {_LEAST_DISTINCT} distinct tokens",
+            f"{_names(paths)} is repetitive: it has fewer than {_LEAST_DISTINCT} distinct tokens",
             "use more varied text, or the default text",
         )
     whole = "\n\n".join(chain.from_iterable(groups))
@@ -159,7 +160,7 @@ def require_text(paths: Sequence[Path], n_embd: int) -> None:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CalibrationError(
                 f"{path} is neither a file nor a folder",
-                "save the text to a file first, because pop-local reads the text twice",
+                "save the text to a file first: pop-local reads it twice",
             )
     least = least_tokens(n_embd)
     texts = chain.from_iterable(_grouped_texts(paths, least // N_WINDOW))
@@ -180,12 +181,12 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def _grouped_texts(paths: Sequence[Path], count: int) -> list[list[str]]:
-    """Return each path's texts, limiting each text to the length of `count` windows."""
+    """Return each path's text as in `read_kinds`, up to `count` windows of each kind."""
     return read_kinds(paths, count * N_WINDOW * _MAX_CHARS_PER_TOKEN)
 
 
 def _spread(context: Context, parts: Sequence[str | Sequence[str]], count: int) -> Windows:
-    """Choose equal shares of windows from all parts, which are texts or groups of texts.
+    """Choose equal shares of windows from all parts, each a string or a group of strings.
 
     If a part is too short for its share, longer parts make up the difference.
     """
