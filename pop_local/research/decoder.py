@@ -1,8 +1,8 @@
 """A dense decoder in torch that loads a GGUF file layer by layer to compute gradients.
 
 The decoder computes the same function as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma3), in
-float32 by default. The KL between the predictions is about 0.001, because llama.cpp rounds
-activations and the KV cache.
+float32 by default. Its predictions differ from llama.cpp's by a KL of about 0.001, because
+llama.cpp rounds activations and the KV cache.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Decoder:
         self.n_vocab = len(self._head)
 
     def embed(self, tokens: np.ndarray) -> Tensor:
-        """Return the states [n_windows, n_tokens, n_embd] for token ids [n_windows, n_tokens]."""
+        """Return the states [n_windows, n_tokens, n_embd] for token IDs [n_windows, n_tokens]."""
         rows = self._weights.rows("token_embd.weight", tokens.reshape(-1))
         states = self._to_tensor(rows).reshape(*tokens.shape, -1)
         return states * self.hyper.embedding_scale

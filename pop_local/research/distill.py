@@ -271,7 +271,7 @@ class _Student:
             after = changed.cpu().numpy()
             if not np.isfinite(after).all():
                 raise FitError(
-                    f"the distilled fit of layer {layer} is not finite",
+                    f"the distilled fit for layer {layer} is not finite",
                     "convert without distilling",
                 )
             n_embd = len(before.gain)
@@ -304,7 +304,7 @@ def _n_sink(wanted: int, n_tokens: int) -> int:
 
 
 def memory(plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype) -> int:
-    """Return the memory in bytes to distill on windows [n_windows, n_tokens] and on their copies.
+    """Return the bytes needed to distill on windows [n_windows, n_tokens] and on their copies.
 
     `matrices`: the data type of the skipped layers' matrices.
     """

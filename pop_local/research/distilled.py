@@ -43,7 +43,7 @@ class Distiller:
     watch: Watch
 
     def require(self, plan: Plan) -> torch.dtype:
-        """Return the data type of matrices. Raises PopError if the plan's fit cannot be trained."""
+        """Return the matrices' data type. Raises PopError if the plan's fit cannot be trained."""
         cannot, why = "the fit cannot be distilled", ""
         try:
             hyper = read_hyper(self.source)
@@ -98,7 +98,7 @@ class Distiller:
 
 
 def _matrix_type(hardware: Hardware, what: str) -> torch.dtype:
-    """Set torch's number of threads, and return the fastest data type for matrix products.
+    """Set torch's thread count, and return the fastest data type for matrix products.
 
     Raises PopError if torch is missing. `what`: the start of the error message.
     """

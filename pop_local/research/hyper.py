@@ -101,7 +101,7 @@ def read_hyper(source: Source) -> Hyper:
 
 def _unsupported(header: Header, reason: str) -> UnsupportedArchitectureError:
     return UnsupportedArchitectureError(
-        f"pop-local cannot compute gradients of {header.path}, because {reason}",
+        f"pop-local cannot compute gradients for {header.path}: {reason}",
         f"use a dense model with one of these architectures: {', '.join(ARCHITECTURES)}",
     )
 
