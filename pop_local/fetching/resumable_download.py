@@ -1,4 +1,4 @@
-"""Download a file from a hub over the hub client's connections, and verify the file's hash.
+"""Download a file from a hub using the hub client's connections, and verify the file's hash.
 
 An unfinished download is stored as NAME.gguf.partial, and the next call resumes it. The hub client
 itself would download the whole file again.
@@ -26,7 +26,7 @@ _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on a hub, with the name, size and hash that the hub reports.
+    """A file on a hub, with the name, size, and hash that the hub reports.
 
     `headers` are sent only to the URL's host. `sha256` is "" if unknown.
     """
@@ -129,7 +129,7 @@ def _append(remote: RemoteFile, partial: Path, start: int, advance: Progress) ->
             for chunk in response.iter_raw(_CHUNK_BYTES):
                 if (done := done + len(chunk)) > remote.size_bytes:
                     raise PopError(
-                        f"the hub sent more than the {remote.size_bytes:,} bytes of {remote.name}",
+                        f"the hub sent more than {remote.size_bytes:,} bytes for {remote.name}",
                         "try again later",
                     )
                 file.write(chunk)

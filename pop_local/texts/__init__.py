@@ -1,1 +1,1 @@
-"""Read texts from users' files and generate documents for look-ups."""
+"""Read text from users' files, and generate documents for look-ups."""

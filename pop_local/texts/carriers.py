@@ -66,8 +66,8 @@ def make_carrier(
 ) -> Carrier:
     """Build a document of about `n_tokens` tokens from prose and blocks in the layouts for `use`.
 
-    The prose around the blocks starts at a random sentence of `prose`. `count` returns the length
-    of a string in tokens. The document has one question for each value, up to `n_questions`. Raises
+    The prose around the blocks starts at a random sentence of `prose`. `count` returns a string's
+    length in tokens. The document has one question for each value, up to `n_questions`. Raises
     PopError if the blocks leave no room for prose.
     """
     # The seed includes the use, so that the two uses get different values.
@@ -96,7 +96,7 @@ def make_carrier(
 
 
 def with_answers(carrier: Carrier) -> tuple[str, list[Span]]:
-    """Return a text for fitting projections, and the answers' positions in the text.
+    """Return text for fitting projections, and the answers' positions in the text.
 
     The text is the document with its questions and answers. Positions exclude preceding spaces.
     """
@@ -124,7 +124,7 @@ def _sentences(prose: str) -> list[str]:
     parts = [part.strip(" *") + "." for part in " ".join(prose.split()).split(". ")]
     found = [part for part in parts if 20 < len(part) < 400]
     if not found:
-        raise PopError("the prose for look-up documents contains no sentence", "pass a longer text")
+        raise PopError("the prose for look-up documents contains no sentence", "pass longer prose")
     return found
 
 

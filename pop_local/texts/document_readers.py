@@ -1,4 +1,4 @@
-"""Read documents: plain text (UTF-8, or UTF-16 with a byte order mark), email, PDF and DOCX.
+"""Read documents: plain text (UTF-8, or UTF-16 with a byte order mark), email, PDF, and DOCX.
 
 PDF and DOCX require the optional dependencies in the `documents` extra.
 """
@@ -62,9 +62,9 @@ def read_text(path: Path) -> str:
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:
-    """Read a plain-text, email, PDF or DOCX file.
+    """Read a plain-text, email, PDF, or DOCX file.
 
-    Raises OSError if reading fails, and PopError for a file that is binary, too large or empty.
+    Raises OSError if reading fails, and PopError for a file that is binary, too large, or empty.
     """
     path = Path(path)
     content = _within_limit(read_file(path, MAX_BYTES + 1), str(path))
@@ -95,7 +95,7 @@ def read_limited(file: BinaryIO, origin: str) -> bytes:
 def _within_limit(content: bytes, origin: str) -> bytes:
     if len(content) > MAX_BYTES:
         raise PopError(
-            f"{origin} is too large, with more than {MAX_BYTES:,} bytes",
+            f"{origin} is too large: the limit is {MAX_BYTES:,} bytes",
             "pass only part of the file",
         )
     return content
@@ -152,7 +152,7 @@ def _mail(path: Path, content: bytes) -> str:
 
 
 def _table(table: Any) -> str:
-    """Return a table's text, in which cells that span columns appear only once."""
+    """Return a table's text, including each column-spanning cell only once."""
     rows = []
     for row in table._tbl.tr_lst:
         cells = ["\n".join(paragraph.text for paragraph in cell.p_lst) for cell in row.tc_lst]
@@ -161,10 +161,10 @@ def _table(table: Any) -> str:
 
 
 def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
-    """Return each path's texts: a file's text, or one text per kind of file in a folder.
+    """Return a list per path: the file's text, or one string per kind of file in the folder.
 
     Files of one kind have the same top-level subfolder and suffix. Files are read in a fixed
-    pseudorandom order, up to about `most_chars` characters of each kind. Binary files, duplicates
+    pseudorandom order, up to about `most_chars` characters of each kind. Binary files, duplicates,
     and hidden files are skipped. Raises PopError if a path is unreadable or has no new text.
     """
     seen: set[str] = set()
@@ -175,7 +175,7 @@ def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
         found.append(texts)
         if not texts:
             raise PopError(
-                f"{path} contains no text, or only copies of earlier texts",
+                f"{path} contains no text, or only copies of earlier files",
                 "pass another file, or a folder of text files",
             )
     return found
@@ -202,7 +202,7 @@ def _in_folder(folder: Path, most_chars: int, seen: set[str]) -> list[str]:
 
 
 def _new(text: str, seen: set[str]) -> list[str]:
-    """Return a list with the text, or an empty list if the text duplicates an earlier text."""
+    """Return a list with the text, or an empty list if the text occurred earlier."""
     sha256 = _sha256(text)
     if sha256 in seen:
         return []
