@@ -36,7 +36,7 @@ def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -
 def _from_hub(name: str, hub: str, folder: Path, watch: Watch, *, force: bool) -> Path:
     found = find_on_hub(hub)
     files = ", ".join(file.name for file in found.files)
-    watch.on_note(f"{found.repo}: {files} ({size(found.size_bytes)}), license {found.license}")
+    watch.on_note(f"{found.repo}: {files} ({size(found.size_bytes)}), license: {found.license}")
     if found.mmproj:
         watch.on_note(f"Also fetching {found.mmproj.name}, which the model needs for images.")
     is_here = all(path.exists() for path in found.targets(folder))

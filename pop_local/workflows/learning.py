@@ -1,4 +1,4 @@
-"""Create sidecars from sums learned from the user's prompts, and measure the sidecars' loss."""
+"""Create sidecars from sums learned from the user's prompts, and measure their loss."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -94,8 +94,8 @@ class _LookupSums:
     def add(self, learner: OnlineCalibrator, runner: TrialRunner) -> Sums:
         """Add the remaining windows and return the sums. Raises PopError or StoppedError.
 
-        The weights of the windows ensure that look-ups make up at least one in SHARE rows. The
-        number of learned rows in each Gram matrix does not change.
+        The windows' weights ensure that look-ups make up at least one in SHARE rows. The number of
+        learned rows in each Gram matrix does not change.
         """
         summing, grams, wides = learner.summing, self.sums.grams, self.sums.wides
         boundaries = grams.keys() & set(learner.boundaries)

@@ -101,8 +101,8 @@ def _warn_of_context(context: "Context", watch: Watch) -> None:
         )
     if not n_ctx and context.n_ctx < n_trained:
         watch.on_note(
-            f"The context is limited to {context.n_ctx:,} of {n_trained:,} tokens, because K/V can"
-            " take up to a quarter of the free memory."
+            f"The context is limited to {context.n_ctx:,} of {n_trained:,} tokens, because the KV"
+            " cache can use at most a quarter of the free memory."
         )
 
 

@@ -160,7 +160,7 @@ def test_a_named_boundary_must_be_within_a_given_budget(tiny, letters, tmp_path)
     refused = convert(tiny, *named, "--max-kl", 0.0001)
     assert (refused.exit_code, refused.stdout) == (1, "")
     shown = " ".join(refused.stderr.split())
-    assert "skipping 4 layers loses more than the budget allows (KL 0.0001," in shown
+    assert "the loss from skipping 4 layers exceeds the budget (KL 0.0001," in shown
     assert names(tmp_path) == {"tiny.gguf"}
     planned = json.loads(convert(tiny, *named, *LOOSE, "--dry-run").stdout)
     assert (planned["boundary"], planned["budget"]["max_kl"]) == (4, 50)
@@ -408,7 +408,7 @@ def test_a_search_without_a_candidate_inside_leaves_no_file(tiny, letters, tmp_p
     done = convert(tiny, "--text", letters, *FEW, *LOOSE)
     assert done.exit_code == 1
     assert "Fitting the projections for boundary 2, 3, 4, 5, 6" in done.stderr
-    assert "skipping 1 layer loses more than the budget allows" in done.stderr
+    assert "the loss from skipping 1 layer exceeds the budget" in done.stderr
     assert "hint" in done.stderr
     assert done.stdout.rstrip(" |\n").endswith("no")
     assert names(tmp_path) == {"tiny.gguf"}

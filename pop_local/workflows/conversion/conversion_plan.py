@@ -37,7 +37,7 @@ from pop_local.workflows.hardware import Hardware
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Options that select the prompt tokens that run through all layers.
+    """Options for selecting the prompt tokens that run through all layers.
 
     The words that `deep_rows` selects run through all layers. Prompts with fewer than `min_prompt`
     tokens are not pruned (default: twice the number of sink and tail tokens).
@@ -103,7 +103,7 @@ class Conversion:
 
     @cached_property
     def not_counted(self) -> str:
-        """Return why the plans' work cannot be counted, or "" if it can be counted."""
+        """Return why the plans' work cannot be counted, or "" if it can."""
         try:
             _ = self.deepest.speedup_limit
         except PopError as error:
@@ -112,7 +112,7 @@ class Conversion:
 
     @cached_property
     def needs(self) -> costs.FitNeeds | None:
-        """Return the memory and work of all fits (None: no fit, or the work cannot be counted)."""
+        """Return the memory and work for all fits (None: no fit, or the work cannot be counted)."""
         if self.fit is None or not self._fitted or self.not_counted:
             return None
         return costs.fit_needs(self._fitted, self.source, self.fit)
@@ -124,7 +124,7 @@ class Conversion:
 
     @property
     def fit_work(self) -> costs.FitWork | None:
-        """Return the work of all fits (None: no fit, or the work cannot be counted)."""
+        """Return the work for all fits (None: no fit, or the work cannot be counted)."""
         if self.fit is None or self.needs is None:
             return None
         return costs.fit_work(self._fitted, self.fit, self.needs)
@@ -146,11 +146,11 @@ class Conversion:
 
     @cached_property
     def sizes(self) -> FileSizes:
-        """Return the sizes of the model and of the output for the deepest plan."""
+        """Return the sizes of the model and the output for the deepest plan."""
         return self.sizes_of(self.deepest)
 
     def sizes_of(self, plan: Plan) -> FileSizes:
-        """Return the sizes of the model and of the output for the given plan."""
+        """Return the sizes of the model and the output for the given plan."""
         kv_type = (self.fit or FitOptions()).kv_type
         measure = measure_sidecar if self.is_sidecar else measure_copy
         return measure(plan, self.path, kv_type)

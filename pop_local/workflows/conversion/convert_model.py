@@ -32,14 +32,14 @@ def convert(
     force: bool = False,
     watch: Watch = Watch(),
 ) -> Converted:
-    """Convert the model with this path or name, so that it reads long prompts faster.
+    """Convert the model with this path or name to read long prompts faster.
 
     `out` is the output's path (default: NAME.pop.gguf or NAME.pop-sidecar.gguf next to the model).
     `force` permits replacing an existing output. If the options set a boundary but no budget,
     `force` also permits a model that can no longer copy from its prompt.
 
     If the conversion fails, raises PopError or a subclass, such as OutputExistsError,
-    OverBudgetError or CopyingBrokenError. Raises StoppedError if `watch.should_stop` returns True.
+    OverBudgetError, or CopyingBrokenError. Raises StoppedError if `watch.should_stop` returns True.
     If an error occurs, an existing output remains unchanged.
     """
     planned = plan_conversion(base_file(os.fspath(model), watch), out, options)
@@ -49,7 +49,7 @@ def convert(
 def run_conversion(
     conversion: Conversion, *, force: bool = False, watch: Watch = Watch()
 ) -> Converted:
-    """Run a planned conversion. The arguments, result and errors are the same as for `convert`."""
+    """Run a planned conversion. The arguments, result, and errors are the same as for `convert`."""
     check_target(conversion.path, conversion.target, conversion.sizes, force=force)
     warnings: list[PopError] = []
 
@@ -61,8 +61,8 @@ def run_conversion(
     if trained is not None and 0 < trained < N_WINDOW:
         warned(
             PopError(
-                f"the model was trained on contexts of {trained:,} tokens, but is measured on"
-                f" windows of {N_WINDOW:,}",
+                f"the model was trained on contexts of {trained:,} tokens but is measured on"
+                f" windows of {N_WINDOW:,} tokens",
                 "do not rely on the measured loss",
             )
         )

@@ -1,4 +1,4 @@
-"""The full model's results on held-out text and look-ups, which are computed on first use."""
+"""The full model's results on held-out text and look-ups, computed on first use."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property

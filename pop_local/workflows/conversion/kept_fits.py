@@ -1,4 +1,4 @@
-"""Store a stopped conversion's text and fits, which the next run of the command reuses."""
+"""Store a stopped conversion's text and fits, for reuse by the next run of the command."""
 
 import hashlib
 import shutil
@@ -23,7 +23,7 @@ from pop_local.workflows.conversion.trial_runner import TrialRunner
 class KeptFits:
     """A folder with fits next to a conversion's output. The folder may not exist.
 
-    The name of the text file contains the model's hash. Each fit is stored as a sidecar.
+    The text file's name contains the model's hash. Each fit is stored as a sidecar.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class KeptFits:
         return self.folder / f"{plan.boundary}-{plan.projection}-{self.options.kv_type.value}.fit"
 
     def text(self, n_tokens: int) -> CalibrationText | None:
-        """Return the saved text if its length is `n_tokens`, or None otherwise."""
+        """Return the saved text if it has `n_tokens` tokens, or None otherwise."""
         with suppress(OSError, ValueError):
             windows = np.load(self._text, allow_pickle=False)
             if windows.size == n_tokens and not self.options.texts:

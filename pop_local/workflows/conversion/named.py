@@ -26,7 +26,7 @@ N_DOCUMENTS = 5
 
 
 def write_named(run: ConversionRun) -> Converted:
-    """Fit, measure and write the model at a named boundary. Without a fit, only write the model.
+    """Fit, measure, and write the model at a named boundary. Without a fit, only write the model.
 
     Raises PopError or StoppedError. Raises CopyingBrokenError if the model can no longer copy from
     its prompt, unless `run.force` is true.
@@ -49,7 +49,7 @@ def write_named(run: ConversionRun) -> Converted:
 
 
 def examine(run: ConversionRun, plan: Plan, written: Path) -> Measured:
-    """Measure the written file's loss. Raises CopyingBrokenError, PopError or StoppedError."""
+    """Measure the written file's loss. Raises CopyingBrokenError, PopError, or StoppedError."""
     watch, pruning = run.runner.watch, Pruning(plan.boundary)
     watch.on_note("Measuring the written file on held-out text")
     with run.runner.opened(plan, run.conversion.files(written)) as model:
@@ -71,7 +71,7 @@ def examine(run: ConversionRun, plan: Plan, written: Path) -> Measured:
             PopError(
                 f"boundary {plan.boundary} exceeds the {BALANCED.quality} budget ({limits}):"
                 f" {figures}",
-                "to find the fastest boundary within a budget, set a budget but no boundary",
+                "to find the fastest boundary within a budget, set only a budget",
                 cause="outside-budget",
             )
         )

@@ -14,7 +14,7 @@ class CopyingBrokenError(PopError):
     """Error for a model that can no longer copy from its prompt. `found` is the measured loss."""
 
     def __init__(self, boundary: int, found: str) -> None:
-        hint = "skip fewer layers, or set a budget but no boundary"
+        hint = "skip fewer layers, or set a budget instead of a boundary"
         message = f"at boundary {boundary}, the model can no longer copy from its prompt: {found}"
         super().__init__(message, hint, cause="copying-broken")
 

@@ -8,7 +8,7 @@ A candidate is a boundary with its projections and deep rows. The search follows
 4. After bisection, fits are distilled if requested. Distillation starts at the fastest candidate
    and continues with deeper boundaries until a candidate exceeds the budget or an error occurs.
 5. Finally, rules with fewer deep rows are tried. For each rule, the search starts at the deepest
-   boundary within the budget, and skips fewer layers as long as the candidate would be the fastest.
+   boundary within the budget and skips fewer layers as long as the candidate would be the fastest.
 6. The fastest candidate within the budget wins. Among equally fast candidates, a distilled one wins
    unless its KL is larger by more than the standard error. Otherwise, the smallest KL wins.
 """
@@ -43,7 +43,7 @@ from pop_local.workflows.measuring import measured
 
 @dataclass(eq=False)
 class Candidate:
-    """A plan that a search may choose, with the plan's fit and measurements.
+    """A plan that a search may choose, with its fit and measurements.
 
     `fitted` is None before fitting, and always None for `Projection.OWN`. `start` is the fit to
     distill, if any. `is_inside` is true if all results so far are within the budget (None without
@@ -82,7 +82,7 @@ class Candidate:
 def write_within(run: ConversionRun, budget: Budget) -> Converted:
     """Find the fastest plan within the budget, and write the converted file.
 
-    Raises OverBudgetError, PopError or StoppedError.
+    Raises OverBudgetError, PopError, or StoppedError.
     """
     planned = run.conversion
     if any(plan.projection != Projection.OWN for plan in planned.plans):
@@ -130,7 +130,7 @@ class Search:
     def run(self) -> Candidate:
         """Return the fastest candidate within the budget. The plan lists all tried candidates.
 
-        Raises OverBudgetError, PopError or StoppedError.
+        Raises OverBudgetError, PopError, or StoppedError.
         """
         if not self.plain:
             share = self.full.deep_share(self.plans[0].deep_rows)
@@ -170,8 +170,8 @@ class Search:
         best = [each for each in self.judged if each.boundary == shallowest][-1]
         n_skipped, limits = best.plan.n_skipped, budgets.limits_in_words(self.budget)
         return OverBudgetError(
-            f"skipping {n_skipped} layer{'s' * (n_skipped > 1)} loses more"
-            f" than the budget allows ({limits}):"
+            f"the loss from skipping {n_skipped} layer{'s' * (n_skipped > 1)} exceeds the budget"
+            f" ({limits}):"
             f" {budgets.figures_in_words(best.quality, best.lookups)}",
             self.trials,
         )

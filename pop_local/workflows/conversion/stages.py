@@ -1,4 +1,4 @@
-"""A conversion's expected stages, and the estimated time that they will take."""
+"""A conversion's expected stages, and its estimated duration."""
 
 import time
 from collections.abc import Sequence
