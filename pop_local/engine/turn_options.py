@@ -24,7 +24,7 @@ class TurnOptions(SamplerOptions):
 
     `on_prefill(done, total)` is called before the first batch and after each batch. `done` and
     `total` count uncached tokens. `should_stop` is called during prefill and after each token. If
-    it returns True, the answer ends as "interrupted" (during tokenization: StoppedError).
+    it returns True, the answer ends as "interrupted", or tokenization raises StoppedError.
     """
 
     max_tokens: int | None = None

@@ -354,7 +354,7 @@ class Mmproj:
 
 
 def _require_layers(path: Path, names: Sequence[str]) -> None:
-    """Raise PopError if a tensor is missing. Otherwise libmtmd would dereference a null pointer."""
+    """Raise PopError if a tensor is missing, because libmtmd would crash on a null pointer."""
     found = [match for name in names if (match := _PART.fullmatch(name))]
     parts = {(match[1], match[2]) for match in found}
     for layer, part in product({match[1] for match in found}, {match[2] for match in found}):

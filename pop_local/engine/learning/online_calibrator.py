@@ -284,7 +284,7 @@ class OnlineCalibrator:
     def sums(self) -> Sums:
         """Return the sums in the file, or else the unsaved sums. Raises PopError if saving fails.
 
-        If both were merged, the unsaved rows could be derived from the sidecar and the file.
+        They are never merged, so that the sidecar and the file cannot reveal the unsaved rows.
         """
         self.save()
         self._known = self.file.known()

@@ -140,7 +140,7 @@ class Cells:
 
 
 class SequenceCells(Cells):
-    """The KV cells of one of several sequences. A saved state contains only this sequence."""
+    """A sequence's KV cells in a shared context. A saved state contains only this sequence."""
 
     _starts_with_size = False
 

@@ -96,7 +96,7 @@ class Context:
         sidecar: Path | None = None,
         holds_states: bool = False,
     ) -> None:
-        """Open a model. `meta`: the POP keys of the model's file or sidecar.
+        """Open a model. `meta`: the POP keys from the model's file or sidecar.
 
         `holds_states`: whether the memory check includes boundary states. Raises PopError with
         llama.cpp's reason if the file cannot be opened.

@@ -1,4 +1,4 @@
-"""The files of an open model, and values read from the files' headers."""
+"""An open model's files, and values from their headers."""
 
 from contextlib import suppress
 from functools import cached_property
@@ -16,8 +16,8 @@ from pop_local.models.sidecars import is_learned
 class OpenedFiles:
     """The files of an open model.
 
-    `meta`: POP keys of the file or its sidecar (None: the model is not converted). `header`:
-    metadata of the model's file. `n_ctx_train`: trained context length in tokens (0: unknown).
+    `meta`: POP keys from the file or its sidecar (None: the model is not converted). `header`:
+    metadata from the model's file. `n_ctx_train`: trained context length in tokens (0: unknown).
     `n_positions`: number of learned positions (0: no limit). llama.cpp aborts on longer prompts.
     `macs`: a counter of multiply-accumulates.
     """

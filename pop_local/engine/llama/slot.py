@@ -109,7 +109,7 @@ class Slot:
 
     @property
     def logits(self) -> np.ndarray:
-        """Logits of the last output row, float32 [n_vocab], valid until the next batch."""
+        """Logits for the last output row, float32 [n_vocab], valid until the next batch."""
         row = backend.bindings().llama_get_logits_ith(self.context.ctx, -1)
         return np.ctypeslib.as_array(row, (self.context.vocabulary.n_tokens,))
 

@@ -95,7 +95,7 @@ class ReusableRows:
     def _pays(self, n_reused: int, n_prefix: int) -> bool:
         """Return True if reusing `n_reused` rows is better than reusing only the common prefix.
 
-        Two thirds must match: reusing half would hurt quality more than pruning (docs/quality.md).
+        Reusing only half of a prompt hurts quality more than pruning does (docs/quality.md).
         """
         return n_reused >= n_prefix + MIN_REUSED and 3 * n_reused >= 2 * len(self._tokens)
 
