@@ -31,7 +31,7 @@ def loaded(path: Path, *, n_threads: int | None = None, n_gpu_layers: int = -1) 
 
 
 class WindowReader:
-    """A reader that returns the requested activations of one window at a time."""
+    """A reader that returns the requested activations for one window at a time."""
 
     def __init__(self, context: Context, wanted: TapRequest) -> None:
         self._slot, self._wanted = Slot(context), wanted

@@ -62,9 +62,9 @@ class FitPair(NamedTuple):
 class FitNeeds:
     """The cost of a calibration.
 
-    `groups`: the (boundary, layer) pairs to fit in each pass over the text. `n_inputs`: the number
-    of inputs of the largest fit. `n_sampled`: the number of text windows to sample from the model
-    first. `sums_bytes`: memory for the largest group's Gram matrices, including scratch memory.
+    `groups`: the (boundary, layer) pairs to fit in each pass over the text. `n_inputs`: the largest
+    fit's input count. `n_sampled`: the number of text windows to sample from the model first.
+    `sums_bytes`: memory for the largest group's Gram matrices, including scratch memory.
     `total_bytes`: the process's peak memory, excluding the mapped model file.
     """
 
@@ -115,7 +115,7 @@ def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Fit
 def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[Plan, ...]:
     """Return the first plan and as many evenly spaced later plans as one pass has room for.
 
-    The sums may take up to MOST_SUMS_BYTES or the options' `memory_bytes`, whichever is larger.
+    The sums may use up to MOST_SUMS_BYTES or the options' `memory_bytes`, whichever is larger.
     """
     most = max(MOST_SUMS_BYTES, options.memory_bytes or 0)
     options = replace(options, memory_bytes=_ANY)

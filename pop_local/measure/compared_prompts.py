@@ -207,8 +207,8 @@ def _text(given: Any) -> str:
 def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answered:
     """Answer a prompt greedily with the model's current pruning settings.
 
-    Any prefix that is shared with the previous prompt stays cached. Raises PopError if the prompt
-    does not fit in the context, or StoppedError if the caller stops the answer.
+    Any prefix shared with the previous prompt stays cached. Raises PopError if the prompt does not
+    fit in the context, or StoppedError if the caller stops the answer.
     """
     try:
         chunks = list(model.ask(prompt.messages, temperature=0.0, max_tokens=max_tokens))

@@ -58,7 +58,7 @@ def pick_passage(
 
 
 def copied(reader: Forced, passage: Sequence[int]) -> Likelihood:
-    """Score all tokens of the passage except the first token, which has no prediction."""
+    """Score all tokens in the passage except the first token, which has no prediction."""
     targets = np.asarray(passage)[1:]
     return likelihood(predictions(reader.predict(passage)[1:]), targets)
 
@@ -100,7 +100,7 @@ def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> floa
 
 
 def _scored(reader: Forced) -> tuple[int, int]:
-    """Return the range of random tokens whose first occurrence is pruned (or of all tokens).
+    """Return the range of random tokens whose first occurrence is pruned (all tokens if none).
 
     The first token is excluded, because it has no prediction.
     """

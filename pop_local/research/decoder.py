@@ -115,7 +115,7 @@ class DecoderLayer:
     def _attended(
         self, states: Tensor, positions: Tensor | None, stored: StoredKv | None
     ) -> Tensor:
-        """Return the outputs of the attention heads [n_windows, n_rows, n_head * dim_v]."""
+        """Return the attention heads' outputs [n_windows, n_rows, n_head * dim_v]."""
         h = self.hyper
         if positions is None:
             positions = torch.arange(states.shape[1])

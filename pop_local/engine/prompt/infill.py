@@ -1,4 +1,4 @@
-"""Fill-in-the-middle (FIM) prompts for models that were trained to fill in code."""
+"""Fill-in-the-middle (FIM) prompts for models trained to fill in code."""
 
 from collections.abc import Sequence
 

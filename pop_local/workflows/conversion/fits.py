@@ -1,4 +1,4 @@
-"""Fit and distill all plans of a model on the same sampled text."""
+"""Fit and distill all of a model's plans on the same sampled text."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distilling]
 
 @dataclass
 class PlanFitter:
-    """A fitter that uses the same text and the same kind of fit for all plans of a model.
+    """A fitter that uses the same text and the same kind of fit for all of a model's plans.
 
     If the options do not set the kind of fit, the first fitted plan determines the kind. `kept`
-    holds the fits of an earlier, stopped conversion (None: keep no fits).
+    holds the fits from an earlier, stopped conversion (None: keep no fits).
     """
 
     runner: TrialRunner
@@ -73,7 +73,7 @@ class PlanFitter:
         return tuple(self._made[plan] for plan in wanted)
 
     def keep(self) -> None:
-        """Save the sampled text and the fits of a stopped conversion, and notify the user."""
+        """Save the sampled text and the fits from a stopped conversion, and notify the user."""
         if self.kept is None or self.text is None or not (self._made or not self.options.texts):
             return
         watch = self.runner.watch
