@@ -13,7 +13,9 @@ COMMANDS = {
     "run": Listed(
         _USE, "Ask one question, optionally about files.", 'qwen-1.5b -f report.pdf "Who paid?"'
     ),
-    "serve": Listed(_USE, "Serve a model over the OpenAI, Anthropic and Ollama APIs.", "qwen-1.5b"),
+    "serve": Listed(
+        _USE, "Serve a model over the OpenAI, Anthropic, and Ollama APIs.", "qwen-1.5b"
+    ),
     "launch": Listed(_USE, "Start a coding agent that uses a local model.", "opencode qwen-1.5b"),
     "demo": Listed(_USE, "Answer one long prompt with and without fast reading.", "smollm2"),
     "pull": Listed(

@@ -14,7 +14,7 @@ class Agent:
 
     `install`: the command that installs `program`. `n_ctx`: context length in tokens for the first
     prompt and several turns. `variables`: environment variables as NAME=VALUE. `variables` and
-    `arguments` may contain $url (the server's URL with /v1), $model (a name) and $n_ctx.
+    `arguments` may contain $url (the server's URL with /v1), $model (a name), and $n_ctx.
     """
 
     program: str
@@ -24,7 +24,7 @@ class Agent:
     arguments: tuple[str, ...] = ()
 
     def command(self, added: Sequence[str], **values: object) -> list[str]:
-        """Return a command line. `added`: the user's arguments. `values`: url, model and n_ctx."""
+        """Return a command line. `added`: user arguments. `values`: url, model, and n_ctx."""
         words = ("env", *self.variables, self.program, *self.arguments)
         return [*(Template(word).substitute(values) for word in words), *added]
 

@@ -27,7 +27,7 @@ def analyze(
     json: opt.Json = False,
     processors: opt.HardwareOptions,
 ) -> None:
-    """Measure the quality loss at each boundary, and how many layers the model can skip."""
+    """Measure the quality loss at each boundary to find out how many layers a model can skip."""
     from pop_local.research import layer_analysis
 
     options = layer_analysis.AnalyzeOptions(by.text, by.tokens)

@@ -12,7 +12,7 @@ cache = sub_app(no_args_is_help=True)
 def about() -> None:
     """Remove the stored KV caches of earlier prompts.
 
-    `chat`, `run` and `serve` store KV caches if you pass --cache-disk or set cache_disk.
+    `chat`, `run`, and `serve` store KV caches if you pass --cache-disk or set cache_disk.
     """
 
 

@@ -87,7 +87,7 @@ def chat(
         note(pruning_state(begun.model))
         if engine.calibrator is not None and not (state_dir() / "history").exists():
             note(
-                "Learning is on: pop-local stores statistics, never text, to speed up later"
+                "Learning is on: pop-local stores statistics, but no text, to speed up later"
                 " prompts. Turn learning off with --learn off."
             )
         if mmproj := engine.options.mmproj:

@@ -61,23 +61,23 @@ class BoundaryOptions(Group):
 @dataclass(frozen=True)
 class HowOptions(Group):
     quality: QualityName | None = option(
-        "Maximum quality loss: near-lossless, balanced or fast (default:"
+        "Maximum quality loss: near-lossless, balanced, or fast (default:"
         f" {BALANCED.quality}; unlimited with --skip or --boundary).",
         "LEVEL",
     )
     projection: Projection | None = option(
         "K/V projections for skipped layers. own: no fit, lower quality. fitted: takes minutes."
-        " fitted-wide: uses more inputs, and is the default if it costs little speed.",
+        " fitted-wide: uses more inputs (the default if it costs little speed).",
         "KIND",
     )
     text: list[Path] | None = option(
         "Text file or folder to fit on (default: look-ups, documentation, code, and text sampled"
-        " from the model). You can repeat this option to give several paths an equal share.",
+        " from the model). To give several paths equal shares, repeat this option.",
         "FILE|DIR",
     )
     distill: bool = option(
-        "Also train the fit end to end, which improves copying. Training takes minutes per"
-        " boundary, needs torch, and supports dense llama, qwen2, qwen3, gemma2 and gemma3 models.",
+        "Also train the fit end to end to improve copying. Training takes several minutes per"
+        " boundary, requires torch, and supports dense llama, qwen2, qwen3, and gemma3 models.",
         default=False,
     )
     sidecar: bool = option("Write a small sidecar file instead of a copy.", default=False)
@@ -113,7 +113,7 @@ class FittingOptions(Group):
     )
     tokens: int | None = option(
         "Number of tokens to fit on (default: 24 per embedding dimension, but at least 16384)."
-        " --distill uses the same number, but at least 65536.",
+        " --distill uses at least 65536 tokens.",
         min=1,
     )
     memory: float | None = option(
@@ -162,7 +162,7 @@ def convert(
     with fast. --dry-run prints all limits. To choose the skipped layers yourself, use --skip or
     --boundary.
 
-    The copy contains the model's weights, and fitted K/V projections for the skipped layers. Only
+    The copy contains the model's weights and fitted K/V projections for the skipped layers. Only
     pop-local can open the copy. The command measures the quality loss and stores it in the copy.
     With --projection own, the copy has no new weights, and stock llama.cpp can open it.
     """
@@ -218,8 +218,8 @@ def convert(
         view.show_converted(planned, done, as_markdown=how.markdown)
     if entry := next((each for each in load_catalog() if is_unused_copy(each, done.path)), None):
         note(
-            f"The name {entry.short_name} still opens the original model, because its sidecar loses"
-            f" less quality. To use the copy, pass its path: {done.path}"
+            f"The name {entry.short_name} still refers to the original model: with its sidecar, the"
+            f" quality loss is smaller. To use the copy, pass its path: {done.path}"
         )
 
 

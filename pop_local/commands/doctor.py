@@ -48,7 +48,7 @@ class Check:
 
 
 def doctor(json: Json = False) -> None:
-    """Check the backend, devices, memory and default model. The exit code is 1 if a check fails."""
+    """Check the backend, devices, memory, and default model. Exit with code 1 if a check fails."""
     checks = (
         Check("python", "Python", "ok", f"{platform.python_version()} ({sys.executable})"),
         Check("pop_local", "pop-local", "ok", __version__),
@@ -99,7 +99,7 @@ def _kernels(name: str) -> Check:
         return Check("kernels", "Kernels", "note", f"{name}: {KERNELS_VARIABLE}={asked}", to_do)
     found = f"{name}, the fastest kernels in this build for this processor"
     if name == devices.NO_KERNELS:
-        found = "this build has no kernels for this processor, so it uses llama.cpp's kernels"
+        found = "this build has no pop-local kernels for this processor, so it uses llama.cpp's"
     return Check("kernels", "Kernels", "ok", found)
 
 
@@ -126,7 +126,7 @@ def _abi(abi: int | None) -> Check:
 def _gpus(info: devices.BackendInfo) -> list[Check]:
     gpus = []
     for each in filter(lambda device: device.is_gpu, info.devices):
-        memory = f"{size(each.memory_free_bytes)} of {size(each.memory_total_bytes)} memory is free"
+        memory = f"{size(each.memory_free_bytes)} of {size(each.memory_total_bytes)} free"
         gpus.append(Check("gpu", "GPU", "ok", f"{each.name}: {each.description}, {memory}"))
     for name, n_devices in info.built_in:
         if n_devices == 0 and name != "RPC":
@@ -141,7 +141,7 @@ def _gpus(info: devices.BackendInfo) -> list[Check]:
 
 
 def _enabled(features: str) -> str:
-    """Return the enabled CPU features in text such as 'CUDA : ARCHS = 900 | CPU : AVX = 1'."""
+    """Return the enabled CPU features from text such as 'CUDA : ARCHS = 900 | CPU : AVX = 1'."""
     names = [part.partition("=") for part in features.partition("CPU :")[2].split("|")]
     return " ".join(name.strip() for name, _, value in names if value.strip() not in ("", "0"))
 
@@ -158,4 +158,5 @@ def _model() -> Check:
         if entry is None:
             return Check("model", "Default model", "fix", error.message, hint_of(error))
     to_do = f"run `pop-local pull {entry.name}` or `pop-local chat` to download the model"
-    return Check("model", "Default model", "note", f"{entry.name} is not in {folder} yet", to_do)
+    found = f"{entry.name} has not been downloaded to {folder}"
+    return Check("model", "Default model", "note", found, to_do)

@@ -18,7 +18,7 @@ class WindowOptions(Group):
     continuation: int = expert("Number of scored tokens after each context.", min=2, default=128)
     windows: int = option("Number of windows to score.", min=1, default=32)
     lookups: int = option("Number of questions about exact strings.", min=0, default=100)
-    seed: int = expert("Seed for choosing passages, random tokens and look-ups.", min=0, default=0)
+    seed: int = expert("Seed for choosing passages, random tokens, and look-ups.", min=0, default=0)
     deep_rows: DeepRows | None = expert(opt.DEEP_ROWS)
 
 
@@ -30,7 +30,7 @@ def eval(  # noqa: A001
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Measure fast reading's quality loss: KL divergence, perplexity, copying and look-ups."""
+    """Measure fast reading's quality loss: KL divergence, perplexity, copying, and look-ups."""
     from pop_local.measure.quality import QualitySettings
     from pop_local.workflows.evaluate import EvaluateOptions, evaluate
 

@@ -17,7 +17,7 @@ def inspect(
     sidecar: Sidecar = None,
     json: Json = False,
 ) -> None:
-    """Show a model's architecture, layers, boundary, sizes and origin."""
+    """Show a model's architecture, layers, boundary, sizes, and origin."""
     found = inspect_file.inspect(model, sidecar)
     if json:
         print_json(found)

@@ -36,7 +36,7 @@ _SERVING = re.compile(r"APIs at (http://\S+/v1)")
 def launch(
     agent: Annotated[
         Literal["opencode", "codex", "aider", "qwen-code"],
-        typer.Argument(metavar="AGENT", help="opencode, codex, aider or qwen-code."),
+        typer.Argument(metavar="AGENT", help="opencode, codex, aider, or qwen-code."),
     ],
     model: opt.OptionalModel = None,
     arguments: Annotated[

@@ -23,7 +23,7 @@ def _short_name(model: StoredModel) -> str | None:
 
 
 def list(json: Json = False, markdown: Markdown = False) -> None:  # noqa: A001
-    """List the local models, their problems, and the models that you can download by name.
+    """List the local models, any problems with them, and the models that you can download by name.
 
     Commands with a MODEL argument accept these names. `chat` and `run` download missing models.
     """

@@ -43,9 +43,9 @@ def pull(
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
     markdown: Markdown = False,
 ) -> None:
-    """Download a model, check its hash and print its path.
+    """Download a model, check its hash, and print its path.
 
-    After an interruption, the download resumes if the server supports it.
+    After an interruption, the download resumes if the server supports resuming.
     """
     if model is None:
         print_table(_CATALOG, load_catalog(), as_markdown=markdown)

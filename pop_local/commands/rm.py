@@ -27,9 +27,9 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without confirmation.")] = False,
     json: Json = False,
 ) -> None:
-    """Remove models, converted copies or unfinished downloads from the models folder.
+    """Remove models, converted copies, or unfinished downloads from the models folder.
 
-    The command also removes a model's sidecar, and the mmproj that is named after the model. A
+    The command also removes a model's sidecar and the mmproj that is named after the model. A
     catalog name refers to both the model and its converted copy. Other names refer to one file.
     """
     # Look up every name before deleting anything.

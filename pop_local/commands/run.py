@@ -51,7 +51,7 @@ def run(
     file: Annotated[
         list[Path] | None,
         typer.Option(
-            "--file", "-f", metavar="FILE", help="Text, PDF or DOCX file to include (repeatable)."
+            "--file", "-f", metavar="FILE", help="Text, PDF, or DOCX file to include (repeatable)."
         ),
     ] = None,
     image: Annotated[
@@ -62,7 +62,7 @@ def run(
     how: opt.ModelOptions,
     sampling: opt.SamplingOptions,
 ) -> None:
-    """Answer one question. In the prompt, images, files and piped text precede the question.
+    """Answer one question. In the prompt, images, files, and piped text precede the question.
 
     A model without a chat template continues the text instead of answering.
     """
@@ -71,7 +71,7 @@ def run(
     documents, pictures = tuple(_documents(file or [])), tuple(map(read_picture, image or []))
     turn = Turn(question, documents, pictures=pictures)
     if not turn.prompt and not pictures:
-        raise typer.BadParameter("pass a question, a --file or piped text")
+        raise typer.BadParameter("pass a question, a --file, or piped text")
     messages = Conversation(system, (turn,)).messages
     screen = Screen()
     asked = opt.given_names(call)

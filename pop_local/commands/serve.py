@@ -33,8 +33,8 @@ class ServerOptions(Group):
         show_envvar=True,
     )
     cache_scope: Literal["client", "shared"] = option(
-        "Who may reuse a cached prompt (default: client). client: clients with the same API key (or"
-        " the same address, without keys). shared: all clients.",
+        "Who may reuse a cached prompt (default: client). client: clients with the same API key"
+        " (or, without keys, the same address). shared: all clients.",
         "SCOPE",
         default="client",
     )
@@ -42,8 +42,9 @@ class ServerOptions(Group):
     strict_model: bool = expert("Reject requests that name an unknown model.", default=False)
     models: Path | None = option(
         "Serve every model in this folder under the name that `list` shows. The server opens models"
-        " on demand. If you also pass MODEL, the server opens that model at startup and uses it for"
-        " requests without a model name. Otherwise, such requests use the most recent model.",
+        " on demand. If you also pass MODEL, the server opens it at startup and uses it for"
+        " requests without a model name. Otherwise, such requests use the most recently requested"
+        " model.",
         "FOLDER",
         exists=True,
         file_okay=False,
@@ -59,11 +60,11 @@ class ServerOptions(Group):
         "Allow this origin's web pages to send requests without a key (repeatable).", "ORIGIN"
     )
     cache_ram: int = expert(
-        "Memory for caches of earlier prompts, or 0 for the latest.", "MIB", min=0, default=2048
+        "Memory for caches of earlier prompts (0: only the latest).", "MIB", min=0, default=2048
     )
     parallel: int | None = option(
-        "Number of concurrent answers, each with its own context. The default is 1, or 2 with 8 GB"
-        " of free memory, unless --repeatable is set or the model learns.",
+        "Number of concurrent answers, each with its own context. The default is 1, or 2 if 8 GB of"
+        " memory is free, --repeatable is off, and the model does not learn.",
         "N",
         min=1,
         max=64,
@@ -88,7 +89,7 @@ def serve(
     to: ServerOptions,
     how: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
 ) -> None:
-    """Serve a model over the OpenAI, Anthropic, Ollama and llama-server APIs, with a web page.
+    """Serve a model over the OpenAI, Anthropic, Ollama, and llama-server APIs, with a web page.
 
     --parallel sets the number of concurrent answers. Other requests wait in a queue. To turn fast
     reading off for a request, send "pop": false. /health and /metrics (Prometheus) report the

@@ -27,7 +27,7 @@ def positive(value: float | None) -> float | None:
     return finite(value)
 
 
-_SIDECAR = "Sidecar file (default: from the model's folder, or else a learned or shipped file)."
+_SIDECAR = "Sidecar file (default: one in the model's folder, or else a learned or shipped one)."
 MMPROJ = "Multimodal projector for images (default: mmproj*.gguf in the model's folder)."
 MARKDOWN = "Print tables as Markdown."
 DEEP_ROWS = "Rule that selects words to run through all layers (default: the file's rule)."
@@ -94,7 +94,7 @@ class OpenOptions(HardwareOptions):
 
 @dataclass(frozen=True)
 class ModelOptions(OpenOptions):
-    """Options for opening a model and for reading prompts."""
+    """Options for opening a model and reading prompts."""
 
     mmproj: Path | None = option(MMPROJ, "FILE")
     image_tokens: int | None = expert(
@@ -106,15 +106,15 @@ class ModelOptions(OpenOptions):
         default="off",
     )
     learn: Literal["on", "off"] = option(
-        "Store statistics about prompts, never text, to speed up later prompts.", default="off"
+        "Store statistics about prompts, but no text, to speed up later prompts.", default="off"
     )
     reuse: Reuse = expert(
         "What a prompt may reuse from the cache (default: edited). off: nothing. exact: a common"
-        " prefix. edited: also the text after an edit, whose cached values are approximate.",
+        " prefix. edited: the prefix and, with approximate values, the text after an edit.",
         default=Reuse.EDITED,
     )
     cache_type_k: Literal["f16", "q8_0"] = expert(
-        "Type of the K cache (default: f16). q8_0 takes 53% of f16's memory.", default="f16"
+        "Type of the K cache (default: f16). q8_0 uses 47% less memory than f16.", default="f16"
     )
     cache_type_v: Literal["f16", "q8_0"] = expert(
         "Type of the V cache (default: f16). q8_0 turns flash attention on.", default="f16"

@@ -162,7 +162,7 @@ def test_the_variant_of_the_cpu_is_named(install):
         ("avx2", "avx2", "avx2: GGML_POP_KERNELS=avx2", "note"),
         ("amx", "avx-2", "amx: GGML_POP_KERNELS=avx-2", "note"),
         ("off", "0", "off: GGML_POP_KERNELS=0", "note"),
-        ("none", None, "this build has no kernels for this processor", "ok"),
+        ("none", None, "this build has no pop-local kernels for this processor", "ok"),
     ],
 )
 def test_the_kernels_are_named(install, monkeypatch, kernels, asked, found, status):
@@ -212,7 +212,7 @@ def test_threads_that_wait_for_each_other_sleep_soon(given, spins):
 
 def test_gpus_are_listed(install):
     install(found=(GPU, CPU))
-    assert checks()["gpu"]["found"] == "CUDA0: Some GPU, 70.00 GB of 80.00 GB memory is free"
+    assert checks()["gpu"]["found"] == "CUDA0: Some GPU, 70.00 GB of 80.00 GB free"
 
 
 @pytest.mark.parametrize(
