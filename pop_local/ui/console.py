@@ -53,7 +53,7 @@ err = _console(stderr=True)
 def printable(text: str, *, kept: str = "") -> str:
     """Escape characters that control a terminal or cannot be encoded. Leave `kept` unchanged.
 
-    Names, metadata and error messages from files and servers are untrusted text.
+    Names, metadata, and error messages from files and servers are untrusted text.
     """
     return "".join(
         char.encode("unicode_escape").decode()

@@ -94,7 +94,7 @@ def _labelled(label: str, text: str) -> None:
 
 @functools.cache
 def _last_words() -> Callable[[str], None]:
-    """Return a function that prints why llama.cpp aborted and exits the process."""
+    """Return a function that prints llama.cpp's reason for aborting and exits the process."""
     # llama_cpp redirects stderr while it opens a model.
     stderr = os.dup(2)
 

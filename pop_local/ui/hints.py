@@ -12,8 +12,8 @@ from pop_converter.base.errors import PopError
 TRACE = "run `pop-local --debug COMMAND ...` to show the traceback"
 GAVE_UP = "the model file may be damaged; download it again or use another model"
 MEMORY = "close other programs, or use a smaller model or context (--ctx)"
-_SPACE = "free up some space, or write to another disk"
-_PERMISSION = "check the permissions of the file and of its folder"
+_SPACE = "free up some disk space, or write to another disk"
+_PERMISSION = "check the permissions on the file and its folder"
 BY_ERRNO = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
@@ -21,7 +21,7 @@ BY_ERRNO = {
     errno.EPERM: _PERMISSION,
     errno.EROFS: "this disk is read-only; use a folder on another disk",
     errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path: one of its folders is a file",
+    errno.ENOTDIR: "check the path: one of its parent folders is a file",
     errno.EISDIR: "pass a file instead of a folder",
     errno.ENOMEM: MEMORY,
 }

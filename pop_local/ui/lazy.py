@@ -79,7 +79,7 @@ def _defaults(command: Any) -> dict[str, Any]:
 
 
 def _simplify_help(command: Any, ctx: Any) -> None:
-    """Hide types and ranges in the help, and append default values to the help texts."""
+    """Hide types and ranges in the help, and append default values to the help text."""
     for param in command.get_params(ctx):
         # Typer 0.29 has no options for this, so its methods are replaced.
         param._get_number_range_help_str = lambda: None
@@ -110,7 +110,7 @@ def _with_aliases(command: Any) -> None:
 
 
 def _translated(args: list[str]) -> list[str]:
-    """Replace Ollama's command names, and convert llama.cpp's -m, -hf and -p to arguments."""
+    """Replace Ollama's command names, and convert llama.cpp's -m, -hf, and -p to arguments."""
     name, *given = args
     if name == "help" and given:
         return [given[0], "--help"]

@@ -1,4 +1,4 @@
-"""Connect a workflow's Watch to the terminal: progress bars, notes, questions and Ctrl-C."""
+"""Connect a workflow's Watch to the terminal: progress bars, notes, questions, and Ctrl-C."""
 
 import sys
 from collections.abc import Iterator

@@ -279,7 +279,7 @@ def test_pull_into_a_path_that_is_no_folder(tmp_path):
     assert "Apache-2.0" in notice
     assert error.startswith("error: ")
     assert error.endswith("Not a directory")
-    assert "one of its folders is a file" in hint
+    assert "one of its parent folders is a file" in hint
 
 
 def test_debug_shows_the_trace_before_the_two_lines():
@@ -301,7 +301,7 @@ def test_narrow_terminal_is_honoured():
         (
             OSError(28, "No space left on device", "/x/y"),
             "/x/y: No space left",
-            "free up some space",
+            "free up some disk space",
         ),
         (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied", "permissions"),
         (MemoryError(), "not enough memory", "--ctx"),

@@ -82,7 +82,7 @@ def test_chat_attaches_pictures(path):
     shown = chatted(path, "/image", f"/image '{a}'", "what?", f"/image {b}", "and?")
     assert "# /image needs a path." in shown
     assert shown.count(f"# {a} (128 x 96): 50 tokens, 5% of the context.") == 1
-    assert shown.count("# Your next question includes the attachment.") == 2
+    assert shown.count("# Your next question will include the attachment.") == 2
     assert "images 48 tokens encoded in" in shown
     assert "images 96 tokens encoded in" in shown
 

@@ -13,7 +13,7 @@ from pop_local.ui.views.stats import counted_line, picture_line
 
 # Context tokens reserved for the question and the template.
 _QUESTION_TOKENS = 64
-_ATTACHED = "Your next question includes the attachment."
+_ATTACHED = "Your next question will include the attachment."
 
 
 def attach_file(chat: Dialogue, argument: str) -> None:

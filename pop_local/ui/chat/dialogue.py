@@ -1,4 +1,4 @@
-"""A chat in the terminal: the conversation, its model, attachments and streamed answers."""
+"""A chat in the terminal: the conversation, its model, attachments, and streamed answers."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from pop_local.workflows.learning import OnlineCalibration
 WARN_SHARE = 0.8
 # Strings that must be exact: four or more characters with a digit, e-mail addresses, paths.
 _EXACT_STRING = re.compile(r"\d[\w.,:/-]{3,}|\w{3,}\d|\w@\w|/\w+/\w")
-_OFFER = "Fast reading may cause errors in numbers, names and paths (/full on turns it off)."
+_OFFER = "Fast reading may cause errors in numbers, names, and paths (/full on turns it off)."
 
 
 # Opens a model by name (None: the current model) with a context in tokens (None: the default).
@@ -241,8 +241,8 @@ def pruning_state(model: PopModel) -> str:
         return "Fast reading is off: prompts run through all layers (/full off turns it on)."
     n_layer = model.engine.context.files.shape.n_layer
     return (
-        f"Fast reading is on: it skips {n_layer - pruning.boundary} of {n_layer} layers at a small"
-        " quality loss (/full on turns it off)."
+        f"Fast reading is on: it skips {n_layer - pruning.boundary} of {n_layer} layers with a"
+        " small quality loss (/full on turns it off)."
     )
 
 

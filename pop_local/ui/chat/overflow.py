@@ -18,7 +18,7 @@ def answer_reserve(max_tokens: int | None, n_ctx: int) -> int:
 def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) -> tuple[int, int]:
     """Ask the user how to make room for the prompt.
 
-    Return the number of turns to drop, and the new context length (0: keep the current context).
+    Return the number of turns to drop and the new context length (0: keep the current context).
     """
     message = (
         f"The context is {error.n_short:,} tokens too small: the prompt has {error.n_prompt:,}"
@@ -41,7 +41,7 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
 
 
 def too_long(model: EngineOwner, error: ContextFullError) -> PopError:
-    """Return a PopError whose hint suggests a sufficient context length."""
+    """Return a PopError whose hint suggests a large enough context."""
     if n_larger := larger_ctx(model, error.n_prompt + error.n_answer):
         hint = f"use a larger context (--ctx {n_larger}) or shorten the prompt"
     else:
@@ -50,7 +50,7 @@ def too_long(model: EngineOwner, error: ContextFullError) -> PopError:
 
 
 def larger_ctx(model: EngineOwner, n_needed: int) -> int | None:
-    """Return a context length with some reserve, or None if the model does not support any."""
+    """Return a context length with some headroom, or None if the model does not support one."""
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
     n_ctx = min(wanted, model.engine.context.files.n_ctx_train or wanted)
     return n_ctx if n_ctx >= n_needed and n_ctx > model.engine.context.n_ctx else None

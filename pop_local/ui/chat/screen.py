@@ -35,7 +35,7 @@ class AnswerWriter:
 
 
 class Screen:
-    """The output of a chat: answers, notes, errors and multiple-choice questions."""
+    """The output of a chat: answers, notes, errors, and multiple-choice questions."""
 
     def __init__(self) -> None:
         self._answer: AnswerWriter | None = None

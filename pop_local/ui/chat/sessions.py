@@ -69,7 +69,7 @@ def load(chat: Dialogue, name: str) -> None:
             " again before your next answer."
         )
     else:
-        chat.screen.note(f"The cache contains {session.n_cached:,} tokens of the session.")
+        chat.screen.note(f"The cache contains {session.n_cached:,} tokens from the session.")
     warn_of_hidden_pictures(chat)
     if chat.model.engine.pruning.mode is not before:
         chat.screen.note(pruning_state(chat.model))
@@ -78,7 +78,7 @@ def load(chat: Dialogue, name: str) -> None:
 def _list(chat: Dialogue) -> None:
     listed = list(saved().listed())
     if not listed:
-        chat.screen.note("No sessions are saved yet. To save this session, type /save NAME.")
+        chat.screen.note("No saved sessions yet. To save this session, type /save NAME.")
     for stored in listed:
         what = "damaged"
         if session := stored.session:
@@ -134,11 +134,11 @@ class Unsaved:
             self._is_possible = False
             reason = as_pop_error(error).message
             chat.screen.warn(
-                f"A crash would lose this chat ({reason}). To save the chat, type /save NAME."
+                f"This chat would be lost in a crash ({reason}). To save the chat, type /save NAME."
             )
 
     def offer(self, chat: Dialogue) -> None:
-        """Offer the conversations of crashed chats, newest first, until the user continues one."""
+        """Offer conversations from crashed chats, newest first, until the user resumes one."""
         try:
             crashed = [each for each in self._sessions.listed() if self._has_crashed(each)]
             for n_older, stored in reversed([*enumerate(crashed)]):

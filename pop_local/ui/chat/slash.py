@@ -132,7 +132,7 @@ def _param_line(chat: Dialogue, name: str) -> str:
         return f"{name} is {_shown(chat.sampling[name])}."
     recommended = chat.model.engine.recommended
     if name in recommended:
-        return f"{name} is {_shown(recommended[name])} (recommended by the model)."
+        return f"{name} is {_shown(recommended[name])} (recommended for this model)."
     unset = {"max_tokens": "unlimited", "seed": "random"}
     return f"{name} is {unset.get(name) or _shown(getattr(_DEFAULTS, name))} (default)."
 
@@ -194,7 +194,7 @@ _ALL = (
     Command("/model NAME", "switch models, or show the model", _model),
     Command("/system TEXT", "set or show the system prompt", _system),
     Command("/set PARAM VALUE", "set a parameter, or list all parameters", _set, _PARAMS.keys),
-    Command("/stats", "show speed, token counts and context use", _stats),
-    Command("/exit", "quit (also /bye, exit or Ctrl-D)", _leave),
+    Command("/stats", "show speed, token counts, and context use", _stats),
+    Command("/exit", "quit (also /bye, exit, or Ctrl-D)", _leave),
 )
 COMMANDS = {command.usage.partition(" ")[0]: command for command in _ALL}

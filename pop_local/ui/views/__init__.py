@@ -1,1 +1,1 @@
-"""The commands' results as tables, text and JSON."""
+"""The commands' results as tables, text, and JSON."""

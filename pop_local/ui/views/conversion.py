@@ -1,4 +1,4 @@
-"""The output of `convert`: the plan, the tried candidates and the result, as text and JSON."""
+"""The output of `convert`: the plan, the tried candidates, and the result, as text and JSON."""
 
 from __future__ import annotations
 

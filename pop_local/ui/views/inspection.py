@@ -24,7 +24,7 @@ def summary_facts(found: Inspection) -> list[Fact]:
     kind = "chat model" if found.has_chat_template else "base model (it has no chat template)"
     stock = "opens this file"
     if not found.opens_in_stock_llama_cpp:
-        stock = "cannot open this file, which contains fitted projections"
+        stock = "cannot open this file: it contains fitted projections"
     elif found.pop is not None and found.sidecar is None:
         stock = "opens this file without fast reading"
     return [

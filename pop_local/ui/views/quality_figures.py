@@ -42,7 +42,7 @@ def figures(quality: Quality | Lookups) -> dict[str, Any]:
 
 
 def with_advice(verdict: str) -> str:
-    """Append the advice to use --full to a verdict."""
+    """Return a verdict followed by advice to use --full."""
     return f"{verdict} Use --full to avoid any loss."
 
 

@@ -58,7 +58,7 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int, n_refilled: int) -> 
     n_refilled += total.n_refilled
     if total.n_deep or n_refilled:
         yield (
-            f"Names, numbers and symbols: {total.n_deep:,} tokens in full."
+            f"Names, numbers, and symbols: {total.n_deep:,} tokens in full."
             f" Caught up later: {n_refilled:,} tokens."
         )
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."

@@ -26,7 +26,7 @@ from support.scripted_chat import (
 
 DROPPED = "# The question was dropped. To ask the question again, type /retry."
 FAST = (
-    "# Fast reading is on: it skips 10 of 30 layers at a small quality loss"
+    "# Fast reading is on: it skips 10 of 30 layers with a small quality loss"
     " (/full on turns it off)."
 )
 

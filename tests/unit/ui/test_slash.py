@@ -79,7 +79,7 @@ def test_set_shows_and_changes_how_answers_are_sampled():
         "# top_p is 0.95 (default).",
         "> /set",
         "# temperature is 0.2.",
-        "# top_k is 20 (recommended by the model).",
+        "# top_k is 20 (recommended for this model).",
         "# top_p is 0.95 (default).",
         "# min_p is 0.05 (default).",
         "# repeat_penalty is 1 (default).",
@@ -186,7 +186,7 @@ def test_a_file_goes_with_the_next_question_alone(report):
     shown = talk(model, f"/file '{report}'", "/file", "what is it?", "sure?")
     assert shown[1:5] == [
         f"# {report}: 50 tokens, 1% of the context.",
-        "# Your next question includes the attachment.",
+        "# Your next question will include the attachment.",
         "> /file",
         "# /file needs a path.",
     ]
