@@ -58,7 +58,7 @@ def test_own_projections_are_measured_if_a_quality_is_given(tiny, tmp_path, monk
         unmeasured.setattr(examining.quality, "measure_pruning", None)
         done = convert(tiny, "--projection", "own", "--boundary", 5)
     assert done.exit_code == 0, done.stderr
-    assert "The loss is not measured, because" in " ".join(done.stderr.split())
+    assert "The loss was not measured, because" in " ".join(done.stderr.split())
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.measured is None
     assert "BROKEN" not in shown(tmp_path / "tiny.pop.gguf")

@@ -229,7 +229,7 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     model = opened(chat_model)
     _, shown = talked(model, "/load", "a b c d " * 30, "/save one", "/save one", "/load")
-    assert shown[1] == "# No sessions are saved yet. To save this session, type /save NAME."
+    assert shown[1] == "# No saved sessions yet. To save this session, type /save NAME."
     assert shown[-5].startswith("# Saved the session (")
     assert shown[-3].startswith("# Saved the session (") and shown[-3].endswith("type /load one.")
     assert shown[-1].startswith("# one: 1 turn, ")
@@ -258,7 +258,7 @@ def test_cleared_and_undone_turns_are_not_saved(chat_model, monkeypatch, tmp_pat
     with zipfile.ZipFile(sessions.path("cleared")) as archive:
         assert archive.namelist() == ["session.json"]
     _, shown = talked(opened(chat_model), "/load cleared")
-    assert shown[2] == "# The cache contains 0 tokens of the session."
+    assert shown[2] == "# The cache contains 0 tokens from the session."
 
 
 def test_a_session_of_another_model_is_reported_and_read_again(chat_model, monkeypatch, tmp_path):
