@@ -100,7 +100,7 @@ class LimitOptions(Group):
     panel: ClassVar[str] = EXPERT
 
     max_kl: float | None = _limit("NATS", "Maximum KL divergence from the full model.")
-    max_ppl_ratio: float | None = _limit("RATIO", "Maximum ratio to the full model's perplexity.")
+    max_ppl_ratio: float | None = _limit("RATIO", "Maximum perplexity ratio to the full model.")
     max_copy_ratio: float | None = _limit("RATIO", "Maximum perplexity ratio on repeated text.")
 
 

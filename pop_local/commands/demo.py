@@ -19,7 +19,7 @@ def demo(
     model: opt.Converted = DEFAULT_MODEL,
     *,
     pairs: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Number of full and fast answers.")
+        int, typer.Option(min=1, metavar="N", help="Number of answers in each mode.")
     ] = 3,
     json: opt.Json = False,
     how: opt.OpenOptions,

@@ -32,7 +32,7 @@ def pull(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A model name, hf:OWNER/REPO[:FILE], or a URL of the Hugging Face Hub (default:"
+            help="A model name, hf:OWNER/REPO[:FILE], or a Hugging Face Hub URL (default:"
             " list all names). FILE may be part of a file name, as in hf:OWNER/REPO:Q4_K_M.",
         ),
     ] = None,

@@ -50,8 +50,8 @@ class ServerOptions(Group):
         file_okay=False,
     )
     ram: float | None = option(
-        "Memory limit for --models. The server closes idle models to free memory (default: one open"
-        " model).",
+        "Memory limit for --models (default: one open model). The server closes idle models to free"
+        " memory.",
         "GIB",
         min=0.0,
         callback=opt.finite,

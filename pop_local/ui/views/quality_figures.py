@@ -95,5 +95,5 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
         full, lost = with_se(lookups.logprob_full, ".2f"), with_se(lookups.logprob_lost, ".2f")
         yield (
             "",
-            f"log-probability of correct strings: full {full}, lower by {lost} with fast reading",
+            f"log-probability of correct strings: {full} in full, {lost} lower with fast reading",
         )
