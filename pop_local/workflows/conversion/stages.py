@@ -13,8 +13,6 @@ from pop_local.measure.quality import QualitySettings
 from pop_local.workflows.conversion.conversion_plan import Conversion
 from pop_local.workflows.conversion.full_model import N_DOCUMENTS, N_WINDOWS
 
-# Number of candidates that a search usually measures before it tries fewer deep rows.
-_N_MEASURED = 3
 # Number of prompt tokens that take as long to read as a look-up's answer (SmolLM2, Zen 4).
 _TOKENS_PER_LOOKUP = 130
 # Cost of measuring a boundary relative to the full model (SmolLM2, Zen 4).
@@ -47,9 +45,12 @@ def planned_stages(planned: Conversion) -> list[ExpectedStage]:
     looked_up = ExpectedStage("Running look-ups at boundary", lookups)
     if planned.budget is not None:
         stages.append(ExpectedStage("Running the full model", read))
-        stages += [tried] * min(_N_MEASURED, len(planned.plans))
+        # Bisection halves the candidates. About half of the measured ones also run look-ups.
+        n_measured = len(planned.plans).bit_length()
+        n_looked_up = (n_measured + 1) // 2
+        stages += [tried] * (n_measured - n_looked_up + 1)
         stages += [ExpectedStage("Running look-ups on the full model", lookups), looked_up]
-        stages += [tried, looked_up] * len(plan.deep_rows.fewer)
+        stages += [tried, looked_up] * (n_looked_up - 1 + len(plan.deep_rows.fewer))
     elif planned.fit_work:
         stages += [ExpectedStage("Measuring", read), ExpectedStage("Running look-ups", lookups)]
     return [*stages, ExpectedStage(planned.writing_stage, _WRITING * planned.sizes.output_bytes)]
