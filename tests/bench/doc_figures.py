@@ -1,7 +1,7 @@
-"""Figures and tables for users of the documents, computed from docs/results and the catalog.
+"""Figures and tables for the user docs, computed from docs/results and the catalog.
 
-render_docs.py inserts them: `<!-- figure NAME -->` a figure of FIGURES, and `<!-- table NAME -->` a
-table of TABLES.
+render_docs.py inserts a figure from FIGURES at `<!-- figure NAME -->`, and a table from TABLES at
+`<!-- table NAME -->`.
 """
 
 import json
@@ -58,7 +58,7 @@ def markdown(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def amount(n_bytes: float) -> str:
-    """Return a number of bytes for users: 98 MB, 1.1 GB."""
+    """Return a byte count in readable form: 98 MB, 1.1 GB."""
     return f"{n_bytes / 1e6:.0f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.1f} GB"
 
 
@@ -83,14 +83,14 @@ def kept(row: Row) -> str:
     return f"{found['full'] - found['lost']} of {found['full']}"
 
 
-def origin(name: str, verb: str = "We took these measurements") -> str:
+def origin(name: str, verb: str = "We measured these values") -> str:
     """Return the sentence with a result's machine and date."""
     result = read(name)
     return f"{verb} on {result['machine']} on {result['date']}."
 
 
 def summary() -> str:
-    """Return README's table for users."""
+    """Return the README's table for users."""
     titles = ["model", " file", " RAM", *(f" {way}" for way in WAYS.values())]
     titles += [" same next word", " look-ups right", " still right"]
     rows = []
@@ -122,7 +122,7 @@ def verdict() -> str:
 
 
 def machines() -> str:
-    """Return the kernels' speeds on both machines, for one prompt length."""
+    """Return the kernels' speeds on both machines for one prompt length."""
     amx = {row["model"]: row for row in read("speeds")["rows"] if row["tokens"] == N_PROMPT}
     titles = ["model", *(f" {text}" for text in ("llama.cpp", "pop-local", "faster by") * 2)]
     rows = []
@@ -140,7 +140,7 @@ MACHINES = ("shipped", "speeds")
 
 
 def quality_limits(model: CatalogModel) -> str:
-    """Return the name of the limits within which a model's shipped sidecar was made."""
+    """Return the quality level whose limits a model's shipped sidecar meets."""
     meta = sidecar_meta(read_header(SHIPPED / f"{Path(model.file).stem}{SUFFIX}"))
     return f"`{meta.budget.quality}`" if meta.budget else "none"
 
@@ -165,14 +165,14 @@ def models_table() -> str:
 
 
 def billions(name: str) -> float:
-    """Return a hub model's parameters in billions, from PARAMETERS or from its name."""
+    """Return a hub model's parameter count in billions, from PARAMETERS or its name."""
     if name in PARAMETERS:
         return PARAMETERS[name]
     return float(re.findall(r"(\d+(?:\.\d+)?)b\b", name)[0])
 
 
 def hub_table() -> str:
-    """Return the hub's models with estimates, the smallest first."""
+    """Return the hub's models with estimates, smallest first."""
     titles = ["name", " parameters", " download, about", " RAM, about", "repository"]
     rows = []
     for name, repository in sorted(hub_names().items(), key=lambda item: billions(item[0])):
@@ -183,7 +183,7 @@ def hub_table() -> str:
 
 
 def span(values: Iterable[float], layout: str = "{:.1f}") -> str:
-    """Return the smallest and the largest value."""
+    """Return the smallest and largest values."""
     found = sorted(values)
     return f"{layout.format(found[0])} to {layout.format(found[-1])}"
 

@@ -2,15 +2,15 @@
 
     python tests/bench/render_docs.py [--no-chart]        (make docs)
 
-`<!-- table NAME -->` in a document, or `<!-- table NAME: COLUMN, COLUMN -->` for some columns,
+`<!-- table NAME -->` in a document, or `<!-- table NAME: COLUMN, COLUMN -->` for selected columns,
 starts a table; all lines up to `<!-- end -->` are replaced. `<!-- figure NAME -->` starts a figure,
-which also ends at `<!-- end -->`. doc_figures.py defines the figures, and the tables for users.
+which also ends at `<!-- end -->`. doc_figures.py defines the figures and the user docs' tables.
 
 A result is a JSON file: columns with a title and a format, rows, and the machine. A cell is null, a
-text, a list of numbers for the format or for its first part, or an object with such a `value` and
+string, a list of numbers for the format or its first part, or an object with such a `value` and
 its own `note` or `format`. A row's `lookups`, as `pop-local eval --json` prints them, fill the
 columns of LOOKUPS, which a result need not list. A `source` replaces the sentence about commands,
-machine and date.
+machine, and date.
 """
 
 import argparse
@@ -34,7 +34,7 @@ LOOKUPS: list[Row] = [
 
 
 def cell_text(value: Any, layout: str) -> str:
-    """Return a cell; with fewer values than the layout has, use its first part."""
+    """Return a cell's text; if values are missing, use only the first part of the layout."""
     if isinstance(value, dict):
         text = cell_text(value["value"], value.get("format", layout))
         return f"{text} {value['note']}" if "note" in value else text
@@ -48,7 +48,7 @@ def cell_text(value: Any, layout: str) -> str:
 
 
 def table(columns: list[Row], rows: list[Row]) -> str:
-    """Return a Markdown table; a repeated name in the first column is left out."""
+    """Return a Markdown table that omits repeated names in the first column."""
     lines = [
         "| " + " | ".join(column["title"] for column in columns) + " |",
         "|" + "|".join("---:" if "format" in column else "---" for column in columns) + "|",
@@ -64,14 +64,14 @@ def table(columns: list[Row], rows: list[Row]) -> str:
 
 
 def with_lookups(row: Row) -> Row:
-    """Return the row with a cell for each column of LOOKUPS if look-ups were measured."""
+    """Return the row, with a cell for each column of LOOKUPS if look-ups were measured."""
     if (found := row.get("lookups")) is None:
         return row
     return row | {c["name"]: [found[name] for name in c["of"]] for c in LOOKUPS}
 
 
 def kept_table(name: str, chosen: str | None) -> str:
-    """Return a result's table with the chosen columns, and its commands and machine."""
+    """Return a result's table with the chosen columns, followed by its commands and machine."""
     kept = read(name)
     columns = kept["columns"]
     if chosen:
@@ -100,7 +100,7 @@ def rendered(text: str) -> str:
 
 
 def draw(path: Path) -> None:
-    """Draw the time to first token: tokens of the prompt over tokens per second."""
+    """Draw the time to first token: prompt tokens divided by tokens per second."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -126,7 +126,7 @@ def draw(path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--no-chart", action="store_true", help="tables alone; no matplotlib")
+    parser.add_argument("--no-chart", action="store_true", help="skip the chart (and matplotlib)")
     for document in DOCUMENTS:
         before = document.read_text(encoding="utf-8")
         if (after := rendered(before)) != before:
