@@ -101,7 +101,7 @@ def test_rename_is_saved_or_cancelled(three):
     row.locator("[aria-label='Rename Boats?']").click()
     three.keyboard.type("No")
     three.keyboard.press("Escape")
-    assert titles(three) == ["Birds?", "Boats?", "Lamps?"]
+    three.wait_for_function(LISTED, arg=["Birds?", "Boats?", "Lamps?"])
     for old, new in (("Boats?", "The boats"), ("Birds?", "The gulls")):
         three.locator("#list li", has_text=old).hover()
         three.click(f"[aria-label='Rename {old}']")
