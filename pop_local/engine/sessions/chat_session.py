@@ -85,8 +85,8 @@ class Stream(Iterator[str]):
 class ChatSession:
     """A conversation in which each prompt contains all earlier turns.
 
-    Sessions are not thread-safe. A model has one KV cache and generates one answer at a time. If
-    another session asks a question, the model must reread this conversation.
+    Sessions are not thread-safe. A model has one KV cache and generates one answer at a time. After
+    a question in another session, the model must reread this conversation.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ChatSession:
 
     @property
     def system(self) -> str:
-        """The system prompt, or "". Changes take effect at the next question."""
+        """The system prompt, or "". Changes take effect with the next question."""
         return self._conversation.system
 
     @system.setter
@@ -127,7 +127,7 @@ class ChatSession:
 
     @property
     def last_asked(self) -> Turn | None:
-        """The turn that retry and edit repeat: the dropped question, if any, or the last turn."""
+        """The turn that retry and edit repeat: any dropped question, or else the last turn."""
         turns = self.conversation.turns
         return self._dropped or (turns[-1] if turns else None)
 
@@ -137,12 +137,12 @@ class ChatSession:
 
     @property
     def stats(self) -> SessionStats:
-        """Totals over this session's answers, excluding answers that were closed early."""
+        """Totals for this session's answers, excluding answers that were closed early."""
         return SessionStats.of(self._stats)
 
     @property
     def answer_stats(self) -> tuple[TurnStats, ...]:
-        """The statistics of each answer that is counted in `stats` and has at least one token."""
+        """Statistics for each answer that counts toward `stats` and contains at least one token."""
         return tuple(stats for stats in self._stats if stats.n_decoded)
 
     def chat(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:
@@ -181,21 +181,21 @@ class ChatSession:
     def retry(self, **options: Unpack[AnswerOptions]) -> Stream:
         """Regenerate the last answer.
 
-        Raises the same errors as `stream`, or PopError if the session has no question yet.
+        Raises the same errors as `stream`, or PopError if there is no question to answer again.
         """
         return self.edit(None, **options)
 
     def edit(self, question: str | None, **options: Unpack[AnswerOptions]) -> Stream:
-        """Replace the last question's text (None: keep the text) and answer the question again."""
+        """Replace the last question's text (None: keep it) and answer the question again."""
         turn = self.last_asked
         if turn is None:
-            raise PopError("the session has no question yet", "call chat or stream first")
+            raise PopError("there is no question to answer again", "call chat or stream first")
         before = self.conversation if self._dropped else self.conversation.without_last()
         question = turn.question if question is None else question
         return self._ask(replace(turn, question=question, answer=""), before, options)
 
     def undo(self) -> Turn | None:
-        """Remove and return the last turn (None if no turn exists), and clear `dropped`."""
+        """Remove and return the last turn (None if there are no turns), and clear `dropped`."""
         turns = self.conversation.turns
         if not turns:
             return None
@@ -261,7 +261,7 @@ def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSessio
     """Load a saved conversation, with its mode and KV cache if they match the model.
 
     If the mode or KV cache does not match, `reread` contains the reason. The model then rereads the
-    conversation at the next question. Raises PopError if the file is not a session file.
+    conversation when the next question is asked. Raises PopError if the file is not a session file.
     """
     sessions, name = _split(path)
     if not sessions.path(name).is_file():

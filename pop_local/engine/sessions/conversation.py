@@ -9,7 +9,7 @@ from pop_local.texts.document_readers import Document
 
 @dataclass(frozen=True)
 class Turn:
-    """A question with its documents and images, and the answer ("" for no answer)."""
+    """A question with its documents and images, and the answer ("" if no answer exists)."""
 
     question: str
     documents: tuple[Document, ...] = ()

@@ -44,7 +44,7 @@ from pop_local.engine.sessions.conversation import Conversation
 
 SUFFIX = ".popsession"
 FORMAT = 3
-_NOT_SAVED = "the file has no KV cache because another conversation replaced the cached rows"
+_NOT_SAVED = "the file contains no KV cache because another conversation replaced the cached rows"
 _TRANSCRIPT = "session.json"
 _PICTURE = "pictures/{}"
 _MAX_TRANSCRIPT_BYTES = 1 << 28
@@ -134,7 +134,7 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
 
 
 def fingerprint(engine: Engine) -> Fingerprint:
-    """Return the fingerprint. The hash is empty if a model file was replaced while open."""
+    """Return the fingerprint. The hash is empty if a model file was replaced while it was open."""
     source = engine.context.files.source
     version = f"{backend.version()} abi {backend.library_abi()}{opened_with(engine.context)}"
     mmproj = engine.vision.key if engine.vision else ""
@@ -143,7 +143,7 @@ def fingerprint(engine: Engine) -> Fingerprint:
 
 
 class Sessions:
-    """A folder of saved sessions, accessed by name."""
+    """A folder of saved sessions, each accessed by name."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -177,8 +177,8 @@ class Sessions:
     ) -> int:
         """Write the file atomically and return its size in bytes. Raises PopError on failure.
 
-        `with_cache`: whether to save the cached rows if they belong to the conversation. Saving the
-        rows drops all later rows from the cache.
+        `with_cache`: whether to save the cached rows if they belong to the conversation. Saving
+        them drops all later rows from the cache.
         """
         path, state = self.path(name), None
         n_own = n_own_tokens(engine, conversation) if with_cache else 0
@@ -256,7 +256,7 @@ def encoded(session: Session) -> str:
 def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session:
     """Parse an archive's transcript. Images have no content unless `with_pictures` is True.
 
-    Raises PopError for a different format version, or an error in DAMAGES for invalid JSON.
+    Raises PopError if the format version differs, or an error in DAMAGES if the JSON is invalid.
     """
 
     def picture(name: str, sha256: str) -> Picture:
@@ -272,8 +272,8 @@ def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session
     raw = _typed(json.loads(read_member(archive, _TRANSCRIPT, _MAX_TRANSCRIPT_BYTES)), dict)
     if (found := _typed(raw.pop("format", None), int)) != FORMAT:
         raise PopError(
-            f"the session {archive.filename} cannot be read: the file has format {found}, but this"
-            f" version reads format {FORMAT}",
+            f"the session {archive.filename} cannot be read: the file uses format {found}, but this"
+            f" version reads only format {FORMAT}",
             "load the session with the version of pop-local that saved it",
         )
     session: Session = _value(Session, raw, picture)
@@ -353,6 +353,6 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 def _damaged(path: Path) -> PopError:
     return PopError(
-        f"the file {path} is damaged or not a session",
+        f"the file {path} is damaged or is not a session file",
         "wait if the file is still being copied, or load a different file",
     )

@@ -51,7 +51,7 @@ def test_a_damaged_session_is_one_error_and_changes_nothing(talk, sessions, dama
             }[damage]
         )
     n_tokens = model.engine.cache.n_tokens
-    with pytest.raises(PopError, match="damaged or not a session") as refused:
+    with pytest.raises(PopError, match="damaged or is not a session file") as refused:
         sessions.load("talk", model.engine)
     assert "delete" not in refused.value.hint, "the copy may be incomplete"
     assert model.engine.cache.n_tokens == n_tokens
@@ -119,7 +119,7 @@ def test_every_field_of_a_session_has_a_type_and_a_range(talk, sessions, place, 
     else:
         rewritten(path, fields={place: value})
     n_tokens = model.engine.cache.n_tokens
-    with pytest.raises(PopError, match="damaged or not a session"):
+    with pytest.raises(PopError, match="damaged or is not a session file"):
         sessions.load("talk", model.engine)
     assert model.engine.cache.n_tokens == n_tokens
     (stored,) = sessions.listed()
@@ -149,7 +149,7 @@ def npy(head: str, data: bytes = b"") -> bytes:
 def test_arrays_of_another_type_or_size_are_rejected(talk, sessions, name, content):
     model, path = talk
     rewritten(path, **{name: content.replace(b"N", str(model.engine.cache.n_tokens).encode())})
-    with pytest.raises(PopError, match="damaged or not a session"):
+    with pytest.raises(PopError, match="damaged or is not a session file"):
         sessions.load("talk", model.engine)
 
 
@@ -158,7 +158,7 @@ def test_tokens_outside_the_vocabulary_are_rejected(talk, sessions):
     for token in (-2, model.engine.context.vocabulary.n_tokens):
         tokens = encoded_array(np.full(model.engine.cache.n_tokens, token, np.int32))
         rewritten(path, tokens_npy=tokens)
-        with pytest.raises(PopError, match="damaged or not a session"):
+        with pytest.raises(PopError, match="damaged or is not a session file"):
             sessions.load("talk", model.engine)
 
 
@@ -184,5 +184,5 @@ def test_a_compressed_session_is_refused(talk, sessions):
     model, path = talk
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("session.json", b" " * 1_000_000)
-    with pytest.raises(PopError, match="damaged or not a session"):
+    with pytest.raises(PopError, match="damaged or is not a session file"):
         sessions.load("talk", model.engine)

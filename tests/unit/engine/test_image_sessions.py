@@ -84,7 +84,7 @@ def test_a_session_of_another_format_is_reported(smol, tmp_path):
         with zipfile.ZipFile(path) as given, zipfile.ZipFile(old, "w") as made:
             content = json.loads(given.read("session.json")) | {"format": 1}
             made.writestr("session.json", json.dumps(content))
-        with pytest.raises(PopError, match="has format 1, but this version reads format 3"):
+        with pytest.raises(PopError, match="uses format 1, but this version reads only format 3"):
             model.load_session(old)
 
 

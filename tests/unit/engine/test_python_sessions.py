@@ -156,7 +156,7 @@ def test_a_forgotten_conversation_leaves_the_system_prompt(model):
     session.forget()
     assert (session.system, asked(session), session.n_cached) == ("Be brief.", [], 0)
     assert (session.undo(), session.answer_stats) == (None, ())
-    with pytest.raises(PopError, match="no question yet"):
+    with pytest.raises(PopError, match="no question to answer again"):
         session.retry()
 
 
