@@ -2,7 +2,7 @@
 
 Rows after the first change keep their K/V and move to their new positions. The moved rows are
 stale, because they were computed after different text. Only the new tokens and the prompt's tail
-are decoded immediately. A refill decodes the stale rows again later.
+are decoded immediately. A later refill re-decodes the stale rows.
 """
 
 import itertools

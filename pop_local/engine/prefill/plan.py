@@ -17,8 +17,8 @@ from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 class Reuse(str, Enum):
     """Cached rows that a prompt may reuse.
 
-    OFF: none. EXACT reuses the common prefix. With pruning, EDITED also reuses matching passages
-    after an edit. The K/V of these passages are approximate until a refill (see prefill.edit).
+    OFF: none. EXACT reuses the common prefix. When pruning is on, EDITED also reuses matching
+    passages after an edit. Their K/V remain approximate until a refill (see prefill.edit).
     """
 
     OFF = "off"
@@ -56,8 +56,8 @@ NO_FULL_ROWS = RowRule(sink_tokens=0, tail_tokens=0)
 class PrefillPlan:
     """A plan for decoding a prompt's uncached tokens.
 
-    `full_from`: first row of the tail. `chunks`: (start, end) offsets of text or a single image
-    among the uncached tokens. `n_pruned`: number of rows that stop at the boundary in mode CONTEXT.
+    `full_from`: first row of the tail. `chunks`: (start, end) ranges of uncached tokens, each of
+    text or a single image. `n_pruned`: number of rows that stop at the boundary in mode CONTEXT.
     """
 
     full_from: int

@@ -88,7 +88,7 @@ def append(
     n = max((each.n_rows for each in prompt.images.values() if each.is_mutual), default=0)
     if n > n_at_once:
         raise PopError(
-            f"the image's {n} tokens must fit in one ubatch, but a ubatch holds {n_at_once} tokens",
+            f"the image's {n} tokens must fit in one ubatch, but a ubatch holds only {n_at_once}",
             f"open the model with n_batch and n_ubatch of at least {n}",
         )
     if deep is None:

@@ -1,4 +1,4 @@
-"""A prompt that is being read, and the result of reading a prompt."""
+"""A prompt that is being read, and the result of reading it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Read:
 
 
 class PrefillStoppedError(StoppedError):
-    """Error raised if reading is stopped. `read`: the result for the rows decoded so far."""
+    """Error raised when reading is stopped. `read`: the result for the rows decoded so far."""
 
     def __init__(self, read: Read) -> None:
         super().__init__()

@@ -60,7 +60,7 @@ class Prompt:
     def n_equal(self, tokens: np.ndarray, images: Mapping[int, str]) -> int:
         """Return the number of matching leading rows, rounded down so that no image is split.
 
-        `tokens`: int32 [n]. `images` maps the images' first rows to their keys.
+        `tokens`: int32 [n]. `images` maps each image's first row to the image's key.
         """
         n = min(len(self.tokens), len(tokens))
         differ = np.flatnonzero(tokens[:n] != np.asarray(self.tokens[:n], dtype=np.intc))

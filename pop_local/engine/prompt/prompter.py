@@ -26,8 +26,8 @@ Write = Callable[[list[str], Callable[[str], str]], str]
 class Prompter:
     """A prompt builder for a model.
 
-    `parse_special`: whether to parse special tokens in messages and documents. If `parse_special`
-    is True, a document can forge conversation turns.
+    `parse_special`: whether to parse special tokens in messages and documents. If so, a document
+    can forge conversation turns.
     """
 
     def __init__(

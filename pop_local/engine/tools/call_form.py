@@ -1,4 +1,4 @@
-"""The format of an answer that may call tools, and the constraint that enforces the format."""
+"""The format of an answer that may call tools, and the constraint that enforces it."""
 
 import codecs
 import re
@@ -104,7 +104,7 @@ class CallConstraint:
                 return
 
     def _begin(self, grammar: Grammar, text: str) -> None:
-        """Apply the grammar to the answer after `text`, unless the grammar rejects `text`."""
+        """Apply the grammar to the answer after `text`, unless it rejects `text`."""
         constraint = Constraint(self._tokenizer, grammar)
         try:
             for token in self._tokenizer.greedy_tokenize(text):

@@ -15,7 +15,7 @@ _FENCE = re.compile(r"(?:\A\s*|(?<=\n))```\w*\s*\n\s*((?:(?!```).)*)(?:```\s*|\Z
 def last_calls(text: str, tools: Sequence[Tool]) -> tuple[tuple[tuple[str, str], ...], str]:
     """Return (name, JSON arguments) pairs for the calls in the code fence that ends an answer.
 
-    Also returns the reason if the answer seems to call a tool but contains no valid call. Calls
+    If the answer seems to call a tool but contains no valid call, also returns the reason. Calls
     must name known tools and use only arguments that the tools' schemas allow.
     """
     known = {tool.name: tool.parameters for tool in tools}
@@ -29,7 +29,7 @@ def last_calls(text: str, tools: Sequence[Tool]) -> tuple[tuple[tuple[str, str],
     try:
         calls = [(name, json.dumps(given), {*given}) for name, given in _calls(last[1])]
     except (AttributeError, KeyError, RecursionError, SyntaxError, TypeError, ValueError):
-        return (), f"the fenced call to {named[1]} is neither JSON nor Python with literals"
+        return (), f"the fenced call to {named[1]} is neither JSON nor a Python call with literals"
     for name, _, given in calls:
         required, allowed = (known.get(name, {}).get(key) for key in ("required", "properties"))
         if name not in known or not {*(required or ())} <= given <= {*(allowed or given)}:
@@ -38,7 +38,7 @@ def last_calls(text: str, tools: Sequence[Tool]) -> tuple[tuple[tuple[str, str],
 
 
 def _calls(code: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return (name, arguments) pairs. Raises various errors for any other code."""
+    """Return (name, arguments) pairs. Raises various errors if the code contains anything else."""
     if code.startswith("{"):
         value = json.loads(code)
         return [(value["name"], {**value.get("arguments", value.get("parameters"))})]
@@ -47,6 +47,6 @@ def _calls(code: str) -> list[tuple[str, dict[str, Any]]]:
         lines = ast.parse(code).body
     calls: list[Any] = [line.value if isinstance(line, ast.Expr) else None for line in lines]
     if any(call.args or any(k.arg is None for k in call.keywords) for call in calls):
-        raise ValueError("each argument must have a name")
+        raise ValueError("each argument must be named")
     literal = ast.literal_eval
     return [(ast.unparse(c.func), {k.arg: literal(k.value) for k in c.keywords}) for c in calls]

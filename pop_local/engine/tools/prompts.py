@@ -65,7 +65,7 @@ class _Native:
 
     @property
     def is_known(self) -> bool:
-        """Return True if the template renders tools and llama.cpp has a grammar for calls."""
+        """Return True if the template renders tools and llama.cpp provides a grammar for calls."""
         made, tools = self._rendered, self._tools.all
         if made is None or not made.takes_tools:
             return False
@@ -161,7 +161,7 @@ def _pattern(trigger: dict[str, str]) -> re.Pattern[str]:
 def _numbered(messages: Sequence[Message]) -> list[Message]:
     """Replace call IDs with IDs that every template accepts, and update the results' IDs.
 
-    Results without IDs, which Ollama's clients send, belong to the first unanswered call.
+    Results without IDs, which Ollama's clients send, are assigned to the first unanswered call.
     """
     found: list[Message] = []
     open_: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Parse tool calls in an answer while the model generates the answer."""
+"""Parse tool calls in an answer while the model generates it."""
 
 import secrets
 import string
@@ -51,7 +51,7 @@ class CallReader:
         return self._added(self._parsed(partial=False))
 
     def _parsed(self, *, partial: bool) -> Parsed:
-        """Parse the text so far. Falls back to plain-text calls if llama.cpp finds no calls."""
+        """Parse the text so far. Falls back to plain-text calls if llama.cpp finds none."""
         found: Parsed | None = None
         if self._native is not None:
             try:

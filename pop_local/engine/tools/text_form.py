@@ -1,4 +1,4 @@
-"""Tool calls as plain text, for templates and models that do not support other formats."""
+"""Tool calls as plain text, for templates and models that support no other format."""
 
 import json
 import re

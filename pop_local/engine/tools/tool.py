@@ -14,7 +14,7 @@ _NO_ARGUMENTS = {"type": "object", "properties": {}}
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model may call. `parameters`: the JSON schema of the arguments."""
+    """A function that a model may call. `parameters`: the JSON schema for the arguments."""
 
     name: str
     description: str
@@ -45,8 +45,8 @@ class Tools:
     """A prompt's tools, and the calls that the answer may contain.
 
     `all`: tools in the prompt. `callable_`: tools that may be called. `must_call`: whether a call
-    is required. `several`: whether to allow several calls. Raises PopError if two tools have the
-    same rule name.
+    is required. `several`: whether to allow more than one call. Raises PopError if two tools have
+    the same rule name.
     """
 
     all: tuple[Tool, ...]
@@ -59,8 +59,8 @@ class Tools:
         for tool in self.all:
             if other := rules.get(tool.rule):
                 names = f"{other!r} and {tool.name!r}"
-                message = f"two tools have the same name except for punctuation: {names}"
-                raise PopError(message, "rename one of the two tools")
+                message = f"two tools have names that differ only in punctuation: {names}"
+                raise PopError(message, "rename one of them")
             rules[tool.rule] = tool.name
 
     @property
