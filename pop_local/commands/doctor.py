@@ -119,7 +119,7 @@ def _abi(abi: int | None) -> Check:
         return Check("pop_abi", "Fast reading", "ok", f"patched, ABI {abi}")
     found = "not available, because this llama.cpp does not contain pop-local's patches"
     if abi is not None:
-        found = f"the backend has ABI {abi}, but pop-local needs ABI {backend.ABI}"
+        found = f"the backend uses ABI {abi}, but pop-local needs ABI {backend.ABI}"
     return Check("pop_abi", "Fast reading", "fix", found, backend.INSTALL_HINT)
 
 

@@ -76,7 +76,7 @@ def _require_learnable(cache: KvCache) -> None:
 
 @dataclass(frozen=True)
 class LearnedFit:
-    """A sidecar learned from `n_rows` tokens. `speedup_limit`: the maximum prefill speedup."""
+    """A sidecar fitted to `n_rows` tokens. `speedup_limit`: the maximum prefill speedup."""
 
     sidecar: Path
     boundary: int
@@ -92,11 +92,11 @@ class LearnedFit:
 
 
 class Fitter(Protocol):
-    """A fitter for learned sums. pop_local.workflows.learning implements this protocol."""
+    """A fitter that uses learned sums. pop_local.workflows.learning implements this protocol."""
 
     @property
     def has_work(self) -> bool:
-        """True if `idle` has work to do."""
+        """True if `idle` should be called."""
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
         """Return a better fit if one is found before a stop is requested. Raises PopError."""
@@ -211,7 +211,7 @@ class OnlineCalibrator:
     # While a prompt is read
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
-        """Record the prefill, in any mode, of a prompt chunk that starts at row `start`."""
+        """Record that a prompt chunk starting at row `start` has been read, in any mode."""
         if len(tokens) < N_WINDOW or _key(tokens) in self._seen:
             return
         self._n_chunks += 1
@@ -284,7 +284,7 @@ class OnlineCalibrator:
     def sums(self) -> Sums:
         """Return the sums in the file, or else the unsaved sums. Raises PopError if saving fails.
 
-        They are never merged, so that the sidecar and the file cannot reveal the unsaved rows.
+        The two are never merged, so the sidecar and the file together cannot reveal unsaved rows.
         """
         self.save()
         self._known = self.file.known()
@@ -326,7 +326,7 @@ class OnlineCalibrator:
         return self.summing.is_wide(boundary) and boundary not in self._new.wides
 
     def _choose(self, boundaries: Sequence[int]) -> None:
-        """Choose wider inputs from shipped text, because they reveal details of their source."""
+        """Choose wider inputs using shipped text, because they reveal details of the text used."""
         n_windows = _ROWS_TO_CHOOSE * self._shape.n_embd // N_WINDOW + 1
         wanted, context = self.summing.wanted(boundaries), self._cache.context
         windows = list(read_shipped_windows(context, wanted, n_windows, N_WINDOW))

@@ -1,8 +1,8 @@
 """Sums for fitting projections at given boundaries, and the file that stores a model's sums.
 
-`convert` adds rows from text windows, and online_calibrator.py adds rows from prompts. The sums
-depend only on the rows. A sums file contains sums over thousands of rows, but no individual rows or
-tokens. Only the folder's owner can read sums files (docs/learning.md).
+`convert` adds rows from text windows, and online_calibrator.py adds rows from prompts. Equal rows
+produce equal sums from either. A sums file contains sums over thousands of rows, but no individual
+rows or tokens. Only the folder's owner can read sums files (docs/learning.md).
 """
 
 import json
@@ -41,7 +41,7 @@ N_WEIGHING = 4
 
 @dataclass
 class Sums:
-    """Gram matrices by boundary. `wides`: parameters of each boundary's wider input, if any."""
+    """Gram matrices keyed by boundary. `wides`: the parameters of any wider inputs."""
 
     wides: dict[int, WideInput] = field(default_factory=dict)
     grams: dict[int, Gram] = field(default_factory=dict)
@@ -101,13 +101,13 @@ class Sums:
             xx = _floats(arrays, f"xx.{boundary}")
             xy = {layer: _floats(arrays, f"xy.{boundary}.{layer}") for layer in layers}
             if any(len(each) != len(xx) for each in (xx.T, *xy.values())):
-                raise ValueError(f"the sums at layer {boundary} have mismatched shapes")
+                raise ValueError(f"the shapes of the sums at layer {boundary} do not match")
             sums.grams[boundary] = Gram(xx, xy, n_rows)
         return sums
 
 
 def stored_inputs(head: Any, arrays: Any) -> dict[int, WideInput]:
-    """Return each boundary's wider input, given the results of `Sums.arrays`."""
+    """Return each boundary's wider input from the results of `Sums.arrays`."""
     wides = {}
     for boundary, is_gelu in head["wides"]:
         neurons = None
@@ -128,7 +128,7 @@ def _floats(arrays: Any, name: str) -> np.ndarray:
 
 
 def _read_head(arrays: Any) -> Any:
-    """Return a sums file's header. Raises ValueError or another error for invalid content."""
+    """Return a sums file's header. Raises ValueError or another error if the content is invalid."""
     head = json.loads(str(arrays["head"]))
     numbers = [number for boundary, layers, n in head["grams"] for number in (boundary, n, *layers)]
     numbers += [boundary for boundary, _ in head.get("wides", ())]
@@ -193,7 +193,7 @@ class SumsFile:
                             raise ValueError("the inputs have the wrong width")
                     return take(head, arrays)
                 log.warning(
-                    "%s is for a different model or version, so learning starts over", self.path
+                    "%s is from a different model or version, so learning starts over", self.path
                 )
         except FileNotFoundError:
             return None
@@ -233,7 +233,7 @@ class SumsFile:
 
 
 class Summing:
-    """An accumulator for sums over a model's rows, which also solves for the fits."""
+    """A solver that accumulates sums over a model's rows and computes fits from them."""
 
     def __init__(
         self,
@@ -242,7 +242,7 @@ class Summing:
         projections: Mapping[int, Sequence[Projection]],
         start: Mapping[str, NewTensor] | None = None,
     ) -> None:
-        """`projections`: the kinds of fit at each boundary, excluding `Projection.OWN`.
+        """`projections`: the kinds of fits at each boundary, excluding `Projection.OWN`.
 
         `start`: the fit that the ridge penalty pulls toward (None: the layers' own projections).
         """
@@ -317,7 +317,7 @@ class Summing:
     def solve(
         self, gram: Gram, boundary: int, layer: int, kind: Projection, ridge: float, stored: KvType
     ) -> tuple[NewTensor, ...]:
-        """Solve for a layer's fit at a boundary. Raises FitError for unusable sums."""
+        """Solve for a layer's fit at a boundary. Raises FitError if the sums are unusable."""
         own = self._weights.own_projection(layer, self.shape.n_k[layer], self.shape.n_v[layer])
         if self._start:
             own = fit.decode(layer, self._start, own)

@@ -19,15 +19,15 @@ _START = (
 
 
 class RefusedError(PopError, ValueError):
-    """Error that carries the message and hint of an exception raised in the child process."""
+    """Error with the message and hint from an exception raised in the child process."""
 
 
 class NoChildError(PopError):
-    """Error raised if a child process cannot be started."""
+    """Error raised when a child process cannot be started."""
 
 
 class BeyondLimitsError(PopError):
-    """Error raised if a call exceeds its time or memory limit."""
+    """Error raised when a call exceeds its time or memory limit."""
 
 
 def _python() -> str:
@@ -35,7 +35,7 @@ def _python() -> str:
     python = os.fsdecode(get_executable())
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
-            "a frozen application has no interpreter for templates, grammars, and large images",
+            "this frozen application cannot process templates, grammars, or large images",
             "call multiprocessing.set_executable with a Python interpreter that has pop-local",
         )
     return python
@@ -59,7 +59,7 @@ class KeptProcess:
     ) -> None:
         """`worker`: the class whose methods the child runs.
 
-        `task`, `hint`: the subject of BeyondLimitsError's message, and its hint.
+        `task`, `hint`: the subject of BeyondLimitsError's message, and the error's hint.
         """
         self.limit_s, self.limit_bytes = limit_s, limit_bytes
         self._place = (worker.__module__, worker.__qualname__)
@@ -75,7 +75,7 @@ class KeptProcess:
         return f"{self.limit_s:g} s or {self.limit_bytes >> 20} MiB"
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Start the child process unless it is running. Startup takes a fraction of a second."""
+        """Start the child process if needed. Startup takes a fraction of a second."""
         with self._lock:
             child = self._child
             # After a fork, the child still belongs to the process that started it.

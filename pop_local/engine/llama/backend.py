@@ -172,7 +172,7 @@ def require_patched() -> ctypes.CDLL:
     if abi is None:
         raise PopError("the installed llama.cpp cannot prune because it is unpatched", INSTALL_HINT)
     if abi != ABI:
-        raise PopError(f"the backend has ABI {abi}, but pop-local needs ABI {ABI}", INSTALL_HINT)
+        raise PopError(f"the backend uses ABI {abi}, but pop-local needs ABI {ABI}", INSTALL_HINT)
     library: ctypes.CDLL = bindings()._lib
     for name, (argument_types, result_type) in _SIGNATURES.items():
         function = getattr(library, name)
@@ -182,7 +182,7 @@ def require_patched() -> ctypes.CDLL:
 
 
 def model_exact(model: Any) -> int:
-    """Return the first layer that rows without logits can skip without any loss (0: none)."""
+    """Return the first layer that rows not needing logits can skip without loss (0: none)."""
     return int(require_patched().llama_pop_model_exact(model))
 
 

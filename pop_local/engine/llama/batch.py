@@ -12,7 +12,7 @@ Tokens = Sequence[int] | np.ndarray
 
 
 class Outputs(Enum):
-    """The rows in a batch for which logits are computed."""
+    """The batch rows for which logits are computed."""
 
     NONE = "none"
     LAST = "last"

@@ -239,7 +239,7 @@ class BatchedSlot(Slot):
             raise StoppedError
 
     def require_idle(self) -> None:
-        """Do nothing, because callbacks run only in the batch's thread."""
+        """Do nothing, because callbacks run only in the thread that runs the batch."""
 
     @property
     def mode(self) -> Mode:

@@ -5,7 +5,7 @@ from the first two cells. A row's rounding errors therefore depend on its sequen
 sequence owns blocks of 1,024 cells in ascending order, and the first two cells never change.
 
 llama.cpp places rows in the lowest empty cells. Sequences without data, called fillers, occupy the
-blocks' unused cells, except the cells for the next batch's rows.
+blocks' unused cells, except those reserved for the next batch's rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ class CellRegions:
     The row at position p of a sequence uses cell p % BLOCK_CELLS of the sequence's block p //
     BLOCK_CELLS. Sequence n + i is the filler of sequence i. In each unused cell, the filler has the
     position of the row for which the cell is reserved. `is_on` is False if llama.cpp does not
-    support fillers for the model, for example with M-RoPE. Without fillers, rows may use any cells.
+    support fillers for the model, as with M-RoPE. Without fillers, rows may use any cells.
     """
 
     def __init__(self, context: Any, n_sequences: int) -> None:

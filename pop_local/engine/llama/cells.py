@@ -58,7 +58,7 @@ class Cells:
             return bool(self._api.llama_memory_seq_rm(self._memory, self._sequence, position, -1))
 
     def clear(self) -> None:
-        """Drop all cells, including cells that were restored from a saved state."""
+        """Drop all cells, including those restored from a saved state."""
         if memory := self._memory:
             self._api.llama_memory_clear(memory, True)
 
@@ -69,7 +69,7 @@ class Cells:
     def share(self, other: "Cells", n_positions: int, tokens: np.ndarray) -> bool:
         """Add the first rows of another sequence to this empty sequence. `tokens`: int32 [n_rows].
 
-        Returns True if the rows were copied, or False if both sequences use the same cells.
+        Returns True if the rows were copied, or False if the sequences share cells.
         """
         copy = self._api.llama_memory_seq_cp
         copy(self._memory, other._sequence, self._sequence, 0, n_positions)
@@ -95,8 +95,8 @@ class Cells:
     def restore(self, state: bytes, n_positions: int) -> bool:
         """Restore `n_positions` cells from a saved state. Returns False on failure.
 
-        After a failure, the cells' contents are undefined. Rejects empty states and states that are
-        shorter than their declared size.
+        After a failure, the cells' contents are undefined. Rejects states that are empty or shorter
+        than their declared size.
         """
         size = int.from_bytes(state[:4], "little") if self._starts_with_size else 0
         if not state or size > len(state):
@@ -134,7 +134,7 @@ class Cells:
             )
 
     def _state(self, action: str, *values: Any) -> int:
-        """Call one of llama.cpp's functions for saved states. Returns the number of bytes."""
+        """Call a llama_state_* function. Returns the number of bytes."""
         call = getattr(self._api, f"llama_state_{action}")
         return int(call(self._ctx, *values))
 

@@ -1,4 +1,4 @@
-"""An open model with its llama_context."""
+"""An open model and its llama_context."""
 
 import ctypes
 import math
@@ -35,9 +35,9 @@ class ContextOptions:
 
     `n_ctx`: context length per sequence in tokens (None: the trained length, or less if memory is
     limited). `n_parallel`: number of sequences that share batches. `n_threads`: CPU threads (None:
-    the number of physical cores). `n_gpu_layers`: number of layers to run on GPUs, if any (-1:
+    the number of physical cores). `n_gpu_layers`: number of layers to run on available GPUs (-1:
     all). `kernels`: whether to use pop-local's kernels, if they support this CPU. `flash_attn`:
-    whether to use flash attention (None: with pop-local's kernels, and on GPUs that support it).
+    whether to use flash attention (None: only with pop-local's kernels or on GPUs that support it).
     `repack`: whether llama.cpp repacks weights for its own CPU kernels (None: only without
     pop-local's kernels, which cannot use repacked weights). `others`: other llama_model_params and
     llama_context_params, by name.
@@ -216,7 +216,7 @@ class Context:
     def locked(self) -> AbstractContextManager[Any]:
         """Context manager that keeps other threads from using the context's only sequence.
 
-        Does nothing if the context has several sequences, because each sequence has its own thread.
+        Does nothing if the context has several sequences, because each of them has its own thread.
         """
         return self.interrupt.lock if self.options.n_sequences == 1 else nullcontext()
 

@@ -15,7 +15,7 @@ _N_CTX = 2048
 
 
 class GraphMacs:
-    """A counter for a prompt's multiply-accumulates (pop_converter.architecture.work.Macs).
+    """A counter of a prompt's multiply-accumulates (pop_converter.architecture.work.Macs).
 
     The first call reads the headers of the model's file and sidecar, which takes a few tenths of a
     second. Counts are cached. Counts for more than 2,048 tokens are extrapolated. Extrapolation is
@@ -48,7 +48,7 @@ class GraphMacs:
         return self._found[key]
 
     def _extrapolate(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
-        """Extrapolate from three shorter prompts' counts with a quadratic function."""
+        """Extrapolate quadratically from the counts for three shorter prompts."""
         step = _N_CTX // 4
         first, second, third = (self(i * step, boundary, n_full) for i in (2, 3, 4))
         n = n_prompt / step - 2

@@ -36,7 +36,7 @@ def current_should_stop() -> Callable[[], bool]:
 
 
 class DisplacedError(PopError):
-    """Error raised if the KV cache is emptied or overwritten during an answer."""
+    """Error raised when the KV cache is emptied or overwritten before an answer ends."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -48,9 +48,9 @@ class DisplacedError(PopError):
 class Interrupt:
     """An abort callback that stops llama_decode on a signal or when `should_stop` returns True.
 
-    Python handles signals only between bytecodes, so Ctrl-C would have no effect until the batch
-    ends. Exceptions cannot cross ctypes, so signal handlers are deferred. The thread that uses the
-    context holds `lock`.
+    Python handles signals only between bytecodes, so Ctrl-C would otherwise have no effect until
+    the batch ends. Exceptions cannot cross ctypes, so signal handlers are deferred. The thread that
+    uses the context holds `lock`.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Interrupt:
     def opening(self, model_params: Any) -> Iterator[None]:
         """Let a signal or `should_stop` abort model loading (llama_progress_callback).
 
-        If loading is aborted, llama.cpp reports a failure. Deferred signal handlers run at exit.
+        If loading is aborted, llama.cpp reports a failure. Deferred signal handlers run on exit.
         """
         should_stop = current_should_stop()
         callback = self._api.llama_progress_callback(
@@ -104,7 +104,7 @@ class Interrupt:
 
     @contextmanager
     def tokenizing(self) -> Iterator[Any]:
-        """Yield a callback for llama_pop_tokenize, and raise the callback's exception at exit."""
+        """Yield a callback for llama_pop_tokenize, and raise the callback's exception on exit."""
         with self._deferred_signals():
             yield self._callback
             if self._raised is not None:

@@ -1,7 +1,7 @@
 """Forward llama.cpp's log to `logging`, and keep error lines for use in exceptions.
 
-The logger "pop_local.llama_cpp" is silent unless the application configures it. With some damaged
-files, an assertion in llama.cpp fails. llama.cpp then calls `on_abort` and aborts the process.
+The logger "pop_local.llama_cpp" is silent unless the application configures it. Some damaged files
+cause an assertion in llama.cpp to fail. llama.cpp then calls `on_abort` and aborts the process.
 """
 
 import ctypes

@@ -25,7 +25,7 @@ class PrefillThrottle:
         self._owed_s = 0.0
 
     def max_prompt_rows(self, n_answers: int) -> int:
-        """Return the maximum number of prompt rows that keeps answers at half speed or faster."""
+        """Return the maximum number of prompt rows that keeps answers at half speed or more."""
         if not n_answers:
             return self._n_batch
         if self._owed_s > 0:
@@ -36,7 +36,7 @@ class PrefillThrottle:
         return min(max(int(wait_s / self._row_s), _FIRST_ROWS), self._n_batch - n_answers)
 
     def record(self, n_answers: int, n_rows: int, seconds: float) -> None:
-        """Record the time of a batch with `n_rows` prompt rows."""
+        """Record how long a batch with `n_rows` prompt rows took."""
         if not n_answers:
             self._owed_s = 0.0
             if n_rows >= _FIRST_ROWS:
@@ -53,7 +53,7 @@ class PrefillThrottle:
         self._owed_s = min(max(0.0, owed_s), max(_WAIT_S, step_s))
 
     def _step_of(self, n_answers: int) -> float:
-        """Return the time of a batch with `n_answers` rows, or of the most similar timed batch."""
+        """Return the time for a batch of `n_answers` rows, or for the most similar timed batch."""
         if not self._step_s:
             return 0.0
         return self._step_s[min(self._step_s, key=lambda n: abs(n - n_answers))]

@@ -77,7 +77,7 @@ class Slot:
         return backend.get_counters(self.context.ctx)
 
     def set_full(self, sink_tokens: int, full_from: int) -> None:
-        """Run rows before `sink_tokens` and from `full_from` onward in full (-1: no rows)."""
+        """Run rows before `sink_tokens` and rows from `full_from` onward in full (-1: none)."""
         backend.set_sink(self.context.ctx, sink_tokens)
         backend.set_full_from(self.context.ctx, self.sequence, full_from)
 

@@ -1,4 +1,4 @@
-"""Taps: intermediate values for full rows, used to fit K/V projections.
+"""Taps: intermediate values of full rows, used to fit K/V projections.
 
 See llama_pop_add_tap in llama-pop.h. After a batch or deep pass, `take` reads only the last ubatch.
 """
