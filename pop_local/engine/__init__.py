@@ -1,1 +1,1 @@
-"""The engine contains all code that calls llama_cpp, and no user interface."""
+"""The engine: all code that calls llama_cpp, without any user interface."""

@@ -43,10 +43,10 @@ class TurnStats:
     n_cached: prompt tokens already in the cache. n_stale: cached tokens whose K/V are approximate
     because an earlier part of the prompt changed. n_pruned: prompt tokens that stopped at the
     boundary layer. n_skipped_exact: prompt tokens that stopped before exact_layer without loss,
-    because later layers share the K/V of earlier layers. n_full: prompt tokens that ran through all
+    because later layers reuse earlier layers' K/V. n_full: prompt tokens that ran through all
     layers, including n_deep deep rows. n_exact: prompt tokens whose K/V match the full model's.
-    n_refilled: cached tokens that were refilled since the previous answer. n_image: image rows in
-    the prompt, including cached rows. n_decoded: sampled tokens, including the last one.
+    n_refilled: cached tokens refilled since the previous answer. n_image: image rows in
+    the prompt, including cached ones. n_decoded: sampled tokens, including the last one.
 
     ttft_s: seconds to the first token, including templating and tokenization. encode_s: seconds
     spent encoding images. prefill_s: seconds spent reading the prompt, excluding encode_s.
@@ -90,7 +90,7 @@ class TurnStats:
 
     @property
     def left(self) -> str:
-        """A summary of how the prompt's tokens were read, in the user guides' terms."""
+        """A summary of how the prompt's tokens were read, using the user guides' terms."""
         stale = f" ({self.n_stale:,} stale)" if self.n_stale else ""
         counts = [f"{self.n_cached:,} cached{stale}"] if self.n_cached else []
         if self.n_skipped_exact:

@@ -1,4 +1,4 @@
-"""Compute embeddings by pooling the last layer's states, as the model's metadata specifies."""
+"""Compute embeddings by pooling the last layer's states, as specified in the model's metadata."""
 
 from collections.abc import Sequence
 

@@ -174,7 +174,7 @@ class Engine:
         """Answer a prompt. The last chunk contains the statistics.
 
         `prompt`: a prompt, or a function that renders the prompt (rendering counts toward TTFT).
-        `sequence`: the sequence to use (default: the first). The engine stays usable after the
+        `sequence`: the sequence to use (default: the first). The engine remains usable after the
         iterator is closed or raises an error. Raises PopError if the prompt exceeds the context.
         """
         render = prompt if callable(prompt) else lambda: prompt
@@ -183,7 +183,7 @@ class Engine:
         )
 
     def sampled(self, options: TurnOptions) -> Generator[int]:
-        """Yield an endless stream of tokens that continue the first sequence's cached rows."""
+        """Yield tokens indefinitely, continuing from the first sequence's cached rows."""
         sequence = self.sequences[0]
         return sequence.sampled(Sampler(sequence.cache.slot, options, self.constraint(options)))
 

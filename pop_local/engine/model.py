@@ -57,7 +57,7 @@ class PopModel:
     ) -> Self:
         """Open a GGUF file or a named local model, without downloading or converting anything.
 
-        `sidecar`: a path (default: the sidecar next to the model, or else the shipped sidecar).
+        `sidecar`: a path (default: the sidecar next to the model, or else the shipped one).
         `mmproj`: a path (default: the mmproj next to the model). `options`: fields of EngineOptions
         or ContextOptions, or llama.cpp parameters. Raises PopError if the model cannot be opened.
         """
@@ -85,7 +85,7 @@ class PopModel:
     def close(self) -> None:
         """Stop any read in progress and free the model.
 
-        Waits for other threads' running batches to finish. These threads then raise PopError.
+        Waits for batches running in other threads to finish. The other threads then raise PopError.
         """
         self._engine.close()
 
@@ -148,8 +148,8 @@ class PopModel:
     def pruning(self) -> bool:
         """True if prompts are pruned.
 
-        Changing the value empties the KV cache unless all rows are exact. Setting the value to True
-        raises PopError if the model is not converted.
+        Changing the value empties the KV cache unless all rows are exact. Setting it to True raises
+        PopError if the model is not converted.
         """
         return self._engine.pruning.mode is not Mode.OFF
 
@@ -176,7 +176,7 @@ class PopModel:
         return ChatSession(self, Conversation(system))
 
     def load_session(self, path: str | os.PathLike[str]) -> ChatSession:
-        """Load a conversation that was saved by ChatSession.save or the `chat` command."""
+        """Load a conversation saved by ChatSession.save or the `chat` command."""
         return load_session(self, path)
 
     def read(self, prompt: Prompt, on_prefill: Callable[[int, int], None] | None = None) -> Read:
@@ -186,8 +186,8 @@ class PopModel:
     def ask(self, messages: Sequence[Message], **options: Any) -> Answering:
         """Stream chunks of the answer to the last message.
 
-        A base model without a chat template continues the messages' text, unless a message has
-        images. `options`: fields of TurnOptions (defaults: the file's recommendations). Raises
+        A base model without a chat template continues the messages' text, unless a message contains
+        images. `options`: fields of TurnOptions (defaults: the file's recommended values). Raises
         PopError if the template rejects the conversation or the prompt cannot be read.
         """
         prompter = self._engine.prompter

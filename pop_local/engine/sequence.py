@@ -115,7 +115,7 @@ class CachedSequence:
         self.cache.append([token], Outputs.LAST, np.ones(1, bool))
 
     def sampled(self, sampler: Sampler) -> Generator[int]:
-        """Yield an endless stream of tokens sampled after the cached prompt.
+        """Sample tokens after the cached prompt and yield them indefinitely.
 
         Raises DisplacedError if another prompt replaces the cached rows after the first token.
         """

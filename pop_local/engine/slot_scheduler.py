@@ -52,7 +52,7 @@ class SlotScheduler:
         return self._model.engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Share the longest prefix of the prompt cached in any sequence, busy or free.
+        """Share the prompt's longest prefix that is cached in any sequence, busy or free.
 
         Does nothing if sequence `index` already has an equally long prefix.
         """

@@ -19,8 +19,8 @@ class TurnOptions(SamplerOptions):
     `calls`: the format of tool calls, which replaces `grammar`. `n_top_logprobs`: the number of
     alternatives per token (None: no log probabilities). `has_end_logprob`: whether to report the
     log probability of the token that ends the answer. `repeatable`: whether to ignore cached rows,
-    so that a fixed seed or temperature 0 always gives the same answer. `ends_repeats`: whether to
-    end an answer that keeps repeating a block, unless a grammar is set.
+    so that a fixed seed or a temperature of 0 always gives the same answer. `ends_repeats`: whether
+    to end an answer that keeps repeating a block, unless a grammar is set.
 
     `on_prefill(done, total)` is called before the first batch and after each batch. `done` and
     `total` count uncached tokens. `should_stop` is called during prefill and after each token. If
@@ -41,7 +41,7 @@ class TurnOptions(SamplerOptions):
 
 
 class AnswerOptions(TypedDict, total=False):
-    """The fields of TurnOptions that callers may set (defaults: the file's recommendations)."""
+    """The fields of TurnOptions that callers may set (defaults: the file's recommended values)."""
 
     max_tokens: int | None
     min_answer: int

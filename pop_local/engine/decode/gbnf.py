@@ -53,7 +53,7 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
             if "\n" in token["space"] and body and not depth and body[-1]["mark"] != "|":
                 body = None
         elif body is None:
-            raise ValueError(f"{token[0]} is outside any rule")
+            raise ValueError(f"{token[0]} is not part of any rule")
         else:
             body.append(token)
     rules = {name: _looped(name, body) for name, body in rules.items()}
