@@ -1,7 +1,7 @@
 """Sums for fitting projections at given boundaries, and the file that stores a model's sums.
 
-`convert` adds rows from text windows, and online_calibrator.py adds rows from prompts. Equal rows
-produce equal sums from either. A sums file contains sums over thousands of rows, but no individual
+`convert` adds rows from text windows, and online_calibrator.py adds rows from prompts. The sums do
+not depend on the rows' source. A sums file contains sums over thousands of rows, but no individual
 rows or tokens. Only the folder's owner can read sums files (docs/learning.md).
 """
 
