@@ -211,7 +211,7 @@ def test_parts_of_another_model_are_refused(tmp_path):
     others = make_split(tmp_path / "other" / "model.gguf", "qwen2", max_tensors=35)
     assert len(parts) == len(others)
     shutil.copy(others[1], parts[1])
-    with pytest.raises(FormatError, match="do not form one model"):
+    with pytest.raises(FormatError, match="do not belong together"):
         read_shape(parts[0])
 
 

@@ -169,7 +169,7 @@ def test_files_that_are_no_sidecar(fitted):
 
 
 def test_a_sidecar_is_not_a_model(fitted):
-    with pytest.raises(FormatError, match="is a sidecar and contains no model"):
+    with pytest.raises(FormatError, match="is a sidecar, not a model"):
         PopModel(EngineOptions.of(fitted.sidecar))
     with pytest.raises(RuntimeError, match="unknown model architecture: 'pop-sidecar'"):
         run(Job(str(fitted.sidecar), steps=()))

@@ -102,7 +102,7 @@ class ArchKeys:
             )
         if "general.architecture" not in header.keys:
             raise FormatError(
-                f"{header.path} lacks the key general.architecture", "pass a language model"
+                f"{header.path} is missing the key general.architecture", "pass a language model"
             )
         self.arch = str(header.get("general.architecture"))
         if reason := refusal(self.arch, self.number(LOOPS_KEY, 1)):
@@ -123,7 +123,7 @@ class ArchKeys:
             return default
         if not isinstance(value, int) or not 0 <= value <= _MAX_NUMBER:
             key = f"{self.arch}.{name}"
-            raise self.wrong(f"the key {key} has the invalid value {value}")
+            raise self.wrong(f"the key {key} has an invalid value: {value}")
         return int(value)
 
     @property

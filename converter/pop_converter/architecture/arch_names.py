@@ -88,5 +88,5 @@ MEASURED = ("llama", "qwen2", "gemma3")
 
 
 def refusal(arch: str, n_loops: int) -> str:
-    """Return the reason why an architecture cannot be pruned, or "" if it can."""
+    """Return the reason an architecture cannot be pruned, or "" if it can."""
     return REFUSED.get(arch, "the model runs its layers multiple times" if n_loops > 1 else "")

@@ -43,7 +43,7 @@ class LayerTensors(dict[str, TensorInfo]):
 
     @property
     def no_refill(self) -> str:
-        """The reason why skipped rows cannot run through the layer later, or "" if they can."""
+        """The reason skipped rows cannot run through the layer later, or "" if they can."""
         if self.is_recurrent:
             return "recurrent layers keep a single state for all tokens"
         if any(name.startswith("indexer") for name in self):
@@ -72,7 +72,7 @@ class LayerTensors(dict[str, TensorInfo]):
 def read_layers(source: Source, n_layer: int, *, repeat: bool) -> list[LayerTensors]:
     """Return a model's layers without the tensors that a conversion added.
 
-    If `repeat` is true, a layer without tensors reuses an earlier layer's tensors. Raises
+    If `repeat` is true, a layer without tensors reuses those of an earlier layer. Raises
     FormatError if a layer still has no tensors.
     """
     path, layers = source.first.path, [LayerTensors() for _ in range(n_layer)]

@@ -27,9 +27,9 @@ class ModelShape:
     recurrent state, which cannot be overwritten row by row. `is_fittable` marks layers for which
     K/V projections can be fitted. `is_fused` marks layers with a single tensor for Q, K, and V.
 
-    `no_refill` is the reason why context tokens cannot run through the skipped layers later, or ""
-    if they can. `exact` is the first layer that reuses an earlier layer's K/V, or 0 if no layer
-    does. The first `n_deepstack` layers add image features to the hidden state.
+    `no_refill` is the reason context tokens cannot run through the skipped layers later, or "" if
+    they can. `exact` is the first layer that reuses an earlier layer's K/V, or 0 if no layer does.
+    The first `n_deepstack` layers add image features to the hidden state.
     """
 
     arch: str

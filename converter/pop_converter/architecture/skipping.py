@@ -1,4 +1,4 @@
-"""Find the layers that context tokens can skip and the work that remains in those layers."""
+"""Find the layers that context tokens can skip and the work that remains in them."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ class SkippableLayers:
     `left` lists what the skipped layers still compute for context tokens. `fits_from` is the lowest
     boundary at which projections can be fitted. If no fit is possible, `fits_from` is None and
     `no_fit` is the reason. Skipping the layers from `exact` up is lossless (0: none). `no_refill`
-    is the reason why context tokens cannot run through the skipped layers later, or "" if they can.
-    `is_measured` is true if pruning was measured on real models with this architecture.
+    is the reason context tokens cannot run through the skipped layers later, or "" if they can.
+    `is_measured` is true if pruning has been measured on real models with this architecture.
     """
 
     first: int

@@ -24,8 +24,8 @@ class PopError(Exception):
     """An error with a message for users.
 
     `hint` suggests a fix in terms of function parameters, or is "". A program that shows its own
-    hints can identify the error by `cause` and read numbers, names, and paths from `fields`. Most
-    errors have no cause ("").
+    hints can identify the error by `cause` and read numbers, names, and paths from `fields`. For
+    most errors, `cause` is "".
     """
 
     def __init__(self, message: str, hint: str = "", *, cause: str = "", **fields: object) -> None:
@@ -59,7 +59,7 @@ class PlanError(PopError):
 
 
 class OutputExistsError(PopError):
-    """Error for an output file that exists and must not be replaced."""
+    """Error for an output file that already exists and must not be replaced."""
 
 
 class WriteError(PopError):

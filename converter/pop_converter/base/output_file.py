@@ -35,7 +35,7 @@ def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: b
 def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
     if not dst.parent.is_dir():
         raise WriteError(
-            f"the folder {dst.parent} does not exist", "create the folder or choose a different one"
+            f"the folder {dst.parent} does not exist", "create it, or choose a different folder"
         )
     if dst.is_dir():
         raise WriteError(f"{dst} is a folder", "choose a file name")
@@ -84,7 +84,7 @@ def _exists(message: str) -> OutputExistsError:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove temporary files that exited processes left for the output `name` ("": any output)."""
+    """Remove temporary files that exited processes left behind for `name` ("": any output)."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
             stem, _, pid = path.name.removesuffix(_SUFFIX).rpartition(".")
@@ -102,4 +102,4 @@ def _is_other_process(pid: int) -> bool:
 
 
 def _hint(dst: Path) -> str:
-    return f"check the permissions on {dst.parent} and its free space"
+    return f"check the permissions and free space of {dst.parent}"

@@ -1,1 +1,1 @@
-"""Fit K/V projections and encode the fits as tensors."""
+"""Fit K/V projections and encode them as tensors."""

@@ -1,17 +1,17 @@
 """Fit skipped layers' K/V projections to the full model's K and V by least squares.
 
-Each fit is a weighted least-squares solution in float64. A ridge penalty pulls the solution toward
-the layer's own projections. The fit needs only Gram matrices. Let x be the normalized boundary
-state, and let X = [x, 1]. Y contains the full model's K and V. D is the diagonal matrix of token
-weights, and W0 contains the layer's own projections:
+Each fit solves a weighted least-squares problem in float64. A ridge penalty pulls the solution
+toward the layer's own projections. The fit needs only Gram matrices. Let x be the normalized
+boundary state, and let X = [x, 1]. Y contains the full model's K and V. D is the diagonal matrix of
+token weights, and W0 contains the layer's own projections:
 
     W = W0 + (X'DX + ridge)^-1 X'D (Y - X W0)
 
 The stored weight is W / gain, because the backend multiplies it by gain * x. The ridge is
 proportional to diag(X'DX), so the gain does not affect the solution.
 
-A wide fit (fit/wide.py) has the additional inputs z, so X = [x, z, 1]. The ridge pulls the weights
-of z toward zero. A wide fit's Gram matrices contain the plain fit's matrices.
+A wide fit (fit/wide.py) adds the inputs z, so X = [x, z, 1]. The ridge pulls the weights of z
+toward zero. A wide fit's Gram matrices contain those of the plain fit.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ DAMAGED_HINT = "the model file may be damaged: check that the model can answer a
 
 
 class FitError(PopError):
-    """Error for activations from which no fit can be computed."""
+    """Error raised if no fit can be computed from the activations."""
 
 
 class KvType(str, Enum):
@@ -67,8 +67,8 @@ class Gram:
     """Gram matrices for all fits at one boundary.
 
     `xx` is X'DX [n_inputs + 1, n_inputs + 1]. `xy` maps layers to X'DY [n_inputs + 1, n_k + n_v].
-    The last input is constant. `n_rows` is the number of rows in the sums. float32 is precise
-    enough because the ridge far exceeds the rounding error.
+    The last input is constant. `n_rows` is the number of rows summed. float32 is precise enough
+    because the ridge far exceeds the rounding error.
     """
 
     xx: Floats
@@ -141,7 +141,7 @@ def with_bias(*inputs: Floats) -> Floats:
 
 
 def token_weights(mass: Floats) -> Floats:
-    """Return token weights [n] from the attention `mass` [n] that each token receives."""
+    """Compute token weights [n] from the attention `mass` [n] that each token receives."""
     mean = float(mass.mean())
     if mean <= 0:
         return np.ones_like(mass)
@@ -173,9 +173,7 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
     bias = (own.bias + delta[-1]).astype(np.float32)
     wide = np.ascontiguousarray(own_wide + delta[n_embd:-1].T, np.float32)
     if not all(np.isfinite(part).all() for part in (weight, wide, bias)):
-        raise FitError(
-            f"the fit for layer {layer} is not finite", "fit on more text, or on different text"
-        )
+        raise FitError(f"the fit for layer {layer} is not finite", "fit on more or different text")
     return replace(own, weight=weight, bias=bias, wide=wide if n_wide else None)
 
 

@@ -5,7 +5,7 @@
   own boundary state lacks this information.
 - a is the output up * act(gate) of the strongest neurons in the boundary layer's FFN, applied to x.
   A neuron's strength is the power that it adds to the layer's output. Outputs are scaled to unit
-  variance and clamped, because outliers can ruin results. For a mixture of experts, a is empty.
+  variance and clamped, because outliers can ruin a fit. For a mixture of experts, a is empty.
 
 The first token in a ubatch has no predecessor, so its own x is used (docs/notebook/wide-fits.md).
 """
@@ -112,7 +112,7 @@ def decode_input(
 
 
 def _spread(windows: Iterable[Floats]) -> NDArray[np.float64]:
-    """Return the standard deviation [n] over all rows, keeping one window in memory at a time."""
+    """Return the standard deviation [n] over all rows, keeping only one window in memory."""
     n_rows, total, squares = 0, np.zeros(1), np.zeros(1)
     for window in windows:
         n_rows += len(window)

@@ -56,7 +56,7 @@ class Content:
 
     `keys` and `tensors` are the raw bytes of the key and tensor tables. `ranges` are the byte
     ranges to copy. `data_end` is the end of the last copied tensor, in bytes from the start of the
-    data. `added` is the padding and the new tensors after the copied data.
+    data. `added` contains the padding and the new tensors that follow the copied data.
     """
 
     version: int = VERSIONS[-1]

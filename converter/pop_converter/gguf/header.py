@@ -120,7 +120,7 @@ class Header:
 class _Cursor:
     """Reader for little-endian values.
 
-    Methods raise FormatError if a read exceeds the file or the header's size limit.
+    Methods raise FormatError if a read goes past the end of the file or the header's size limit.
     """
 
     def __init__(self, view: mmap.mmap, path: Path) -> None:
@@ -139,7 +139,7 @@ class _Cursor:
 
     def _too_short(self) -> FormatError:
         if self.end < len(self.view):
-            return corrupt(self.path, f"the header has more than {self.end:,} bytes")
+            return corrupt(self.path, f"the header exceeds {self.end:,} bytes")
         return truncated(self.path, "the header is incomplete")
 
     def number(self, code: str) -> int:
@@ -174,7 +174,7 @@ class _Cursor:
             start = self.skip(self.number("Q"))
             return self.view[start : self.at].decode(errors="replace")
         if kind not in _SCALARS:
-            raise corrupt(self.path, f"a value has the unknown type {kind}")
+            raise corrupt(self.path, f"a value has an unknown type: {kind}")
         code = _SCALARS[kind]
         if length > MAX_KEPT_ITEMS:
             self.skip(length * struct.calcsize(f"<{code}"))
@@ -212,7 +212,7 @@ def align(position: int, alignment: int) -> int:
 def read_header(path: Path) -> Header:
     """Read the keys and the tensor table from a little-endian GGUF file (version 2 or 3).
 
-    Raises FormatError if the file has a different format or is incomplete.
+    Raises FormatError if the file is in a different format or is incomplete.
     """
     try:
         mode = path.stat().st_mode
@@ -240,7 +240,7 @@ def _check_magic(path: Path, start: bytes) -> None:
         if version & 0xFFFF == 0:
             raise FormatError(f"{path} is a big-endian GGUF file", "use a little-endian file")
         raise FormatError(
-            f"{path} has GGUF version {version}, but pop-local supports only versions"
+            f"{path} uses GGUF version {version}, but pop-local supports only versions"
             f" {' and '.join(map(str, VERSIONS))}",
             "convert the model again with a current version of llama.cpp",
         )
@@ -279,7 +279,7 @@ def _scan_keys(cursor: _Cursor, count: int) -> dict[str, HeaderKey]:
         start = cursor.at
         name = cursor.text()
         if name in keys:
-            raise corrupt(cursor.path, f"two keys have the name {name}")
+            raise corrupt(cursor.path, f"two keys are named {name}")
         kind = cursor.number("I")
         keys[name] = HeaderKey(cursor.value(kind), kind, start, cursor.at)
     return keys
@@ -293,7 +293,7 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
     *dims, kind, offset = cursor.numbers(f"{n_dims}QIQ")
     if kind not in BLOCK_SIZES:
         raise FormatError(
-            f"{cursor.path}: tensor {name} has the unknown type {kind}",
+            f"{cursor.path}: tensor {name} has an unknown type: {kind}",
             "use a newer version of pop-local, or a different quantization",
         )
     if kind in _WITHOUT_PRODUCT:
@@ -324,7 +324,7 @@ def _alignment(path: Path, keys: Mapping[str, HeaderKey]) -> int:
 
 
 def _check_data(header: Header) -> None:
-    """Require contiguous tensors inside the file, as llama.cpp does. Raises FormatError."""
+    """Check that tensors are contiguous and inside the file, like llama.cpp. Raises FormatError."""
     expected = 0
     for tensor in header.tensors:
         if tensor.offset != expected:
@@ -334,4 +334,4 @@ def _check_data(header: Header) -> None:
         last = header.tensors[-1]
         needed = header.data_start + last.offset + last.size_bytes
         if needed > header.size_bytes:
-            raise truncated(header.path, f"only {header.size_bytes:,} of {needed:,} bytes exist")
+            raise truncated(header.path, f"found only {header.size_bytes:,} of {needed:,} bytes")

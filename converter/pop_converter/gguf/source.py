@@ -38,7 +38,7 @@ def part_names(stem: str, count: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Source:
-    """The headers of a model's parts in order. Only the first part has the model's keys."""
+    """The headers of a model's parts, in order. Only the first part contains the model's keys."""
 
     parts: tuple[Header, ...]
 
@@ -79,7 +79,7 @@ def read_source(path: Path) -> Source:
     if is_sidecar(first):
         model = first.get("pop.source.name") or "NAME.gguf"
         raise FormatError(
-            f"{path} is a sidecar and contains no model",
+            f"{path} is a sidecar, not a model",
             f"pass the model itself ({model}) and this file as its sidecar",
             cause="sidecar-as-model",
             model=model,
@@ -92,7 +92,7 @@ def read_source(path: Path) -> Source:
     if part is None or part.count != count:
         raise FormatError(
             f"{path} is one of {count} parts, but its name does not match the pattern for parts",
-            f"rename the parts: NAME-00001-of-{count:05}.gguf",
+            f"rename the parts to NAME-00001-of-{count:05}.gguf and so on",
         )
     paths = [path.with_name(name) for name in part_names(part.stem, count)]
     if part.number != 1:
@@ -101,7 +101,7 @@ def read_source(path: Path) -> Source:
     if missing:
         raise FormatError(
             f"{len(missing)} of {count} parts are missing next to {path}: {', '.join(missing)}",
-            "put all parts in one folder",
+            "put all parts in the same folder",
         )
     source = Source((first, *map(read_header, paths[1:])))
     _check_parts(source)
@@ -137,7 +137,7 @@ def _check_parts(source: Source) -> None:
         len(tensors),
     ):
         raise FormatError(
-            f"the parts of {source.first.path} do not form one model", "download all parts again"
+            f"the parts of {source.first.path} do not belong together", "download all parts again"
         )
 
 

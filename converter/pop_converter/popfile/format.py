@@ -30,8 +30,8 @@ NO_LIMIT = 1e9
 class DeepRows(str, Enum):
     """Rules for selecting context words that run through all layers to preserve their spelling.
 
-    `SPELLING` selects words with a digit, an internal capital, or a symbol between letters. `NAMES`
-    also selects words that are capitalized in the middle of a sentence.
+    `SPELLING` selects words that contain a digit, an internal capital, or a symbol between letters.
+    `NAMES` also selects words that are capitalized in the middle of a sentence.
     """
 
     NONE = "none"
@@ -43,7 +43,7 @@ class DeepRows(str, Enum):
 
     @property
     def fewer(self) -> tuple["DeepRows", ...]:
-        """The rules that select fewer rows than this rule, largest selection first."""
+        """The rules that select fewer rows than this one, largest selection first."""
         rules = list(DeepRows)
         return tuple(reversed(rules[: rules.index(self)]))
 
@@ -70,10 +70,10 @@ class Measured:
     """Quality of pruned prefill compared with full prefill on held-out text. KL is in nats.
 
     `lookups_n` is the number of look-ups, or 0 if look-ups were not measured. `lookups_full` and
-    `lookups_pruned` are the numbers of correct answers after full and pruned prefill.
-    `lookups_lost` counts answers that are correct only after full prefill. `lookups_gained` counts
-    answers that are correct only after pruned prefill. `lookups_logprob_lost` is the decrease in
-    the log-probability of the correct string, in nats per string.
+    `lookups_pruned` count the correct answers after full and pruned prefill. `lookups_lost` counts
+    answers that are correct only after full prefill. `lookups_gained` counts answers that are
+    correct only after pruned prefill. `lookups_logprob_lost` is the decrease in the log-probability
+    of the correct string, in nats per string.
     """
 
     kl_mean: float = 0.0
@@ -98,7 +98,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Budget:
-    """The search's quality limits. `quality` is the name of these limits.
+    """The search's quality limits. `quality` names this set of limits.
 
     The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio in Measured, and to the share of lost
     look-ups. `tried` lists the result for each boundary.
@@ -124,8 +124,8 @@ class Binding:
 class PopMeta:
     """POP keys in a converted file or sidecar, with defaults for missing keys.
 
-    `schedule` has the letter F for each full layer and S for each layer that context tokens skip.
-    A prompt's first `sink_tokens` and last `tail_tokens` tokens run through all layers. Prompts
+    `schedule` has one letter per layer: F if the layer is full, S if context tokens skip it. A
+    prompt's first `sink_tokens` and last `tail_tokens` tokens run through all layers. Prompts
     shorter than `min_prompt` are not pruned. `deep_rows` is the rule for context words that run
     through all layers. `source_sha256` is the hash of the original model. The parts of a split
     model are hashed as one file.
@@ -188,7 +188,7 @@ _SIZE = "_bytes"
 
 
 def pop_meta(header: Header) -> PopMeta | None:
-    """Return a header's POP keys, or None if it has no such keys.
+    """Return a header's POP keys, or None if it has none.
 
     Raises FormatError if the keys are invalid or contradict the model.
     """
@@ -196,7 +196,7 @@ def pop_meta(header: Header) -> PopMeta | None:
         return None
     if (version := header.get("pop.version")) != VERSION:
         raise FormatError(
-            f"{header.path} has POP version {version}, but only version {VERSION} is supported",
+            f"{header.path} uses POP version {version}, but only version {VERSION} is supported",
             CONVERT_AGAIN,
         )
     values: dict[str, Any] = {}
@@ -209,7 +209,7 @@ def pop_meta(header: Header) -> PopMeta | None:
             raise FormatError(f"{header.path}: {name} is not of type {stored.__name__}")
         if issubclass(kind, Enum) and value not in [each.value for each in kind]:
             raise FormatError(
-                f"{header.path}: {name} has the unknown value {value!r}", CONVERT_AGAIN
+                f"{header.path}: {name} has an unknown value: {value!r}", CONVERT_AGAIN
             )
         values[field] = kind(_in_range(header, name, value))
     for name, group in _GROUPS.items():
@@ -266,17 +266,17 @@ def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None
 def _in_range(header: Header, name: str, value: Any) -> Any:
     most = _MAX_FILE_NAME if name == "pop.source.name" else _MAX_TEXT
     if isinstance(value, str) and len(value.encode(errors="replace")) > most:
-        raise FormatError(f"{header.path}: {name} has more than {most:,} bytes", CONVERT_AGAIN)
+        raise FormatError(f"{header.path}: {name} is longer than {most:,} bytes", CONVERT_AGAIN)
     largest = 2**63 - 1 if name.endswith(_SIZE) else MAX_TOKENS
     if isinstance(value, int) and not 0 <= value <= largest:
-        raise FormatError(f"{header.path}: {name} has the invalid value {value:,}", CONVERT_AGAIN)
+        raise FormatError(f"{header.path}: {name} has an invalid value: {value:,}", CONVERT_AGAIN)
     return value
 
 
 def _check_schedule(meta: PopMeta, header: Header) -> None:
     if not re.fullmatch("F+S+", meta.schedule):
         raise FormatError(
-            f"schedule {meta.schedule!r} must have one or more F's followed by one or more S's",
+            f"schedule {meta.schedule!r} must be one or more F's followed by one or more S's",
             CONVERT_AGAIN,
         )
     n_layer, n_nextn = header.of_arch("block_count"), header.of_arch("nextn_predict_layers") or 0
@@ -290,7 +290,7 @@ def _check_schedule(meta: PopMeta, header: Header) -> None:
 
 
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
-    """Encode each key of a converted file as a bytes object."""
+    """Encode each of a converted file's keys as bytes."""
     keys = [
         _encode_key(name, value)
         for name, field, _ in _KEYS
@@ -303,7 +303,7 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
 
 
 def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
-    """Encode each key of a sidecar as a bytes object."""
+    """Encode each of a sidecar's keys as bytes."""
     return (
         _encode_key("general.architecture", SIDECAR_ARCH),
         *encode_keys(meta),

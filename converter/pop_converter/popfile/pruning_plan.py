@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def schedule(self) -> str:
-        """A string with the letter F for each full layer and S for each skipped layer."""
+        """A string with one letter per layer: F for a full layer, S for a skipped layer."""
         return "F" * self.boundary + "S" * self.n_skipped
 
     @property
@@ -112,7 +112,7 @@ def make_plan(
     `min_prompt` is the length in tokens of the shortest prompt to prune. The default is twice the
     number of full rows, so at least half of a pruned prompt's rows are context rows. The plan uses
     OWN instead of `projection` if a skipped layer cannot be fitted. The plan also uses OWN if only
-    one layer is skipped, because that layer's own projections are exact.
+    one layer is skipped, because its own projections are exact.
 
     Raises PlanError for an invalid boundary or token count. Raises UnsupportedArchitectureError if
     context tokens already skip these layers without loss.

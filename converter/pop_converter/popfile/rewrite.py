@@ -55,7 +55,7 @@ Examine = Callable[[Path], Measured]
 
 @dataclass(frozen=True)
 class FileSizes:
-    """Sizes in bytes of a conversion's input and output."""
+    """A conversion's input and output sizes in bytes."""
 
     source_bytes: int
     output_bytes: int
@@ -75,7 +75,7 @@ def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
 
 
 def stored_bytes(plan: Plan, kind: KvType) -> int:
-    """Return the size in bytes of a plan's fitted weights and biases, or 0 without a fit."""
+    """Return the size in bytes of a plan's fitted weights and biases, or 0 if nothing is fitted."""
     if plan.projection == Projection.OWN:
         return 0
     n_rows = sum(map(plan.shape.n_kv, plan.fitted_layers))
@@ -158,7 +158,7 @@ def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
     """Read the model to convert. Raises FormatError, or PlanError if the plan does not match."""
     source = unconverted(src)
     if source_shape(source) != plan.shape:
-        raise PlanError(f"the plan is for a different model than {src}")
+        raise PlanError(f"the plan was made for a different model than {src}")
     if (plan.projection != Projection.OWN) != (fitted is not None):
         raise PlanError("pass `fitted` if and only if the plan has fitted projections")
     return source

@@ -1,7 +1,7 @@
-"""Read and write sidecars, which are small files with a model's POP keys and added tensors.
+"""Read and write sidecars, which are small files that contain a model's POP keys and added tensors.
 
-The model is neither copied nor changed. When a sidecar is opened, only the model's size and its
-headers' hash are checked. Hashing the whole model (`pop.source.sha256`) would take too long.
+The model is neither copied nor changed. When a sidecar is opened, only the model's size and the
+hash of its headers are checked. Hashing the whole model (`pop.source.sha256`) would take too long.
 """
 
 from pathlib import Path
@@ -93,7 +93,7 @@ def sidecar_meta(header: Header) -> PopMeta:
 
 
 def fitted_tensors(path: Path) -> dict[str, NewTensor]:
-    """Return the fitted tensors from a converted file or sidecar by name. Raises FormatError."""
+    """Return a converted file's or sidecar's fitted tensors by name. Raises FormatError."""
     header = read_header(path)
     try:
         with path.open("rb") as file:

@@ -132,7 +132,7 @@ def test_damaged_headers_never_crash(tiny, tmp_path):
 
 
 def test_duplicate_keys_and_odd_alignments_are_refused(tiny, tmp_path):
-    with pytest.raises(FormatError, match=r"two keys have the name general\.name"):
+    with pytest.raises(FormatError, match=r"two keys are named general\.name"):
         read_header(add_keys(tiny, tmp_path / "doubled.gguf", general__name="again"))
     with pytest.raises(FormatError, match="power of two"):
         read_header(add_keys(tiny, tmp_path / "odd.gguf", general__alignment=48))
@@ -149,7 +149,7 @@ def test_header_size_is_limited(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(header_module, "MAX_HEADER_BYTES", end)
     read_header(tiny)
     monkeypatch.setattr(header_module, "MAX_HEADER_BYTES", end - 1)
-    with pytest.raises(FormatError, match=f"the header has more than {end - 1:,} bytes"):
+    with pytest.raises(FormatError, match=f"the header exceeds {end - 1:,} bytes"):
         read_header(tiny)
 
 
@@ -169,7 +169,7 @@ def test_head_counts_are_whole_numbers(tmp_path, value):
     # An array: item type, number of items, items.
     start = end - struct.calcsize("<IQ2i")
     counts = struct.pack("<IQ2f", gguf.GGUFValueType.FLOAT32, 2, value, value)
-    with pytest.raises(FormatError, match=r"llama\.attention\.head_count has the invalid value "):
+    with pytest.raises(FormatError, match=r"llama\.attention\.head_count has an invalid value: "):
         read_shape(_damaged(path, tmp_path, start, counts))
 
 
@@ -179,7 +179,7 @@ def test_model_numbers_have_a_range(tiny, tmp_path, number):
     data = tiny.read_bytes()
     end = read_header(tiny).keys["llama.embedding_length"].end
     path.write_bytes(data[: end - 4] + struct.pack("<I", number) + data[end:])
-    with pytest.raises(FormatError, match=r"llama\.embedding_length has the invalid value "):
+    with pytest.raises(FormatError, match=r"llama\.embedding_length has an invalid value: "):
         read_shape(path)
 
 
@@ -323,12 +323,12 @@ def test_schedule_excludes_mtp_layers(tiny, tmp_path):
         ({"schedule": ""}, "one or more F's"),
         ({"schedule": "FS\n"}, "one or more F's"),
         ({"projection": "magic"}, "magic"),
-        ({"deep_rows": "all"}, "pop.deep_rows has the unknown value 'all'"),
+        ({"deep_rows": "all"}, "pop.deep_rows has an unknown value: 'all'"),
         ({"tail_tokens": "16"}, "pop.tail_tokens is not of type int"),
-        ({"min_prompt": 2**31}, "pop.min_prompt has the invalid value 2,147,483,648"),
-        ({"sink_tokens": 2**32 - 1}, "pop.sink_tokens has the invalid value 4,294,967,295"),
-        ({"source__name": "x" * 256}, "pop.source.name has more than 255 bytes"),
-        ({"tool": "x" * 70_000}, "pop.tool has more than 65,536 bytes"),
+        ({"min_prompt": 2**31}, "pop.min_prompt has an invalid value: 2,147,483,648"),
+        ({"sink_tokens": 2**32 - 1}, "pop.sink_tokens has an invalid value: 4,294,967,295"),
+        ({"source__name": "x" * 256}, "pop.source.name is longer than 255 bytes"),
+        ({"tool": "x" * 70_000}, "pop.tool is longer than 65,536 bytes"),
     ],
 )
 def test_invalid_pop_keys_are_refused(tiny, tmp_path, changes, says):
