@@ -25,7 +25,7 @@ _FIELDS = (
 
 
 class CacheKeys:
-    """Keys for the rows that a context computes with the current settings."""
+    """Keys for the rows that a context computes under the current settings."""
 
     def __init__(
         self, context: Context, pruning: PruningSettings, vision: Mmproj | None = None
@@ -52,7 +52,7 @@ class CacheKeys:
         return f"mode {pruning.mode.name}, boundary {pruning.boundary}, {self._conversion}"
 
     def accepts(self, key: str) -> bool:
-        """Return whether a prompt can extend cached rows with the given key."""
+        """Return whether a prompt can extend rows cached under the given key."""
         return key in (FULL, self.mode)
 
 
@@ -73,7 +73,7 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
 
 
 def opened_with(context: Context) -> str:
-    """Return a string with the non-default options that affect saved K/V."""
+    """Return a string listing the non-default options that affect saved K/V."""
     defaults = bindings().llama_context_default_params()
     defaults.flash_attn_type = 0
     found = {name: getattr(context.settings, name) for name in _FIELDS}

@@ -69,7 +69,7 @@ class CacheStates:
         """
         if state.model != self.keys.model:
             raise PopError(
-                "the saved state is for a different model or different options",
+                "the state was saved with a different model or different options",
                 "read the prompt again",
             )
         if not self.keys.accepts(state.key):
@@ -131,7 +131,7 @@ class CacheStates:
     def share(self, other: "CacheStates", prompt: Prompt) -> None:
         """Share the longest prompt prefix that another sequence has cached.
 
-        Does nothing if this cache has an equally long prefix, or if the caches' mode keys differ.
+        Does nothing if this cache's prefix is equally long, or if the caches' mode keys differ.
         """
         with self.cache.slot.locked():
             n = prompt.whole(other.n_same(prompt))

@@ -37,7 +37,7 @@ class Checkpoints:
 
     @property
     def last(self) -> int:
-        """Number of rows before the last checkpoint (0 if no checkpoint exists)."""
+        """Number of rows before the last checkpoint (0 if none exists)."""
         return max(self._states, default=0)
 
     def best(self, n_rows: int) -> int:

@@ -55,7 +55,7 @@ class StoredState:
 
 
 def clear_folder(folder: Path) -> int:
-    """Remove a folder's states and temporary files. Return the number of removed states."""
+    """Remove a folder's states and temporary files. Return the number of states removed."""
     remove_leftovers(folder)
     files = list(folder.glob(f"*{SUFFIX}"))
     for path in files:

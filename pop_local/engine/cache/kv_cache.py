@@ -227,7 +227,7 @@ class KvCache:
 
     @contextmanager
     def _placed(self, tokens: Sequence[int]) -> Iterator[None]:
-        """Place new rows in empty cells, even after rows were moved or restored.
+        """Place new rows in empty cells, even if rows have been moved or restored.
 
         Otherwise, llama.cpp would search from the first moved or restored row and reuse the cells
         of rows that have left the window.

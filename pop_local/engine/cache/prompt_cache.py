@@ -10,7 +10,7 @@ class PromptCache:
     """LRU cache of saved states by key and tokens, with up to `capacity_bytes` of cells.
 
     A prompt's state replaces the states of its prefixes. Multiple models and threads may share a
-    cache. Evicted states are moved to `store`, if a store is given.
+    cache. Evicted states are moved to `store`, if one is given.
     """
 
     def __init__(self, capacity_bytes: int, store: DiskStore | None = None) -> None:

@@ -196,7 +196,7 @@ def _schemas(part: Any) -> Iterator[dict[str, Any]]:
 def _prepared(schema: dict[str, Any]) -> list[str]:
     """Add constraints that llguidance lacks and return the keywords that it only partly enforces.
 
-    Raises GrammarError for values that llguidance would confuse with other values.
+    Raises GrammarError for values that llguidance would mistake for other values.
     """
     for name in _VALUES:
         for value in _leaves(schema.get(name)):

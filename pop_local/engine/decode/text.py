@@ -1,4 +1,4 @@
-"""Decode sampled tokens into text with only complete characters and no stop strings."""
+"""Decode sampled tokens into text that has only complete characters and no stop strings."""
 
 import codecs
 from collections.abc import Sequence

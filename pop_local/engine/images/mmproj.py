@@ -224,7 +224,7 @@ class Mmproj:
     def embedded(self, image: ImageChunk) -> np.ndarray:
         """Return an image's embeddings, float32 [n_rows, n_embd_inp].
 
-        Raises PopError if the encoder fails, or StoppedError if `should_stop` stops the encoder.
+        Raises PopError if the encoder fails, or StoppedError if `should_stop` stops it.
         """
         cut = self._cut_up(image.picture)
         with self._lock:
@@ -244,7 +244,7 @@ class Mmproj:
     def positions(self, image: ImageChunk, first: int) -> np.ndarray:
         """Return the positions of an image's rows, int32 [1, n_rows], starting at `first`.
 
-        With M-RoPE, the shape is [4, n_rows]: time, height, width, and an unused position.
+        For M-RoPE, the shape is [4, n_rows]: time, height, width, and an unused position.
         """
         if not self._mtmd.mtmd_decode_use_mrope(self._ctx):
             return first + np.arange(image.n_rows, dtype=np.int32)[None]
@@ -287,8 +287,8 @@ class Mmproj:
     def _cut_up(self, picture: Picture) -> _Cut:
         """Return a picture's chunks and cache them until the next picture.
 
-        Decoding the pixels takes seconds, so this happens outside the lock. The pixels are kept
-        until the picture's rows are encoded, so that each request decodes them only once.
+        Decoding the pixels takes seconds, so it happens outside the lock. The pixels are kept until
+        the picture's rows are encoded, so that each request decodes them only once.
         """
         if (last := self._last) is not None and last.sha256 == picture.sha256:
             return last
@@ -335,7 +335,7 @@ class Mmproj:
                 tokens += words[: n.value]
                 if min(words[: n.value], default=0) < 0:
                     raise PopError(
-                        f"the model lacks tokens that {self.path} places around images",
+                        f"the model lacks the tokens that {self.path} places around images",
                         "use the mmproj that was published with the model",
                     )
                 continue

@@ -85,7 +85,7 @@ class Picture:
 def read_picture(path: str | os.PathLike[str]) -> Picture:
     """Read an image from a file or a pipe.
 
-    Raises PopError if the file is not an image, or OSError if the file cannot be read.
+    Raises PopError if the file is not an image, or OSError if it cannot be read.
     """
     return picture_of(read_file(Path(path), MAX_BYTES + 1), str(path))
 
@@ -103,7 +103,7 @@ def picture_of(content: bytes, name: str) -> Picture:
             width, height = height, width
     is_jpeg = content.startswith(b"\xff\xd8")
     if is_jpeg and len(_SCAN.findall(content)) * width * height > MAX_SCANNED:
-        raise PopError(f"{name} takes too many passes to decode", "save it as a baseline JPEG")
+        raise PopError(f"{name} needs too many passes to decode", "save it as a baseline JPEG")
     return Picture(name, content, width, height)
 
 
@@ -136,7 +136,7 @@ class PictureDecoder:
 
     @staticmethod
     def rgb(content: str, name: str, most: int) -> tuple[int, int, str]:
-        """Decode a picture like Picture.rgb, but with base64 strings instead of bytes."""
+        """Decode a picture as Picture.rgb does, but use base64 strings instead of bytes."""
         width, height, pixels = _rgb(base64.b64decode(content), name, most)
         return width, height, base64.b64encode(pixels).decode()
 
@@ -188,7 +188,7 @@ def _opened(content: bytes, name: str) -> "Iterator[Image]":
     except PopError:
         raise
     except MemoryError as error:
-        message = f"{name} takes too much memory to decode"
+        message = f"{name} needs too much memory to decode"
         raise PopError(message, "scale the image down") from error
     except Exception as error:  # decoders may raise any exception on damaged files
         raise PopError(
