@@ -117,7 +117,7 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
 
 
 def read_content(source: Source, *, without: str) -> Content:
-    """Join a source's parts and return the content without keys that start with `without`.
+    """Join a source's parts and return their content, except keys that start with `without`.
 
     Raises FormatError if bytes between the tensor table and the data would be lost.
     """
@@ -146,7 +146,7 @@ def read_content(source: Source, *, without: str) -> Content:
 
 
 def _joined(content: Content, source: Source) -> Content:
-    """Return the content with all parts' tensors. Each tensor is padded to the alignment."""
+    """Return the content with the tensors of all parts. Each tensor is padded to the alignment."""
     rows, ranges, offset = [], [], 0
     for part in source.parts:
         for tensor in part.tensors:

@@ -1,6 +1,6 @@
 """Read and write the `pop.*` keys in GGUF files.
 
-Stock llama.cpp ignores these keys, so it can open POP files that have no added tensors.
+Stock llama.cpp ignores these keys, so it can open POP files without added tensors.
 """
 
 import hashlib
@@ -245,7 +245,7 @@ Group = TypeVar("Group", Calibration, Measured, Budget, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
-    """Return the group of keys that start with `prefix`, or None. Raises FormatError."""
+    """Return the group of keys that start with `prefix`, or None if none do. Raises FormatError."""
     found: dict[str, Any] = {field.name: header.get(prefix + field.name) for field in fields(group)}
     if all(value is None for value in found.values()):
         return None

@@ -100,7 +100,7 @@ def convert(
     force: bool = False,
     binding: Binding | None = None,
 ) -> PopMeta:
-    """Copy `src` (a file or a split model's first part) to `dst` with the plan's keys.
+    """Copy `src` (a file or a split model's first part) to `dst` and add the plan's keys.
 
     The written file is then compared with its source byte for byte. `progress` receives the
     number of bytes written and compared. `fitted` is required if the plan has fitted projections.

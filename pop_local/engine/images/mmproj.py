@@ -172,7 +172,7 @@ class Mmproj:
         self.close()
         if self.max_tokens and "image_max_pixels" in reason:
             raise PopError(
-                f"no image fits in {self.max_tokens} tokens with {self.path}",
+                f"{self.path} cannot fit an image into {self.max_tokens} tokens",
                 "allow more tokens per image",
             )
         raise PopError(

@@ -94,7 +94,7 @@ def test_image_tokens_are_limited(tmp_path):
         assert large.images[large.spans[0][0]].key != few.images[few.spans[0][0]].key
     with (
         vision_model.opened(image_tokens=1) as none,
-        pytest.raises(PopError, match="no image fits in 1"),
+        pytest.raises(PopError, match="cannot fit an image into 1"),
     ):
         prompt(none, "a", 3)
 
