@@ -62,7 +62,7 @@ def test_the_documented_example_runs(chat_model, tmp_path):
     assert "full" in lines
     assert "Fitting, in tokens" in lines and "Writing and verifying, in bytes" in lines
     assert any(line.startswith("FFFFFFSS, ") and "Measured(kl_mean=" in line for line in lines)
-    assert any(re.fullmatch(r"KL \d\.\d+ ± \d\S+, on pop-local's held-out text.*", line) for line in lines)
+    assert any(re.fullmatch(r"KL \d\.\d+ ± \d\S+, on pop-local's held-out text", x) for x in lines)
     assert (tmp_path / "talk.popsession").is_file()
 
 
