@@ -27,7 +27,7 @@ Answering = Generator[Chunk, None, None]
 
 
 class ContextFullError(PopError):
-    """Error raised if a prompt and its answer do not fit in the context. All counts are in tokens.
+    """Error raised when a prompt and its answer exceed the context. All counts are in tokens.
 
     `n_answer`: tokens reserved for the answer. `n_short`: the number of tokens that do not fit.
     """

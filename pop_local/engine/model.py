@@ -92,7 +92,7 @@ class PopModel:
     def swap_sidecar(self, sidecar: Path) -> None:
         """Switch to a different sidecar. The cache is kept if all its rows are exact.
 
-        Raises PopError without changing anything if opening fails or the model has an mmproj.
+        Raises PopError without changing anything if opening fails or the model uses an mmproj.
         """
         with self._changing() as before:
             before.context.interrupt.require_idle()

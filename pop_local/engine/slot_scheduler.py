@@ -54,7 +54,7 @@ class SlotScheduler:
     def share(self, index: int, prompt: Prompt) -> None:
         """Share the prompt's longest prefix that is cached in any sequence, busy or free.
 
-        Does nothing if sequence `index` already has an equally long prefix.
+        Does nothing if sequence `index` already caches an equally long prefix.
         """
         scope = self.sequence(index).states.scope
         states = [each.states for each in self._model.engine.sequences]

@@ -128,7 +128,7 @@ class OnlineCalibrator:
     """
 
     def __init__(self, cache: KvCache, memory_bytes: int | None = None) -> None:
-        """`memory_bytes`: the memory limit for the sums and the queued rows together.
+        """`memory_bytes`: the memory limit for the sums and queued rows combined.
 
         The default is a sixth of the free memory, up to 2 GiB. Raises PopError if no fit is
         possible.

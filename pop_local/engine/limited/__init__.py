@@ -1,1 +1,1 @@
-"""Child processes with time and memory limits, for handling untrusted input."""
+"""Child processes that handle untrusted input under time and memory limits."""

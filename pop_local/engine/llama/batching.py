@@ -316,7 +316,7 @@ class BatchedSlot(Slot):
 
 
 def batched_slots(context: Context, n: int) -> list[BatchedSlot]:
-    """Return a context's slots. Raises PopError if the context cannot have multiple sequences."""
+    """Return a context's slots. Raises PopError if it does not support multiple sequences."""
     # Even with swa_full, llama.cpp reuses cells that have left a sequence's window for other
     # sequences. The first sequence then cannot be truncated or refilled.
     if context.is_recurrent or backend.bindings().llama_model_n_swa(context.model):

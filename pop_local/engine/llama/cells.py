@@ -46,7 +46,7 @@ class Cells:
 
     @property
     def first(self) -> int:
-        """The first position that has a cell."""
+        """The position of the first cell."""
         with self._locked():
             return int(self._api.llama_memory_seq_pos_min(self._memory, self._sequence))
 

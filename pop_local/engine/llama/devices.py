@@ -35,7 +35,7 @@ class Device:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """A description of the loaded backend, for the `doctor` command.
+    """A description of the loaded backend, shown by the `doctor` command.
 
     `abi`: None if the library is unpatched. `built_in`: (name, number of devices) for each ggml
     backend. `cpu_variant`: the variant of the CPU library that ggml loaded, or "" if the build has

@@ -40,7 +40,7 @@ class OpenedFiles:
 
     @property
     def replaced(self) -> list[Path]:
-        """Mapped files that have changed since they were opened, excluding deleted files."""
+        """Mapped files that have changed since they were opened, excluding deleted ones."""
         return [path for path, mark in self._marks.items() if _mark(path) not in (None, mark)]
 
     @property

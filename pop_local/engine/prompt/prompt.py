@@ -45,7 +45,7 @@ class Prompt:
 
     @property
     def text_from(self) -> int:
-        """Return the row after the last image, or 0 if the prompt has no images."""
+        """Return the row after the last image, or 0 if the prompt contains no images."""
         return self.spans[-1][1] if self.images else 0
 
     def from_row(self, row: int) -> "Prompt":

@@ -122,7 +122,7 @@ class Prompter:
     def before_question(self) -> str:
         """Return the text that the template renders before the first user message.
 
-        Returns "" if the model has no template or the template rejects a single question. Raises
+        Returns "" if the model has no template or its template rejects a single question. Raises
         PopError if the template exceeds the limits.
         """
         if self.has_template:

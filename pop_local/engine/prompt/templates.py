@@ -1,4 +1,4 @@
-"""Chat templates, rendered in a child process with limits on time and memory."""
+"""Chat templates, rendered in a child process with time and memory limits."""
 
 from collections.abc import Sequence
 from typing import Any

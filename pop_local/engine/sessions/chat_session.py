@@ -121,7 +121,7 @@ class ChatSession:
 
     @property
     def dropped(self) -> Turn | None:
-        """The last question if it has no answer. `conversation` omits unanswered questions."""
+        """The last question, if it is unanswered. `conversation` omits unanswered questions."""
         self._settle()
         return self._dropped
 

@@ -254,7 +254,7 @@ def encoded(session: Session) -> str:
 
 
 def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session:
-    """Parse an archive's transcript. Images have no content unless `with_pictures` is True.
+    """Parse an archive's transcript. Image contents are omitted unless `with_pictures` is True.
 
     Raises PopError if the format version differs, or an error in DAMAGES if the JSON is invalid.
     """

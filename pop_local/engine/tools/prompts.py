@@ -33,7 +33,7 @@ def prompt_with_tools(
 
     `schema`: the JSON schema for answers without a call (None: any text). If llama.cpp supports the
     template, the template defines the format. For other templates, calls are plain text. The format
-    is None if no tool may be called. Raises PopError if the model has no template or the template
+    is None if no tool may be called. Raises PopError if the model has no template or its template
     rejects the conversation. Raises GrammarError if a schema is invalid.
     """
     if not prompter.has_template:

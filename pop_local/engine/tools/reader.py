@@ -19,7 +19,7 @@ _LETTERS = string.ascii_letters + string.digits
 class Piece:
     """A part of an answer: content, reasoning, or part of call number `index`.
 
-    The first part of a call has an ID and a name. Later parts of the call have only arguments.
+    The first part of a call contains an ID and a name. Its later parts contain only arguments.
     """
 
     content: str = ""
