@@ -24,7 +24,7 @@ _MOST = 64
 
 @dataclass(frozen=True)
 class CarrierWindows:
-    """Look-up windows [n, n_tokens], and a mask of their answer tokens, with the same shape."""
+    """Look-up windows [n, n_tokens], and a mask of the same shape that marks answer tokens."""
 
     windows: NDArray[np.int32]
     answers: NDArray[np.bool_]

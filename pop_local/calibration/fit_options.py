@@ -40,7 +40,7 @@ class FitOptions:
         return ", ".join(map(str, self.texts)) or DEFAULT_NAME
 
     def n_tokens(self, n_embd: int) -> int:
-        """Return the number of tokens to fit on, rounded up to windows. Raises CalibrationError."""
+        """Return the number of tokens to fit on, in complete windows. Raises CalibrationError."""
         default, least = default_tokens(n_embd), least_tokens(n_embd)
         n_tokens = default if self.tokens is None else self.tokens
         if n_tokens < least:

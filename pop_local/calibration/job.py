@@ -41,9 +41,9 @@ def calibrate(
 ) -> Calibrated:
     """Fit each plan's projections for all skipped layers except the first.
 
-    No two plans may have the same boundary and the same kind of fit. If memory allows, one pass
-    over the text serves all plans (see `plan_needs`). `text`: the text of an earlier calibration
-    with the same settings. `watch` receives progress in tokens. Raises PopError or StoppedError.
+    No two plans may share both a boundary and a kind of fit. If memory allows, one pass over the
+    text serves all plans (see `plan_needs`). `text`: text from an earlier calibration with the same
+    settings. `watch` receives progress in tokens. Raises PopError or StoppedError.
     """
     shape = plans[0].shape
     if text is None:
@@ -85,7 +85,7 @@ def calibrate(
 def calibration_text(
     context: Context, options: FitOptions, n_embd: int, watch: Watch
 ) -> CalibrationText:
-    """Return the options' text, or the default text, part of which the model generates."""
+    """Return the text from the options, or the default text, part of which the model generates."""
     count = options.n_tokens(n_embd) // N_WINDOW
     if options.texts:
         return texts.given_text(context, options.texts, count, n_embd)
@@ -95,7 +95,7 @@ def calibration_text(
 def _choose_inputs(
     summing: Summing, context: Context, windows: Windows, boundaries: Set[int], watch: Watch
 ) -> dict[int, WideInput]:
-    """Choose the inputs of wide fits, using windows spread evenly over the text."""
+    """Choose the inputs for wide fits, using windows spread evenly over the text."""
     wanted = sorted(filter(summing.is_wide, boundaries))
     if not wanted:
         return {}

@@ -52,7 +52,7 @@ MAX_WIDE_COST = 0.015
 
 
 class FitPair(NamedTuple):
-    """A boundary and a skipped layer whose projections are fitted to the boundary's state."""
+    """A boundary, and a skipped layer with projections to fit to the boundary's state."""
 
     boundary: int
     layer: int
@@ -80,7 +80,7 @@ def free_bytes() -> int:
 
 
 def require_memory(work: str, needed_bytes: int, hint: str, *, cause: str) -> None:
-    """Raise PopError if too little memory is free. `work`: the operation that needs the memory."""
+    """Raise PopError if not enough memory is free. `work`: the operation that needs the memory."""
     free = free_bytes()
     if needed_bytes > free:
         message = f"{work} needs {size(needed_bytes)} of memory, but only {size(free)} is free"
@@ -113,7 +113,7 @@ def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Fit
 
 
 def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[Plan, ...]:
-    """Return the first plan and as many evenly spaced later plans as one pass has room for.
+    """Return the first plan and as many evenly spaced later plans as fit in one pass.
 
     The sums may use up to MOST_SUMS_BYTES or the options' `memory_bytes`, whichever is larger.
     """
@@ -175,7 +175,7 @@ def plan_needs(
 
 
 class FitWork(NamedTuple):
-    """The work to sample text and to fit, in equivalent numpy multiply-accumulates."""
+    """The work for sampling text and fitting, in equivalent numpy multiply-accumulates."""
 
     sampling: float
     fitting: float
@@ -217,7 +217,7 @@ def macs_per_s() -> float:
 
 
 def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:
-    """Return the size in bytes of an F16 KV cache and of a batch of `n_rows` rows with logits."""
+    """Return the bytes needed for an F16 KV cache and a batch of `n_rows` rows with logits."""
     cache = 2 * n_cells * sum(shape.n_k + shape.n_v)
     return cache + 4 * n_rows * (2 * shape.n_vocab + 8 * shape.n_embd)
 

@@ -28,8 +28,8 @@ def sample_windows(
 ) -> NDArray[np.int32]:
     """Extend each sequence in `starts` to `n_window` tokens by sampling from the model.
 
-    Returns the tokens, [len(starts), n_window]. `on_progress` counts tokens. Raises PopError if
-    llama.cpp fails or returns NaN logits.
+    Returns the tokens as an array [len(starts), n_window]. `on_progress` counts tokens. Raises
+    PopError if llama.cpp fails or returns NaN logits.
     """
     rng = np.random.default_rng(seed)
     windows = np.zeros((len(starts), n_window), np.int32)

@@ -1,4 +1,4 @@
-"""Calibration text: the user's files, or default text that is available on any machine."""
+"""Calibration text: the user's files, or default text available on any machine."""
 
 import hashlib
 import sysconfig
@@ -73,8 +73,8 @@ def n_sampled_of(count: int) -> int:
 def own_text(context: Context, count: int, on_progress: Progress) -> CalibrationText:
     """Build text from look-ups, Python's documentation and library code, and model samples.
 
-    Half of the samples are free text. The other half are questions and answers that start with the
-    chat template's first tokens. Nothing is downloaded. `on_progress` counts sampled tokens.
+    Half of the samples are free text, and half are questions and answers that start with the chat
+    template's first tokens. Nothing is downloaded. `on_progress` counts sampled tokens.
     """
     n_sampled = n_sampled_of(count)
     carriers = own_carriers(context, count // SHARE)
@@ -97,7 +97,7 @@ def _starts(context: Context, n_sampled: int) -> list[list[int]]:
 
 
 def first_token(context: Context) -> int:
-    """Return the token that starts generated text: BOS, or else EOS, or else token 0."""
+    """Return the token that starts generated text: BOS, otherwise EOS, otherwise token 0."""
     api, vocab = bindings(), context.vocabulary.pointer
     found = (api.llama_vocab_bos(vocab), api.llama_vocab_eos(vocab))
     return next((int(token) for token in found if token >= 0), 0)
@@ -114,7 +114,7 @@ class DistillText:
 def distill_text(
     context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> DistillText:
-    """Return the calibration windows, more windows from the same sources, and look-ups.
+    """Return the calibration windows plus look-ups and more windows from the same sources.
 
     `paths`: the calibration's files and folders (empty: the default text). The result has
     `n_windows` windows, or fewer if the text is too short.
@@ -147,7 +147,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
         raise _too_short(paths, found, least)
     if np.unique(windows).size < _LEAST_DISTINCT:
         raise CalibrationError(
-            f"{_names(paths)} is repetitive: it has fewer than {_LEAST_DISTINCT} distinct tokens",
+            f"{_names(paths)} is repetitive, with fewer than {_LEAST_DISTINCT} distinct tokens",
             "use more varied text, or the default text",
         )
     whole = "\n\n".join(chain.from_iterable(groups))
@@ -171,7 +171,7 @@ def require_text(paths: Sequence[Path], n_embd: int) -> None:
 
 def _too_short(paths: Sequence[Path], found: str, least: int) -> CalibrationError:
     return CalibrationError(
-        f"{_names(paths)} has {found}, but this model needs {least:,} tokens",
+        f"{_names(paths)} contains {found}, but this model needs {least:,} tokens",
         "use more text, or the default text",
     )
 
@@ -181,12 +181,12 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def _grouped_texts(paths: Sequence[Path], count: int) -> list[list[str]]:
-    """Return each path's text as in `read_kinds`, up to `count` windows of each kind."""
+    """Return each path's text as `read_kinds` does, with up to `count` windows of each kind."""
     return read_kinds(paths, count * N_WINDOW * _MAX_CHARS_PER_TOKEN)
 
 
 def _spread(context: Context, parts: Sequence[str | Sequence[str]], count: int) -> Windows:
-    """Choose equal shares of windows from all parts, each a string or a group of strings.
+    """Choose equal shares of windows from all parts, which are strings or groups of strings.
 
     If a part is too short for its share, longer parts make up the difference.
     """

@@ -37,7 +37,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 @dataclass(frozen=True)
 class Setting:
-    """A user setting. `default` is a description. `least` and `most` are inclusive limits."""
+    """A user setting. `default` describes the default. `least` and `most` are inclusive limits."""
 
     key: str
     kind: type[int] | type[float] | type[str]
@@ -55,7 +55,7 @@ class Setting:
 SETTINGS = (
     Setting("models_dir", str, is_path=True),
     Setting("state_dir", str, is_path=True),
-    Setting("model", str, "the best catalog model that fits in the free memory"),
+    Setting("model", str, "the best catalog model that fits in free memory"),
     Setting("threads", int, "the number of physical cores", least=1, most=MOST_THREADS),
     Setting("ctx", int, "the training length, or less if memory is limited", least=1, most=MOST),
     Setting("gpu_layers", int, "-1 (all)", least=-1, most=MOST),
@@ -86,7 +86,7 @@ def config_path() -> Path:
 
 
 def expanded(path: str) -> Path:
-    """Expand ~ to the home folder. Raises PopError for an unknown user or a NUL character."""
+    """Expand ~ to the home folder. Raises PopError for an unknown user or an invalid path."""
     if "\0" in path:
         raise PopError("the path contains a NUL character", "correct the path")
     try:
@@ -98,7 +98,7 @@ def expanded(path: str) -> Path:
 
 
 def load() -> tuple[SettingValue, ...]:
-    """Return all settings in SETTINGS order. Raises PopError if any setting is invalid."""
+    """Return all settings in the order of SETTINGS. Raises PopError if any setting is invalid."""
     path = config_path()
     document = _read_document(path)
     text = tomlkit.dumps(document)
@@ -134,7 +134,7 @@ def learned_dir() -> Path:
 
 
 def prompts_dir() -> Path:
-    """Return the folder for KV caches of earlier prompts."""
+    """Return the folder for KV caches from earlier prompts."""
     return state_dir() / "prompts"
 
 
@@ -150,7 +150,7 @@ def find(key: str) -> Setting:
         if setting.key == key:
             return setting
     hint = nearest_hint(key, {known: known for known in KEYS}, "known: " + ", ".join(KEYS))
-    raise PopError(f"no setting is named {key!r}", hint)
+    raise PopError(f"there is no setting named {key!r}", hint)
 
 
 def parse(setting: Setting, text: str) -> Scalar:

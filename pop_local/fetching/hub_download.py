@@ -27,7 +27,7 @@ _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNOREC
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model at one commit of a hub repository, stored in one file or in multiple parts.
+    """A model at one commit of a hub repository, stored as one file or multiple parts.
 
     `mmproj` is the model's image encoder, or None if the repository does not contain one.
     """
@@ -54,7 +54,7 @@ class HubModel:
 
 
 def find_on_hub(name: str) -> HubModel:
-    """Find the model hf:OWNER/REPO[:FILE]. FILE may be part of a file name, such as Q4_K_M.
+    """Find the model named hf:OWNER/REPO[:FILE]. FILE may be part of a file name, such as Q4_K_M.
 
     Raises PopError if the repository is missing or private. If FILE is unknown or ambiguous, the
     error's hint lists the repository's models.
@@ -162,6 +162,6 @@ def _explained(repo: str) -> Iterator[None]:
         ) from error
     except ValueError as error:  # an invalid reply or environment variable
         raise PopError(
-            f"the request to the hub for {repo} failed ({type(error).__name__})",
+            f"the hub request for {repo} failed ({type(error).__name__})",
             "check HF_ENDPOINT, HF_TOKEN, and the proxy settings",
         ) from error

@@ -33,7 +33,7 @@ class QuantFile:
 
 
 def _complete_models(files: Sequence[str]) -> list[QuantFile]:
-    """Return the models and helper files that have all their parts in the repository."""
+    """Return the models and helper files whose parts are all in the repository."""
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
     found = []
     for name in sorted(by_name):
@@ -75,17 +75,17 @@ def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
     known = _complete_models(files)
     if not known:
         raise PopError(
-            f"{repo} has no complete GGUF model", "search for a repository with GGUF files"
+            f"{repo} contains no complete GGUF model", "search for a repository with GGUF files"
         )
     models = [choice for choice in known if not _HELPERS.search(choice.name)]
     if not wanted and len(models) != 1:
         known = models
         wanted = next((quant for quant in PREFERRED if _matching(models, quant)), "")
         if not wanted:
-            raise PopError(f"{repo} has multiple models", _listed(repo, models))
+            raise PopError(f"{repo} contains multiple models", _listed(repo, models))
     found = _named(known, models, wanted) if wanted else models
     if not found:
-        raise PopError(f"{repo} has no file named {wanted!r}", _listed(repo, models))
+        raise PopError(f"{repo} contains no file named {wanted!r}", _listed(repo, models))
     if len(found) > 1:
         raise PopError(f"{wanted!r} matches {len(found)} files in {repo}", _listed(repo, found))
     return found[0]
@@ -99,7 +99,7 @@ def _named(known: list[QuantFile], models: list[QuantFile], wanted: str) -> list
 
 
 def _matching(models: list[QuantFile], wanted: str) -> list[QuantFile]:
-    """Return the models whose names contain the word `wanted`, or else the substring `wanted`."""
+    """Return the models whose names contain `wanted` as a word or, failing that, as a substring."""
     contained = [choice for choice in models if wanted.lower() in choice.name.lower()]
     whole = [choice for choice in contained if _word(wanted).search(choice.name.lower())]
     return whole or contained

@@ -1,4 +1,4 @@
-"""Download a file from a hub using the hub client's connections, and verify the file's hash.
+"""Download a file from a hub using the hub client's connections, and verify its hash.
 
 An unfinished download is stored as NAME.gguf.partial, and the next call resumes it. The hub client
 itself would download the whole file again.
@@ -56,7 +56,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def download(remote: RemoteFile, target: Path, advance: Progress) -> None:
-    """Download `remote` to `target` and replace any existing file. The target's folder must exist.
+    """Download `remote` to `target`, replacing any existing file. The target's folder must exist.
 
     Calls `advance` with (done_bytes, total_bytes). After a network failure or an interruption, the
     received bytes are kept. Raises PopError.

@@ -1,4 +1,4 @@
-"""Check and lock a download's target file, and check the free disk space."""
+"""Lock and check a download's target file, and make sure the disk has enough free space."""
 
 import hashlib
 import re
@@ -29,7 +29,7 @@ def file_sha256(path: Path) -> str:
 def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
     """Return True if the target already exists and has the hash `sha256`.
 
-    Raises PopError for folders. Unless `force` is true, raises OutputExistsError for other files.
+    Raises PopError for a folder and, unless `force` is true, OutputExistsError for other files.
     """
     if target.is_dir():
         raise PopError(
@@ -43,7 +43,7 @@ def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
         return True
     if force:
         return False
-    message = f"{target} already exists, but the SHA-256 does not match {what}"
+    message = f"{target} already exists, but its SHA-256 does not match {what}"
     raise OutputExistsError(
         message if sha256 else f"{target} already exists",
         "move the file, pass force=True to replace it, or choose a different folder",

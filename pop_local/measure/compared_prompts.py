@@ -21,9 +21,9 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class ComparedPrompt:
-    """A conversation to answer. `line`: the line number in the file, starting at 1.
+    """A conversation for the model to answer. `line`: the line number in the file, starting at 1.
 
-    `expected`: the pattern that correct answers match (None if the line has no expected answer).
+    `expected`: the pattern that correct answers match (None if the line specifies no answer).
     """
 
     line: int
@@ -36,7 +36,7 @@ class ComparedPrompt:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """A file's name and its prompts."""
+    """A file's name and the prompts read from it."""
 
     name: str
     prompts: tuple[ComparedPrompt, ...]
@@ -59,8 +59,8 @@ class Answered:
 class Compared:
     """The full model's answer and the pruned model's answer to a prompt.
 
-    `is_full_right` and `is_pruned_right` are None if the prompt has no expected answer.
-    `first_difference`: number of leading tokens that both answers share (None if identical).
+    `is_full_right` and `is_pruned_right` are None if no answer is expected. `first_difference`: the
+    number of leading tokens that the answers share (None if they are identical).
     """
 
     line: int
@@ -130,10 +130,10 @@ def mcnemar(n_first: int, n_second: int) -> float:
 
 
 def read_prompts(path: Path) -> PromptFile:
-    """Read a JSONL file whose objects have the key `prompt` or `messages`. Raises PopError.
+    """Read a JSONL file in which each object has the key `prompt` or `messages`. Raises PopError.
 
-    An object with `prompt` may also have the lists `documents` (strings or {"file": PATH} objects)
-    and `images` (paths). Documents and images precede the prompt's text. Paths are relative to the
+    An object with `prompt` may also list `documents` (strings or {"file": PATH} objects) and
+    `images` (paths). Documents and images precede the prompt's text. Paths are relative to the
     JSONL file. `answer` is a string that correct answers contain, or {"regex": PATTERN}.
     """
     # str.splitlines would also split at characters that JSON strings may contain.
@@ -162,7 +162,7 @@ def _prompt(path: Path, number: int, line: str) -> ComparedPrompt:
     if unknown := sorted(entry.keys() - {"prompt", "messages", "documents", "images", "answer"}):
         raise wrong(f"the key {unknown[0]!r} is unknown")
     if ("prompt" in entry) == ("messages" in entry):
-        raise wrong("the object must have either prompt or messages")
+        raise wrong("the object must contain either prompt or messages")
     if "messages" in entry and entry.keys() & {"documents", "images"}:
         raise wrong('"documents" and "images" are allowed only with "prompt", not with "messages"')
     try:

@@ -1,7 +1,7 @@
 """Compare two models' predictions for the same tokens: KL, log-likelihood, and top token.
 
 All sums are computed in float64. Single-precision log-softmax over a large vocabulary has an error
-of about 1e-6, as large as the smallest relevant differences.
+of about 1e-6, which is as large as the smallest differences that matter.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Teacher forcing: read a context in one mode, then score the text after the context.
+"""Teacher forcing: read a context in one mode, then score the text after it.
 
 Rows whose logits are requested run through all layers, so only the context's last token yields a
 prediction. Each step raises PopError unless the backend counted the planned number of pruned rows.
@@ -45,14 +45,14 @@ FULL = Pruning(0, Mode.OFF)
 def forced(model: PopModel) -> Iterator["Forced"]:
     """Open a model for teacher forcing.
 
-    Short contexts are also pruned. On exit, restores the mode and boundary and clears the cache.
+    Even short contexts are pruned. On exit, restores the mode and boundary and clears the cache.
     """
     with model.engine.sequences[0].preserved():
         yield Forced(model)
 
 
 class Forced:
-    """A model that `forced` has opened for teacher forcing."""
+    """A model that `forced` opened for teacher forcing."""
 
     def __init__(self, model: PopModel) -> None:
         self.rule = replace(model.engine.rule, min_prompt=0)
@@ -101,7 +101,7 @@ class Forced:
 
     @contextmanager
     def branch(self) -> Iterator[None]:
-        """Context manager that, on exit, drops the tokens that `extend` appended to the cache."""
+        """Context manager that, on exit, drops any tokens appended by `extend` from the cache."""
         n_tokens, following, state = self._cache.n_tokens, self._next, self._state
         try:
             yield
@@ -110,7 +110,7 @@ class Forced:
             self._next, self._state = following, state
 
     def extend(self, tokens: Tokens) -> None:
-        """Append tokens, such as a question or a generated answer, and run them in full."""
+        """Append tokens, such as a question or an answer, and run them through all layers."""
         for _ in self._append_full(tokens, Outputs.LAST, self._context.n_batch):
             self._next = self._context.logits().copy()
         self._state = self._sequence.states.save() if self._context.is_recurrent else None
@@ -118,7 +118,7 @@ class Forced:
     def _append_full(
         self, tokens: Tokens, outputs: Outputs, n_rows: int
     ) -> Iterator[tuple[int, int]]:
-        """Run tokens through all layers in batches of up to `n_rows`, and yield their ranges."""
+        """Run tokens through all layers in batches of up to `n_rows`, and yield the ranges."""
         cache, step = self._cache, min(n_rows, self._context.n_batch)
         backend.reset_counters(self._context.ctx)
         cache.slot.set_mode(Mode.OFF)

@@ -18,7 +18,7 @@ TextTokens = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Text:
-    """Text that is split into parts, such as prose and code.
+    """Text split into parts, such as prose and code.
 
     No window contains tokens from two parts.
     """
@@ -28,7 +28,7 @@ class Text:
 
 
 def shipped_text() -> Text:
-    """Return the shipped held-out text, with one part each of prose, dialogue, code, and tables."""
+    """Return the shipped held-out text, with a part each for prose, dialogue, code, and tables."""
     names = sorted(f.name for f in _HELDOUT.iterdir() if f.name.endswith(".txt"))
     parts = tuple(shipped_part(name.removesuffix(".txt")) for name in names)
     return Text("pop-local's held-out text", parts)
@@ -39,7 +39,7 @@ def shipped_part(name: str) -> str:
 
 
 def given_text(path: Path) -> Text:
-    """Read a file as a single part. Raises PopError for an unreadable, binary, or empty file."""
+    """Read a file as a single part. Raises PopError if the file is unreadable, binary, or empty."""
     return Text(path.name, (read_text(path),))
 
 
@@ -74,7 +74,7 @@ def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Seq
 
 
 def _shares(room: list[int], n_windows: int) -> list[int]:
-    """Distribute windows equally over the parts. The first parts get the remainder."""
+    """Distribute windows equally among the parts. The first parts get the remainder."""
     shares = [0] * len(room)
     for _ in range(n_windows):
         open_parts = [part for part, limit in enumerate(room) if shares[part] < limit]

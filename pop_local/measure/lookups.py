@@ -1,8 +1,8 @@
 """Look-ups: questions about exact strings in a document, answered with and without pruning.
 
 The full model and the pruned model each read every synthetic document once. The documents
-(`carriers`) have layouts that are never used for fitting. Questions run through all layers, like
-the tail of a prompt. Questions are worded as completions, which base models can also answer.
+(`carriers`) use layouts that never occur in fitting. Questions run through all layers, like the
+tail of a prompt. Questions are worded as completions, which base models can also answer.
 
 An answer is *correct* if the greedy continuation contains the exact string (see `is_right`).
 Teacher forcing yields the *log-probability* of the correct string, which is far less noisy than the
@@ -46,7 +46,7 @@ class LookupSettings:
 
     @classmethod
     def of_questions(cls, n_questions: int, seed: int = 0) -> "LookupSettings":
-        """Return settings for at least `n_questions` questions, spread evenly over documents."""
+        """Return settings for at least `n_questions` questions, spread evenly across documents."""
         n_documents = -(-n_questions // cls.n_per_document)
         return cls(n_documents, -(-n_questions // n_documents), seed=seed)
 
@@ -66,7 +66,7 @@ class TokenizedQuestion:
 
 @dataclass(frozen=True)
 class LookupDocument:
-    """A document's tokens, starting with BOS, and the questions about the document."""
+    """A document's tokens, starting with BOS, and the questions about it."""
 
     tokens: tuple[int, ...]
     questions: tuple[TokenizedQuestion, ...]
@@ -92,8 +92,8 @@ Answers = list[tuple[LookupAnswer, ...]]
 class Lookups:
     """The results of look-ups with pruning, compared with the full model's results.
 
-    `full` and `pruned`: the number of correct answers from each model, out of `n` answers. `lost`:
-    the number of questions that only the full model answers correctly. `gained`: the number of
+    `full` and `pruned`: the number of answers, out of `n`, that each model gets right. `lost`: the
+    number of questions that only the full model answers correctly. `gained`: the number of
     questions that only the pruned model answers correctly. `p`: the two-sided p-value of McNemar's
     exact test. `logprob_*`: the mean log-probability of the correct strings in nats. `logprob_lost`
     is the full model's value minus the pruned model's. `expected_lost`: the relative drop in the
@@ -132,7 +132,7 @@ def measure_lookups(
 
 @dataclass(frozen=True)
 class LookupReference:
-    """The full model's answers, kept for comparing several files of the same model."""
+    """The full model's answers, kept for comparison with several pruned versions of the model."""
 
     settings: LookupSettings
     documents: tuple[LookupDocument, ...]
@@ -142,7 +142,7 @@ class LookupReference:
     def read(
         cls, model: PopModel, settings: LookupSettings, on_progress: Progress, known: Answers
     ) -> "LookupReference":
-        """Answer the questions about each document in full, unless `known` contains the answers.
+        """Answer the questions about each document without pruning, unless `known` has them.
 
         Appends new answers to `known`, so that an interrupted run keeps them. Raises PopError.
         """
@@ -189,7 +189,7 @@ class LookupReference:
 def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDocument, ...]:
     """Build documents from held-out layouts, words, and prose.
 
-    A larger `n_documents` only appends documents to the result. Raises PopError if the documents
+    Increasing `n_documents` only appends documents to the result. Raises PopError if the documents
     are too short for a look-up.
     """
     rng, prose = np.random.default_rng(settings.seed), shipped_part("prose")
@@ -223,8 +223,8 @@ def _tokenize_question(model: PopModel, question: LookupQuestion) -> TokenizedQu
 def is_right(text: str, answer: str) -> bool:
     """Return True if the first line of a continuation contains the exact answer.
 
-    Quotes and words may surround the answer, but the answer must not be part of a longer value. The
-    answer must not be adjacent to a letter or digit, either directly or across one of `.,-/@`.
+    Quotes and words may surround the answer, but it must not be part of a longer value. The answer
+    must not be adjacent to a letter or digit, either directly or across one of `.,-/@`.
     """
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"
@@ -258,7 +258,7 @@ def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
 
 
 def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
-    """Return the first line of the greedy continuation, whose first `n_right` tokens are correct.
+    """Return the greedy continuation's first line, given that `n_right` leading tokens are correct.
 
     After a complete correct answer, generates one more token to check whether the value continues.
     """

@@ -1,9 +1,9 @@
-"""Two probes that measure copying from the prompt. The KL on prose hides failures to copy.
+"""Two probes that measure copying from the prompt. KL on prose does not reveal failures to copy.
 
-The *copy* probe repeats a passage from the context at the end of the context. The *induction* probe
-repeats random tokens. A model that cannot copy has the same loss on both occurrences. Both probes
-score only tokens whose first occurrence was pruned. If no random token was pruned, the induction
-probe scores all tokens.
+The *copy* probe repeats part of the context at its end. The *induction* probe repeats random
+tokens. A model that cannot copy has the same loss on both occurrences. Both probes score only
+tokens whose first occurrence was pruned. If no random token was pruned, the induction probe scores
+all tokens.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _NORMAL = 1 << 2  # LLAMA_TOKEN_ATTR_NORMAL
 
 @dataclass(frozen=True)
 class Repeated:
-    """Random tokens, and the full model's mean NLL [n_draws] in nats for both occurrences."""
+    """Random tokens, and the full model's mean NLL [n_draws] in nats for each occurrence."""
 
     draws: tuple[Sequence[int], ...]
     first: Floats
@@ -58,7 +58,7 @@ def pick_passage(
 
 
 def copied(reader: Forced, passage: Sequence[int]) -> Likelihood:
-    """Score all tokens in the passage except the first token, which has no prediction."""
+    """Score all tokens in the passage except the first, which has no prediction."""
     targets = np.asarray(passage)[1:]
     return likelihood(predictions(reader.predict(passage)[1:]), targets)
 
@@ -100,7 +100,7 @@ def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> floa
 
 
 def _scored(reader: Forced) -> tuple[int, int]:
-    """Return the range of random tokens whose first occurrence is pruned (all tokens if none).
+    """Return the range of tokens whose first occurrence is pruned (all tokens if none is pruned).
 
     The first token is excluded, because it has no prediction.
     """

@@ -44,7 +44,7 @@ _LEAST_INDUCTION = 0.1
 
 @dataclass(frozen=True)
 class QualitySettings:
-    """Settings for a measurement: the number of windows, window lengths in tokens, and draws.
+    """Settings for a measurement: numbers of windows and draws, and window lengths in tokens.
 
     `n_draws`: the number of random token sequences for the induction probe.
     """
@@ -113,7 +113,7 @@ class FullScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """The pruned model's scores for a window, together with the full model's scores."""
+    """The pruned model's scores for a window, together with the full model's."""
 
     divergence: Divergence
     full: Likelihood
@@ -145,10 +145,10 @@ def measure_pruning(
 ) -> Quality:
     """Measure the loss from pruning relative to the full model.
 
-    A file's fitted projections are used only at the file's boundary. `text_tokens`: one token
-    sequence per part of the text, without BOS. `on_progress` counts windows and draws. The
-    measurement needs 8 * n_continuation * n_vocab bytes of memory. Raises PopError if the text is
-    too short, if no token would be pruned, or if the backend's counters differ from the plan.
+    A file's fitted projections are used only at its boundary. `text_tokens`: one token sequence per
+    part of the text, without BOS. `on_progress` counts windows and draws. The measurement needs 8 *
+    n_continuation * n_vocab bytes of memory. Raises PopError if the text is too short, if no token
+    would be pruned, or if the backend's counters differ from the plan.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)

@@ -1,6 +1,6 @@
 """Measure the time to first token (TTFT) with and without pruning.
 
-Each round runs both modes in the same process and with the same weights. Ratios are computed within
+Each round runs both modes in the same process with the same weights. Ratios are computed within
 each round, so a temporary slowdown affects both modes. Each round reverses the order of the runs.
 Each run starts with an empty KV cache. The measured time covers prefill and the sampling of the
 first token. Decode is measured separately. Each run raises PopError unless the backend's row
@@ -100,10 +100,10 @@ def measure_speed(
 ) -> tuple[SpeedRow, ...]:
     """Measure each prompt length in `n_rounds` rounds, after a warm-up round.
 
-    `upstream`: function that runs a prompt without pop-local's kernels. `on_progress` counts prompt
-    tokens after each round, because a round's runs differ in speed. `on_row` is called with every
-    row except the last. The context must have room for the longest prompt plus N_DECODE tokens.
-    Raises PopError if the backend's counters differ from the plan.
+    `upstream`: a function that runs a prompt without pop-local's kernels. `on_progress` counts
+    prompt tokens after each round, because the runs in a round differ in speed. `on_row` is called
+    with every row except the last. The context must have room for the longest prompt plus N_DECODE
+    tokens. Raises PopError if the backend's counters differ from the plan.
     """
     n_ways = 2 if upstream is None else 3
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
@@ -167,7 +167,7 @@ def run_rounds(
 
 
 def ratios(full: Sequence[Run], pop: Sequence[Run]) -> list[float]:
-    """Return each round's ratio of the full time to the pruned time."""
+    """Return the ratio of full to pruned time for each round."""
     return [a.ttft_s / b.ttft_s for a, b in zip(full, pop, strict=True)]
 
 

@@ -36,11 +36,11 @@ def _strings(found: Measured) -> str:
 
 
 def comparison_in_words(found: "Comparison") -> str:
-    """Describe how many correct answers are lost with pruning, or how many answers change."""
+    """Describe how many correct answers pruning loses, or how many answers it changes."""
     n = len(found.answers)
     if not found.n_judged:
         n_changed = len(found.different)
-        return f"Fast reading changed {n_changed} of {n} answers. No prompt has an expected answer."
+        return f"Fast reading changed {n_changed} of {n} answers. No expected answers were given."
     lost = f"{found.n_only_full or 'none'} of {found.full_hits} correct answers lost"
     if found.n_only_pruned:
         lost += f", {found.n_only_pruned} gained"

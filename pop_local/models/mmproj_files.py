@@ -14,7 +14,7 @@ _GENERIC = re.compile(r"((mmproj|model|b?f\d+|gguf|pop|sidecar)(_|$))*(i?q\d\w*)
 
 
 def mmproj_name(model: str) -> str:
-    """Return the file name of an mmproj that belongs to the model."""
+    """Return the file name to use for the model's mmproj."""
     return f"mmproj-{_stem(model)}.gguf"
 
 

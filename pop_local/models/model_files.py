@@ -81,11 +81,11 @@ def stock(folder: Path) -> tuple[StoredModel, ...]:
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
     """Return the files that belong to the model, sidecar, or unfinished download `name`.
 
-    Raises PopError for a file in a different folder or for an unknown name.
+    Raises PopError if the file is in a different folder or the name is unknown.
     """
     path = Path(name)
     if path.name != name and path.parent.resolve() != folder.resolve():
-        raise PopError(f"{name} is not in the models folder", f"pass a file name in {folder}")
+        raise PopError(f"{name} is not in the models folder", f"pass a file in {folder}")
     groups = {model.name: model.all_files for model in _unread(folder)}
     groups |= {path.name.removesuffix(SUFFIX): (path,) for path in _files(folder, SIDECAR_SUFFIX)}
     if known := known_name(path.name.removeprefix("."), groups):

@@ -126,7 +126,7 @@ def hub_name(name: str) -> str | None:
 
 
 def record_fetched(name: str, file: Path) -> None:
-    """Record in the file's folder that a hub name refers to the file."""
+    """Record a file's hub name in the file's folder."""
     known = _fetched(file.parent) | {name.lower(): file.name}
     with replacing(file.with_name(_FETCHED), force=True) as output:
         output.write(json.dumps(known, indent=1).encode())
@@ -178,7 +178,7 @@ def converted_copy(model: CatalogModel) -> Path | None:
 
 
 def is_unused_copy(model: CatalogModel, path: Path) -> bool:
-    """Return True if `path` is the model's converted copy, but the name refers to the original."""
+    """Return True if `path` is the model's converted copy but the name refers to the original."""
     return path == stored_file(model.pop_file) and converted_copy(model) is None
 
 

@@ -1,4 +1,4 @@
-"""Find a model's sidecar in the model's folder, the learned files, or the shipped sidecars."""
+"""Find a model's sidecar next to the model or among the learned files or shipped sidecars."""
 
 import glob
 import importlib.resources
@@ -21,7 +21,7 @@ SHIPPED = Path(str(importlib.resources.files("pop_local") / "data" / "sidecars")
 
 @dataclass(frozen=True)
 class LearnedFiles:
-    """Paths to one model's learned files, which may not exist. `name` contains a hash."""
+    """Paths to one model's learned files, which may not exist yet. `name` contains a hash."""
 
     name: str
 
@@ -80,11 +80,11 @@ def is_shipped(sidecar: Path) -> bool:
 
 
 def measures_worse(copy: Path, base: Path) -> bool:
-    """Return True if the measured loss of a converted copy exceeds that of the sidecar.
+    """Return True if a converted copy's measured loss exceeds the sidecar's.
 
-    The copy's KL must be larger by more than the sum of the standard errors. A copy without
-    measurements counts as worse than a measured sidecar. Returns False if the sidecar has no
-    measurements.
+    The copy's KL must exceed the sidecar's by more than the sum of their standard errors. An
+    unmeasured copy counts as worse than a measured sidecar. Returns False if the sidecar has not
+    been measured.
     """
     with suppress(FormatError):
         source = read_source(base)

@@ -1,1 +1,1 @@
-"""Analysis and training modules, which are imported on demand because some need torch."""
+"""Analysis and training modules, which are imported on demand because some require torch."""

@@ -1,4 +1,4 @@
-"""A dense decoder in torch that loads a GGUF file layer by layer to compute gradients.
+"""A dense torch decoder that computes gradients, loading a GGUF file layer by layer.
 
 The decoder computes the same function as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma3), in
 float32 by default. Its predictions differ from llama.cpp's by a KL of about 0.001, because
@@ -25,7 +25,7 @@ class Decoder:
     """A dense model that keeps its LM head in memory and loads its layers on demand.
 
     `matrices`: the data type for storing and multiplying matrices (default: the states' type).
-    Raises UnsupportedArchitectureError, or FormatError if the file is invalid.
+    Raises UnsupportedArchitectureError or, if the file is invalid, FormatError.
     """
 
     def __init__(self, source: Source, matrices: torch.dtype | None = None) -> None:
@@ -108,7 +108,7 @@ class DecoderLayer:
         return states + self._norm("post_ffw_norm", passed)
 
     def key_value(self, states: Tensor, positions: Tensor) -> StoredKv:
-        """Return K and V from the layer's own weights, for states [n_windows, n_rows, n_embd]."""
+        """Return the layer's own K and V for states [n_windows, n_rows, n_embd]."""
         x = self._norm("attn_norm", states)
         return StoredKv(self._linear("attn_k", x), self._linear("attn_v", x), positions)
 

@@ -1,11 +1,11 @@
 """Distill fitted K/V projections by training them on the full model's predictions.
 
 Least squares (pop_converter.fit.least_squares) approximates each layer's K and V without regard to
-the effect on later layers. Distillation runs the skipped layers as in a pruned prompt. Context rows
-after the sinks stop at the boundary. Answer rows run through all layers and attend to the projected
-K and V. The loss is KL(full || pruned) over the answer rows. Adam (arXiv 1412.6980) updates the
-projections with the gradient of the loss through the skipped layers. The model's weights stay
-frozen. The method is knowledge distillation (Hinton et al., arXiv 1503.02531).
+the effect on later layers. Distillation runs the skipped layers as for a pruned prompt. Context
+rows after the sinks stop at the boundary. Answer rows run through all layers and attend to the
+projected K and V. The loss is KL(full || pruned) over the answer rows. Adam (arXiv 1412.6980)
+updates the projections with the gradient of the loss through the skipped layers. The model's
+weights stay frozen. The method is knowledge distillation (Hinton et al., arXiv 1503.02531).
 
 Some windows end with a passage repeated from their context, because pruning damages copying first.
 """
@@ -72,10 +72,10 @@ class InitialFit:
 class TeacherStates:
     """The full model's states for the text's windows and for windows with a repeated passage.
 
-    `states` [n_all, n_tokens, n_embd]: the inputs of the boundary layer. `last`: the outputs of the
-    last layer, with the same shape. `likely` [n_all, n_tokens, n_likely]: the most likely next
-    tokens for each possible answer row (0 for all other rows). `weights` [n_all, n_tokens]: each
-    row's weight in the loss.
+    `states` [n_all, n_tokens, n_embd]: the boundary layer's inputs. `last`: the last layer's
+    outputs, with the same shape. `likely` [n_all, n_tokens, n_likely]: the most likely next tokens
+    for each possible answer row (0 for all other rows). `weights` [n_all, n_tokens]: each row's
+    weight in the loss.
     """
 
     text: DistillText
@@ -89,10 +89,10 @@ class TeacherStates:
 def read(
     decoder: Decoder, boundary: int, text: DistillText, *, seed: int, on_progress: Progress
 ) -> TeacherStates:
-    """Run the full model on the text's windows, and on copies that repeat a passage.
+    """Run the full model on the text's windows and on copies that repeat a passage.
 
     `boundary`: the fit's boundary. `seed`: seed for choosing passages. `on_progress(done, total)`
-    counts windows times layers, and may raise an exception to stop.
+    counts windows times layers and may raise an exception to stop.
     """
     copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])
@@ -131,9 +131,9 @@ def distill(
     seed: int,
     on_progress: Progress,
 ) -> dict[int, KvProjection]:
-    """Train a fit's projections on the full model's states and return the trained projections.
+    """Train a fit's projections on the full model's states, and return the result.
 
-    `reference` must belong to the fit's boundary. `on_progress(done, total)` counts windows times
+    `reference` must be from the fit's boundary. `on_progress(done, total)` counts windows times
     layers, forward and backward, and may raise an exception to stop. `seed`: seed for choosing the
     windows' order and context lengths. Raises FitError if any trained weight is not finite.
     """
@@ -178,7 +178,7 @@ def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
 
 
 class _Student:
-    """The skipped layers of the pruned model, and the trained changes to their projections."""
+    """The pruned model's skipped layers, and the trained changes to their projections."""
 
     @torch.no_grad()
     def __init__(
@@ -304,7 +304,7 @@ def _n_sink(wanted: int, n_tokens: int) -> int:
 
 
 def memory(plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype) -> int:
-    """Return the bytes needed to distill on windows [n_windows, n_tokens] and on their copies.
+    """Return the bytes needed to distill on windows [n_windows, n_tokens] and their copies.
 
     `matrices`: the data type of the skipped layers' matrices.
     """

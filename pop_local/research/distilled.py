@@ -50,7 +50,7 @@ class Distiller:
         except UnsupportedArchitectureError as error:
             why = f"{error.message}; {error.hint}"
         if plan.projection == Projection.OWN:
-            why = "with only one skipped layer, there are no fitted projections"
+            why = "no projections are fitted if only one layer is skipped"
         if why:
             raise PopError(f"{cannot}: {why}", "convert without distilling", cause="not-distilled")
         matrices = _matrix_type(self.hardware, cannot)

@@ -1,6 +1,6 @@
 """A dense decoder's hyperparameters, read from the model file's keys.
 
-The keys' names and defaults follow llama.cpp (llama-model.cpp, models/ARCH.cpp).
+Key names and defaults follow llama.cpp (llama-model.cpp, models/ARCH.cpp).
 """
 
 from dataclasses import dataclass
@@ -41,9 +41,9 @@ class Rope:
 class Hyper:
     """A decoder's hyperparameters.
 
-    `interleaved`: True if RoPE rotates pairs of adjacent elements (llama), False if each pair has
-    one element from each half. `ropes` and `windows` have one entry per layer. A window is the
-    number of visible positions (0: all positions).
+    `interleaved`: True if RoPE rotates pairs of adjacent elements (llama), False if each pair
+    consists of one element from each half. `ropes` and `windows` have one entry per layer. A window
+    is the number of visible positions (0: all positions).
     """
 
     n_layer: int
@@ -62,7 +62,7 @@ class Hyper:
 def read_hyper(source: Source) -> Hyper:
     """Read a model's hyperparameters.
 
-    Raises FormatError for an invalid file, or UnsupportedArchitectureError.
+    Raises UnsupportedArchitectureError or, if the file is invalid, FormatError.
     """
     header, shape = source.first, source_shape(source)
     arch = shape.arch
@@ -132,7 +132,7 @@ def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
 
 
 def _number(header: Header, name: str, default: float | None = None) -> float:
-    """Return a key's numeric value, or the first layer's value if the key has a value per layer."""
+    """Return a key's numeric value, or the first layer's if each layer has its own value."""
     value = header.of_arch(name)
     if value is None and default is not None:
         return default

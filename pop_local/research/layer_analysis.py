@@ -1,9 +1,9 @@
 """Measure the loss and the speedup at each of a model's boundaries.
 
-Repeated random tokens show at which boundaries the model still copies with the layers' own
+Repeated random tokens show at which boundaries the model can still copy with the layers' own
 projections. Only the second half of the layers is tested. Fitting barely changes the result. If the
-model still copies, a few windows of prose yield the KL and the copy ratio, with fitted projections
-if possible.
+model can still copy, a few windows of prose yield the KL and the copy ratio, with fitted
+projections if possible.
 """
 
 import os
@@ -90,9 +90,9 @@ class DepthCost:
 class Analysis:
     """The results of `analyze`.
 
-    `calibration` is None if no boundary needed a fit. `depths`: the boundaries, starting at the
+    `calibration` is None if no boundary needed a fit. `depths`: the boundaries, starting with the
     last layer. `chosen`: the boundary that skips the most layers with a measured loss within
-    `budget` (None: all losses exceed the budget).
+    `budget` (None if every loss exceeds it).
     """
 
     model: Path
@@ -222,7 +222,7 @@ def measure_copying(
 
 
 def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
-    """Return the boundaries at which the model may still copy, plus the next lower boundary.
+    """Return the boundaries at which the model may still copy, plus the next lower one.
 
     Boundaries with a speedup limit below LEAST_LIMIT are omitted.
     """
@@ -232,6 +232,6 @@ def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
 
 
 def deepest_within(budget: Budget, depths: Sequence[DepthCost]) -> DepthCost | None:
-    """Return the deepest boundary within the budget, or None if every loss exceeds the budget."""
+    """Return the deepest boundary within the budget, or None if every loss exceeds it."""
     inside = [d for d in depths if d.quality is not None and is_inside(budget, d.quality)]
     return min(inside, key=lambda depth: depth.boundary, default=None)

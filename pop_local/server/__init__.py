@@ -1,1 +1,1 @@
-"""The HTTP server, which provides multiple APIs for the same models."""
+"""The HTTP server, which serves the same models through multiple APIs."""

@@ -37,9 +37,9 @@ _MAX_LOGGED_NAME = 80  # characters
 class AccessRules:
     """Rules that decide which requests the server accepts.
 
-    If `api_keys` is not empty, requests must include one of the keys. Without keys, requests must
-    be addressed to a loopback name or to `host`, the listening address. Web pages from other
-    machines may then send requests only if `origins` contains their origin in lowercase. If
+    If `api_keys` is not empty, requests must include one of them. Without keys, requests must be
+    addressed to a loopback name or to `host`, the listening address. Without keys, web pages from
+    other machines may send requests only if `origins` contains their lowercase origin. If
     `shares_cache` is true, prompts may reuse rows cached for other clients.
     """
 
@@ -76,7 +76,7 @@ def parse_origin(text: str) -> str:
 class AccessMiddleware:
     """ASGI middleware that checks, counts, and logs each request.
 
-    The metrics have a separate counter for each path in `paths`. In the scope's state, `client`
+    The metrics include a counter for each path in `paths`. In the scope's state, `client`
     identifies the client, and `cache_scope` identifies the owner of the client's cached rows.
     `note` is appended to the log line, and `client_gone` marks an aborted stream. The middleware
     closes `held` after the response. If the requested model does not exist, `requested` is its
@@ -136,7 +136,7 @@ class AccessMiddleware:
 
 
 def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
-    """Return an error if the rules reject the request, or None if the rules accept it.
+    """Return an error if the rules reject the request, or None if they accept it.
 
     Without keys, the Host header must name this machine. This check blocks DNS rebinding. If a web
     page sent the request, the page's origin must be allowed. A server that listens on 0.0.0.0
@@ -144,7 +144,7 @@ def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
     """
     headers = Headers(scope=scope)
     if "content-length" in headers and "transfer-encoding" in headers:
-        error = ApiError(400, "a request must not have both Content-Length and Transfer-Encoding")
+        error = ApiError(400, "a request cannot include both Content-Length and Transfer-Encoding")
         error.headers = {"Connection": "close"}  # the next request's start is ambiguous
         return error
     if rules.api_keys:
@@ -190,7 +190,7 @@ def sent_key(scope: Scope, rules: AccessRules) -> str | None:
 
 
 def _host_name(url: str) -> str:
-    """Return a URL's host name, or "" if the URL has anything besides scheme, host, and port."""
+    """Return a URL's host name, or "" if it contains more than a scheme, host, and port."""
     try:
         parts = urlsplit(url)
         is_more = "@" in parts.netloc or parts.netloc != url.partition("//")[2]

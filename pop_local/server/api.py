@@ -154,7 +154,7 @@ class Api:
             return await self.work(request, served, lambda: make(served.tasks, body))
 
     async def prepared(self, request: Request, chat: ChatBody) -> tuple[ServedModel, Task]:
-        """Return the model and the first task for a chat request without running the task."""
+        """Return a chat request's model and first task, without running the task."""
         served = await self.served(request, chat.model)
         first, *_ = await self.tasks(request, served, chat, TaskFactory.chat)
         return served, first

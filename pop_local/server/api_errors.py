@@ -81,7 +81,7 @@ def stopping() -> ApiError:
 def bad_request(
     param: str | None = None, code: str | None = None, *, grammar_param: str | None = None
 ) -> Iterator[None]:
-    """Convert a PopError to an ApiError that has status 400 and names `param`.
+    """Convert a PopError to an ApiError with status 400 and the given `param`.
 
     For a GrammarError, the code is "invalid_grammar", and `grammar_param`, if set, replaces
     `param`.

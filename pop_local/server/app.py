@@ -47,7 +47,7 @@ log = logging.getLogger("pop_local.server")
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to `port` (0: any free port). Raises PopError.
+    """Return a socket bound to `port` (0: any free port). Raises PopError.
 
     The caller binds the socket before opening a model so that a busy port is reported immediately.
     """

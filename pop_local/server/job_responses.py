@@ -44,7 +44,7 @@ async def whole_answer(state: State, jobs: Iterable[Job], reply: Reply) -> Respo
 
 
 async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> AsyncGenerator[bytes]:
-    """Yield the jobs' answers in order. If an error occurs, yield the error as the last event."""
+    """Yield the jobs' answers in order. If an error occurs, yield it as the last event."""
     ends: list[AnswerEnd] = []
     complete = False
     last = b""
@@ -104,7 +104,7 @@ class _AnswerParser:
         return [(piece, ()) for piece in rest]
 
     def end(self, state: State, job: Job, last: Chunk) -> AnswerEnd:
-        """Return the answer's finish reason and usage, and set the note for the access log.
+        """Return the answer's finish reason and usage, and set the access log's note.
 
         Raises ApiError if the answer was interrupted.
         """

@@ -40,7 +40,7 @@ class ModelInfo:
     """A model's description in listings.
 
     `boundary` is 0 if prompts are not pruned. While a model is closed, `exact` and `open_template`
-    are None and `can_infill` is False, because the values are unknown.
+    are None and `can_infill` is False, because their values are unknown.
     """
 
     name: str
@@ -86,7 +86,7 @@ class ModelInfo:
 
     @property
     def needed_bytes(self) -> int:
-        """Estimated memory in bytes of the open model: file, F16 K/V, and F32 boundary states."""
+        """The open model's estimated memory in bytes: file, F16 K/V, and F32 boundary states."""
         n_bytes, n = self.source.size_bytes, n_cells(self.n_ctx, self.n_parallel)
         with suppress(PopError):
             shape = source_shape(self.source)
@@ -128,13 +128,13 @@ def _described(
 
 
 def models_in(folder: Path) -> dict[str, Path]:
-    """Return the first file of each model in a folder, keyed by its name in `pop-local list`."""
+    """Return the first files of a folder's models, keyed by their names in `pop-local list`."""
     found = sorted(models_by_name(folder).items(), key=lambda each: each[0].lower())
     return {printable(name): files[0] for name, files in found if "mmproj" not in name}
 
 
 def printable(name: str) -> str:
-    """Escape undecodable bytes from file names so that a string is valid Unicode."""
+    """Escape undecodable bytes from a file name to make the string valid Unicode."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 

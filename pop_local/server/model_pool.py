@@ -125,7 +125,7 @@ class ModelPool:
         """Create a pool with no open models.
 
         The model named `default` answers requests without a model name. If `default` is "", the
-        most recently requested model answers (before any request: the first model).
+        most recently requested model answers (or, before any request, the first model).
         """
         self.registry, self._default = registry, default
         self.metrics = Metrics()

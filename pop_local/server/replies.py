@@ -216,7 +216,7 @@ class ChatReply(Reply):
 
 
 class OtherApiReply(Reply):
-    """A formatter whose streams end with all fields of a complete answer except the text."""
+    """A formatter whose streams end with all of a complete answer's fields except the text."""
 
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
         return (self.whole(end),)

@@ -197,7 +197,7 @@ class ChatMessage(LenientBody):
 
     @property
     def image_urls(self) -> list[tuple[int, str]]:
-        """The text offset and URL of each image."""
+        """Each image's text offset and URL."""
         found: list[tuple[int, str]] = []
         offset = n_texts = 0
         for part in self.content or ():

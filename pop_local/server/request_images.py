@@ -35,7 +35,7 @@ def parse_images(urls: Sequence[str]) -> list[Picture]:
     Raises ApiError for other URLs, invalid base64, unknown formats, and images over the limits.
     """
     if len(urls) > MAX_IMAGES:
-        raise _refused(f"the request has {len(urls)} images; the limit is {MAX_IMAGES}")
+        raise _refused(f"the request contains {len(urls)} images; the limit is {MAX_IMAGES}")
     found = [_image(url, f"image {number}") for number, url in enumerate(urls, start=1)]
     if sum(image.width * image.height for image in found) > MAX_REQUEST_PIXELS:
         limit = MAX_REQUEST_PIXELS // 10**6

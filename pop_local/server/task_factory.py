@@ -34,8 +34,8 @@ _MIN_TEMPERATURE = 0.01
 class TaskFactory:
     """A factory for a model's tasks, which rejects invalid requests before they are queued.
 
-    Multiple threads may use the factory, even while the model decodes. `repeatable` is the default
-    for requests without the field `repeatable`.
+    Multiple threads may use the factory, even while the model is decoding. `repeatable` is the
+    default for requests without the field `repeatable`.
     """
 
     def __init__(self, model: PopModel, *, repeatable: bool = False) -> None:
@@ -218,7 +218,7 @@ class TaskFactory:
 
 
 def _seeded(task: Task, n: int | None) -> list[Task]:
-    """Return `n` copies of a task. If the task has a seed, the copies have consecutive seeds."""
+    """Return `n` copies of a task. If the task has a seed, the copies use consecutive seeds."""
     seed = task.options.seed
     if seed is None:
         return [task] * (n or 1)
@@ -237,7 +237,7 @@ def _message(message: bodies.ChatMessage, images: Iterator[Picture]) -> Message:
 
 
 def _tools(body: bodies.ChatBody) -> Tools:
-    """Return the tools to list in the prompt and the tools that the model may call."""
+    """Return the tools to list in the prompt and those that the model may call."""
     choice = body.tool_choice
     if not body.tools or choice == "none":
         return Tools((), ())

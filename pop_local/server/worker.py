@@ -57,8 +57,8 @@ class Job:
     """A queued or running task. A worker thread writes the answer, and the event loop reads it.
 
     `id` is random and unique. `queued_s` is the time in the queue (0 until the task runs). `read`
-    contains the number of rows prefilled so far and the total number of rows to prefill. `read_s`
-    is the prefill time so far. `place` returns a job's position in the queue.
+    contains the number of rows prefilled so far and the total to prefill. `read_s` is the prefill
+    time so far. `place` returns a job's position in the queue.
     """
 
     def __init__(self, task: Task, place: Callable[["Job"], int] = lambda _: 0) -> None:
@@ -173,7 +173,7 @@ class Worker(threading.Thread):
         self._calls.put(None)
 
     def hung_s(self) -> float:
-        """Return the seconds since a hung model's last progress (0 if the model is not hung)."""
+        """Return the seconds since a hung model last made progress (0 if it is not hung)."""
         # The most recent progress counts: jobs pause while another job has the model to itself.
         seen_s = max(self._seen_s.copy().values(), default=None)
         unseen_s = 0.0 if seen_s is None else time.monotonic() - seen_s
@@ -189,7 +189,7 @@ class Worker(threading.Thread):
             return len(self._still_waiting())
 
     def place(self, job: Job) -> int:
-        """Return a job's position in the queue, starting at 1 (0: the job has left the queue)."""
+        """Return a job's position in the queue, starting at 1 (0 if it has left the queue)."""
         with self._lock:
             waiting = self._still_waiting()
             return waiting.index(job) + 1 if job in waiting else 0
@@ -270,7 +270,7 @@ class Worker(threading.Thread):
             return self._waiting.popleft() if self._waiting else None
 
     def _serve(self, job: Job, end_turn: Callable[[], None]) -> None:
-        """Run a job and call `end_turn` as soon as another thread may start the next job."""
+        """Run a job and call `end_turn` as soon as another thread may start the next one."""
         job.queued_s = time.perf_counter() - job.submitted_s
         self._seen_s[job] = time.monotonic()
         self._metrics.queued.observe(job.queued_s)

@@ -32,7 +32,7 @@ class LookupQuestion:
     """A question whose answer is an exact string from the document.
 
     `stem` is the start of the answer sentence. `answer` follows `stem` after a space. `kind` is the
-    value's kind (one of `KINDS`), and `layout` names the layout of the value's block.
+    value's kind (one of `KINDS`), and `layout` names its block's layout.
     """
 
     question: str
@@ -66,7 +66,7 @@ def make_carrier(
 ) -> Carrier:
     """Build a document of about `n_tokens` tokens from prose and blocks in the layouts for `use`.
 
-    The prose around the blocks starts at a random sentence of `prose`. `count` returns a string's
+    The prose around the blocks starts at a random sentence in `prose`. `count` returns a string's
     length in tokens. The document has one question for each value, up to `n_questions`. Raises
     PopError if the blocks leave no room for prose.
     """
@@ -96,7 +96,7 @@ def make_carrier(
 
 
 def with_answers(carrier: Carrier) -> tuple[str, list[Span]]:
-    """Return text for fitting projections, and the answers' positions in the text.
+    """Return text for fitting projections, and the answers' positions in it.
 
     The text is the document with its questions and answers. Positions exclude preceding spaces.
     """
@@ -124,14 +124,14 @@ def _sentences(prose: str) -> list[str]:
     parts = [part.strip(" *") + "." for part in " ".join(prose.split()).split(". ")]
     found = [part for part in parts if 20 < len(part) < 400]
     if not found:
-        raise PopError("the prose for look-up documents contains no sentence", "pass longer prose")
+        raise PopError("the prose for look-up documents contains no sentences", "pass longer prose")
     return found
 
 
 def _paragraphs(
     rng: np.random.Generator, sentences: Sequence[str], n: int, n_tokens: int, count: CountTokens
 ) -> list[str]:
-    """Return `n` paragraphs with a total of about `n_tokens` tokens."""
+    """Return `n` paragraphs with about `n_tokens` tokens in total."""
     first = int(rng.integers(len(sentences)))
     paragraphs: list[list[str]] = [[] for _ in range(n)]
     used = 0
@@ -157,7 +157,7 @@ class _Writer:
         self._seen: list[str] = []
 
     def block(self, n_tokens: float, count: CountTokens) -> tuple[str, list[LookupQuestion]]:
-        """Return a block's text and questions about the block.
+        """Return a block's text and questions about it.
 
         The block has up to `n_tokens` tokens, or more if it contains only one record.
         """
@@ -198,7 +198,7 @@ class _Writer:
 
 
 def _cycle(rng: np.random.Generator, items: Sequence[_T]) -> Iterator[_T]:
-    """Yield all items in random order, then again in a new random order, and so on."""
+    """Yield all items repeatedly, in a new random order each time."""
     while True:
         for i in rng.permutation(len(items)):
             yield items[i]

@@ -30,7 +30,7 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 @dataclass(frozen=True)
 class Document:
-    """All or part of a file's text, with a name to show to the user."""
+    """All or part of a file's text, with a name to show the user."""
 
     name: str
     text: str
@@ -48,7 +48,7 @@ def decoded(content: bytes, origin: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a document. Plain-text files may be of any size. Raises PopError."""
+    """Return a document's text. Plain-text files may be any size. Raises PopError."""
     try:
         if path.suffix.lower() in _READERS:
             # A PDF may contain lone surrogates.
@@ -64,7 +64,7 @@ def read_text(path: Path) -> str:
 def read_document(path: str | os.PathLike[str]) -> Document:
     """Read a plain-text, email, PDF, or DOCX file.
 
-    Raises OSError if reading fails, and PopError for a file that is binary, too large, or empty.
+    Raises OSError if reading fails, and PopError if the file is binary, too large, or empty.
     """
     path = Path(path)
     content = _within_limit(read_file(path, MAX_BYTES + 1), str(path))
@@ -163,9 +163,9 @@ def _table(table: Any) -> str:
 def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
     """Return a list per path: the file's text, or one string per kind of file in the folder.
 
-    Files of one kind have the same top-level subfolder and suffix. Files are read in a fixed
+    Files of the same kind share a top-level subfolder and a suffix. Files are read in a fixed
     pseudorandom order, up to about `most_chars` characters of each kind. Binary files, duplicates,
-    and hidden files are skipped. Raises PopError if a path is unreadable or has no new text.
+    and hidden files are skipped. Raises PopError if a path is unreadable or contains no new text.
     """
     seen: set[str] = set()
     found: list[list[str]] = []
@@ -202,7 +202,7 @@ def _in_folder(folder: Path, most_chars: int, seen: set[str]) -> list[str]:
 
 
 def _new(text: str, seen: set[str]) -> list[str]:
-    """Return a list with the text, or an empty list if the text occurred earlier."""
+    """Return the text in a list, or an empty list if the text is a duplicate."""
     sha256 = _sha256(text)
     if sha256 in seen:
         return []

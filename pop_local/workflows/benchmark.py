@@ -61,7 +61,7 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Speed:
-    """The measured speedup for each prompt length, and the conditions of the measurement.
+    """The measured speedup for each prompt length, and the measurement conditions.
 
     `backend` is the device's name and the number of threads. `kernels` is the result of
     `cpu_kernels` ("" on a GPU). `is_exact` is true if pruning does not change the output.
@@ -159,7 +159,7 @@ def _context(source: Source, options: BenchOptions) -> int:
     n_needed, trained = max(options.n_prompts) + N_DECODE, trained_ctx(source.first)
     if options.n_ctx is not None and options.n_ctx < n_needed:
         raise PopError(
-            f"the longest prompt needs {n_needed} tokens, but the context has {options.n_ctx}",
+            f"the longest prompt needs {n_needed} tokens, but the context holds {options.n_ctx}",
             "use a larger context or shorter prompts",
             cause="bench-context",
         )

@@ -27,10 +27,10 @@ def compare_answers(
 ) -> Comparison:
     """Compare full and pruned answers to the prompts in a file (see `read_prompts`).
 
-    The model must be converted. If consecutive prompts share a prefix, the prefix is prefilled only
-    once. `max_tokens` limits the length of each answer. `n_ctx` is the context length in tokens
-    (default: the model's, up to 8,192). `mmproj` is the image encoder (default: the mmproj next to
-    the model). Raises PopError or StoppedError.
+    The model must be converted. A prefix shared by consecutive prompts is prefilled only once.
+    `max_tokens` limits the length of each answer. `n_ctx` is the context length in tokens (default:
+    the model's, up to 8,192). `mmproj` is the image encoder (default: the mmproj next to the
+    model). Raises PopError or StoppedError.
     """
     given = read_prompts(Path(prompts))
     files = model_files(os.fspath(model), sidecar, watch)

@@ -73,7 +73,7 @@ def evaluate(
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Evaluation:
-    """Measure the loss from pruning the converted model with this path or name.
+    """Measure the loss from pruning a converted model, given its path or name.
 
     Raises PopError or StoppedError.
     """

@@ -14,7 +14,7 @@ _LARGE_BYTES = 50 * 10**6
 
 
 def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -> Path:
-    """Fetch a model by name into `folder` and return the model file's path.
+    """Fetch a model by name into `folder` and return its path.
 
     Downloads a hub model only if `watch.may` returns True. Downloads a large catalog model only if
     `watch.refuses` returns False. `force` permits replacing an existing file. Raises PopError.
@@ -46,7 +46,7 @@ def _from_hub(name: str, hub: str, folder: Path, watch: Watch, *, force: bool) -
     path = fetch_from_hub(found, folder, advance, force=force)
     if not all(file.sha256 for file in found.all_files):
         watch.on_warning(
-            PopError("the hub has no hash for this file, so the download was not verified")
+            PopError("the hub provides no hash for this file, so the download was not verified")
         )
     if folder in models_dirs():
         record_fetched(hub, path)

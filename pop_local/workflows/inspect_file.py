@@ -44,7 +44,7 @@ class Inspection:
 
 
 def inspect(model: str, sidecar: Path | None = None) -> Inspection:
-    """Inspect the model with this path or name, and its sidecar. Raises PopError."""
+    """Inspect a model and its sidecar, given the model's path or name. Raises PopError."""
     source = read_source(resolve(model))
     sidecar = sidecar or sidecar_of(source)
     return _of_model(source, sidecar, pop_of(source, sidecar))

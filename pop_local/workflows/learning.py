@@ -81,7 +81,7 @@ class _LearnedFitter(PlanFitter):
 
 @dataclass
 class _LookupSums:
-    """Learned sums with added windows of look-ups.
+    """Learned sums to which windows of look-ups are added.
 
     The user's prompts might not contain look-ups. `is_saved` is true if the file contains the sums.
     `n_done` is the number of windows added so far.
@@ -158,9 +158,9 @@ class OnlineCalibration:
         return self._sums is not None or (is_enough and len(learner.held_out) >= LEAST_WINDOWS)
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
-        """Add queued rows to the sums. Once the sums have enough rows, fit and measure.
+        """Add queued rows to the sums. Once the sums contain enough rows, fit and measure.
 
-        Returns the written sidecar if the new fit is better than the current fit, or None
+        Returns the written sidecar if the new fit is better than the current one, or None
         otherwise. The next call resumes an interrupted fit. Raises PopError.
         """
         self._should_stop = should_stop

@@ -31,7 +31,7 @@ _BEST = (("qwen-1.5b", 4e9), ("qwen-0.5b", 2e9))
 
 
 def best_model() -> names.CatalogModel:
-    """Return the catalog's best model that fits in the free memory."""
+    """Return the best catalog model that fits in free memory."""
     n_free = free_bytes()
     return names.find(next((name for name, least in _BEST if n_free >= least), names.DEFAULT_MODEL))
 
@@ -39,9 +39,9 @@ def best_model() -> names.CatalogModel:
 def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
     """Open a model by name or path (see `model_files`).
 
-    If `options.full` is true, warns about a sidecar for a different model and ignores the sidecar.
-    If the model cannot learn, a note states the reason. `options.context.n_parallel` defaults to 2
-    if memory and the model allow it, otherwise to 1. Raises PopError or StoppedError.
+    If `options.full` is true, warns about a sidecar for a different model and ignores it. If the
+    model cannot learn, a note states the reason. `options.context.n_parallel` defaults to 2 if
+    memory and the model allow it, and to 1 otherwise. Raises PopError or StoppedError.
     """
     files = _fitting_files(options, watch)
     options = replace(
@@ -159,7 +159,7 @@ def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
 
 
 def base_file(model: str, watch: Watch) -> Path:
-    """Return the unconverted model's path, fetching the model if necessary. Raises PopError."""
+    """Return the unconverted model's path, fetching it if necessary. Raises PopError."""
     try:
         return names.resolve(model, base=True)
     except PopError as error:

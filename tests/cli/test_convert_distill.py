@@ -123,7 +123,7 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
 @pytest.mark.parametrize(
     ("arch", "options", "reason"),
     [
-        ("llama", ("--skip", 1), "only one skipped layer"),
+        ("llama", ("--skip", 1), "only one layer is skipped"),
         ("phi3", (), "the architecture 'phi3'"),
     ],
 )

@@ -255,7 +255,7 @@ def test_an_existing_output_is_refused_before_measuring(tiny, tmp_path, monkeypa
     ("options", "reason"),
     [
         (("--text", "nowhere.txt"), "cannot read nowhere.txt"),
-        (("--text", "short.txt"), "short.txt has 10 bytes, but this model needs 2,048 tokens"),
+        (("--text", "short.txt"), "short.txt contains 10 bytes, but this model needs 2,048 tokens"),
         (("--text", os.devnull), "neither a file nor a folder"),
         (("--tokens", 100), "100 tokens are too few"),
     ],

@@ -70,8 +70,8 @@ def test_models_dir_is_relative_to_the_file(file, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "line", "message", "hint"),
     [
-        ("# mine\nthread = 4\n", 2, "no setting is named 'thread'", "did you mean threads?"),
-        ("\n[chat]\nthreads = 4\n", 2, "no setting is named 'chat'", "known: models_dir"),
+        ("# mine\nthread = 4\n", 2, "there is no setting named 'thread'", "did you mean threads?"),
+        ("\n[chat]\nthreads = 4\n", 2, "there is no setting named 'chat'", "known: models_dir"),
         ("threads = 4\n\nctx = 'big'\n", 3, "ctx: 'big' is not a whole number from 1", "correct"),
         ("threads = 0\n", 1, "threads: 0 is not a whole number from 1", "correct"),
         ("threads = true\n", 1, "threads: true is not a whole number from 1", "correct"),
@@ -224,7 +224,7 @@ def test_config_shows_values_and_where_they_come_from(file, monkeypatch):
     assert list(shown) == list(settings.KEYS)
     assert shown["threads"] == ["4", "file"]
     assert shown["ctx"] == ["2048", "environment"]
-    assert shown["model"] == ["the best catalog model that fits in the free memory", "default"]
+    assert shown["model"] == ["the best catalog model that fits in free memory", "default"]
     assert shown["top_p"][1] == "default"
     assert "POP_LOCAL_CTXX does not match any setting" in done.stderr
     assert str(file) in done.stderr

@@ -168,7 +168,7 @@ class OllamaReply(replies.OtherApiReply):
         return self._shown(end.pieces, end.logprobs) | done | figures
 
     def loaded(self) -> Response:
-        """Return the response to a request that has no prompt and only loads the model."""
+        """Return the response to a request without a prompt, which only loads the model."""
         return JSONResponse(self._shown(()) | {"done": True, "done_reason": "load"})
 
     def failed(self, error: ApiError) -> Json:
@@ -300,7 +300,7 @@ def _details(info: ModelInfo) -> Json:
 
 
 def _cards(listed: Sequence[ModelInfo]) -> list[Json]:
-    """Return descriptions of the models, except for models with unreadable files."""
+    """Return descriptions of all models except those with unreadable files."""
     cards: list[Json] = []
     for info in listed:
         tagged = info.name if ":" in info.name else f"{info.name}:latest"

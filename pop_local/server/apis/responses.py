@@ -271,7 +271,7 @@ class ResponsesReply(EventReply):
             yield self._of_item("output_text.delta", **text)
 
     def _open(self, id_prefix: str, kind: str, fields: Json) -> Iterator[Json]:
-        """Yield the events that end the last output item and start a new item."""
+        """Yield the events that end the last output item and start a new one."""
         yield from self._close()
         item = {"type": kind, "id": f"{id_prefix}_{uuid.uuid4().hex}", "status": "in_progress"}
         self._output.append(item | fields)

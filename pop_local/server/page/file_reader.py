@@ -23,7 +23,7 @@ class FileReader:
 
     @staticmethod
     def picture(path: str) -> str:
-        """Return an image file as base64 after checking the image's header."""
+        """Return an image file as base64 after checking its header."""
         return base64.b64encode(read_picture(path).content).decode()
 
 

@@ -39,7 +39,7 @@ from pop_local.workflows.hardware import Hardware
 class RowOptions:
     """Options for selecting the prompt tokens that run through all layers.
 
-    The words that `deep_rows` selects run through all layers. Prompts with fewer than `min_prompt`
+    Words selected by `deep_rows` run through all layers. Prompts with fewer than `min_prompt`
     tokens are not pruned (default: twice the number of sink and tail tokens).
     """
 
@@ -103,7 +103,7 @@ class Conversion:
 
     @cached_property
     def not_counted(self) -> str:
-        """Return why the plans' work cannot be counted, or "" if it can."""
+        """Return the reason why the plans' work cannot be counted, or "" if it can."""
         try:
             _ = self.deepest.speedup_limit
         except PopError as error:
@@ -135,7 +135,7 @@ class Conversion:
 
     @cached_property
     def tried(self) -> Sequence[Plan]:
-        """Return the plans that a search may try. If fits are large, some plans are left out."""
+        """Return the plans that a search may try. If fits are large, some plans are omitted."""
         if self.fit is None or self.budget is None or self.not_counted:
             return self.plans
         return costs.spaced(self.plans, self.source, self.fit)

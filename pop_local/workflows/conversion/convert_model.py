@@ -32,7 +32,7 @@ def convert(
     force: bool = False,
     watch: Watch = Watch(),
 ) -> Converted:
-    """Convert the model with this path or name to read long prompts faster.
+    """Convert a model, given its path or name, so that it reads long prompts faster.
 
     `out` is the output's path (default: NAME.pop.gguf or NAME.pop-sidecar.gguf next to the model).
     `force` permits replacing an existing output. If the options set a boundary but no budget,

@@ -1,4 +1,4 @@
-"""Store a stopped conversion's text and fits, for reuse by the next run of the command."""
+"""Store a stopped conversion's text and fits so that the next run can reuse them."""
 
 import hashlib
 import shutil
@@ -21,7 +21,7 @@ from pop_local.workflows.conversion.trial_runner import TrialRunner
 
 @dataclass(frozen=True)
 class KeptFits:
-    """A folder with fits next to a conversion's output. The folder may not exist.
+    """A folder of fits next to a conversion's output. The folder may not exist yet.
 
     The text file's name contains the model's hash. Each fit is stored as a sidecar.
     """
@@ -38,7 +38,7 @@ class KeptFits:
         return self.folder / f"{plan.boundary}-{plan.projection}-{self.options.kv_type.value}.fit"
 
     def text(self, n_tokens: int) -> CalibrationText | None:
-        """Return the saved text if it has `n_tokens` tokens, or None otherwise."""
+        """Return the saved text if it contains `n_tokens` tokens, or None otherwise."""
         with suppress(OSError, ValueError):
             windows = np.load(self._text, allow_pickle=False)
             if windows.size == n_tokens and not self.options.texts:
@@ -47,7 +47,7 @@ class KeptFits:
         return None
 
     def fits(self, plans: Sequence[Plan], text: CalibrationText) -> dict[Plan, Fitted]:
-        """Return the saved fits that were computed on `text`."""
+        """Return the saved fits that were computed from `text`."""
         wanted = Calibration(text.name, text.sha256, text.n_tokens, self.options.ridge)
         found = {}
         for plan in plans:

@@ -8,7 +8,7 @@ A candidate is a boundary with its projections and deep rows. The search follows
 4. After bisection, fits are distilled if requested. Distillation starts at the fastest candidate
    and continues with deeper boundaries until a candidate exceeds the budget or an error occurs.
 5. Finally, rules with fewer deep rows are tried. For each rule, the search starts at the deepest
-   boundary within the budget and skips fewer layers as long as the candidate would be the fastest.
+   boundary within the budget and skips fewer layers while a candidate could still be the fastest.
 6. The fastest candidate within the budget wins. Among equally fast candidates, a distilled one wins
    unless its KL is larger by more than the standard error. Otherwise, the smallest KL wins.
 """
@@ -46,8 +46,8 @@ class Candidate:
     """A plan that a search may choose, with its fit and measurements.
 
     `fitted` is None before fitting, and always None for `Projection.OWN`. `start` is the fit to
-    distill, if any. `is_inside` is true if all results so far are within the budget (None without
-    results). A stopped search resumes from `scores` and `answers`.
+    distill, if any. `is_inside` is true if all results so far are within the budget (None if there
+    are no results yet). A stopped search resumes from `scores` and `answers`.
     """
 
     plan: Plan
@@ -96,9 +96,9 @@ def write_within(run: ConversionRun, budget: Budget) -> Converted:
 
 @dataclass
 class Search:
-    """A search among plans that are sorted by the number of skipped layers.
+    """A search over plans sorted by the number of skipped layers.
 
-    `plain` and `distilled` contain candidates in the order of `plans`. `traded` contains the
+    `plain` and `distilled` contain candidates in the same order as `plans`. `traded` contains the
     candidates with fewer deep rows. After a stop, `run` continues the search.
     """
 
@@ -230,7 +230,7 @@ class Search:
         return [Candidate(replace(it.plan, is_distilled=True), start=it.fitted) for it in plain]
 
     def distill(self) -> None:
-        """Distill the candidates in order until one of them exceeds the budget (rule 4)."""
+        """Distill the candidates in order until one exceeds the budget (rule 4)."""
         for candidate in self.distilled:
             try:
                 if candidate.fitted is None:
@@ -264,7 +264,7 @@ class Search:
                 start = boundary + 1
 
     def fit(self, wanted: Sequence[Candidate]) -> None:
-        """Fit the first candidate, and further candidates if they fit in memory (rule 3)."""
+        """Fit the first candidate and any further candidates that memory allows (rule 3)."""
         fitted = self._room_for(wanted)
         plans = [each.plan for each in fitted]
         self.runner.require_room(plans, self.fitter.options.kv_type)
@@ -276,7 +276,7 @@ class Search:
             candidate.plan = replace(candidate.plan, projection=fit.projection)
 
     def _room_for(self, wanted: Sequence[Candidate]) -> list[Candidate]:
-        """Return the first candidate, and further candidates as long as all sums fit in memory."""
+        """Return the first candidate, plus further candidates as long as all sums fit in memory."""
         chosen: list[Candidate] = []
         for candidate in (each for each in wanted if not each.is_ready):
             plans = [each.plan for each in (*chosen, candidate)]

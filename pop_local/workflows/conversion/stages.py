@@ -1,4 +1,4 @@
-"""A conversion's expected stages, and its estimated duration."""
+"""A conversion's expected stages and estimated duration."""
 
 import time
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class ExpectedStage(NamedTuple):
 
 
 def planned_stages(planned: Conversion) -> list[ExpectedStage]:
-    """Return the expected stages in order, or [] for distillation or if the work is unknown."""
+    """Return the expected stages in order, or [] if fits are distilled or the work is unknown."""
     if planned.not_counted or planned.options.distiller:
         return []
     settings, asked, plan = QualitySettings(), LookupSettings(), planned.deepest

@@ -46,7 +46,7 @@ class TrialRunner:
     def opened(
         self, plan: Plan, files: ModelFiles | None = None, *, n_ctx: int | None = None
     ) -> Iterator[PopModel]:
-        """Open the model, or `files` that were converted from it, with the plan's full rows.
+        """Open the model, or `files` converted from it, with the plan's full rows.
 
         `n_ctx` is the context length in tokens (default: the length that the windows need). Raises
         PopError or StoppedError.
@@ -69,7 +69,7 @@ class TrialRunner:
                 yield model
 
     def require_room(self, plans: Sequence[Plan], kv_type: KvType) -> None:
-        """Raise WriteError if the disk has too little space for the plans' sidecars."""
+        """Raise WriteError if the disk does not have enough space for the plans' sidecars."""
         with TemporaryDirectory(prefix=_PREFIX) as folder:
             for plan in plans:
                 sizes = measure_sidecar(plan, self.path, kv_type)

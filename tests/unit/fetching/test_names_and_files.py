@@ -175,7 +175,7 @@ def test_interrupt_stops_pip_and_cleans_up(index, tiny, store, monkeypatch):
 
 def test_missing_pip_is_reported(index, tiny, store, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(PopError, match="has no pip") as failure:
+    with pytest.raises(PopError, match="is not installed") as failure:
         fetch("tiny")
     assert "ensurepip" in failure.value.hint
 

@@ -59,5 +59,5 @@ def test_a_comparison_counts_lost_right_answers(only_full, only_pruned, p, expec
 
 def test_without_expected_answers_only_differences_count() -> None:
     found: Any = SimpleNamespace(answers=[None] * 5, n_judged=0, different=[None])
-    shown = "Fast reading changed 1 of 5 answers. No prompt has an expected answer."
+    shown = "Fast reading changed 1 of 5 answers. No expected answers were given."
     assert comparison_in_words(found) == shown
