@@ -191,7 +191,7 @@ def test_short_reply_is_continued(hub, tmp_path):
 
 def test_longer_reply_cannot_fill_the_disk(hub, tmp_path):
     hub.plain["tiny.gguf"] = MODEL + bytes(50_000_000)
-    with pytest.raises(PopError, match=f"more than the {len(MODEL):,} bytes of tiny"):
+    with pytest.raises(PopError, match=f"more than {len(MODEL):,} bytes for tiny"):
         pull(hub, tmp_path)
     assert (tmp_path / PARTIAL).stat().st_size <= len(MODEL)
     hub.plain["tiny.gguf"] = MODEL
