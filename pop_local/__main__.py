@@ -1,4 +1,4 @@
-"""Entry point for `python -m pop_local`, which runs the command `pop-local`."""
+"""The entry point for `python -m pop_local`, which runs the `pop-local` command."""
 
 import codecs
 import io

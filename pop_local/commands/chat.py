@@ -94,7 +94,7 @@ def chat(
             note(f"Images are enabled ({mmproj.name}). To attach an image, type /image PATH.")
         known, n_ctx = lookup(name), engine.context.n_ctx
         title = known.short_name if known else engine.context.files.path.stem
-        note(f"Ask {title} a question, or type /help. The context has {n_ctx:,} tokens.")
+        note(f"Ask {title} a question, or type /help. The context holds {n_ctx:,} tokens.")
     try:
         talk(begun)
     finally:

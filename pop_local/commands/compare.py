@@ -42,8 +42,8 @@ def compare(
 ) -> None:
     """Answer your prompts with and without fast reading, and compare the answers and times.
 
-    Decoding is greedy. If you specify correct answers, the command counts how many answers are
-    right and tests whether the difference may be due to chance.
+    Decoding is greedy. If you supply the correct answers, the command counts how many answers
+    are right and tests whether the difference could be due to chance.
     """
     from pop_local.workflows.compare_answers import compare_answers
 

@@ -67,7 +67,7 @@ class HowOptions(Group):
     )
     projection: Projection | None = option(
         "K/V projections for skipped layers. own: no fit, lower quality. fitted: takes minutes."
-        " fitted-wide: uses more inputs (the default if it costs little speed).",
+        " fitted-wide: uses more inputs (the default if the slowdown is small).",
         "KIND",
     )
     text: list[Path] | None = option(
@@ -84,8 +84,8 @@ class HowOptions(Group):
     dry_run: bool = option("Print the plan without writing anything.", default=False)
     markdown: bool = option(opt.MARKDOWN, default=False)
     force: bool = option(
-        "Replace an existing output file. With --skip or --boundary and no quality limit, also"
-        " write a model that can no longer copy from its prompt.",
+        "Replace an existing output file. With --skip or --boundary and no quality limit, write"
+        " the model even if it can no longer copy from its prompt.",
         flag="--force -f",
         default=False,
     )
@@ -100,7 +100,7 @@ class LimitOptions(Group):
     panel: ClassVar[str] = EXPERT
 
     max_kl: float | None = _limit("NATS", "Maximum KL divergence from the full model.")
-    max_ppl_ratio: float | None = _limit("RATIO", "Maximum perplexity ratio to the full model.")
+    max_ppl_ratio: float | None = _limit("RATIO", "Maximum perplexity ratio vs. the full model.")
     max_copy_ratio: float | None = _limit("RATIO", "Maximum perplexity ratio on repeated text.")
 
 
@@ -125,7 +125,7 @@ class FittingOptions(Group):
     )
 
     def fit(self, texts: Sequence[Path]) -> FitOptions | None:
-        """Return the options for a fit on `texts`, or None if no option is set."""
+        """Return the options for a fit on `texts`, or None if none are set."""
         found = opt.given(
             tokens=self.tokens,
             texts=tuple(texts) or None,
@@ -218,8 +218,8 @@ def convert(
         view.show_converted(planned, done, as_markdown=how.markdown)
     if entry := next((each for each in load_catalog() if is_unused_copy(each, done.path)), None):
         note(
-            f"The name {entry.short_name} still refers to the original model: with its sidecar, the"
-            f" quality loss is smaller. To use the copy, pass its path: {done.path}"
+            f"The name {entry.short_name} still refers to the original model, which loses less"
+            f" quality with its sidecar. To use the copy, pass its path: {done.path}"
         )
 
 

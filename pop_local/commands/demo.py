@@ -18,9 +18,7 @@ from pop_local.workflows.demonstrate import MAX_TOKENS, Demonstration, demonstra
 def demo(
     model: opt.Converted = DEFAULT_MODEL,
     *,
-    pairs: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Number of answers in each mode.")
-    ] = 3,
+    pairs: Annotated[int, typer.Option(min=1, metavar="N", help="Number of answers per mode.")] = 3,
     json: opt.Json = False,
     how: opt.OpenOptions,
 ) -> None:
@@ -37,7 +35,7 @@ def demo(
 def show_demonstration(found: Demonstration) -> None:
     full, pop, speedup = found.full, found.pop, found.speedup
     say(f"Model: {found.model}")
-    say(f"Prompt: a document and a question with {found.n_prompt:,} tokens in total")
+    say(f"Prompt: a document and a question, {found.n_prompt:,} tokens in total")
     say(f"Question: {found.question}")
     say(f"Answers: up to {MAX_TOKENS} tokens, with greedy decoding\n")
     median = " (median)" if found.n_pairs > 1 else ""

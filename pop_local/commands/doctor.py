@@ -110,14 +110,14 @@ def _threads(n_threads: int) -> Check:
     found += f"; other processes are using {n_busy:.1f} CPUs"
     to_do = "expect slower answers and unreliable timings"
     if n_threads > 1:
-        to_do += "; fewer --threads may be faster"
+        to_do += "; a lower --threads value may be faster"
     return Check("threads", "Threads", "note", found, to_do)
 
 
 def _abi(abi: int | None) -> Check:
     if abi == backend.ABI:
         return Check("pop_abi", "Fast reading", "ok", f"patched, ABI {abi}")
-    found = "not available, because this llama.cpp does not contain pop-local's patches"
+    found = "not available because this llama.cpp lacks pop-local's patches"
     if abi is not None:
         found = f"the backend uses ABI {abi}, but pop-local needs ABI {backend.ABI}"
     return Check("pop_abi", "Fast reading", "fix", found, backend.INSTALL_HINT)

@@ -15,7 +15,7 @@ from pop_local.ui.watch import stoppable_watch
 class WindowOptions(Group):
     text: Path | None = option("Held-out text to measure on (default: built-in text).", "FILE")
     context: int = option("Number of context tokens per window.", min=2, default=512)
-    continuation: int = expert("Number of scored tokens after each context.", min=2, default=128)
+    continuation: int = expert("Number of tokens to score after each context.", min=2, default=128)
     windows: int = option("Number of windows to score.", min=1, default=32)
     lookups: int = option("Number of questions about exact strings.", min=0, default=100)
     seed: int = expert("Seed for choosing passages, random tokens, and look-ups.", min=0, default=0)

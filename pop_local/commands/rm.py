@@ -29,8 +29,8 @@ def rm(
 ) -> None:
     """Remove models, converted copies, or unfinished downloads from the models folder.
 
-    The command also removes a model's sidecar and the mmproj that is named after the model. A
-    catalog name refers to both the model and its converted copy. Other names refer to one file.
+    The command also removes the model's sidecar and any mmproj named after the model. A catalog
+    name refers to both the model and its converted copy. Other names refer to one file.
     """
     # Look up every name before deleting anything.
     files = tuple(dict.fromkeys(file for name in names for file in _found(name)))
@@ -52,7 +52,7 @@ def rm(
 
 
 def _found(name: str) -> tuple[Path, ...]:
-    """Return the files named `name` in the first folder that has them. Raises PopError."""
+    """Return the files named `name` in the first folder that contains any. Raises PopError."""
     first, *others = models_dirs()
     try:
         return _files(first, name)

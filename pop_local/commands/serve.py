@@ -132,7 +132,7 @@ def serve_named(
     def announce(url: str) -> None:
         _announce(pool, to)
         if rules.host not in LOOPBACK and not rules.api_keys:
-            warn("Anyone on the network can use the model. To require a key, set --api-key.")
+            warn("Anyone on the network can use the model. To require a key, pass --api-key.")
         note(f"Serving a web page at {url}/ and APIs at {url}/v1 (Ctrl-C to stop)")
         on_ready(url)
 

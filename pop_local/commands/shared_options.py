@@ -27,7 +27,7 @@ def positive(value: float | None) -> float | None:
     return finite(value)
 
 
-_SIDECAR = "Sidecar file (default: one in the model's folder, or else a learned or shipped one)."
+_SIDECAR = "Sidecar file (default: from the model's folder, or else learned or shipped)."
 MMPROJ = "Multimodal projector for images (default: mmproj*.gguf in the model's folder)."
 MARKDOWN = "Print tables as Markdown."
 DEEP_ROWS = "Rule that selects words to run through all layers (default: the file's rule)."
@@ -56,7 +56,7 @@ class HardwareOptions(Group):
         "Number of CPU threads (default: one per physical core).", min=1, max=MOST_THREADS
     )
     gpu_layers: int = option(
-        "Number of layers on the GPU (default: -1, meaning all).", min=-1, max=MOST, default=-1
+        "Number of layers to run on the GPU (-1: all).", min=-1, max=MOST, default=-1
     )
 
     @property

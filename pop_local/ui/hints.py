@@ -21,7 +21,7 @@ BY_ERRNO = {
     errno.EPERM: _PERMISSION,
     errno.EROFS: "this disk is read-only; use a folder on another disk",
     errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path: one of its parent folders is a file",
+    errno.ENOTDIR: "check the path: part of it is a file, not a folder",
     errno.EISDIR: "pass a file instead of a folder",
     errno.ENOMEM: MEMORY,
 }

@@ -279,7 +279,7 @@ def test_pull_into_a_path_that_is_no_folder(tmp_path):
     assert "Apache-2.0" in notice
     assert error.startswith("error: ")
     assert error.endswith("Not a directory")
-    assert "one of its parent folders is a file" in hint
+    assert "part of it is a file, not a folder" in hint
 
 
 def test_debug_shows_the_trace_before_the_two_lines():

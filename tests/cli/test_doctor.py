@@ -89,7 +89,7 @@ def test_unpatched_backend_must_be_fixed(install):
     install(abi=None)
     done = doctor()
     assert done.exit_code == 1
-    assert "this llama.cpp does not contain pop-local's patches" in done.stdout
+    assert "this llama.cpp lacks pop-local's patches" in done.stdout
     assert "pip install ./patches/llama-cpp-python" in done.stdout
     found = json.loads(doctor("--json").stdout)
     assert found["ok"] is False
@@ -187,7 +187,7 @@ def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
     monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 60.0)
     assert checks()["threads"]["status"] == "note"
     assert checks()["threads"]["found"].endswith("; other processes are using 4.8 CPUs")
-    assert "fewer --threads" in checks()["threads"]["to_do"]
+    assert "lower --threads" in checks()["threads"]["to_do"]
     assert doctor().exit_code == 0
     install(n_threads=1)
     monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 100.0)

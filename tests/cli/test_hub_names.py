@@ -85,7 +85,7 @@ def test_an_unknown_name_gets_the_nearest_name():
     done = called("pull", "qwen3-8c")
     assert (done.returncode, done.stdout) == (1, "")
     error, _ = done.stderr.splitlines()
-    assert error.startswith("error: the catalog has no model named 'qwen3-8c'")
+    assert error.startswith("error: the catalog contains no model named 'qwen3-8c'")
     assert "qwen3-8b" in done.stderr
 
 

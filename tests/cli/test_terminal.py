@@ -94,7 +94,7 @@ def test_second_turn_reuses_the_first(model):
     assert (chat.group(2), chat.group(3)) == (0, 0)
     chat.expect_prompt()
     chat.line("/stats")
-    chat.expect("Answers: 3, with 15 tokens")
+    chat.expect(r"Answers: 3 \(15 tokens\)")
     chat.expect_prompt()
     chat.end_of_input()
     assert chat.expect_end() == 0

@@ -43,9 +43,7 @@ def save(chat: Dialogue, name: str) -> None:
     finish(chat)
     n_bytes = chat.session.save(path, overwrite=True).stat().st_size
     chat.saved_as = name
-    chat.screen.note(
-        f"Saved the session ({size(n_bytes)}). To restore the session, type /load {name}."
-    )
+    chat.screen.note(f"Saved the session ({size(n_bytes)}). To restore it, type /load {name}.")
 
 
 def load(chat: Dialogue, name: str) -> None:
@@ -134,7 +132,7 @@ class Unsaved:
             self._is_possible = False
             reason = as_pop_error(error).message
             chat.screen.warn(
-                f"This chat would be lost in a crash ({reason}). To save the chat, type /save NAME."
+                f"This chat would be lost in a crash ({reason}). To save it, type /save NAME."
             )
 
     def offer(self, chat: Dialogue) -> None:

@@ -101,7 +101,7 @@ def _undo(chat: Dialogue, argument: str) -> None:
     if turn := chat.session.undo():
         chat.screen.note(f"Dropped: {sessions.short(turn.question)}")
     else:
-        chat.refuse("The conversation has no turns to remove.")
+        chat.refuse("There are no turns to remove.")
 
 
 def _set(chat: Dialogue, argument: str) -> None:
@@ -187,7 +187,7 @@ _ALL = (
     Command("/save NAME", "save the chat", sessions.save, lambda: sessions.saved().names()),
     Command(
         "/load NAME",
-        "continue a saved chat, or list all chats",
+        "continue a saved chat, or list saved chats",
         sessions.load,
         lambda: sessions.saved().names(),
     ),

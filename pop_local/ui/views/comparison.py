@@ -37,7 +37,7 @@ def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
         times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s with fast reading"
         facts.append(("To first token", f"{times} ({ratio:.2f}x; each prompt was timed once)"))
     if found.n_unpruned:
-        why = "Prompts that are short or mostly cached are always read in full."
+        why = "Short or mostly cached prompts are always read in full."
         facts.append(("Read in full", f"{found.n_unpruned} of {n} prompts. {why}"))
     if found.n_unpruned == n:
         facts.append(("Speedup", "not measured, because no prompt used fast reading"))

@@ -109,7 +109,7 @@ def show_converted(conversion: Conversion, done: Converted, *, as_markdown: bool
     if (found := done.meta.measured) is not None:
         print_sentence(with_advice(verdict_in_words(found)))
     if conversion.is_sidecar and done.path != sidecar_path(conversion.source):
-        note(f"The sidecar is not next to the model, so open the model with --sidecar {done.path}.")
+        note(f"The sidecar is not next to the model, so pass it with --sidecar {done.path}.")
 
 
 def plan_json(conversion: Conversion, seconds: float | None) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     yield "Copying", f"perplexity ratio {ratio}, correct top prediction for {right}"
     if found.copy_ppl_ratio > FAST.max_copy_ratio:
         most = FAST.max_copy_ratio
-        yield "", f"BROKEN: a model cannot copy from its prompt if this ratio exceeds {most:g}"
+        yield "", f"BROKEN: with a ratio above {most:g}, a model cannot copy from its prompt"
     if found.lookups_n:
         shares = f"{found.lookups_lost} of {found.lookups_full} lost, {found.lookups_gained} gained"
         lost = f"{found.lookups_logprob_lost:.2f} ± {found.lookups_logprob_se:.2f}"

@@ -29,7 +29,7 @@ def summary_facts(found: Inspection) -> list[Fact]:
         stock = "opens this file without fast reading"
     return [
         *facts,
-        ("Kind", f"{kind}, trained for contexts of up to {found.n_ctx_train:,} tokens"),
+        ("Kind", f"{kind}, trained on contexts of up to {found.n_ctx_train:,} tokens"),
         ("Fast reading", _fast_reading(found)),
         ("Stock llama.cpp", stock),
     ]

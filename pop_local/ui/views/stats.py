@@ -47,7 +47,7 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int, n_refilled: int) -> 
     total = SessionStats.of(answers)
     last = answers[-1]
     yield f"Last answer: {stats_line(last)}"
-    yield f"Answers: {len(answers)}, with {total.n_decoded:,} tokens."
+    yield f"Answers: {len(answers)} ({total.n_decoded:,} tokens)."
     left = f"{total.n_pruned:,} with fast reading"
     if total.n_skipped_exact:
         left = f"{total.n_skipped_exact:,} stopped before layer {last.exact_layer} without loss"
@@ -58,7 +58,7 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int, n_refilled: int) -> 
     n_refilled += total.n_refilled
     if total.n_deep or n_refilled:
         yield (
-            f"Names, numbers, and symbols: {total.n_deep:,} tokens in full."
+            f"Names, numbers, and symbols: {total.n_deep:,} tokens read in full."
             f" Caught up later: {n_refilled:,} tokens."
         )
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."

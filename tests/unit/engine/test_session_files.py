@@ -277,7 +277,7 @@ def test_a_session_of_another_model_is_reported_and_read_again(chat_model, monke
 def test_the_chat_works_without_pruning(tmp_path):
     model = opened(make_gguf(tmp_path / "olmo.gguf", "olmo2", chat_template=TEMPLATE))
     _, shown = talked(model, "a b c d", "/stats")
-    assert any(line.startswith("# Answers: 1, ") for line in shown)
+    assert any(line.startswith("# Answers: 1 (") for line in shown)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and pipes of POSIX")

@@ -24,7 +24,7 @@ from support.scripted_chat import (
     talk,
 )
 
-DROPPED = "# The question was dropped. To ask the question again, type /retry."
+DROPPED = "# The question was dropped. To ask it again, type /retry."
 FAST = (
     "# Fast reading is on: it skips 10 of 30 layers with a small quality loss"
     " (/full on turns it off)."
@@ -105,7 +105,7 @@ def test_stats_add_up():
     assert talk(model, "a", "b", "/stats")[-5:] == [
         FAST,
         "# Last answer: " + STATS_LINE.removeprefix("# "),
-        "# Answers: 2, with 22 tokens.",
+        "# Answers: 2 (22 tokens).",
         "# Prompt tokens: 1,966 with fast reading, 34 in full, 400 reused from the cache.",
         "# Context: 1,211 of 4,096 tokens used.",
     ]

@@ -55,13 +55,11 @@ def test_a_question_survives_an_unexpected_error():
 def test_undo_drops_one_turn_after_the_other():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS], ["Three.", STATS])
     shown = talk(model, "a", "b", "/undo", "c", "/undo", "/undo", "/undo")
-    assert [
-        line for line in shown if line.startswith(("# Dropped", "# The conversation has no"))
-    ] == [
+    assert [line for line in shown if line.startswith(("# Dropped", "# There are no"))] == [
         "# Dropped: b",
         "# Dropped: c",
         "# Dropped: a",
-        "# The conversation has no turns to remove.",
+        "# There are no turns to remove.",
     ]
     assert [message.content for message in model.asked[2]] == ["a", "One.", "c"]
 
@@ -247,7 +245,7 @@ def test_a_question_that_does_not_fit_offers_choices():
         "?   d  drop the oldest turn",
         "?   n  start a new conversation with this question",
         "?   x  drop this question",
-        "# The question was dropped. To ask the question again, type /retry.",
+        "# The question was dropped. To ask it again, type /retry.",
     ]
 
 

@@ -46,7 +46,7 @@ def test_a_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
         r" The first question was: my question",
         shown[0],
     )
-    assert shown[-1] == "# The conversation has no turns to remove."
+    assert shown[-1] == "# There are no turns to remove."
     shown = talked(model, tmp_path, "", SystemExit(143))  # Enter continues the chat
     assert "# The model will read this conversation again before your next answer." in shown
     talked(model, tmp_path, "c", "third", SystemExit(143))
