@@ -191,7 +191,7 @@ def find(name: str) -> CatalogModel:
     """Return the catalog model with the given name or alias, ignoring case. Raises PopError."""
     if model := lookup(name):
         return model
-    raise _unknown(f"the catalog has no model named {name!r}", name, {})
+    raise _unknown(f"the catalog contains no model named {name!r}", name, {})
 
 
 def lookup(name: str) -> CatalogModel | None:

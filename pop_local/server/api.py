@@ -110,7 +110,7 @@ class Api:
 
     def unknown_model(self, name: str | None) -> ApiError:
         names = ", ".join(map(repr, self.models.registry.files())) or "no models"
-        known = f"this server has {names}"
+        known = f"this server serves {names}"
         message = f"no model named {name!r} exists; {known}" if name else known
         return ApiError(404, message, code="model_not_found", param="model")
 

@@ -251,7 +251,7 @@ def _tools(body: bodies.ChatBody) -> Tools:
         must_call = choice.allowed_tools.mode == "required"
     if names := {tool.function.name for tool in chosen}:
         if missing := names.difference(tool.name for tool in listed):
-            message = f"tool_choice names {min(missing)!r}, which is missing from tools"
+            message = f"tool_choice names {min(missing)!r}, which is not in tools"
             raise ApiError(400, message, param="tool_choice")
         callable_ = tuple(tool for tool in listed if tool.name in names)
     # A small model that must call a tool would otherwise keep calling tools.

@@ -108,7 +108,7 @@ def _answer(opened: PopModel, mode: Mode, nth: str, watch: Watch) -> TimedAnswer
         )
     )
     stats = chunks[-1].stats
-    assert stats is not None, "the last chunk has no statistics"
+    assert stats is not None, "the last chunk lacks statistics"
     if (stats.n_pruned > 0) is (mode is Mode.OFF):
         raise PopError(f"the demonstration is invalid: {stats.n_pruned} tokens were pruned")
     text = "".join(chunk.text for chunk in chunks).strip()

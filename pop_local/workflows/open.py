@@ -143,7 +143,7 @@ def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
         if not sidecar.is_file():
             raise PopError(
                 f"the sidecar {sidecar} does not exist",
-                "convert the model to a sidecar",
+                "check the path, or create a sidecar for the model",
                 cause="no-sidecar",
             )
         return ModelFiles(base_file(model, watch), sidecar)

@@ -112,7 +112,7 @@ def test_openai_logprobs_and_schemas(client):
 def test_openai_errors(client, server):
     with pytest.raises(openai.BadRequestError, match="the prompt has 40"):
         ask(client, messages=[{"role": "user", "content": "word " * 4000}])
-    with pytest.raises(openai.NotFoundError, match="this server has 'smol'"):
+    with pytest.raises(openai.NotFoundError, match="this server serves 'smol'"):
         client.models.retrieve("gpt-4o")
     assert ask(client, model="gpt-4o").model == "smol"
     wrong = openai.OpenAI(base_url=server.api, api_key="wrong", max_retries=0)

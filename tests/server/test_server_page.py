@@ -240,7 +240,7 @@ def test_slow_reader_is_killed(client, monkeypatch):
 
 def test_document_length_is_limited(client):
     message = refusal(sent(client, b"x" * (file_reader.MAX_CHARACTERS + 1)), 400)
-    assert message.startswith("a.txt is too long: it has 8,000,001 characters")
+    assert message.startswith("a.txt is too long: 8,000,001 characters")
 
 
 def test_web_option_opens_the_browser(path, monkeypatch):

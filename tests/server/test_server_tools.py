@@ -165,7 +165,7 @@ def test_usage_lists_ignored_tool_keywords(client):
         ({"tools": [WEATHER] * 257}, "tools"),
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
-            "'x', which is missing from tools",
+            "'x', which is not in tools",
         ),
         ({"tools": TOOLS, "tool_choice": "some"}, "tool_choice"),
         ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "send tools or grammar, not both"),
@@ -181,7 +181,7 @@ def test_usage_lists_ignored_tool_keywords(client):
                     "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "x"}}]},
                 },
             },
-            "'x', which is missing from tools",
+            "'x', which is not in tools",
         ),
         ({"tools": [function("a", b={"type": "any"})]}, "a tool's schema is not valid"),
         ({"tools": [function("a", b={"$ref": "#/nowhere"})]}, "not valid"),
@@ -325,7 +325,7 @@ def test_only_allowed_tools_are_called(client, mode):
         (
             "double(n=4)",
             "stop",
-            "no tool call: the call to double has an unknown format, or text follows the call",
+            "no tool call: the call to double uses an unknown format, or text follows it",
         ),
         ("I double it.", "stop", " tokens generated"),
     ],

@@ -48,7 +48,7 @@ class TokenTries:
             ends = [token for token in every if self._vocabulary.is_end(token)]
             if not ends:
                 hint = "use a model with an end token"
-                raise GrammarError("the model has no end token, which grammars require", hint)
+                raise GrammarError("grammars require an end token, but the model has none", hint)
             wrapper: Any = _TokenBytes(self._vocabulary, ends, shown)
             self._tries[shown] = LLTokenizer(wrapper, eos_token=ends)
         return self._tries[shown]

@@ -154,7 +154,7 @@ class ChatSession:
             stream = self.stream(question, **options)
             for _ in stream:
                 pass
-        assert stream.stats is not None, "the last chunk has no statistics"
+        assert stream.stats is not None, "the last chunk lacks statistics"
         return Answer(stream.text, stream.stats)
 
     def stream(

@@ -17,8 +17,8 @@ class FileReader:
     def text(path: str) -> str:
         text = read_document(path).text
         if len(text) > MAX_CHARACTERS:
-            message = f"{path} is too long: it has {len(text):,} characters"
-            raise PopError(message, f"send a file with up to {MAX_CHARACTERS:,} characters")
+            message = f"{path} is too long: {len(text):,} characters"
+            raise PopError(message, f"send a file of up to {MAX_CHARACTERS:,} characters")
         return text.encode(errors="replace").decode()  # PDFs may contain lone surrogates
 
     @staticmethod

@@ -78,7 +78,7 @@ async def _root(request: Request) -> Response:
 async def _static(request: Request) -> Response:
     name = request.path_params["name"]
     if name not in _FILES:
-        raise ApiError(404, f"the page has no file {name!r}")
+        raise ApiError(404, f"the page does not use a file named {name!r}")
     return _shown(name)
 
 
