@@ -34,7 +34,7 @@ def bench(
     measured: opt.MeasureOptions,
 ) -> None:
     """Measure the time to first token with and without fast reading, in alternating runs."""
-    from pop_local.engine.llama.devices import busy_cpus, default_threads
+    from pop_local.commands.opening import warn_if_busy
     from pop_local.workflows import benchmark as workflow
 
     options = workflow.BenchOptions(
@@ -44,8 +44,7 @@ def bench(
         hardware=measured.hardware,
         deep_rows=read.deep_rows,
     )
-    if n_busy := busy_cpus(measured.threads or default_threads()):
-        warn(f"Other programs are using {n_busy:.1f} CPUs, so the times are unreliable.")
+    warn_if_busy(measured.threads)
     if (read.repeat + 1) * sum(options.n_prompts) > _N_LONG:
         note(
             "bench usually takes 2 to 15 minutes with a catalog model. For a quick result in 1 to 2"

@@ -194,7 +194,9 @@ def convert(
         if how.dry_run and not how.force and not json:
             note("To print the plan anyway, add --force.")
             return
-        if not how.dry_run and sys.stdin.isatty() and not typer.confirm("Convert it?", err=True):
+        if not how.dry_run and not sys.stdin.isatty():
+            note("Converting it anyway.")
+        elif not how.dry_run and not typer.confirm("Convert it?", err=True):
             raise typer.Exit
     # A dry run writes nothing, so an existing output is not an error.
     force = how.force or how.dry_run

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from pop_local.commands import shared_options as opt
-from pop_local.commands.opening import Opener
+from pop_local.commands.opening import Opener, warn_if_busy
 from pop_local.commands.option_expansion import expand_options
 from pop_local.models.model_names import DEFAULT_MODEL
 from pop_local.ui.console import say
@@ -26,6 +26,7 @@ def demo(
 
     Both answers are short and use greedy decoding, so you can compare them.
     """
+    warn_if_busy(how.threads)
     opened = Opener(model, opt.ModelOptions(**vars(how)))()
     with terminal_watch() as watch:
         found = demonstrate(opened, pairs, watch)

@@ -9,6 +9,7 @@ from pop_local.engine.cache.disk_store import DiskStore
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.context import ContextOptions
+from pop_local.engine.llama.devices import busy_cpus, default_threads
 from pop_local.engine.model import PopModel
 from pop_local.ui.console import note, warn
 from pop_local.ui.watch import terminal_watch
@@ -19,6 +20,12 @@ from pop_local.workflows.open import best_model, open_model
 def default_model() -> str:
     """Return the `model` setting or, if unset, the best catalog model that fits in free memory."""
     return str(settings.get("model") or best_model().name)
+
+
+def warn_if_busy(n_threads: int | None) -> None:
+    """Warn if other programs use so many CPUs that times with `n_threads` are unreliable."""
+    if n_busy := busy_cpus(n_threads or default_threads()):
+        warn(f"Other programs are using {n_busy:.1f} CPUs, so the times are unreliable.")
 
 
 def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> ModelOptions:

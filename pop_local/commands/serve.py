@@ -34,7 +34,7 @@ class ServerOptions(Group):
     )
     cache_scope: Literal["client", "shared"] = option(
         "Who may reuse a cached prompt (default: client). client: clients with the same API key"
-        " (or, without keys, the same address). shared: all clients.",
+        " (or the same address if no keys are set). shared: all clients.",
         "SCOPE",
         default="client",
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_converter.base.errors import StoppedError
+from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.base.progress import Progress, Unit, Watch
 from pop_converter.popfile import rewrite
 from pop_converter.popfile.format import DeepRows
@@ -277,6 +277,17 @@ def test_a_dry_run_of_a_model_with_a_shipped_sidecar_plans_only_by_force(smollm2
     assert "needs no conversion. To print the plan" in " ".join(done.stderr.split())
     assert "Boundaries" in convert(smollm2, "--dry-run", "--force").stdout
     assert json.loads(convert(smollm2, "--dry-run", "--json").stdout)["boundaries"]
+
+
+@pytest.mark.slow
+def test_a_model_with_a_shipped_sidecar_is_converted_without_a_terminal(smollm2, monkeypatch):
+    def stop(*args: object, **options: object) -> None:
+        raise PopError("stopped")
+
+    monkeypatch.setattr("pop_local.commands.convert.run_conversion", stop)
+    done = convert(smollm2, "--sidecar", "--force")
+    assert "needs no conversion. Converting it anyway." in " ".join(done.stderr.split())
+    assert "stopped" in done.stderr
 
 
 def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):

@@ -133,3 +133,8 @@ def test_a_narrow_terminal_breaks_errors_and_hints_between_words(monkeypatch):
 def test_without_a_cause_the_library_has_the_word():
     assert hint_of(PopError("it broke", "mend {it}")) == "mend {it}"
     assert hint_of(PopError("it broke")) == ""
+
+
+def test_a_hint_that_ends_with_a_question_gets_no_period():
+    error = PopError("unknown", "did you mean smollm2?", cause="unknown-model")
+    assert hint_of(error).startswith("did you mean smollm2? `pop-local list`")
