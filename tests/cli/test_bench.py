@@ -127,7 +127,7 @@ def test_deep_rows(pop_file):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--prompt", "100", "--ctx", "64"), "the context has 64"),
+        (("--prompt", "100", "--ctx", "64"), "the context holds 64"),
         (("--prompt", "5000"), "but the limit is 4096"),
     ],
 )

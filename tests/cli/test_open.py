@@ -80,7 +80,7 @@ def test_first_time_it_is_fetched_and_opened_with_the_shipped_sidecar(store, shi
     fetching, pruning = "".join(said.err).splitlines()
     sizes = "92.9 MB compressed, 98.4 MB on disk"
     assert fetching.startswith(f"Fetching {DEFAULT_MODEL} ({sizes}) into ")
-    assert "license Apache-2.0" in fetching
+    assert "license: Apache-2.0" in fetching
     assert pruning == f"Sidecar: {shipped.name} (shipped with pop-local)."
     assert files(name) == ModelFiles(store / "tiny.gguf", shipped)
     assert "Fetching" not in capsys.readouterr().err

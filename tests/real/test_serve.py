@@ -294,7 +294,7 @@ def test_missing_packages_are_reported_with_the_extra(tiny_file):
 def test_prompt_cache_and_open_address_follow_the_options(tiny_file, arguments, is_kept):
     key = () if is_kept else ("--api-key", "secret")
     with served(tiny_file, "--host", "0.0.0.0", *arguments, *key) as server:
-        assert ("set --api-key" in server.log) == (not key)
+        assert ("pass --api-key" in server.log) == (not key)
         headers = {"Authorization": "Bearer secret"}
         # DNS rebinding: a foreign page has another Host and no key.
         for host, status in (("192.168.1.5", 200), ("evil.example", 200 if key else 403)):

@@ -140,7 +140,7 @@ def test_count_tokens(client):
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "messages.0"),
         ({"mcp_servers": [{}]}, "mcp_servers is not supported"),
         ({"tool_choice": {"type": "any"}}, "tool_choice requires tools"),
-        (FORCED | {"tool_choice": {"type": "tool", "name": "x"}}, "missing from tools"),
+        (FORCED | {"tool_choice": {"type": "tool", "name": "x"}}, "not in tools"),
         ({"temperature": -1}, "temperature"),
     ],
 )
