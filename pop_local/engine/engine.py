@@ -142,7 +142,7 @@ class Engine:
             sequence.set_mode(mode, keeps_exact=keeps_exact)
 
     def set_boundary(self, layer: int) -> None:
-        """Prune from `layer` onward, without fitted projections (0: from the file's boundary)."""
+        """Start pruning at `layer` without fitted projections (0: at the file's boundary)."""
         for sequence in self.sequences:
             sequence.set_boundary(layer)
 
@@ -188,7 +188,7 @@ class Engine:
         return sequence.sampled(Sampler(sequence.cache.slot, options, self.constraint(options)))
 
     def constraint(self, options: TurnOptions) -> Allowed | None:
-        """Return the constraint for the options' tool calls or grammar (None if neither is set)."""
+        """Return the constraint for the `calls` or `grammar` option (None if neither is set)."""
         grammar, calls = options.grammar, options.calls
         if calls is not None:
             pieces = Pieces(self.context.vocabulary, calls.shown)

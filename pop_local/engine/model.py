@@ -55,7 +55,7 @@ class PopModel:
         mmproj: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
-        """Open a GGUF file or a named local model, without downloading or converting anything.
+        """Open a GGUF file, or a local model by name, without downloading or converting anything.
 
         `sidecar`: a path (default: the sidecar next to the model, or else the shipped one).
         `mmproj`: a path (default: the mmproj next to the model). `options`: fields of EngineOptions
@@ -92,7 +92,7 @@ class PopModel:
     def swap_sidecar(self, sidecar: Path) -> None:
         """Switch to a different sidecar. The cache is kept if all its rows are exact.
 
-        Raises PopError without changing anything if opening fails or the model uses an mmproj.
+        If opening fails or the model uses an mmproj, raises PopError and changes nothing.
         """
         with self._changing() as before:
             before.context.interrupt.require_idle()
@@ -133,9 +133,9 @@ class PopModel:
 
     @contextmanager
     def _changing(self) -> Iterator[Engine]:
-        """Prevent other threads from using or replacing the engine until exit.
+        """Context manager that prevents other threads from using or replacing the engine.
 
-        Takes the context's lock first to avoid a deadlock with progress callbacks, which hold it.
+        Locks the context first, because progress callbacks hold that lock and could deadlock.
         """
         while True:
             engine = self._engine

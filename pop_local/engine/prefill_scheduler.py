@@ -45,7 +45,7 @@ class QueuedPrompt:
 class PrefillScheduler:
     """A scheduler that determines the order in which queued prompts are read.
 
-    The prompt with the fewest unread rows goes first, with ties going to the oldest prompt. To
+    The prompt with the fewest unread rows goes first. In a tie, the oldest prompt goes first. To
     avoid starvation, the oldest prompt gets a turn after `AGE_CHUNKS` chunks of other prompts.
     """
 
@@ -80,7 +80,7 @@ class PrefillScheduler:
 
 
 class PrefillTurns:
-    """A lock that threads share to read prompts. The scheduler decides which thread goes next."""
+    """A lock for threads that read prompts. The scheduler decides which thread goes next."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

@@ -52,7 +52,7 @@ class SlotScheduler:
         return self._model.engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Share the prompt's longest prefix that is cached in any sequence, busy or free.
+        """Let sequence `index` share the prompt's longest prefix in any sequence, busy or free.
 
         Does nothing if sequence `index` already caches an equally long prefix.
         """

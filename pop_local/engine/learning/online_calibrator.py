@@ -124,7 +124,7 @@ class OnlineCalibrator:
     """A calibrator that learns from the rows in a KvCache.
 
     `boundaries`: the boundaries to fit, in ascending order. `n_missed`: rows dropped for lack of
-    memory. The caller must use the cache and the calibrator from one thread at a time.
+    memory. Only one thread at a time may use the cache and the calibrator.
     """
 
     def __init__(self, cache: KvCache, memory_bytes: int | None = None) -> None:
@@ -250,7 +250,7 @@ class OnlineCalibrator:
         return bool(self._waiting)
 
     def work(self, should_stop: Callable[[], bool]) -> None:
-        """Add the queued rows to the sums and save them. Raises PopError if saving fails."""
+        """Add the queued rows to the sums and save the sums. Raises PopError if saving fails."""
         while self.has_work and not should_stop():
             lacking = [each for each in self.boundaries if self._lacks_input(each)]
             if lacking:
@@ -305,7 +305,7 @@ class OnlineCalibrator:
 
     @property
     def n_rows(self) -> int:
-        """The number of rows added by all processes at the boundary with the most rows."""
+        """The total number of rows from all processes at the boundary with the most rows."""
         return self._n_new + max(self._known.n_rows.values(), default=0)
 
     @property
@@ -326,7 +326,7 @@ class OnlineCalibrator:
         return self.summing.is_wide(boundary) and boundary not in self._new.wides
 
     def _choose(self, boundaries: Sequence[int]) -> None:
-        """Choose wider inputs using shipped text, because they reveal details of the text used."""
+        """Choose wider inputs from shipped text, because the inputs reveal details of the text."""
         n_windows = _ROWS_TO_CHOOSE * self._shape.n_embd // N_WINDOW + 1
         wanted, context = self.summing.wanted(boundaries), self._cache.context
         windows = list(read_shipped_windows(context, wanted, n_windows, N_WINDOW))

@@ -47,7 +47,7 @@ class Sums:
     grams: dict[int, Gram] = field(default_factory=dict)
 
     def has_same_input(self, other: "Sums", boundary: int) -> bool:
-        """Return True if both sums were computed from the same inputs."""
+        """Return True if both sets of sums were computed from the same inputs."""
         ours, theirs = self.wides.get(boundary), other.wides.get(boundary)
         if ours is None or theirs is None:
             return ours is theirs
@@ -128,7 +128,7 @@ def _floats(arrays: Any, name: str) -> np.ndarray:
 
 
 def _read_head(arrays: Any) -> Any:
-    """Return a sums file's header. Raises ValueError or another error if the content is invalid."""
+    """Return a sums file's header. Raises ValueError or other errors if the content is invalid."""
     head = json.loads(str(arrays["head"]))
     numbers = [number for boundary, layers, n in head["grams"] for number in (boundary, n, *layers)]
     numbers += [boundary for boundary, _ in head.get("wides", ())]

@@ -12,7 +12,7 @@ from pop_converter.base.errors import PopError
 
 
 def main(module: str, worker: str, limit_s: float, limit_bytes: int) -> None:
-    """Read calls to `worker`'s methods from standard input and run them until the input closes.
+    """Read calls to `worker`'s methods from standard input and run them until the input ends.
 
     A call that takes longer than `limit_s` seconds terminates this process. On Linux, a call may
     use up to `limit_bytes` more memory than the process used at startup. If a method raises an

@@ -19,7 +19,7 @@ _START = (
 
 
 class RefusedError(PopError, ValueError):
-    """Error with the message and hint from an exception raised in the child process."""
+    """Error with the message and hint of an exception raised in the child process."""
 
 
 class NoChildError(PopError):
@@ -31,7 +31,7 @@ class BeyondLimitsError(PopError):
 
 
 def _python() -> str:
-    """Return multiprocessing's interpreter (applications that embed Python can set it)."""
+    """Return multiprocessing's interpreter, which applications that embed Python can change."""
     python = os.fsdecode(get_executable())
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
@@ -42,7 +42,7 @@ def _python() -> str:
 
 
 class KeptProcess:
-    """A child process that runs a worker's methods. If the process has ended, a call restarts it.
+    """A child process that runs a worker's methods. A call restarts the process if it has ended.
 
     Calls are thread-safe and run one at a time. If a call is interrupted or exceeds a limit, the
     child is killed.
@@ -59,7 +59,7 @@ class KeptProcess:
     ) -> None:
         """`worker`: the class whose methods the child runs.
 
-        `task`, `hint`: the subject of BeyondLimitsError's message, and the error's hint.
+        `task`: the subject of BeyondLimitsError's message. `hint`: that error's hint.
         """
         self.limit_s, self.limit_bytes = limit_s, limit_bytes
         self._place = (worker.__module__, worker.__qualname__)

@@ -42,8 +42,8 @@ class Reading(IntEnum):
 class Mode(IntEnum):
     """A context's pruning mode.
 
-    OFF: every row runs through all layers. CONTEXT: context rows are pruned, or skip layers without
-    any loss in models that share K/V. ALWAYS: every row is pruned.
+    OFF: every row runs through all layers. CONTEXT: context rows are pruned or, if layers share
+    K/V, skip layers without any loss. ALWAYS: every row is pruned.
     """
 
     OFF = 0
@@ -111,7 +111,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 
 @functools.cache
 def bindings() -> ModuleType:
-    """Import and return llama_cpp's low-level module, after redirecting llama.cpp's log.
+    """Redirect llama.cpp's log, then import and return llama_cpp's low-level module.
 
     Raises PopError if the module is missing or has been overwritten by another distribution.
     """
@@ -182,7 +182,7 @@ def require_patched() -> ctypes.CDLL:
 
 
 def model_exact(model: Any) -> int:
-    """Return the first layer that rows not needing logits can skip without loss (0: none)."""
+    """Return the first layer that rows without logits can skip without loss (0: none)."""
     return int(require_patched().llama_pop_model_exact(model))
 
 
@@ -199,7 +199,7 @@ def get_boundary(ctx: Any) -> int:
 
 
 def set_boundary(ctx: Any, layer: int) -> None:
-    """Prune from `layer` onward with the model's own projections (0: use the file's boundary)."""
+    """Start pruning at `layer` with the model's own projections (0: at the file's boundary)."""
     call("llama_pop_set_boundary", ctx, layer)
 
 
@@ -268,9 +268,9 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
 def set_reading(ctx: Any, reading: Reading) -> None:
     """Set the kind of prompt rows that the following batches contain.
 
-    pop-local's kernels process even the smallest prompt batch, so with flash attention the results
-    do not depend on the batch size. During decode, the kernels run only operations that they speed
-    up.
+    pop-local's kernels process even the smallest prompt batch, so the results do not depend on the
+    batch size if flash attention is on. During decode, the kernels are used only for operations
+    that they speed up.
     """
     call("llama_pop_set_reading", ctx, reading)
 

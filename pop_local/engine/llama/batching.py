@@ -279,7 +279,7 @@ class BatchedSlot(Slot):
             super().set_deep_rows(positions)
 
     def _is_context(self, first: int, n: int) -> bool:
-        """Return True if all rows in [first, first + n) are context rows that are not deep."""
+        """Return True if all rows in [first, first + n) are context rows and none are deep."""
         if not (self._context_rows.start <= first and first + n <= self._context_rows.stop):
             return False
         start, end = np.searchsorted(self._deep_rows, (first, first + n))

@@ -24,7 +24,7 @@ class Cells:
     _starts_with_size = True  # of the architecture's name
 
     def __init__(self, context: Context, sequence: int = 0, locked: Lock = nullcontext) -> None:
-        """`locked`: returns a context manager that keeps other threads from changing the cells."""
+        """`locked` returns a context manager that keeps other threads from changing the cells."""
         self._context, self._sequence, self._locked = context, sequence, locked
         self._api = backend.bindings()
 

@@ -81,10 +81,10 @@ class ContextOptions:
 class Context:
     """A model's weights and vocabulary, and a llama_context that uses them.
 
-    `model`, `ctx`: llama.cpp's pointers. `settings`: the context's llama_context_params. `n_chunk`:
-    maximum number of prompt rows to decode at once. `on_device`: whether any layers run on a GPU.
-    `window`: number of positions that sliding-window layers keep (0: all). `is_mrope`: whether rows
-    have multiple positions (time, height, width).
+    `model`, `ctx`: pointers to llama.cpp's objects. `settings`: the context's
+    llama_context_params. `n_chunk`: maximum number of prompt rows to decode at once. `on_device`:
+    whether any layers run on a GPU. `window`: number of positions that sliding-window layers keep
+    (0: all). `is_mrope`: whether each row has several positions (time, height, and width).
     """
 
     def __init__(
@@ -265,7 +265,7 @@ class Context:
         return np.ctypeslib.as_array(found, (n_rows, self.vocabulary.n_tokens))
 
     def close(self) -> None:
-        """Stop the running batch, even in another thread, and free the model.
+        """Stop the running batch, even if another thread is running it, and free the model.
 
         If the calling thread is running the batch, the model is freed when the batch ends.
         """

@@ -22,7 +22,7 @@ _SIGNALS = [
 
 @contextmanager
 def stopped_by(should_stop: Callable[[], bool] | None) -> Iterator[None]:
-    """Let `should_stop`, if given, stop this thread's batches in the `with` block."""
+    """Context manager that lets `should_stop`, if given, stop this thread's batches."""
     token = _should_stop.set(should_stop or _should_stop.get())
     try:
         yield
@@ -49,8 +49,8 @@ class Interrupt:
     """An abort callback that stops llama_decode on a signal or when `should_stop` returns True.
 
     Python handles signals only between bytecodes, so Ctrl-C would otherwise have no effect until
-    the batch ends. Exceptions cannot cross ctypes, so signal handlers are deferred. The thread that
-    uses the context holds `lock`.
+    the batch ends. Exceptions cannot propagate through ctypes, so signal handlers are deferred.
+    The thread that uses the context holds `lock`.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class Interrupt:
 
     @contextmanager
     def stopped(self, work: Callable[[], None]) -> Iterator[bool]:
-        """Context manager that stops the running batch and blocks new batches in other threads.
+        """Context manager that stops the running batch and keeps other threads from starting one.
 
         If this thread is running the batch, yields False and calls `work` when the batch ends.
         """

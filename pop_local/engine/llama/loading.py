@@ -60,8 +60,8 @@ def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, param
 def default_ctx(source: Source, n_sequences: int, free_bytes: int | None = None) -> int:
     """Return the trained context length in tokens, or less if memory is limited.
 
-    All sequences' K/V together may use up to a quarter of `free_bytes` (default: the free main
-    memory). The length is never reduced below _LEAST_CTX tokens. Raises FormatError.
+    The K/V of all sequences together may use up to a quarter of `free_bytes` (default: the free
+    main memory). The length is never reduced below _LEAST_CTX tokens. Raises FormatError.
     """
     if free_bytes is None:
         free_bytes = psutil.virtual_memory().available

@@ -25,7 +25,7 @@ _CONTINUED = 5
 
 
 class _Errors(threading.local):
-    """The current thread's error lines. Messages must not contain other threads' errors."""
+    """The current thread's error lines, so that messages omit other threads' errors."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=64)
@@ -100,7 +100,7 @@ def not_decoded(code: int) -> PopError:
 
 
 def first_error() -> str:
-    """Return the first error line since `forget_errors`, without function names, or ""."""
+    """Return the first error line (without function names) since `forget_errors`, or ""."""
     if not _errors.lines:
         return ""
     line = _FUNCTION.sub("", _errors.lines[0])

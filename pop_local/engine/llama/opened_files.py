@@ -68,7 +68,7 @@ class OpenedFiles:
 
     @cached_property
     def no_refill(self) -> str:
-        """The reason the model does not support deep rows or refills, or "" if it does."""
+        """The reason that the model does not support deep rows and refills, or "" if it does."""
         with suppress(PopError):
             return self.shape.no_refill
         return ""

@@ -25,7 +25,7 @@ class PrefillThrottle:
         self._owed_s = 0.0
 
     def max_prompt_rows(self, n_answers: int) -> int:
-        """Return the maximum number of prompt rows that keeps answers at half speed or more."""
+        """Return the maximum number of prompt rows that lets answers keep half of their speed."""
         if not n_answers:
             return self._n_batch
         if self._owed_s > 0:

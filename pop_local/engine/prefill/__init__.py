@@ -1,1 +1,1 @@
-"""Plan which rows of a prompt are full or pruned, and read prompts into a KV cache."""
+"""Plan which rows of a prompt to prune, and read prompts into a KV cache."""

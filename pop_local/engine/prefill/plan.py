@@ -56,7 +56,7 @@ NO_FULL_ROWS = RowRule(sink_tokens=0, tail_tokens=0)
 class PrefillPlan:
     """A plan for decoding a prompt's uncached tokens.
 
-    `full_from`: first row of the tail. `chunks`: (start, end) ranges of uncached tokens, each of
+    `full_from`: first row of the tail. `chunks`: (start, end) ranges of uncached tokens, each with
     text or a single image. `n_pruned`: number of rows that stop at the boundary in mode CONTEXT.
     """
 

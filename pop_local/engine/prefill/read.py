@@ -102,7 +102,7 @@ def append(
 def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int]:
     """Empty the cache, run `tokens` through all layers, and compute logits for all rows.
 
-    Yields the number of rows in each decoded piece (up to `step`).
+    Decodes pieces of up to `step` rows and yields the number of rows in each.
     """
     cache.clear()
     step = min(step, cache.context.n_batch)

@@ -81,8 +81,8 @@ class Prompter:
         """Return the prompt that `write` renders from the messages' contents and other strings.
 
         If any string contains special tokens, `write` is called again with placeholders for them.
-        Its arguments are the contents with placeholders and a function that adds placeholders to
-        the other strings. Raises PopError if `write` raises ValueError.
+        The arguments of `write` are the contents with placeholders and a function that adds
+        placeholders to the other strings. Raises PopError if `write` raises ValueError.
         """
         texts = [*(message.content for message in messages), *others]
         utf8("".join(texts))
@@ -149,7 +149,7 @@ class Prompter:
     def _with_pictures(
         self, text: str, marks: Mapping[str, str], shown: Mapping[str, TokenizedPicture]
     ) -> tuple[list[int], dict[int, ImageChunk]]:
-        """Return the tokens and images of a rendered prompt with one placeholder per image."""
+        """Return the tokens and images of a rendered prompt that has one placeholder per image."""
         pieces = re.split(f"([{''.join(shown)}])", text) if shown else [text]
         if pieces[1::2] != list(shown):
             raise PopError("the chat template omits images", "send one image at a time")

@@ -85,8 +85,8 @@ class Stream(Iterator[str]):
 class ChatSession:
     """A conversation in which each prompt contains all earlier turns.
 
-    Sessions are not thread-safe. A model has one KV cache and generates one answer at a time. After
-    a question in another session, the model must reread this conversation.
+    Sessions are not thread-safe. A model has one KV cache and generates one answer at a time.
+    After a question is asked in another session, the model must reread this conversation.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class ChatSession:
 
     @property
     def last_asked(self) -> Turn | None:
-        """The turn that retry and edit repeat: any dropped question, or else the last turn."""
+        """The turn that retry and edit repeat: the dropped question, if any, or the last turn."""
         turns = self.conversation.turns
         return self._dropped or (turns[-1] if turns else None)
 

@@ -58,7 +58,7 @@ ReadPicture = Callable[[str, str], Picture]
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The model and backend that computed the K/V, without the POP key."""
+    """The model and backend that computed the K/V (for the POP settings, see `Session.key`)."""
 
     model_bytes: int
     model_sha256: str
@@ -105,8 +105,8 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     """Count the leading cached tokens that belong to the conversation.
 
     The count includes the last question's prompt and the cached part of the answer. The count is 0
-    if part of the prompt is not cached. Answers are compared as text, because tokenizing an answer
-    may not reproduce the sampled tokens.
+    if any part of the prompt is not cached. Answers are compared as text, because tokenizing an
+    answer may not reproduce the sampled tokens.
     """
     if not conversation.turns:
         return 0
@@ -143,7 +143,7 @@ def fingerprint(engine: Engine) -> Fingerprint:
 
 
 class Sessions:
-    """A folder of saved sessions, each accessed by name."""
+    """A folder of saved sessions, which are accessed by name."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

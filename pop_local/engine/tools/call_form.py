@@ -104,7 +104,7 @@ class CallConstraint:
                 return
 
     def _begin(self, grammar: Grammar, text: str) -> None:
-        """Apply the grammar to the answer after `text`, unless it rejects `text`."""
+        """Apply the grammar to the answer from `text` onward if the grammar accepts `text`."""
         constraint = Constraint(self._tokenizer, grammar)
         try:
             for token in self._tokenizer.greedy_tokenize(text):

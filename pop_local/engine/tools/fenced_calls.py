@@ -38,7 +38,7 @@ def last_calls(text: str, tools: Sequence[Tool]) -> tuple[tuple[tuple[str, str],
 
 
 def _calls(code: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return (name, arguments) pairs. Raises various errors if the code contains anything else."""
+    """Return (name, arguments) pairs. Raises various errors unless the code consists of calls."""
     if code.startswith("{"):
         value = json.loads(code)
         return [(value["name"], {**value.get("arguments", value.get("parameters"))})]

@@ -29,7 +29,7 @@ _ROOT = re.compile(r"^root ::= (.*)$", re.MULTILINE)
 def prompt_with_tools(
     prompter: Prompter, messages: Sequence[Message], tools: Tools, schema: Any = None
 ) -> tuple[Prompt, CallForm | None]:
-    """Return a prompt that describes the tools, and the format of the answer's calls.
+    """Return both a prompt that describes the tools and the format of calls in the answer.
 
     `schema`: the JSON schema for answers without a call (None: any text). If llama.cpp supports the
     template, the template defines the format. For other templates, calls are plain text. The format

@@ -31,7 +31,7 @@ class Piece:
 class CallReader:
     """A parser for a single answer that arrives in parts.
 
-    If the answer names a tool without calling it, `no_call` contains the reason after `end`.
+    If the answer names a tool but calls none, `end` stores the reason in `no_call`.
     """
 
     def __init__(self, form: CallForm) -> None:
