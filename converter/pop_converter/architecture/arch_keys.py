@@ -136,7 +136,7 @@ class ArchKeys:
         return len(items) == 2 and all(isinstance(item, int) and item > 0 for item in items)
 
     def windows(self, n_layer: int) -> tuple[int, ...]:
-        """Return each layer's attention window in tokens (0: no window)."""
+        """Return each layer's attention window in tokens, or 0 for a layer without a window."""
         tokens = self.number("attention.sliding_window", WINDOWS.get(self.arch, 0))
         name = "attention.sliding_window_pattern"
         pattern = self.header.of_arch(name)

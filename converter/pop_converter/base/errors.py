@@ -39,7 +39,7 @@ class PopError(Exception):
 
 
 class StoppedError(Exception):
-    """Error raised when the caller's `should_stop` stops the work."""
+    """Error raised when the caller stops the work through `should_stop`."""
 
 
 class FormatError(PopError):

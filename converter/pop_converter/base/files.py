@@ -7,7 +7,7 @@ from pop_converter.base.errors import PopError
 
 
 def read_file(path: Path, most: int = -1) -> bytes:
-    """Read up to `most` bytes (-1: all) from a file or pipe. Raises OSError.
+    """Read up to `most` bytes from a file or pipe, or all bytes if `most` is -1. Raises OSError.
 
     Raises PopError for a folder or a device.
     """

@@ -10,7 +10,7 @@ _MOST = 3
 
 
 def nearest_hint(wanted: str, known: Mapping[str, str], listed: str = "") -> str:
-    """Return a hint with the known names most similar to `wanted`, followed by `listed`.
+    """Return a hint that lists the known names most similar to `wanted` and ends with `listed`.
 
     If no name is similar, the hint is only `listed`. `known` maps each name to its display text.
     The comparison ignores case.

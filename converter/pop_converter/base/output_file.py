@@ -54,7 +54,7 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
     If the block raises an exception, the temporary file is removed. If the process is killed, the
     next call for `dst` removes the temporary file. The data is not synced to disk. Raises
     OutputExistsError if another process has created `dst` and `force` is false. Raises WriteError
-    for an I/O error.
+    if an I/O error occurs.
     """
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}{_SUFFIX}")
     remove_leftovers(dst.parent, dst.name)
@@ -84,7 +84,7 @@ def _exists(message: str) -> OutputExistsError:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove temporary files that exited processes left behind for `name` ("": any output)."""
+    """Remove the temporary files of dead processes for the output `name` ("" for any output)."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
             stem, _, pid = path.name.removesuffix(_SUFFIX).rpartition(".")

@@ -150,7 +150,7 @@ def token_weights(mass: Floats) -> Floats:
 
 
 def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -> KvProjection:
-    """Fit a layer's projections, starting from its own projections or an earlier fit (`own`).
+    """Fit a layer's projections, starting from `own` (its own projections or an earlier fit).
 
     `ridge` is the strength of the pull toward `own`, relative to the diagonal of X'DX. Raises
     FitError if the sums are not finite or X'DX is singular.

@@ -48,7 +48,7 @@ class Weights:
         return self.rows(name, slice(None))
 
     def names(self, prefix: str) -> tuple[str, ...]:
-        """Return the names of tensors that start with `prefix`, with the prefix removed."""
+        """Return the names that start with `prefix`, with the prefix removed."""
         return tuple(name[len(prefix) :] for name in self._places if name.startswith(prefix))
 
     def rows(self, name: str, numbers: NDArray[np.integer[Any]] | slice) -> Floats:

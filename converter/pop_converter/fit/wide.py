@@ -3,9 +3,9 @@
 - p is the previous token's x, which PCA reduces to a quarter of its size. In the full model,
   attention in the skipped layers copies information from the previous token (induction). A token's
   own boundary state lacks this information.
-- a is the output up * act(gate) of the strongest neurons in the boundary layer's FFN, applied to x.
+- a is up * act(gate) for the strongest neurons in the boundary layer's FFN, computed from x.
   A neuron's strength is the power that it adds to the layer's output. Outputs are scaled to unit
-  variance and clamped, because outliers can ruin a fit. For a mixture of experts, a is empty.
+  variance and clamped, because outliers can ruin a fit. In a mixture-of-experts model, a is empty.
 
 The first token in a ubatch has no predecessor, so its own x is used (docs/notebook/wide-fits.md).
 """
@@ -27,7 +27,7 @@ _MOST_NEURON = 5.0  # in standard deviations
 
 @dataclass(frozen=True)
 class Neurons:
-    """FFN neurons with weights `gate` and `up` [n, n_embd] and the input x * `gain` [n_embd]."""
+    """FFN neurons with weights `gate` and `up` [n, n_embd], applied to x * `gain` [n_embd]."""
 
     gain: Floats
     gate: Floats

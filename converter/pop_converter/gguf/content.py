@@ -117,7 +117,7 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
 
 
 def read_content(source: Source, *, without: str) -> Content:
-    """Join a source's parts and return their content, except keys that start with `without`.
+    """Join a source's parts and return their content, omitting keys that start with `without`.
 
     Raises FormatError if bytes between the tensor table and the data would be lost.
     """

@@ -54,7 +54,7 @@ class Calibration:
 
     `sha256` is the hash of the text, or of the tokens if the model generated some of the text.
     `weighting` specifies the token weights ("attention": the attention that a token receives).
-    `n_distilled` is the number of tokens used to train the fit end to end (0: no training).
+    `n_distilled` is the number of tokens used for end-to-end training, or 0 without training.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Budget:
-    """The search's quality limits. `quality` names this set of limits.
+    """The search's quality limits. `quality` is the name of this set of limits.
 
     The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio in Measured, and to the share of lost
     look-ups. `tried` lists the result for each boundary.

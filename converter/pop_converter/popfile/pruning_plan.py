@@ -107,7 +107,7 @@ def make_plan(
     deep_rows: DeepRows = DeepRows.NONE,
     macs: Macs = uncounted,
 ) -> Plan:
-    """Plan a conversion that skips the layers from `boundary` up (None: the last third).
+    """Plan a conversion that skips the layers from `boundary` up, or the last third if it is None.
 
     `min_prompt` is the length in tokens of the shortest prompt to prune. The default is twice the
     number of full rows, so at least half of a pruned prompt's rows are context rows. The plan uses

@@ -62,7 +62,7 @@ class FileSizes:
 
 
 def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return a conversion's file sizes, excluding padding and the keys for measured quality.
+    """Return a conversion's file sizes without padding or the keys for measured quality.
 
     Raises FormatError for an invalid source.
     """
@@ -146,7 +146,7 @@ def convert(
 
 
 def _drop(_: object) -> None:
-    """Ignore data that is only hashed or compared."""
+    """Discard data that only needs to be hashed or compared."""
 
 
 def _starts_with(path: Path, content: bytes) -> bool:

@@ -158,7 +158,7 @@ def write_sidecar(plan: Plan, src: Path, dst: Path, **options: Any) -> PopMeta:
 def write_trial(
     plan: Plan, source: Source, dst: Path, binding: Binding, fitted: Fitted | None
 ) -> None:
-    """Write a temporary sidecar for a measurement without hashing the model. Raises WriteError."""
+    """Write a temporary sidecar to measure, without hashing the model. Raises WriteError."""
     whole = with_tensors(_EMPTY, fitted.tensors) if fitted else _EMPTY
     written = whole.with_keys(encode_sidecar_keys(draft_meta(plan, source, fitted), binding))
     with replacing(dst, force=False) as file:

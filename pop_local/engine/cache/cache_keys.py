@@ -25,7 +25,7 @@ _FIELDS = (
 
 
 class CacheKeys:
-    """Keys for the rows that a context computes under the current settings."""
+    """Keys for the rows that a context computes with its current settings."""
 
     def __init__(
         self, context: Context, pruning: PruningSettings, vision: Mmproj | None = None

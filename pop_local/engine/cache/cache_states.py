@@ -20,7 +20,7 @@ MIN_LOST = 256
 class CacheStates:
     """Saves and restores a KV cache's states. `prompts`: the prompt cache, if any.
 
-    `scope`: the owner of the cached rows ("": shared rows). Prompts never reuse another owner's
+    `scope`: the owner of the cached rows, or "" if shared. Prompts never reuse another owner's
     rows, because response times and cached-token counts would reveal the other owner's prompts.
     """
 
@@ -109,7 +109,7 @@ class CacheStates:
         checkpoints, window = self.cache.checkpoints, self.cache.context.window
 
         def count_kept(tokens: np.ndarray, images: Mapping[int, str]) -> int:
-            """Count the rows that a prompt can reuse without a checkpoint."""
+            """Return how many rows a prompt can reuse without a checkpoint."""
             n = count(tokens, images)
             is_kept = not checkpoints.is_needed or n == len(tokens) or len(tokens) <= window
             return n if is_kept else 0
@@ -129,7 +129,7 @@ class CacheStates:
     # Other sequences
 
     def share(self, other: "CacheStates", prompt: Prompt) -> None:
-        """Share the longest prompt prefix that another sequence has cached.
+        """Share the rows of the longest prompt prefix that another sequence has cached.
 
         Does nothing if this cache's prefix is equally long, or if the caches' mode keys differ.
         """

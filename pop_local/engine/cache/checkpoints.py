@@ -1,4 +1,4 @@
-"""Checkpoints of states that llama.cpp cannot roll back."""
+"""Save and restore checkpoints of states that llama.cpp cannot roll back."""
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Checkpoints:
 
     @property
     def last(self) -> int:
-        """Number of rows before the last checkpoint (0 if none exists)."""
+        """Number of rows that the last checkpoint covers, or 0 if there is no checkpoint."""
         return max(self._states, default=0)
 
     def best(self, n_rows: int) -> int:

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredState:
-    """A stored state without its cells."""
+    """A stored state's description, without the cells."""
 
     path: Path
     size_bytes: int
@@ -125,7 +125,7 @@ class DiskStore:
         return state
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
-        """Return the state files and their status, least recently used first."""
+        """Return the state files and their stat results, least recently used first."""
         found = []
         for path in self.folder.glob(f"*{SUFFIX}"):
             with suppress(OSError):
@@ -183,7 +183,7 @@ class DiskStore:
         return self.folder / f"{digest.hexdigest()[:32]}{SUFFIX}"
 
     def _evict(self, newest_path: Path, prompts_key: str, newest: SavedState) -> None:
-        """Remove the newest state's prefixes, and then the oldest states until the rest fit."""
+        """Remove prefixes of the newest state, and then the oldest states until the rest fit."""
         for each in self.stored():
             is_prefix = each.prompts_key == prompts_key and newest.extends(each.tokens, each.images)
             if each.path != newest_path and is_prefix:

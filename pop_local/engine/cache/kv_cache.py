@@ -32,7 +32,7 @@ class ReadObserver(Protocol):
         """Handle tokens that were prefilled into rows starting at `start`."""
 
     def computed(self) -> None:
-        """Handle the end of a computation, when taps can be read (engine/llama/taps.py)."""
+        """Handle the end of a computation, after which taps can be read (engine/llama/taps.py)."""
 
 
 class KvCache:

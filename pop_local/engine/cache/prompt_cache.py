@@ -7,7 +7,7 @@ from pop_local.engine.cache.saved_state import CountReusable, SavedState
 
 
 class PromptCache:
-    """LRU cache of saved states by key and tokens, with up to `capacity_bytes` of cells.
+    """LRU cache of saved states, indexed by key and tokens (at most `capacity_bytes` of cells).
 
     A prompt's state replaces the states of its prefixes. Multiple models and threads may share a
     cache. Evicted states are moved to `store`, if one is given.
@@ -27,7 +27,7 @@ class PromptCache:
         return sum(len(state.cells) for _, state in self._states)
 
     def accepts(self, n_bytes: int) -> bool:
-        """Return whether `add` stores a state of the given size."""
+        """Return whether `add` would store a state of the given size."""
         return n_bytes <= self.capacity_bytes or self.store is not None
 
     def add(self, key: str, state: SavedState) -> None:

@@ -8,8 +8,8 @@ from pop_local.engine.llama.slot import Slot
 class PruningSettings:
     """Settings for a slot's prompt rows. Changing a setting may invalidate the cached rows.
 
-    `exact`: the first layer that context rows skip without loss (0: none). `keeps_states`: whether
-    boundary states are stored. Use CachedSequence to change the settings and the cache together.
+    `exact`: the first layer that context rows skip without loss, or 0 if no such layer exists.
+    `keeps_states`: whether boundary states are stored. To change a setting, use CachedSequence.
     """
 
     def __init__(self, slot: Slot) -> None:

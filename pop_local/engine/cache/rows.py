@@ -116,6 +116,6 @@ class CachedRows:
             self.first_stale = other.first_stale
 
     def can_be_redone(self, n_rows: int) -> bool:
-        """Return whether the first `n_rows` include inexact rows that a refill can recompute."""
+        """Return whether a refill is needed and able to make the first `n_rows` rows exact."""
         rows = slice(self.n_exact, min(n_rows, self.first_stale))
         return bool(self.n_exact < n_rows and (self.has_state | self.is_copied)[rows].all())

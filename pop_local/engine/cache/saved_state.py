@@ -79,7 +79,7 @@ def members(state: SavedState) -> Iterator[tuple[str, bytes]]:
 def read_state(
     archive: zipfile.ZipFile, key: str, model: str, images: Mapping[int, str], n_tokens: int
 ) -> SavedState:
-    """Read a state. Raises an error from DAMAGES if members are damaged or inconsistent."""
+    """Read a state. Raises one of the errors in DAMAGES if members are damaged or inconsistent."""
 
     def array(name: str, kind: type[np.generic], length: int) -> np.ndarray:
         return decoded_array(read_member(archive, name), kind, length)
@@ -104,7 +104,7 @@ def read_state(
 
 
 def _is_consistent(state: SavedState) -> bool:
-    """Return True if image rows match the images, positions ascend, and no exact rows are stale."""
+    """Return True if image rows match the images, positions ascend, and no exact row is stale."""
     is_text = state.tokens != NO_TOKEN
     image_starts = np.flatnonzero(~is_text & np.r_[True, is_text[:-1]])
     steps = np.diff(state.positions)

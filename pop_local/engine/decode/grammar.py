@@ -68,7 +68,7 @@ class JsonRule:
 
 
 class GrammarError(PopError):
-    """Error raised for an unusable grammar or schema, or when a grammar allows no next token."""
+    """Error raised if a grammar or schema is unusable, or if a grammar allows no next token."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def unchecked(lark: str) -> Grammar:
 
 
 def short(message: str) -> str:
-    """Rewrite an llguidance message as a single line in JSON Schema terms."""
+    """Rewrite an llguidance message as one line that uses JSON Schema's terms."""
     text = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", message)
     text = re.split(r"\n<|\n +\d+ \| ", text)[0]
     return " ".join(text.split()).replace("regex", "pattern")[:_MAX_MESSAGE]
@@ -196,7 +196,7 @@ def _schemas(part: Any) -> Iterator[dict[str, Any]]:
 def _prepared(schema: dict[str, Any]) -> list[str]:
     """Add constraints that llguidance lacks and return the keywords that it only partly enforces.
 
-    Raises GrammarError for values that llguidance would mistake for other values.
+    Raises GrammarError for values that llguidance would misinterpret as other values.
     """
     for name in _VALUES:
         for value in _leaves(schema.get(name)):

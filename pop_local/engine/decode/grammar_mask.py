@@ -15,7 +15,7 @@ from pop_local.engine.llama.vocabulary import Pieces, Vocabulary
 class _TokenBytes:
     """An adapter from llama.cpp's vocabulary to llguidance's `TokenizerWrapper` interface.
 
-    Control tokens outside `shown` have no bytes, so grammars allow only the end tokens among them.
+    Control tokens outside `shown` have no bytes, so grammars allow none except the end tokens.
     """
 
     is_tokenizer_wrapper = True
@@ -32,7 +32,7 @@ class _TokenBytes:
 
 
 class TokenTries:
-    """A vocabulary's token tries, built on first use."""
+    """A vocabulary's token tries, which are built when first needed."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary

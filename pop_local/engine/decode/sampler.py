@@ -60,7 +60,7 @@ class Allowed(Protocol):
     """A constraint on the next token."""
 
     def allowed(self) -> np.ndarray | None:
-        """Return the sorted allowed ids (None: all). Raises PopError if no token is allowed."""
+        """Return the sorted allowed ids, or None for all. Raises PopError if no id is allowed."""
 
     def accept(self, token: int) -> None:
         """Advance the constraint past a sampled token."""

@@ -1,4 +1,4 @@
-"""Decode sampled tokens into text that has only complete characters and no stop strings."""
+"""Decode sampled tokens into text without incomplete characters or stop strings."""
 
 import codecs
 from collections.abc import Sequence
@@ -39,6 +39,6 @@ class TextStream:
 
 
 def n_begun(text: str, whole: str) -> int:
-    """Return the length of the longest proper prefix of `whole` at the end of `text`."""
+    """Return the length of the longest proper prefix of `whole` with which `text` ends."""
     longest = min(len(whole) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(whole[:n])), 0)

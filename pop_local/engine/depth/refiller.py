@@ -30,7 +30,7 @@ class Refiller:
         self.n_refilled = 0
 
     def take_refilled(self) -> int:
-        """Return `n_refilled`, the number of rows refilled since the last call, and reset it."""
+        """Return the number of rows refilled since the last call, and reset `n_refilled`."""
         n, self.n_refilled = self.n_refilled, 0
         return n
 

@@ -106,7 +106,7 @@ class Mmproj:
         max_tokens: int | None,
         should_stop: Callable[[], bool],
     ) -> None:
-        """`max_tokens`: the maximum number of tokens per image (None: the projector's default).
+        """`max_tokens`: the maximum number of tokens per image, or None for the default.
 
         Some projectors ignore `max_tokens`. `should_stop` is called while an image is being
         encoded. Raises PopError if the mmproj is invalid.
@@ -285,7 +285,7 @@ class Mmproj:
         return self._stop_error is None
 
     def _cut_up(self, picture: Picture) -> _Cut:
-        """Return a picture's chunks and cache them until the next picture.
+        """Return a picture's chunks, which stay cached until the next picture is split.
 
         Decoding the pixels takes seconds, so it happens outside the lock. The pixels are kept until
         the picture's rows are encoded, so that each request decodes them only once.
