@@ -1,6 +1,6 @@
 """Windows of synthetic look-ups: documents with exact values, followed by questions and answers.
 
-Ordinary text rarely repeats exact strings, so a fit on ordinary text alone hurts look-ups first.
+Ordinary text rarely repeats exact strings, so a fit on it alone harms look-ups most.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def carrier_windows(
 ) -> CarrierWindows:
     """Build `n` windows of `n_tokens` tokens. The same seed yields the same windows.
 
-    If a document does not fit (as with a tiny vocabulary), returns only the earlier windows.
+    If a document does not fit (with a tiny vocabulary, for example), returns earlier windows.
     """
     rng = np.random.default_rng(seed)
     windows = np.zeros((n, n_tokens), np.int32)

@@ -42,8 +42,8 @@ def calibrate(
     """Fit each plan's projections for all skipped layers except the first.
 
     No two plans may share both a boundary and a kind of fit. If memory allows, one pass over the
-    text serves all plans (see `plan_needs`). `text`: text from an earlier calibration with the same
-    settings. `watch` receives progress in tokens. Raises PopError or StoppedError.
+    text serves all plans (see `plan_needs`). `text`: text from an earlier calibration with the
+    same settings. Progress is reported to `watch` in tokens. Raises PopError or StoppedError.
     """
     shape = plans[0].shape
     if text is None:

@@ -52,7 +52,7 @@ MAX_WIDE_COST = 0.015
 
 
 class FitPair(NamedTuple):
-    """A boundary, and a skipped layer with projections to fit to the boundary's state."""
+    """A boundary, and a skipped layer whose projections are fitted to the boundary's state."""
 
     boundary: int
     layer: int
@@ -113,7 +113,7 @@ def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Fit
 
 
 def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[Plan, ...]:
-    """Return the first plan and as many evenly spaced later plans as fit in one pass.
+    """Return the first plan and as many evenly spaced later plans as one pass can handle.
 
     The sums may use up to MOST_SUMS_BYTES or the options' `memory_bytes`, whichever is larger.
     """
@@ -175,14 +175,14 @@ def plan_needs(
 
 
 class FitWork(NamedTuple):
-    """The work for sampling text and fitting, in equivalent numpy multiply-accumulates."""
+    """The work for sampling text and for fitting, converted to numpy multiply-accumulates."""
 
     sampling: float
     fitting: float
 
 
 def reading_work(plan: Plan, n_tokens: int) -> float:
-    """Return a full prefill's work, in equivalent numpy multiply-accumulates. Raises PopError."""
+    """Return a full prefill's work, converted to numpy multiply-accumulates. Raises PopError."""
     return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
 
 

@@ -134,9 +134,9 @@ def distill_text(
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
     """Choose equal shares of windows from all paths and, within a folder, from all kinds of files.
 
-    Longer pieces of text make up for shorter ones. Windows are spread evenly over each piece, and
-    one window in SHARE contains look-ups. Raises PopError for empty, binary, short, or repetitive
-    text.
+    Longer pieces of text supply the windows that shorter pieces lack. Windows are spread evenly
+    over each piece, and one window in SHARE contains look-ups. Raises PopError for empty, binary,
+    short, or repetitive text.
     """
     groups = _grouped_texts(paths, count)
     least = least_tokens(n_embd)

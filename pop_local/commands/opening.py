@@ -40,7 +40,7 @@ class Opener:
     """A callable that opens models with a command's options.
 
     A call that names a different model ignores --sidecar and --mmproj. `asked`: names of the
-    options on the command line.
+    options given on the command line.
     """
 
     model: str

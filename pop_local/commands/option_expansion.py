@@ -42,7 +42,7 @@ def _is_expert(parameter: inspect.Parameter) -> bool:
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each Group parameter of a command with separate options, which Typer requires.
 
-    If a Group parameter has a default value, its fields are the options' defaults.
+    If a Group parameter has a default value, that value's fields are the options' defaults.
     """
     options: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}

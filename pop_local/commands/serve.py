@@ -107,7 +107,7 @@ def serve_named(
 ) -> None:
     """Serve models until a signal arrives. Calls `on_ready` with the URL once clients can connect.
 
-    `asked`: names of the options on the command line.
+    `asked`: names of the options given on the command line.
     """
     n_parallel = _require_usage(to, how)
     try:

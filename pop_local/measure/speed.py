@@ -1,10 +1,10 @@
 """Measure the time to first token (TTFT) with and without pruning.
 
 Each round runs both modes in the same process with the same weights. Ratios are computed within
-each round, so a temporary slowdown affects both modes. Each round reverses the order of the runs.
-Each run starts with an empty KV cache. The measured time covers prefill and the sampling of the
-first token. Decode is measured separately. Each run raises PopError unless the backend's row
-counters show that all prompt tokens were evaluated and pruned as planned.
+each round, so a temporary slowdown affects both modes. The order of the runs is reversed after
+each round. Each run starts with an empty KV cache. The measured time covers prefill and the
+sampling of the first token. Decode is measured separately. Each run raises PopError unless the
+backend's row counters show that all prompt tokens were evaluated and pruned as planned.
 """
 
 import statistics
@@ -100,9 +100,9 @@ def measure_speed(
 ) -> tuple[SpeedRow, ...]:
     """Measure each prompt length in `n_rounds` rounds, after a warm-up round.
 
-    `upstream`: a function that runs a prompt without pop-local's kernels. `on_progress` counts
-    prompt tokens after each round, because the runs in a round differ in speed. `on_row` is called
-    with every row except the last. The context must have room for the longest prompt plus N_DECODE
+    `upstream`: a function that runs a prompt without pop-local's kernels. `on_progress` is updated
+    only after each round, because the runs in a round differ in speed. `on_row` is called with
+    every row except the last. The context must have room for the longest prompt plus N_DECODE
     tokens. Raises PopError if the backend's counters differ from the plan.
     """
     n_ways = 2 if upstream is None else 3
@@ -154,7 +154,7 @@ def run_rounds(
 ) -> list[list[Run]]:
     """Run each function once per round, after a warm-up round, and return each function's runs.
 
-    Each round reverses the order of the functions. `ran` is called after each round.
+    The order of the functions is reversed after each round. `ran` is called after each round.
     """
     runs: list[list[Run]] = [[] for _ in ways]
     order = list(range(len(ways)))

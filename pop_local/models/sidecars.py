@@ -1,4 +1,4 @@
-"""Find a model's sidecar next to the model or among the learned files or shipped sidecars."""
+"""Find a model's sidecar: next to the model, among learned files, or among shipped sidecars."""
 
 import glob
 import importlib.resources

@@ -1,4 +1,4 @@
-"""A dense torch decoder that computes gradients, loading a GGUF file layer by layer.
+"""A dense decoder in torch that supports gradients and loads a GGUF file layer by layer.
 
 The decoder computes the same function as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma3), in
 float32 by default. Its predictions differ from llama.cpp's by a KL of about 0.001, because
@@ -56,7 +56,7 @@ class Decoder:
     def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Return the logits [..., n_vocab] for the last layer's output [..., n_embd].
 
-        `tokens` [n]: the tokens to compute logits [..., n] for, in the states' type (None: all).
+        `tokens` [n]: the tokens whose logits [..., n] are returned (None: all tokens).
         """
         normed = _rms_norm(states, self._output_norm, self.hyper.eps)
         head = self._head if tokens is None else self._head[tokens].to(normed.dtype)

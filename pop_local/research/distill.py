@@ -1,10 +1,10 @@
 """Distill fitted K/V projections by training them on the full model's predictions.
 
 Least squares (pop_converter.fit.least_squares) approximates each layer's K and V without regard to
-the effect on later layers. Distillation runs the skipped layers as for a pruned prompt. Context
-rows after the sinks stop at the boundary. Answer rows run through all layers and attend to the
-projected K and V. The loss is KL(full || pruned) over the answer rows. Adam (arXiv 1412.6980)
-updates the projections with the gradient of the loss through the skipped layers. The model's
+the effect on later layers. Distillation runs the skipped layers as if the prompt were pruned.
+Context rows after the sinks stop at the boundary. Answer rows run through all layers and attend to
+the projected K and V. The loss is KL(full || pruned) over the answer rows. Adam (arXiv 1412.6980)
+updates the projections with gradients backpropagated through the skipped layers. The model's
 weights stay frozen. The method is knowledge distillation (Hinton et al., arXiv 1503.02531).
 
 Some windows end with a passage repeated from their context, because pruning damages copying first.
@@ -288,8 +288,8 @@ class _Student:
 def _units(rows: Tensor, weights: Tensor) -> Tensor:
     """Return the step sizes [n_out, n_in] for changes to a projection with inputs [n_rows, n_in].
 
-    One step changes an output by the output's spread divided by n_in. Weak inputs are assigned a
-    minimum power, because large weights would increase their blocks' quantization error.
+    One step changes an output by the output's spread divided by n_in. A weak input's power is
+    raised to a minimum, because large weights would increase its block's quantization error.
     """
     spread = (rows @ weights.T).std(0)
     power = rows.square().mean(0).sqrt()

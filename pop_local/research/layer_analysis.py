@@ -1,9 +1,9 @@
 """Measure the loss and the speedup at each of a model's boundaries.
 
 Repeated random tokens show at which boundaries the model can still copy with the layers' own
-projections. Only the second half of the layers is tested. Fitting barely changes the result. If the
-model can still copy, a few windows of prose yield the KL and the copy ratio, with fitted
-projections if possible.
+projections. Only the second half of the layers is tested. Fitting barely changes the result. Where
+the model can still copy, the KL and the copy ratio are measured on a few windows of prose, with
+fitted projections if possible.
 """
 
 import os
@@ -75,7 +75,7 @@ class DepthCost:
     """The loss and the speedup at one boundary.
 
     `retention`: `Quality.induction_retention` with the layers' own projections (None if the full
-    model shows no gain). `quality` and `projection`: None if not measured on prose.
+    model shows no gain). `quality` and `projection` are None if not measured.
     """
 
     boundary: int
@@ -91,8 +91,8 @@ class Analysis:
     """The results of `analyze`.
 
     `calibration` is None if no boundary needed a fit. `depths`: the boundaries, starting with the
-    last layer. `chosen`: the boundary that skips the most layers with a measured loss within
-    `budget` (None if every loss exceeds it).
+    last layer. `chosen`: of the boundaries whose measured loss is within `budget`, the one that
+    skips the most layers (None if every loss exceeds it).
     """
 
     model: Path

@@ -190,7 +190,7 @@ def sent_key(scope: Scope, rules: AccessRules) -> str | None:
 
 
 def _host_name(url: str) -> str:
-    """Return a URL's host name, or "" if it contains more than a scheme, host, and port."""
+    """Return a URL's host name, or "" if the URL contains more than a scheme, host, and port."""
     try:
         parts = urlsplit(url)
         is_more = "@" in parts.netloc or parts.netloc != url.partition("//")[2]

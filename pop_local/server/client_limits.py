@@ -24,7 +24,7 @@ class ClientLimiter:
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncIterator[None]:
-        """Wait for the client's turn (see `wait`), and end it on exit."""
+        """Wait for the client's turn (see `wait`), and end the turn on exit."""
         with ExitStack() as held:
             await self.wait(client, held)
             yield

@@ -29,7 +29,7 @@ def max_connections() -> int:
 class Connection(H11Protocol):
     """An HTTP connection with a time limit for receiving each request.
 
-    At the connection limit, a new connection replaces the longest-idle connection.
+    At the connection limit, a new connection replaces the one that has been idle longest.
     """
 
     _deadline: asyncio.TimerHandle | None = None

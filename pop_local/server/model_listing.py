@@ -96,7 +96,7 @@ class ModelInfo:
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:
-    """Return a value that changes when a file or a folder's contents change (None: missing)."""
+    """Return a value that changes whenever the file or folder changes (None if neither exists)."""
     with suppress(OSError):
         stat = path.stat()
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -134,7 +134,7 @@ def models_in(folder: Path) -> dict[str, Path]:
 
 
 def printable(name: str) -> str:
-    """Escape undecodable bytes from a file name to make the string valid Unicode."""
+    """Escape undecodable bytes in a file name so that the string is valid Unicode."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 

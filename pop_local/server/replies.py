@@ -31,9 +31,9 @@ _FINGERPRINT = f"build-{__version__}"
 class AnswerEnd:
     """The end of an answer.
 
-    `reason` is OpenAI's finish reason. `stop` is the matched stop string ("" if no string matched).
-    `usage` is the result of `usage()`. `embedding`: see Chunk. `pieces` and `logprobs` contain the
-    whole answer and are empty at the end of a stream.
+    `reason` is OpenAI's finish reason. `stop` is the matched stop string ("" if no string
+    matched). `usage` is the result of `usage()`. `embedding`: see Chunk. `pieces` and `logprobs`
+    contain the whole answer, or are empty at the end of a stream.
     """
 
     reason: str
@@ -216,7 +216,7 @@ class ChatReply(Reply):
 
 
 class OtherApiReply(Reply):
-    """A formatter whose streams end with all of a complete answer's fields except the text."""
+    """A formatter whose last stream event has all fields of a complete answer except the text."""
 
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
         return (self.whole(end),)

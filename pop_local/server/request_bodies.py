@@ -175,7 +175,7 @@ class AllowedTools(LenientBody):
 
 
 class AllowedToolsChoice(LenientBody):
-    """A choice that lists all tools in the prompt but allows calls to only some of them."""
+    """A tool choice that lists all tools in the prompt but allows calls to only some of them."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
@@ -197,7 +197,7 @@ class ChatMessage(LenientBody):
 
     @property
     def image_urls(self) -> list[tuple[int, str]]:
-        """Each image's text offset and URL."""
+        """Each image's offset in the text and its URL."""
         found: list[tuple[int, str]] = []
         offset = n_texts = 0
         for part in self.content or ():

@@ -175,7 +175,7 @@ class TaskFactory:
     def _options(
         self, body: bodies.GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
-        """Return a request's options. Missing values default to the model's, then the engine's."""
+        """Return a request's options. The model or else the engine supplies missing values."""
         given = body.model_dump(include=set(bodies.SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
             given["temperature"] = 0.0

@@ -173,7 +173,7 @@ class Worker(threading.Thread):
         self._calls.put(None)
 
     def hung_s(self) -> float:
-        """Return the seconds since a hung model last made progress (0 if it is not hung)."""
+        """Return how many seconds ago a hung model last made progress (0 if it is not hung)."""
         # The most recent progress counts: jobs pause while another job has the model to itself.
         seen_s = max(self._seen_s.copy().values(), default=None)
         unseen_s = 0.0 if seen_s is None else time.monotonic() - seen_s

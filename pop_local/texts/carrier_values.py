@@ -1,4 +1,4 @@
-"""Draw random values for look-up documents. Fitting and measurement have separate word lists."""
+"""Draw random values for look-up documents. Fitting and measurement use separate word lists."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Use(Enum):
 
 @dataclass(frozen=True)
 class Words:
-    """Word lists for one use of documents.
+    """The word lists for documents with one purpose.
 
     `fields` maps each kind of value to field names. Each entity name and family name is built from
     a random prefix and a random suffix. `phone`, `date` and `amount` are format strings.

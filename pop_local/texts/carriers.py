@@ -2,7 +2,7 @@
 
 A model cannot guess a value, so it must copy the answer from the document. Half of the layouts and
 words are for fitting and training (`Use.FITTING`). The other half are for measurement only
-(`Use.HELD_OUT`). The random generator, the prose, and the token counter determine each document.
+(`Use.HELD_OUT`). A document depends only on the random generator, prose, and token counter.
 """
 
 from collections import Counter
@@ -31,8 +31,8 @@ _PROSE_SHARE = 0.5
 class LookupQuestion:
     """A question whose answer is an exact string from the document.
 
-    `stem` is the start of the answer sentence. `answer` follows `stem` after a space. `kind` is the
-    value's kind (one of `KINDS`), and `layout` names its block's layout.
+    `stem` is the start of the answer sentence. `answer` follows `stem` after a space. `kind` is
+    one of `KINDS`, and `layout` names the layout of the value's block.
     """
 
     question: str
@@ -43,7 +43,7 @@ class LookupQuestion:
 
     @property
     def completion(self) -> str:
-        """The text that follows the document after a blank line, up to the answer."""
+        """The text to append to the document after a blank line, ending just before the answer."""
         return f"Question: {self.question}\nAnswer: {self.stem}"
 
 

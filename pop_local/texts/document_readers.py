@@ -152,7 +152,7 @@ def _mail(path: Path, content: bytes) -> str:
 
 
 def _table(table: Any) -> str:
-    """Return a table's text, including each column-spanning cell only once."""
+    """Return a table's text, in which a cell that spans columns appears only once."""
     rows = []
     for row in table._tbl.tr_lst:
         cells = ["\n".join(paragraph.text for paragraph in cell.p_lst) for cell in row.tc_lst]
@@ -161,7 +161,7 @@ def _table(table: Any) -> str:
 
 
 def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
-    """Return a list per path: the file's text, or one string per kind of file in the folder.
+    """Return one list per path, with the file's text or one string per kind of file in the folder.
 
     Files of the same kind share a top-level subfolder and a suffix. Files are read in a fixed
     pseudorandom order, up to about `most_chars` characters of each kind. Binary files, duplicates,

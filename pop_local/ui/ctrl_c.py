@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class CtrlC:
-    """Flags. `asked`: the user pressed Ctrl-C. `at_once`: Ctrl-C raises an error immediately."""
+    """Flags. `asked`: Ctrl-C was pressed. `at_once`: Ctrl-C raises an error immediately."""
 
     def __init__(self) -> None:
         self.asked = self.at_once = False

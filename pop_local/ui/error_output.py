@@ -81,7 +81,7 @@ def as_pop_error(error: Exception) -> PopError:
 
 
 def show(error: PopError) -> None:
-    """Print the error and its hint to stderr. A terminal wraps long lines between words."""
+    """Print the error and its hint to stderr. In a terminal, lines wrap between words."""
     _labelled("error", error.message)
     if hint := hints.hint_of(error):
         _labelled("hint", hint)

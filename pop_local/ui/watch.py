@@ -21,7 +21,7 @@ def asked(question: str) -> bool:
 
 
 class _Stages:
-    """Progress bars for stages. The current bar disappears before notes and new stages."""
+    """Progress bars for stages. The current bar is removed before each note and each new stage."""
 
     def __init__(self, interrupt: CtrlC) -> None:
         self._interrupt = interrupt
@@ -86,6 +86,6 @@ def terminal_watch(interrupt: CtrlC | None = None) -> Iterator[Watch]:
 
 @contextmanager
 def stoppable_watch() -> Iterator[Watch]:
-    """Show progress as in `terminal_watch`. After the first Ctrl-C, `should_stop` returns True."""
+    """Show progress like `terminal_watch`. After the first Ctrl-C, `should_stop` returns True."""
     with deferred_interrupt() as interrupt, terminal_watch(interrupt) as watch:
         yield replace(watch, should_stop=lambda: interrupt.asked)

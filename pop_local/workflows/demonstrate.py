@@ -33,7 +33,7 @@ class TimedAnswer:
 class Demonstration:
     """A full and a pruned answer, and the measured speedup.
 
-    `limit` is the largest possible speedup, based on the prefills' multiply-accumulates.
+    `limit` is the largest possible speedup, computed from the prefills' multiply-accumulates.
     """
 
     model: str

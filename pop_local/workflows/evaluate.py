@@ -115,7 +115,7 @@ def evaluate(
 
 
 def _n_full(rule: RowRule, quality: Quality) -> int:
-    """Return the number of full rows in LIMIT_PROMPT tokens for the measured share of deep rows."""
+    """Return the number of full rows in LIMIT_PROMPT tokens, given the share of deep rows."""
     n_ends = rule.sink_tokens + rule.tail_tokens
     n_context = quality.n_windows * (quality.n_context - n_ends)
     return n_ends + round((1 - quality.n_pruned / n_context) * (LIMIT_PROMPT - n_ends))

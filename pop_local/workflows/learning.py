@@ -94,7 +94,7 @@ class _LookupSums:
     def add(self, learner: OnlineCalibrator, runner: TrialRunner) -> Sums:
         """Add the remaining windows and return the sums. Raises PopError or StoppedError.
 
-        The windows' weights ensure that look-ups make up at least one in SHARE rows. The number of
+        The windows are weighted so that look-ups make up at least one in SHARE rows. The number of
         learned rows in each Gram matrix does not change.
         """
         summing, grams, wides = learner.summing, self.sums.grams, self.sums.wides

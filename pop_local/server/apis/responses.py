@@ -96,7 +96,7 @@ class ResponsesTool(bodies.FunctionSpec):
 
 
 def _names_of_unused(tools: Any) -> list[str]:
-    """Return the names or types of the tools that prompts omit (such as web_search)."""
+    """Return the names or types of tools that are left out of prompts (such as web_search)."""
     given = [one for one in tools if isinstance(one, dict)] if isinstance(tools, list) else []
     unused = [one for one in given if one.get("type") != "function"]
     return [str(one.get("name") or one.get("type")) for one in unused]
@@ -159,7 +159,7 @@ class ResponsesBody(bodies.ModelRequest):
         )
 
     def messages(self) -> list[Json]:
-        """Convert the input to chat messages. Calls are added to the last assistant message."""
+        """Convert the input to chat messages, adding tool calls to the last assistant message."""
         found: list[Json] = []
         for item in self.input:
             if isinstance(item, MessageItem):

@@ -1,4 +1,4 @@
-"""The output of `compare` as a table of differences, facts, a sentence, and JSON."""
+"""The output of `compare`: a table of differences, facts, and a sentence, or JSON."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def trial_json(trial: Trial) -> dict[str, Any]:
 
 
 def show_plan(conversion: Conversion, seconds: float | None) -> None:
-    """Show a plan that takes about `seconds` (None: unknown)."""
+    """Show a plan and its estimated duration, `seconds` (None: unknown)."""
     facts = _planned_facts(conversion)
     if seconds is not None:
         facts.append(("Time", f"about {duration(seconds)} on this machine"))
@@ -181,7 +181,7 @@ def _plan_facts(conversion: Conversion, plan: Plan, sizes: FileSizes) -> list[Fa
 
 
 def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str:
-    """Return a plan's largest speedup. `most`: the speedup with the most skipped layers."""
+    """Describe a plan's speedup limit. `most`: the limit with the most layers skipped."""
     if conversion.not_counted:
         return f"unknown: {conversion.not_counted}"
     limit = f"up to {plan.speedup_limit:.2f}x"

@@ -12,7 +12,7 @@ ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted"
 
 
 def stats_line(stats: TurnStats) -> str:
-    """Format an answer's statistics. Only TTFT, not the prefill rate, includes image encoding."""
+    """Format an answer's statistics. TTFT includes image encoding, unlike the prefill rate."""
     if stats.n_decoded == 0:
         n_read = stats.n_cached + stats.n_evaluated
         return f"Reading stopped after {n_read:,} of {stats.n_prompt:,} prompt tokens."

@@ -53,9 +53,9 @@ class RowOptions:
 class ConvertOptions:
     """Options for a conversion.
 
-    `goal` is a named boundary (`Skip`, `Boundary`) or a budget (`Within`) that the fastest
-    candidate must meet. If `fit` is None, the skipped layers keep their own projections.
-    `distiller` creates the trainer that distills the fit (None: no distillation).
+    `goal` is a named boundary (`Skip`, `Boundary`) or, to search for the fastest candidate, a
+    budget (`Within`). If `fit` is None, the skipped layers keep their own projections. `distiller`
+    creates the trainer that distills the fit (None: no distillation).
     """
 
     goal: Goal = Within(BALANCED)

@@ -36,7 +36,7 @@ def convert(
 
     `out` is the output's path (default: NAME.pop.gguf or NAME.pop-sidecar.gguf next to the model).
     `force` permits replacing an existing output. If the options set a boundary but no budget,
-    `force` also permits a model that can no longer copy from its prompt.
+    `force` also permits writing a model that can no longer copy from its prompt.
 
     If the conversion fails, raises PopError or a subclass, such as OutputExistsError,
     OverBudgetError, or CopyingBrokenError. Raises StoppedError if `watch.should_stop` returns True.

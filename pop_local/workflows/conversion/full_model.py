@@ -20,7 +20,7 @@ N_DOCUMENTS = 10
 
 @dataclass(frozen=True)
 class FullModel:
-    """The full model's scores on held-out text and look-ups, using the plan's full rows.
+    """The full model's scores on held-out text and look-ups, computed with the plan's full rows.
 
     `settings` contains the maximum number of windows. `text` is the text to score (default: the
     shipped held-out text). Computing the scores on first use may raise PopError or StoppedError.

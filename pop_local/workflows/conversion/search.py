@@ -8,7 +8,7 @@ A candidate is a boundary with its projections and deep rows. The search follows
 4. After bisection, fits are distilled if requested. Distillation starts at the fastest candidate
    and continues with deeper boundaries until a candidate exceeds the budget or an error occurs.
 5. Finally, rules with fewer deep rows are tried. For each rule, the search starts at the deepest
-   boundary within the budget and skips fewer layers while a candidate could still be the fastest.
+   boundary within the budget and skips fewer layers as long as a candidate could be the fastest.
 6. The fastest candidate within the budget wins. Among equally fast candidates, a distilled one wins
    unless its KL is larger by more than the standard error. Otherwise, the smallest KL wins.
 """
@@ -128,7 +128,7 @@ class Search:
         return [each for each in self.judged if each.is_inside]
 
     def run(self) -> Candidate:
-        """Return the fastest candidate within the budget. The plan lists all tried candidates.
+        """Return the fastest candidate within the budget. Its plan lists all tried candidates.
 
         Raises OverBudgetError, PopError, or StoppedError.
         """
@@ -264,7 +264,7 @@ class Search:
                 start = boundary + 1
 
     def fit(self, wanted: Sequence[Candidate]) -> None:
-        """Fit the first candidate and any further candidates that memory allows (rule 3)."""
+        """Fit the first candidate and as many further candidates as memory allows (rule 3)."""
         fitted = self._room_for(wanted)
         plans = [each.plan for each in fitted]
         self.runner.require_room(plans, self.fitter.options.kv_type)
