@@ -23,7 +23,7 @@ def default_model() -> str:
 
 
 def warn_if_busy(n_threads: int | None) -> None:
-    """Warn if other programs use so many CPUs that times with `n_threads` are unreliable."""
+    """Warn if CPU use by other programs makes times with `n_threads` unreliable."""
     if n_busy := busy_cpus(n_threads or default_threads()):
         warn(f"Other programs are using {n_busy:.1f} CPUs, so the times are unreliable.")
 
