@@ -99,9 +99,7 @@ def test_an_existing_output_is_replaced_only_by_force(base, sidecar):
 def test_elsewhere_it_has_to_be_named(base, tmp_path):
     done = convert(base, tmp_path / "other.gguf")
     assert done.exit_code == 0
-    assert f"pass it with --sidecar {tmp_path / 'other.gguf'}" in " ".join(
-        done.stderr.split()
-    )
+    assert f"pass it with --sidecar {tmp_path / 'other.gguf'}" in " ".join(done.stderr.split())
     assert "--sidecar" not in convert(base).stderr
 
 
