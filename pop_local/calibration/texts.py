@@ -188,7 +188,7 @@ def _grouped_texts(paths: Sequence[Path], count: int) -> list[list[str]]:
 def _spread(context: Context, parts: Sequence[str | Sequence[str]], count: int) -> Windows:
     """Choose equal shares of windows from all parts, which are strings or groups of strings.
 
-    If a part is too short for its share, longer parts make up the difference.
+    If a part is too short to fill its share, longer parts make up the difference.
     """
     sizes = [len(part) if isinstance(part, str) else sum(map(len, part)) for part in parts]
     found: list[Windows] = []

@@ -45,7 +45,7 @@ def run(
     model: opt.OptionalModel = None,
     question: Annotated[
         str,
-        typer.Argument(metavar="QUESTION", help="The question (optional if you pipe text)."),
+        typer.Argument(metavar="QUESTION", help="The question (optional if you pipe in text)."),
     ] = "",
     *,
     file: Annotated[

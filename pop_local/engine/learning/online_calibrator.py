@@ -52,7 +52,7 @@ SAVED_ROWS = 2000
 
 
 def _require_learnable(cache: KvCache) -> None:
-    context, hint = cache.context, "open the model without learning"
+    context, hint = cache.context, "open the model with learning off"
     if context.options.n_sequences > 1:
         message, hint = (
             "learning supports only one prompt at a time",
@@ -343,6 +343,6 @@ class OnlineCalibrator:
 def _insufficient_memory() -> PopError:
     return PopError(
         "there is not enough free memory for learning, or the model cannot be fitted",
-        "open the model without learning, or convert it",
+        "open the model with learning off, or convert it",
         cause="cannot-learn",
     )

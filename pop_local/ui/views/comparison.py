@@ -30,7 +30,7 @@ def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
         n_all = found.n_judged
         right = f"{found.full_hits} of {n_all} in full, {found.pruned_hits} with fast reading"
         only = f"{found.n_only_full} only in full, {found.n_only_pruned} only with fast reading"
-        chance = "the probability of such a difference by chance (McNemar's exact test)"
+        chance = "the probability of a difference this large by chance (McNemar's exact test)"
         facts += [("Right answers", right), ("", only), ("", f"p = {found.p_value:.2g}, {chance}")]
     if found.n_unpruned < n:
         ratio = found.full_ttft_s / found.pruned_ttft_s

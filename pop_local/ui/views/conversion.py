@@ -240,7 +240,7 @@ def skipping_facts(found: SkippableLayers) -> list[Fact]:
     if found.fits_from is not None:
         projections = "fitted or own"
         if found.fits_from > found.first:
-            projections = f"fitted at boundaries {found.fits_from} and up, or own"
+            projections = f"own, or fitted at boundaries {found.fits_from} and up"
     measured = "real models" if found.is_measured else "random models only"
     return [
         ("Can be skipped", layers),
