@@ -34,6 +34,14 @@ os.environ["POP_LOCAL_CONFIG"] = str(TESTS / "no-such-config.toml")
 gc.disable()
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Search for garbage in a process that only controls xdist's workers and collects nothing."""
+    if session.config.getoption("numprocesses", None) and not hasattr(
+        session.config, "workerinput"
+    ):
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """Exclude these objects from the following searches for garbage."""
     gc.freeze()

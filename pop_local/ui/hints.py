@@ -37,4 +37,6 @@ def hints_for(kind: Literal["causes", "commands"]) -> dict[str, str]:
 def hint_of(error: PopError) -> str:
     """Return the command-line hint for an error (default: the library's hint)."""
     template = hints_for("causes").get(error.cause, "{hint}")
-    return template.format_map({**error.fields, "hint": error.hint}).replace("?. ", "? ")
+    if error.hint.endswith("?"):
+        template = template.replace("{hint}.", "{hint}")
+    return template.format_map({**error.fields, "hint": error.hint})

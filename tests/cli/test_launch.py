@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ sys.exit(3)
 
 
 @pytest.fixture
-def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Return a folder in which the agents' programs find their work. HOME is an empty folder."""
+    handler = signal.getsignal(signal.SIGINT)
     for name in ("bin", "home", "work"):
         (tmp_path / name).mkdir()
     for each in AGENTS.values():
@@ -49,7 +51,8 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
+    yield tmp_path / "work"
+    signal.signal(signal.SIGINT, handler)  # `launch` leaves Ctrl-C to the agent
 
 
 def launching(tiny: Path, *arguments: str) -> subprocess.Popen[bytes]:

@@ -10,6 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from pop_converter.base import files
 from pop_converter.base.errors import PopError
 from pop_local.cli import app
 from pop_local.config import settings
@@ -116,8 +117,13 @@ def test_a_file_that_cannot_be_read(file):
         load()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="devices of POSIX")
-def test_a_file_without_an_end_and_a_large_file(file, monkeypatch):
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names")
+def test_a_file_without_an_end_a_pipe_and_a_large_file(file, monkeypatch):
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
+    os.mkfifo(file)
+    with pytest.raises(PopError, match="no process is writing to the pipe"):
+        load()
+    file.unlink()
     file.write_bytes(b"#" * (settings._MOST_BYTES + 1))
     with pytest.raises(PopError, match=r"larger than 1\.0 MB"):
         load()
