@@ -76,7 +76,8 @@ def control_sources(kind: str, folder: Path) -> list[Path]:
     return pages
 
 
-def n_words(sentence: Sentence) -> int:
+def n_literal_words(sentence: Sentence) -> int:
+    """Return the number of words outside placeholders."""
     return len(re.findall(r"\w\S*", PLACEHOLDER.sub("", sentence.text)))
 
 
@@ -86,7 +87,7 @@ def draw(paths: Iterable[Path], kind: str, count: int, seed: int) -> list[Senten
         sentence
         for path in paths
         for sentence in sentences_of(path)
-        if sentence.kind == kind and n_words(sentence) >= MIN_WORDS
+        if sentence.kind == kind and n_literal_words(sentence) >= MIN_WORDS
     ]
     chosen = random.Random(seed).sample(range(len(found)), min(count, len(found)))
     return [found[index] for index in sorted(chosen)]
