@@ -1,6 +1,6 @@
 """Apply unified diffs to files with LF or CRLF line endings.
 
-Context lines must match exactly, but their line numbers may differ from the patch.
+Context lines must match exactly, but their line numbers may differ from those in the patch.
 Windows has no `patch` command, and `git apply` silently does nothing inside another repository.
 """
 
@@ -15,7 +15,7 @@ _HINT = "patches/README.md explains how to port a hook to another version of lla
 
 @dataclass(frozen=True)
 class _Text:
-    """A file's lines. `ends` holds their line terminators, of which the last may be empty."""
+    """A file's lines. `ends` holds each line's terminator, and the last one may be empty."""
 
     lines: tuple[str, ...]
     ends: tuple[str, ...]
@@ -29,8 +29,8 @@ class _Text:
 def apply_patch(patch: Path, tree: Path) -> tuple[str, ...]:
     """Apply the whole patch or none of it, and return the paths of the changed files.
 
-    Raises BuildError, which names the file and hunk, if the patch does not apply or has already
-    been applied.
+    Raises BuildError if the patch does not apply or has already been applied. The error names the
+    file and the hunk.
     """
     diffs = parse(_read(patch), patch.name)
     texts = {diff.path: _patched(diff, tree, patch.name) for diff in diffs}
@@ -73,7 +73,7 @@ def _patched(diff: FileDiff, tree: Path, name: str) -> _Text:
 
 
 def _is_applied(diff: FileDiff, tree: Path) -> bool:
-    """Return True if the new lines of all hunks appear in the file in order."""
+    """Return True if the file contains the new lines of all hunks in order."""
     target = tree / diff.path
     if not target.is_file():
         return False
@@ -95,9 +95,9 @@ def _matches(text: _Text, lines: tuple[str, ...], floor: int) -> list[int]:
 
 
 def _locate(text: _Text, lines: tuple[str, ...], expected: int, floor: int) -> int | None:
-    """Return `expected` if `lines` match there, or else the index of their only match.
+    """Return the index at which `lines` match: `expected` if possible, or else the only match.
 
-    Returns None if `lines` do not match or match in several places.
+    Returns None if no match exists, or if several matches exist but none is at `expected`.
     """
     if not lines:
         return 0 if not text.lines else None

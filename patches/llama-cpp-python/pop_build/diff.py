@@ -36,7 +36,7 @@ class FileDiff:
 
 
 def parse(text: str, name: str) -> tuple[FileDiff, ...]:
-    """Parse a diff with a/ and b/ path prefixes, and ignore any text outside its hunks."""
+    """Parse a diff with a/ and b/ path prefixes, and ignore any text outside the hunks."""
     return _Reader(text.replace("\r\n", "\n").split("\n"), name).files()
 
 

@@ -2,7 +2,7 @@
 
 
 class BuildError(Exception):
-    """A build failure that the user can fix. `hint` is the suggested fix."""
+    """A build failure that the user can fix. `hint` suggests a fix."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)

@@ -50,12 +50,12 @@ def cache_folder() -> Path:
     return base / "pop-local"
 
 
-def fetch_or_keep(pin: Pin, instead: Path) -> Path:
-    """Fetch the sdist into the user's cache, or into `instead` if the cache is unusable."""
+def fetch_or_keep(pin: Pin, fallback: Path) -> Path:
+    """Download the sdist to the user's cache, or to `fallback` if the cache is unusable."""
     try:
         return fetch(pin, cache_folder())
     except (OSError, RuntimeError):  # no home folder, or no permission to write there
-        return fetch(pin, instead)
+        return fetch(pin, fallback)
 
 
 def fetch(pin: Pin, folder: Path) -> Path:

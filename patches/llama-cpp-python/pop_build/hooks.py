@@ -107,7 +107,7 @@ def build_editable(
 def _prepared(config_settings: Settings) -> Iterator[Settings]:
     """Change to the patched tree and yield our default settings merged with the user's.
 
-    A lock prevents concurrent builds with the same key, because they share the CMake folder.
+    A lock prevents concurrent builds with the same key, because such builds share a CMake folder.
     """
     with _short_errors():
         missing.check_architecture(os.environ)

@@ -1,4 +1,4 @@
-"""Identify the build machine's CPU. Local builds are optimized for this CPU."""
+"""Identify the build machine's CPU, for which local builds are optimized."""
 
 import platform
 import re

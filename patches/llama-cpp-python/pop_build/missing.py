@@ -1,4 +1,4 @@
-"""Name the packages that a failed GPU build lacks, because CMake's errors do not."""
+"""List the packages that a failed GPU build needs, because CMake's errors do not name them."""
 
 import ctypes
 import re
@@ -56,7 +56,7 @@ def explain(cache: Path) -> None:
 def check_architecture(env: Mapping[str, str]) -> None:
     """Raise BuildError if the target GPU of a CUDA build is unknown.
 
-    Without a target, nvcc compiles for its oldest architecture. pip hides nvcc's warning.
+    Without a target, nvcc compiles for its oldest architecture, and pip hides nvcc's warning.
     """
     given = {name: value.lower() for name, value in _DEFINE.findall(env.get("CMAKE_ARGS", ""))}
     # A portable build covers every architecture.

@@ -28,8 +28,8 @@ _PACKAGE_FILES = ("pyproject.toml", "upstream.txt", "*.patch", "pop_build/*.py")
 _HOOK_SUFFIXES = (".patch", ".cpp", ".h", ".hpp", ".c", ".cu", ".cuh", ".m", ".metal", ".txt")
 _LLAMA_CPP = Path("vendor", "llama.cpp")
 _NOT_SOURCE = (".git", "build", "__pycache__")
-# These folders are not compiled. They contain two thirds of the bytes, and too long paths for
-# Windows.
+# These folders are not compiled. They contain two thirds of the bytes, and their paths are too
+# long for Windows.
 _LEFT_OUT = ("benches", "docs", "examples", "models", "tests", "tools/ui")
 _KEPT = ("models/templates",)  # small files for the tests of chat formats
 _MAX_TREES = 4
@@ -53,12 +53,12 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The name of this package and its wheel."""
+        """The package's name, which is also the wheel's name."""
         return self._own("name")
 
     @property
     def version(self) -> str:
-        """The version of this package and its wheel."""
+        """The package's version, which is also the wheel's version."""
         return self._own("version")
 
     def _own(self, field: str) -> str:
@@ -111,7 +111,7 @@ def package_files(package: Path) -> tuple[Path, ...]:
 
 
 def key(recipe: Recipe) -> str:
-    """Return the build key: the pinned version and hashes of the patches and compiler flags."""
+    """Return the build key: the pinned version, a hash of the patches, and a hash of the flags."""
     patches = hashlib.sha256()
     for folder, files in (
         (recipe.package, package_files(recipe.package)),
@@ -224,7 +224,7 @@ def _set(path: Path, field: str, value: str) -> None:
 
 
 def _fingerprint(source: Path) -> str:
-    """Hash file names, sizes and modification times, because hashing 200 MB of data is slow."""
+    """Hash file names, sizes, and modification times, because hashing 200 MB of data is slow."""
     digest = hashlib.sha256()
     for path in _files(source):
         stat = path.lstat()

@@ -1,4 +1,4 @@
-"""Build unpatched llama.cpp libraries with the same release and flags for comparison tests."""
+"""Build llama.cpp libraries for comparison tests: same release and flags, but no patches."""
 
 import os
 import shutil
@@ -15,9 +15,9 @@ _IN_WHEEL = "llama_cpp/lib/"
 
 
 def build_unpatched(package: Path, target: Path) -> bool:
-    """Build the libraries into the folder `target`. Return False if they were up to date.
+    """Build the libraries into `target`. Return False if the libraries were already up to date.
 
-    Set LLAMA_CPP_LIB_PATH to `target` to make an installed llama_cpp load these libraries.
+    If LLAMA_CPP_LIB_PATH is set to `target`, an installed llama_cpp loads these libraries.
     """
     env = os.environ | {UNPATCHED_VARIABLE: "1"}
     wanted = key(recipe(package, env))
