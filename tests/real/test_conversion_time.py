@@ -1,53 +1,131 @@
-"""Check the time left that `convert` estimates against a measured conversion of SmolLM2."""
+"""Replay measured conversions: the boundaries that `convert` measures, and its time left."""
 
-from itertools import pairwise
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from pop_converter.base.progress import Unit, Watch
+from pop_converter.base.progress import Progress, Watch
+from pop_converter.popfile.format import DeepRows
+from pop_converter.popfile.pruning_plan import Plan
+from pop_local.measure import budget as budgets
+from pop_local.measure.budget import BALANCED
+from pop_local.measure.estimate import Estimate
+from pop_local.workflows.conversion import search as searching
 from pop_local.workflows.conversion import stages
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions, plan_conversion
+from pop_local.workflows.conversion.search import Candidate, Search
 from pop_local.workflows.conversion.stages import planned_stages, with_time_left
 
-# The stages of a search with the default options, and their starts in seconds (one thread of an AMD
-# EPYC, Zen 4, November 30, 2026).
-MEASURED = (
-    ("Sampling text", 4.8),
-    ("Fitting", 38.4),
-    ("Running the full model", 84.9),
-    ("Measuring boundary 20", 109.2),
-    ("Measuring boundary 19", 128.6),
-    ("Running look-ups on the full model", 149.0),
-    ("Running look-ups at boundary 20 (names)", 217.9),
-    ("Measuring boundary 21", 286.7),
-    ("Running look-ups at boundary 21 (names)", 307.5),
-    ("Measuring boundary 23", 376.2),
-    ("Measuring boundary 22", 397.6),
-    ("Running look-ups at boundary 22 (names)", 417.6),
-    ("Measuring boundary 22", 473.7),
-    ("Running look-ups at boundary 22 (spelling)", 491.2),
-    ("Measuring boundary 23", 548.6),
-    ("Running look-ups at boundary 23", 567.0),
-    ("Reading the model", 627.8),
-    ("", 628.0),
+SHARES = {DeepRows.NAMES: 0.17, DeepRows.SPELLING: 0.1, DeepRows.NONE: 0.0}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A measured search: each stage's mean duration in seconds, and its verdicts.
+
+    `text` and `lookups` are the deepest boundaries that pass on text and on look-ups. No rule with
+    fewer deep rows passes the look-ups.
+    """
+
+    opening_s: float
+    sampling_s: float
+    fitting_s: float
+    full_text_s: float
+    text_s: float
+    full_lookups_s: float
+    lookups_s: float
+    text: int
+    lookups: int
+
+
+class Replay:
+    """A search whose measurements only let time pass."""
+
+    def __init__(self, model: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.run, self.now_s, self.asked = run, 0.0, list[str]()
+        self.shown: list[tuple[float, float]] = []
+        monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+        monkeypatch.setattr(searching, "measure_against", self._measure)
+        monkeypatch.setattr(budgets, "is_inside", lambda budget, found: found.is_inside)
+        monkeypatch.setattr(budgets, "keeps_lookups", lambda budget, found: found.is_inside)
+        planned = plan_conversion(model, None, ConvertOptions(output="sidecar"))
+        watch = Watch(on_left=lambda left: self.shown.append((self.now_s, left)))
+        self.watch = with_time_left(watch, planned_stages(planned))
+        runner: Any = SimpleNamespace(watch=self.watch, tried=self._tried)
+        full: Any = self
+        fitter: Any = SimpleNamespace(distiller=None)
+        self.search = Search(runner, BALANCED, fitter, full, planned.tried)
+        self.search.plain = [
+            Candidate(replace(plan, deep_share=SHARES[plan.deep_rows]))
+            for plan in self.search.plans
+        ]
+        monkeypatch.setattr(self.search, "fit", self._fit)
+        self.now_s = run.opening_s
+
+    def pass_time(self, advance: Progress, seconds: float) -> None:
+        for done in range(1, 101):
+            self.now_s += seconds / 100
+            advance(done, 100)
+
+    def deep_share(self, rule: DeepRows) -> float:
+        return SHARES[rule]
+
+    @cached_property
+    def reference(self) -> None:
+        self.pass_time(self.watch.stage("Running the full model"), self.run.full_text_s)
+
+    @cached_property
+    def lookups(self) -> Any:
+        advance = self.watch.stage("Running look-ups on the full model")
+        self.pass_time(advance, self.run.full_lookups_s)
+        return SimpleNamespace(ask=self._ask, compare=lambda answers: answers[0])
+
+    def _fit(self, wanted: Any) -> None:
+        self.pass_time(self.watch.stage("Sampling text"), self.run.sampling_s)
+        self.pass_time(self.watch.stage("Fitting"), self.run.fitting_s)
+        fitted: Any = "fitted"
+        for candidate in self.search.plain:
+            candidate.fitted = fitted
+
+    @contextmanager
+    def _tried(self, plan: Plan, fitted: Any) -> Iterator[Plan]:
+        yield plan
+
+    def _measure(self, reference: None, plan: Plan, pruning: Any, advance: Progress, _: Any) -> Any:
+        self.pass_time(advance, self.run.text_s)
+        inside = plan.boundary >= self.run.text
+        return SimpleNamespace(is_inside=inside, kl_mean=Estimate(0.01, 0.001))
+
+    def _ask(self, plan: Plan, pruning: Any, advance: Progress, answers: list[Any]) -> None:
+        self.asked.append(f"{plan.boundary} {plan.deep_rows}")
+        self.pass_time(advance, self.run.lookups_s)
+        named = plan.deep_rows is DeepRows.NAMES
+        answers.append(SimpleNamespace(is_inside=named and plan.boundary >= self.run.lookups))
+
+
+# Both runs used one thread of an AMD EPYC (Zen 4) on November 30, 2026.
+SMOLLM2 = Run(4.8, 33.6, 46.5, 24.3, 20.0, 68.9, 62.0, text=20, lookups=22)
+GEMMA = Run(7.0, 47.7, 28.3, 41.0, 34.0, 69.2, 79.0, text=11, lookups=17)
+
+
+@pytest.mark.parametrize(
+    ("model", "run", "asked"),
+    [
+        ("smollm2", SMOLLM2, [20, 21, 23, 22]),
+        ("gemma", GEMMA, [11, 12, 14, 17, 16]),
+    ],
 )
-
-
-def test_the_time_left_is_within_a_third_at_half_way(smollm2, monkeypatch):
-    clock = SimpleNamespace(now_s=0.0)
-    monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
-    left: list[float] = []
-    planned = plan_conversion(smollm2, None, ConvertOptions(output="sidecar"))
-    expected = planned_stages(planned)
-    watch = with_time_left(Watch(on_left=left.append), expected)
-    end_s = MEASURED[-1][1]
-    at_s = end_s / 2
-    for (name, start_s), (_, next_s) in pairwise(MEASURED):
-        clock.now_s = start_s
-        advance = watch.stage(name, Unit.TOKENS)
-        clock.now_s = min(at_s, next_s)
-        advance(round(1000 * (clock.now_s - start_s) / (next_s - start_s)), 1000)
-        if clock.now_s == at_s:
-            break
-    assert left[-1] == pytest.approx(end_s - at_s, rel=1 / 3)
+def test_the_time_left_is_within_a_third_at_half_way(request, monkeypatch, model, run, asked):
+    replay = Replay(request.getfixturevalue(model), run, monkeypatch)
+    replay.search.bisect()
+    assert replay.asked == [f"{boundary} names" for boundary in asked]
+    replay.search.trade_rows()
+    half_s = replay.now_s / 2
+    left_s = [left for now_s, left in replay.shown if now_s <= half_s][-1]
+    assert left_s == pytest.approx(half_s, rel=1 / 3)

@@ -1,6 +1,6 @@
 """Callbacks that report a task's progress, and a helper that adds up step sizes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -43,8 +43,9 @@ class Watch:
 
     `on_stage(name, unit)` is called when a stage starts. `on_progress(done, total)` receives the
     stage's progress in `unit`. `on_left(seconds)` receives the estimated time until all stages are
-    done, if it is known. `on_note(text)` receives a note to show to the user. `on_warning(error)`
-    receives an error that did not stop the work. Tasks call `should_stop` at each progress report
+    done, if it is known. `on_expected(stages)` receives the names of the stages that should
+    follow. `on_note(text)` receives a note to show to the user. `on_warning(error)` receives an
+    error that did not stop the work. Tasks call `should_stop` at each progress report
     and during llama.cpp's computations. If `should_stop` returns True, the task raises
     StoppedError and leaves no output. `may(question)` returns True if the user allows a download
     from a model hub. `refuses(question)` returns True if a user is present and declines a large
@@ -59,6 +60,7 @@ class Watch:
     should_stop: Callable[[], bool] = _ignore
     may: Callable[[str], bool] = _ignore
     refuses: Callable[[str], bool] = _ignore
+    on_expected: Callable[[Sequence[str]], object] = _ignore
 
     def stage(self, name: str, unit: Unit = Unit.TOKENS) -> Progress:
         """Start a stage and return its progress callback, which may raise StoppedError."""

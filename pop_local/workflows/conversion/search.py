@@ -3,7 +3,8 @@
 A candidate is a boundary with its projections and deep rows. The search follows these rules:
 
 1. Each candidate is measured with its final sidecar, first on held-out text and then on look-ups.
-2. Bisection (`budget.undecided`) assumes that skipping more layers never improves quality.
+2. Bisection (`budget.undecided`) assumes that skipping more layers never improves quality. It uses
+   held-out text alone until a candidate fails the look-ups, and both measurements from then on.
 3. If memory allows, each pass over the text also fits the boundaries that bisection may need next.
 4. After bisection, fits are distilled if requested. Distillation starts at the fastest candidate
    and continues with deeper boundaries until a candidate exceeds the budget or an error occurs.
@@ -37,6 +38,12 @@ from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.named import require_windows
 from pop_local.workflows.conversion.refusals import OverBudgetError, Trial
+from pop_local.workflows.conversion.stages import (
+    FULL_LOOKUPS,
+    MEASURING,
+    RUNNING_LOOKUPS,
+    n_halvings_of,
+)
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
@@ -189,13 +196,16 @@ class Search:
             )
         candidate.is_inside = budgets.is_inside(self.budget, candidate.quality)
 
-    def settle(self, candidate: Candidate) -> bool:
+    def settle(self, candidate: Candidate, n_after: int) -> bool:
         """Measure the candidate on text and look-ups. Return True if the budget is met.
 
-        If the candidate exceeds the budget on text, the look-ups are skipped.
+        If the candidate exceeds the budget on text, the look-ups are skipped. `n_after` is the
+        expected number of candidates that follow.
         """
+        self._expect([MEASURING, RUNNING_LOOKUPS], n_after)
         self.judge(candidate)
         if candidate.is_inside and candidate.lookups is None:
+            self._expect([RUNNING_LOOKUPS], n_after)
             reference = self.full.lookups
             with self.runner.tried(candidate.plan, candidate.fitted) as model:
                 advance = self.runner.watch.stage(f"Running look-ups at boundary {candidate}")
@@ -207,18 +217,47 @@ class Search:
     def bisect(self) -> None:
         """Find the deepest undistilled candidate within the budget (rule 2)."""
         by_boundary = {each.boundary: each for each in self.plain}
+        n_rules = len(self.plans[0].deep_rows.fewer)
+        n_after = n_halvings_of(len(self.plans)) + n_rules
         while True:
-            verdicts = {it.boundary: it.is_inside for it in self.plain if it.is_inside is not None}
+            verdicts = self._verdicts()
             if wanted := budgets.undecided(list(by_boundary), verdicts):
                 candidate = by_boundary[wanted[0]]
                 if not candidate.is_ready:
                     self.fit([by_boundary[each] for each in wanted])
-                self.judge(candidate)
+                if self._asked:
+                    self.settle(candidate, n_halvings_of(len(wanted)) + n_rules)
+                else:
+                    texts = [MEASURING] * (1 + n_halvings_of(len(wanted)))
+                    self._expect([*texts, FULL_LOOKUPS, RUNNING_LOOKUPS], n_after)
+                    self.judge(candidate)
                 continue
             deepest = min((each for each, passed in verdicts.items() if passed), default=None)
             # The look-ups may reverse the deepest candidate's verdict.
-            if deepest is None or self.settle(by_boundary[deepest]):
+            if deepest is None or self.settle(by_boundary[deepest], n_after):
                 return
+
+    def _expect(self, stages: Sequence[str], n_candidates: int) -> None:
+        """Report the expected stages: these, and both measurements of further candidates."""
+        more = [MEASURING, RUNNING_LOOKUPS] * n_candidates
+        self.runner.watch.on_expected([*stages, *more])
+
+    @property
+    def _asked(self) -> bool:
+        return any(each.lookups is not None for each in self.plain)
+
+    def _verdicts(self) -> dict[int, bool]:
+        """Return the verdict on each measured boundary.
+
+        Once a candidate has failed its look-ups, the text alone no longer shows that another
+        candidate is within the budget.
+        """
+        return {
+            each.boundary: each.is_inside
+            for each in self.plain
+            if each.is_inside is not None
+            and (each.lookups is not None or not (self._asked and each.is_inside))
+        }
 
     def _to_distill(self) -> list[Candidate]:
         """Return candidates to distill, starting at the fastest candidate's boundary.
@@ -236,7 +275,7 @@ class Search:
                 if candidate.fitted is None:
                     assert candidate.start is not None
                     candidate.fitted = self.fitter.distilled(candidate.plan, candidate.start)
-                if not self.settle(candidate):
+                if not self.settle(candidate, 0):
                     return
             except PopError as error:
                 self._note(f"Skipping boundary {candidate}: {error}")
@@ -250,7 +289,8 @@ class Search:
         """
         ready = {it.boundary: it for it in (*self.plain, *self.distilled) if it.is_ready}
         start = min(each.boundary for each in self.inside)
-        for rule in self.plans[0].deep_rows.fewer:
+        rules = self.plans[0].deep_rows.fewer
+        for number, rule in enumerate(rules, 1):
             share = self.full.deep_share(rule)
             for boundary in sorted(each for each in ready if each >= start):
                 base = ready[boundary]
@@ -258,7 +298,7 @@ class Search:
                 if plan.speedup_limit <= self.fastest().plan.speedup_limit:
                     break
                 traded = Candidate(plan, base.fitted)
-                if self.settle(self.traded.setdefault(str(traded), traded)):
+                if self.settle(self.traded.setdefault(str(traded), traded), len(rules) - number):
                     start = boundary
                     break
                 start = boundary + 1

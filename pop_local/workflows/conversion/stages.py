@@ -22,12 +22,22 @@ _WRITING = 100
 # Seconds of work that must pass before the rate is estimated.
 _LEAST_S = 5.0
 
+# Names of stages, or their beginnings.
+MEASURING = "Measuring boundary"
+FULL_LOOKUPS = "Running look-ups on the full model"
+RUNNING_LOOKUPS = "Running look-ups at boundary"
+
 
 class ExpectedStage(NamedTuple):
     """The start of a stage's name, and the stage's work in multiply-accumulates."""
 
     name: str
     work: float
+
+
+def n_halvings_of(n_candidates: int) -> int:
+    """Return how many candidates bisection measures after the first of `n_candidates`."""
+    return (n_candidates // 2).bit_length()
 
 
 def planned_stages(planned: Conversion) -> list[ExpectedStage]:
@@ -41,16 +51,15 @@ def planned_stages(planned: Conversion) -> list[ExpectedStage]:
     lookups = N_DOCUMENTS * reading_work(plan, n_tokens)
     work = planned.fit_work or FitWork(0, 0)
     stages = [ExpectedStage("Sampling text", work.sampling), ExpectedStage("Fitting", work.fitting)]
-    tried = ExpectedStage("Measuring boundary", _BOUNDARY_COST * read)
-    looked_up = ExpectedStage("Running look-ups at boundary", lookups)
+    tried = ExpectedStage(MEASURING, _BOUNDARY_COST * read)
+    looked_up = ExpectedStage(RUNNING_LOOKUPS, lookups)
     if planned.budget is not None:
         stages.append(ExpectedStage("Running the full model", read))
-        # Bisection halves the candidates. About half of the measured ones also run look-ups.
-        n_measured = len(planned.plans).bit_length()
-        n_looked_up = (n_measured + 1) // 2
-        stages += [tried] * (n_measured - n_looked_up + 1)
-        stages += [ExpectedStage("Running look-ups on the full model", lookups), looked_up]
-        stages += [tried, looked_up] * (n_looked_up - 1 + len(plan.deep_rows.fewer))
+        # Bisection halves the candidates twice: first with text only, and then with look-ups, too.
+        n_halvings = n_halvings_of(len(planned.plans))
+        stages += [tried] * (n_halvings + 1)
+        stages += [ExpectedStage(FULL_LOOKUPS, lookups), looked_up]
+        stages += [tried, looked_up] * (n_halvings + len(plan.deep_rows.fewer))
     elif planned.fit_work:
         stages += [ExpectedStage("Measuring", read), ExpectedStage("Running look-ups", lookups)]
     return [*stages, ExpectedStage(planned.writing_stage, _WRITING * planned.sizes.output_bytes)]
@@ -64,24 +73,30 @@ def planned_seconds(planned: Conversion) -> float | None:
 
 def with_time_left(watch: Watch, stages: Sequence[ExpectedStage]) -> Watch:
     """Return a Watch that also reports the time left, estimated from the rate so far."""
-    began_s, at, work, done_work, share = time.monotonic(), -1, 0.0, 0.0, 0.0
+    known = {stage.name: stage for stage in stages}
+    began_s, ahead, work, done_work, share = time.monotonic(), [*stages], 0.0, 0.0, 0.0
 
     def begin(name: str, unit: Unit) -> None:
-        nonlocal at, work, done_work, share
+        nonlocal ahead, work, done_work, share
         done_work, work, share = done_work + share * work, 0.0, 0.0
-        if found := [i for i, stage in enumerate(stages) if name.startswith(stage.name)]:
+        if stage := next((each for each in stages if name.startswith(each.name)), None):
+            work = stage.work
             # Expected stages that precede this one were skipped or have finished.
-            at = next((i for i in found if i > at), at)
-            work = stages[found[0]].work
+            if stage in ahead:
+                ahead = ahead[ahead.index(stage) + 1 :]
         watch.on_stage(name, unit)
+
+    def expect(names: Sequence[str]) -> None:
+        nonlocal ahead
+        ahead = [*(known[name] for name in names if name in known), *stages[-1:]]
 
     def advance(done: int, total: int) -> None:
         nonlocal share
         share = done / total if total else 0.0
         elapsed_s, passed = time.monotonic() - began_s, done_work + share * work
         if passed and elapsed_s >= _LEAST_S:
-            ahead = (1 - share) * work + sum(stage.work for stage in stages[at + 1 :])
-            watch.on_left(elapsed_s * ahead / passed)
+            left = (1 - share) * work + sum(stage.work for stage in ahead)
+            watch.on_left(elapsed_s * left / passed)
         watch.on_progress(done, total)
 
-    return replace(watch, on_stage=begin, on_progress=advance)
+    return replace(watch, on_stage=begin, on_progress=advance, on_expected=expect)
