@@ -20,7 +20,7 @@ def _prepare_streams() -> None:
     """Redirect closed streams to the null device, and make stdout accept any character.
 
     On Windows, pipes and files receive UTF-8. With UTF-8, undecodable file names keep their
-    original bytes. With other encodings, unsupported characters are escaped.
+    original bytes. If stdout is not UTF-8, unsupported characters are escaped.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

@@ -1,6 +1,6 @@
 """Windows of synthetic look-ups: documents with exact values, followed by questions and answers.
 
-Ordinary text rarely repeats exact strings, so a fit on it alone harms look-ups most.
+Ordinary text rarely repeats exact strings. A fit on ordinary text alone causes look-up errors.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def carrier_windows(
 def _written(
     context: Context, rng: np.random.Generator, n_tokens: int, prose: str
 ) -> tuple[str, list[Span]]:
-    """Build a document with as many questions as fit in `n_tokens`, but at least one."""
+    """Build a document with at least one question and as many more as fit in `n_tokens`."""
 
     def count(text: str) -> int:
         return len(context.vocabulary.tokenize(text))

@@ -1,4 +1,4 @@
-"""The cost of a calibration: passes over the text, memory, and time."""
+"""Estimate a calibration's memory, time, and number of passes over the text."""
 
 import time
 from collections.abc import Sequence
@@ -132,8 +132,8 @@ def plan_needs(
 ) -> FitNeeds:
     """Divide the (boundary, layer) pairs of all plans into passes whose sums fit in memory.
 
-    The memory limit is the options' `memory_bytes` (default: half of the free memory). Each pass
-    fits at least one pair. `n_sampled`: the number of text windows to sample from the model first.
+    The memory limit is the options' `memory_bytes` (default: half of the free memory). A pair over
+    the limit gets its own pass. `n_sampled`: the number of text windows to sample first.
     """
     shape, memory_bytes = plans[0].shape, options.memory_bytes
     if memory_bytes is None:
@@ -175,22 +175,22 @@ def plan_needs(
 
 
 class FitWork(NamedTuple):
-    """The work for sampling text and for fitting, converted to numpy multiply-accumulates."""
+    """The work for sampling text and for fitting, in multiply-accumulates at numpy's speed."""
 
     sampling: float
     fitting: float
 
 
 def reading_work(plan: Plan, n_tokens: int) -> float:
-    """Return a full prefill's work, converted to numpy multiply-accumulates. Raises PopError."""
+    """Return a full prefill's work in multiply-accumulates at numpy's speed. Raises PopError."""
     return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
 
 
 def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
     """Return the work for all fits, excluding measurements.
 
-    Each pass adds the text's rows to the sums. Each pair's linear system is solved in float64.
-    Propagates errors from `Plan.macs`.
+    Each pass adds the text's rows to the sums. The linear system of each (boundary, layer) pair is
+    solved in float64. Propagates errors from `Plan.macs`.
     """
     shape = plans[0].shape
     n_windows = options.n_tokens(shape.n_embd) // N_WINDOW
@@ -227,7 +227,7 @@ def n_choosing(n_embd: int) -> int:
 
 
 def _choosing_bytes(shape: ModelShape, n_boundaries: int) -> int:
-    """Return the bytes needed to choose wide inputs, including states, axes, and neurons."""
+    """Return the memory in bytes for choosing a wide fit's extra inputs."""
     n, n_rows = shape.n_embd, n_choosing(shape.n_embd) * N_WINDOW
     axes = 8 * n * (2 * n_rows + 3 * n)
     neurons = 4 * max(shape.n_neurons) * (3 * n + 5 * N_WINDOW)

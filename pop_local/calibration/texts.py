@@ -114,7 +114,7 @@ class DistillText:
 def distill_text(
     context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> DistillText:
-    """Return the calibration windows plus look-ups and more windows from the same sources.
+    """Return the calibration windows, more windows from the same sources, and look-up windows.
 
     `paths`: the calibration's files and folders (empty: the default text). The result has
     `n_windows` windows, or fewer if the text is too short.
@@ -132,11 +132,11 @@ def distill_text(
 
 
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
-    """Choose equal shares of windows from all paths and, within a folder, from all kinds of files.
+    """Choose the same number of windows from each path and, in a folder, from each kind of file.
 
     Longer pieces of text supply the windows that shorter pieces lack. Windows are spread evenly
-    over each piece, and one window in SHARE contains look-ups. Raises PopError for empty, binary,
-    short, or repetitive text.
+    over each piece. One of every SHARE windows contains look-ups. Raises PopError for empty,
+    binary, short, or repetitive text.
     """
     groups = _grouped_texts(paths, count)
     least = least_tokens(n_embd)
@@ -155,7 +155,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
 
 
 def require_text(paths: Sequence[Path], n_embd: int) -> None:
-    """Raise PopError if `given_text` is certain to fail. This check does not need a tokenizer."""
+    """Raise PopError if a path is unusable or the text is too short, without using a tokenizer."""
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CalibrationError(
@@ -186,7 +186,7 @@ def _grouped_texts(paths: Sequence[Path], count: int) -> list[list[str]]:
 
 
 def _spread(context: Context, parts: Sequence[str | Sequence[str]], count: int) -> Windows:
-    """Choose equal shares of windows from all parts, which are strings or groups of strings.
+    """Choose the same number of windows from each part, which is a string or a group of strings.
 
     If a part is too short to fill its share, longer parts make up the difference.
     """

@@ -18,7 +18,7 @@ _COLUMNS = (
 def config(json: Json = False) -> None:
     """Show each setting and its source: the default, the settings file, or the environment.
 
-    To change a setting, write a line such as threads = 4 or system = "Be brief." in the settings
+    To change a setting, write a line such as threads = 4 or system = "Be brief" in the settings
     file, or set its environment variable. Command-line options override settings.
     """
     file, values = settings.config_path(), settings.load()

@@ -125,7 +125,7 @@ class FittingOptions(Group):
     )
 
     def fit(self, texts: Sequence[Path]) -> FitOptions | None:
-        """Return the options for a fit on `texts`, or None if none are set."""
+        """Return the options for a fit on `texts`, or None if no option is set."""
         found = opt.given(
             tokens=self.tokens,
             texts=tuple(texts) or None,
@@ -156,10 +156,10 @@ def convert(
 ) -> None:
     """Write a copy of a model that reads long prompts faster.
 
-    --quality limits the quality loss and therefore the number of skipped layers. With
-    near-lossless, perplexity may be up to 1% higher than the full model's on held-out text, and up
-    to 2% higher on a repeated passage. These limits are 3% and 10% with balanced, and 6% and 30%
-    with fast. --dry-run prints all limits. To choose the skipped layers yourself, use --skip or
+    --quality limits the quality loss and therefore the number of skipped layers. With --quality
+    near-lossless, perplexity may rise by up to 1% on held-out text and by up to 2% on a repeated
+    passage. --quality balanced raises the limits to 3% and 10%, and --quality fast raises them to
+    6% and 30%. --dry-run prints all limits. To choose the skipped layers yourself, use --skip or
     --boundary.
 
     The copy contains the model's weights and fitted K/V projections for the skipped layers. Only

@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """Answer one question about a document with and without fast reading.
 
-    Both answers are short and use greedy decoding, so you can compare them.
+    Greedy decoding makes the two short answers comparable.
     """
     warn_if_busy(how.threads)
     opened = Opener(model, opt.ModelOptions(**vars(how)))()

@@ -30,7 +30,7 @@ def rm(
     """Remove models, converted copies, or unfinished downloads from the models folder.
 
     The command also removes the model's sidecar and any mmproj named after the model. A catalog
-    name refers to both the model and its converted copy. Other names refer to one file.
+    name refers to both the model and its converted copy. Any other name refers to one file.
     """
     # Look up every name before deleting anything.
     files = tuple(dict.fromkeys(file for name in names for file in _found(name)))

@@ -120,7 +120,7 @@ def get(key: str) -> Scalar | None:
 
 
 def state_dir() -> Path:
-    """Return the state_dir setting or, if unset, the system default. The folder may not exist."""
+    """Return the state_dir setting or, if unset, the system default. The folder may be missing."""
     chosen = get("state_dir")
     return Path(str(chosen)) if chosen else platformdirs.user_state_path("pop-local")
 
@@ -145,7 +145,7 @@ def unknown_variables() -> list[str]:
 
 
 def find(key: str) -> Setting:
-    """Return the setting with this key. Raises PopError with a hint that suggests a similar key."""
+    """Return the setting with this key. Raises PopError if the key is unknown."""
     for setting in SETTINGS:
         if setting.key == key:
             return setting
@@ -211,7 +211,7 @@ def _line(text: str, key: str) -> int:
 
 
 def _located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
-    """Return `call()`. If it raises PopError, add `where` and, if it has no hint, `hint`."""
+    """Return `call()`. Add `where` to a PopError's message, and `hint` if the error has no hint."""
     try:
         return call()
     except PopError as error:

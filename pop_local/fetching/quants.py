@@ -48,7 +48,7 @@ def _complete_models(files: Sequence[str]) -> list[QuantFile]:
 def choose_mmproj(files: Sequence[str], model: str) -> str | None:
     """Return the mmproj for a model file, or None if the repository has none.
 
-    Prefer files in the model's folder, then the most similar name, then the smallest type.
+    Files in the model's folder take precedence, then similar names, then small data types.
     """
     of = PurePosixPath(model)
 

@@ -29,7 +29,7 @@ def file_sha256(path: Path) -> str:
 def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
     """Return True if the target already exists and has the hash `sha256`.
 
-    Raises PopError for a folder, or OutputExistsError for another file unless `force` is true.
+    Raises PopError, or OutputExistsError if a different file exists and `force` is false.
     """
     if target.is_dir():
         raise PopError(

@@ -64,7 +64,7 @@ def copies(quality: "Quality") -> bool:
 
 
 def may_copy(retention: "Estimate | None") -> bool:
-    """Return True if the retention without a fit suggests that a fit might restore copying."""
+    """Return True if a fit might let the model copy, given the `retention` without a fit."""
     return _keeps(retention, _RETENTION_GAIN)
 
 
@@ -89,9 +89,9 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
 
     `plans`: the available boundaries. `verdicts`: whether each measured boundary is within the
     budget. The search assumes that a deeper boundary never improves quality. The search starts at
-    the middle boundary, which is close to the result for most models. It then doubles its step
-    until the limit is bracketed, and finally bisects. The result is empty once the deepest
-    boundary within the budget is known, or if all boundaries exceed it.
+    the middle boundary, because most searches end nearby. The step size doubles until the search
+    has found one boundary within the budget and one over the budget. Bisection follows. The result
+    is empty once no more measurements are needed.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans, default=0) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)

@@ -21,7 +21,7 @@ _CHUNK_VALUES = 1 << 17
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits [n, n_vocab], with each row's log-sum-exp [n] in nats and most likely token [n]."""
+    """Logits [n, n_vocab], and each row's log-sum-exp [n] and most likely token [n]."""
 
     logits: Logits
     log_z: Floats
@@ -38,7 +38,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Each row's KL(full || pruned) [n] in nats, and whether the most likely tokens agree [n]."""
+    """The rows' KL(full || pruned) [n] in nats. `same_top1` [n]: True if the top tokens agree."""
 
     kl: Floats
     same_top1: Flags
@@ -57,7 +57,7 @@ def predictions(logits: Logits) -> Predictions:
 def halved(predicted: Predictions) -> Predictions:
     """Return the predictions as log-probabilities in half precision, which halves memory use.
 
-    Half precision adds an error of about 1e-6 to the KL. The most likely tokens do not change.
+    Half precision adds an error of about 1e-6 to the KL. The field `top1` stays unchanged.
     """
     logits = np.empty(predicted.logits.shape, np.float16)
     for rows in _chunks(predicted.logits):

@@ -1,8 +1,8 @@
 """Teacher forcing: read a context in one mode, then score the text after it.
 
-A row whose logits are read runs through all layers, so only the context's last token yields a
-prediction. Each step raises PopError unless the backend counted the planned number of pruned rows.
-In a `stopped_by` block, a measurement can raise StoppedError.
+A row's logits require all layers, so only the context's last token yields a prediction. Each step
+raises PopError unless the backend counted the planned number of pruned rows. In a `stopped_by`
+block, a measurement can raise StoppedError.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,7 +52,7 @@ def forced(model: PopModel) -> Iterator["Forced"]:
 
 
 class Forced:
-    """A model that `forced` opened for teacher forcing."""
+    """An open model for teacher forcing (see `forced`)."""
 
     def __init__(self, model: PopModel) -> None:
         self.rule = replace(model.engine.rule, min_prompt=0)
@@ -84,7 +84,7 @@ class Forced:
     def predict(self, tokens: Tokens) -> Logits:
         """Return the full model's logits (len(tokens), n_vocab) for text after the context.
 
-        Row i depends on the context and tokens[:i]. Drops the tokens from the cache afterward.
+        Row i depends on the context and tokens[:i]. On return, the cache holds only the context.
         """
         n_context, n_decoded = self._cache.n_tokens, len(tokens) - 1
         logits = np.empty((len(tokens), self._context.vocabulary.n_tokens), np.float32)
@@ -96,7 +96,7 @@ class Forced:
 
     @property
     def next_token(self) -> int:
-        """Return the most likely token after the context and the tokens that `extend` appended."""
+        """Return the token most likely to follow the context and the tokens added by `extend`."""
         return int(self._next[-1].argmax())
 
     @contextmanager
@@ -118,7 +118,7 @@ class Forced:
     def _append_full(
         self, tokens: Tokens, outputs: Outputs, n_rows: int
     ) -> Iterator[tuple[int, int]]:
-        """Run tokens through all layers in batches of up to `n_rows`, and yield the ranges."""
+        """Run tokens through all layers in batches of up to `n_rows`. Yield each batch's range."""
         cache, step = self._cache, min(n_rows, self._context.n_batch)
         backend.reset_counters(self._context.ctx)
         cache.slot.set_mode(Mode.OFF)

@@ -1,7 +1,7 @@
 """Look-ups: questions about exact strings in a document, answered with and without pruning.
 
 The full model and the pruned model each read every synthetic document once. The documents
-(`carriers`) use layouts that never occur in fitting. Questions run through all layers, like the
+(`carriers`) use layouts that are not used for fitting. Questions run through all layers, like the
 tail of a prompt. Questions are worded as completions, which base models can also answer.
 
 An answer is *correct* if the greedy continuation contains the exact string (see `is_right`).
@@ -95,10 +95,9 @@ class Lookups:
     `full` and `pruned`: the number of answers, out of `n`, that each model gets right. `lost`: the
     number of questions that only the full model answers correctly. `gained`: the number of
     questions that only the pruned model answers correctly. `p`: the two-sided p-value of McNemar's
-    exact test. `logprob_*`: the mean log-probability of the correct strings in nats. `logprob_lost`
-    is the full model's value minus the pruned model's. `expected_lost`: the relative drop in the
-    correct strings' mean probability. Standard errors are computed from the spread across
-    documents.
+    exact test. `logprob_*`: the correct strings' mean log-probability in nats. `logprob_lost` is
+    `logprob_full` minus `logprob_pruned`. `expected_lost`: the relative drop in the correct
+    strings' mean probability. Standard errors are computed from the spread across documents.
     """
 
     n: int
@@ -223,8 +222,8 @@ def _tokenize_question(model: PopModel, question: LookupQuestion) -> TokenizedQu
 def is_right(text: str, answer: str) -> bool:
     """Return True if the first line of a continuation contains the exact answer.
 
-    Quotes and words may surround the answer, but it must not be part of a longer value. No letter
-    or digit may touch the answer or be separated from it by only one of `.,-/@`.
+    Quotes and words may surround the answer, but the answer must not be part of a longer value. No
+    letter or digit may touch the answer, either directly or across one of the characters `.,-/@`.
     """
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"
@@ -234,7 +233,7 @@ def is_right(text: str, answer: str) -> bool:
 def answer_questions(
     reader: Forced, questions: Sequence[TokenizedQuestion], ran: Callable[[int], None]
 ) -> tuple[LookupAnswer, ...]:
-    """Answer each question about the reader's context and call `ran(1)` after each answer."""
+    """Answer questions about the context in `reader`, and call `ran(1)` after each answer."""
     answers = []
     for each in questions:
         answers.append(_answer(reader, each))
@@ -258,7 +257,7 @@ def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
 
 
 def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
-    """Return the greedy continuation's first line, given that `n_right` leading tokens are correct.
+    """Return the first line of the greedy answer, which starts with `n_right` correct tokens.
 
     After a complete correct answer, generates one more token to check whether the value continues.
     """

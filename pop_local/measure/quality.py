@@ -65,7 +65,7 @@ class Quality:
     both models' top predictions agree. copy_*: results for a repeated passage from the context.
     copy_top1: the fraction of the repeated tokens that the model ranks first. induction_*: results
     for repeated random tokens. delta_nll: the increase in the repetition's NLL due to pruning.
-    retention: the fraction of the full model's gain from the repetition that pruning preserves
+    retention: the pruned model's gain from the repetition, divided by the full model's gain
     (None if the full model shows no gain). n_pruned: the number of context tokens that stopped at
     the boundary, counted by the backend over all windows.
     """
@@ -188,7 +188,7 @@ def measure_against(
     on_progress: Progress,
     known: list[Scores] | None = None,
 ) -> Quality:
-    """Measure pruning against a reference, using the loaded file's projections.
+    """Measure the loss from pruning an open model, relative to the full model's scores.
 
     `known` contains earlier scores, as in `read_reference`. `on_progress` counts windows and
     draws. Raises the same errors as `measure_pruning`.
@@ -281,9 +281,9 @@ def _nll(scores: Iterable[Likelihood]) -> Floats:
 
 
 def retention(repeated: Repeated, pruned: Floats) -> Estimate | None:
-    """Return the fraction of the full model's gain from the repetition that a pruned model retains.
+    """Return the pruned model's gain from the repetition, divided by the full model's gain.
 
-    Returns None if the full model shows almost no gain. `pruned`: the NLL [n_draws] in nats.
+    Returns None if the full model's gain is tiny. `pruned`: the pruned model's NLL [n_draws].
     """
     gain = repeated.first - repeated.full
     if gain.mean() < _LEAST_INDUCTION * repeated.first.mean():

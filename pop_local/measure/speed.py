@@ -100,8 +100,8 @@ def measure_speed(
 ) -> tuple[SpeedRow, ...]:
     """Measure each prompt length in `n_rounds` rounds, after a warm-up round.
 
-    `upstream`: a function that runs a prompt without pop-local's kernels. `on_progress` is updated
-    only after each round, because the runs in a round differ in speed. `on_row` is called with
+    `upstream`: a function that runs a prompt without pop-local's kernels. `on_progress` is called
+    only after each round, because a round's runs differ in speed. `on_row` is called with
     every row except the last. The context must have room for the longest prompt plus N_DECODE
     tokens. Raises PopError if the backend's counters differ from the plan.
     """

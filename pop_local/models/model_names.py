@@ -223,7 +223,7 @@ def _here() -> dict[str, tuple[Path, ...]]:
 
 
 def resolve(model: str, *, base: bool = False) -> Path:
-    """Find a model's file by path or name. A converted copy takes precedence unless it is worse.
+    """Find a model's file by path or name, preferring a converted copy unless its loss is higher.
 
     If `base` is true, returns a catalog model's unconverted file. Raises PopError if the model is
     unknown or has not been downloaded.

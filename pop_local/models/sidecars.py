@@ -21,7 +21,7 @@ SHIPPED = Path(str(importlib.resources.files("pop_local") / "data" / "sidecars")
 
 @dataclass(frozen=True)
 class LearnedFiles:
-    """Paths to one model's learned files, which may not exist yet. `name` contains a hash."""
+    """Paths to one model's learned files (`name` includes a hash). The files may not exist yet."""
 
     name: str
 

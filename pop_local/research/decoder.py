@@ -1,8 +1,8 @@
 """A dense decoder in torch that supports gradients and loads a GGUF file layer by layer.
 
 The decoder computes the same function as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma3), in
-float32 by default. Its predictions differ from llama.cpp's by a KL of about 0.001, because
-llama.cpp rounds activations and the KV cache.
+float32 by default. The decoder's predictions differ from llama.cpp's by a KL of about 0.001,
+because llama.cpp rounds activations and the KV cache.
 """
 
 from dataclasses import dataclass
@@ -74,9 +74,9 @@ class Decoder:
 
 @dataclass(frozen=True)
 class StoredKv:
-    """Cached keys and values, with the `positions` [n_rows] of their rows.
+    """Cached K and V for the rows at `positions` [n_rows].
 
-    `k` [n_windows, n_rows, n_k]: K before norm and RoPE. `v`: V, with the corresponding shape.
+    `k` [n_windows, n_rows, n_k]: K before norm and RoPE. `v` [n_windows, n_rows, n_v]: V.
     """
 
     k: Tensor
@@ -97,7 +97,7 @@ class DecoderLayer:
     def __call__(
         self, states: Tensor, positions: Tensor | None = None, stored: StoredKv | None = None
     ) -> Tensor:
-        """Return the layer's output for states [n_windows, n_rows, n_embd], with the same shape.
+        """Return the layer's output, with the same shape as `states` [n_windows, n_rows, n_embd].
 
         `positions` [n_rows]: the rows' positions (default: 0, 1, ...). `stored`: K and V of other
         rows that these rows also attend to.

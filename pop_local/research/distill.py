@@ -92,7 +92,7 @@ def read(
     """Run the full model on the text's windows and on copies that repeat a passage.
 
     `boundary`: the fit's boundary. `seed`: seed for choosing passages. `on_progress(done, total)`
-    counts windows times layers and may raise an exception to stop.
+    counts (window, layer) pairs and may raise an exception to stop.
     """
     copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])
@@ -133,9 +133,10 @@ def distill(
 ) -> dict[int, KvProjection]:
     """Train a fit's projections on the full model's states, and return the result.
 
-    `reference` must be from the fit's boundary. `on_progress(done, total)` counts windows times
-    layers, forward and backward, and may raise an exception to stop. `seed`: seed for choosing the
-    windows' order and context lengths. Raises FitError if any trained weight is not finite.
+    `reference` must contain the states at the fit's boundary. `on_progress(done, total)` counts
+    forward and backward passes through a layer, and may raise an exception to stop. `seed`: seed
+    for choosing the windows' order and context lengths. Raises FitError if any trained weight is
+    not finite.
     """
     rng = np.random.default_rng(seed)
     n_windows, n_tokens = reference.states.shape[:2]
@@ -231,7 +232,7 @@ class _Student:
     def kl(self, chosen: list[int], n_context: int) -> Tensor:
         """Return KL(full || pruned) [n, n_answer] in nats for the chosen windows' answer rows.
 
-        The KL covers only tokens that are likely in one of the answer rows. With a large
+        The KL is computed over the tokens that are likely in at least one answer row. With a large
         vocabulary, computing all logits would dominate the run time.
         """
         reference = self._reference
@@ -288,8 +289,8 @@ class _Student:
 def _units(rows: Tensor, weights: Tensor) -> Tensor:
     """Return the step sizes [n_out, n_in] for changes to a projection with inputs [n_rows, n_in].
 
-    One step changes an output by the output's spread divided by n_in. A weak input's power is
-    raised to a minimum, because large weights would increase its block's quantization error.
+    One step changes an output by its standard deviation divided by n_in. The step size for weak
+    inputs is limited, because large weights would increase the quantization error.
     """
     spread = (rows @ weights.T).std(0)
     power = rows.square().mean(0).sqrt()

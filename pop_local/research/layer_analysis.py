@@ -1,9 +1,9 @@
 """Measure the loss and the speedup at each of a model's boundaries.
 
 Repeated random tokens show at which boundaries the model can still copy with the layers' own
-projections. Only the second half of the layers is tested. Fitting barely changes the result. Where
-the model can still copy, the KL and the copy ratio are measured on a few windows of prose, with
-fitted projections if possible.
+projections. Fitting rarely changes a model's ability to copy. Only the second half of the layers is
+tested. If the model can still copy at a boundary, the analysis measures the KL and the copy ratio
+on a few windows of prose, with fitted projections if possible.
 """
 
 import os
@@ -179,7 +179,7 @@ class _Run:
     def measured(
         self, reference: QualityReference, tried: Sequence[DepthCost]
     ) -> tuple[list[DepthCost], Calibration | None]:
-        """Fit all boundaries in `tried` in one pass and measure each fit's quality on prose."""
+        """Fit projections at all `tried` boundaries, and measure each fit's quality on prose."""
         runner = TrialRunner(self.source, self.hardware, self.watch)
         plans = [self.plans[depth.boundary] for depth in tried]
         runner.require_room(plans, self._fit_options.kv_type)
@@ -222,7 +222,7 @@ def measure_copying(
 
 
 def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
-    """Return the boundaries at which the model may still copy, plus the next lower one.
+    """Return the boundaries where the model might still copy, and the next lower boundary.
 
     Boundaries with a speedup limit below LEAST_LIMIT are omitted.
     """
@@ -232,6 +232,6 @@ def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
 
 
 def deepest_within(budget: Budget, depths: Sequence[DepthCost]) -> DepthCost | None:
-    """Return the deepest boundary within the budget, or None if every loss exceeds it."""
+    """Return the deepest boundary within the budget, or None if all exceed the budget."""
     inside = [d for d in depths if d.quality is not None and is_inside(budget, d.quality)]
     return min(inside, key=lambda depth: depth.boundary, default=None)

@@ -39,7 +39,7 @@ class AccessRules:
 
     If `api_keys` is not empty, requests must include one of them. Without keys, requests must be
     addressed to a loopback name or to `host`, the listening address. Without keys, web pages from
-    other machines may send requests only if `origins` contains their lowercase origin. If
+    other machines may send requests only if `origins` contains the page's origin in lowercase. If
     `shares_cache` is true, prompts may reuse rows cached for other clients.
     """
 

@@ -30,7 +30,7 @@ class ClientLimiter:
             yield
 
     async def wait(self, client: str, held: ExitStack) -> None:
-        """Wait for the client's turn. Closing `held` ends the turn.
+        """Wait for the client's turn, which ends when `held` is closed.
 
         Raises ApiError if too many of the client's requests are waiting.
         """

@@ -74,7 +74,7 @@ class ModelInfo:
 
     @classmethod
     def of_file(cls, file: ModelFile, n_ctx: int | None, n_parallel: int) -> "ModelInfo":
-        """Describe a model file (`n_ctx` None: the default). Raises PopError for damaged files."""
+        """Describe a model file. Raises PopError for damaged files."""
         others = (file.path.parent, file.path.with_name(file.path.stem + SIDECAR_SUFFIX))
         states = (_state(path) for path in (file.path, *others, learned_dir()))
         return _described(file, n_ctx, n_parallel, tuple(states))

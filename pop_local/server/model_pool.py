@@ -34,12 +34,12 @@ _LONG_CTX = 131_072
 class ModelRegistry:
     """The models that a server can open, with the limits and defaults for serving them.
 
-    `files` returns the current model files by name. `open` opens a file and may raise PopError.
+    `files` returns the current files, keyed by model name. `open` opens a file or raises PopError.
     `make_fitter` returns an open model's fitter, or None if learning is off for the model. `n_ctx`
     is the context length of each model (None: the model's default). `n_parallel` is the number of
     sequences per model. `can_see` is true if any model might be able to read images.
 
-    `max_waiting` is the maximum queue length. `repeatable` is the default for requests without the
+    `max_waiting` is the maximum queue length. `repeatable` is the default value of the request
     field `repeatable`. `ram_bytes` limits the total memory of all open models. A model that needs
     more memory than `ram_bytes` is opened alone. If `strict_model` is true, requests for unknown
     models are refused instead of being answered by the default model.
@@ -407,8 +407,8 @@ class ModelPool:
     def health(self) -> dict[str, Any]:
         """Return /health's fields. Raises ApiError if a model hangs or the only model is unusable.
 
-        `replaced` lists the open models whose files were replaced. The next request for such a
-        model reopens it.
+        `replaced` lists the open models whose files were replaced. The next request for a
+        replaced model reopens the model.
         """
         in_memory = [*self.loaded, *self._closing]
         if hung_s := max((served.worker.hung_s() for served in in_memory), default=0.0):

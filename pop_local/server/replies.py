@@ -32,7 +32,7 @@ class AnswerEnd:
     """The end of an answer.
 
     `reason` is OpenAI's finish reason. `stop` is the matched stop string ("" if no string
-    matched). `usage` is the result of `usage()`. `embedding`: see Chunk. `pieces` and `logprobs`
+    matched). `usage`: OpenAI's usage fields. `embedding`: see Chunk. `pieces` and `logprobs`
     contain the whole answer, or are empty at the end of a stream.
     """
 
@@ -92,7 +92,7 @@ def timings(usage: Json) -> Json:
 
 
 def total(ends: Sequence[AnswerEnd]) -> Json:
-    """Sum the numeric usage fields of multiple answers. Other values come from the last answer."""
+    """Sum the numeric usage fields of multiple answers. Other fields come from the last answer."""
     return reduce(_sum, (end.usage for end in ends))
 
 

@@ -155,7 +155,7 @@ class ChatTool(LenientBody):
 
 
 def keep_tool_types(*types: str | None) -> BeforeValidator:
-    """Return a validator that drops tools of other types, which only the API's vendor can run."""
+    """Return a validator that keeps only tools of `types`. The vendor's servers run other tools."""
 
     def kept(tools: Any) -> Any:
         if not isinstance(tools, list):

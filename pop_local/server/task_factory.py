@@ -35,7 +35,7 @@ class TaskFactory:
     """A factory for a model's tasks, which rejects invalid requests before they are queued.
 
     Multiple threads may use the factory, even while the model is decoding. `repeatable` is the
-    default for requests without the field `repeatable`.
+    default value of the request field `repeatable`.
     """
 
     def __init__(self, model: PopModel, *, repeatable: bool = False) -> None:
@@ -99,7 +99,7 @@ class TaskFactory:
         return [Task(prompt, TurnOptions(), reason, embeds=True) for prompt in prompts]
 
     def _full_reason(self, pop: bool | None) -> str | None:
-        """Return the reason for reading a prompt in full, or None to prune it. Raises ApiError."""
+        """Return the reason for reading a prompt in full, or None for pruning. Raises ApiError."""
         if not self.model.engine.pruning.can_switch:
             no_keys = "the model has no pruning keys"
             if pop:
@@ -175,7 +175,7 @@ class TaskFactory:
     def _options(
         self, body: bodies.GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
-        """Return a request's options. The model or else the engine supplies missing values."""
+        """Return a request's options. Other options keep the model's or the engine's defaults."""
         given = body.model_dump(include=set(bodies.SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
             given["temperature"] = 0.0

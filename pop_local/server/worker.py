@@ -270,7 +270,7 @@ class Worker(threading.Thread):
             return self._waiting.popleft() if self._waiting else None
 
     def _serve(self, job: Job, end_turn: Callable[[], None]) -> None:
-        """Run a job and call `end_turn` as soon as another thread may start the next one."""
+        """Run a job and call `end_turn` as soon as another thread may start the next job."""
         job.queued_s = time.perf_counter() - job.submitted_s
         self._seen_s[job] = time.monotonic()
         self._metrics.queued.observe(job.queued_s)
@@ -320,7 +320,7 @@ class Worker(threading.Thread):
     def _wait_until_alone(self, job: Job) -> None:
         """Wait until all other answers end, then clear all slots.
 
-        If the job must stop while other answers run, the slots stay unchanged.
+        If the job is stopped first, the slots stay unchanged.
         """
         while len(self._seen_s) > 1 and not self._is_over(job):
             time.sleep(_POLL_S)

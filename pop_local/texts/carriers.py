@@ -1,8 +1,8 @@
 """Carriers: synthetic documents of prose and random values, with questions about the values.
 
 A model cannot guess a value, so it must copy the answer from the document. Half of the layouts and
-words are for fitting and training (`Use.FITTING`). The other half are for measurement only
-(`Use.HELD_OUT`). A document depends only on the random generator, prose, and token counter.
+words are for fitting and training (`Use.FITTING`). The other layouts and words are for measurement
+only (`Use.HELD_OUT`). A document depends only on the random generator, prose, and token counter.
 """
 
 from collections import Counter
@@ -32,7 +32,7 @@ class LookupQuestion:
     """A question whose answer is an exact string from the document.
 
     `stem` is the start of the answer sentence. `answer` follows `stem` after a space. `kind` is
-    one of `KINDS`, and `layout` names the layout of the value's block.
+    one of `KINDS`, and `layout` is the name of the block's layout.
     """
 
     question: str
@@ -43,7 +43,7 @@ class LookupQuestion:
 
     @property
     def completion(self) -> str:
-        """The text to append to the document after a blank line, ending just before the answer."""
+        """The question and the start of the answer sentence, to append after a blank line."""
         return f"Question: {self.question}\nAnswer: {self.stem}"
 
 
@@ -64,11 +64,11 @@ def make_carrier(
     n_tokens: int,
     n_questions: int,
 ) -> Carrier:
-    """Build a document of about `n_tokens` tokens from prose and blocks in the layouts for `use`.
+    """Build a document of about `n_tokens` tokens from prose and blocks of values.
 
-    The prose around the blocks starts at a random sentence in `prose`. `count` returns a string's
-    length in tokens. The document has one question for each value, up to `n_questions`. Raises
-    PopError if the blocks leave no room for prose.
+    `use` determines the layouts. The prose around the blocks starts at a random sentence in
+    `prose`. `count` returns a string's length in tokens. The document has one question for each
+    value, up to `n_questions`. Raises PopError if the blocks leave no room for prose.
     """
     # The seed includes the use, so that the two uses get different values.
     rng = np.random.default_rng([*use.value.encode(), int(rng.integers(1 << 62))])
@@ -96,9 +96,9 @@ def make_carrier(
 
 
 def with_answers(carrier: Carrier) -> tuple[str, list[Span]]:
-    """Return text for fitting projections, and the answers' positions in it.
+    """Return text for fitting projections, and the answers' positions in the text.
 
-    The text is the document with its questions and answers. Positions exclude preceding spaces.
+    The text is the document with its questions and answers.
     """
     text, spans = carrier.text, []
     for question in carrier.questions:

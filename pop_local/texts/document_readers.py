@@ -37,7 +37,7 @@ class Document:
 
 
 def decoded(content: bytes, origin: str) -> str:
-    """Decode `content`. Raises a PopError that names `origin` if `content` is not text."""
+    """Decode `content`. If `content` is not text, raises a PopError that names `origin`."""
     try:
         text = content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -88,7 +88,7 @@ def read_document(path: str | os.PathLike[str]) -> Document:
 
 
 def read_limited(file: BinaryIO, origin: str) -> bytes:
-    """Read a file of up to MAX_BYTES bytes. Raises PopError if the file is larger."""
+    """Read a file. Raises PopError if the file exceeds MAX_BYTES bytes."""
     return _within_limit(file.read(MAX_BYTES + 1), origin)
 
 
@@ -161,7 +161,7 @@ def _table(table: Any) -> str:
 
 
 def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
-    """Return one list per path, with the file's text or one string per kind of file in the folder.
+    """Return a list for each path: a file's text, or one string for each kind of file in a folder.
 
     Files of the same kind share a top-level subfolder and a suffix. Files are read in a fixed
     pseudorandom order, up to about `most_chars` characters of each kind. Binary files, duplicates,

@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class CtrlC:
-    """Flags. `asked`: Ctrl-C was pressed. `at_once`: Ctrl-C raises an error immediately."""
+    """Flags. `asked` is true after Ctrl-C. If `at_once` is true, Ctrl-C raises an error."""
 
     def __init__(self) -> None:
         self.asked = self.at_once = False

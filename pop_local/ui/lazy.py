@@ -96,7 +96,7 @@ def _simplify_help(command: Any, ctx: Any) -> None:
 
 
 def _with_aliases(command: Any) -> None:
-    """Accept other programs' names for the command's options. The help omits these names."""
+    """Accept other programs' names for options, without listing the names in the help."""
     make_parser = command.make_parser
 
     def with_aliases(ctx: Any) -> Any:

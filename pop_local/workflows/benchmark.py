@@ -48,7 +48,7 @@ class BenchOptions:
     """Options for a benchmark.
 
     `n_prompts` lists the prompt lengths in tokens. `n_pairs` is the number of pairs of runs (full
-    and pruned) per length. By default, `deep_rows` is the file's rule, and `n_ctx` is the length
+    and pruned) per length. `deep_rows` defaults to the file's rule, and `n_ctx` to the length
     that the prompts require.
     """
 
@@ -65,7 +65,7 @@ class Speed:
 
     `backend` is the device's name and the number of threads. `kernels` is the result of
     `cpu_kernels` ("" on a GPU). `is_exact` is true if pruning does not change the output.
-    `upstream` is llama.cpp's fastest setting without our kernels (None: not measured).
+    `upstream` is llama.cpp's fastest setting without pop-local's kernels (None: not measured).
     """
 
     model: str
@@ -109,7 +109,7 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
 def _upstream(
     model: PopModel, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[str, Callable[[Prompt], Run]]]:
-    """Open the model with llama.cpp's kernels. Yield the fastest setting and a `run` function."""
+    """Yield llama.cpp's fastest setting, and a function that runs a prompt with this setting."""
 
     def reading(name: str) -> AbstractContextManager[PopModel]:
         repack, flash_attn = _SETTINGS[name]

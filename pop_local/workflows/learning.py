@@ -1,4 +1,4 @@
-"""Create sidecars from sums learned from the user's prompts, and measure their loss."""
+"""Create sidecars from sums learned from the user's prompts, and measure the sidecars' loss."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -81,7 +81,7 @@ class _LearnedFitter(PlanFitter):
 
 @dataclass
 class _LookupSums:
-    """Learned sums to which windows of look-ups are added.
+    """Learned sums that also cover windows of look-ups.
 
     The user's prompts might not contain look-ups. `is_saved` is true if the file contains the sums.
     `n_done` is the number of windows added so far.
@@ -94,8 +94,8 @@ class _LookupSums:
     def add(self, learner: OnlineCalibrator, runner: TrialRunner) -> Sums:
         """Add the remaining windows and return the sums. Raises PopError or StoppedError.
 
-        The windows are weighted so that look-ups make up at least one in SHARE rows. The number of
-        learned rows in each Gram matrix does not change.
+        The windows are weighted so that at least one of every SHARE rows comes from look-ups. The
+        windows do not increase a Gram matrix's `n_rows`.
         """
         summing, grams, wides = learner.summing, self.sums.grams, self.sums.wides
         boundaries = grams.keys() & set(learner.boundaries)
@@ -158,7 +158,7 @@ class OnlineCalibration:
         return self._sums is not None or (is_enough and len(learner.held_out) >= LEAST_WINDOWS)
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
-        """Add queued rows to the sums. Once the sums contain enough rows, fit and measure.
+        """Add queued rows to the sums. Once the sums contain enough rows, create a sidecar.
 
         Returns the written sidecar if the new fit is better than the current one, or None
         otherwise. The next call resumes an interrupted fit. Raises PopError.

@@ -70,7 +70,7 @@ def _has_room(chat: Dialogue, n_tokens: int) -> bool:
 
 
 def given_path(path: str) -> Path:
-    """Remove the quotes or backslashes that terminals add to a dropped path."""
+    """Remove the quotes or backslashes that terminals add to the path of a dropped file."""
     if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
         return expanded(path[1:-1])
     if os.sep == "/" and not expanded(path).exists():

@@ -21,7 +21,7 @@ def _learn(chat: Dialogue, should_stop: Callable[[], bool]) -> LearnedFit | None
 
 @contextmanager
 def idling(chat: Dialogue) -> Iterator[None]:
-    """Refill the cache and learn in another thread until the block ends."""
+    """Refill the cache and run online calibration in another thread until the block ends."""
     stop = threading.Event()
     fits: list[LearnedFit] = []
     failures: list[Exception] = []
@@ -80,7 +80,7 @@ def finish(chat: Dialogue) -> None:
 
 
 def status_bar(chat: Dialogue) -> str:
-    """Describe how far the cache has caught up. Return "" if all cached tokens are exact."""
+    """Return the progress of catching up as text, or "" if all cached tokens are exact."""
     cache = chat.model.engine.cache
     if cache.n_exact == cache.n_tokens or not status(chat):
         return ""

@@ -28,7 +28,7 @@ def talk(chat: Dialogue) -> None:
 def converse(
     chat: Dialogue, read_line: LineReader, keep: Callable[[Dialogue], None] = lambda chat: None
 ) -> None:
-    """Read and process lines until the input ends. Call `keep` before each line.
+    """Read and process lines until the input ends, calling `keep(chat)` before each line.
 
     Raises KeyboardInterrupt after Ctrl-C if the input is piped.
     """

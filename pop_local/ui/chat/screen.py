@@ -70,8 +70,8 @@ class Screen:
     def choose(self, question: str, choices: Mapping[str, str], enter: str = "") -> str | None:
         """Return the key that the user chooses, or None if there is no choice or no terminal.
 
-        `choices` maps keys to descriptions. The last choice must have no effect, so the user is
-        not asked if it is the only one. `enter`: the key for an empty line, if any.
+        `choices` maps keys to descriptions. The last choice must have no effect. If only one choice
+        exists, the user is not asked. `enter`: the key for an empty line, if any.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:

@@ -99,7 +99,7 @@ def _changed(stored: SavedFile) -> str:
 
 
 class Unsaved:
-    """This chat's transcript file. It is removed if the block ends without an error."""
+    """This chat's transcript file, which is removed if the chat ends without an error."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -44,7 +44,7 @@ _DEFAULTS = TurnOptions()
 
 
 def run_command(chat: Dialogue, line: str) -> None:
-    """Run a slash command. Raises PopError, or EOFError to leave the chat."""
+    """Run a slash command. Raises PopError, or EOFError if the command ends the chat."""
     name, _, argument = line.strip().partition(" ")
     command = COMMANDS.get(ALIASES.get(name.lower(), name.lower()))
     if command is not None:

@@ -1,4 +1,4 @@
-"""The output of `analyze` as a table, facts, a sentence, and JSON."""
+"""The output of `analyze`: either JSON, or a table, facts, and a summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output of `compare`: a table of differences, facts, and a sentence, or JSON."""
+"""The output of `compare`: either JSON, or a table of differences, facts, and a verdict."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def show_converted(conversion: Conversion, done: Converted, *, as_markdown: bool
 
 
 def plan_json(conversion: Conversion, seconds: float | None) -> dict[str, Any]:
-    """Return a plan as a JSON object. For a search, the object lists the boundaries to try.
+    """Return a plan as a JSON object. A search's object lists the boundaries to try.
 
     `seconds`: the estimated duration.
     """
@@ -156,7 +156,7 @@ def _object(
 
 
 def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
-    """Return the fields that all plans share. Memory and time exclude distillation."""
+    """Return the fields that all plans share. Memory and time estimates exclude distillation."""
     needs = conversion.needs
     return {
         "source": str(conversion.path),
@@ -181,7 +181,7 @@ def _plan_facts(conversion: Conversion, plan: Plan, sizes: FileSizes) -> list[Fa
 
 
 def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str:
-    """Describe a plan's speedup limit. `most`: the limit with the most layers skipped."""
+    """Describe a plan's speedup limit. `most`: the limit of the plan that skips most."""
     if conversion.not_counted:
         return f"unknown: {conversion.not_counted}"
     limit = f"up to {plan.speedup_limit:.2f}x"
@@ -196,7 +196,7 @@ def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """Return the facts about a plan. `where`: facts about the first of the skipped `layers`."""
+    """Return the facts about a plan. `where`: facts about the first skipped layer."""
     form, read = conversion.options.output, size(conversion.sizes.source_bytes)
     opened_by = "stock llama.cpp can also open the copy"
     if form == "sidecar":

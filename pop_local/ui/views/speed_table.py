@@ -1,4 +1,4 @@
-"""The output of `bench`: a table of medians and a sentence."""
+"""The output of `bench`: a table of medians and a summary."""
 
 from __future__ import annotations
 

@@ -53,9 +53,9 @@ class RowOptions:
 class ConvertOptions:
     """Options for a conversion.
 
-    `goal` is a named boundary (`Skip`, `Boundary`) or, to search for the fastest candidate, a
-    budget (`Within`). If `fit` is None, the skipped layers keep their own projections. `distiller`
-    creates the trainer that distills the fit (None: no distillation).
+    `goal` is either a named boundary (`Skip`, `Boundary`) or a budget for a search (`Within`). If
+    `fit` is None, the skipped layers keep their own projections. `distiller` creates the trainer
+    that distills the fit (None: no distillation).
     """
 
     goal: Goal = Within(BALANCED)
@@ -68,7 +68,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A planned conversion. The model has not been measured, and no file has been written.
+    """A planned conversion, before any measurement or output.
 
     `plans` contains one plan for a named boundary, or all plans of a search.
     """

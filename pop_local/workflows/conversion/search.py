@@ -8,10 +8,11 @@ A candidate is a boundary with its projections and deep rows. The search follows
 3. If memory allows, each pass over the text also fits the boundaries that bisection may need next.
 4. After bisection, fits are distilled if requested. Distillation starts at the fastest candidate
    and continues with deeper boundaries until a candidate exceeds the budget or an error occurs.
-5. Finally, rules with fewer deep rows are tried. For each rule, the search starts at the deepest
-   boundary within the budget and skips fewer layers as long as a candidate could be the fastest.
+5. Finally, the search tries `deep_rows` settings that select fewer rows. For each setting, the
+   search starts at the deepest boundary within the budget. The search then skips fewer layers
+   until a candidate is within the budget or too slow to win.
 6. The fastest candidate within the budget wins. Among equally fast candidates, a distilled one wins
-   unless its KL is larger by more than the standard error. Otherwise, the smallest KL wins.
+   unless its KL is larger by more than the standard error. In other ties, the smallest KL wins.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class Search:
         return [each for each in self.judged if each.is_inside]
 
     def run(self) -> Candidate:
-        """Return the fastest candidate within the budget. Its plan lists all tried candidates.
+        """Return the fastest candidate within the budget, with all tried candidates in its plan.
 
         Raises OverBudgetError, PopError, or StoppedError.
         """
@@ -282,10 +283,9 @@ class Search:
                 return
 
     def trade_rows(self) -> None:
-        """Try rules with fewer deep rows (rule 5).
+        """Try `deep_rows` settings that select fewer rows (rule 5).
 
-        The search assumes that fewer deep rows never improve quality. The search for each rule
-        therefore starts at the boundary that the previous rule reached.
+        The search assumes that fewer deep rows never improve quality.
         """
         ready = {it.boundary: it for it in (*self.plain, *self.distilled) if it.is_ready}
         start = min(each.boundary for each in self.inside)

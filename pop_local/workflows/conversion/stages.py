@@ -29,7 +29,7 @@ RUNNING_LOOKUPS = "Running look-ups at boundary"
 
 
 class ExpectedStage(NamedTuple):
-    """The start of a stage's name, and the stage's work in multiply-accumulates."""
+    """A prefix of a stage's name, and the stage's work in multiply-accumulates."""
 
     name: str
     work: float
