@@ -90,7 +90,7 @@ class TurnStats:
 
     @property
     def left(self) -> str:
-        """A summary of how the prompt's tokens were read, using the user guides' terms."""
+        """A summary of how pop-local read the prompt's tokens."""
         stale = f" ({self.n_stale:,} stale)" if self.n_stale else ""
         counts = [f"{self.n_cached:,} cached{stale}"] if self.n_cached else []
         if self.n_skipped_exact:

@@ -18,7 +18,7 @@ _MAX_ROWS = 512
 def require_pooling(cache: KvCache) -> gguf.PoolingType:
     """Return the file's pooling type (default: mean).
 
-    Raises PopError if the type is neither mean nor last-row pooling.
+    Raises PopError if the pooling type is neither mean nor last.
     """
     kind = cache.context.files.header.of_arch("pooling_type")
     if kind in (None, gguf.PoolingType.NONE, gguf.PoolingType.MEAN):
@@ -33,8 +33,8 @@ def require_pooling(cache: KvCache) -> gguf.PoolingType:
 def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     """Return the normalized embedding of `tokens`, float32 [n_embd].
 
-    Runs all layers and empties the cache. Raises PopError if the text cannot be decoded or the
-    vector is not finite. Raises StoppedError or the signal handler's exception if interrupted.
+    The call runs all layers and empties the cache. Raises PopError if the text cannot be decoded or
+    the vector is not finite. Raises StoppedError or the signal handler's exception if interrupted.
     """
     pooling = require_pooling(cache)
     context, api = cache.context, backend.bindings()

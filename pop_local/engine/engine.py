@@ -149,7 +149,7 @@ class Engine:
     def set_refill(self, is_on: bool) -> None:
         """Turn refilling on or off. Boundary states are stored only while refilling is on.
 
-        Has no effect if the model's rows cannot be refilled.
+        The setting has no effect if the model's rows cannot be refilled.
         """
         with self.context.locked():
             self.context.interrupt.require_idle()

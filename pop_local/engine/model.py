@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class PopModel:
-    """An open model. `engine` holds the model's parts."""
+    """An open model."""
 
     def __init__(self, options: EngineOptions) -> None:
         self._engine = Engine.open(options)
@@ -57,9 +57,9 @@ class PopModel:
     ) -> Self:
         """Open a GGUF file, or a local model by name, without downloading or converting anything.
 
-        `sidecar`: a path (default: the sidecar next to the model, or else the shipped one).
-        `mmproj`: a path (default: the mmproj next to the model). `options`: fields of EngineOptions
-        or ContextOptions, or llama.cpp parameters. Raises PopError if the model cannot be opened.
+        `sidecar`: a path (default: a sidecar next to the model, or a shipped sidecar). `mmproj`: a
+        path (default: the mmproj next to the model). `options`: fields of EngineOptions or
+        ContextOptions, or llama.cpp parameters. Raises PopError if the model cannot be opened.
         """
         path = model_names.resolve(os.fspath(model))
         return cls(
@@ -135,7 +135,7 @@ class PopModel:
     def _changing(self) -> Iterator[Engine]:
         """Context manager that prevents other threads from using or replacing the engine.
 
-        Locks the context first, because progress callbacks hold that lock and could deadlock.
+        The context is locked first, because progress callbacks hold its lock and could deadlock.
         """
         while True:
             engine = self._engine
@@ -148,8 +148,8 @@ class PopModel:
     def pruning(self) -> bool:
         """True if prompts are pruned.
 
-        Changing the value empties the KV cache unless all rows are exact. Setting it to True raises
-        PopError if the model is not converted.
+        Changing the value empties the KV cache unless all rows are exact. Setting the property to
+        True raises PopError if the model is not converted.
         """
         return self._engine.pruning.mode is not Mode.OFF
 

@@ -108,7 +108,7 @@ class PrefillTurns:
             return self._current is prompt
 
     def end(self, prompt: QueuedPrompt) -> None:
-        """Remove a prompt that has been read or has failed, and start the next turn."""
+        """Remove a prompt that was read or could not be read, and start the next turn."""
         with self._changed:
             self._scheduler.remove(prompt)
             self._pass_on(prompt)

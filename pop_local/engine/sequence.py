@@ -27,7 +27,7 @@ class CachedSequence:
 
     Changing the boundary empties the cache. Changing the mode also empties the cache, unless the
     model skips layers without loss. If all rows are exact, the cache is kept when the mode changes
-    to OFF or, if `keeps_exact` is True, to any mode.
+    to OFF. If `keeps_exact` is True, exact rows are kept after any mode change.
     """
 
     states: CacheStates
@@ -109,7 +109,7 @@ class CachedSequence:
             return read(self.states, prompt, self.rule, on_prefill)
 
     def step(self, token: int) -> None:
-        """Append an answer token. Unless the mode is ALWAYS, its row runs through all layers."""
+        """Append an answer token, whose row runs through all layers unless the mode is ALWAYS."""
         self.cache.make_room(1)
         self.cache.slot.begin_decode()
         self.cache.append([token], Outputs.LAST, np.ones(1, bool))

@@ -20,7 +20,7 @@ class SlotScheduler:
         self._lock = threading.Lock()
 
     def take(self, prompt: Prompt, scope: str = "") -> int:
-        """Reserve the free sequence with the most reusable rows (if tied, the shortest one).
+        """Reserve the free sequence with the most reusable rows (in a tie, the shortest sequence).
 
         `scope`: the owner of the rows that may be reused. Returns the sequence's index.
         """
@@ -52,7 +52,7 @@ class SlotScheduler:
         return self._model.engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Let sequence `index` share the prompt's longest prefix in any sequence, busy or free.
+        """Let sequence `index` share the prompt's longest prefix that any sequence has cached.
 
         Does nothing if sequence `index` already caches an equally long prefix.
         """
@@ -77,8 +77,8 @@ class SlotScheduler:
     def _score(self, index: int, prompt: Prompt, scope: str) -> tuple[int, int]:
         """Return a sort key: (number of reusable rows, negated number of cached rows).
 
-        Reusable rows count only if they make up at least half of the cached rows or match the whole
-        prompt. A prompt must not replace a long conversation just to reuse a short prefix.
+        The first number is 0 unless reusable rows are at least half of the cached rows or match the
+        whole prompt. A prompt must not replace a long conversation to reuse a short prefix.
         """
         sequence = self.sequence(index)
         n_tokens = sequence.cache.n_tokens

@@ -59,8 +59,8 @@ class CacheKeys:
 def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
     """Return a model's projection type and, for a converted model, the conversion's fingerprint.
 
-    The fingerprint covers the keys that affect pruned K/V, and the fitted tensors' names, shapes,
-    and first bytes. A sidecar and a converted file with the same fit share a fingerprint.
+    The fingerprint covers each fitted tensor's name, shape, and first bytes, and the keys that
+    affect pruned K/V. A sidecar and a converted file with the same fit share a fingerprint.
     """
     if meta is None:
         return f"{Projection.OWN} projections"

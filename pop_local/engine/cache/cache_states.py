@@ -29,7 +29,7 @@ class CacheStates:
         self.scope = ""
 
     def set_scope(self, scope: str) -> None:
-        """Set the owner. If it changes, store the old owner's rows and empty the KV cache."""
+        """Set the owner. For a new owner, store the old owner's rows and empty the KV cache."""
         if scope != self.scope and self.cache.n_tokens:
             self.store()
             self.cache.clear()
@@ -86,7 +86,7 @@ class CacheStates:
         """Store the rows in the prompt cache if reading a prompt would drop many of them.
 
         The rows are stored if the prompt can reuse fewer than half of them, or would drop MIN_LOST
-        or more trailing rows. `end` returns the end index of the reusable rows (default: `count`).
+        or more trailing rows. `end` returns the reusable rows' end index (default: `count`).
         """
         tokens, images = self.cache.tokens, self.cache.images
         n_lost = len(tokens) - (end or count)(tokens, images)
@@ -109,7 +109,7 @@ class CacheStates:
         checkpoints, window = self.cache.checkpoints, self.cache.context.window
 
         def count_kept(tokens: np.ndarray, images: Mapping[int, str]) -> int:
-            """Return how many rows a prompt can reuse without a checkpoint."""
+            """Return the number of rows that a prompt can reuse without a checkpoint."""
             n = count(tokens, images)
             is_kept = not checkpoints.is_needed or n == len(tokens) or len(tokens) <= window
             return n if is_kept else 0
@@ -131,7 +131,7 @@ class CacheStates:
     def share(self, other: "CacheStates", prompt: Prompt) -> None:
         """Share the rows of the longest prompt prefix that another sequence has cached.
 
-        Does nothing if this cache's prefix is equally long, or if the caches' mode keys differ.
+        Does nothing if this cache contains an equally long prefix or the caches' mode keys differ.
         """
         with self.cache.slot.locked():
             n = prompt.whole(other.n_same(prompt))

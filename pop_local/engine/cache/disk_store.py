@@ -2,7 +2,7 @@
 
 Each state is a zip file (see saved_state.py) with mode 0600. The file name is a hash of the state's
 key and tokens. If the files exceed the capacity, the least recently used files are removed.
-Multiple processes may share the folder. Each process finds new files and ignores removed files.
+Multiple processes may share the folder. Every process detects added and removed files.
 """
 
 import hashlib
@@ -83,7 +83,7 @@ class DiskStore:
             ) from error
 
     def add(self, prompts_key: str, state: SavedState) -> None:
-        """Write a state in the background. Errors such as a full disk are logged."""
+        """Write a state in the background. Failed writes are logged."""
         if len(state.cells) <= self.capacity_bytes:
             self._writer.submit(self._write, prompts_key, state)
 
@@ -104,7 +104,7 @@ class DiskStore:
         return list(found.values())
 
     def find(self, key: str, count: CountReusable, n_least: int) -> SavedState | None:
-        """Return the state with the most reusable rows (more than `n_least`), or None."""
+        """Return the state with the most reusable rows (None if no state has over `n_least`)."""
         best, n_best = None, n_least
         for each in self.stored():
             if each.prompts_key == key and (n := count(each.tokens, each.images)) > n_best:
@@ -112,7 +112,7 @@ class DiskStore:
         return None if best is None else self._load(best)
 
     def _load(self, stored: StoredState) -> SavedState | None:
-        """Read a state and mark it as used. Returns None and removes the file if it is damaged."""
+        """Read a state and mark it as used. If the file is damaged, remove it and return None."""
 
         def read(archive: zipfile.ZipFile) -> SavedState:
             n_tokens = len(stored.tokens)
@@ -183,7 +183,7 @@ class DiskStore:
         return self.folder / f"{digest.hexdigest()[:32]}{SUFFIX}"
 
     def _evict(self, newest_path: Path, prompts_key: str, newest: SavedState) -> None:
-        """Remove prefixes of the newest state, and then the oldest states until the rest fit."""
+        """Remove the newest state's prefixes, then the oldest states that exceed the capacity."""
         for each in self.stored():
             is_prefix = each.prompts_key == prompts_key and newest.extends(each.tokens, each.images)
             if each.path != newest_path and is_prefix:

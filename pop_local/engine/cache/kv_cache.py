@@ -32,14 +32,14 @@ class ReadObserver(Protocol):
         """Handle tokens that were prefilled into rows starting at `start`."""
 
     def computed(self) -> None:
-        """Handle the end of a computation, after which taps can be read (engine/llama/taps.py)."""
+        """Handle the end of a computation. The handler may read taps (engine/llama/taps.py)."""
 
 
 class KvCache:
     """The cached rows of one sequence.
 
     `images`: maps each image's first row to its key. `has_logits`: whether the last row has logits
-    to sample from. `epoch` changes when running answers cannot continue. `learner` observes reads.
+    to sample from. `epoch` increases after a change that forces running answers to stop.
     """
 
     def __init__(self, slot: Slot, vision: Mmproj | None = None) -> None:
@@ -85,8 +85,8 @@ class KvCache:
     def truncate(self, n_rows: int) -> bool:
         """Keep the first `n_rows` rows and drop the rest. The cut must not be inside an image.
 
-        Returns False if the cells can be neither truncated there nor restored from a checkpoint.
-        Raises PopError if called during a batch.
+        Returns False if the cells can be neither truncated nor restored from a checkpoint. Raises
+        PopError if called during a batch.
         """
         with self.slot.locked():
             self.slot.require_idle()
@@ -109,7 +109,7 @@ class KvCache:
     def forget_unfinished(self) -> None:
         """Drop the cells of a failed batch.
 
-        Empties the cache and raises PopError if a recurrent state cannot be truncated.
+        If a recurrent state cannot be truncated, this method empties the cache and raises PopError.
         """
         if not self._forget_from(self.n_tokens):
             self.clear()
@@ -145,7 +145,7 @@ class KvCache:
     def load(self, state: SavedState) -> None:
         """Replace the rows with a saved state, regardless of its key.
 
-        Empties the cache and raises PopError if the state does not fit.
+        If the state does not fit, this method empties the cache and raises PopError.
         """
         self.clear()
         n = state.n_tokens
@@ -227,10 +227,10 @@ class KvCache:
 
     @contextmanager
     def _placed(self, tokens: Sequence[int]) -> Iterator[None]:
-        """Place new rows in empty cells, even if rows have been moved or restored.
+        """Make llama.cpp place new rows in empty cells after rows were moved or restored.
 
-        Otherwise, llama.cpp would search from the first moved or restored row and reuse the cells
-        of rows that have left the window.
+        By default, llama.cpp searches from the first moved or restored row and reuses the cells of
+        rows outside the sliding window.
         """
         if not (self._must_place and backend.bindings().llama_model_n_swa(self.context.model)):
             yield
@@ -259,9 +259,9 @@ class KvCache:
 def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
     """Replace the rows with an edited prompt's rows. No image may follow the first changed row.
 
-    `tokens`: int32 [n]. `sources`: int32 [n], the row that holds each token's K/V, or -1 for rows
-    that `decode_again` must decode. The cache ends before the first -1 row until the caller extends
-    it, so no other sequence shares these rows. Returns False if the rows cannot be moved.
+    `tokens`, `sources`: int32 [n]. A source is the row with the token's K/V, or -1 for rows that
+    `decode_again` must decode. The cache ends before the first -1 row until the caller extends the
+    cache, so no other sequence shares unfinished rows. Returns False if the rows cannot be moved.
     """
     start = n_leading(sources == np.arange(len(sources)))
     with cache.slot.locked():

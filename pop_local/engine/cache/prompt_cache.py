@@ -7,10 +7,10 @@ from pop_local.engine.cache.saved_state import CountReusable, SavedState
 
 
 class PromptCache:
-    """LRU cache of saved states, indexed by key and tokens (at most `capacity_bytes` of cells).
+    """An LRU cache for up to `capacity_bytes` of saved states, indexed by key and tokens.
 
     A prompt's state replaces the states of its prefixes. Multiple models and threads may share a
-    cache. Evicted states are moved to `store`, if one is given.
+    cache. Evicted states are moved to `store` (None: evicted states are dropped).
     """
 
     def __init__(self, capacity_bytes: int, store: DiskStore | None = None) -> None:
@@ -53,7 +53,7 @@ class PromptCache:
                 self.store.add(*each)
 
     def best(self, key: str, count: CountReusable, n_least: int = 0) -> SavedState | None:
-        """Return the state with the most reusable rows (more than `n_least`), or None."""
+        """Return the state with the most reusable rows (None if no state has over `n_least`)."""
         best, n_best = None, n_least
         with self._lock:
             for index, (other_key, state) in enumerate(self._states):

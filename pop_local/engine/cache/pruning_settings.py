@@ -50,7 +50,7 @@ class PruningSettings:
     def _exact_layer(self) -> int:
         """Return the first layer that can be skipped without loss.
 
-        Returns 0 if every layer is needed, or if pruning starts at an earlier layer.
+        Returns 0 if every layer is needed or if pruning starts before the first skippable layer.
         """
         exact = backend.model_exact(self._slot.context.model)
         return 0 if 0 < self.boundary < exact else exact

@@ -16,8 +16,8 @@ class CachedRows:
     """Position, depth, and exactness of each row.
 
     The first `n_exact` rows are identical to the full model's. A row is exact only if all earlier
-    rows are exact, because it attends to them. Full rows after a context row are not exact, so a
-    refill recomputes them, too. A refill needs each row's boundary state (`has_state`).
+    rows are exact, because the row attends to them. Full rows after a context row are not exact, so
+    a refill recomputes them, too. A refill needs each row's boundary state (`has_state`).
 
     Rows from `first_stale` onward are stale, because they were computed before an earlier row was
     edited. A refill re-decodes stale rows, so they do not need boundary states.
@@ -116,6 +116,6 @@ class CachedRows:
             self.first_stale = other.first_stale
 
     def can_be_redone(self, n_rows: int) -> bool:
-        """Return whether a refill is needed and able to make the first `n_rows` rows exact."""
+        """Return True if a refill is necessary and can make the first `n_rows` rows exact."""
         rows = slice(self.n_exact, min(n_rows, self.first_stale))
         return bool(self.n_exact < n_rows and (self.has_state | self.is_copied)[rows].all())

@@ -6,8 +6,8 @@
     stale.npy      int32 (2): number of exact rows and first stale row, only if a row is stale
     kv.bin         llama.cpp's state: only the used cells
 
-The zip format's CRC-32 detects damage. numpy's reader allocates whatever size a header declares, so
-`decoded_array` checks the header and the size first.
+The zip format's CRC-32 checksums detect damaged members. numpy's reader allocates whatever size a
+header declares, so `decoded_array` checks the header and the size first.
 """
 
 import io
@@ -122,7 +122,7 @@ def _is_consistent(state: SavedState) -> bool:
 
 
 def add_member(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """Add a member with a fixed date, because zip cannot represent every system date."""
+    """Add a member with a fixed date, because a zip file cannot store every date."""
     archive.writestr(zipfile.ZipInfo(name), content)
 
 

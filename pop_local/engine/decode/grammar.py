@@ -196,7 +196,7 @@ def _schemas(part: Any) -> Iterator[dict[str, Any]]:
 def _prepared(schema: dict[str, Any]) -> list[str]:
     """Add constraints that llguidance lacks and return the keywords that it only partly enforces.
 
-    Raises GrammarError for values that llguidance would misinterpret as other values.
+    Raises GrammarError for values that llguidance would misread.
     """
     for name in _VALUES:
         for value in _leaves(schema.get(name)):

@@ -15,7 +15,7 @@ from pop_local.engine.llama.vocabulary import Pieces, Vocabulary
 class _TokenBytes:
     """An adapter from llama.cpp's vocabulary to llguidance's `TokenizerWrapper` interface.
 
-    Control tokens outside `shown` have no bytes, so grammars allow none except the end tokens.
+    Control tokens outside `shown` have no bytes, so a grammar allows only end tokens among them.
     """
 
     is_tokenizer_wrapper = True

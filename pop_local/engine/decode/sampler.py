@@ -1,4 +1,4 @@
-"""Sample tokens with llama.cpp's samplers, in the same order as in llama_cpp's chain.
+"""Sample tokens with llama.cpp's samplers, in the order of llama_cpp's sampler chain.
 
 Greedy sampling picks the token with the largest logit directly. A sampler chain would choose the
 same token but would first fill an array with {id, logit, p} for the whole vocabulary.
@@ -60,7 +60,7 @@ class Allowed(Protocol):
     """A constraint on the next token."""
 
     def allowed(self) -> np.ndarray | None:
-        """Return the sorted allowed ids, or None for all. Raises PopError if no id is allowed."""
+        """Return the sorted allowed token IDs (None: all). Raises PopError if no ID is allowed."""
 
     def accept(self, token: int) -> None:
         """Advance the constraint past a sampled token."""

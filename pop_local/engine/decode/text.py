@@ -39,6 +39,6 @@ class TextStream:
 
 
 def n_begun(text: str, whole: str) -> int:
-    """Return the length of the longest proper prefix of `whole` with which `text` ends."""
+    """Return the length of the longest proper prefix of `whole` that is a suffix of `text`."""
     longest = min(len(whole) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(whole[:n])), 0)

@@ -1,1 +1,1 @@
-"""Rows that run through all layers: refilled rows, and deep rows selected by their tokens."""
+"""Rows that run through all layers: refilled rows and deep rows."""

@@ -24,9 +24,9 @@ _SPELLED = re.compile(rb"\d|[a-z][A-Z]|/|\w[@_\\#=+~-]+\w")
 def find_deep_rows(context: Context, tokens: np.ndarray, criterion: DeepRows) -> NDArray[np.bool_]:
     """Return a mask of the deep rows, bool [n_tokens].
 
-    `tokens`: int [n_tokens], the prompt's first tokens (image rows are negative). If a word
-    matches, all its rows are deep. Control tokens and images separate words. Recurrent models have
-    no deep rows, because they process rows in order, and scattered deep rows would split batches.
+    `tokens`: int [n_tokens], the prompt's first tokens (image rows are negative). If a word meets
+    the `criterion`, all its rows are deep. Control tokens and images separate words. Recurrent
+    models have no deep rows, because scattered deep rows would split the batches.
     """
     found = np.zeros(len(tokens), bool)
     if criterion is DeepRows.NONE or not len(tokens) or context.is_recurrent:

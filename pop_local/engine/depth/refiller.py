@@ -50,9 +50,9 @@ class Refiller:
     ) -> int:
         """Make the cached rows exact, from the first inexact row onward.
 
-        Deep passes refill pruned rows, and stale rows are re-decoded. Returns the number of rows
-        made exact, or 0 if a pruned row lacks its boundary state. `should_stop` is called during
-        and after each chunk. `on_progress` is called with (done_rows, total_rows).
+        This method refills pruned rows in deep passes and re-decodes stale rows. Returns the number
+        of rows made exact, or 0 if a pruned row lacks its boundary state. `should_stop` is called
+        during and after each chunk. `on_progress` is called with (done_rows, total_rows).
         """
         cache = self._cache
         with cache.context.locked():

@@ -287,8 +287,8 @@ class Mmproj:
     def _cut_up(self, picture: Picture) -> _Cut:
         """Return a picture's chunks, which stay cached until the next picture is split.
 
-        Decoding the pixels takes seconds, so it happens outside the lock. The pixels are kept until
-        the picture's rows are encoded, so that each request decodes them only once.
+        Decoding takes seconds and therefore happens outside the lock. The pixels are kept until the
+        picture's rows are encoded, so that each request decodes a picture only once.
         """
         if (last := self._last) is not None and last.sha256 == picture.sha256:
             return last

@@ -96,7 +96,7 @@ class Fitter(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """True if `idle` should be called."""
+        """True if the caller should call `idle`."""
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
         """Return a better fit if one is found before a stop is requested. Raises PopError."""
@@ -268,7 +268,7 @@ class OnlineCalibrator:
             self.save()
 
     def save(self) -> None:
-        """Move new sums to the file if they cover enough rows, and keep the others in memory.
+        """Move new sums to the file if they cover enough rows, and keep the other sums in memory.
 
         If saving fails, all sums stay in memory, and PopError is raised.
         """
@@ -282,9 +282,9 @@ class OnlineCalibrator:
             self._new = Sums(self._new.wides | self._known.wides, rest)
 
     def sums(self) -> Sums:
-        """Return the sums in the file, or else the unsaved sums. Raises PopError if saving fails.
+        """Return the file's sums (if none, the unsaved sums). Raises PopError if saving fails.
 
-        The two are never merged, so the sidecar and the file together cannot reveal unsaved rows.
+        Merged sums would let the sidecar and the file together reveal unsaved rows.
         """
         self.save()
         self._known = self.file.known()
@@ -295,12 +295,12 @@ class OnlineCalibrator:
 
     @property
     def is_saved(self) -> bool:
-        """True if `sums` returns sums from the file."""
+        """True if the sums file contains rows."""
         return bool(self._known.n_rows)
 
     @property
     def n_fittable(self) -> int:
-        """The number of rows in the sums that `sums` returns."""
+        """The number of rows that a fit can use."""
         return max(self._known.n_rows.values(), default=self._n_new)
 
     @property
@@ -326,7 +326,7 @@ class OnlineCalibrator:
         return self.summing.is_wide(boundary) and boundary not in self._new.wides
 
     def _choose(self, boundaries: Sequence[int]) -> None:
-        """Choose wider inputs from shipped text, because the inputs reveal details of the text."""
+        """Choose wider inputs from shipped text, because the choice reveals details of the text."""
         n_windows = _ROWS_TO_CHOOSE * self._shape.n_embd // N_WINDOW + 1
         wanted, context = self.summing.wanted(boundaries), self._cache.context
         windows = list(read_shipped_windows(context, wanted, n_windows, N_WINDOW))

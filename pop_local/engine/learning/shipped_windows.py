@@ -1,4 +1,4 @@
-"""Compute activations for shipped text, which reveals nothing about the user's prompts."""
+"""Compute activations for shipped text. Shipped text reveals nothing about users' prompts."""
 
 import importlib.resources
 from collections.abc import Iterator

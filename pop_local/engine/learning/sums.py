@@ -41,7 +41,7 @@ N_WEIGHING = 4
 
 @dataclass
 class Sums:
-    """Gram matrices keyed by boundary. `wides`: the parameters of any wider inputs."""
+    """Gram matrices keyed by boundary. `wides`: the wider inputs' parameters."""
 
     wides: dict[int, WideInput] = field(default_factory=dict)
     grams: dict[int, Gram] = field(default_factory=dict)
@@ -54,9 +54,9 @@ class Sums:
         return bool(np.array_equal(ours.previous, theirs.previous))
 
     def merge(self, other: "Sums") -> None:
-        """Add the sums of newer rows without replacing existing wider inputs.
+        """Add newer sums to these sums, and keep the existing wider inputs.
 
-        If the inputs differ, the newer sums cannot be added and are dropped with a warning.
+        If the two wider inputs differ, the newer sums are dropped with a warning.
         """
         for boundary, wide in other.wides.items():
             if boundary not in self.grams:
@@ -107,7 +107,7 @@ class Sums:
 
 
 def stored_inputs(head: Any, arrays: Any) -> dict[int, WideInput]:
-    """Return each boundary's wider input from the results of `Sums.arrays`."""
+    """Return each boundary's wider input from the output of `Sums.arrays`."""
     wides = {}
     for boundary, is_gelu in head["wides"]:
         neurons = None
@@ -143,7 +143,7 @@ def _read_head(arrays: Any) -> Any:
 
 @dataclass(frozen=True)
 class Known:
-    """A sums file's header, and each boundary's wider input."""
+    """A sums file's header and the boundaries' wider inputs."""
 
     head: Any
     wides: dict[int, WideInput]
@@ -280,7 +280,7 @@ class Summing:
         return fit.normalised(state, self._eps)
 
     def start_input(self, boundary: int) -> WideInput:
-        """Return the earlier fit's wider input."""
+        """Return the wider input that the `start` fit uses at a boundary."""
         return decode_input(self.shape, self._weights, boundary, self._start)
 
     def choose_input(self, boundary: int, windows: Sequence[Rows]) -> WideInput:
@@ -294,11 +294,11 @@ class Summing:
         return Gram.empty(max(self._n_inputs(boundary, kind) for kind in kinds), widths)
 
     def add(self, sums: Sums, tapped: Tapped, scale: Rows | None = None) -> None:
-        """Add all rows except the first, which either has no predecessor or always runs in full.
+        """Add all rows except the first, whose predecessor is not available.
 
-        All layers share the same row weights, which are the mean over the last N_WEIGHING layers. A
-        deep pass does not compute states at shallower layers, so it does not change the sums at
-        shallower boundaries. `scale` [n_rows] multiplies the row weights (None: 1 for all rows).
+        All layers share the mean row weights of the last N_WEIGHING layers. A deep pass does not
+        change the sums at shallower boundaries. `scale` [n_rows] multiplies the row weights (None:
+        1).
         """
         y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
         weights = [fit.token_weights(mass[1:]) for mass in tapped.mass.values()]

@@ -31,7 +31,7 @@ class BeyondLimitsError(PopError):
 
 
 def _python() -> str:
-    """Return multiprocessing's interpreter, which applications that embed Python can change."""
+    """Return the Python interpreter that multiprocessing uses for child processes."""
     python = os.fsdecode(get_executable())
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
@@ -45,7 +45,7 @@ class KeptProcess:
     """A child process that runs a worker's methods. A call restarts the process if it has ended.
 
     Calls are thread-safe and run one at a time. If a call is interrupted or exceeds a limit, the
-    child is killed.
+    parent kills the child process.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class KeptProcess:
     ) -> None:
         """`worker`: the class whose methods the child runs.
 
-        `task`: the subject of BeyondLimitsError's message. `hint`: that error's hint.
+        `task`: the subject of BeyondLimitsError's message. `hint`: the hint in BeyondLimitsError.
         """
         self.limit_s, self.limit_bytes = limit_s, limit_bytes
         self._place = (worker.__module__, worker.__qualname__)

@@ -31,7 +31,7 @@ class Reading(IntEnum):
     """Kinds of prompt rows that a batch can contain.
 
     NONE: the batch has no prompt rows. SOME: the prompt rows may include full rows. CONTEXT: all
-    prompt rows are context rows, so any full rows belong to answers.
+    prompt rows are context rows, so only answers have full rows.
     """
 
     NONE = 0
@@ -42,8 +42,8 @@ class Reading(IntEnum):
 class Mode(IntEnum):
     """A context's pruning mode.
 
-    OFF: every row runs through all layers. CONTEXT: context rows are pruned or, if layers share
-    K/V, skip layers without any loss. ALWAYS: every row is pruned.
+    OFF: every row runs through all layers. CONTEXT: context rows are pruned. If layers share K/V,
+    context rows skip layers without loss instead. ALWAYS: every row is pruned.
     """
 
     OFF = 0
@@ -56,8 +56,8 @@ class Counters:
     """Counts of rows computed since the last reset.
 
     `n_context` rows stopped at the boundary, and `n_full` rows ran through all layers. `n_exact`
-    rows skipped layers without any loss, because these layers reuse K/V from earlier layers.
-    `n_deep`: number of full rows selected by `set_deep_rows` (`n_marked` in llama_pop_counters).
+    rows skipped only layers that reuse earlier layers' K/V, so nothing was lost. `n_deep`: number
+    of full rows selected by `set_deep_rows` (`n_marked` in llama_pop_counters).
     """
 
     n_context: int
@@ -224,7 +224,7 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
     """Run the boundary layer and all later layers for up to one ubatch of a sequence's rows.
 
     `positions`: int32, ascending. Computes no logits. Returns False if the abort callback stopped
-    the pass. The caller must then repeat it. Raises PopError on failure.
+    the pass, and the caller must repeat the pass. Raises PopError on failure.
     """
     logs.forget_errors()
     pointer = positions.ctypes.data_as(_POINTER)
@@ -237,8 +237,8 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
 def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
     """Replace a sequence's rows from position `start` onward with an edited prompt's rows.
 
-    `sources`: int32 [n], the position to copy each row's K/V from, or -1. Rows with -1 must be
-    decoded in place (see `set_overwrite`) before later rows attend to them. `tokens`: int32 [n].
+    `tokens`, `sources`: int32 [n]. A source is the position to copy K/V from, or -1. Rows with
+    source -1 must be decoded in place (see `set_overwrite`) before later rows attend to them.
     """
     arrays = [np.ascontiguousarray(each, np.int32) for each in (sources, tokens)]
     pointers = [each.ctypes.data_as(_POINTER) for each in arrays]
@@ -268,9 +268,9 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
 def set_reading(ctx: Any, reading: Reading) -> None:
     """Set the kind of prompt rows that the following batches contain.
 
-    pop-local's kernels process even the smallest prompt batch, so the results do not depend on the
-    batch size if flash attention is on. During decode, the kernels are used only for operations
-    that they speed up.
+    pop-local's kernels process prompt batches of every size. If flash attention is on, the batch
+    size therefore does not affect the results. During decode, llama.cpp uses pop-local's kernels
+    only for operations that run faster with them.
     """
     call("llama_pop_set_reading", ctx, reading)
 

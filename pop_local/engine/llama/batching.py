@@ -1,7 +1,7 @@
 """Continuous batching: rows from multiple sequences of one context share batches.
 
 Each sequence has its own thread, which blocks in `decode`. A batch runs once all active sequences
-have queued a request. A batch contains one row per answer, and rows from at most one prompt.
+have queued a request. A batch contains one row for each answer and the rows of at most one prompt.
 """
 
 import threading
@@ -55,7 +55,7 @@ class _Request:
 
 
 class Batcher:
-    """A queue of decode requests, which one of the waiting threads runs in shared batches.
+    """A queue of decode requests. One of the waiting threads runs the requests in shared batches.
 
     `holder`: the ID of the thread that has locked the context (0: none).
     """
@@ -239,7 +239,7 @@ class BatchedSlot(Slot):
             raise StoppedError
 
     def require_idle(self) -> None:
-        """Do nothing, because callbacks run only in the thread that runs the batch."""
+        """Allow calls during a batch, because only the batch's own thread runs callbacks."""
 
     @property
     def mode(self) -> Mode:
@@ -316,7 +316,7 @@ class BatchedSlot(Slot):
 
 
 def batched_slots(context: Context, n: int) -> list[BatchedSlot]:
-    """Return a context's slots. Raises PopError if it does not support multiple sequences."""
+    """Return a context's slots. Raises PopError if the context supports only one sequence."""
     # Even with swa_full, llama.cpp reuses cells that have left a sequence's window for other
     # sequences. The first sequence then cannot be truncated or refilled.
     if context.is_recurrent or backend.bindings().llama_model_n_swa(context.model):

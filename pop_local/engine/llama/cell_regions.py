@@ -1,11 +1,11 @@
 """Place each sequence's rows in its own blocks of KV cells to make results reproducible.
 
-Attention sums over tiles of 64 cells within chunks of 1,024 cells, and our kernels derive a
+Attention sums over tiles of 64 cells within chunks of 1,024 cells, and pop-local's kernels derive a
 constant from the first two cells. Rounding errors therefore depend on a sequence's cells. Each
 sequence owns blocks of 1,024 cells in ascending order, and the first two cells never change.
 
 llama.cpp places rows in the lowest empty cells. Sequences without data, called fillers, occupy the
-blocks' unused cells, except those reserved for the next batch's rows.
+blocks' unused cells. Only the cells reserved for the next batch's rows stay empty.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,9 +41,9 @@ class CellRegions:
     """The blocks of cells that a context's sequences own. The caller must lock the context.
 
     The row at position p of a sequence uses cell p % BLOCK_CELLS of the sequence's block p //
-    BLOCK_CELLS. Sequence n + i is the filler of sequence i. In each unused cell, the filler has the
-    position of the row for which the cell is reserved. `is_on` is False if llama.cpp does not
-    support fillers for the model, as with M-RoPE. Without fillers, rows may use any cells.
+    BLOCK_CELLS. Sequence n + i is the filler of sequence i. A filler row occupies each unused cell
+    and has the position of the row for which the cell is reserved. `is_on` is False if llama.cpp
+    does not support fillers for the model, as with M-RoPE. Without fillers, rows may use any cells.
     """
 
     def __init__(self, context: Any, n_sequences: int) -> None:
@@ -133,7 +133,7 @@ class CellRegions:
         self._n_blocks += 1
 
     def _drop_last_block(self) -> bool:
-        """Empty the last block if it is unused, so that batches no longer mask its cells."""
+        """Drop the last block if it is unused, so that attention no longer covers its cells."""
         for sequence, blocks in enumerate(self._blocks):
             first = (len(blocks) - 1) * BLOCK_CELLS
             if blocks and blocks[-1] == self._n_blocks - 1 and self._end(sequence) <= first:

@@ -46,7 +46,7 @@ class Cells:
 
     @property
     def first(self) -> int:
-        """The position of the first cell."""
+        """The first cell's position."""
         with self._locked():
             return int(self._api.llama_memory_seq_pos_min(self._memory, self._sequence))
 
@@ -140,7 +140,7 @@ class Cells:
 
 
 class SequenceCells(Cells):
-    """A sequence's KV cells in a shared context. A saved state contains only this sequence."""
+    """A sequence's KV cells in a shared context. Each saved state contains a single sequence."""
 
     _starts_with_size = False
 

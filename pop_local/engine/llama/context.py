@@ -38,9 +38,9 @@ class ContextOptions:
     the number of physical cores). `n_gpu_layers`: number of layers to run on available GPUs (-1:
     all). `kernels`: whether to use pop-local's kernels, if they support this CPU. `flash_attn`:
     whether to use flash attention (None: only with pop-local's kernels or on GPUs that support it).
-    `repack`: whether llama.cpp repacks weights for its own CPU kernels (None: only without
-    pop-local's kernels, which cannot use repacked weights). `others`: other llama_model_params and
-    llama_context_params, by name.
+    `repack`: whether llama.cpp repacks weights for its own CPU kernels (None: only if pop-local's
+    kernels are off). pop-local's kernels cannot use repacked weights. `others`: other
+    llama_model_params and llama_context_params, by name.
     """
 
     n_ctx: int | None = None
@@ -61,7 +61,7 @@ class ContextOptions:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "ContextOptions":
-        """Create the options from keyword arguments. Raises TypeError for unknown ones."""
+        """Create the options from keyword arguments. Raises TypeError for unknown arguments."""
         api = backend.bindings()
         known = cls.__dataclass_fields__.keys() - {"others"}
         others = {name: value for name, value in given.items() if name not in known}
@@ -216,7 +216,7 @@ class Context:
     def locked(self) -> AbstractContextManager[Any]:
         """Context manager that keeps other threads from using the context's only sequence.
 
-        Does nothing if the context has several sequences, because each of them has its own thread.
+        Does nothing if the context has several sequences, because each sequence has its own thread.
         """
         return self.interrupt.lock if self.options.n_sequences == 1 else nullcontext()
 

@@ -54,7 +54,7 @@ class BackendInfo:
 
 
 def describe_backend() -> BackendInfo:
-    """Describe the patched or unpatched library. Raises PopError if loading fails."""
+    """Describe the loaded llama.cpp library. Raises PopError if loading fails."""
     llama_cpp = backend.bindings()
     return BackendInfo(
         version=backend.version(),
@@ -81,7 +81,7 @@ def cpu_kernels() -> str:
 
 
 def has_kernels() -> bool:
-    """Return True if pop-local has kernels for this CPU and they are enabled."""
+    """Return True if pop-local's kernels support this CPU and are enabled."""
     return cpu_kernels() not in (NO_KERNELS, KERNELS_OFF)
 
 
@@ -107,7 +107,7 @@ def default_threads() -> int:
 
 
 def busy_cpus(n_threads: int) -> float:
-    """Return the number of busy logical CPUs, or 0.0 if at least about `n_threads` are idle."""
+    """Return the number of busy logical CPUs, or 0.0 if enough are idle for `n_threads` threads."""
     n_cpus = os.cpu_count() or 1
     n_busy = psutil.cpu_percent(_BUSY_SAMPLE_S) * n_cpus / 100
     return n_busy if n_busy + n_threads >= n_cpus + 0.5 else 0.0

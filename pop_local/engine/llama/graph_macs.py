@@ -18,8 +18,8 @@ class GraphMacs:
     """A counter of a prompt's multiply-accumulates (pop_converter.architecture.work.Macs).
 
     The first call reads the headers of the model's file and sidecar, which takes a few tenths of a
-    second. Counts are cached. Counts for more than 2,048 tokens are extrapolated. Extrapolation is
-    exact for sliding windows of up to 1,024 tokens.
+    second. Counts are cached. Counts for more than 2,048 tokens are extrapolated. The extrapolated
+    counts are exact unless a sliding window exceeds 1,024 tokens.
     """
 
     def __init__(self, path: Path, sidecar: Path | None = None) -> None:
@@ -31,7 +31,7 @@ class GraphMacs:
     def __call__(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
         """Return a prompt's multiply-accumulate count (`boundary`: None without pruning).
 
-        Includes fitted projections only at the file's boundary. Raises PopError for invalid input.
+        Fitted projections count only at the file's boundary. Raises PopError for invalid input.
         """
         key = n_prompt, boundary, 1 if boundary is None else n_full
         if n_prompt > _N_CTX and 2 * key[2] < _N_CTX:

@@ -112,7 +112,7 @@ class Interrupt:
 
     @contextmanager
     def stopped(self, work: Callable[[], None]) -> Iterator[bool]:
-        """Context manager that stops the running batch and keeps other threads from starting one.
+        """Context manager that stops the running batch and blocks other threads' batches.
 
         If this thread is running the batch, yields False and calls `work` when the batch ends.
         """
@@ -132,7 +132,7 @@ class Interrupt:
             )
 
     def check(self) -> None:
-        """Raise the exception that stopped the last batch, if any. Call this after each batch.
+        """Raise the last batch's exception, if any. Call this method after each batch.
 
         The exception is StoppedError if `should_stop` returned True. Decoded rows stay cached.
         """
@@ -143,7 +143,7 @@ class Interrupt:
             raise StoppedError
 
     def should_stop(self) -> bool:
-        """Return whether the batch must stop. If so, the next `check` raises an exception."""
+        """Return True if the batch must stop. The next `check` then raises an exception."""
         if self._raised is None:
             self._in_callback = True
             try:
@@ -158,7 +158,7 @@ class Interrupt:
 
     @contextmanager
     def _deferred_signals(self) -> Iterator[None]:
-        """Context manager that defers signal handlers until exit if called in the main thread."""
+        """Context manager that defers the main thread's signal handlers until exit."""
         self._pending.clear()
         self._handlers.clear()
         if threading.current_thread() is threading.main_thread():

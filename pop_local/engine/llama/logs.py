@@ -25,7 +25,7 @@ _CONTINUED = 5
 
 
 class _Errors(threading.local):
-    """The current thread's error lines, so that messages omit other threads' errors."""
+    """The current thread's error lines. Messages must not contain other threads' errors."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=64)
@@ -71,7 +71,7 @@ def take_over(llama_cpp: Any, ggml: ctypes.CDLL) -> None:
 
 
 def take_over_images(mtmd: Any) -> None:
-    """Redirect libmtmd's log. Call this after `take_over`."""
+    """Redirect libmtmd's log. Call `take_over` first."""
     mtmd.mtmd_helper_log_set(_callbacks[0], ctypes.c_void_p(0))
 
 
@@ -90,7 +90,7 @@ def _on_log(level: int, text: bytes, _user_data: object) -> None:
 
 
 def forget_errors() -> None:
-    """Clear this thread's error lines. Call this before an operation that may fail."""
+    """Clear this thread's logged errors. Call this function before an operation that may fail."""
     _errors.lines.clear()
 
 

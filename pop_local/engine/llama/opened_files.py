@@ -40,7 +40,7 @@ class OpenedFiles:
 
     @property
     def replaced(self) -> list[Path]:
-        """Mapped files that have changed since they were opened, excluding deleted ones."""
+        """Mapped files that have changed since they were opened, excluding deleted files."""
         return [path for path, mark in self._marks.items() if _mark(path) not in (None, mark)]
 
     @property
@@ -75,7 +75,7 @@ class OpenedFiles:
 
 
 def _mark(path: Path) -> tuple[int, ...] | None:
-    """Return metadata that changes if the file is replaced, or None if it is missing."""
+    """Return metadata that changes when the file is replaced (None: the file is missing)."""
     try:
         stat = path.stat()
     except OSError:

@@ -25,7 +25,7 @@ class PrefillThrottle:
         self._owed_s = 0.0
 
     def max_prompt_rows(self, n_answers: int) -> int:
-        """Return the maximum number of prompt rows that lets answers keep half of their speed."""
+        """Return the maximum number of prompt rows at which answers keep half of their speed."""
         if not n_answers:
             return self._n_batch
         if self._owed_s > 0:
@@ -53,7 +53,7 @@ class PrefillThrottle:
         self._owed_s = min(max(0.0, owed_s), max(_WAIT_S, step_s))
 
     def _step_of(self, n_answers: int) -> float:
-        """Return the time for a batch of `n_answers` rows, or for the most similar timed batch."""
+        """Return the measured time of the batch size closest to `n_answers` rows."""
         if not self._step_s:
             return 0.0
         return self._step_s[min(self._step_s, key=lambda n: abs(n - n_answers))]

@@ -27,7 +27,7 @@ class Slot:
     def working(self, *, pauses: bool = False) -> AbstractContextManager[None]:
         """Context manager that makes other sequences' batches wait for this sequence's rows.
 
-        `pauses`: whether batches run without waiting for this sequence's rows.
+        `pauses`: whether other batches may run without this sequence's rows.
         """
         return nullcontext()
 
@@ -77,7 +77,7 @@ class Slot:
         return backend.get_counters(self.context.ctx)
 
     def set_full(self, sink_tokens: int, full_from: int) -> None:
-        """Run rows before `sink_tokens` and rows from `full_from` onward in full (-1: none)."""
+        """Run the first `sink_tokens` rows and rows from `full_from` onward in full (-1: none)."""
         backend.set_sink(self.context.ctx, sink_tokens)
         backend.set_full_from(self.context.ctx, self.sequence, full_from)
 

@@ -25,7 +25,7 @@ class _CTapped(ctypes.Structure):
 class TapRequest:
     """A request for the states at `boundaries` and for the K and V of `layers`.
 
-    `weighing`: layers for which to return `mass`, which weights the rows in a fit.
+    `weighing`: the layers for which to return `mass`, which contains the rows' weights for a fit.
     """
 
     boundaries: tuple[int, ...]
@@ -35,7 +35,7 @@ class TapRequest:
 
 @dataclass(frozen=True)
 class Tapped:
-    """Per-layer arrays for the rows of one ubatch, which starts at `position`.
+    """Per-layer arrays for one ubatch's rows. The first row has position `position`.
 
     `states` [n_rows, n_embd]: the layer's input. `k` [n_rows, n_k]: K before norm and RoPE. `v`
     [n_rows, n_v]. `mass` [n_rows]: attention that each row receives from every 16th later row,

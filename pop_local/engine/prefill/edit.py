@@ -54,7 +54,7 @@ class ReusableRows:
         return int(self._rows(cached, images).max(initial=-1)) + 1
 
     def _rows(self, cached: np.ndarray, images: Mapping[int, str]) -> NDArray[np.int32]:
-        """Return the reusable cached rows, int32 [n]."""
+        """Return the indices of the cached rows that the prompt can reuse, int32 [n]."""
         n_prefix = self._prompt.n_equal(cached, images)
         if self._can_pay(cached, n_prefix):
             sources = self._sources(cached)
@@ -86,7 +86,7 @@ class ReusableRows:
     def _can_pay(self, cached: np.ndarray, n_prefix: int) -> bool:
         """Return True if an edit might reuse enough rows beyond the common prefix.
 
-        The prefix must contain all images, because a refill cannot make stale image rows exact.
+        All images must be in the common prefix, because a refill cannot re-decode image rows.
         """
         n_most = min(len(cached), len(self._tokens))
         has_images = self._prompt.text_from <= n_prefix

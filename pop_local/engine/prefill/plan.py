@@ -1,7 +1,7 @@
 """Choose which prompt rows run in full, and split the prompt into chunks for decoding.
 
 A row is full if it is a deep row or needs logits. Rows below position `sink_tokens` and rows from
-position `full_from` onward are also full. Every other row stops at the boundary.
+position `full_from` onward are also full. All other rows stop at the boundary layer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ class Reuse(str, Enum):
     """Cached rows that a prompt may reuse.
 
     OFF: none. EXACT reuses the common prefix. When pruning is on, EDITED also reuses matching
-    passages after an edit. Their K/V remain approximate until a refill (see prefill.edit).
+    passages after an edit. Reused passages have approximate K/V until a refill (see prefill.edit).
     """
 
     OFF = "off"
@@ -31,7 +31,7 @@ class RowRule:
     """A rule for selecting the prompt rows that run through all layers.
 
     The rule selects the first `sink_tokens` rows, the last `tail_tokens` rows, and the rows whose
-    tokens `deep_rows` selects. Prompts shorter than `min_prompt` run in full. `reuse`: see Reuse.
+    tokens meet the `deep_rows` criterion. Prompts shorter than `min_prompt` run in full.
     """
 
     sink_tokens: int = 1
@@ -102,8 +102,8 @@ def _chunks(
 ) -> Iterator[tuple[int, int]]:
     """Yield one chunk per image, and chunks of up to `n_batch` tokens for the text.
 
-    A tail that fits in one chunk is never split, because each chunk with full rows reads the
-    skipped layers' weights.
+    A tail that fits in one chunk is not split, because splitting the tail would read the skipped
+    layers' weights twice.
     """
     at = 0
     for start, end in [*images, (n_tokens, n_tokens)]:

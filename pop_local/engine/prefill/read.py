@@ -192,7 +192,7 @@ class _PlannedReading(PromptReading):
             self._encode_s += cache.append_image(image, full)
 
     def _position_of(self, n: int) -> int:
-        """Return the position `n` rows ahead. No image may extend across that position."""
+        """Return the position `n` rows ahead. No image may extend across the returned position."""
         images = self._prompt.images.items()
         lost = sum(each.n_rows - each.n_pos for start, each in images if start + each.n_rows <= n)
         return self._next + n - lost

@@ -85,7 +85,7 @@ class EditedReading(PromptReading):
         )
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
-        """Split each gap into chunks of up to one batch and yield them."""
+        """Yield each gap between reused rows in chunks of up to one batch."""
         n_batch = self._cache.context.n_chunk
         for start, end in gaps(self._sources):
             for at in range(start, end, n_batch):

@@ -22,9 +22,9 @@ OnPrefill = Callable[[int, int], None]
 class Read:
     """The result of reading a prompt.
 
-    `n_cached`: the number of reused rows, of which `n_stale` are stale. `counters`: the backend's
-    counters. `encode_s`: image encoding time in seconds. `n_exact`: the number of leading rows that
-    are exact after reading (see CachedRows). `is_short`: whether the prompt is too short to prune.
+    `n_cached`: the number of reused rows, of which `n_stale` are stale. `counters`: row counts.
+    `encode_s`: image encoding time in seconds. `n_exact`: the number of leading rows that are exact
+    after reading (see CachedRows). `is_short`: whether the prompt is too short to prune.
     """
 
     n_prompt: int

@@ -26,7 +26,7 @@ Write = Callable[[list[str], Callable[[str], str]], str]
 class Prompter:
     """A prompt builder for a model.
 
-    `parse_special`: whether to parse special tokens in messages and documents. If so, a document
+    `parse_special`: whether to parse special tokens in messages and documents. If True, a document
     can forge conversation turns.
     """
 
@@ -78,11 +78,11 @@ class Prompter:
         return self.render([*before, *begun], (), write)
 
     def render(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
-        """Return the prompt that `write` renders from the messages' contents and other strings.
+        """Return the prompt that `write` renders.
 
         If any string contains special tokens, `write` is called again with placeholders for them.
-        The arguments of `write` are the contents with placeholders and a function that adds
-        placeholders to the other strings. Raises PopError if `write` raises ValueError.
+        `write` receives the contents with placeholders and a function that adds placeholders to the
+        other strings. Raises PopError if `write` raises ValueError.
         """
         texts = [*(message.content for message in messages), *others]
         utf8("".join(texts))

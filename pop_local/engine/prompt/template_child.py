@@ -18,7 +18,7 @@ MAX_CHARACTERS = 1 << 26
 
 
 class _Generation(Extension):
-    """The {% generation %} block, which transformers uses to mark training text."""
+    """The {% generation %} block, which Hugging Face Transformers uses to mark training text."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's type)
 
@@ -37,7 +37,7 @@ def _refuse(message: str) -> NoReturn:
 
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> Template:
-    """Compile a template in the kind of Jinja environment that llama_cpp and transformers use."""
+    """Compile a template with the Jinja settings of llama_cpp and Hugging Face Transformers."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -50,7 +50,7 @@ class TemplateRenderer:
 
     @staticmethod
     def rendered(template: str, arguments: dict[str, Any] | None) -> str:
-        """Render a template. If `arguments` is None, only compiles the template and returns "".
+        """Render a template. If `arguments` is None, compile the template and return "" instead.
 
         Raises ValueError if the template rejects the arguments, or other errors if rendering fails.
         """

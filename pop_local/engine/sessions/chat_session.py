@@ -46,7 +46,7 @@ class Answer:
 
 
 class Stream(Iterator[str]):
-    """An iterator over an answer's text. `text`: the text so far. `stats`: None until the end.
+    """An iterator over an answer's text. `text`: text so far. `stats`: None until the answer ends.
 
     Closing the stream ends the answer and leaves `stats` as None. If the on_prefill or should_stop
     callback closes the stream, the answer ends after the callback, and `stats` is set.
@@ -142,7 +142,7 @@ class ChatSession:
 
     @property
     def answer_stats(self) -> tuple[TurnStats, ...]:
-        """Statistics for each answer that counts toward `stats` and contains at least one token."""
+        """Statistics for the answers in `stats` that contain at least one token."""
         return tuple(stats for stats in self._stats if stats.n_decoded)
 
     def chat(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:
@@ -258,7 +258,7 @@ class ChatSession:
 
 
 def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSession:
-    """Load a saved conversation, with its mode and KV cache if they match the model.
+    """Load a saved conversation, and restore its mode and KV cache if both match the model.
 
     If the mode or KV cache does not match, `reread` contains the reason. The model then rereads the
     conversation when the next question is asked. Raises PopError if the file is not a session file.

@@ -7,9 +7,9 @@
 If the model's cache holds a different conversation, n_tokens is 0 and the arrays are missing.
 
 Loading restores the K/V only if the model, mmproj, POP mode, boundary, projections, backend
-version, and RoPE options are unchanged. If anything differs, loading restores only the transcript.
-Models are compared by size and by a hash of their headers and sampled tensor data. The zip file's
-CRC-32 checksums detect damage.
+version, and RoPE options are unchanged. Loading always restores the transcript. Models are compared
+by size and by a hash of their headers and sampled tensor data. The zip file's CRC-32 checksums
+detect damage.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ ReadPicture = Callable[[str, str], Picture]
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The model and backend that computed the K/V (for the POP settings, see `Session.key`)."""
+    """The model and backend that computed the K/V. `Session.key` contains the POP settings."""
 
     model_bytes: int
     model_sha256: str
@@ -178,7 +178,7 @@ class Sessions:
         """Write the file atomically and return its size in bytes. Raises PopError on failure.
 
         `with_cache`: whether to save the cached rows if they belong to the conversation. Saving
-        them drops all later rows from the cache.
+        cached rows drops all later rows from the cache.
         """
         path, state = self.path(name), None
         n_own = n_own_tokens(engine, conversation) if with_cache else 0

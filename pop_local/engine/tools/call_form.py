@@ -23,8 +23,8 @@ class Trigger:
     """A pattern that activates a grammar for the rest of an answer.
 
     `grammars` maps the text that matches the group `name` ("" if the pattern lacks this group) to a
-    grammar. The grammar applies from the start of the group `rest` if it exists, or else from the
-    first matched group.
+    grammar. The grammar applies from the start of the `rest` group. If that group does not exist,
+    the grammar applies from the first matched group.
     """
 
     pattern: re.Pattern[str]
@@ -38,7 +38,7 @@ class CallForm:
     `tools`: tools that the answer may call. `must_call`: whether the answer must contain a call.
     `triggers`: patterns that activate a grammar when they match the answer. Without triggers,
     `grammar` applies from the first token. `shown`: special tokens that appear as text in the
-    format. `native`: llama.cpp's format (None: plain text).
+    format. `native`: llama.cpp's format for the calls (None: the calls are plain text).
     """
 
     tools: tuple[Tool, ...]
@@ -104,7 +104,7 @@ class CallConstraint:
                 return
 
     def _begin(self, grammar: Grammar, text: str) -> None:
-        """Apply the grammar to the answer from `text` onward if the grammar accepts `text`."""
+        """If the grammar accepts `text`, apply the grammar to the answer from `text` onward."""
         constraint = Constraint(self._tokenizer, grammar)
         try:
             for token in self._tokenizer.greedy_tokenize(text):

@@ -15,8 +15,8 @@ _FENCE = re.compile(r"(?:\A\s*|(?<=\n))```\w*\s*\n\s*((?:(?!```).)*)(?:```\s*|\Z
 def last_calls(text: str, tools: Sequence[Tool]) -> tuple[tuple[tuple[str, str], ...], str]:
     """Return (name, JSON arguments) pairs for the calls in the code fence that ends an answer.
 
-    If the answer seems to call a tool but contains no valid call, also returns the reason. Calls
-    must name known tools and use only arguments that the tools' schemas allow.
+    If the answer seems to call a tool but contains no valid call, the second return value states
+    the reason. Calls must name known tools and use only arguments that the tools' schemas allow.
     """
     known = {tool.name: tool.parameters for tool in tools}
     either = "|".join(map(re.escape, known))
@@ -38,7 +38,7 @@ def last_calls(text: str, tools: Sequence[Tool]) -> tuple[tuple[tuple[str, str],
 
 
 def _calls(code: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return (name, arguments) pairs. Raises various errors unless the code consists of calls."""
+    """Return (name, arguments) pairs. Raises an error unless the code contains only calls."""
     if code.startswith("{"):
         value = json.loads(code)
         return [(value["name"], {**value.get("arguments", value.get("parameters"))})]

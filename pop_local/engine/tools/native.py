@@ -16,8 +16,8 @@ _SEVERAL = "root ::= tool-call | tool-calls"
 class Rendered:
     """A prompt and the format of the answer, as returned by pop-chat.cpp.
 
-    `takes_tools`: whether the template renders tools. `grammar`: a GBNF grammar that applies after
-    one of the `triggers` (type and value) matches. `shown`: special tokens in the format's text.
+    `takes_tools`: whether the template renders tools. `grammar`: a GBNF grammar, which applies
+    after one of the `triggers` matches. `shown`: special tokens in the format's text.
     """
 
     prompt: str
@@ -31,7 +31,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A parsed complete or partial answer. `calls`: (name, arguments) pairs."""
+    """A parsed answer, either complete or partial. `calls`: (name, arguments) pairs."""
 
     content: str = ""
     reasoning: str = ""

@@ -29,7 +29,7 @@ _ROOT = re.compile(r"^root ::= (.*)$", re.MULTILINE)
 def prompt_with_tools(
     prompter: Prompter, messages: Sequence[Message], tools: Tools, schema: Any = None
 ) -> tuple[Prompt, CallForm | None]:
-    """Return both a prompt that describes the tools and the format of calls in the answer.
+    """Return two values: a prompt that describes the tools, and the format of the answer's calls.
 
     `schema`: the JSON schema for answers without a call (None: any text). If llama.cpp supports the
     template, the template defines the format. For other templates, calls are plain text. The format
@@ -55,7 +55,7 @@ def prompt_with_tools(
 
 
 class _Native:
-    """A conversation with tools, which llama.cpp renders in the template's format."""
+    """A conversation with tools, rendered by llama.cpp in the template's format."""
 
     def __init__(self, prompter: Prompter, messages: Sequence[Message], tools: Tools) -> None:
         self._prompter, self._messages, self._tools = prompter, _numbered(messages), tools
@@ -121,7 +121,7 @@ class _Native:
         return CallForm(tools.callable_, tools.must_call, triggers, grammar, shown, made.format)
 
     def _shown(self, made: Rendered) -> Iterator[int]:
-        """Yield the format's special tokens that answers normally hide, except end tokens."""
+        """Yield the format's special tokens, except visible tokens and end tokens."""
         context = self._prompter.context
         pieces = Pieces(context.vocabulary)
         for text in made.shown:
@@ -182,7 +182,7 @@ def _numbered(messages: Sequence[Message]) -> list[Message]:
 
 
 def _calls(message: Message) -> dict[str, Any]:
-    """Return a message's calls, or the ID of the call that it answers, in OpenAI's format."""
+    """Return a message's calls, or a tool message's call ID, in OpenAI's format."""
     if message.role == "tool":
         return {"tool_call_id": message.call_id}
     calls = [

@@ -19,7 +19,7 @@ _LETTERS = string.ascii_letters + string.digits
 class Piece:
     """A part of an answer: content, reasoning, or part of call number `index`.
 
-    The first part of a call contains an ID and a name. Its later parts contain only arguments.
+    A call's first part contains its ID and name, and later parts contain only arguments.
     """
 
     content: str = ""
@@ -51,7 +51,7 @@ class CallReader:
         return self._added(self._parsed(partial=False))
 
     def _parsed(self, *, partial: bool) -> Parsed:
-        """Parse the text so far. Falls back to plain-text calls if llama.cpp finds none."""
+        """Parse the text so far. If llama.cpp finds no calls, search for plain-text calls."""
         found: Parsed | None = None
         if self._native is not None:
             try:

@@ -80,7 +80,7 @@ def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
 
 
 def rest_of_json(rule: str) -> str:
-    """Return a grammar for the arguments and the end of a call, which follow `opening`."""
+    """Return a grammar for the text after `opening`: a call's arguments and end."""
     return f'start: {_SPACE} args {_SPACE} "}}" {_END}\nargs: {rule}'
 
 

@@ -44,9 +44,9 @@ class Tool:
 class Tools:
     """A prompt's tools, and the calls that the answer may contain.
 
-    `all`: tools in the prompt. `callable_`: tools that may be called. `must_call`: whether a call
-    is required. `several`: whether to allow more than one call. Raises PopError if two tools have
-    the same rule name.
+    `all`: tools that the prompt describes. `callable_`: tools that may be called. `must_call`:
+    whether a call is required. `several`: whether to allow more than one call. Raises PopError if
+    two tools have the same rule name.
     """
 
     all: tuple[Tool, ...]
