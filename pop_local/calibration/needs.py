@@ -132,8 +132,8 @@ def plan_needs(
 ) -> FitNeeds:
     """Divide the (boundary, layer) pairs of all plans into passes whose sums fit in memory.
 
-    The memory limit is the options' `memory_bytes` (default: half of the free memory). A pair over
-    the limit gets its own pass. `n_sampled`: the number of text windows to sample first.
+    The memory limit is the options' `memory_bytes` (default: half of the free memory). A pair whose
+    sums exceed the limit gets a separate pass. `n_sampled`: the number of windows to sample first.
     """
     shape, memory_bytes = plans[0].shape, options.memory_bytes
     if memory_bytes is None:

@@ -155,7 +155,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
 
 
 def require_text(paths: Sequence[Path], n_embd: int) -> None:
-    """Raise PopError if a path is unusable or the text is too short, without using a tokenizer."""
+    """Raise PopError if a path is unusable or the text is too short for any tokenizer."""
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CalibrationError(

@@ -1,7 +1,7 @@
 """Metrics computed over windows, with their standard errors.
 
 Windows are the independent samples, because tokens within a window are correlated. Standard errors
-of means are computed from the spread across windows. Quantiles have bootstrap estimates.
+of means are computed from the spread across windows. Errors of quantiles are bootstrapped.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Two probes that measure copying from the prompt. KL on prose does not reveal failures to copy.
 
 The *copy* probe repeats part of the context at its end. The *induction* probe repeats random
-tokens. If a model cannot copy, the repetition does not reduce its loss. Both probes score only
+tokens. If a model cannot copy, the repetition does not reduce the loss. Both probes score only
 tokens whose first occurrence was pruned. If no random token was pruned, the induction probe scores
 all tokens.
 """

@@ -289,8 +289,8 @@ class _Student:
 def _units(rows: Tensor, weights: Tensor) -> Tensor:
     """Return the step sizes [n_out, n_in] for changes to a projection with inputs [n_rows, n_in].
 
-    One step changes an output by its standard deviation divided by n_in. The step size for weak
-    inputs is limited, because large weights would increase the quantization error.
+    One step changes an output by the output's standard deviation divided by n_in. The step size
+    for weak inputs is limited, because large weights would increase the quantization error.
     """
     spread = (rows @ weights.T).std(0)
     power = rows.square().mean(0).sqrt()

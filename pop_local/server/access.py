@@ -38,8 +38,8 @@ class AccessRules:
     """Rules that decide which requests the server accepts.
 
     If `api_keys` is not empty, requests must include one of them. Without keys, requests must be
-    addressed to a loopback name or to `host`, the listening address. Without keys, web pages from
-    other machines may send requests only if `origins` contains the page's origin in lowercase. If
+    addressed to a loopback name or to `host`, the listening address. Without keys, a web page from
+    another machine may send requests only if `origins` contains the page's origin in lowercase. If
     `shares_cache` is true, prompts may reuse rows cached for other clients.
     """
 

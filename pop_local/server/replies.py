@@ -92,7 +92,7 @@ def timings(usage: Json) -> Json:
 
 
 def total(ends: Sequence[AnswerEnd]) -> Json:
-    """Sum the numeric usage fields of multiple answers. Other fields come from the last answer."""
+    """Sum the numeric usage fields of all answers. Nonnumeric fields come from the last answer."""
     return reduce(_sum, (end.usage for end in ends))
 
 

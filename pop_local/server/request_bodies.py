@@ -155,7 +155,7 @@ class ChatTool(LenientBody):
 
 
 def keep_tool_types(*types: str | None) -> BeforeValidator:
-    """Return a validator that keeps only tools of `types`. The vendor's servers run other tools."""
+    """Return a validator that drops the API vendor's own tools and keeps tools of `types`."""
 
     def kept(tools: Any) -> Any:
         if not isinstance(tools, list):

@@ -99,7 +99,7 @@ class TaskFactory:
         return [Task(prompt, TurnOptions(), reason, embeds=True) for prompt in prompts]
 
     def _full_reason(self, pop: bool | None) -> str | None:
-        """Return the reason for reading a prompt in full, or None for pruning. Raises ApiError."""
+        """Return the reason for a full read, or None if the prompt is pruned. Raises ApiError."""
         if not self.model.engine.pruning.can_switch:
             no_keys = "the model has no pruning keys"
             if pop:
@@ -175,7 +175,7 @@ class TaskFactory:
     def _options(
         self, body: bodies.GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
-        """Return a request's options. Other options keep the model's or the engine's defaults."""
+        """Return a request's options. Omitted options keep the model's or the engine's defaults."""
         given = body.model_dump(include=set(bodies.SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
             given["temperature"] = 0.0

@@ -320,7 +320,7 @@ class Worker(threading.Thread):
     def _wait_until_alone(self, job: Job) -> None:
         """Wait until all other answers end, then clear all slots.
 
-        If the job is stopped first, the slots stay unchanged.
+        If the job is stopped during the wait, the slots stay unchanged.
         """
         while len(self._seen_s) > 1 and not self._is_over(job):
             time.sleep(_POLL_S)

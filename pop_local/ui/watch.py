@@ -86,6 +86,6 @@ def terminal_watch(interrupt: CtrlC | None = None) -> Iterator[Watch]:
 
 @contextmanager
 def stoppable_watch() -> Iterator[Watch]:
-    """Return a `terminal_watch` whose `should_stop` returns True after the first Ctrl-C."""
+    """Yield a `terminal_watch` whose `should_stop` returns True after the first Ctrl-C."""
     with deferred_interrupt() as interrupt, terminal_watch(interrupt) as watch:
         yield replace(watch, should_stop=lambda: interrupt.asked)

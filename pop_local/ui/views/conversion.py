@@ -113,7 +113,7 @@ def show_converted(conversion: Conversion, done: Converted, *, as_markdown: bool
 
 
 def plan_json(conversion: Conversion, seconds: float | None) -> dict[str, Any]:
-    """Return a plan as a JSON object. A search's object lists the boundaries to try.
+    """Return a plan, including all boundaries that a search may try, as a JSON object.
 
     `seconds`: the estimated duration.
     """
@@ -181,7 +181,7 @@ def _plan_facts(conversion: Conversion, plan: Plan, sizes: FileSizes) -> list[Fa
 
 
 def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str:
-    """Describe a plan's speedup limit. `most`: the limit of the plan that skips most."""
+    """Describe a plan's speedup limit. `most`: the deepest plan's limit."""
     if conversion.not_counted:
         return f"unknown: {conversion.not_counted}"
     limit = f"up to {plan.speedup_limit:.2f}x"

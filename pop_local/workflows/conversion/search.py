@@ -3,8 +3,8 @@
 A candidate is a boundary with its projections and deep rows. The search follows these rules:
 
 1. Each candidate is measured with its final sidecar, first on held-out text and then on look-ups.
-2. Bisection (`budget.undecided`) assumes that skipping more layers never improves quality. It uses
-   held-out text alone until a candidate fails the look-ups, and both measurements from then on.
+2. Bisection (`budget.undecided`) assumes that skipping more layers never improves quality. Until a
+   candidate fails the look-ups, bisection measures candidates on held-out text only.
 3. If memory allows, each pass over the text also fits the boundaries that bisection may need next.
 4. After bisection, fits are distilled if requested. Distillation starts at the fastest candidate
    and continues with deeper boundaries until a candidate exceeds the budget or an error occurs.
@@ -201,7 +201,7 @@ class Search:
         """Measure the candidate on text and look-ups. Return True if the budget is met.
 
         If the candidate exceeds the budget on text, the look-ups are skipped. `n_after` is the
-        expected number of candidates that follow.
+        expected number of later candidates.
         """
         self._expect([MEASURING, RUNNING_LOOKUPS], n_after)
         self.judge(candidate)
@@ -239,7 +239,7 @@ class Search:
                 return
 
     def _expect(self, stages: Sequence[str], n_candidates: int) -> None:
-        """Report the expected stages: these, and both measurements of further candidates."""
+        """Report the expected `stages`, and both measurements of `n_candidates` candidates."""
         more = [MEASURING, RUNNING_LOOKUPS] * n_candidates
         self.runner.watch.on_expected([*stages, *more])
 
@@ -250,8 +250,7 @@ class Search:
     def _verdicts(self) -> dict[int, bool]:
         """Return the verdict on each measured boundary.
 
-        Once a candidate has failed its look-ups, the text alone no longer shows that another
-        candidate is within the budget.
+        After the first look-ups, candidates that passed only on text have no verdict.
         """
         return {
             each.boundary: each.is_inside

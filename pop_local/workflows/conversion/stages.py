@@ -36,7 +36,7 @@ class ExpectedStage(NamedTuple):
 
 
 def n_halvings_of(n_candidates: int) -> int:
-    """Return how many candidates bisection measures after the first of `n_candidates`."""
+    """Return the number of candidates that bisection measures after the first measurement."""
     return (n_candidates // 2).bit_length()
 
 
