@@ -42,7 +42,7 @@ COMMANDS = {
     "config": Listed(_SETUP, "Show settings and where they come from.", "--json"),
     "learn": Listed(_SETUP, "Delete the statistics learned from your prompts.", "forget"),
     "cache": Listed(_SETUP, "Remove the stored KV caches of earlier prompts.", "clear"),
-    "doctor": Listed(_SETUP, "Check this installation and suggest fixes.", "--json"),
+    "doctor": Listed(_SETUP, "Check this installation and suggest fixes.", "--report"),
 }
 
 app = typer.Typer(

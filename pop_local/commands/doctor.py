@@ -1,11 +1,14 @@
 """`pop-local doctor`: check the installation and suggest fixes."""
 
+import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import psutil
 import typer
@@ -31,6 +34,10 @@ NO_DEVICE = {
     "Vulkan": "ggml ignores CPU devices such as lavapipe unless GGML_VK_VISIBLE_DEVICES=0 is set",
 }
 KERNELS_VARIABLE = "GGML_POP_KERNELS"
+VARIABLES = re.compile(r"(?:CUDA|GGML|GOMP|HIP|LD|OMP|VK)_|LLAMA_CPP_LIB_PATH")
+PACKAGES = re.compile(r"(?:gguf|huggingface_hub|llguidance|numpy|starlette|torch) ")
+# Folders that are not part of a URL, and the Hub's access tokens.
+PRIVATE = re.compile(r"(?<![\w./])(?:~|[A-Za-z]:)?(?:[/\\](?=\S)[^/\\\n]+)+(?=[/\\])|\bhf_\w+")
 CUDA_HINT = (
     'to use the GPU, run: CMAKE_ARGS="-DGGML_CUDA=on" pip install ./patches/llama-cpp-python'
 )
@@ -47,7 +54,10 @@ class Check:
     to_do: str = ""
 
 
-def doctor(json: Json = False) -> None:
+Report = Annotated[bool, typer.Option("--report", help="Print a bug report without folders.")]
+
+
+def doctor(json: Json = False, report: Report = False) -> None:
     """Check the backend, devices, memory, and default model. Exit with code 1 if a check fails."""
     checks = (
         Check("python", "Python", "ok", f"{platform.python_version()} ({sys.executable})"),
@@ -56,6 +66,11 @@ def doctor(json: Json = False) -> None:
         Check("memory", "Memory", "ok", size(psutil.virtual_memory().total)),
         _model(),
     )
+    if report:
+        checks = tuple(
+            replace(check, found=_public(check.found), to_do=_public(check.to_do))
+            for check in (*checks, *_details())
+        )
     is_ok = all(check.status != "fix" for check in checks)
     if json:
         print_json({"ok": is_ok, "checks": checks})
@@ -73,6 +88,30 @@ def _draw(checks: tuple[Check, ...]) -> None:
         if check.to_do:
             to_do = Text(f"      {' ' * width}  {printable(check.to_do)}", style="hint")
             out.print(to_do, soft_wrap=not out.is_terminal)
+
+
+def _public(text: str) -> str:
+    """Hide folders and access tokens."""
+    home = os.environ.get("HOME") or os.environ.get("USERPROFILE", "")
+    return PRIVATE.sub("...", text.replace(home, "~") if len(home) > 1 else text)
+
+
+def _details() -> Iterator[Check]:
+    """Yield facts that are not checks, but that a bug report needs."""
+    free = size(psutil.virtual_memory().available)
+    yield Check("system", "System", "ok", f"{platform.platform()}, {free} of memory available")
+    installed = sorted(f"{each.name} {each.version}" for each in importlib.metadata.distributions())
+    yield Check("packages", "Packages", "ok", ", ".join(filter(PACKAGES.match, installed)))
+    variables = sorted(f"{name}={value}" for name, value in os.environ.items())
+    yield Check("variables", "Variables", "ok", ", ".join(filter(VARIABLES.match, variables)))
+    try:
+        # Texts such as the system prompt are private.
+        changed = (f"{k}={'...' if isinstance(v, str) else v}" for k, v in settings.given().items())
+        yield Check("changed", "Settings", "ok", ", ".join(changed) or "defaults")
+        processors = ", ".join(device.description for device in devices.devices())
+        yield Check("devices", "Devices", "ok", processors)
+    except PopError:
+        return  # a check reports this error
 
 
 def _backend() -> list[Check]:

@@ -3,17 +3,20 @@
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import llama_cpp
+import numpy
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from pop_converter.base.errors import PopError
 from pop_local.cli import app
+from pop_local.commands.doctor import _public
 from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.devices import BackendInfo, Device
 from pop_local.models import model_names as models
@@ -241,3 +244,64 @@ def test_default_model_is_looked_for(install, tmp_path):
     file = tmp_path / best_model().file
     file.touch()
     assert checks()["model"]["found"] == str(file)
+
+
+def report(*arguments: str) -> str:
+    return doctor("--report", *arguments).stdout
+
+
+def test_a_report_adds_what_the_checks_lack(install, monkeypatch):
+    install(found=(GPU, CPU))
+    monkeypatch.setattr(devices, "devices", lambda: (GPU, CPU))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("POP_LOCAL_CTX", "777")
+    found = {check["key"]: check["found"] for check in json.loads(report("--json"))["checks"]}
+    assert platform.platform() in found["system"]
+    assert f"numpy {numpy.__version__}" in found["packages"]
+    assert "OMP_NUM_THREADS=3" in found["variables"]
+    assert "ctx=777" in found["changed"]
+    assert found["devices"] == "Some GPU, Some CPU"
+    assert set(checks()) < set(found)
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_report_hides_folders_and_secrets(install, monkeypatch, tmp_path, is_installed):
+    install()
+    if not is_installed:
+
+        def missing() -> BackendInfo:
+            raise PopError("cannot load /srv/anna smith/libllama.so", "open C:\\Users\\anna\\x.dll")
+
+        monkeypatch.setattr(devices, "describe_backend", missing)
+        monkeypatch.setattr(devices, "devices", missing)
+    home = tmp_path / "anna"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv(models.MODELS_VARIABLE, str(home))
+    monkeypatch.setenv("POP_LOCAL_MODEL", "smollm2")
+    monkeypatch.setenv("POP_LOCAL_SYSTEM", "Anna is ill.")
+    monkeypatch.setenv("POP_LOCAL_API_KEY", "anna-key")
+    monkeypatch.setenv("HF_TOKEN", "hf_anna")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/anna/lib:/srv/anna/lib")
+    monkeypatch.setenv("GGML_TEXT", "hf_anna")
+    shown = report()
+    assert "anna" not in shown.lower()
+    assert "downloaded to ~" in shown
+    assert "GGML_TEXT=..." in shown
+    assert "LD_LIBRARY_PATH=.../lib" in shown
+    assert is_installed or "cannot load .../libllama.so" in shown
+    assert "anna" in doctor().stdout
+    assert str(tmp_path) not in shown
+
+
+def test_a_report_keeps_addresses_and_fractions():
+    text = "see https://example.org/a/b/c, 3/4/5 GB"
+    assert _public(text) == text
+
+
+def test_a_report_of_invalid_settings_names_the_error_once(install, monkeypatch):
+    install()
+    monkeypatch.setenv("POP_LOCAL_CTX", "many")
+    done = doctor("--report")
+    assert done.exit_code == 1
+    assert done.stdout.count("many") == 1
+    assert "System" in done.stdout
