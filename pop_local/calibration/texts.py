@@ -61,7 +61,7 @@ def default_tokens(n_embd: int) -> int:
 def least_tokens(n_embd: int) -> int:
     """Return the minimum text length: one token per state dimension, but at least 4 windows.
 
-    With fewer tokens, the ridge penalty would dominate the fit.
+    If the text were shorter, the ridge penalty would dominate the fit.
     """
     return max(4, -(-n_embd // N_WINDOW)) * N_WINDOW
 

@@ -149,7 +149,7 @@ class SamplingOptions(Group):
 
     @property
     def given(self) -> dict[str, Any]:
-        """Return the options that the user set. The engine supplies all other values."""
+        """Return the options that the user set. The engine supplies the other values."""
         return given(**vars(self))
 
 

@@ -76,7 +76,7 @@ def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Ran) -> Repeated
 
 
 def measure_induction(reader: Forced, repeated: Repeated, pruning: Pruning, ran: Ran) -> Floats:
-    """Return the second occurrence's mean NLL [n_draws] in nats. `ran` is called for each draw."""
+    """Return the repeated tokens' mean NLL [n_draws] in nats. Calls `ran` after each draw."""
     pruned = np.empty(len(repeated.draws))
     for draw, tokens in enumerate(repeated.draws):
         pruned[draw] = _second_nll(reader, tokens, pruning)

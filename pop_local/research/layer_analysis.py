@@ -90,9 +90,9 @@ class DepthCost:
 class Analysis:
     """The results of `analyze`.
 
-    `calibration` is None if no boundary needed a fit. `depths`: the boundaries, starting with the
-    last layer. `chosen`: of the boundaries whose measured loss is within `budget`, the one that
-    skips the most layers (None if every loss exceeds it).
+    `calibration` is None if no boundary needed a fit. `depths`: the boundaries in descending
+    order. `chosen`: the deepest boundary whose measured loss is within `budget` (None if every
+    loss exceeds `budget`).
     """
 
     model: Path

@@ -169,7 +169,7 @@ class Api:
     ) -> Response:
         """Run a request's tasks in order and return the response.
 
-        Other requests may run between these tasks.
+        Other requests may run between the tasks.
         """
         served, gone = await self.served(request, body.model), self._disconnected(request)
         form = reply(served, body)

@@ -55,7 +55,7 @@ def rich_table(columns: Sequence[Column], rows: Sequence[Any]) -> RichTable:
 def print_table(
     columns: Sequence[Column], rows: Sequence[Any], *, as_markdown: bool = False
 ) -> None:
-    """Print a table to stdout. Tables are sized to fit the terminal, if any."""
+    """Print a table to stdout. In a terminal, the table is no wider than the window."""
     if as_markdown:
         out.file.write(markdown(columns, rows) + "\n")
     elif out.is_terminal:

@@ -6,8 +6,8 @@ A candidate is a boundary with its projections and deep rows. The search follows
 2. Bisection (`budget.undecided`) assumes that skipping more layers never improves quality. Until a
    candidate fails the look-ups, bisection measures candidates on held-out text only.
 3. If memory allows, each pass over the text also fits the boundaries that bisection may need next.
-4. After bisection, fits are distilled if requested. Distillation starts at the fastest candidate
-   and continues with deeper boundaries until a candidate exceeds the budget or an error occurs.
+4. Optional distillation starts at the fastest candidate and continues with deeper boundaries until
+   a candidate exceeds the budget or an error occurs.
 5. Finally, the search tries `deep_rows` settings that select fewer rows. For each setting, the
    search starts at the deepest boundary within the budget. The search then skips fewer layers
    until a candidate is within the budget or too slow to win.
