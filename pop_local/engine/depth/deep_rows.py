@@ -25,7 +25,7 @@ def find_deep_rows(context: Context, tokens: np.ndarray, criterion: DeepRows) ->
     """Return a mask of the deep rows, bool [n_tokens].
 
     `tokens`: int [n_tokens], the prompt's first tokens (image rows are negative). If a word meets
-    the `criterion`, all its rows are deep. Control tokens and images separate words. Recurrent
+    the `criterion`, all its rows are deep. A control token or an image ends a word. Recurrent
     models have no deep rows, because scattered deep rows would split the batches.
     """
     found = np.zeros(len(tokens), bool)

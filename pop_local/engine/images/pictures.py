@@ -136,7 +136,7 @@ class PictureDecoder:
 
     @staticmethod
     def rgb(content: str, name: str, most: int) -> tuple[int, int, str]:
-        """Decode a picture like Picture.rgb, but with base64 strings instead of bytes."""
+        """Decode a picture as Picture.rgb does, but use base64 strings instead of bytes."""
         width, height, pixels = _rgb(base64.b64decode(content), name, most)
         return width, height, base64.b64encode(pixels).decode()
 

@@ -1,4 +1,4 @@
-"""Calibrate online by learning from rows that run through all layers anyway.
+"""Calibrate online by learning from rows that run through all layers.
 
 Unpruned prompts yield rows for multiple boundaries, but refills yield rows only for the current
 boundary. The rows are queued after each batch and added to the sums while the model is idle.
@@ -123,8 +123,8 @@ def _key(tokens: Sequence[int] | np.ndarray) -> int:
 class OnlineCalibrator:
     """A calibrator that learns from the rows in a KvCache.
 
-    `boundaries`: the boundaries to fit, in ascending order. `n_missed`: rows dropped for lack of
-    memory. Only one thread at a time may use the cache and the calibrator.
+    `boundaries`: the boundaries to fit, in ascending order. `n_missed`: rows dropped to limit
+    memory use. Only one thread at a time may use the cache and the calibrator.
     """
 
     def __init__(self, cache: KvCache, memory_bytes: int | None = None) -> None:
@@ -284,7 +284,7 @@ class OnlineCalibrator:
     def sums(self) -> Sums:
         """Return the file's sums (if none, the unsaved sums). Raises PopError if saving fails.
 
-        Merged sums would let the sidecar and the file together reveal unsaved rows.
+        If the sums were merged, the sidecar and the file together could reveal unsaved rows.
         """
         self.save()
         self._known = self.file.known()

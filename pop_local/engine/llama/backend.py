@@ -42,8 +42,8 @@ class Reading(IntEnum):
 class Mode(IntEnum):
     """A context's pruning mode.
 
-    OFF: every row runs through all layers. CONTEXT: context rows are pruned. If layers share K/V,
-    context rows skip layers without loss instead. ALWAYS: every row is pruned.
+    OFF: every row runs through all layers. CONTEXT: context rows are pruned, or they skip layers
+    without loss if layers share K/V. ALWAYS: every row is pruned.
     """
 
     OFF = 0
@@ -224,7 +224,7 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
     """Run the boundary layer and all later layers for up to one ubatch of a sequence's rows.
 
     `positions`: int32, ascending. Computes no logits. Returns False if the abort callback stopped
-    the pass, and the caller must repeat the pass. Raises PopError on failure.
+    the pass. The caller must then repeat the pass. Raises PopError on failure.
     """
     logs.forget_errors()
     pointer = positions.ctypes.data_as(_POINTER)

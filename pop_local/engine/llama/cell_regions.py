@@ -1,7 +1,7 @@
 """Place each sequence's rows in its own blocks of KV cells to make results reproducible.
 
-Attention sums over tiles of 64 cells within chunks of 1,024 cells, and pop-local's kernels derive a
-constant from the first two cells. Rounding errors therefore depend on a sequence's cells. Each
+Attention adds values in tiles of 64 cells and chunks of 1,024 cells, and pop-local's kernels derive
+a constant from the first two cells. Rounding errors therefore depend on a sequence's cells. Each
 sequence owns blocks of 1,024 cells in ascending order, and the first two cells never change.
 
 llama.cpp places rows in the lowest empty cells. Sequences without data, called fillers, occupy the

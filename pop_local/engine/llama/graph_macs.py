@@ -31,7 +31,7 @@ class GraphMacs:
     def __call__(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
         """Return a prompt's multiply-accumulate count (`boundary`: None without pruning).
 
-        Fitted projections count only at the file's boundary. Raises PopError for invalid input.
+        Counts fitted projections only at the file's boundary. Raises PopError for invalid input.
         """
         key = n_prompt, boundary, 1 if boundary is None else n_full
         if n_prompt > _N_CTX and 2 * key[2] < _N_CTX:

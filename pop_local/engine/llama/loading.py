@@ -26,8 +26,8 @@ _CTX_STEP = 256
 def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, params: Any) -> Any:
     """Load a model with the given llama_model_params. Returns a pointer that the caller must free.
 
-    Raises PopError with llama.cpp's reason if the files cannot be loaded. Also raises PopError if
-    the library's boundary differs from `meta.boundary`.
+    Raises PopError with llama.cpp's reason if the files cannot be loaded. Raises PopError if the
+    library's boundary differs from `meta.boundary`.
     """
     backend.require_patched()
     require_loadable(source.first)

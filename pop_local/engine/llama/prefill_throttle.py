@@ -53,7 +53,7 @@ class PrefillThrottle:
         self._owed_s = min(max(0.0, owed_s), max(_WAIT_S, step_s))
 
     def _step_of(self, n_answers: int) -> float:
-        """Return the measured time of the batch size closest to `n_answers` rows."""
+        """Return the measured time for the batch size closest to `n_answers`."""
         if not self._step_s:
             return 0.0
         return self._step_s[min(self._step_s, key=lambda n: abs(n - n_answers))]

@@ -36,7 +36,7 @@ class Slot:
         return self.context.locked()
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Context manager that runs this sequence's batches immediately and blocks all others."""
+        """Context manager that runs only this sequence's batches, without delay."""
         return self.context.locked()
 
     def interruptible(self) -> AbstractContextManager[None]:

@@ -118,7 +118,7 @@ class ReusableRows:
 
 
 def _follows_a_move(sources: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Return a mask, bool [n], of the moved rows that closely follow a change."""
+    """Return a mask of the first `_REDONE` rows of each moved run, bool [n]."""
     rows = np.arange(len(sources))
     is_change = np.diff(sources, prepend=-1) != 1
     n_since_change = rows - np.maximum.accumulate(np.where(is_change, rows, -_REDONE))

@@ -64,7 +64,7 @@ class PromptReading(ABC):
         """Return the result for the rows decoded so far."""
 
     def complete(self) -> Read:
-        """Decode all rows. If stopped, raises PrefillStoppedError with the result so far."""
+        """Decode all rows. An early stop raises PrefillStoppedError with the result so far."""
         try:
             self.run()
         except StoppedError as error:
