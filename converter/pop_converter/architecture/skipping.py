@@ -14,8 +14,8 @@ class SkippableLayers:
 
     `left` lists what the skipped layers still compute for context tokens. `fits_from` is the lowest
     boundary at which projections can be fitted. If no fit is possible, `fits_from` is None and
-    `no_fit` is the reason. Skipping the layers from `exact` up is lossless (0: none). `no_refill`
-    is the reason context tokens cannot run through the skipped layers later, or "" if they can.
+    `no_fit` is the reason. Skipping layers `exact` and up is lossless (0: no lossless layers).
+    `no_refill` is the reason that skipped layers cannot process context tokens later, or "".
     `is_measured` is true if pruning has been measured on real models with this architecture.
     """
 

@@ -4,9 +4,9 @@ The caller counts the multiply-accumulates that llama.cpp's graph needs for a pr
 cache to the last token's logits. The count covers only matrix products. The limit assumes that
 products with few rows are as efficient as those with many rows.
 
-Fitted projections cost as much as the layers' own projections, or less if those are fused with Q. A
-*wide* fit (fit/wide.py) also computes extra inputs once per row. Each layer after the boundary
-multiplies these inputs by its weights.
+A fitted projection costs as much as the layer's own K/V projection, or less if the own projection
+is fused with Q. A *wide* fit (fit/wide.py) also computes extra inputs once per row. Each layer
+after the boundary multiplies the extra inputs by its weights.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Macs = Callable[[int, int | None, int], int]
 def uncounted(n_prompt: int, boundary: int | None, n_full: int) -> int:
     """Raise PopError. This is a plan's default `macs` function."""
     raise PopError(
-        "the plan has no function that counts multiply-accumulates", "pass macs to make_plan"
+        "the plan has no function that counts multiply-accumulates", "pass `macs` to make_plan"
     )
 
 

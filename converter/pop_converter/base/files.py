@@ -1,4 +1,4 @@
-"""Read a file or a pipe by path. Reading a pipe fails if no process writes to it in time."""
+"""Read files and pipes. Reading a pipe fails if no process writes to the pipe in time."""
 
 import os
 import stat

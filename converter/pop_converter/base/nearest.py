@@ -12,7 +12,7 @@ _MOST = 3
 def nearest_hint(wanted: str, known: Mapping[str, str], listed: str = "") -> str:
     """Return a hint that lists the known names most similar to `wanted` and ends with `listed`.
 
-    If no name is similar, the hint is only `listed`. `known` maps each name to its display text.
+    If no name is similar, the hint is `listed`. `known` maps each name to its display text.
     The comparison ignores case.
     """
     shown, wanted = {name.lower(): text for name, text in known.items()}, wanted.lower()

@@ -13,10 +13,7 @@ Ran = Callable[[int], None]
 
 
 def counting(total: int, on_progress: Progress) -> Ran:
-    """Return a function that adds up step sizes and reports the sum to `on_progress`.
-
-    `on_progress(0, total)` is called immediately.
-    """
+    """Report 0 to `on_progress`. Return a function that adds up step sizes and reports the sum."""
     done = 0
 
     def ran(n: int) -> None:

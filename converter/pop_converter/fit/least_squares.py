@@ -11,7 +11,7 @@ The stored weight is W / gain, because the backend multiplies it by gain * x. Th
 proportional to diag(X'DX), so the gain does not affect the solution.
 
 A wide fit (fit/wide.py) adds the inputs z, so X = [x, z, 1]. The ridge pulls the weights of z
-toward zero. A wide fit's Gram matrices contain those of the plain fit.
+toward zero. A wide fit's Gram matrices contain the plain fit's.
 """
 
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ class Gram:
     """Gram matrices for all fits at one boundary.
 
     `xx` is X'DX [n_inputs + 1, n_inputs + 1]. `xy` maps layers to X'DY [n_inputs + 1, n_k + n_v].
-    The last input is constant. `n_rows` is the number of rows summed. float32 is precise enough
+    The last input is constant. `n_rows` is the number of summed rows. float32 is precise enough
     because the ridge far exceeds the rounding error.
     """
 

@@ -1,11 +1,11 @@
 """Compute a wide fit's additional inputs z = [p, a] from the normalized boundary state x.
 
-- p is the previous token's x, which PCA reduces to a quarter of its size. In the full model,
+- `p` is the previous token's x, which PCA reduces to a quarter of its size. In the full model,
   attention in the skipped layers copies information from the previous token (induction). A token's
   own boundary state lacks this information.
-- a is up * act(gate) for the strongest neurons in the boundary layer's FFN, computed from x.
-  A neuron's strength is the power that it adds to the layer's output. Outputs are scaled to unit
-  variance and clamped, because outliers can ruin a fit. In a mixture-of-experts model, a is empty.
+- `a` is up * act(gate) for the strongest neurons in the boundary layer's FFN, computed from x.
+  A neuron's strength is the power that the neuron adds to the layer's output. Outputs are scaled to
+  unit variance and clamped, because outliers can ruin a fit. Mixture-of-experts models have no `a`.
 
 The first token in a ubatch has no predecessor, so its own x is used (docs/notebook/wide-fits.md).
 """

@@ -324,7 +324,7 @@ def _alignment(path: Path, keys: Mapping[str, HeaderKey]) -> int:
 
 
 def _check_data(header: Header) -> None:
-    """Check that tensors are contiguous and inside the file, like llama.cpp. Raises FormatError."""
+    """Raise FormatError unless all tensors are contiguous and inside the file."""
     expected = 0
     for tensor in header.tensors:
         if tensor.offset != expected:

@@ -100,8 +100,8 @@ class Measured:
 class Budget:
     """The search's quality limits. `quality` is the name of this set of limits.
 
-    The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio in Measured, and to the share of lost
-    look-ups. `tried` lists the result for each boundary.
+    The limits apply to kl_mean, ppl_ratio, copy_ppl_ratio, and the share of lost look-ups in
+    Measured. `tried` lists the result for each boundary.
     """
 
     quality: str
@@ -188,7 +188,7 @@ _SIZE = "_bytes"
 
 
 def pop_meta(header: Header) -> PopMeta | None:
-    """Return a header's POP keys, or None if it has none.
+    """Return a header's POP keys, or None if the header has no POP keys.
 
     Raises FormatError if the keys are invalid or contradict the model.
     """
@@ -245,7 +245,7 @@ Group = TypeVar("Group", Calibration, Measured, Budget, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
-    """Return the group of keys that start with `prefix`, or None if none do. Raises FormatError."""
+    """Return the keys that start with `prefix`, or None without such keys. Raises FormatError."""
     found: dict[str, Any] = {field.name: header.get(prefix + field.name) for field in fields(group)}
     if all(value is None for value in found.values()):
         return None
@@ -290,7 +290,7 @@ def _check_schedule(meta: PopMeta, header: Header) -> None:
 
 
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
-    """Encode each of a converted file's keys as bytes."""
+    """Encode a converted file's keys, each as a bytes object."""
     keys = [
         _encode_key(name, value)
         for name, field, _ in _KEYS
@@ -303,7 +303,7 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
 
 
 def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
-    """Encode each of a sidecar's keys as bytes."""
+    """Encode a sidecar's keys, each as a bytes object."""
     return (
         _encode_key("general.architecture", SIDECAR_ARCH),
         *encode_keys(meta),

@@ -23,7 +23,7 @@ Share = Fraction | int
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned conversion in which context tokens skip the layers from `boundary` up.
+    """A planned conversion in which context tokens skip layers `boundary` and up.
 
     `deep_rows` selects the context rows that run through all layers. `deep_share` is the fraction
     of rows that `deep_rows` selects in ordinary text, or 0 if unknown. `budget` holds the search's
@@ -84,7 +84,7 @@ def parse_skip(text: str) -> Share:
 def boundary_of(shape: ModelShape, skip: Share) -> int:
     """Return the boundary for a number or fraction of skipped layers.
 
-    A fraction is rounded to a whole number (at least 1). Raises PlanError if no layer would remain.
+    Fractions are rounded to whole layers (at least 1). Raises PlanError if no layer would remain.
     """
     if isinstance(skip, Fraction):
         skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
@@ -107,12 +107,12 @@ def make_plan(
     deep_rows: DeepRows = DeepRows.NONE,
     macs: Macs = uncounted,
 ) -> Plan:
-    """Plan a conversion that skips the layers from `boundary` up, or the last third if it is None.
+    """Plan a conversion that skips layers `boundary` and up (None: the last third of the layers).
 
     `min_prompt` is the length in tokens of the shortest prompt to prune. The default is twice the
     number of full rows, so at least half of a pruned prompt's rows are context rows. The plan uses
     OWN instead of `projection` if a skipped layer cannot be fitted. The plan also uses OWN if only
-    one layer is skipped, because its own projections are exact.
+    one layer is skipped, because the first skipped layer's own projections are exact.
 
     Raises PlanError for an invalid boundary or token count. Raises UnsupportedArchitectureError if
     context tokens already skip these layers without loss.
