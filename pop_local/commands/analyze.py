@@ -14,7 +14,7 @@ from pop_local.ui.watch import stoppable_watch
 class ProbeOptions(Group):
     text: Path | None = option("Text file to measure on (default: built-in prose).", "FILE")
     tokens: int | None = option(
-        "Number of tokens to fit on (default: a quarter of convert's default).", min=1
+        "Number of tokens for the fit (default: a quarter of convert's default).", min=1
     )
     markdown: bool = option(opt.MARKDOWN, default=False)
 

@@ -66,13 +66,13 @@ class HowOptions(Group):
         "LEVEL",
     )
     projection: Projection | None = option(
-        "K/V projections for skipped layers. own: no fit, lower quality. fitted: takes minutes."
-        " fitted-wide: uses more inputs (the default if the slowdown is small).",
+        "K/V projections for skipped layers. own: needs no fit, but loses more quality. fitted:"
+        " takes minutes. fitted-wide: uses more inputs (the default if the slowdown is small).",
         "KIND",
     )
     text: list[Path] | None = option(
-        "Text file or folder to fit on (default: look-ups, documentation, code, and text sampled"
-        " from the model). To give several paths equal shares, repeat this option.",
+        "Text file or folder for the fit (default: look-ups, documentation, code, and text sampled"
+        " from the model). Repeat this option to mix equal shares of several texts.",
         "FILE|DIR",
     )
     distill: bool = option(
@@ -100,7 +100,7 @@ class LimitOptions(Group):
     panel: ClassVar[str] = EXPERT
 
     max_kl: float | None = _limit("NATS", "Maximum KL divergence from the full model.")
-    max_ppl_ratio: float | None = _limit("RATIO", "Maximum perplexity ratio vs. the full model.")
+    max_ppl_ratio: float | None = _limit("RATIO", "Maximum perplexity relative to the full model.")
     max_copy_ratio: float | None = _limit("RATIO", "Maximum perplexity ratio on repeated text.")
 
 
@@ -112,7 +112,7 @@ class FittingOptions(Group):
         "Rule that selects words to run through all layers.", default=RowOptions.deep_rows
     )
     tokens: int | None = option(
-        "Number of tokens to fit on (default: 24 per embedding dimension, but at least 16384)."
+        "Number of tokens for the fit (default: 24 per embedding dimension, but at least 16384)."
         " --distill uses at least 65536 tokens.",
         min=1,
     )
@@ -220,8 +220,8 @@ def convert(
         view.show_converted(planned, done, as_markdown=how.markdown)
     if entry := next((each for each in load_catalog() if is_unused_copy(each, done.path)), None):
         note(
-            f"The name {entry.short_name} still refers to the original model, which loses less"
-            f" quality with its sidecar. To use the copy, pass its path: {done.path}"
+            f"The name {entry.short_name} still refers to the original model. Its sidecar loses"
+            f" less quality than the copy. To use the copy, pass its path: {done.path}"
         )
 
 

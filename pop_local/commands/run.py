@@ -160,7 +160,7 @@ def _show(screen: Screen, chunks: Iterator[Chunk]) -> None:
 def _collected(opened: PopModel, chunks: Iterator[Chunk]) -> dict[str, Any]:
     pieces = list(chunks)
     stats = pieces[-1].stats
-    assert stats is not None, "the last chunk lacks statistics"
+    assert stats is not None
     return {
         "model": opened.engine.context.files.path,
         "text": "".join(chunk.text for chunk in pieces),

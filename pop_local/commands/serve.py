@@ -33,8 +33,8 @@ class ServerOptions(Group):
         show_envvar=True,
     )
     cache_scope: Literal["client", "shared"] = option(
-        "Who may reuse a cached prompt (default: client). client: clients with the same API key"
-        " (or the same address if no keys are set). shared: all clients.",
+        "Who may reuse a cached prompt (default: client). client: only clients with the same API"
+        " key (or the same address if no keys are set). shared: all clients.",
         "SCOPE",
         default="client",
     )
@@ -42,8 +42,8 @@ class ServerOptions(Group):
     strict_model: bool = expert("Reject requests that name an unknown model.", default=False)
     models: Path | None = option(
         "Serve every model in this folder under the name that `list` shows. The server opens models"
-        " on demand. If you also pass MODEL, the server opens it at startup and uses it for"
-        " requests without a model name. Otherwise, such requests use the most recently requested"
+        " on demand. If you also pass MODEL, the server opens MODEL at startup and uses it for"
+        " requests without a model name. Otherwise, the server uses the most recently requested"
         " model.",
         "FOLDER",
         exists=True,
@@ -63,8 +63,8 @@ class ServerOptions(Group):
         "Memory for caches of earlier prompts (0: only the latest).", "MIB", min=0, default=2048
     )
     parallel: int | None = option(
-        "Number of concurrent answers, each with its own context. The default is 1, or 2 if 8 GB of"
-        " memory is free, --repeatable is off, and the model does not learn.",
+        "Number of concurrent answers, each with its own context (default: 1 or 2). The default is"
+        " 2 if 8 GB of memory is free, --repeatable is off, and learning is off.",
         "N",
         min=1,
         max=64,
@@ -146,11 +146,11 @@ def serve_named(
 def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
     """Return the number of slots (None: the model's default). Raises BadParameter."""
     if to.models is None and to.ram is not None:
-        raise typer.BadParameter("it requires --models", param_hint="--ram")
+        raise typer.BadParameter("this option requires --models", param_hint="--ram")
     single = {"--name": to.name, "--sidecar": how.sidecar, "--mmproj": how.mmproj}
     for name, value in single.items():
         if value and to.models is not None:
-            raise typer.BadParameter("it cannot be combined with --models", param_hint=name)
+            raise typer.BadParameter("this option conflicts with --models", param_hint=name)
     return to.parallel or (1 if to.repeatable else None)
 
 
@@ -189,8 +189,8 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
         _announce_model(served.name, served.model)
     if to.models is not None:
         names = ", ".join(pool.registry.files()) or "none yet"
-        limit = f"in up to {to.ram:g} GiB of memory" if to.ram else "one at a time"
-        note(f"Models in {to.models}: {names}. The server opens models on demand, {limit}.")
+        limit = f" and uses up to {to.ram:g} GiB of memory" if to.ram else ", one at a time"
+        note(f"Models in {to.models}: {names}. The server opens models on demand{limit}.")
 
 
 def _announce_model(name: str, opened: PopModel) -> None:
@@ -202,7 +202,7 @@ def _announce_model(name: str, opened: PopModel) -> None:
     elif pruning.mode:
         n_layer = engine.context.files.shape.n_layer
         skipping = f"uses fast reading (it skips {n_layer - pruning.boundary} of {n_layer} layers)"
-    note(f"{name} has a context of {engine.context.n_ctx:,} tokens and {skipping}.")
+    note(f"{name} {skipping}. The context length is {engine.context.n_ctx:,} tokens.")
     if mmproj and not engine.prompter.can_see:
         warn("Images need Pillow, which is not installed. Run: pip install 'pop-local[images]'")
     elif mmproj:

@@ -27,7 +27,7 @@ def positive(value: float | None) -> float | None:
     return finite(value)
 
 
-_SIDECAR = "Sidecar file (default: from the model's folder, or else learned or shipped)."
+_SIDECAR = "Sidecar file (default: one next to the model, or else a learned or shipped one)."
 MMPROJ = "Multimodal projector for images (default: mmproj*.gguf in the model's folder)."
 MARKDOWN = "Print tables as Markdown."
 DEEP_ROWS = "Rule that selects words to run through all layers (default: the file's rule)."
@@ -110,7 +110,7 @@ class ModelOptions(OpenOptions):
     )
     reuse: Reuse = expert(
         "What a prompt may reuse from the cache (default: edited). off: nothing. exact: a common"
-        " prefix. edited: the prefix and, with approximate values, the text after an edit.",
+        " prefix. edited: also the text after an edit, with approximate values.",
         default=Reuse.EDITED,
     )
     cache_type_k: Literal["f16", "q8_0"] = expert(

@@ -216,7 +216,7 @@ def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answer
         error.message = f"line {prompt.line}: {error.message}"
         raise
     stats = chunks[-1].stats
-    assert stats is not None, "the last chunk lacks statistics"
+    assert stats is not None
     shared = {each.name: getattr(stats, each.name) for each in fields(Answered)[1:]}
     return Answered("".join(chunk.text for chunk in chunks), **shared)
 

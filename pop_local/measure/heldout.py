@@ -63,7 +63,7 @@ def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Seq
         raise PopError(
             f"the text is too short for {n_windows} windows of {n_tokens:,} tokens: only"
             f" {sum(rooms)} fit",
-            "use longer text, or fewer or shorter windows",
+            "use longer text, fewer windows, or shorter windows",
             cause="text-too-short",
         )
     return [

@@ -23,7 +23,7 @@ def _prose(found: Measured) -> str:
     if more + _BY_CHANCE * error <= _INVISIBLE:
         return "no visible loss"
     if more <= _BY_CHANCE * error:
-        return f"no loss beyond chance (perplexity {more:+.1%} ± {error:.1%})"
+        return f"no significant loss (perplexity {more:+.1%} ± {error:.1%})"
     return f"perplexity {more:.1%} higher"
 
 

@@ -109,7 +109,7 @@ class _AnswerParser:
         Raises ApiError if the answer was interrupted.
         """
         stats = last.stats
-        assert stats is not None, "the last chunk lacks statistics"
+        assert stats is not None
         state.note = (
             f"queued {job.queued_s:.2f} s, prompt {stats.n_prompt:,} tokens"
             f" ({stats.left}), TTFT {stats.ttft_s:.2f} s,"

@@ -108,8 +108,8 @@ def _answer(opened: PopModel, mode: Mode, nth: str, watch: Watch) -> TimedAnswer
         )
     )
     stats = chunks[-1].stats
-    assert stats is not None, "the last chunk lacks statistics"
+    assert stats is not None
     if (stats.n_pruned > 0) is (mode is Mode.OFF):
-        raise PopError(f"the demonstration is invalid: {stats.n_pruned} tokens were pruned")
+        raise PopError(f"the demonstration is invalid: {stats.n_pruned} tokens skipped layers")
     text = "".join(chunk.text for chunk in chunks).strip()
     return TimedAnswer(text, stats.ttft_s, stats.n_pruned, stats.n_full)

@@ -130,7 +130,7 @@ def _n_ctx(source: Source, options: EvaluateOptions, lookups: LookupSettings | N
     if limit is not None and limit < needed:
         raise PopError(
             f"the measurement needs a context of {needed} tokens, but the limit is {limit}",
-            "use shorter windows, or no look-ups",
+            "use shorter windows, or turn off look-ups",
             cause="windows-too-long",
         )
     return given or needed

@@ -127,7 +127,7 @@ class OnlineCalibration:
 
     def __init__(self, model: PopModel, budget: Budget = BALANCED) -> None:
         if model.engine.calibrator is None:
-            raise PopError("learning is off for this model", "call the model's learn()")
+            raise PopError("learning is off for this model", "call the model's learn() method")
         self.quality: Quality | None = None
         self.budget = budget
         self._model, self._learner = model, model.engine.calibrator

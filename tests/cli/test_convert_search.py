@@ -296,8 +296,8 @@ def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     assert done.exit_code == 0
     assert "from 7 down to 2" in done.stdout
     facts = " ".join(done.stdout.split())
-    limits = r"up to 1\.\d\dx with the fewest skipped layers, \d\.\d\dx with the most"
-    assert re.search(rf"{limits}, for [\d,]+ prompt tokens without deep rows", facts)
+    limits = r"up to \d\.\d\dx \(1\.\d\dx with the fewest skipped layers\)"
+    assert re.search(rf"{limits} for [\d,]+ prompt tokens without deep rows", facts)
     assert "16,384 tokens in one pass" in facts
     assert re.search(
         r"Memory [\d.]+ MB in addition to the model file, including [\d.]+ MB for the fit", facts

@@ -140,7 +140,7 @@ def test_look_ups_are_reported_in_full_and_pruned(pop_file, text):
     expected = "answers none of the 3 questions correctly. Use --full to avoid any loss."
     assert report["verdict"].endswith(expected)
     said = " ".join(evaluate(*options).stdout.split())
-    assert "0 of 3 correct in full, 0 fast; 0 lost, 0 gained, p = 1" in said
+    assert "0 of 3 correct with full reading, 0 with fast reading 0 lost, 0 gained, p = 1" in said
     assert report["verdict"] in said
 
 

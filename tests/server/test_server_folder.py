@@ -157,9 +157,9 @@ def test_listings_open_no_model(folder, tmp_path, caplog):
     ("words", "reason"),
     [
         ("x.gguf --ram 2", "requires --models"),
-        ("--models {folder} --name x", "cannot be combined with --models"),
-        ("--models {folder} --sidecar x", "cannot be combined with --models"),
-        ("--models {folder} --mmproj x", "cannot be combined with --models"),
+        ("--models {folder} --name x", "conflicts with --models"),
+        ("--models {folder} --sidecar x", "conflicts with --models"),
+        ("--models {folder} --mmproj x", "conflicts with --models"),
         ("--models {folder}/nowhere", "does not exist"),
         ("--models {folder} --ram inf", "finite"),
     ],

@@ -48,7 +48,7 @@ UNFITTED = {
     "gemma3n": "the hidden state has multiple streams",
 }
 
-# Architectures with multiple positions per row (M-RoPE) if the file has RoPE sections.
+# Architectures with multiple positions per token (M-RoPE) if the file has RoPE sections.
 SEVERAL_POSITIONS = _names(
     "bailingmoe3|glm4|glm4moe|hunyuan_vl|paddleocr|qwen2vl|qwen35|qwen35moe|qwen3tts|qwen3vl"
     "|qwen3vlmoe|qwen4exp"

@@ -27,8 +27,8 @@ class ModelShape:
     a recurrent state, which cannot be overwritten row by row. `is_fittable` marks layers for which
     K/V projections can be fitted. `is_fused` marks layers with a single tensor for Q, K, and V.
 
-    `no_refill` is the reason context tokens cannot run through the skipped layers later, or "" if
-    they can. `exact` is the first layer that reuses an earlier layer's K/V, or 0 if no layer does.
+    `no_refill` is the reason that skipped layers cannot process context tokens later, or "" if they
+    can. `exact` is the first layer that reuses an earlier layer's K/V, or 0 if no layer does.
     The first `n_deepstack` layers add image features to the hidden state.
     """
 
@@ -55,7 +55,7 @@ class ModelShape:
         return self.n_k[layer] + self.n_v[layer]
 
     def fits(self, boundary: int) -> bool:
-        """Return True if the layers from `boundary` up (at least two) can be fitted."""
+        """Return True if at least two layers are skipped and all skipped layers can be fitted."""
         return boundary < self.n_layer - 1 and all(self.is_fittable[boundary:])
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:
@@ -84,7 +84,7 @@ def source_shape(source: Source) -> ModelShape:
     if (n_embd := keys.number("embedding_length")) < 1:
         raise keys.wrong("the embedding length is 0")
     if (n_deepstack := keys.number("n_deepstack_layers", 0)) >= n_layer:
-        raise keys.wrong(f"image features cannot be added to {n_deepstack} of {n_layer} layers")
+        raise keys.wrong(f"too many layers add image features: {n_deepstack} of {n_layer}")
     n_shared = n_layer - GEMMA3N_KV_LAYERS if keys.arch == "gemma3n" else 0
     exact = n_layer - keys.number("attention.shared_kv_layers", max(n_shared, 0))
     if exact < 1:

@@ -80,7 +80,7 @@ def read_source(path: Path) -> Source:
         model = first.get("pop.source.name") or "NAME.gguf"
         raise FormatError(
             f"{path} is a sidecar, not a model",
-            f"pass the model itself ({model}) and this file as its sidecar",
+            f"pass the model ({model}), and pass this file as its sidecar",
             cause="sidecar-as-model",
             model=model,
         )
@@ -109,7 +109,7 @@ def read_source(path: Path) -> Source:
 
 
 def sampled_sha256(source: Source) -> str:
-    """Hash the headers and each tensor's start (hex sha256). Fine-tunes have different hashes."""
+    """Return the hex sha256 of the headers and each tensor's start. Fine-tunes differ."""
     digest = hashlib.sha256()
     for header in source.parts:
         with header.path.open("rb") as file:

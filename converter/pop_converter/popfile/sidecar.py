@@ -44,7 +44,7 @@ def sidecar_path(base: Source) -> Path:
 
 
 def existing_sidecar(base: Source) -> Path | None:
-    """Return the file at `sidecar_path`, or None if it is missing or the model is converted."""
+    """Return `sidecar_path(base)`, or None for a missing file or a converted model."""
     found = sidecar_path(base)
     return found if found.is_file() and pop_meta(base.first) is None else None
 
@@ -65,8 +65,8 @@ def read_sidecar(path: Path, base: Source) -> PopMeta:
     binding = read_binding(header)
     if binding != bind(base):
         raise FormatError(
-            f"{path} does not belong to {base.first.path}, but to "
-            f"{meta.source_name} ({binding.base_bytes:,} bytes)",
+            f"{path} belongs to {meta.source_name} ({binding.base_bytes:,} bytes), not to"
+            f" {base.first.path}",
             "create a sidecar for this model",
             cause="foreign-sidecar",
             model=base.first.path,
@@ -134,7 +134,7 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
         raise FormatError(f"{header.path} has no tensor {missing[0]}", CONVERT_AGAIN)
     if unknown := sorted(found - expected):
         raise FormatError(
-            f"{header.path} has the tensor {unknown[0]}, which its keys do not require",
+            f"{header.path} contains an unexpected tensor: {unknown[0]}",
             CONVERT_AGAIN,
         )
 
@@ -158,7 +158,7 @@ def write_sidecar(plan: Plan, src: Path, dst: Path, **options: Any) -> PopMeta:
 def write_trial(
     plan: Plan, source: Source, dst: Path, binding: Binding, fitted: Fitted | None
 ) -> None:
-    """Write a temporary sidecar to measure, without hashing the model. Raises WriteError."""
+    """Write a temporary sidecar for measurements, without the model's hash. Raises WriteError."""
     whole = with_tensors(_EMPTY, fitted.tensors) if fitted else _EMPTY
     written = whole.with_keys(encode_sidecar_keys(draft_meta(plan, source, fitted), binding))
     with replacing(dst, force=False) as file:

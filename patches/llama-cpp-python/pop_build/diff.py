@@ -74,7 +74,7 @@ class _Reader:
     def _file(self) -> FileDiff:
         old, new = (line[4:].split("\t")[0].strip() for line in self.lines[self.at : self.at + 2])
         if new == "/dev/null":
-            raise self._error(f"the patch deletes {old}, which is not supported")
+            raise self._error(f"the patch deletes {old}, but deleting files is not supported")
         self.at += 2
         hunks: list[Hunk] = []
         while match := _HUNK.match(self._here()):

@@ -111,8 +111,8 @@ def _download(pin: Pin, folder: Path) -> None:
 def _hint() -> str:
     return (
         "Check your network connection and pip's index settings (`pip config list` and"
-        f" PIP_INDEX_URL). Or set {SOURCE_VARIABLE} to a local source distribution or an"
-        " extracted tree."
+        f" PIP_INDEX_URL). Alternatively, set {SOURCE_VARIABLE} to a local source distribution or"
+        " an extracted tree."
     )
 
 

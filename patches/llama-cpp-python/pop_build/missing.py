@@ -14,8 +14,8 @@ _REQUIRED = {
     "GGML_CUDA": {
         "CUDAToolkit_NVCC_EXECUTABLE": "nvcc from the CUDA toolkit (on PATH or in CUDACXX)",
         "CUDA_cublas_LIBRARY": "cuBLAS and its headers (libcublas-dev-...)",
-        "CUDA_cuda_driver_LIBRARY": "the driver stub library, libcuda.so (cuda-driver-dev-..., or"
-        " -DGGML_CUDA_NO_VMM=ON in CMAKE_ARGS)",
+        "CUDA_cuda_driver_LIBRARY": "the driver stub library libcuda.so (cuda-driver-dev-...; not"
+        " required with -DGGML_CUDA_NO_VMM=ON in CMAKE_ARGS)",
     },
     "GGML_VULKAN": {
         "Vulkan_INCLUDE_DIR": "Vulkan's headers (libvulkan-dev)",

@@ -73,7 +73,7 @@ def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
     source = Path(env[SOURCE_VARIABLE]).expanduser() if env.get(SOURCE_VARIABLE) else None
     if source is not None and not source.is_absolute():
         raise BuildError(
-            f"{SOURCE_VARIABLE} is relative ({source}), but pip builds in a different folder.",
+            f"{SOURCE_VARIABLE} is a relative path ({source}), but pip builds elsewhere.",
             f"Set {SOURCE_VARIABLE} to an absolute path.",
         )
     if source is not None and not source.exists():
@@ -96,7 +96,7 @@ def find_hooks(package: Path) -> Path:
     raise BuildError(
         f"The patches for llama.cpp are missing next to {package}.",
         "Build from a complete clone with pip 21.3 or newer (`python -m pip install -U pip`)."
-        " Older versions copy the package without its sibling folders.",
+        " Older versions of pip copy the package without its sibling folders.",
     )
 
 
@@ -218,7 +218,7 @@ def _set(path: Path, field: str, value: str) -> None:
     if n != 1:
         raise BuildError(
             f'{path.name} must contain exactly one line of the form {field} = "...".',
-            "Update pop_build/tree.py for the field's new location upstream.",
+            "Update pop_build/tree.py, because the field has moved or changed upstream.",
         )
     path.write_text(text, encoding="utf-8", newline="\n")
 

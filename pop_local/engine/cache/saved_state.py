@@ -99,7 +99,7 @@ def read_state(
         n_exact=n_exact,
     )
     if not _is_consistent(state):
-        raise ValueError("the arrays are inconsistent")
+        raise ValueError("the state's arrays are inconsistent")
     return state
 
 

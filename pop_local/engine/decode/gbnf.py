@@ -68,7 +68,7 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
     if missing := {"root"}.union(*named.values()) - rules.keys():
         raise ValueError(f"rule {min(missing)} is not defined")
     if len(rules) > MAX_RULES:
-        raise ValueError(f"{len(rules):,} rules exceed the limit of {MAX_RULES:,}")
+        raise ValueError(f"there are {len(rules):,} rules, but the limit is {MAX_RULES:,}")
     # Lark compiles names in capitals to regular expressions, which cannot be recursive.
     # The sorter returns a rule only after all rules that the rule refers to.
     sorter = TopologicalSorter(named | {name: {name} for name in instead.keys() & rules.keys()})

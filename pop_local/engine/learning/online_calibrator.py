@@ -65,7 +65,7 @@ def _require_learnable(cache: KvCache) -> None:
     ):
         message = (
             "learning does not support converted files, models that skip layers without loss,"
-            " or models with multiple positions per row"
+            " or models with multiple positions per token"
         )
     elif not N_WINDOW <= context.n_ubatch == context.n_batch:
         message = f"learning requires equal batch and ubatch sizes of at least {N_WINDOW} tokens"

@@ -39,5 +39,5 @@ def read_shipped_windows(
             if code:
                 raise logs.not_decoded(code)
             tapped = taps.take(ctx)
-            assert tapped is not None, "set_taps taps every row"
+            assert tapped is not None
             yield tapped

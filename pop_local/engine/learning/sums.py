@@ -65,7 +65,7 @@ class Sums:
             mine = self.grams.get(boundary, gram)
             ours, theirs = ({at: xy.shape for at, xy in each.xy.items()} for each in (mine, gram))
             if ours != theirs or not self.has_same_input(other, boundary):
-                log.warning("dropped %d rows with different inputs", gram.n_rows)
+                log.warning("dropped the sums of %d rows, because their inputs differ", gram.n_rows)
             elif mine is gram:
                 self.grams[boundary] = gram
             else:
@@ -101,7 +101,7 @@ class Sums:
             xx = _floats(arrays, f"xx.{boundary}")
             xy = {layer: _floats(arrays, f"xy.{boundary}.{layer}") for layer in layers}
             if any(len(each) != len(xx) for each in (xx.T, *xy.values())):
-                raise ValueError(f"the shapes of the sums at layer {boundary} do not match")
+                raise ValueError(f"the sums for layer {boundary} have inconsistent shapes")
             sums.grams[boundary] = Gram(xx, xy, n_rows)
         return sums
 

@@ -51,7 +51,7 @@ def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, param
     if found != wanted:
         api.llama_model_free(model)
         raise PopError(
-            f"the backend prunes from layer {found}, but the file specifies layer {wanted}",
+            f"the backend's boundary is layer {found}, but the file's boundary is {wanted}",
             backend.INSTALL_HINT,
         )
     return model

@@ -154,7 +154,7 @@ class ChatSession:
             stream = self.stream(question, **options)
             for _ in stream:
                 pass
-        assert stream.stats is not None, "the last chunk lacks statistics"
+        assert stream.stats is not None
         return Answer(stream.text, stream.stats)
 
     def stream(
@@ -240,7 +240,7 @@ class ChatSession:
         if self._stream is not None:
             raise PopError(
                 "the session is still generating an answer",
-                "wait until the answer ends (on_prefill and should_stop may only close the stream)",
+                "wait until the answer ends (callbacks may only close the stream)",
             )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

@@ -25,15 +25,15 @@ def last_calls(text: str, tools: Sequence[Tool]) -> tuple[tuple[tuple[str, str],
         return (), ""
     *_, last = (None, *_FENCE.finditer(text))
     if last is None or last.end() < len(text):
-        return (), f"the call to {named[1]} uses an unknown format, or text follows it"
+        return (), f"the call to {named[1]} has an unknown format or is followed by text"
     try:
         calls = [(name, json.dumps(given), {*given}) for name, given in _calls(last[1])]
     except (AttributeError, KeyError, RecursionError, SyntaxError, TypeError, ValueError):
-        return (), f"the fenced call to {named[1]} is neither JSON nor a Python call with literals"
+        return (), f"the code with the call to {named[1]} is neither JSON nor a Python call"
     for name, _, given in calls:
         required, allowed = (known.get(name, {}).get(key) for key in ("required", "properties"))
         if name not in known or not {*(required or ())} <= given <= {*(allowed or given)}:
-            return (), f"the fenced call to {named[1]} uses an unknown name or wrong arguments"
+            return (), f"the call to {named[1]} has an unknown name or the wrong arguments"
     return tuple((name, arguments) for name, arguments, _ in calls), ""
 
 

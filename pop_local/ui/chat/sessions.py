@@ -43,7 +43,7 @@ def save(chat: Dialogue, name: str) -> None:
     finish(chat)
     n_bytes = chat.session.save(path, overwrite=True).stat().st_size
     chat.saved_as = name
-    chat.screen.note(f"Saved the session ({size(n_bytes)}). To restore it, type /load {name}.")
+    chat.screen.note(f"Saved {name} ({size(n_bytes)}). To restore the session, type /load {name}.")
 
 
 def load(chat: Dialogue, name: str) -> None:
@@ -64,7 +64,7 @@ def load(chat: Dialogue, name: str) -> None:
     if session.reread:
         chat.screen.warn(
             f"Cannot reuse the saved KV cache: {session.reread}. The model will read the transcript"
-            " again before your next answer."
+            " again before the next answer."
         )
     else:
         chat.screen.note(f"The cache contains {session.n_cached:,} tokens from the session.")
@@ -132,7 +132,7 @@ class Unsaved:
             self._is_possible = False
             reason = as_pop_error(error).message
             chat.screen.warn(
-                f"This chat would be lost in a crash ({reason}). To save it, type /save NAME."
+                f"A crash would lose this chat ({reason}). To save the chat, type /save NAME."
             )
 
     def offer(self, chat: Dialogue) -> None:
@@ -167,7 +167,7 @@ class Unsaved:
             before = chat.model.engine.pruning.mode
             chat.resume(load_session(chat.model, self._sessions.path(stored.name)), "")
             self.keep(chat)
-            chat.screen.note("The model will read this conversation again before your next answer.")
+            chat.screen.note("The model will read this conversation again before the next answer.")
             if chat.model.engine.pruning.mode is not before:
                 chat.screen.note(pruning_state(chat.model))
         if chosen == "d" or (chosen == "c" and self._is_possible):

@@ -28,14 +28,17 @@ def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
     ]
     if found.n_judged:
         n_all = found.n_judged
-        right = f"{found.full_hits} of {n_all} in full, {found.pruned_hits} with fast reading"
-        only = f"{found.n_only_full} only in full, {found.n_only_pruned} only with fast reading"
-        chance = "the probability of a difference this large by chance (McNemar's exact test)"
-        facts += [("Right answers", right), ("", only), ("", f"p = {found.p_value:.2g}, {chance}")]
+        n_full, n_fast = found.n_only_full, found.n_only_pruned
+        right = f"{found.full_hits} of {n_all} with full reading"
+        facts.append(("Right answers", f"{right}, {found.pruned_hits} with fast reading"))
+        facts.append(("", f"{n_full} only with full reading, {n_fast} only with fast reading"))
+        chance = "the probability that chance alone causes such a difference (McNemar's exact test)"
+        facts.append(("", f"p = {found.p_value:.2g}, {chance}"))
     if found.n_unpruned < n:
         ratio = found.full_ttft_s / found.pruned_ttft_s
-        times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s with fast reading"
-        facts.append(("To first token", f"{times} ({ratio:.2f}x; each prompt was timed once)"))
+        fast = f"{found.pruned_ttft_s:.2f} s with fast reading"
+        fast += f" ({ratio:.2f}x; each prompt was timed once)"
+        facts.append(("To first token", f"{found.full_ttft_s:.2f} s with full reading, {fast}"))
     if found.n_unpruned:
         why = "Short or mostly cached prompts are always read in full."
         facts.append(("Read in full", f"{found.n_unpruned} of {n} prompts. {why}"))

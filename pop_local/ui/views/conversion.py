@@ -186,7 +186,8 @@ def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str
         return f"unknown: {conversion.not_counted}"
     limit = f"up to {plan.speedup_limit:.2f}x"
     if most:
-        limit += f" with the fewest skipped layers, {most:.2f}x with the most,"
+        least = f"{plan.speedup_limit:.2f}x with the fewest skipped layers"
+        limit = f"up to {most:.2f}x ({least})"
     limit += f" for {LIMIT_PROMPT:,} prompt tokens"
     if plan.deep_rows is not DeepRows.NONE and not plan.deep_share:
         limit += " without deep rows"
@@ -240,7 +241,7 @@ def skipping_facts(found: SkippableLayers) -> list[Fact]:
     if found.fits_from is not None:
         projections = "fitted or own"
         if found.fits_from > found.first:
-            projections = f"own, or fitted at boundaries {found.fits_from} and up"
+            projections = f"own at all boundaries; fitted at boundaries {found.fits_from} and up"
     measured = "real models" if found.is_measured else "random models only"
     return [
         ("Can be skipped", layers),
@@ -276,6 +277,6 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
         yield "", f"BROKEN: with a ratio above {most:g}, a model cannot copy from its prompt"
     if found.lookups_n:
         shares = f"{found.lookups_lost} of {found.lookups_full} lost, {found.lookups_gained} gained"
+        yield "Look-ups", f"{shares} in {found.lookups_n} questions"
         lost = f"{found.lookups_logprob_lost:.2f} ± {found.lookups_logprob_se:.2f}"
-        n = found.lookups_n
-        yield "Look-ups", f"{shares} in {n} questions; {lost} nats lost per string"
+        yield "", f"log-probability per string: {lost} nats lower"

@@ -82,18 +82,16 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     yield "Same top prediction", with_se(q.top1_agreement, ".3f")
     yield "Copying", f"perplexity ratio {with_se(q.copy_ppl_ratio, '.3f')}"
     right, right_full = with_se(q.copy_top1, ".3f"), with_se(q.copy_top1_full, ".3f")
-    yield "", f"correct top predictions: fast {right}, full {right_full}"
+    yield "", f"share of correct top predictions: full {right_full}, fast {right}"
     retained = "but the full model cannot copy random tokens either"
-    if q.induction_retention is not None:
-        retained = f"{q.induction_retention.value:.0%} of the full model's gain remains"
+    if (kept := q.induction_retention) is not None:
+        retained = f"{kept.value:.0%} of the full model's gain from repetition remains"
     added = with_se(q.induction_delta_nll, ".3f")
     yield "Induction", f"NLL {'' if added.startswith('-') else '+'}{added}, {retained}"
     if (lookups := found.lookups) is not None:
-        counts = f"{lookups.full} of {lookups.n} correct in full, {lookups.pruned} fast"
-        changes = f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"
-        yield "Look-ups", f"{counts}; {changes}"
+        counts = f"{lookups.full} of {lookups.n} correct with full reading"
+        yield "Look-ups", f"{counts}, {lookups.pruned} with fast reading"
+        yield "", f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"
         full, lost = with_se(lookups.logprob_full, ".2f"), with_se(lookups.logprob_lost, ".2f")
-        yield (
-            "",
-            f"log-probability of correct strings: {full} in full, {lost} lower with fast reading",
-        )
+        yield "", f"log-probability of correct strings: {full} with full reading"
+        yield "", f"{lost} lower with fast reading"

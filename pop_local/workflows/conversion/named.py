@@ -35,7 +35,7 @@ def write_named(run: ConversionRun) -> Converted:
     if plan.projection == Projection.OWN:
         run.runner.watch.on_note(
             "The loss was not measured, because the conversion has no fit. To measure the loss,"
-            " also set a budget for the boundary."
+            " also set quality limits."
         )
         return run.write(plan, None, None)
     share = FullModel(run.runner, plan, QualitySettings(N_WINDOWS)).deep_share(plan.deep_rows)

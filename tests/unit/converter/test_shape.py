@@ -79,7 +79,7 @@ def test_unused_window_is_ignored(tmp_path):
 
 def test_too_many_deepstack_layers_are_refused(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "qwen3vl", n_deepstack=8)
-    with pytest.raises(FormatError, match="image features cannot be added to 8 of 8 layers"):
+    with pytest.raises(FormatError, match="too many layers add image features: 8 of 8"):
         read_shape(path)
 
 

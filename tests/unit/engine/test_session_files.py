@@ -230,8 +230,8 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     model = opened(chat_model)
     _, shown = talked(model, "/load", "a b c d " * 30, "/save one", "/save one", "/load")
     assert shown[1] == "# No saved sessions yet. To save this session, type /save NAME."
-    assert shown[-5].startswith("# Saved the session (")
-    assert shown[-3].startswith("# Saved the session (") and shown[-3].endswith("type /load one.")
+    assert shown[-5].startswith("# Saved one (")
+    assert shown[-3].startswith("# Saved one (") and shown[-3].endswith("type /load one.")
     assert shown[-1].startswith("# one: 1 turn, ")
     chat, shown = talked(opened(chat_model), "/load one", "/stats", "more?")
     assert shown[1] == "# Loaded one: 1 turn."
@@ -269,7 +269,7 @@ def test_a_session_of_another_model_is_reported_and_read_again(chat_model, monke
     assert shown[2].startswith(
         "* Cannot reuse the saved KV cache: the session was saved with a different model ("
     )
-    assert shown[2].endswith("The model will read the transcript again before your next answer.")
+    assert shown[2].endswith("The model will read the transcript again before the next answer.")
     (stats,) = chat.session.answer_stats
     assert (stats.n_cached, stats.n_prompt > 100) == (0, True)
 
@@ -300,7 +300,7 @@ def test_too_long_a_name_for_the_disk_is_one_error(chat_model, monkeypatch, tmp_
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     _, shown = talked(opened(chat_model), "a b c d", "/save " + "字" * 80, "/save talk")
     assert any(line.startswith("! cannot write ") and "too long" in line for line in shown)
-    assert shown[-1].startswith("# Saved the session (")
+    assert shown[-1].startswith("# Saved talk (")
 
 
 def test_other_weights_or_rope_are_another_model(chat_model, sessions, tmp_path):

@@ -14,7 +14,7 @@ from pop_local.measure.verdict import comparison_in_words, verdict_in_words
     [
         (1.002, 0.003, "no visible loss"),
         (0.98, 0.01, "no visible loss"),
-        (1.002, 0.006, "no loss beyond chance (perplexity +0.2% ± 0.6%)"),
+        (1.002, 0.006, "no significant loss (perplexity +0.2% ± 0.6%)"),
         (1.03, 0.009, "perplexity 3.0% higher"),
         (1.008, 0.0, "no visible loss"),
     ],

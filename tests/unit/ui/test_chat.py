@@ -24,7 +24,7 @@ from support.scripted_chat import (
     talk,
 )
 
-DROPPED = "# The question was dropped. To ask it again, type /retry."
+DROPPED = "# The question was dropped. To repeat the question, type /retry."
 FAST = (
     "# Fast reading is on: it skips 10 of 30 layers with a small quality loss"
     " (/full on turns it off)."

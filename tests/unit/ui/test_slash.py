@@ -245,7 +245,7 @@ def test_a_question_that_does_not_fit_offers_choices():
         "?   d  drop the oldest turn",
         "?   n  start a new conversation with this question",
         "?   x  drop this question",
-        "# The question was dropped. To ask it again, type /retry.",
+        "# The question was dropped. To repeat the question, type /retry.",
     ]
 
 

@@ -48,7 +48,7 @@ def test_a_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
     )
     assert shown[-1] == "# There are no turns to remove."
     shown = talked(model, tmp_path, "", SystemExit(143))  # Enter continues the chat
-    assert "# The model will read this conversation again before your next answer." in shown
+    assert "# The model will read this conversation again before the next answer." in shown
     talked(model, tmp_path, "c", "third", SystemExit(143))
     shown = talked(model, tmp_path, "d")
     assert "(3 turns). The first question was: my question" in shown[0]
@@ -117,7 +117,7 @@ def test_files_that_are_no_transcripts_are_not_offered(model, tmp_path):
 def test_a_transcript_that_cannot_be_saved_is_reported_once(model, tmp_path):
     (tmp_path / "file").write_text("")
     shown = talked(model, tmp_path / "file" / "unsaved", "one", "two")
-    assert [line[:36] for line in shown if line.startswith("* ")] == [
-        "* This chat would be lost in a crash"
+    assert [line[:30] for line in shown if line.startswith("* ")] == [
+        "* A crash would lose this chat"
     ]
     assert sum(line.startswith("# prompt ") for line in shown) == 2
