@@ -114,7 +114,7 @@ def parse(text: str, names: Sequence[str], *, partial: bool) -> Parsed:
         closed = _CLOSE.match(text, at)
         at = closed.end() if closed else at
     rest = text[at:]
-    content += "" if partial and calls and _CLOSING.fullmatch(rest) else rest
+    content += "" if calls and _CLOSING.fullmatch(rest) else rest
     if partial:
         # Hold back text that may be the start of a call.
         tagged = content.find(_CALL)

@@ -108,6 +108,9 @@ def test_a_truncated_call_has_partial_arguments(model):
     form = form_of(model, Tools(BOTH, BOTH))
     content, calls = read(form, FENCED[: FENCED.index("ome")])
     assert content == "" and calls == [("get_weather", '{"city": "R')]
+    for end in ("\n", "</tool_", "</tool_call"):
+        closed = NATIVE[: NATIVE.index(end, 12) + len(end)]
+        assert read(form, closed) == ("", [("get_weather", '{"city":"Rome"}')])
 
 
 def test_only_the_named_tool_may_be_called_and_all_are_described(model):
