@@ -79,7 +79,7 @@ class Client:
     def __init__(
         self, server: Served, number: int, inputs: "Inputs", tally: Tally, *, has_bombs: bool
     ) -> None:
-        self._root, self._pictures, self._alone = server.root, inputs.pictures, inputs.alone
+        self._root, self._inputs = server.root, inputs
         self._key, self._tally = key_of(number), tally
         self._api = openai.OpenAI(
             base_url=server.api, api_key=self._key, max_retries=0, timeout=300
@@ -89,7 +89,7 @@ class Client:
         # With their shares, in percent.
         self._kinds = {
             "whole": (self._whole, 10),
-            "as alone": (self._as_alone, 5 if self._alone else 0),
+            "as alone": (self._as_alone, 5 if inputs.alone else 0),
             "streamed": (self._streamed, 15),
             "in full": (self._in_full, 8),
             "log probabilities": (self._logprobs, 7),
@@ -98,7 +98,7 @@ class Client:
             "messages": (self._message, 5),
             "responses": (self._response, 5),
             "ollama": (self._ollama, 5),
-            "pictures": (self._picture, 10 if self._pictures else 0),
+            "pictures": (self._picture, 10 if inputs.pictures else 0),
             "hung up": (self._hung_up, 10),
             "malformed": (self._malformed, 8),
             "bombs": (self._bomb, 2 if has_bombs else 0),
@@ -130,10 +130,7 @@ class Client:
         return str(self._ask(request, mark).choices[0].message.content)
 
     def _as_alone(self, request: dict[str, Any], mark: str) -> str:
-        number = self._rng.randrange(len(FIXED))
-        return (
-            mark if greedy(self._root, FIXED[number], self._key) == self._alone[number] else OTHER
-        )
+        return mark if is_as_alone(self._root, self._inputs, self._key, self._rng) else OTHER
 
     def _streamed(self, request: dict[str, Any], mark: str) -> str:
         began_s, text = time.monotonic(), ""
@@ -181,7 +178,7 @@ class Client:
         return str(json.loads(self._post("/api/chat", body)["message"]["content"]))
 
     def _picture(self, request: dict[str, Any], mark: str) -> str:
-        url = {"type": "image_url", "image_url": {"url": self._rng.choice(self._pictures)}}
+        url = {"type": "image_url", "image_url": {"url": self._rng.choice(self._inputs.pictures)}}
         text = {"type": "text", "text": request["messages"][0]["content"]}
         messages = [{"role": "user", "content": [url, text]}]
         return str(self._ask(request | {"messages": messages}, mark).choices[0].message.content)
@@ -298,3 +295,9 @@ class Inputs:
 
     pictures: Sequence[str]
     alone: Sequence[str] = ()
+
+
+def is_as_alone(root: str, inputs: Inputs, key: str, rng: random.Random) -> bool:
+    """Return whether the greedy answer to a fixed prompt is a lone client's."""
+    number = rng.randrange(len(FIXED))
+    return greedy(root, FIXED[number], key) == inputs.alone[number]
