@@ -143,11 +143,11 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
     carriers = carrier_windows(context, count // SHARE, N_WINDOW, groups[0][0], SEED).windows
     windows = np.concatenate([carriers, _spread(context, groups, count - len(carriers))])
     if windows.size < least:
-        found = f"{windows.size:,} tokens in complete {N_WINDOW}-token windows"
+        found = f"{windows.size:,} tokens in complete windows of {N_WINDOW} tokens"
         raise _too_short(paths, found, least)
     if np.unique(windows).size < _LEAST_DISTINCT:
         raise CalibrationError(
-            f"{_names(paths)} is repetitive, with fewer than {_LEAST_DISTINCT} distinct tokens",
+            f"{_names(paths)} contains fewer than {_LEAST_DISTINCT} distinct tokens",
             "use more varied text, or the default text",
         )
     whole = "\n\n".join(chain.from_iterable(groups))

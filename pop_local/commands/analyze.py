@@ -12,7 +12,7 @@ from pop_local.ui.watch import stoppable_watch
 
 @dataclass(frozen=True)
 class ProbeOptions(Group):
-    text: Path | None = option("Text file to measure on (default: built-in prose).", "FILE")
+    text: Path | None = option("Text file for the measurement (default: built-in prose).", "FILE")
     tokens: int | None = option(
         "Number of tokens for the fit (default: a quarter of convert's default).", min=1
     )

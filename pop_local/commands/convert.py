@@ -169,9 +169,7 @@ def convert(
     named, own = at.named, opt.given(**vars(limits))
     fit = fitting.fit(how.text or ())
     if how.projection is Projection.OWN and (fit or how.distill):
-        raise typer.BadParameter(
-            "--projection own does not use a fit. Remove the options for the fit."
-        )
+        raise typer.BadParameter("`--projection own` uses no fit. Remove the options for the fit.")
     fit = replace(fit or FitOptions(), projection=how.projection)
     distiller = None
     if how.distill:
@@ -220,8 +218,8 @@ def convert(
         view.show_converted(planned, done, as_markdown=how.markdown)
     if entry := next((each for each in load_catalog() if is_unused_copy(each, done.path)), None):
         note(
-            f"The name {entry.short_name} still refers to the original model. Its sidecar loses"
-            f" less quality than the copy. To use the copy, pass its path: {done.path}"
+            f"The name {entry.short_name} still refers to the original model and its sidecar, which"
+            f" lose less quality than the copy. To use the copy, pass its path: {done.path}"
         )
 
 

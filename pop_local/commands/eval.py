@@ -13,7 +13,7 @@ from pop_local.ui.watch import stoppable_watch
 
 @dataclass(frozen=True)
 class WindowOptions(Group):
-    text: Path | None = option("Held-out text to measure on (default: built-in text).", "FILE")
+    text: Path | None = option("Text file for the measurement (default: built-in text).", "FILE")
     context: int = option("Number of context tokens per window.", min=2, default=512)
     continuation: int = expert("Number of tokens to score after each context.", min=2, default=128)
     windows: int = option("Number of windows to score.", min=1, default=32)

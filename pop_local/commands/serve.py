@@ -60,7 +60,7 @@ class ServerOptions(Group):
         "Allow this origin's web pages to send requests without a key (repeatable).", "ORIGIN"
     )
     cache_ram: int = expert(
-        "Memory for caches of earlier prompts (0: only the latest).", "MIB", min=0, default=2048
+        "Memory for caches of earlier prompts (0: only the latest one).", "MIB", min=0, default=2048
     )
     parallel: int | None = option(
         "Number of concurrent answers, each with its own context (default: 1 or 2). The default is"
@@ -189,8 +189,8 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
         _announce_model(served.name, served.model)
     if to.models is not None:
         names = ", ".join(pool.registry.files()) or "none yet"
-        limit = f" and uses up to {to.ram:g} GiB of memory" if to.ram else ", one at a time"
-        note(f"Models in {to.models}: {names}. The server opens models on demand{limit}.")
+        limit = f"uses up to {to.ram:g} GiB of memory" if to.ram else "keeps one model open"
+        note(f"Models in {to.models}: {names}. The server opens models on demand and {limit}.")
 
 
 def _announce_model(name: str, opened: PopModel) -> None:

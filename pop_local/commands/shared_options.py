@@ -98,7 +98,7 @@ class ModelOptions(OpenOptions):
 
     mmproj: Path | None = option(MMPROJ, "FILE")
     image_tokens: int | None = expert(
-        "Maximum number of tokens per image, if the mmproj supports it.", min=1, max=MOST
+        "Maximum number of tokens per image (not supported by every mmproj).", min=1, max=MOST
     )
     full: bool = option("Turn fast reading off.", default=False)
     refill: Literal["idle", "off"] = expert(
@@ -109,7 +109,7 @@ class ModelOptions(OpenOptions):
         "Store statistics about prompts, but no text, to speed up later prompts.", default="off"
     )
     reuse: Reuse = expert(
-        "What a prompt may reuse from the cache (default: edited). off: nothing. exact: a common"
+        "Part of the cache that a prompt may reuse (default: edited). off: none. exact: a common"
         " prefix. edited: also the text after an edit, with approximate values.",
         default=Reuse.EDITED,
     )

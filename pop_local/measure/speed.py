@@ -74,7 +74,7 @@ class SpeedRow:
         full_s, pop_s = self.full_ttft_s.median, self.pop_ttft_s.median
         words = (
             f"pop-local reads a prompt of {self.n_prompt:,} tokens in {pop_s:.3g} s with fast"
-            f" reading and {full_s:.3g} s without."
+            f" reading and {full_s:.3g} s without it."
         )
         if self.upstream_ttft_s is not None:
             words += f" llama.cpp takes {self.upstream_ttft_s.median:.3g} s."

@@ -45,6 +45,6 @@ def comparison_in_words(found: "Comparison") -> str:
     if found.n_only_pruned:
         lost += f", {found.n_only_pruned} gained"
     if found.n_only_full + found.n_only_pruned:
-        certainty = "may" if found.p_value >= _LEAST_P else "is unlikely to"
-        lost += f", which {certainty} be due to chance"
+        certainty = "may be" if found.p_value >= _LEAST_P else "is unlikely to be"
+        lost += f", which {certainty} due to chance"
     return f"Answers: {lost}."

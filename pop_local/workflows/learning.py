@@ -42,7 +42,7 @@ from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import measured
 
-_NAME = "prompts that were read here"
+_NAME = "prompts from this machine"
 # Minimum number of held-out windows for a measurement.
 LEAST_WINDOWS = 6
 # How much the number of rows must grow before the next attempt.

@@ -79,7 +79,7 @@ def test_upstream_has_its_own_columns(capsys):
     shown = capsys.readouterr().out
     assert "ours" not in shown
     assert (
-        "\npop-local reads a prompt of 512 tokens in 1 s with fast reading and 1 s without.\n"
+        "\npop-local reads a prompt of 512 tokens in 1 s with fast reading and 1 s without it.\n"
         in shown
     )
     full = replace(found, upstream="without flash attention")
@@ -89,7 +89,7 @@ def test_upstream_has_its_own_columns(capsys):
     assert "| llama.cpp |" in shown
     show_speed(full)
     shown = capsys.readouterr().out
-    assert "1 s with fast reading and 1 s without. llama.cpp takes 1 s.\n" in shown
+    assert "1 s with fast reading and 1 s without it. llama.cpp takes 1 s.\n" in shown
 
 
 def test_a_busy_machine_is_reported(pop_file, monkeypatch):

@@ -173,7 +173,7 @@ def assert_refused(done, folder: Path, reason: str) -> None:
         (b"", "no text"),
         (b"a\0b", "binary"),
         (b"too short " * 20, "needs 2,048"),
-        (b"again " * 5000, "is repetitive"),
+        (b"again " * 5000, "distinct tokens"),
     ],
 )
 def test_unusable_texts_are_refused(tiny, tmp_path, tmp_path_factory, content, reason):

@@ -35,7 +35,7 @@ def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: b
 def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
     if not dst.parent.is_dir():
         raise WriteError(
-            f"the folder {dst.parent} does not exist", "create it, or choose a different folder"
+            f"the folder {dst.parent} does not exist", "create the folder, or choose another one"
         )
     if dst.is_dir():
         raise WriteError(f"{dst} is a folder", "choose a file name")

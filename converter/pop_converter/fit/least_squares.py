@@ -173,7 +173,7 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
     bias = (own.bias + delta[-1]).astype(np.float32)
     wide = np.ascontiguousarray(own_wide + delta[n_embd:-1].T, np.float32)
     if not all(np.isfinite(part).all() for part in (weight, wide, bias)):
-        raise FitError(f"the fit for layer {layer} is not finite", "fit on more or different text")
+        raise FitError(f"the fit for layer {layer} is not finite", "use more or different text")
     return replace(own, weight=weight, bias=bias, wide=wide if n_wide else None)
 
 
@@ -202,7 +202,7 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
     if lower is None or lower.diagonal().min() ** 2 < _LEAST_PIVOT:
         raise FitError(
             "the Gram matrix is singular",
-            "fit on more varied text, or use a larger ridge",
+            "use more varied text for the fit, or a larger ridge",
             cause="singular",
         )
     solution = rest * scale[:, None]

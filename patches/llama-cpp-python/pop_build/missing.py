@@ -64,7 +64,7 @@ def check_architecture(env: Mapping[str, str]) -> None:
     if given.get("GGML_CUDA") in _ON and not is_named and not _sees_gpu():
         raise BuildError(
             "No NVIDIA GPU is visible, so the target GPU of the CUDA build is unknown.",
-            "Set CUDAARCHS to 80 (A100), 86 (RTX 30), 89 (RTX 40), 90 (H100) or 120 (RTX 50)."
+            "Set CUDAARCHS to 80 (A100), 86 (RTX 30), 89 (RTX 40), 90 (H100), or 120 (RTX 50)."
             " To build for all GPUs, which takes a long time, add -DGGML_NATIVE=OFF to CMAKE_ARGS.",
         )
 

@@ -230,7 +230,7 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
     pointer = positions.ctypes.data_as(_POINTER)
     status = require_patched().llama_pop_run_deep(ctx, sequence, pointer, len(positions), False)
     if status not in (0, _ABORTED):
-        raise PopError(logs.first_error() or f"the skipped layers failed (code {status})")
+        raise PopError(logs.first_error() or f"running the skipped layers failed (code {status})")
     return bool(status == 0)
 
 
@@ -261,7 +261,7 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
     logs.forget_errors()
     found = int(require_patched().llama_pop_count_macs(ctx, n_tokens, n_full))
     if found < 0:
-        raise PopError(logs.first_error() or f"cannot count MACs for {n_tokens} tokens")
+        raise PopError(logs.first_error() or f"cannot count the work for {n_tokens} tokens")
     return found
 
 

@@ -116,10 +116,10 @@ class OllamaGenerate(OllamaBody):
     def _check_supported_fields(self) -> "OllamaGenerate":
         if self.template:
             raise ValueError(
-                "template is not supported: remove this field to use the model's template"
+                "the field template is not supported: remove it to use the model's template"
             )
         if self.context:
-            raise ValueError("context is not supported: send the earlier messages to /api/chat")
+            raise ValueError("the field context is not supported: send earlier messages to /api/chat")
         if self.images and (self.raw or self.suffix):
             raise ValueError("images cannot be combined with raw or suffix")
         return self

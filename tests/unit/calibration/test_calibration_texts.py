@@ -50,7 +50,7 @@ def test_too_little_text_says_how_much_is_needed(llama: Path, tmp_path: Path):
 def test_one_phrase_over_and_over_is_refused(llama: Path, tmp_path: Path):
     path = tmp_path / "same.txt"
     path.write_text("a" * 20_000)
-    with pytest.raises(PopError, match="is repetitive"):
+    with pytest.raises(PopError, match="distinct tokens"):
         fitted(llama, settings(path))
 
 

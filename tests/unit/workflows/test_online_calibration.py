@@ -316,4 +316,4 @@ def test_a_server_reports_the_fit_of_a_prompt(plain):
         body = {"prompt": "a b c d " * 300, "max_tokens": 2}
         used = client.post("/v1/completions", json=body).json()["usage"]["pop"]
     assert used["n_pruned"] > 0
-    assert used["fit"].startswith("prompts that were read here")
+    assert used["fit"].startswith("prompts from this machine")
