@@ -119,7 +119,7 @@ class OllamaGenerate(OllamaBody):
                 "the field template is not supported: remove it to use the model's template"
             )
         if self.context:
-            raise ValueError("the field context is not supported: send earlier messages to /api/chat")
+            raise ValueError("the field context is not supported: send past messages to /api/chat")
         if self.images and (self.raw or self.suffix):
             raise ValueError("images cannot be combined with raw or suffix")
         return self
