@@ -1,4 +1,4 @@
-"""Replay recorded sessions of opencode, aider, Codex and qwen-code against `pop-local serve`.
+"""Replay recorded sessions of coding agents against `pop-local serve`.
 
 docs/agents.md lists the versions.
 """
@@ -16,7 +16,7 @@ from support.serving import PATIENCE_S, served
 
 # A byte-level vocabulary has a token per character, so removed texts are shortened.
 MOST, N_CTX = 40, 32768
-AGENTS = ["aider", "codex", "opencode", "qwen-code"]
+AGENTS = ["aider", "cline", "codex", "continue", "goose", "opencode", "qwen-code"]
 
 
 @pytest.fixture(scope="module")
