@@ -146,10 +146,10 @@ def _threads(n_threads: int) -> Check:
     found = f"{n_threads} on {os.cpu_count() or 1} logical CPUs"
     if not (n_busy := devices.busy_cpus(n_threads)):
         return Check("threads", "Threads", "ok", found)
-    found += f"; other processes are using {n_busy:.1f} CPUs"
+    found = f"{found}; other processes are using {n_busy:.1f} CPUs"
     to_do = "expect slower answers and unreliable timings"
     if n_threads > 1:
-        to_do += "; a lower --threads value may be faster"
+        to_do = f"{to_do}; a lower --threads value may be faster"
     return Check("threads", "Threads", "note", found, to_do)
 
 

@@ -46,5 +46,5 @@ def comparison_in_words(found: "Comparison") -> str:
         lost += f", {found.n_only_pruned} gained"
     if found.n_only_full + found.n_only_pruned:
         certainty = "may be" if found.p_value >= _LEAST_P else "is unlikely to be"
-        lost += f", which {certainty} due to chance"
+        lost = f"{lost}, which {certainty} due to chance"
     return f"Answers: {lost}."

@@ -37,7 +37,7 @@ def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
     if found.n_unpruned < n:
         ratio = found.full_ttft_s / found.pruned_ttft_s
         fast = f"{found.pruned_ttft_s:.2f} s with fast reading"
-        fast += f" ({ratio:.2f}x; each prompt was timed once)"
+        fast = f"{fast} ({ratio:.2f}x; each prompt was timed once)"
         facts.append(("To first token", f"{found.full_ttft_s:.2f} s with full reading, {fast}"))
     if found.n_unpruned:
         why = "Short or mostly cached prompts are always read in full."

@@ -236,7 +236,7 @@ def skipping_facts(found: SkippableLayers) -> list[Fact]:
     """Return facts about the skippable layers and the values that they still compute."""
     layers = f"layers {found.first} to {found.last}"
     if found.exact:
-        layers += f" (layers {found.exact} and up without any loss)"
+        layers = f"{layers} (layers {found.exact} and up without any loss)"
     projections = f"own only: {found.no_fit}"
     if found.fits_from is not None:
         projections = "fitted or own"
