@@ -18,12 +18,19 @@ OWN: Keys = {
 }
 
 
-def add_to(src: Path, dst: Path, keys: Keys, tensors: Tensors | None = None) -> Path:
-    """Copy a model with arbitrary further keys and tensors."""
+def add_to(
+    src: Path, dst: Path, keys: Keys, tensors: Tensors | None = None, *, kept: str = ""
+) -> Path:
+    """Copy a model with arbitrary further keys and tensors.
+
+    If `kept` is given, of the source's POP keys only those that start with `kept` are copied.
+    """
     reader = gguf.GGUFReader(src)
     writer = gguf.GGUFWriter(dst, reader.fields["general.architecture"].contents())
     for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+        is_left_out = kept and field.name.startswith("pop.") and not field.name.startswith(kept)
+        is_written = field.name.startswith("GGUF.") or field.name == "general.architecture"
+        if not is_written and not is_left_out:
             kind, *inner = field.types
             sub_type = inner[-1] if kind == GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), kind, sub_type=sub_type)
