@@ -243,9 +243,9 @@ def test_python_calls_have_several_kinds_of_values(model):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (f"{PYTHON}\nThis calls the tool.", "text follows"),
-        (f"Like so:\n{JSON}\nThis calls the tool.", "text follows"),
-        ('get_weather(city="Rome")', "uses an unknown format"),
+        (f"{PYTHON}\nThis calls the tool.", "followed by text"),
+        (f"Like so:\n{JSON}\nThis calls the tool.", "followed by text"),
+        ('get_weather(city="Rome")', "has an unknown format"),
         ("<function=get_weather><parameter=city>Rome</parameter></function>", "unknown format"),
         ('Now:\n```json\n{"tool": "get_weather", "city": "Rome"}\n```', "neither JSON nor"),
         (PYTHON.replace('"Rome"', "city"), "neither JSON nor"),
