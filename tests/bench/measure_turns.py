@@ -8,7 +8,8 @@ Without --clients, each round reads a long prompt alone and then again, with a t
 that arrives once 1,000 tokens of it have been read. With --clients N, two clients send long prompts
 and the others send short ones, one after the other, until the long ones have been answered. The
 program prints the time to first token (TTFT), and the CPU time that the server used in this time,
-which other programs on the machine hardly change.
+which other programs on the machine hardly change. It also prints by how much the question delays
+the long prompt, as the mean of the rounds with its standard error.
 
 With --repeat N, one client sends eight prompts N times in random order, at temperature 0, to a
 server with four slots. The program prints how many different answers each prompt got.
@@ -23,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles, stdev
 
 import httpx2
 import psutil
@@ -148,6 +149,13 @@ def shown(name: str, waits: Sequence[Wait]) -> str:
     return f"| {name} | {len(waits)} | {ttft} | {cpu} |"
 
 
+def growth(before: Sequence[float], after: Sequence[float]) -> str:
+    """Return the mean growth of pairs in percent, with its standard error."""
+    each = [100 * (b / a - 1) for a, b in zip(before, after, strict=True)]
+    error = stdev(each) / len(each) ** 0.5 if len(each) > 1 else float("nan")
+    return f"{fmean(each):.1f} % ± {error:.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
@@ -185,6 +193,11 @@ def main() -> None:
                 rows["question"].append(both[1])
     for name, waits in rows.items():
         print(shown(name, waits))
+    if not options.clients:
+        alone, with_question, _ = rows.values()
+        for name in ("ttft_s", "cpu_s"):
+            figures = [[getattr(one, name) for one in waits] for waits in (alone, with_question)]
+            print(f"the long prompts' {name} grows by {growth(*figures)}")
 
 
 if __name__ == "__main__":
