@@ -108,7 +108,7 @@ def test_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):
         return api.llama_model_load_from_file(paths[0], params)
 
     monkeypatch.setattr(api, "llama_model_load_from_splits", load)
-    with pytest.raises(PopError, match="boundary is layer 0, but the file.s boundary is 4"):
+    with pytest.raises(PopError, match="layer 0, but the file's boundary is 4"):
         opened(pair.base, sidecar=pair.sidecar)
 
 
