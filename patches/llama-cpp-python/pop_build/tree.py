@@ -144,7 +144,7 @@ def prepare(recipe: Recipe) -> Path:
     shutil.rmtree(source, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=builds) as scratch:
-        tree = _extract(recipe, Path(scratch))
+        tree = extract(recipe, Path(scratch))
         _patch(recipe, tree)
         _set(tree / "llama_cpp" / "__init__.py", "__version__", recipe.version)
         _set(tree / "pyproject.toml", "name", recipe.name)
@@ -155,7 +155,7 @@ def prepare(recipe: Recipe) -> Path:
     return folder
 
 
-def _extract(recipe: Recipe, scratch: Path) -> Path:
+def extract(recipe: Recipe, scratch: Path) -> Path:
     source = recipe.source or fetch_or_keep(recipe.pin, recipe.package / "build" / "source")
     if source.is_dir():
         skipped = shutil.ignore_patterns(*_NOT_SOURCE)

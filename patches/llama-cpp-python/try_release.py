@@ -1,0 +1,267 @@
+"""Try our hooks on another llama-cpp-python release, and list the code to read again.
+
+python try_release.py          try the newest release on pip's index
+python try_release.py VERSION  try a given release, such as 0.3.37
+python try_release.py PATH     try a source archive or an extracted tree
+
+The command changes no file of the clone. It prints each hunk that does not apply. Then it prints
+the points of patches/README.md whose functions or files differ from the pinned release. The exit
+status is 0 if all hunks apply, 1 if some do not or the release cannot be read, and 2 for wrong
+usage.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+sys.path.insert(0, str(PACKAGE))
+
+from pop_build.apply import apply_patch  # noqa: E402
+from pop_build.diff import FileDiff, Hunk, parse  # noqa: E402
+from pop_build.errors import BuildError  # noqa: E402
+from pop_build.fetch import Pin, fetch_or_keep, read_pin  # noqa: E402
+from pop_build.tree import Recipe, extract, find_hooks, hook_files  # noqa: E402
+
+LLAMA_CPP = Path("vendor", "llama.cpp")
+COMPILED = tuple(
+    f"{LLAMA_CPP.as_posix()}/{folder}/"
+    for folder in ("common", "ggml", "include", "src", "tools/mtmd")
+)
+CHECKLIST = "## The next llama.cpp"
+_POINT = re.compile(r"^ +- (.+?)(?=^ +- |^\d|^#|\Z)", re.MULTILINE | re.DOTALL)
+_NAME = re.compile(r"`([\w.:/*-]+)(?:\(\))?`")
+_FILE = re.compile(r"^(?:---|\+\+\+) (?:old|new)/(.+?)\s*$")
+_HUNK = re.compile(r"^@@ -\d+(?:,\d+)? \+(\d+)(?:,\d+)? @@ ?(.*)$")
+_FAILED = re.compile(r"hunk (\d+) of \d+")
+_SHOWN = 8
+# Words such as `root` are too common to be found in a diff.
+_SPECIFIC = re.compile(r".*(?:_\w|::).*")
+_OURS = ("llama_pop", "pop_", "llama-pop")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A place where a release differs from the pinned one.
+
+    `line` is a 1-based line number in the new file. `text` contains the enclosing function's first
+    line and the changed lines.
+    """
+
+    path: str
+    line: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the checklist: its text, and the functions and files that it names."""
+
+    text: str
+    names: tuple[str, ...]
+
+
+def misfits(hooks: Path, package: Path, tree: Path) -> tuple[int, list[str]]:
+    """Apply all hunks that fit, and return the number of hunks and a message for each that fails.
+
+    The tree is changed. Our own files are copied into it as in a build.
+    """
+    found, n_hunks = [], 0
+    llama_cpp = tree / LLAMA_CPP
+    for file in hook_files(hooks):
+        target = llama_cpp / file.relative_to(hooks)
+        if file.parent != hooks and target.exists():
+            found.append(f"{target.relative_to(tree)} exists upstream: rename our file")
+    roots = {**dict.fromkeys(package.glob("*.patch"), tree)}
+    roots |= dict.fromkeys(hooks.glob("*.patch"), llama_cpp)
+    for patch in sorted(roots):
+        for diff in parse(patch.read_text(encoding="utf-8"), patch.name):
+            n_hunks += len(diff.hunks)
+            found += _try(patch.name, diff, roots[patch])
+    return n_hunks, found
+
+
+def _try(name: str, diff: FileDiff, root: Path) -> list[str]:
+    """Apply a file's hunks without those that fail, and return the reason of each failure."""
+    found, left = [], list(enumerate(diff.hunks, 1))
+    with tempfile.TemporaryDirectory() as scratch:
+        patch = Path(scratch, name)
+        while left:
+            text = _text(diff, [hunk for _, hunk in left])
+            patch.write_text(text, encoding="utf-8", newline="\n")
+            try:
+                apply_patch(patch, root)
+                break
+            except BuildError as error:
+                failed = _FAILED.search(error.message)
+                if failed is None:
+                    return [*found, *(f"hunk {i}: {error.message}" for i, _ in left)]
+                number, _ = left.pop(int(failed[1]) - 1)
+                actual = f"hunk {number} of {len(diff.hunks)}"
+                found.append(error.message.replace(failed[0], actual))
+    return found
+
+
+def _text(diff: FileDiff, hunks: list[Hunk]) -> str:
+    """Return a diff with some hunks of a file."""
+    lines = [f"--- {'/dev/null' if diff.creates else f'a/{diff.path}'}", f"+++ b/{diff.path}"]
+    for hunk in hunks:
+        lines += [hunk.header, *(f"-{line}" for line in hunk.before)]
+        lines += [f"+{line}" for line in hunk.after]
+        lines += ["\\ No newline at end of file"] * hunk.after_open
+    return "\n".join(lines) + "\n"
+
+
+def points(readme: str) -> list[Point]:
+    """Return the points of the checklist in patches/README.md that name code."""
+    section = readme.partition(f"{CHECKLIST}\n")[2]
+    texts = [" ".join(text.split()) for text in _POINT.findall(section)]
+    found = []
+    for text in texts:
+        names = (name for name in _NAME.findall(text) if not name.startswith(_OURS))
+        found.append(Point(text, tuple(dict.fromkeys(names))))
+    return [point for point in found if point.names]
+
+
+def changes(old: Path, new: Path) -> list[Change]:
+    """Return the differences between two source trees. Raises BuildError without Git."""
+    with tempfile.TemporaryDirectory() as scratch:
+        # With this attribute, Git names the enclosing function of each difference.
+        attributes = Path(scratch, "attributes")
+        attributes.write_text("*.c diff=cpp\n*.cpp diff=cpp\n*.h diff=cpp\n*.py diff=python\n")
+        folders = {"old": old, "new": new}
+        for name, folder in folders.items():
+            Path(scratch, name).symlink_to(folder.resolve(), target_is_directory=True)
+        command = ["git", "-c", f"core.attributesFile={attributes}", "diff", "--no-index"]
+        command += ["--no-color", "--no-ext-diff", "--no-prefix", "-U0", "old/", "new/"]
+        try:
+            run = subprocess.run(command, cwd=scratch, capture_output=True, check=False)
+        except FileNotFoundError:
+            raise BuildError("Git is missing.", "Install Git to compare the releases.") from None
+    found = _changes(run.stdout.decode(errors="replace"))
+    return [each for each in found if each.path.startswith(COMPILED)]
+
+
+def _changes(diff: str) -> Iterator[Change]:
+    path, line, text = "", 0, ""
+    for each in diff.splitlines():
+        if (file := _FILE.match(each)) or (hunk := _HUNK.match(each)) or each.startswith("diff "):
+            if text:
+                yield Change(path, line, text)
+            text = ""
+            if file:
+                path = file[1]
+            elif not each.startswith("diff "):
+                line, text = int(hunk[1]), f"{hunk[2]}\n"
+        elif text:
+            text += each[1:] + "\n"
+    if text:
+        yield Change(path, line, text)
+
+
+def concerned(point: Point, found: list[Change]) -> list[Change]:
+    """Return the changes in the functions and files that a point names."""
+    files = tuple(f"/{name}" for name in point.names if "." in name)
+    names = (name for name in point.names if "." not in name and _SPECIFIC.fullmatch(name))
+    words = "|".join(re.escape(name).replace(r"\*", r"\w*") for name in names)
+    pattern = re.compile(rf"\b(?:{words})\b") if words else None
+    return [
+        each
+        for each in found
+        if (files and each.path.endswith(files)) or (pattern and pattern.search(each.text))
+    ]
+
+
+def report(n_hunks: int, failed: list[str], point_changes: list[tuple[Point, list[Change]]]) -> str:
+    """Return the text that the command prints."""
+    lines = [
+        f"{n_hunks - len(failed)} of {n_hunks} hunks apply.",
+        *(f"\n{each}" for each in failed),
+    ]
+    again = [(point, found) for point, found in point_changes if found]
+    lines += ["", f'Read again {len(again)} of {len(point_changes)} points of "{CHECKLIST[3:]}":']
+    for point, found in again:
+        where = [f"{each.path}:{each.line}" for each in found[:_SHOWN]]
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        lines += ["", f"- {point.text}", f"    {len(found)} changes: {', '.join(where)}{more}"]
+    return "\n".join(lines)
+
+
+def newest(pin: Pin) -> str:
+    """Return the version of the newest release on pip's index. Raises BuildError."""
+    shown = _pip("index", "versions", pin.name)
+    match = re.search(r"\((\S+)\)", shown)
+    if match is None:
+        raise BuildError(f"pip names no version of {pin.name}.", "Pass a version or a path.")
+    return match[1]
+
+
+def download(pin: Pin, version: str, folder: Path) -> Path:
+    """Download a release's source distribution. Raises BuildError."""
+    _pip(
+        "download",
+        "--no-deps",
+        "--no-binary",
+        pin.name,
+        "-d",
+        str(folder),
+        f"{pin.name}=={version}",
+    )
+    return next(folder.glob("*.tar.gz"))
+
+
+def _pip(*arguments: str) -> str:
+    command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check"]
+    run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if run.returncode != 0:
+        reason = run.stderr.strip().splitlines()[-1:] or ["no reason"]
+        raise BuildError(
+            f"pip {arguments[0]} failed: {reason[0]}", "Check the network and the version."
+        )
+    return run.stdout
+
+
+def compare(pin: Pin, source: Path) -> bool:
+    """Print how the hooks and the checklist fit a release. Return True if all hunks apply."""
+    hooks = find_hooks(PACKAGE)
+    with tempfile.TemporaryDirectory() as scratch:
+        trees = {"old": fetch_or_keep(pin, Path(scratch, "source")), "new": source}
+        for name, archive in trees.items():
+            Path(scratch, name).mkdir()
+            trees[name] = extract(Recipe(PACKAGE, hooks, archive, ()), Path(scratch, name))
+        differences = changes(trees["old"], trees["new"])
+        listed = points((hooks.parent / "README.md").read_text(encoding="utf-8"))
+        concerns = [(point, concerned(point, differences)) for point in listed]
+        n_hunks, failed = misfits(hooks, PACKAGE, trees["new"])
+    print(report(n_hunks, failed, concerns))
+    return not failed
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) > 1 or arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        pin = read_pin(PACKAGE / "upstream.txt")
+        given = arguments[0] if arguments else newest(pin)
+        if given == pin.version and not arguments:
+            print(f"The pinned release {pin.version} is the newest on pip's index.")
+        if Path(given).exists():
+            return 0 if compare(pin, Path(given).resolve()) else 1
+        with tempfile.TemporaryDirectory() as scratch:
+            same = given == pin.version
+            source = (
+                fetch_or_keep(pin, Path(scratch)) if same else download(pin, given, Path(scratch))
+            )
+            return 0 if compare(pin, source) else 1
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
