@@ -70,7 +70,8 @@ def misfits(hooks: Path, package: Path, tree: Path) -> tuple[int, list[str]]:
 
     The tree is changed. Our own files are copied into it as in a build.
     """
-    found, n_hunks = [], 0
+    found: list[str] = []
+    n_hunks = 0
     llama_cpp = tree / LLAMA_CPP
     for file in hook_files(hooks):
         target = llama_cpp / file.relative_to(hooks)
@@ -87,7 +88,8 @@ def misfits(hooks: Path, package: Path, tree: Path) -> tuple[int, list[str]]:
 
 def _try(name: str, diff: FileDiff, root: Path) -> list[str]:
     """Apply a file's hunks without those that fail, and return the reason of each failure."""
-    found, left = [], list(enumerate(diff.hunks, 1))
+    found: list[str] = []
+    left = list(enumerate(diff.hunks, 1))
     with tempfile.TemporaryDirectory() as scratch:
         patch = Path(scratch, name)
         while left:
@@ -149,16 +151,14 @@ def changes(old: Path, new: Path) -> list[Change]:
 def _changes(diff: str) -> Iterator[Change]:
     path, line, text = "", 0, ""
     for each in diff.splitlines():
-        if (file := _FILE.match(each)) or (hunk := _HUNK.match(each)) or each.startswith("diff "):
-            if text:
-                yield Change(path, line, text)
-            text = ""
-            if file:
-                path = file[1]
-            elif not each.startswith("diff "):
-                line, text = int(hunk[1]), f"{hunk[2]}\n"
-        elif text:
-            text += each[1:] + "\n"
+        file, hunk = _FILE.match(each), _HUNK.match(each)
+        if not (file or hunk or each.startswith("diff ")):
+            text += f"{each[1:]}\n" if text else ""
+            continue
+        if text:
+            yield Change(path, line, text)
+        path = file[1] if file else path
+        line, text = (int(hunk[1]), f"{hunk[2]}\n") if hunk else (0, "")
     if text:
         yield Change(path, line, text)
 
