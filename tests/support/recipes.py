@@ -100,7 +100,7 @@ def build() -> None:
 
 def _extract(wanted: Recipe, tree: Path) -> None:
     """Extract the test and its headers, and make the number of layers configurable."""
-    for inside, content in _sources(wanted):
+    for inside, content in llama_cpp_files(wanted):
         is_header = inside.suffix == ".h" and str(inside.parent) in _HEADERS
         if is_header or str(inside) == _TEST:
             path = tree / inside
@@ -116,7 +116,7 @@ def _extract(wanted: Recipe, tree: Path) -> None:
     test.write_text(text.replace(_UPSTREAM_LAYERS, _OUR_LAYERS), encoding="utf-8")
 
 
-def _sources(wanted: Recipe) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
+def llama_cpp_files(wanted: Recipe) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
     """Yield each file of llama.cpp and a function that reads it."""
     source = wanted.source or fetch_or_keep(wanted.pin, PACKAGE / "build" / "source")
     if source.is_dir():
