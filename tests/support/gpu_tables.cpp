@@ -13,7 +13,7 @@
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
 
-// What CUDA's function needs. No node of ours is a Hadamard product, attention, or an indexer.
+// Stand-ins for the names in CUDA's function. No node of ours is a Hadamard product, attention, or an indexer.
 struct ggml_backend_cuda_device_context {
     int device;
 };
@@ -42,7 +42,7 @@ static bool ggml_cuda_lightning_indexer_supported(int, const ggml_tensor *) {
     return false;
 }
 
-// What Metal's function needs.
+// Stand-ins for the names in Metal's function.
 #define OP_LIGHTNING_INDEXER_DK 128
 #define OP_LIGHTNING_INDEXER_NH 64
 struct metal_device {

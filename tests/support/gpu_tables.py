@@ -75,4 +75,6 @@ def function(source: str, name: str) -> str:
 
 
 def _node(fields: list[str]) -> Node:
-    return Node(*fields[:2], *(each == "1" for each in fields[2:]))
+    name, operation, *answers = fields
+    cuda, metal, metal_without_bf16 = (each == "1" for each in answers)
+    return Node(name, operation, cuda, metal, metal_without_bf16)
