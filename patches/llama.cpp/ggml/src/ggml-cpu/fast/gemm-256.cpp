@@ -21,13 +21,6 @@
 #include "quantise-256.h"
 #include "unpack-256.h"
 
-// A call would spill the sums from registers to memory.
-#if defined(_MSC_VER)
-#    define FAST_INLINE __forceinline
-#else
-#    define FAST_INLINE inline __attribute__((always_inline))
-#endif
-
 namespace fast {
 namespace {
 

@@ -64,6 +64,8 @@ template <int TYPE> inline __m256i codes_of(const typename type_of<TYPE>::block 
 struct avx2_vectors {
     using floats = __m256;
 
+    template <int TYPE> static constexpr int n_rows = 1;
+
     static floats zero() { return _mm256_setzero_ps(); }
 
     static float sum_of(const floats (&total)[2]) {
@@ -105,8 +107,17 @@ struct avx2_vectors {
     }
 
     // Multiply the last n blocks of a row, for types with blocks of 32: less than a group.
+    template <int TYPE, int R, int N>
+    static void add_last(const typename type_of<TYPE>::block * const (&w)[R], int n, const column_group<false> * columns, int step,
+            floats (&total)[R][N][2]) {
+        FAST_UNROLL
+        for (int c = 0; c < N; c++) {
+            add_blocks<TYPE>(w[0], n, columns[c * step], total[0][c]);
+        }
+    }
+
     template <int TYPE>
-    static void add_last(const typename type_of<TYPE>::block * w, int n, const column_group<false> & x, floats (&total)[2]) {
+    static void add_blocks(const typename type_of<TYPE>::block * w, int n, const column_group<false> & x, floats (&total)[2]) {
         for (int b = 0; b < n; b++) {
             const typename type_of<TYPE>::block * same[8] = { w + b, w + b, w + b, w + b, w + b, w + b, w + b, w + b };
             const floats scale = scales_of_8(same);

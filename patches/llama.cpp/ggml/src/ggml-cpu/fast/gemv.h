@@ -40,8 +40,25 @@ inline int n_groups(int n_blocks) {
     return (n_blocks + GROUP - 1) / GROUP;
 }
 
+// Reorder a group's codes: the first eight of each block, then the second eight of each block, and so on. Up to four blocks are repeated for a
+// second row.
+template <typename G> void spread(G & group, int n_blocks) {
+    if (n_blocks <= GROUP / 2) {
+        memcpy(group.codes + 32 * (GROUP / 2), group.codes, 32 * n_blocks);
+        memcpy(group.scales + GROUP / 2, group.scales, n_blocks * sizeof(float));
+        memcpy(group.sums + GROUP / 2, group.sums, n_blocks * sizeof(float));
+    }
+    int8_t in_order[GROUP * 32];
+    memcpy(in_order, group.codes, sizeof(in_order));
+    for (int b = 0; b < GROUP; b++) {
+        for (int i = 0; i < 4; i++) {
+            memcpy(group.codes + 8 * (GROUP * i + b), in_order + 8 * (4 * b + i), 8);
+        }
+    }
+}
+
 // FACTOR multiplies the sums: 1, or -bias.
-template <auto QUANTISE, bool HALVES, int FACTOR> void pack_columns(const float * const * cols, int n, int n_blocks, uint8_t * tile) {
+template <auto QUANTISE, bool HALVES, int FACTOR, bool SPREAD> void pack_columns(const float * const * cols, int n, int n_blocks, uint8_t * tile) {
     constexpr int parts = column_group<HALVES>::PARTS;
     auto * out = (column_group<HALVES> *) tile;
     for (int c = 0; c < n; c++) {
@@ -57,46 +74,62 @@ template <auto QUANTISE, bool HALVES, int FACTOR> void pack_columns(const float 
                     out->sums[parts * b + h]   = q.scale * (float) (FACTOR * (HALVES ? q.sums[h] : q.sums[0] + q.sums[1]));
                 }
             }
+            if constexpr (SPREAD) {
+                spread(*out, end);
+            }
         }
     }
 }
 
-// Prefetch weights. The hardware prefetcher does not read far enough ahead and stops at page boundaries. With 1 KiB for L1 and 3 KiB for L2,
-// 200 MB of Q4_K are read at 10.8 GB/s, with one distance at 9, without at 6.4 (docs/notebook/kernels-experts-and-decoding.md).
+// Prefetch weights. The hardware prefetcher does not read far enough ahead and stops at page boundaries. We measured the distances on two processors
+// (docs/notebook/archive/decoding-details.md).
 inline void prefetch_ahead(const void * p, size_t n) {
     for (size_t i = 0; i < n; i += 64) {
         _mm_prefetch((const char *) p + 1024 + i, _MM_HINT_T0);
-        _mm_prefetch((const char *) p + 3072 + i, _MM_HINT_T1);
+        _mm_prefetch((const char *) p + 8192 + i, _MM_HINT_T1);
     }
 }
 
-// Multiply N columns with all rows. V provides an instruction set's vectors: floats, zero(), add(), add_last() and sum_of().
+// Multiply N columns with all rows. V provides an instruction set's vectors: floats, zero(), add(), add_last() and sum_of(), and the number of
+// rows whose last blocks it multiplies at once.
 template <typename V, int TYPE, int N> void multiply_rows(const gemm_share & s, int col, const uint8_t * tile) {
     using type = type_of<TYPE>;
     using block = typename type::block;
-    constexpr int group_blocks = 256 / type::n_values;
+    constexpr int group_blocks = 256 / type::n_values, R = V::template n_rows<TYPE>;
     const auto * columns = (const column_group<type::fmt.halves> *) tile;
-    const int n = n_groups(s.n_blocks), n_whole = s.n_blocks / GROUP;
-    for (int row = 0; row < s.n_rows; row++) {
-        const block * x = (const block *) (s.weights + row * s.stride);
-        typename V::floats total[N][2];
+    const int n = n_groups(s.n_blocks), n_whole = s.n_blocks / GROUP, n_last = s.n_blocks % GROUP;
+    for (int row = 0; row < s.n_rows; row += R) {
+        typename V::floats total[R][N][2];
+        const block * ends[R];
         FAST_UNROLL
-        for (int c = 0; c < N; c++) {
-            total[c][0] = total[c][1] = V::zero();
-        }
-        for (int g = 0; g < n_whole; g++, x += group_blocks) {
-            prefetch_ahead(x, sizeof(block) * group_blocks);
-            V::template add<TYPE, N>(x, columns + g, n, total);
-        }
-        if constexpr (type::n_values == 32) {
+        for (int r = 0; r < R; r++) {
             FAST_UNROLL
             for (int c = 0; c < N; c++) {
-                V::template add_last<TYPE>(x, s.n_blocks % GROUP, columns[c * n + n_whole], total[c]);
+                total[r][c][0] = total[r][c][1] = V::zero();
+            }
+            // The last row takes the place of a missing one.
+            const block * x = (const block *) (s.weights + std::min(row + r, s.n_rows - 1) * s.stride);
+            for (int g = 0; g < n_whole; g++, x += group_blocks) {
+                prefetch_ahead(x, sizeof(block) * group_blocks);
+                V::template add<TYPE, N>(x, columns + g, n, total[r]);
+            }
+            ends[r] = x;
+        }
+        if constexpr (type::n_values == 32) {
+            if (n_last > 0) {
+                FAST_UNROLL
+                for (int r = 0; r < R; r++) {
+                    prefetch_ahead(ends[r], sizeof(block) * n_last);
+                }
+                V::template add_last<TYPE, R, N>(ends, n_last, columns + n_whole, n, total);
             }
         }
         FAST_UNROLL
-        for (int c = 0; c < N; c++) {
-            s.out[col + c][s.row + row] = V::sum_of(total[c]);
+        for (int r = 0; r < R; r++) {
+            FAST_UNROLL
+            for (int c = 0; c < N; c++) {
+                s.out[col + c][s.row + std::min(row + r, s.n_rows - 1)] = V::sum_of(total[r][c]);
+            }
         }
     }
 }
@@ -110,11 +143,11 @@ template <typename V, int TYPE> void multiply_columns(const gemm_share & s) {
     }
 }
 
-template <typename V, int TYPE, auto QUANTISE> const gemm * gemv_kernel() {
+template <typename V, int TYPE, auto QUANTISE, bool SPREAD = false> const gemm * gemv_kernel() {
     constexpr format f = type_of<TYPE>::fmt;
     constexpr size_t tile = GEMV_COLS * sizeof(column_group<f.halves>) / GROUP;
     static const gemm g = {
-        GEMV_ROWS, GEMV_COLS, 0, tile, 0, pack_columns<QUANTISE, f.halves, f.mins ? 1 : -f.bias>, multiply_columns<V, TYPE>,
+        GEMV_ROWS, GEMV_COLS, 0, tile, 0, pack_columns<QUANTISE, f.halves, f.mins ? 1 : -f.bias, SPREAD>, multiply_columns<V, TYPE>,
     };
     return &g;
 }

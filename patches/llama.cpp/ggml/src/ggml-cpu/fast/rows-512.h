@@ -28,6 +28,10 @@ static inline __m512i join(__m256i low, __m256i high) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
+static inline __m512 twice(__m256 x) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(x), x, 1);
+}
+
 static inline __m512i look_up(const uint8_t table[16], __m512i codes) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *) table)), codes);
 }
@@ -35,7 +39,7 @@ static inline __m512i look_up(const uint8_t table[16], __m512i codes) {
 // 256 codes of a row.
 struct row_codes {
     __m512i codes[4];
-    __m512  scales; // 8 scales and 8 mins; for types with two scales per 32 values: 16 scales
+    __m512  scales; // 8 scales and 8 mins, or the scales twice; for types with two scales per 32 values: 16 scales
     __m512  mins;   // 16 mins, only for types with two mins per 32 values
 };
 
@@ -153,19 +157,23 @@ static inline row_codes read(const block_q3_K & x) {
     return r;
 }
 
-static inline row_codes read(const block_iq4_xs & x) {
-    row_codes r;
-    FAST_UNROLL
-    for (int i = 0; i < 4; i++) {
-        r.codes[i] = look_up(iq4_codes, nibbles(x.qs + 32 * i, x.qs + 32 * i + 16));
-    }
+static inline __m512 scales_of(const block_iq4_xs & x) {
     const __m256i by_block = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     uint32_t low;
     memcpy(&low, x.scales_l, 4);
     const __m256i l = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32((int) low), _mm256_slli_epi32(by_block, 2)), _mm256_set1_epi32(15));
     const __m256i h = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(x.scales_h), _mm256_slli_epi32(by_block, 1)), _mm256_set1_epi32(3));
     const __m256i s = _mm256_sub_epi32(_mm256_or_si256(l, _mm256_slli_epi32(h, 4)), _mm256_set1_epi32(32));
-    r.scales = _mm512_castps256_ps512(_mm256_mul_ps(_mm256_cvtepi32_ps(s), _mm256_set1_ps(from_half(x.d))));
+    return twice(_mm256_mul_ps(_mm256_cvtepi32_ps(s), _mm256_set1_ps(from_half(x.d))));
+}
+
+static inline row_codes read(const block_iq4_xs & x) {
+    row_codes r;
+    FAST_UNROLL
+    for (int i = 0; i < 4; i++) {
+        r.codes[i] = look_up(iq4_codes, nibbles(x.qs + 32 * i, x.qs + 32 * i + 16));
+    }
+    r.scales = scales_of(x);
     return r;
 }
 
@@ -213,7 +221,7 @@ template <typename F> static inline __m256 eight_halves(F half) {
 
 // Return the scales of eight blocks, then their mins if the type has them.
 template <typename B> static inline __m512 scales_of(const B * x) {
-    return _mm512_insertf32x8(_mm512_setzero_ps(), eight_halves([x](int i) { return x[i].d; }), 0);
+    return twice(eight_halves([x](int i) { return x[i].d; }));
 }
 
 static inline __m512 scales_of(const block_mxfp4 * x) {
@@ -222,7 +230,7 @@ static inline __m512 scales_of(const block_mxfp4 * x) {
     for (int i = 0; i < 8; i++) {
         e |= (uint64_t) x[i].e << 8 * i;
     }
-    return _mm512_insertf32x8(_mm512_setzero_ps(), eight_powers(e), 0);
+    return twice(eight_powers(e));
 }
 
 // Load the first four bytes of four blocks. From an array, GCC builds the vector in memory, where the loads wait for the stores.

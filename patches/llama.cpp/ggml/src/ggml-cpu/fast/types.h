@@ -66,3 +66,10 @@ alignas(16) static const uint8_t mxfp4_codes[16] = { 12, 13, 14, 15, 16, 18, 20,
 #else
 #    define FAST_UNROLL
 #endif
+
+// A call would spill sums or codes from registers to memory.
+#if defined(_MSC_VER)
+#    define FAST_INLINE __forceinline
+#else
+#    define FAST_INLINE inline __attribute__((always_inline))
+#endif
