@@ -32,7 +32,6 @@ from pop_local.workflows.conversion.conversion_plan import ConvertOptions as Con
 from pop_local.workflows.conversion.conversion_plan import RowOptions as RowOptions
 from pop_local.workflows.conversion.convert_model import convert as convert
 from pop_local.workflows.conversion.goals import Boundary as Boundary
-from pop_local.workflows.conversion.goals import Skip as Skip
 from pop_local.workflows.conversion.goals import Within as Within
 from pop_local.workflows.conversion.refusals import CopyingBrokenError as CopyingBrokenError
 from pop_local.workflows.conversion.refusals import OverBudgetError as OverBudgetError

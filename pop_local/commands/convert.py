@@ -8,9 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
-from pop_converter.base.errors import PlanError
 from pop_converter.popfile.format import DeepRows
-from pop_converter.popfile.pruning_plan import parse_skip
 from pop_converter.popfile.rewrite import check_target
 from pop_converter.projection import Projection
 from pop_local.calibration.fit_options import FitOptions
@@ -29,7 +27,7 @@ from pop_local.workflows.conversion.conversion_plan import (
     plan_conversion,
 )
 from pop_local.workflows.conversion.convert_model import run_conversion
-from pop_local.workflows.conversion.goals import Boundary, Goal, Named, Skip, Within
+from pop_local.workflows.conversion.goals import Boundary, Goal, Within
 from pop_local.workflows.conversion.refusals import OverBudgetError
 from pop_local.workflows.conversion.stages import planned_seconds
 from pop_local.workflows.open import base_file
@@ -38,31 +36,11 @@ QualityName = Literal["near-lossless", "balanced", "fast"]
 
 
 @dataclass(frozen=True)
-class BoundaryOptions(Group):
-    skip: str | None = option("Number or fraction (such as 1/3) of layers to skip.", "SHARE")
-    boundary: int | None = option("First layer to skip (instead of --skip).", "LAYER")
-
-    @property
-    def named(self) -> Named | None:
-        """Return the boundary from --skip or --boundary, or None if neither option is set."""
-        if self.skip is None:
-            return None if self.boundary is None else Boundary(self.boundary)
-        if self.boundary is not None:
-            message = "--skip and --boundary are mutually exclusive; remove one of them"
-            raise typer.BadParameter(message, param_hint="--boundary")
-        try:
-            parse_skip(self.skip)
-        except PlanError as error:
-            message = f"{error.message}: {error.hint}"
-            raise typer.BadParameter(message, param_hint="--skip") from error
-        return Skip(self.skip)
-
-
-@dataclass(frozen=True)
 class HowOptions(Group):
+    boundary: int | None = option("First layer to skip (default: found by a search).", "LAYER")
     quality: QualityName | None = option(
         "Maximum quality loss: near-lossless, balanced, or fast (default:"
-        f" {BALANCED.quality}; unlimited with --skip or --boundary).",
+        f" {BALANCED.quality}; unlimited with --boundary).",
         "LEVEL",
     )
     projection: Projection | None = option(
@@ -84,7 +62,7 @@ class HowOptions(Group):
     dry_run: bool = option("Print the plan without writing anything.", default=False)
     markdown: bool = option(opt.MARKDOWN, default=False)
     force: bool = option(
-        "Replace an existing output file. With --skip or --boundary and no quality limit, write"
+        "Replace an existing output file. With --boundary and no quality limit, write"
         " the model even if it can no longer copy from its prompt.",
         flag="--force -f",
         default=False,
@@ -147,7 +125,6 @@ def convert(
         ),
     ] = None,
     *,
-    at: BoundaryOptions,
     how: HowOptions,
     json: opt.Json = False,
     limits: LimitOptions,
@@ -159,14 +136,14 @@ def convert(
     --quality limits the quality loss and therefore the number of skipped layers. With --quality
     near-lossless, perplexity may rise by up to 1% on held-out text and by up to 2% on a repeated
     passage. --quality balanced raises the limits to 3% and 10%, and --quality fast raises them to
-    6% and 30%. --dry-run prints all limits. To choose the skipped layers yourself, use --skip or
-    --boundary.
+    6% and 30%. --dry-run prints all limits. To choose the skipped layers yourself, use --boundary.
 
     The copy contains the model's weights and fitted K/V projections for the skipped layers. Only
     pop-local can open the copy. The command measures the quality loss and stores it in the copy.
     With --projection own, the copy has no new weights, and stock llama.cpp can open it.
     """
-    named, own = at.named, opt.given(**vars(limits))
+    named = None if how.boundary is None else Boundary(how.boundary)
+    own = opt.given(**vars(limits))
     fit = fitting.fit(how.text or ())
     if how.projection is Projection.OWN and (fit or how.distill):
         raise typer.BadParameter("`--projection own` uses no fit. Remove the options for the fit.")
@@ -223,7 +200,9 @@ def convert(
         )
 
 
-def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:
+def _wanted(
+    quality: QualityName | None, limits: Mapping[str, float], named: Boundary | None
+) -> Goal:
     """Return the requested goal. BALANCED supplies the limits that the user did not set."""
     if quality and limits:
         raise typer.BadParameter("use either --quality or custom limits, not both")

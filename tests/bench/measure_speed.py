@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ import numpy as np
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.architecture.work import Macs, speedup_limit
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.pruning_plan import boundary_of, parse_skip
 from pop_local.engine.llama.graph_macs import GraphMacs
 
 N_DECODE_PROMPT = 16
@@ -322,7 +322,8 @@ def machine() -> str:
 def skipping(shape: ModelShape, skips: str) -> list[Variant]:
     if shape.exact:
         return [Variant(f"exact from {shape.exact}", is_patched=True, mode=1)]
-    boundaries = [boundary_of(shape, parse_skip(s)) for s in skips.split(",")]
+    shares = map(Fraction, skips.split(","))
+    boundaries = [shape.n_layer - int(shape.n_layer * s + Fraction(1, 2)) for s in shares]
     return [Variant(f"boundary {b}", is_patched=True, mode=1, boundary=b) for b in boundaries]
 
 

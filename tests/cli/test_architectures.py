@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from pop_local.cli import app
 from support import recipes
 from support.chat_models import make_chat_model
+from support.shapes import read_shape
 
 LATENT, NORMS_BEHIND = recipes.Name("deepseek2", is_moe=True), recipes.Name("olmo2", is_moe=False)
 RECURRENT = recipes.Name("lfm2", is_moe=False)
@@ -31,7 +32,8 @@ def test_a_model_of_any_kind_is_converted_and_answers(name: recipes.Name, tmp_pa
         name, tmp_path / "raw.gguf", ["context_length=2048", "attention.head_count=2"]
     )
     model = make_chat_model(raw, tmp_path / "model.gguf")
-    done("convert", model, "--skip", "1/2", "--projection", "own", "--force")
+    boundary = read_shape(model).n_layer // 2
+    done("convert", model, "--boundary", boundary, "--projection", "own", "--force")
     question = " ".join("abcdefgh" * 20)
     options = ["--max-tokens", 3, "--temperature", 0, "--threads", 1]
     shown = done("run", tmp_path / "model.pop.gguf", question, *options)

@@ -12,7 +12,7 @@ from pop_converter.base.errors import FormatError, PlanError, UnsupportedArchite
 from pop_converter.gguf import content
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile.format import PopMeta
-from pop_converter.popfile.pruning_plan import boundary_of, make_plan, parse_skip
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert, measure
 from pop_local.cli import app
 from support.converted import convert_default, names
@@ -23,41 +23,18 @@ from support.synthetic import DEFAULTS, make_gguf, make_split, renamed
 
 def command(*arguments: object):
     """Run `convert` with own projections at a named boundary."""
-    depth = () if {"--skip", "--boundary"} & set(arguments) else ("--skip", "1/3")
-    options = ["--projection", "own", *depth, *map(str, arguments)]
+    depth = () if "--boundary" in arguments else ("--boundary", 5)
+    options = ["--projection", "own", *map(str, (*depth, *arguments))]
     return CliRunner().invoke(app, ["convert", *options])
 
 
 # --- the plan
 
 
-@pytest.mark.parametrize(
-    ("text", "n_layer", "boundary"),
-    [
-        ("1/3", 30, 20),
-        ("1/3", 18, 12),
-        ("1/3", 8, 5),
-        ("1/4", 30, 22),
-        ("0.5", 30, 15),
-        (".25", 8, 6),
-        ("10", 30, 20),
-        ("1", 30, 29),
-        ("1/100", 8, 7),
-    ],
-)
-def test_skip_is_rounded_to_layers(tiny, text, n_layer, boundary):
-    shape = read_shape(make_gguf(tiny, "llama", n_layer=n_layer, n_embd=64, n_ff=64))
-    plan = make_plan(shape, boundary=boundary_of(shape, parse_skip(text)))
-    assert plan.boundary == boundary
+@pytest.mark.parametrize(("n_layer", "boundary"), [(30, 20), (18, 12), (8, 5), (2, 1)])
+def test_a_third_of_the_layers_is_skipped_by_default(tiny, n_layer, boundary):
+    plan = make_plan(read_shape(make_gguf(tiny, "llama", n_layer=n_layer, n_embd=64, n_ff=64)))
     assert plan.schedule == "F" * boundary + "S" * (n_layer - boundary)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "x", "0", "0.0", "-1", "1/0", "1.0", "3/2", "1e400", "nan", "½"]
-)
-def test_a_malformed_skip_is_refused(text):
-    with pytest.raises(PlanError, match="neither"):
-        parse_skip(text)
 
 
 @pytest.mark.parametrize("boundary", [0, 8])
@@ -66,12 +43,6 @@ def test_a_boundary_must_leave_both_kinds_of_layers(tiny, boundary):
         PlanError, match=f"boundary {boundary} is invalid for a model with 8 layers"
     ):
         make_plan(read_shape(tiny), boundary=boundary)
-
-
-@pytest.mark.parametrize("n_skipped", [8, 9])
-def test_one_layer_must_be_kept(tiny, n_skipped):
-    with pytest.raises(PlanError, match=f"{n_skipped} of 8 layers cannot be skipped"):
-        boundary_of(read_shape(tiny), n_skipped)
 
 
 def test_a_plan_for_another_model_is_refused(tiny, tmp_path):
@@ -162,7 +133,7 @@ def test_a_split_model_is_fitted(tmp_path, letters, empty_first):
     whole = make_gguf(tmp_path / "whole.gguf", "qwen2")
     parts = make_split(tmp_path / "model.gguf", "qwen2", max_tensors=30, empty_first=empty_first)
     few = ("--text", str(letters), "--tokens", "2048", "--threads", "1", "--force")
-    done = command(str(parts[0]), "--skip", "1/2", "--projection", "fitted", *few)
+    done = command(str(parts[0]), "--boundary", 4, "--projection", "fitted", *few)
     assert done.exit_code == 0, done.stderr
     dst = tmp_path / "model.pop.gguf"
     added = [tensor.name for tensor in read_header(dst).tensors if "pop_" in tensor.name]
@@ -219,7 +190,7 @@ def test_parts_of_another_model_are_refused(tmp_path):
 
 
 def test_the_command_prints_its_plan_and_writes_next_to_the_model(tiny, tmp_path):
-    done = command(tiny, "--skip", "1/4")
+    done = command(tiny, "--boundary", 6)
     assert done.exit_code == 0
     assert "FFFFFFSS" in done.stdout
     assert "tiny.pop.gguf" in done.stdout
@@ -254,8 +225,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ("--skip", "1/3", "--boundary", "5"),
-        ("--skip", "x"),
+        ("--boundary", "x"),
+        ("--skip", "1/3"),
         ("--tokens", "0"),
         ("--projection", "own", "--distill"),
     ],

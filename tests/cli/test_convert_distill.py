@@ -123,7 +123,7 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
 @pytest.mark.parametrize(
     ("arch", "options", "reason"),
     [
-        ("llama", ("--skip", 1), "only one layer is skipped"),
+        ("llama", ("--boundary", 7), "only one layer is skipped"),
         ("phi3", (), "the architecture 'phi3'"),
     ],
 )
@@ -137,7 +137,7 @@ def test_impossible_distilling_is_refused_before_measuring(arch, options, reason
 
 def test_own_projections_cannot_be_distilled(tiny):
     with pytest.raises(PopError, match="own projections cannot be distilled"):
-        options = ConvertOptions(pop_local.Skip("1/3"), None, distiller=Distiller)
+        options = ConvertOptions(pop_local.Boundary(5), None, distiller=Distiller)
         pop_local.convert(tiny, options=options)
 
 

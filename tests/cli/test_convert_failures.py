@@ -40,7 +40,7 @@ def read(stretch, free_buffer, real=content._read):
 content._read = read
 content.CHUNK_BYTES = 100_000
 from pop_local.cli import main
-sys.argv = ["pop-local", "convert", "--projection", "own", "--skip", "1/3", *sys.argv[1:]]
+sys.argv = ["pop-local", "convert", "--projection", "own", "--boundary", "5", *sys.argv[1:]]
 main()
 """
 

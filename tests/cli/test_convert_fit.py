@@ -24,14 +24,14 @@ from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure import budget
 from pop_local.workflows.conversion import named as examining
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions
-from pop_local.workflows.conversion.goals import Skip
+from pop_local.workflows.conversion.goals import Boundary
 from support.converted import names
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.slow
 
-THIRD = ("--skip", "1/3")
+THIRD = ("--boundary", "5")
 FEW = ("--tokens", "2048", "--threads", "1")
 # Runs the command, which waits for a line from its parent after each window.
 WAITING = """
@@ -53,8 +53,7 @@ main()
 
 def convert(*arguments: object):
     """Run `convert`, skipping a third of the layers unless the arguments name a boundary."""
-    has_depth = {"--skip", "--boundary"} & set(arguments)
-    depth = () if has_depth else THIRD
+    depth = () if "--boundary" in arguments else THIRD
     return CliRunner().invoke(app, ["convert", *map(str, arguments), *depth, *FEW])
 
 
@@ -138,7 +137,7 @@ def test_texts_may_be_files_and_folders(tiny, tmp_path, words, short_examination
 
 
 def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):
-    assert convert(tiny, "--skip", 1).exit_code == 0
+    assert convert(tiny, "--boundary", 7).exit_code == 0
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None
     assert (meta.projection, meta.calibration) == ("own", None)
@@ -192,7 +191,7 @@ def test_a_singular_gram_matrix_is_refused(tmp_path, words):
     wide = make_gguf(tmp_path / "wide.gguf", "llama", n_embd=2048, n_layer=3, n_ff=64)
     fit = FitOptions(2048, (words,), ridge=0.0, projection=Projection.FITTED)
     with pytest.raises(PopError, match="singular"):
-        pop_local.convert(wide, options=ConvertOptions(Skip("2"), fit), force=True)
+        pop_local.convert(wide, options=ConvertOptions(Boundary(1), fit), force=True)
 
 
 @pytest.mark.parametrize("own_text", [True, False])

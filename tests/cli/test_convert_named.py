@@ -116,11 +116,11 @@ def test_a_dry_run_refuses_weights_that_a_fit_cannot_read(tiny, monkeypatch):
 
 def test_own_projections_are_written_without_a_backend(tiny, tmp_path):
     code = "import sys; sys.modules['llama_cpp'] = None; from pop_local.cli import main; main()"
-    arguments = ["convert", str(tiny), "--skip", "1", "--projection", "own"]
+    arguments = ["convert", str(tiny), "--boundary", "7", "--projection", "own"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tiny.pop.gguf").exists()
-    command = [sys.executable, "-c", code, "convert", str(tiny), "--skip", "1", "--dry-run"]
+    command = [sys.executable, "-c", code, "convert", str(tiny), "--boundary", "7", "--dry-run"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["speedup_limit"] is None
     done = subprocess.run(command, capture_output=True, text=True, check=True)

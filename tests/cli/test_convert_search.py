@@ -156,7 +156,7 @@ def test_a_strict_budget_skips_one_layer(tiny, tmp_path):
 
 
 def test_a_named_boundary_must_be_within_a_given_budget(tiny, letters, tmp_path):
-    named = ("--text", letters, "--projection", "fitted", *FEW, "--skip", "1/2", "--json")
+    named = ("--text", letters, "--projection", "fitted", *FEW, "--boundary", 4, "--json")
     refused = convert(tiny, *named, "--max-kl", 0.0001)
     assert (refused.exit_code, refused.stdout) == (1, "")
     shown = " ".join(refused.stderr.split())

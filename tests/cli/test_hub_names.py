@@ -57,7 +57,7 @@ def test_without_a_terminal_each_command_names_the_pull_command(hub, command):
 
 def test_convert_asks_for_confirmation(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("pop_local.ui.watch.asked", lambda question: True)
-    done = called("convert", TINY, "--skip", "2", "--projection", "own", "--dry-run")
+    done = called("convert", TINY, "--boundary", "6", "--projection", "own", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "store" / "tiny-Q4_0.gguf").exists()
 

@@ -43,7 +43,7 @@ def command(*arguments: object, text: str = "") -> Result:
 
 def convert(*arguments: object) -> Result:
     """Run `convert --sidecar` with own projections; test_convert_fit.py tests fits."""
-    depth = () if "--boundary" in arguments else ("--skip", "1/3")
+    depth = () if "--boundary" in arguments else ("--boundary", 5)
     return command("convert", "--sidecar", "--projection", "own", *depth, *arguments)
 
 

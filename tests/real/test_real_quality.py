@@ -54,7 +54,7 @@ def test_real_model_has_the_known_losses(smollm2_q4_0, tmp_path, monkeypatch):
     assert not copies(half)
     text, target = tmp_path / "topics.txt", tmp_path / "fitted.gguf"
     text.write_text("\n".join(topics.values()))
-    done = convert(smollm2_q4_0, target, "--text", text, "--skip", "1/3", *FEW, "--tokens", 2048)
+    done = convert(smollm2_q4_0, target, "--text", text, "--boundary", 20, *FEW, "--tokens", 2048)
     assert done.exit_code == 0, done.stderr
     model = PopModel(EngineOptions.of(target, n_ctx=512, n_threads=1))
     fitted = measure_against(reference, model, Pruning(20), ignore)

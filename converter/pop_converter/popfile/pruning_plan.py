@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.architecture.skipping import skipping_of
@@ -11,14 +10,9 @@ from pop_converter.base.errors import PlanError, UnsupportedArchitectureError
 from pop_converter.popfile.format import MAX_TOKENS, Budget, DeepRows, PopMeta
 from pop_converter.projection import Projection
 
-# The middle setting in the POP paper.
-DEFAULT_SKIP = Fraction(1, 3)
 # With 32 tokens instead of 16, a prompt takes 0.5% longer to read, but the error at the first
 # answer token drops by a factor of 1.4 (docs/notebook).
 TAIL_TOKENS = 32
-
-# A fraction of a model's layers, or a number of layers.
-Share = Fraction | int
 
 
 @dataclass(frozen=True)
@@ -67,35 +61,6 @@ class Plan:
         return range(first, self.shape.n_layer)
 
 
-def parse_skip(text: str) -> Share:
-    """Parse a fraction ('1/3', '0.33') or a number of layers ('10'). Raises PlanError."""
-    try:
-        skip: Share = int(text) if text.strip().isdecimal() else Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        skip = 0
-    if skip <= 0 or (isinstance(skip, Fraction) and skip >= 1):
-        raise PlanError(
-            f"{text!r} is neither a fraction nor a number of layers",
-            "pass a fraction (1/3), a decimal below 1 (0.33), or a number of layers (10)",
-        )
-    return skip
-
-
-def boundary_of(shape: ModelShape, skip: Share) -> int:
-    """Return the boundary for a number or fraction of skipped layers.
-
-    Fractions are rounded to whole layers (at least 1). Raises PlanError if no layer would remain.
-    """
-    if isinstance(skip, Fraction):
-        skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
-    if skip >= shape.n_layer:
-        raise PlanError(
-            f"{skip} of {shape.n_layer} layers cannot be skipped: at least one layer must remain",
-            f"skip up to {shape.n_layer - 1} layers" if shape.n_layer > 1 else "",
-        )
-    return shape.n_layer - skip
-
-
 def make_plan(
     shape: ModelShape,
     *,
@@ -118,7 +83,7 @@ def make_plan(
     context tokens already skip these layers without loss.
     """
     if boundary is None:
-        boundary = boundary_of(shape, DEFAULT_SKIP)
+        boundary = shape.n_layer - max(1, round(shape.n_layer / 3))
     if not 0 < boundary < shape.n_layer:
         raise PlanError(
             f"boundary {boundary} is invalid for a model with {shape.n_layer} layers",

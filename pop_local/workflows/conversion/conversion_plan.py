@@ -53,7 +53,7 @@ class RowOptions:
 class ConvertOptions:
     """Options for a conversion.
 
-    `goal` is either a named boundary (`Skip`, `Boundary`) or a budget for a search (`Within`). If
+    `goal` is either a named boundary (`Boundary`) or a budget for a search (`Within`). If
     `fit` is None, the skipped layers keep their own projections. `distiller` creates the trainer
     that distills the fit (None: no distillation).
     """

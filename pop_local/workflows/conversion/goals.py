@@ -7,7 +7,7 @@ from typing import Any
 
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.popfile.format import Budget
-from pop_converter.popfile.pruning_plan import Plan, boundary_of, make_plan, parse_skip
+from pop_converter.popfile.pruning_plan import Plan, make_plan
 from pop_local.measure.budget import boundaries
 
 # No measured model can copy from its prompt with fewer than a third of its layers
@@ -16,28 +16,10 @@ LEAST_DIVISOR = 3
 
 
 @dataclass(frozen=True)
-class Skip:
-    """The fraction ("1/3", "0.33") or number ("10") of layers to skip."""
-
-    share: str
-
-    def plan(self, shape: ModelShape, **rows: Any) -> Plan:
-        """Return a model's plan. Passes `rows` to make_plan. Raises PlanError."""
-        return make_plan(shape, boundary=boundary_of(shape, parse_skip(self.share)), **rows)
-
-
-@dataclass(frozen=True)
 class Boundary:
     """The first layer that context tokens skip."""
 
     layer: int
-
-    def plan(self, shape: ModelShape, **rows: Any) -> Plan:
-        """Return a model's plan. Passes `rows` to make_plan. Raises PlanError."""
-        return make_plan(shape, boundary=self.layer, **rows)
-
-
-Named = Skip | Boundary
 
 
 @dataclass(frozen=True)
@@ -45,10 +27,10 @@ class Within:
     """The goal of meeting a budget at boundary `at` (None: at the fastest possible boundary)."""
 
     budget: Budget
-    at: Named | None = None
+    at: Boundary | None = None
 
 
-Goal = Named | Within
+Goal = Boundary | Within
 
 
 def plans_of(goal: Goal, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
@@ -58,6 +40,6 @@ def plans_of(goal: Goal, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
     """
     named = goal.at if isinstance(goal, Within) else goal
     if named is not None:
-        return (named.plan(shape, **rows),)
+        return (make_plan(shape, boundary=named.layer, **rows),)
     tried = boundaries(shape, LEAST_DIVISOR)
     return tuple(make_plan(shape, boundary=each, **rows) for each in tried)

@@ -16,7 +16,7 @@ from pop_local.engine.model import PopModel
 from pop_local.ui.views.stats import stats_line
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions, RowOptions
 from pop_local.workflows.conversion.convert_model import convert
-from pop_local.workflows.conversion.goals import Skip
+from pop_local.workflows.conversion.goals import Boundary
 from pop_local.workflows.hardware import Hardware
 from support.converted import converted
 from support.shapes import read_pop_meta, read_shape
@@ -35,7 +35,7 @@ def min_prompt_of(path: Path) -> int:
 def test_convert_writes_twice_the_full_rows_by_default(tmp_path):
     source = make_gguf(tmp_path / "m.gguf", "llama")
     for rows, name in ((RowOptions(), "a.gguf"), (RowOptions(min_prompt=7), "b.gguf")):
-        options = ConvertOptions(Skip("1/3"), None, rows, hardware=Hardware(1))
+        options = ConvertOptions(Boundary(5), None, rows, hardware=Hardware(1))
         convert(source, tmp_path / name, options)
     plan = make_plan(read_shape(source))
     assert min_prompt_of(tmp_path / "a.gguf") == plan.min_prompt == 66
