@@ -23,7 +23,6 @@ from pop_local.measure.budget import FAST as FAST
 from pop_local.measure.budget import NEAR_LOSSLESS as NEAR_LOSSLESS
 from pop_local.measure.quality import QualitySettings as QualitySettings
 from pop_local.research.layer_analysis import Analysis as Analysis
-from pop_local.research.layer_analysis import AnalyzeOptions as AnalyzeOptions
 from pop_local.research.layer_analysis import analyze as analyze
 from pop_local.texts.document_readers import Document as Document
 from pop_local.texts.document_readers import read_document as read_document

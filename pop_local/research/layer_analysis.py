@@ -29,7 +29,7 @@ from pop_local.measure import budget
 from pop_local.measure.budget import boundaries, is_inside, may_copy
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.forced import Pruning, forced
-from pop_local.measure.heldout import Text, given_text, shipped_part, tokenize
+from pop_local.measure.heldout import Text, shipped_part, tokenize
 from pop_local.measure.probes import N_REPEATED, measure_induction
 from pop_local.measure.quality import (
     Quality,
@@ -60,17 +60,6 @@ _FIT_SHARE = 4
 
 
 @dataclass(frozen=True)
-class AnalyzeOptions:
-    """Options for an analysis. `text`: the text file to measure on (default: the shipped prose).
-
-    `fit_tokens`: the number of tokens for fitting (default: a quarter of convert's default).
-    """
-
-    text: Path | None = None
-    fit_tokens: int | None = None
-
-
-@dataclass(frozen=True)
 class DepthCost:
     """The loss and the speedup at one boundary.
 
@@ -96,7 +85,6 @@ class Analysis:
     """
 
     model: Path
-    text: Text
     depths: tuple[DepthCost, ...]
     calibration: Calibration | None
     budget: Budget
@@ -105,7 +93,6 @@ class Analysis:
 
 def analyze(
     model: str | os.PathLike[str],
-    options: AnalyzeOptions = AnalyzeOptions(),
     *,
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
@@ -120,16 +107,13 @@ def analyze(
             f"{source.first.path} is already converted",
             "use the original model",
         )
-    shipped = Text("prose of pop-local", (shipped_part("prose"),))
-    text = given_text(options.text) if options.text else shipped
-    run = _Run(source, text, options, hardware, watch)
+    run = _Run(source, hardware, watch)
     depths, reference = run.probed()
     found, calibration = run.measured(reference, worth_measuring(depths))
     measured = {depth.boundary: depth for depth in found}
     depths = tuple(measured.get(depth.boundary, depth) for depth in depths)
     return Analysis(
         model=source.first.path,
-        text=text,
         depths=depths,
         calibration=calibration,
         budget=budget.BALANCED,
@@ -140,8 +124,6 @@ def analyze(
 @dataclass(frozen=True)
 class _Run:
     source: Source
-    text: Text
-    options: AnalyzeOptions
     hardware: Hardware
     watch: Watch
 
@@ -161,15 +143,15 @@ class _Run:
 
     @cached_property
     def _fit_options(self) -> FitOptions:
-        default = default_tokens(self.last.shape.n_embd) // _FIT_SHARE
-        return FitOptions(self.options.fit_tokens or default, projection=Projection.FITTED)
+        n_tokens = default_tokens(self.last.shape.n_embd) // _FIT_SHARE
+        return FitOptions(n_tokens, projection=Projection.FITTED)
 
     def probed(self) -> tuple[tuple[DepthCost, ...], QualityReference]:
         """Return each boundary's retention and the full model's scores. Raises PopError."""
         settings = QualitySettings(_N_PROBED, N_CONTEXT, N_ANSWER, n_draws=_N_DRAWS)
         files, rows = ModelFiles(self.source.first.path), row_options(self.last)
         with opened(files, self.hardware, self.watch, n_ctx=_N_CTX, **rows) as model:
-            tokens = tokenize(model, self.text)
+            tokens = tokenize(model, Text("prose", (shipped_part("prose"),)))
             advance = self.watch.stage("Running the full model")
             reference = read_reference(model, tokens, settings, advance)
             advance = self.watch.stage("Measuring copying at each boundary")

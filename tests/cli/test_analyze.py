@@ -20,56 +20,41 @@ def model(tmp_path_factory):
 # --- output
 
 
-def test_json_has_all_boundaries(model, text):
-    found = report(model, "--text", text)
+def test_json_has_all_boundaries(model):
+    found = report(model)
     assert [row["boundary"] for row in found["boundaries"]] == [5, 4, 3]
     last = found["boundaries"][0]
     assert last["quality"]["kl_mean"] == pytest.approx(0, abs=1e-6)
     assert last["projection"] == "own"
     assert {"speedup_limit", "induction_retention"} <= set(last)
-    assert found["text"]["name"] == "text.txt"
 
 
-def test_the_figures_are_the_same_again(model, text):
-    assert report(model, "--text", text) == report(model, "--text", text)
+def test_the_figures_are_the_same_again(model):
+    assert report(model) == report(model)
 
 
-def test_a_pipe_gets_one_table_and_the_findings(model, text):
-    done = analyze(model, "--text", text, "--markdown")
+def test_a_pipe_gets_one_table_and_the_findings(model):
+    done = analyze(model, "--markdown")
     assert done.exit_code == 0, done.output
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 3
     assert "Induction" in table[0]
     assert "budget" in done.stdout.splitlines()[-1]
-    assert "|" not in analyze(model, "--text", text).stdout
+    assert "|" not in analyze(model).stdout
 
 
-def test_where_copying_is_lost_nothing_else_is_measured(model, text, monkeypatch):
+def test_where_copying_is_lost_nothing_else_is_measured(model, monkeypatch):
     monkeypatch.setattr(layer_analysis, "may_copy", lambda retention: False)
-    given = (model, "--text", text)
-    first, *others = report(*given)["boundaries"]
+    first, *others = report(model)["boundaries"]
     assert first["quality"] is not None
     assert [(row["projection"], row["quality"]) for row in others] == [(None, None)] * 2
-    lines = analyze(*given, "--markdown").stdout.splitlines()
+    lines = analyze(model, "--markdown").stdout.splitlines()
     head, _, *rows = ([*map(str.strip, line.split("|"))] for line in lines if line.startswith("|"))
     kinds = {row[1]: row[head.index("K/V")] for row in rows}
     assert [kinds[layer] for layer in ("3", "4", "5")] == ["", "", "own"]
 
 
 # --- refusals
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        (["--text", "nowhere.txt"], "nowhere.txt"),
-    ],
-)
-def test_what_cannot_be_measured_is_one_clear_error(model, text, options, reason):
-    done = analyze(model, "--text", text, *options)
-    assert done.exit_code == 1
-    assert reason in " ".join(done.stderr.split())
-    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("projection", ["own", "fitted"])

@@ -27,34 +27,34 @@ def of_random_weights(monkeypatch):
     monkeypatch.setattr(budget, "BALANCED", replace(budget.BALANCED, max_ppl_ratio=2.0))
 
 
-def test_each_boundary_is_fitted_and_one_is_chosen(model, text):
-    found = report(model, "--text", text)
+def test_each_boundary_is_fitted_and_one_is_chosen(model):
+    found = report(model)
     deepest = found["boundaries"][-1]
     assert [row["projection"] for row in found["boundaries"]] == ["own", "fitted", "fitted"]
     assert deepest["quality"]["n_pruned"] > 0
-    assert found["calibration"]["n_tokens"] == 2048
+    assert found["calibration"]["n_tokens"] == 4096
     # Random weights lose little, so the deepest boundary is within the budget.
     assert found["chosen"]["boundary"] == deepest["boundary"] == 3
     assert found["chosen"]["projection"] == "fitted"
     assert found["chosen"]["budget"]["quality"] == "balanced"
 
 
-def test_the_choice_is_named_an_estimate(model, text):
-    done = analyze(model, "--text", text, "--markdown")
+def test_the_choice_is_named_an_estimate(model):
+    done = analyze(model, "--markdown")
     assert done.exit_code == 0, done.output
     [row] = [
         line for line in done.stdout.splitlines() if line.startswith("|") and "balanced" in line
     ]
     assert row.split("|")[1].strip() == "3"
-    assert "2,048 tokens" in done.stdout
+    assert "4,096 tokens" in done.stdout
     assert "The balanced budget allows skipping layers 3 and up" in done.stdout
     assert "The loss was measured on 3 windows." in done.stdout
 
 
-def test_no_boundary_is_chosen_outside_the_budget(model, text, monkeypatch):
+def test_no_boundary_is_chosen_outside_the_budget(model, monkeypatch):
     monkeypatch.setattr(budget, "BALANCED", replace(budget.BALANCED, max_kl=-1.0))
-    assert report(model, "--text", text)["chosen"]["boundary"] is None
-    done = analyze(model, "--text", text)
+    assert report(model)["chosen"]["boundary"] is None
+    done = analyze(model)
     assert "The balanced budget does not allow any of the measured boundaries." in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""Run `pop-local analyze` on few tokens."""
+"""Run `pop-local analyze` on one thread."""
 
 import json
 from typing import Any
@@ -7,15 +7,9 @@ from typer.testing import CliRunner
 
 from pop_local.cli import app
 
-SHORT = {
-    "--tokens": 2048,
-    "--threads": 1,
-    "--gpu-layers": 0,
-}
-
 
 def analyze(*arguments: object) -> Any:
-    given = [word for pair in SHORT.items() if pair[0] not in arguments for word in pair]
+    given = ("--threads", 1, "--gpu-layers", 0)
     return CliRunner().invoke(app, ["analyze", *map(str, (*arguments, *given))])
 
 

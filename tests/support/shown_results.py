@@ -11,7 +11,6 @@ from pop_local.calibration.texts import DEFAULT_NAME
 from pop_local.measure.budget import BALANCED
 from pop_local.measure.compared_prompts import Answered, Compared, Comparison, PromptFile
 from pop_local.measure.estimate import Estimate
-from pop_local.measure.heldout import Text
 from pop_local.measure.lookups import Lookups
 from pop_local.measure.quality import Quality
 from pop_local.research.layer_analysis import Analysis, DepthCost
@@ -60,9 +59,8 @@ def analysis() -> Analysis:
         for at, kl in ((26, 0.011), (23, 0.041), (20, 0.213))
     )
     unmeasured = DepthCost(16, 14, 1.9, Estimate(-0.001, 0.1))
-    text = Text("held-out text", ())
     every = (*depths, unmeasured)
-    return Analysis(Path("model.gguf"), text, every, CALIBRATION, BALANCED, depths[1])
+    return Analysis(Path("model.gguf"), every, CALIBRATION, BALANCED, depths[1])
 
 
 def conversion(model: Path) -> Conversion:

@@ -18,7 +18,6 @@ def as_json(found: Analysis) -> dict[str, Any]:
     chosen = found.chosen
     return {
         "model": str(found.model),
-        "text": {"name": found.text.name},
         "boundaries": [_depth_json(depth) for depth in found.depths],
         "calibration": found.calibration,
         "chosen": {
