@@ -12,7 +12,6 @@ number of correct answers.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import exp
 
 import numpy as np
 
@@ -95,9 +94,8 @@ class Lookups:
     `full` and `pruned`: the number of answers, out of `n`, that each model gets right. `lost`: the
     number of questions that only the full model answers correctly. `gained`: the number of
     questions that only the pruned model answers correctly. `p`: the two-sided p-value of McNemar's
-    exact test. `logprob_*`: the correct strings' mean log-probability in nats. `logprob_lost` is
-    `logprob_full` minus `logprob_pruned`. `expected_lost`: the relative drop in the correct
-    strings' mean probability. Standard errors are computed from the spread across documents.
+    exact test. `logprob_*`: the correct strings' mean log-probability in nats. `logprob_lost`
+    is the drop due to pruning. Standard errors are computed from the spread across documents.
     """
 
     n: int
@@ -109,9 +107,7 @@ class Lookups:
     n_tokens: int
     p: float
     logprob_full: Estimate
-    logprob_pruned: Estimate
     logprob_lost: Estimate
-    expected_lost: Estimate
 
 
 def measure_lookups(
@@ -167,8 +163,10 @@ class LookupReference:
         ]
         lost, gained = rights.count((True, False)), rights.count((False, True))
         n_each = np.array([len(of_document) for of_document in self.full])
-        logs = [_sums(each, lambda it: it.logprob) for each in (self.full, answers)]
-        probable = [_sums(each, lambda it: exp(it.logprob)) for each in (self.full, answers)]
+        logs = [
+            np.array([sum(answer.logprob for answer in of_document) for of_document in each])
+            for each in (self.full, answers)
+        ]
         return Lookups(
             n=len(rights),
             full=sum(is_right for is_right, _ in rights),
@@ -179,9 +177,7 @@ class LookupReference:
             n_tokens=self.settings.n_tokens,
             p=mcnemar(lost, gained),
             logprob_full=ratio(logs[0], n_each),
-            logprob_pruned=ratio(logs[1], n_each),
             logprob_lost=ratio(logs[0] - logs[1], n_each),
-            expected_lost=ratio(probable[0] - probable[1], probable[0]),
         )
 
 
@@ -272,7 +268,3 @@ def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int
         reader.extend(tokens[n_decoded:])
         n_decoded, token = len(tokens), reader.next_token
     return model.engine.context.vocabulary.detokenize(tokens)
-
-
-def _sums(answers: Answers, figure: Callable[[LookupAnswer], float]) -> np.ndarray:
-    return np.array([sum(map(figure, of_document)) for of_document in answers])

@@ -54,8 +54,7 @@ class SpeedRow:
 
     `speedup`: the TTFT in full mode divided by the TTFT in pruned mode. `n_deep`: the number of
     deep rows in the prompt. `n_skipped_exact`: the number of rows that skipped layers without loss.
-    `upstream_ttft_s`: the TTFT without pop-local's kernels (None: not measured). `kernels_speedup`:
-    the ratio of `upstream_ttft_s` to the full TTFT (None: not measured).
+    `upstream_ttft_s`: the TTFT without pop-local's kernels (None: not measured).
     """
 
     n_prompt: int
@@ -67,7 +66,6 @@ class SpeedRow:
     speedup: Spread
     decode_tokens_per_s: ModePair
     upstream_ttft_s: Spread | None = None
-    kernels_speedup: Spread | None = None
 
     @property
     def in_words(self) -> str:
@@ -145,7 +143,6 @@ def _row(
             pop=statistics.median(run.decode_tokens_per_s for run in pop),
         ),
         upstream_ttft_s=spread(run.ttft_s for run in others[0]) if others else None,
-        kernels_speedup=spread(ratios(others[0], full)) if others else None,
     )
 
 

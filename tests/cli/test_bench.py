@@ -64,7 +64,7 @@ def test_json_is_one_object_of_the_agreed_shape(pop_file):
         assert set(row["decode_tokens_per_s"]) == {"full", "pop"}
         assert min(row["decode_tokens_per_s"].values()) > 0
         assert row["n_deep"] == 0
-        assert len(row) == 10
+        assert len(row) == 9
 
 
 def test_upstream_has_its_own_columns(capsys):
@@ -72,7 +72,6 @@ def test_upstream_has_its_own_columns(capsys):
     row = speed.SpeedRow(
         *(512, 495, 0, 0, some, some, ratio, pair),
         upstream_ttft_s=some,
-        kernels_speedup=ratio,
     )
     found = workflow.Speed("m.gguf", None, "CPU", "ours", 4, False, 8, 0, None, (row,))
     show_speed(replace(found, rows=(replace(row, upstream_ttft_s=None),)))
@@ -224,9 +223,7 @@ def test_upstream_is_measured_next_to_our_kernels(model):
     ) as other:
         theirs = functools.partial(speed.run, other, Mode.OFF)
         [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=theirs)
-    assert row.upstream_ttft_s is not None and row.kernels_speedup is not None
-    ratio = row.upstream_ttft_s.median / row.full_ttft_s.median
-    assert row.kernels_speedup.median == pytest.approx(ratio)
+    assert row.upstream_ttft_s is not None and row.upstream_ttft_s.median > 0
 
 
 def test_bench_measures_upstream_where_our_kernels_compute(pop_file, monkeypatch):

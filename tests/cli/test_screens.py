@@ -80,7 +80,6 @@ def row(n_prompt: int, seconds: float) -> SpeedRow:
         *(n_prompt, n_prompt - 50, 30, 0, spread(seconds), spread(seconds / 1.6), spread(1.6)),
         ModePair(20.5, 20.4),
         upstream_ttft_s=spread(3 * seconds),
-        kernels_speedup=spread(3),
     )
 
 

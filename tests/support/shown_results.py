@@ -77,7 +77,7 @@ def converted(planned: Conversion) -> Converted:
     meta = draft_meta(plan, planned.source)
     meta = replace(meta, measured=Measured(**{**figures, "lookups_gained": 1}))  # type: ignore[arg-type]
     loss = Estimate(0.01, 0.005)
-    lookups = Lookups(200, 171, 170, 2, 1, 10, 1_024, 1.0, loss, loss, loss, loss)
+    lookups = Lookups(200, 171, 170, 2, 1, 10, 1_024, 1.0, loss, loss)
     trials = (
         Trial(plan, quality(plan.boundary, 0.031), True, lookups),
         Trial(planned.plans[4], quality(planned.plans[4].boundary, 0.11), False),
