@@ -155,7 +155,7 @@ def test_empty_request_reports_load(client):
         ("chat", HELLO | {"format": {"type": "string", "pattern": "(?=a)"}}, "pattern"),
         ("chat", {"messages": [{"role": "user", "images": ["AAAA"]}]}, "cannot read images"),
         ("generate", {"prompt": "a", "template": "{{ .Prompt }}"}, "template is not supported"),
-        ("generate", {"prompt": "a", "context": [1, 2]}, "send past messages to /api/chat"),
+        ("generate", {"prompt": "a", "context": [1, 2]}, "context is not supported"),
         ("generate", {"prompt": "a", "suffix": "b"}, "no fill-in-the-middle"),
         (
             "generate",

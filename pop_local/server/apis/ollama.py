@@ -104,22 +104,15 @@ class OllamaChat(OllamaBody):
 
 
 class OllamaGenerate(OllamaBody):
+    unsupported = ("template", "context")
     prompt: str | None = None
     system: str | None = None
     suffix: str | None = None
     images: Base64Images | None = None
     raw: bool | None = None
-    template: str | None = None
-    context: list[int] | None = None
 
     @model_validator(mode="after")
-    def _check_supported_fields(self) -> "OllamaGenerate":
-        if self.template:
-            raise ValueError(
-                "the field template is not supported: remove it to use the model's template"
-            )
-        if self.context:
-            raise ValueError("the field context is not supported: send past messages to /api/chat")
+    def _check_images(self) -> "OllamaGenerate":
         if self.images and (self.raw or self.suffix):
             raise ValueError("images cannot be combined with raw or suffix")
         return self
