@@ -141,11 +141,6 @@ class Engine:
         for sequence in self.sequences:
             sequence.set_mode(mode, keeps_exact=keeps_exact)
 
-    def set_boundary(self, layer: int) -> None:
-        """Start pruning at `layer` without fitted projections (0: at the file's boundary)."""
-        for sequence in self.sequences:
-            sequence.set_boundary(layer)
-
     def set_refill(self, is_on: bool) -> None:
         """Turn refilling on or off. Boundary states are stored only while refilling is on.
 

@@ -101,7 +101,7 @@ def _patched(options: argparse.Namespace, clock: Clock) -> Any:
 
     def runner(tokens: list[int], n_decode: int, mode: int, boundary: int) -> dict[str, float]:
         if boundary:
-            opened.engine.set_boundary(boundary)
+            opened.engine.sequences[0].set_boundary(boundary)
         done = run(opened, Mode(mode), Prompt(tokens), n_decode, clock)
         rows = done.read.counters
         return {

@@ -148,7 +148,7 @@ def test_stats_count_exactly_skipped_tokens(shared: Path) -> None:
 def test_a_boundary_in_the_sharing_layers_is_refused(shared: Path) -> None:
     model = opened(shared)
     with pytest.raises(PopError, match="store no K/V"):
-        model.engine.set_boundary(model.engine.pruning.exact)
+        model.engine.sequences[0].set_boundary(model.engine.pruning.exact)
     with pytest.raises(PopError, match="no boundary"):
         model.engine.set_mode(Mode.ALWAYS)
 

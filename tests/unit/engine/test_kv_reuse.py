@@ -139,7 +139,7 @@ def test_a_saved_state_of_another_mode_or_boundary_is_refused(pop_file):
     with pytest.raises(PopError, match="OFF"):
         model.engine.states.restore(state)
     model.engine.set_mode(Mode.CONTEXT)
-    model.engine.set_boundary(6)
+    model.engine.sequences[0].set_boundary(6)
     with pytest.raises(PopError, match="boundary 4"):
         model.engine.states.restore(state)
 

@@ -139,13 +139,6 @@ def test_each_sequence_has_its_mode(model, pop_file):
         model.engine.sequences[0].set_mode(Mode.ALWAYS)
 
 
-def test_all_sequences_have_one_boundary(model):
-    read_in(model, 1, LONG)
-    model.engine.set_boundary(3)
-    cache = model.engine.sequences[1].cache
-    assert (cache.n_tokens, cache.pruning.boundary) == (0, 3)
-
-
 def test_another_sequences_prefix_is_shared(model, alone):
     read_in(model, 0, LONG)
     other = LONG[:150] + prompt(20, seed=3)

@@ -172,7 +172,7 @@ def test_another_boundary_of_the_same_file_reads_again(chat_model, sessions):
     model = opened(chat_model)
     said = answered(model, QUESTION)
     sessions.save("talk", model.engine, said)
-    model.engine.set_boundary(6)
+    model.engine.sequences[0].set_boundary(6)
     assert "boundary 5" in sessions.load("talk", model.engine).reread
     assert model.engine.cache.n_tokens == 0
 

@@ -83,10 +83,10 @@ def test_prompts_hardly_longer_than_their_full_rows_run_full(pop_file):
 def test_another_boundary_prunes_other_layers(pop_file):
     model = opened(pop_file)
     at_four = read(model, prompt(200))
-    model.engine.set_boundary(6)
+    model.engine.sequences[0].set_boundary(6)
     at_six = read(model, prompt(200))
     assert evaluated(model, prompt(100, seed=1)) == Counters(83, 17)
-    model.engine.set_boundary(0)
+    model.engine.sequences[0].set_boundary(0)
     assert model.engine.pruning.boundary == 4
     assert np.abs(at_six - at_four).max() > 10 * NOISE
     np.testing.assert_array_equal(read(model, prompt(200)), at_four)
@@ -96,7 +96,7 @@ def test_another_boundary_prunes_other_layers(pop_file):
 def test_a_boundary_outside_the_model_is_refused(pop_file, layer):
     model = opened(pop_file)
     with pytest.raises(PopError, match="boundary"):
-        model.engine.set_boundary(layer)
+        model.engine.sequences[0].set_boundary(layer)
     assert model.engine.pruning.boundary == 4
 
 

@@ -174,7 +174,7 @@ def test_skipping_layers_that_add_nothing_loses_nothing(model, tmp_path):
 
 def test_boundaries_in_one_run_equal_those_of_single_runs(model):
     both = [measure_pruning(model, [text()], SHORT, Pruning(at), ignore) for at in (6, 2)]
-    model.engine.set_boundary(2)
+    model.engine.sequences[0].set_boundary(2)
     assert measured(model) == both[1]
     assert both[0].kl_mean.value < both[1].kl_mean.value
 
