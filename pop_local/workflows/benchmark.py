@@ -29,7 +29,7 @@ from pop_local.measure.speed import (
 )
 from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.hardware import Hardware
-from pop_local.workflows.measuring import opened
+from pop_local.workflows.measuring import not_converted, opened
 from pop_local.workflows.open import model_files
 
 # The values of llama.cpp's options `repack` and `flash_attn` for each compared setting.
@@ -143,12 +143,8 @@ def _opened(
     files = model_files(model, sidecar, watch)
     source = read_source(files.path)
     if pop_of(source, files.sidecar) is None and not source_shape(source).exact:
-        raise PopError(
-            f"{files.path} is not converted, so there is nothing to compare",
-            "convert the model",
-            cause="nothing-to-compare",
-            model=files.path,
-        )
+        why = ", so there is nothing to compare"
+        raise not_converted(model=files.path, cause="nothing-to-compare", consequence=why)
     n_ctx, deep_rows = _context(source, options), options.deep_rows
     with opened(files, options.hardware, watch, n_ctx=n_ctx, deep_rows=deep_rows) as loaded:
         yield loaded, files

@@ -3,14 +3,13 @@
 import os
 from pathlib import Path
 
-from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Watch, counting
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.measure.compared_prompts import Comparison, answered, compared, read_prompts
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.workflows.hardware import Hardware
-from pop_local.workflows.measuring import opened
+from pop_local.workflows.measuring import not_converted, opened
 from pop_local.workflows.open import model_files
 
 
@@ -35,12 +34,8 @@ def compare_answers(
     given = read_prompts(Path(prompts))
     files = model_files(os.fspath(model), sidecar, watch)
     if pop_of(read_source(files.path), files.sidecar) is None:
-        raise PopError(
-            f"{files.path} is not converted, so there is nothing to compare",
-            "convert the model",
-            cause="not-converted",
-            model=files.path,
-        )
+        why = ", so there is nothing to compare"
+        raise not_converted(model=files.path, cause="not-converted", consequence=why)
     mmproj = mmproj or find_mmproj(files.path)
     with opened(files, hardware, watch, n_ctx=n_ctx, mmproj=mmproj) as loaded:
         both = []

@@ -13,6 +13,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure.speed import Spread, spread
+from pop_local.workflows.measuring import not_converted
 
 # Maximum length of an answer in tokens.
 MAX_TOKENS = 32
@@ -58,12 +59,7 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     if opened.engine.pruning.exact:
         require_prunable(files.shape)
     if files.meta is None:
-        raise PopError(
-            f"{files.path} is not converted",
-            "convert the model first",
-            cause="not-converted",
-            model=files.path,
-        )
+        raise not_converted(model=files.path, cause="not-converted")
     # The first run is slower, because it reads the weights from the disk.
     tokens = opened.engine.context.vocabulary.tokenize(_text("document.md"))
     opened.read(Prompt(tokens[:WARM_UP_TOKENS]))

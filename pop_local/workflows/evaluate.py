@@ -22,7 +22,7 @@ from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import Quality, QualitySettings, measure_pruning
 from pop_local.measure.verdict import verdict_in_words
 from pop_local.workflows.hardware import Hardware
-from pop_local.workflows.measuring import measured, opened
+from pop_local.workflows.measuring import measured, not_converted, opened
 from pop_local.workflows.open import model_files
 
 
@@ -82,12 +82,8 @@ def evaluate(
     shape, meta = source_shape(source), pop_of(source, files.sidecar)
     if meta is None:
         require_prunable(shape)
-        raise PopError(
-            f"{files.path} is not converted, so it has no boundary to measure",
-            "convert the model",
-            cause="nothing-to-evaluate",
-            model=files.path,
-        )
+        why = ", so it has no boundary to measure"
+        raise not_converted(model=files.path, cause="nothing-to-evaluate", consequence=why)
     text = shipped_text() if options.text is None else given_text(options.text)
     asked = None
     if options.n_lookups:

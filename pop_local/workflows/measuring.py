@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from math import isnan
+from pathlib import Path
 from typing import Any
 
 from pop_converter.base.errors import PopError
@@ -29,6 +30,12 @@ def opened(
     model = PopModel(EngineOptions.of(files.path, **vars(hardware), **options))
     with model, stopped_by(watch.should_stop):
         yield model
+
+
+def not_converted(model: Path, cause: str, consequence: str = "") -> PopError:
+    """Return the error for a model without pruning keys."""
+    message = f"{model} is not converted{consequence}"
+    return PopError(message, "convert the model", cause=cause, model=model)
 
 
 _ERRORS = {"kl_se": "kl_mean", "ppl_ratio_se": "ppl_ratio"}
