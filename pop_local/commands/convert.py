@@ -200,13 +200,11 @@ def convert(
         )
 
 
-def _wanted(
-    quality: QualityName | None, limits: Mapping[str, float], named: Boundary | None
-) -> Goal:
+def _wanted(quality: QualityName | None, limits: Mapping[str, float], at: Boundary | None) -> Goal:
     """Return the requested goal. BALANCED supplies the limits that the user did not set."""
     if quality and limits:
         raise typer.BadParameter("use either --quality or custom limits, not both")
     if limits:
         budget = replace(BALANCED, quality="custom", **limits)  # type: ignore[arg-type]
-        return Within(budget, named)
-    return Within(BUDGETS[quality], named) if quality else named or Within(BALANCED)
+        return Within(budget, at)
+    return Within(BUDGETS[quality], at) if quality else at or Within(BALANCED)

@@ -67,12 +67,11 @@ class SlotScheduler:
 
     def refillable(self) -> int | None:
         """Return the most recently used free sequence with rows to refill, or None."""
-        found = (index for index in reversed(self._free) if self._n_refillable(index))
-        return next(found, None)
-
-    def _n_refillable(self, index: int) -> int:
-        refiller = self.sequence(index).refiller
-        return refiller.n_refillable if refiller.is_on else 0
+        for index in reversed(self._free):
+            refiller = self.sequence(index).refiller
+            if refiller.is_on and refiller.n_refillable:
+                return index
+        return None
 
     def _score(self, index: int, prompt: Prompt, scope: str) -> tuple[int, int]:
         """Return a sort key: (number of reusable rows, negated number of cached rows).

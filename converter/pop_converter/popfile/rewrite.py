@@ -135,7 +135,8 @@ def convert(
         file.seek(0)
         file.write(header)
         file.flush()
-        is_same = _starts_with(written, header)
+        with written.open("rb") as output:
+            is_same = output.read(len(header)) == header
         is_same = is_same and same_data(whole, written, len(header), ran if is_copy else _drop)
         if not is_same or (is_copy and pop_meta(read_source(written).first) != meta):
             problem = f"{dst} differs from its source" if is_copy else f"{dst} is damaged"
@@ -147,11 +148,6 @@ def convert(
 
 def _drop(_: object) -> None:
     """Discard data that only needs to be hashed or compared."""
-
-
-def _starts_with(path: Path, content: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(content)) == content
 
 
 def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:

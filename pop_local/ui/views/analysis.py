@@ -61,11 +61,8 @@ def _columns(found: Analysis) -> Iterator[Column]:
     yield of_depth("KL", lambda depth: depth.quality and bare(depth.quality.kl_mean, ".3f"))
     yield of_depth("Copy", lambda d: d.quality and bare(d.quality.copy_ppl_ratio, ".2f"))
     yield of_depth("Induction", lambda depth: _share(depth.retention))
-    yield of_depth("Note", lambda depth: _note(depth, found), numeric=False)
-
-
-def _note(depth: DepthCost, found: Analysis) -> str:
-    return found.budget.quality if depth is found.chosen else ""
+    name = found.budget.quality
+    yield of_depth("Note", lambda depth: name if depth is found.chosen else "", numeric=False)
 
 
 def _choice(found: Analysis) -> str:
