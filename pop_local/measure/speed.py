@@ -137,7 +137,7 @@ def _row(
         n_skipped_exact=rows.n_exact,
         full_ttft_s=spread(run.ttft_s for run in full),
         pop_ttft_s=spread(run.ttft_s for run in pop),
-        speedup=spread(ratios(full, pop)),
+        speedup=spread(a.ttft_s / b.ttft_s for a, b in zip(full, pop, strict=True)),
         decode_tokens_per_s=ModePair(
             full=statistics.median(run.decode_tokens_per_s for run in full),
             pop=statistics.median(run.decode_tokens_per_s for run in pop),
@@ -161,11 +161,6 @@ def run_rounds(
             runs[way].append(ways[way]())
         ran()
     return [each[1:] for each in runs]
-
-
-def ratios(full: Sequence[Run], pop: Sequence[Run]) -> list[float]:
-    """Return the ratio of full to pruned time for each round."""
-    return [a.ttft_s / b.ttft_s for a, b in zip(full, pop, strict=True)]
 
 
 def run(

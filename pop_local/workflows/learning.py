@@ -10,7 +10,6 @@ import numpy as np
 
 from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.base.progress import Watch
-from pop_converter.fit.least_squares import KvType
 from pop_converter.fit.wide import encode_input
 from pop_converter.gguf.content import NewTensor
 from pop_converter.popfile.format import Budget, Calibration
@@ -232,7 +231,7 @@ class OnlineCalibration:
         )
         texts = tuple(tuple(chunk.tokens.tolist()) for chunk in learner.held_out)
         full = FullModel(self._runner, plans[0], settings, texts)
-        options = FitOptions(kv_type=KvType.Q8_0, projection=plans[0].projection)
+        options = FitOptions(projection=plans[0].projection)
         fitter = _LearnedFitter(self._runner, options, learner=learner, sums=sums)
         return Search(self._runner, self.budget, fitter, full, plans)
 
