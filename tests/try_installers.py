@@ -60,19 +60,11 @@ class Home:
     def install(self, wheels: Path) -> None:
         python = sys.executable
         if self.installer.stem == "uv":
-            options = (
-                "--no-index",
-                "--find-links",
-                wheels,
-                "--python",
-                python,
-                "--no-python-downloads",
-            )
-            self.run(self.installer, "tool", "install", *options, REQUIREMENT)
+            found = ["--no-index", "--find-links", str(wheels), "--no-python-downloads"]
+            self.run(self.installer, "tool", "install", *found, "--python", python, REQUIREMENT)
         else:
-            from_wheels = f"--no-index --find-links '{wheels}'"
-            options = ("--python", python, f"--pip-args={from_wheels}")
-            self.run(self.installer, "install", *options, REQUIREMENT)
+            from_wheels = f"--pip-args=--no-index --find-links '{wheels}'"
+            self.run(self.installer, "install", "--python", python, from_wheels, REQUIREMENT)
 
     @property
     def program(self) -> Path:
