@@ -8,9 +8,9 @@ import numpy as np
 
 from pop_local.engine.prompt.prompt import Prompt
 
-# The oldest prompt gets at least every third chunk, regardless of how many short prompts arrive. We
-# do not count rows, because answering a short prompt takes longer than reading it.
+# We do not count rows, because answering a short prompt takes longer than reading it.
 AGE_CHUNKS = 2
+_SHORT_ROWS = 256  # prompts with up to this many rows left are read in order of arrival
 # A prompt waits for another prompt that is about to read at least this many rows for both.
 MIN_SHARED = 256
 _POLL_S = 0.01
@@ -45,8 +45,8 @@ class QueuedPrompt:
 class PrefillScheduler:
     """A scheduler that determines the order in which queued prompts are read.
 
-    The prompt with the fewest unread rows goes first. In a tie, the oldest prompt goes first. To
-    avoid starvation, the oldest prompt gets a turn after `AGE_CHUNKS` chunks of other prompts.
+    The prompt with the fewest unread rows goes first. Among prompts with up to 256 unread rows,
+    the oldest goes first. The oldest of all gets a turn after `AGE_CHUNKS` chunks of other prompts.
     """
 
     def __init__(self) -> None:
@@ -74,8 +74,8 @@ class PrefillScheduler:
         """Return the prompt that gets the next turn, or None if the queue is empty."""
         if not self._prompts:
             return None
-        is_due = self._n_passed >= AGE_CHUNKS
-        best = self._prompts[0] if is_due else min(self._prompts, key=lambda one: one.n_left)
+        shortest = min(self._prompts, key=lambda one: max(one.n_left, _SHORT_ROWS))
+        best = self._prompts[0] if self._n_passed >= AGE_CHUNKS else shortest
         return next((one for one in self._prompts if best.should_wait_for(one)), best)
 
 

@@ -55,9 +55,17 @@ def test_short_prompt_waits_for_one_chunk_of_a_long_one():
 
 
 def test_fewest_rows_left_go_first():
-    """The first prompt has only 500 rows left when the second one with 600 rows arrives."""
-    first, second, third = queued(1268, 0), queued(600, 10_000), queued(100, 20_000)
+    """The first prompt has only 600 rows left when the second one with 700 rows arrives."""
+    first, second, third = queued(1368, 0), queued(700, 10_000), queued(100, 20_000)
     assert list(simulated({0: first, 768: second, 769: third})) == [third, first, second]
+
+
+def test_a_question_is_not_overtaken_by_shorter_ones():
+    """Shorter questions arrive as fast as they are read."""
+    long, question = queued(4000), queued(49, 10_000)
+    arrivals = {0: long, 300: question}
+    arrivals |= {301 + 10 * n: queued(10, 20_000 + 100 * n) for n in range(400)}
+    assert simulated(arrivals)[question] == 2 * CHUNK + 49
 
 
 def test_equal_prompts_are_read_one_after_the_other():
