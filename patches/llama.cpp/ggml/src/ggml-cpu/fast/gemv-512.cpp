@@ -1,4 +1,5 @@
-// Products with few columns by AVX-512 VNNI. A vector holds 64 codes of a row: two blocks of 32 or four halves, each with its scale.
+// Products with few columns by AVX-512 VNNI. A vector holds 64 codes of a row: two blocks of 32 or four halves, each with its scale, or eight codes
+// of each of eight blocks (spread-512.h).
 
 #include "gemm.h"
 
@@ -97,15 +98,15 @@ struct avx512_vectors {
                 }
             }
         } else { // the blocks of both rows in one group
-            const row_codes codes = read_ends<TYPE>(w[0], n, w[R - 1], n);
+            const row_codes codes = read_ends<TYPE>(w[0], n, w[1], n);
             FAST_UNROLL
             for (int c = 0; c < N; c++) {
                 floats both[2] = { zero(), zero() };
                 add_codes<TYPE>(codes, columns[c * step], both);
                 total[0][c][0] = _mm512_mask_add_ps(total[0][c][0], 0x0f00, total[0][c][0], both[0]);
-                total[R - 1][c][0] = _mm512_mask_add_ps(total[R - 1][c][0], 0xf000, total[1][c][0], both[0]);
+                total[1][c][0] = _mm512_mask_add_ps(total[1][c][0], 0xf000, total[1][c][0], both[0]);
                 total[0][c][1] = _mm512_mask_add_ps(total[0][c][1], 0x00ff, total[0][c][1], both[1]);
-                total[R - 1][c][1] = _mm512_mask_add_ps(total[R - 1][c][1], 0xff00, total[1][c][1], both[1]);
+                total[1][c][1] = _mm512_mask_add_ps(total[1][c][1], 0xff00, total[1][c][1], both[1]);
             }
         }
     }
