@@ -10,7 +10,7 @@
 namespace fast {
 
 // Bytes picked from 192 by permutations.
-#if defined(__AVX512VBMI__) && defined(__AVX512BITALG__)
+#if defined(__AVX512VBMI__)
 #    define FAST_PICKS 1
 #else
 #    define FAST_PICKS 0
@@ -139,8 +139,10 @@ template <int TYPE> FAST_INLINE row_codes unpack(const group_bytes & group) {
         const __m512i bits = group.pick(fifths);
         FAST_UNROLL
         for (int i = 0; i < 4; i++) {
-            const __m512i which = _mm512_set1_epi64(0x0706050403020100 + 0x0808080808080808 * i);
-            r.codes[i] = _mm512_mask_add_epi8(r.codes[i], _mm512_bitshuffle_epi64_mask(bits, which), r.codes[i], _mm512_set1_epi8(16));
+            // Shift each byte's bit to bit 4: bytes are rotated out of the block's 32 bits, which are there twice.
+            const __m512i shifts = _mm512_set1_epi64(0x0706050403020100 + 0x0101010101010101 * (60 + 8 * i));
+            const __m512i fifth  = _mm512_multishift_epi64_epi8(shifts, bits);
+            r.codes[i] = _mm512_ternarylogic_epi64(r.codes[i], fifth, _mm512_set1_epi8(16), 0xf8); // codes | (fifth & 16)
         }
     }
     if constexpr (TYPE == GGML_TYPE_IQ4_NL || TYPE == GGML_TYPE_MXFP4) {
