@@ -39,7 +39,9 @@ class Home:
         self.bin = folder / "bin"
         self.bin.mkdir()
         self.installer = installer
-        self.env = dict.fromkeys(("HOME", "USERPROFILE", "TEMP", "LOCALAPPDATA"), str(folder))
+        self.env = dict.fromkeys(
+            ("HOME", "USERPROFILE", "TEMP", "APPDATA", "LOCALAPPDATA"), str(folder)
+        )
         self.env |= {"PATH": str(self.bin), "PIP_CONFIG_FILE": os.devnull, "UV_NO_CONFIG": "1"}
         self.env |= {"UV_TOOL_BIN_DIR": str(self.bin), "PIPX_BIN_DIR": str(self.bin)}
         self.env |= {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}

@@ -27,6 +27,8 @@ from support.synthetic import make_gguf
 OWN, FITTED, WIDE = Projection
 
 N_VOCAB, N_LAYER, BOUNDARY, N_TAIL = 380, 8, 5, 16
+# An edit removes these rows from the middle of a prompt.
+EDIT, REMOVED = 40, random_tokens(30, N_VOCAB, seed=1)
 ALL = N_LAYER + 1  # the output counts as a layer
 PROMPTS = [random_tokens(n, N_VOCAB, seed=n) for n in (90, 130, 170, 210, 250)]
 AT_MOST = 1.3
@@ -49,7 +51,7 @@ class Case:
 
     model: str = "llama"
     options: dict[str, Any] = field(default_factory=dict)
-    reads: Literal["texts", "sequences", "deep", "pictures"] = "texts"
+    reads: Literal["texts", "sequences", "deep", "edited", "pictures"] = "texts"
 
     @property
     def exact(self) -> bool:
@@ -88,6 +90,8 @@ CASES = {
     "deep, q8_0 cache": Case(options=QUANTISED, reads="deep"),
     "gemma3, deep": Case("gemma3", reads="deep"),
     "moe, deep": Case("llama-moe", reads="deep"),
+    "edited": Case(reads="edited"),
+    "wide, edited": Case("llama-fitted-wide", {"flash_attn": True}, "edited"),
     "gemma3n": Case("gemma3n"),
     "gemma4": Case("gemma4"),
     "pictures": Case(reads="pictures"),
@@ -130,6 +134,25 @@ def in_turn(mode: int, *, deep: bool) -> list[Step]:
     return steps
 
 
+def after_an_edit() -> list[Step]:
+    """Return steps that read longer prompts, remove a passage, and read a next token.
+
+    The rows after the passage move to other cells, where the device rotates their K.
+    """
+    steps = []
+    for number, tokens in enumerate(PROMPTS):
+        old = tokens[:EDIT] + REMOVED + tokens[EDIT:]
+        rows = tuple(range(EDIT + len(REMOVED), len(old)))
+        steps += [
+            Step("remove"),
+            Step("full_from", value=len(old) - N_TAIL),
+            Step("decode", tokens=old, logits="none"),
+            Step("move", tokens=tokens[EDIT:], rows=rows, pos=EDIT),
+            Step("decode", f"next {number}", tokens=(7,), pos=len(tokens)),
+        ]
+    return steps
+
+
 def in_sequences() -> list[Step]:
     """Return steps that read all prompts in one batch, then a next token of each."""
     rules = [
@@ -152,6 +175,8 @@ def steps_and_rows(case: Case, mode: int) -> tuple[list[Step], int]:
     n = sum(len(tokens) - (1 if case.exact else N_TAIL) for tokens in PROMPTS)
     if case.reads == "sequences":
         return in_sequences(), n
+    if case.reads == "edited":
+        return after_an_edit(), n + len(PROMPTS) * len(REMOVED)
     return in_turn(mode, deep=case.reads == "deep"), n
 
 

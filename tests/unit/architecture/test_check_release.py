@@ -1,0 +1,84 @@
+"""Test the check of a release's tag, versions, changelog, and wheels."""
+
+from pathlib import Path
+
+import pytest
+
+from check_release import ROOT, problems, versions
+from support.building import write
+
+WHEELS = (
+    "pop_local-0.2.0-py3-none-any.whl",
+    "pop_local_llama_cpp-0.3.36.1-py3-none-manylinux_2_28_x86_64.manylinux_2_27_x86_64.whl",
+    "pop_local_llama_cpp-0.3.36.1-py3-none-manylinux_2_31_aarch64.whl",
+    "pop_local_llama_cpp-0.3.36.1-py3-none-macosx_14_0_arm64.whl",
+    "pop_local_llama_cpp-0.3.36.1-py3-none-win_amd64.whl",
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write(tmp_path / "pop_local/__init__.py", '__version__ = "0.2.0"\n')
+    write(tmp_path / "pyproject.toml", '    "pop-local-llama-cpp==0.3.36.1",\n')
+    write(tmp_path / "patches/llama-cpp-python/pyproject.toml", 'version = "0.3.36.1"\n')
+    write(tmp_path / "CHANGELOG.md", "## [Unreleased]\n\n## [0.2.0] - 2027-01-31\n")
+    for name in WHEELS:
+        write(tmp_path / "dist" / name, "")
+    return tmp_path
+
+
+def found(root: Path, tag: str = "v0.2.0") -> list[str]:
+    return list(problems(root, tag, root / "dist"))
+
+
+def test_a_complete_release_has_no_problem(root):
+    assert found(root) == []
+
+
+def test_another_tag_is_found(root):
+    assert found(root, "v0.2.1") == [
+        "the tag is v0.2.1, but pop_local/__init__.py contains version 0.2.0"
+    ]
+
+
+def test_a_version_without_a_dated_section_is_found(root):
+    write(root / "CHANGELOG.md", "## [Unreleased]\n\n## [0.2.0]\n")
+    assert found(root) == ["CHANGELOG.md has no line such as: ## [0.2.0] - 2027-01-31"]
+
+
+def test_another_required_backend_is_found(root):
+    write(root / "pyproject.toml", '    "pop-local-llama-cpp==0.3.35.1",\n')
+    [message] = found(root)
+    assert message.startswith("pyproject.toml requires pop-local-llama-cpp 0.3.35.1")
+
+
+@pytest.mark.parametrize("number", range(len(WHEELS)))
+def test_each_missing_wheel_is_found(root, number):
+    (root / "dist" / WHEELS[number]).unlink()
+    [message] = found(root)
+    assert message.startswith("there is no wheel of pop-local")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("notes.txt", "notes.txt is not a wheel"),
+        ("numpy-2.4.6-py3-none-any.whl", "is neither pop-local 0.2.0 nor pop-local-llama-cpp"),
+        ("pop_local_llama_cpp-0.3.36.1-py3-none-linux_x86_64.whl", "is for no further system"),
+    ],
+)
+def test_other_files_are_found(root, name, message):
+    write(root / "dist" / name, "")
+    assert any(message in each for each in found(root))
+
+
+def test_a_wheel_above_the_limit_is_found(root):
+    with (root / "dist" / WHEELS[1]).open("wb") as file:
+        file.truncate(101 * 10**6)
+    assert found(root) == [f"{WHEELS[1]} is larger than 100 MB"]
+
+
+def test_the_versions_of_this_tree_are_found():
+    app, backend, required = versions(ROOT)
+    assert app.count(".") == 2
+    assert backend == required
