@@ -49,4 +49,4 @@ def show_demonstration(found: Demonstration) -> None:
         pairs = f" (median of {found.n_pairs}, range {speedup.min:.2f}-{speedup.max:.2f})"
     say(f"Speedup: {speedup.median:.2f}x{pairs}. The operation count predicts {found.limit:.2f}x.")
     skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
-    say(f"Tokens read fast: {pop.n_pruned:,} of {found.n_prompt:,} (each token skipped {skipped})")
+    say(f"Fast reading: {pop.n_pruned:,} of {found.n_prompt:,} tokens skipped {skipped}.")

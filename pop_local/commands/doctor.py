@@ -54,7 +54,7 @@ class Check:
     to_do: str = ""
 
 
-Report = Annotated[bool, typer.Option("--report", help="Print a bug report without folders.")]
+Report = Annotated[bool, typer.Option("--report", help="Print a bug report without folder names.")]
 
 
 def doctor(json: Json = False, report: Report = False) -> None:

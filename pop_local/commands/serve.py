@@ -26,8 +26,8 @@ class ServerOptions(Group):
     host: str = option("Address to listen on, or 0.0.0.0 for all interfaces.", default="127.0.0.1")
     port: int = option("Port to listen on, or 0 for any free port.", min=0, max=65535, default=8080)
     api_key: list[str] | None = option(
-        "API key that clients must send (repeatable). Without a key, the server rejects requests to"
-        " other host names and requests from other sites' web pages.",
+        "API key that clients must send (repeatable). Without a key, the server rejects requests"
+        " from other websites' pages and requests whose Host header names a different host.",
         "KEY",
         envvar="POP_LOCAL_API_KEY",
         show_envvar=True,
@@ -60,7 +60,7 @@ class ServerOptions(Group):
         "Allow this origin's web pages to send requests without a key (repeatable).", "ORIGIN"
     )
     cache_ram: int = expert(
-        "Memory for caches of earlier prompts (0: only the latest one).", "MIB", min=0, default=2048
+        "Memory for earlier prompts' caches (0: keep only the latest).", "MIB", min=0, default=2048
     )
     parallel: int | None = option(
         "Number of concurrent answers, each with its own context (default: 1 or 2). The default is"

@@ -27,7 +27,7 @@ def positive(value: float | None) -> float | None:
     return finite(value)
 
 
-_SIDECAR = "Sidecar file (default: one next to the model, or else a learned or shipped one)."
+_SIDECAR = "Sidecar file (default: the one next to the model; otherwise, a learned or shipped one)."
 MMPROJ = "Multimodal projector for images (default: mmproj*.gguf in the model's folder)."
 MARKDOWN = "Print tables as Markdown."
 DEEP_ROWS = "Rule that selects words to run through all layers (default: the file's rule)."

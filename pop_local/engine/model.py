@@ -149,7 +149,7 @@ class PopModel:
         """True if prompts are pruned.
 
         Changing the value empties the KV cache unless all rows are exact. Setting the property to
-        True raises PopError if the model is not converted.
+        True raises PopError if the model has not been converted.
         """
         return self._engine.pruning.mode is not Mode.OFF
 

@@ -145,7 +145,7 @@ def _explained(repo: str) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         raise PopError(
             f"the repository {repo} does not exist or is private",
-            "check the name, or set HF_TOKEN or run `hf auth login` for a private repository",
+            "check the name; for a private repository, set HF_TOKEN or run `hf auth login`",
         ) from error
     except errors.OfflineModeIsEnabled as error:
         raise PopError("the hub client is in offline mode", "unset HF_HUB_OFFLINE") from error

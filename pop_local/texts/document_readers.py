@@ -57,7 +57,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise PopError(f"cannot read {path}: {error.strerror}", "pass a readable file") from error
     if not text.strip():
-        raise PopError(f"{path} contains no text", "pass a file with text")
+        raise PopError(f"{path} contains no text", "pass a file that contains text")
     return text
 
 
@@ -81,7 +81,7 @@ def read_document(path: str | os.PathLike[str]) -> Document:
         raise PopError(f"{path} cannot be read as {kind}: {error}", _PLAIN_HINT) from error
     if not text.strip():
         raise PopError(
-            f"{path} contains no text", "pass a file with text, or run OCR on scanned pages first"
+            f"{path} contains no text", "pass a file that contains text, or run OCR on it first"
         )
     # Session files must be valid Unicode.
     return Document(os.fsencode(path).decode(errors="replace"), text)

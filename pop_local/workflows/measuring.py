@@ -34,7 +34,7 @@ def opened(
 
 def not_converted(model: Path, cause: str, consequence: str = "") -> PopError:
     """Return the error for a model without pruning keys."""
-    message = f"{model} is not converted{consequence}"
+    message = f"{model} has not been converted{consequence}"
     return PopError(message, "convert the model", cause=cause, model=model)
 
 

@@ -89,7 +89,7 @@ def _fitting_files(options: "EngineOptions", watch: Watch) -> ModelFiles:
 def _warn_of_context(context: "Context", watch: Watch) -> None:
     n_ctx = context.options.n_ctx
     if n_ctx and context.n_ctx > n_ctx:
-        watch.on_note(f"llama.cpp rounds the context up to {context.n_ctx:,} tokens.")
+        watch.on_note(f"llama.cpp rounds the context length up to {context.n_ctx:,} tokens.")
     n_trained = context.files.n_ctx_train
     if n_ctx and n_ctx > n_trained:
         watch.on_warning(

@@ -160,7 +160,7 @@ def models_table() -> str:
         ]
         for row in users_rows()
     ]
-    measured = f"{origin('models', 'We measured RAM')} {read('models')['notes']}."
+    measured = f"{origin('models', 'We measured RAM usage')} {read('models')['notes']}."
     return f"\n{markdown(titles, rows)}\n{measured}\n"
 
 

@@ -151,7 +151,7 @@ def test_lengths_that_are_none_are_wrong_usage(pop_file, lengths):
 def test_an_unconverted_model_is_refused_with_the_way_to_convert_it(tmp_path):
     done = bench(make_gguf(tmp_path / "plain.gguf", "llama"))
     assert done.returncode == 1
-    assert "not converted" in done.stderr
+    assert "has not been converted" in done.stderr
     assert "pop-local convert" in done.stderr
 
 

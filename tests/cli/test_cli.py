@@ -231,7 +231,7 @@ def test_options_without_effect_get_a_word(tmp_path):
     done = called("run", path, "hi", *given, "--threads", 1)
     assert done.returncode == 0
     for words in (
-        "llama.cpp rounds the context up to 256 tokens",
+        "llama.cpp rounds the context length up to 256 tokens",
         "--refill idle has no effect: `run` exits after one answer",
         "--image-tokens has no effect: this model has no mmproj",
     ):

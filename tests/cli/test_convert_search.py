@@ -377,7 +377,7 @@ def test_a_stopped_search_keeps_its_fits_for_the_next_run(
     monkeypatch.setattr(searching, "measure_against", stop)
     stopped = convert(tiny, *arguments)
     assert stopped.exit_code == 130
-    assert "The fit is kept in" in stopped.stderr
+    assert "The fit is saved in" in stopped.stderr
     assert "run the same command again to continue." in stopped.stderr
     assert len(calibrated) > 1
     monkeypatch.setattr(searching, "measure_against", measure)

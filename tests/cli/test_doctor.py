@@ -134,7 +134,7 @@ def test_llama_cpp_python_next_to_ours_is_a_problem(tmp_path, monkeypatch, is_ou
         assert found["status"] == "ok"
         return
     assert doctor().exit_code == 1
-    assert found["found"].startswith("llama-cpp-python 9.9 is installed")
+    assert found["found"].startswith("llama-cpp-python 9.9 has overwritten")
     assert "pip uninstall llama-cpp-python" in found["to_do"]
 
 

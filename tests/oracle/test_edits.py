@@ -59,7 +59,7 @@ def edited(sources: tuple[Source, ...]) -> tuple[Tokens, Tokens]:
 
 
 def can_move(model: Path, cache: str) -> bool:
-    """Return False if llama.cpp cannot shift a quantized K of this model."""
+    """Return False if llama.cpp cannot shift this model's quantized K cache."""
     return cache != "q8_0" or model.parent.name[:-1] not in ("llama", "phi3", "deepseek2")
 
 

@@ -32,7 +32,7 @@ def read_file(path: Path, most: int = -1) -> bytes:
 
 
 def _first_of(path: Path, pipe: int) -> bytes:
-    """Wait for a pipe's writer. Return the first byte, or b"" if nothing has been written yet."""
+    """Wait until another process opens the pipe. Return the first byte, or b"" if none is ready."""
     deadline_s = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline_s:
         try:

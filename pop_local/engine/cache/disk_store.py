@@ -183,7 +183,7 @@ class DiskStore:
         return self.folder / f"{digest.hexdigest()[:32]}{SUFFIX}"
 
     def _evict(self, newest_path: Path, prompts_key: str, newest: SavedState) -> None:
-        """Remove the newest state's prefixes, then the oldest states that exceed the capacity."""
+        """Remove the newest state's prefixes, then remove the oldest states until the rest fit."""
         for each in self.stored():
             is_prefix = each.prompts_key == prompts_key and newest.extends(each.tokens, each.images)
             if each.path != newest_path and is_prefix:

@@ -67,8 +67,8 @@ class Picture:
     def rgb(self, most: int = MAX_SHOWN) -> tuple[int, int, bytes]:
         """Decode the first frame and return its width, height, and RGB bytes.
 
-        The decoder turns the frame upright, replaces transparency with white, and scales the frame
-        down to about `most` pixels. Raises PopError if the file is damaged.
+        The decoder applies the EXIF orientation, replaces transparency with white, and reduces
+        larger frames to about `most` pixels. Raises PopError if the file is damaged.
         """
         is_webp = self.content[8:12] == b"WEBP"
         if not is_webp or self.width * self.height <= _MAX_INLINE:

@@ -85,10 +85,9 @@ class LearnedFit:
 
     def __str__(self) -> str:
         learned = f"Learned from {self.n_rows:,} tokens in your prompts."
-        limit = f"{self.speedup_limit:.1f}"
-        if is_learned(self.sidecar):
-            return f"{learned} Prompts are read up to {limit} times as fast from now on."
-        return f"{learned} Prompts are read up to {limit} times as fast until the model is closed."
+        when = "From now on" if is_learned(self.sidecar) else "Until the model is closed"
+        speedup = f"{self.speedup_limit:.1f} times as fast"
+        return f"{learned} {when}, pop-local reads prompts up to {speedup}."
 
 
 class Fitter(Protocol):

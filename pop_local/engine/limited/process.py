@@ -36,7 +36,7 @@ def _python() -> str:
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
             "this frozen application cannot process templates, grammars, or large images",
-            "pass a Python that can import pop_local to multiprocessing.set_executable",
+            "call multiprocessing.set_executable with a Python that can import pop_local",
         )
     return python
 

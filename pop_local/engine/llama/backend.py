@@ -122,7 +122,7 @@ def bindings() -> ModuleType:
         if used and Path(str(other.locate_file("llama_cpp/__init__.py"))).resolve() != used:
             continue
         raise PopError(
-            f"{OTHER} {other.version} is installed and overwrites {OURS}'s files",
+            f"{OTHER} {other.version} has overwritten {OURS}'s files",
             f"run pip uninstall {OTHER} (which removes both packages' files), then {INSTALL_HINT}",
         )
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -261,7 +261,7 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
     logs.forget_errors()
     found = int(require_patched().llama_pop_count_macs(ctx, n_tokens, n_full))
     if found < 0:
-        raise PopError(logs.first_error() or f"cannot count the work for {n_tokens} tokens")
+        raise PopError(logs.first_error() or f"cannot count the operations for {n_tokens} tokens")
     return found
 
 

@@ -16,7 +16,7 @@ from pop_local.models.sidecars import is_learned
 class OpenedFiles:
     """The files of an open model.
 
-    `meta`: POP keys from the file or its sidecar (None: the model is not converted). `header`:
+    `meta`: POP keys from the file or its sidecar (None: the model is unconverted). `header`:
     metadata from the model's file. `n_ctx_train`: trained context length in tokens (0: unknown).
     `n_positions`: number of learned positions (0: no limit). llama.cpp aborts on longer prompts.
     `macs`: a counter of multiply-accumulates.

@@ -333,7 +333,7 @@ def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
         was, now = saved.backend, ours.backend
         return f"the session was saved with backend {was}, but the current backend is {now}"
     if session.mode is not Mode.OFF and not engine.pruning.can_switch:
-        return "the session was saved with pruning, but this model has not been converted"
+        return "the session was saved while pruning was on, but this model has not been converted"
     if session.n_tokens > engine.context.n_ctx:
         return f"the session needs a context of {session.n_tokens:,} tokens"
     return ""

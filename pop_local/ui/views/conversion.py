@@ -197,7 +197,7 @@ def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """Return the facts about a plan. `where`: facts about the first skipped layer."""
+    """Describe a plan in labeled facts. `where`: facts about the first skipped layer."""
     form, read = conversion.options.output, size(conversion.sizes.source_bytes)
     opened_by = "stock llama.cpp can also open the copy"
     if form == "sidecar":
@@ -241,7 +241,7 @@ def skipping_facts(found: SkippableLayers) -> list[Fact]:
     if found.fits_from is not None:
         projections = "fitted or own"
         if found.fits_from > found.first:
-            projections = f"own at all boundaries; fitted at boundaries {found.fits_from} and up"
+            projections = f"own at any boundary; fitted at boundary {found.fits_from} or higher"
     measured = "real models" if found.is_measured else "random models only"
     return [
         ("Can be skipped", layers),

@@ -83,7 +83,7 @@ class PlanFitter:
             watch.on_warning(PopError(f"the fit could not be saved: {error}"))
         else:
             where = self.kept.folder
-            watch.on_note(f"The fit is kept in {where}; run the same command again to continue.")
+            watch.on_note(f"The fit is saved in {where}; run the same command again to continue.")
 
     def distilled(self, plan: Plan, fitted: Fitted) -> Fitted:
         """Train a plan's fit end to end and return the result. Raises PopError or StoppedError."""

@@ -117,7 +117,7 @@ def test_files_that_are_no_transcripts_are_not_offered(model, tmp_path):
 def test_a_transcript_that_cannot_be_saved_is_reported_once(model, tmp_path):
     (tmp_path / "file").write_text("")
     shown = talked(model, tmp_path / "file" / "unsaved", "one", "two")
-    assert [line[:30] for line in shown if line.startswith("* ")] == [
-        "* A crash would lose this chat"
+    assert [line[:41] for line in shown if line.startswith("* ")] == [
+        "* If pop-local crashes, this chat is lost"
     ]
     assert sum(line.startswith("# prompt ") for line in shown) == 2

@@ -138,7 +138,7 @@ def test_a_fit_over_few_rows_is_never_saved(plain, monkeypatch):
     model, lessons = taught(plain)
     source = model.engine.context.files.source
     first = lessons.idle(never)
-    assert "until the model is closed" in str(first)
+    assert "Until the model is closed" in str(first)
     assert not learned_files() or not learned_files()[0].sidecar.exists()
     assert not is_learned(first.sidecar) and first.sidecar.parent.stat().st_mode & 0o077 == 0
     model.swap_sidecar(first.sidecar)
@@ -149,7 +149,7 @@ def test_a_fit_over_few_rows_is_never_saved(plain, monkeypatch):
     monkeypatch.setattr(OnlineCalibration, "_is_better", lambda *_: False)
     read(model, prompt(3 * N, 3))
     second = lessons.idle(never)
-    assert sidecar_of(source) == second.sidecar and "from now on" in str(second)
+    assert sidecar_of(source) == second.sidecar and "From now on" in str(second)
     saved = model.engine.calibrator.file.load().grams[second.boundary]
     assert second.n_rows == saved.n_rows
     # Later rows are not added to a fit until they are saved, too.
@@ -303,8 +303,8 @@ def test_a_chat_reports_a_learned_fit(plain):
     )
     with refill.idling(chat):
         wait_for(lambda: not lessons.has_work)
-    assert "# Learned from" in screen.shown
-    assert "times as fast from now on. /full on turns fast reading off." in screen.shown
+    assert "# Learned from" in screen.shown and "From now on, pop-local reads" in screen.shown
+    assert "times as fast. /full on turns fast reading off." in screen.shown
     chat.ask("a b c d " * 300)
     assert chat.session.answer_stats[-1].n_pruned > 0
 
