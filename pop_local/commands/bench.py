@@ -47,8 +47,8 @@ def bench(
     warn_if_busy(measured.threads)
     if (read.repeat + 1) * sum(options.n_prompts) > _N_LONG:
         note(
-            "bench usually takes 2 to 15 minutes with a catalog model. For a quick result in 1 to 2"
-            " minutes, pass --prompt 512 --repeat 1."
+            "With a catalog model, bench usually takes 2 to 15 minutes, depending on the model's"
+            " size. For a quick result in 1 to 2 minutes, pass --prompt 512 --repeat 1."
         )
     with stoppable_watch() as watch:
         speed = workflow.bench(model, measured.sidecar, options, watch)

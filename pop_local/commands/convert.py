@@ -166,9 +166,6 @@ def convert(
     planned = plan_conversion(base, output, options)
     if (found := sidecar_of(planned.source)) and is_shipped(found):
         note(f"pop-local ships the sidecar {found.name}, so this model needs no conversion.")
-        if how.dry_run and not how.force and not json:
-            note("To print the plan anyway, add --force.")
-            return
         if not how.dry_run and not sys.stdin.isatty():
             note("Converting it anyway.")
         elif not how.dry_run and not typer.confirm("Convert it?", err=True):

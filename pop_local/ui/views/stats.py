@@ -70,7 +70,7 @@ def learned_lines(learned: OnlineCalibrator, fitter: OnlineCalibration | None) -
     if learned.n_rows < learned.n_wanted:
         rows = f"{learned.n_rows:,} of the first {learned.n_wanted:,} tokens"
     waiting = f", {learned.n_waiting:,} waiting" if learned.n_waiting else ""
-    yield f"Learned: {rows}{waiting}."
+    yield f"Learned from your prompts: {rows}{waiting}."
     if learned.n_missed:
         yield f"Skipped because memory was low: {learned.n_missed:,} tokens."
     if fitter is None or fitter.quality is None:

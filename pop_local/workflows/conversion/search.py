@@ -42,8 +42,9 @@ from pop_local.workflows.conversion.refusals import OverBudgetError, Trial
 from pop_local.workflows.conversion.stages import (
     FULL_LOOKUPS,
     MEASURING,
+    N_RETRIES,
     RUNNING_LOOKUPS,
-    n_halvings_of,
+    n_expected,
 )
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
@@ -219,17 +220,18 @@ class Search:
         """Find the deepest undistilled candidate within the budget (rule 2)."""
         by_boundary = {each.boundary: each for each in self.plain}
         n_rules = len(self.plans[0].deep_rows.fewer)
-        n_after = n_halvings_of(len(self.plans)) + n_rules
+        n_after = N_RETRIES + n_rules
         while True:
             verdicts = self._verdicts()
             if wanted := budgets.undecided(list(by_boundary), verdicts):
                 candidate = by_boundary[wanted[0]]
                 if not candidate.is_ready:
                     self.fit([by_boundary[each] for each in wanted])
+                n_more = n_expected(wanted)
                 if self._asked:
-                    self.settle(candidate, n_halvings_of(len(wanted)) + n_rules)
+                    self.settle(candidate, n_more + n_rules)
                 else:
-                    texts = [MEASURING] * (1 + n_halvings_of(len(wanted)))
+                    texts = [MEASURING] * (1 + n_more)
                     self._expect([*texts, FULL_LOOKUPS, RUNNING_LOOKUPS], n_after)
                     self.judge(candidate)
                 continue

@@ -21,6 +21,8 @@ _BOUNDARY_COST = 0.7
 _WRITING = 100
 # Seconds of work that must pass before the rate is estimated.
 _LEAST_S = 5.0
+# Expected number of candidates after the first that runs look-ups. Small models need 0 to 5.
+N_RETRIES = 1
 
 # Names of stages, or their beginnings.
 MEASURING = "Measuring boundary"
@@ -35,9 +37,14 @@ class ExpectedStage(NamedTuple):
     work: float
 
 
-def n_halvings_of(n_candidates: int) -> int:
-    """Return the number of candidates that bisection measures after the first measurement."""
-    return (n_candidates // 2).bit_length()
+def n_expected(boundaries: Sequence[int]) -> int:
+    """Return how many of the `boundaries` bisection should measure after the first.
+
+    If the first is within the budget, only deeper boundaries remain. Otherwise, bisection may
+    measure boundaries on both sides.
+    """
+    n_if_inside = sum(each < boundaries[0] for each in boundaries).bit_length()
+    return (n_if_inside + (len(boundaries) // 2).bit_length() + 1) // 2
 
 
 def planned_stages(planned: Conversion) -> list[ExpectedStage]:
@@ -55,11 +62,11 @@ def planned_stages(planned: Conversion) -> list[ExpectedStage]:
     looked_up = ExpectedStage(RUNNING_LOOKUPS, lookups)
     if planned.budget is not None:
         stages.append(ExpectedStage("Running the full model", read))
-        # Bisection halves the candidates twice: first with text only, and then with look-ups, too.
-        n_halvings = n_halvings_of(len(planned.plans))
-        stages += [tried] * (n_halvings + 1)
+        n_more = n_expected([plan.boundary for plan in planned.plans])
+        stages += [tried] * (n_more + 1)
         stages += [ExpectedStage(FULL_LOOKUPS, lookups), looked_up]
-        stages += [tried, looked_up] * (n_halvings + len(plan.deep_rows.fewer))
+        n_after = min(N_RETRIES, n_more) + len(plan.deep_rows.fewer)
+        stages += [tried, looked_up] * n_after
     elif planned.fit_work:
         stages += [ExpectedStage("Measuring", read), ExpectedStage("Running look-ups", lookups)]
     return [*stages, ExpectedStage(planned.writing_stage, _WRITING * planned.sizes.output_bytes)]
