@@ -130,7 +130,7 @@ def mcnemar(n_first: int, n_second: int) -> float:
 
 
 def read_prompts(path: Path) -> PromptFile:
-    """Read a JSONL file in which each object has the key `prompt` or `messages`. Raises PopError.
+    """Read a JSONL file in which each object has a `prompt` or `messages` key. Raises PopError.
 
     An object with `prompt` may also list `documents` (strings or {"file": PATH} objects) and
     `images` (paths). Documents and images precede the prompt's text. Paths are relative to the

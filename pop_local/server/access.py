@@ -66,7 +66,7 @@ def parse_origin(text: str) -> str:
     if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
         raise PopError(
             f"{text!r} is not a valid web origin",
-            "pass the scheme, host, and port, for example https://example.org:8443, or use"
+            "pass the scheme, host, and port (such as https://example.org:8443), or use"
             " --api-key, which allows all origins",
         )
     return origin

@@ -100,7 +100,7 @@ def make_plan(
     tokens = {"sink": sink_tokens, "tail": tail_tokens, "min_prompt": min_prompt or 0}
     for name, value in tokens.items():
         if not 0 <= value <= MAX_TOKENS:
-            raise PlanError(f"{name}={value} is out of range", f"pass 0 to {MAX_TOKENS:,} tokens")
+            raise PlanError(f"{name}={value} is out of range", f"use 0 to {MAX_TOKENS:,} tokens")
     if min_prompt is None:
         min_prompt = 2 * (sink_tokens + tail_tokens)
     if not shape.fits(boundary):

