@@ -110,8 +110,8 @@ class Replay:
 
 
 # Both runs used one thread of an AMD EPYC (Zen 4) on November 30, 2026.
-SMOLLM2 = Run(4.8, 33.6, 46.5, 24.3, 20.0, 68.9, 62.0, text=20, lookups=22)
-GEMMA = Run(7.0, 47.7, 28.3, 41.0, 34.0, 69.2, 79.0, text=11, lookups=17)
+SMOLLM2 = Run(3.1, 29.9, 36.4, 18.0, 14.6, 51.0, 47.9, text=20, lookups=22)
+GEMMA = Run(4.3, 41.1, 25.0, 36.0, 25.9, 58.7, 58.4, text=11, lookups=17)
 
 
 @pytest.mark.parametrize(
