@@ -66,13 +66,13 @@ def test_summary_names_the_kind_of_model_and_loose_limits(smollm2, gemma):
     shown = {model: " ".join(inspect(model).stdout.split()) for model in (smollm2, gemma)}
     assert "Kind chat model, trained on contexts of up to 8,192 tokens" in shown[smollm2]
     assert (
-        "skips 7 of 30 layers and meets the quality limits 'near-lossless' Stock" in shown[smollm2]
+        "skips 7 of 30 layers and meets the 'near-lossless' quality limits Stock" in shown[smollm2]
     )
     assert (
         "Kind base model (it has no chat template), trained on contexts of up to 32,768"
         in shown[gemma]
     )
-    assert "meets the quality limits 'fast' (looser than the default)" in shown[gemma]
+    assert "meets the 'fast' quality limits (looser than the default)" in shown[gemma]
 
 
 def test_unsupported_architecture_is_shown_as_such(tmp_path):

@@ -93,7 +93,7 @@ def _planned_facts(conversion: Conversion) -> list[Fact]:
         past = ", ".join(str(each.boundary) for each in conversion.tried)
     where = [*budget, ("Boundaries", past)]
     if fewer := first.deep_rows.fewer:
-        where.append(("Deep rows", f"rule {first.deep_rows} ({' or '.join(fewer)} if faster)"))
+        where.append(("Deep rows", f"'{first.deep_rows}' or a faster rule ({' or '.join(fewer)})"))
     limit = _limit(conversion, first, conversion.limit(plan))
     layers = f"up to {plan.n_skipped} within the budget"
     output = f"up to {size(conversion.sizes.output_bytes)}"
@@ -257,7 +257,7 @@ def full_fact(rows: Plan | PopMeta) -> Fact:
     ends = f"the first {start} and the last {rows.tail_tokens} tokens"
     if rows.deep_rows is DeepRows.NONE:
         return "Run all layers", ends
-    words = f"words selected by the rule '{rows.deep_rows}'"
+    words = f"words selected by the '{rows.deep_rows}' rule"
     if share := getattr(rows, "deep_share", 0.0):
         words += f" ({share:.0%} of ordinary text)"
     return "Run all layers", f"{ends}, and {words}"

@@ -43,7 +43,7 @@ def _fast_reading(found: Inspection) -> str:
         if meta.budget is None:
             return skipped
         looser = " (looser than the default)" if meta.budget.quality == FAST.quality else ""
-        return f"{skipped} and meets the quality limits '{meta.budget.quality}'{looser}"
+        return f"{skipped} and meets the '{meta.budget.quality}' quality limits{looser}"
     if found.skipping is not None and found.skipping.exact:
         return f"skips layers {found.skipping.exact} and up without any loss"
     return "not available until the model is converted (`pop-local convert`)"

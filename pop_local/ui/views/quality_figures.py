@@ -69,7 +69,7 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     yield "Text", found.text.name
     layers = f"{found.n_skipped} layers ({q.boundary} and up), with {found.projection} projections"
     if found.deep_rows is not DeepRows.NONE:
-        layers = f"{layers} and deep rows selected by the rule '{found.deep_rows}'"
+        layers = f"{layers} and deep rows selected by the '{found.deep_rows}' rule"
     yield "Skipped", f"{layers}; the speedup is up to {found.speedup_limit:.2f}x"
     yield "Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"
     yield "With fast reading", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} context tokens"
