@@ -29,7 +29,8 @@ class Agent:
         return [*(Template(word).substitute(values) for word in words), *added]
 
 
-# The agents refuse to start without a key, which the server ignores.
+# The agents refuse to start without a key, which the server ignores. While the server reads a long
+# prompt, it sends no event, so the idle limits are raised to an hour.
 AGENTS = {
     "opencode": Agent(
         program="opencode",
@@ -51,7 +52,6 @@ AGENTS = {
             *("-c", "model_provider=pop-local", "-c", "model=$model"),
             *("-c", "model_context_window=$n_ctx"),
             "-c",
-            # While the server reads a long prompt, it sends no event.
             'model_providers.pop-local={name="pop-local", base_url="$url", wire_api="responses",'
             " stream_idle_timeout_ms=3600000}",
         ),
@@ -67,6 +67,7 @@ AGENTS = {
         program="qwen",
         install="npm install -g @qwen-code/qwen-code",
         n_ctx=32768,
+        variables=("QWEN_STREAM_IDLE_TIMEOUT_MS=3600000",),
         arguments=(
             *("--auth-type", "openai", "--model", "$model"),
             *("--openai-base-url", "$url", "--openai-api-key", "none"),

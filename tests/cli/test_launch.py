@@ -144,6 +144,12 @@ def test_opencode_settings_are_json():
     assert settings["provider"]["pop-local"]["models"]["m"]["limit"]["context"] == 4096
 
 
+@pytest.mark.parametrize("name", ["codex", "qwen-code"])
+def test_an_agent_with_an_idle_limit_waits_an_hour_for_an_event(name):
+    words = AGENTS[name].command((), url="http://h/v1", model="m", n_ctx=4096)
+    assert re.search(r"(?i)idle_timeout_ms=3600000\b", " ".join(words))
+
+
 def test_arguments_without_a_model_are_wrong_usage():
     done = called("launch", "codex", "--", "--help")
     assert done.returncode == 2 and "pass a model before" in done.stderr
