@@ -2,7 +2,7 @@
 
     python tests/try_aarch64.py WHEELS FOLDER [MODEL.gguf]
 
-The program needs Debian's packages qemu-user and apt, but no root. FOLDER keeps an ARM Python from
+The program needs Debian 13 and its package qemu-user, but no root. FOLDER keeps an ARM Python from
 Debian's packages and the installed wheels between runs. WHEELS contains the wheels of pop-local and
 of the backend for ARM; all other wheels come from pip's index. Both machines convert a tiny model,
 whose tensors must be equal, and read a pruned prompt, whose logits may differ by noise. With MODEL,
