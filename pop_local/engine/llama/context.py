@@ -23,6 +23,7 @@ from pop_local.engine.llama.opened_files import OpenedFiles
 from pop_local.engine.llama.vocabulary import Vocabulary
 
 _N_BATCH = 512
+MOST_THREADS = 512  # ggml.h's GGML_MAX_N_THREADS; with more, llama.cpp aborts
 _ROUNDED_TO = 256  # llama.cpp rounds context lengths up to a multiple
 # With several sequences, a short prompt need not wait long for a long prompt's chunk to be read.
 # With 256 rows, SmolLM2 reads 7,000 tokens as fast as with 512. With 128, it reads 3% slower.
@@ -141,6 +142,10 @@ class Context:
         params = api.llama_context_default_params()
         if options.n_sequences < 1:
             raise PopError(f"n_parallel is {options.n_parallel}", "set n_parallel to 1 or more")
+        if not 1 <= self.n_threads <= MOST_THREADS:
+            raise PopError(
+                f"n_threads is {self.n_threads}", f"set n_threads to at most {MOST_THREADS}"
+            )
         # Call default_ctx even if n_ctx is set, because it rejects an invalid context length.
         default = loading.default_ctx(self.files.source, options.n_sequences, free_bytes)
         n_ctx = options.n_ctx or default
