@@ -33,6 +33,10 @@ NO_DEVICE = {
     "CUDA": "check that nvidia-smi lists a device and that the driver supports this CUDA version",
     "Vulkan": "ggml ignores CPU devices such as lavapipe unless GGML_VK_VISIBLE_DEVICES=0 is set",
 }
+NO_LIBRARY = {
+    "CUDA": "to use an NVIDIA GPU, install its driver, the CUDA runtime, and cuBLAS",
+    "Vulkan": "to use a GPU, install its Vulkan driver and the Vulkan loader",
+}
 KERNELS_VARIABLE = "GGML_POP_KERNELS"
 VARIABLES = re.compile(r"(?:CUDA|GGML|GOMP|HIP|LD|OMP|VK)_|LLAMA_CPP_LIB_PATH")
 PACKAGES = re.compile(r"(?:gguf|huggingface_hub|llguidance|numpy|starlette|torch) ")
@@ -171,6 +175,12 @@ def _gpus(info: devices.BackendInfo) -> list[Check]:
         if n_devices == 0 and name != "RPC":
             found = f"this build supports {name}, but no {name} device was found"
             gpus.append(Check("gpu", "GPU", "note", found, NO_DEVICE.get(name, DRIVER)))
+    loaded = {name for name, _ in info.built_in}
+    for name, to_do in NO_LIBRARY.items():
+        # In wheels, each backend is a separate file, which ggml skips if a dependency is missing.
+        if name not in loaded and [*info.library_path.parent.glob(f"*ggml-{name.lower()}.*")]:
+            found = f"the {name} backend cannot be loaded, so models run on the CPU"
+            gpus.append(Check("gpu", "GPU", "note", found, to_do))
     if gpus:
         return gpus
     if shutil.which("nvidia-smi"):

@@ -56,8 +56,8 @@ def install(monkeypatch, tmp_path):
         variant: str = "",
         n_threads: int = 4,
         kernels: str = devices.NO_KERNELS,
+        library: Path = Path("lib/libllama.so"),
     ) -> None:
-        library = Path("lib/libllama.so")
         info = BackendInfo(
             *("0.3.36", library, abi, found, built_in, FEATURES, n_threads, variant, kernels)
         )
@@ -228,6 +228,22 @@ def test_a_backend_without_a_device_is_noted(install, name, hint):
     assert checks()["gpu"]["found"] == f"this build supports {name}, but no {name} device was found"
     assert hint in checks()["gpu"]["to_do"]
     assert doctor().exit_code == 0
+
+
+@pytest.mark.parametrize("file", ["libggml-cuda.so", "ggml-cuda.dll", "libggml-cuda.dylib"])
+def test_a_backend_that_cannot_be_loaded_is_one_note(install, tmp_path, file):
+    """A wheel with CUDA falls back to the CPU without a driver, and states why."""
+    (tmp_path / file).touch()
+    install(library=tmp_path / "libllama.so")
+    found = [
+        check for check in json.loads(doctor("--json").stdout)["checks"] if check["key"] == "gpu"
+    ]
+    assert [check["status"] for check in found] == ["note"]
+    assert found[0]["found"] == "the CUDA backend cannot be loaded, so models run on the CPU"
+    assert "cuBLAS" in found[0]["to_do"]
+    assert doctor().exit_code == 0
+    install(library=tmp_path / "libllama.so", built_in=(("CUDA", 1), ("CPU", 1)), found=(GPU, CPU))
+    assert checks()["gpu"]["status"] == "ok"
 
 
 def test_gpu_without_a_build_for_it_is_noted(install, monkeypatch):
