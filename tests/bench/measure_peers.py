@@ -1,23 +1,32 @@
-"""Measure speed next to llama.cpp and ik_llama.cpp. Not a test.
+"""Measure speed next to llama.cpp, ik_llama.cpp, OpenVINO GenAI, and mistral.rs. Not a test.
 
-    python tests/bench/measure_peers.py MODEL.gguf [--llama PATH] [--ik PATH] [--sidecar FILE]
-        [--prompts 512,2048] [--decode 32] [--threads 1] [--rounds 3] [--json]
+    python tests/bench/measure_peers.py MODEL.gguf [--llama PATH] [--ik PATH] [--openvino PYTHON]
+        [--mistralrs PYTHON] [--sidecar FILE] [--prompts 512,2048] [--decode 32] [--threads 1]
+        [--rounds 3] [--clock wall|cpu] [--no-flash-attention] [--json]
 
 Each PATH is a built `llama-bench` with its libraries in the same folder; an option may come twice.
-This program builds neither. In each round, every setting runs once, in a rotating order. A peer
-runs in a new process for each of its SETTINGS, pop-local in one child process, in full and pruned.
-Pruning uses the sidecar, else each of `--skips`, or exact skipping if the model allows it.
+Each PYTHON is the interpreter of an environment that contains the engine (`pip install
+openvino-genai`, `pip install mistralrs`). This program builds and installs none of them. In each
+round, every setting runs once, in a rotating order. A llama-bench runs in a new process for each of
+its SETTINGS; a Python engine (peer_process.py) and pop-local, in full and pruned, stay open in one
+child process each. Pruning uses the sidecar, else each of `--skips`, or exact skipping if the model
+allows it. An engine that cannot open the model is listed with its message.
 
-Speeds are prompt tokens per second. Ours include sampling the first token, and row counters prove
-the number of pruned rows. A ratio is computed within a round, to the peer's setting with the best
-median at that length. With --decode N, N tokens are decoded, too, listed as prompt 0: ours after a
-prompt of 16 tokens, a peer's without a prompt. All warm up first. Pin with `taskset`. Prints a
-table, or one JSON object.
+Speeds are prompt tokens per second. Ours and those of the Python engines include sampling the first
+token, and row counters prove the number of pruned rows. A ratio is computed within a round, to the
+peer's setting with the best median at that length. With --decode N, N tokens are decoded, too,
+listed as prompt 0: a llama-bench's without a prompt, all others' after a prompt of 16 tokens. All
+warm up first. Pin with `taskset`. Prints a table, or one JSON object.
+
+If other work runs, `--clock cpu` takes the processes' CPU time, which is comparable with one
+thread. A llama-bench reports only wall time. Its CPU time is the difference between a process with
+the prompt and a process with 16 tokens. For decoding, the second process decodes five times.
 """
 
 import argparse
 import json
 import os
+import resource
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from measure_speed import (
+    CLOCKS,
     N_DECODE_PROMPT,
     Child,
     Spread,
@@ -36,6 +46,7 @@ from measure_speed import (
     skipping,
     spread,
 )
+from peer_process import ENGINES, PeerError, PeerProcess
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import read_source
 
@@ -53,6 +64,7 @@ class Read:
     n_pruned: int = 0
 
 
+N_FEW = 16
 DECODED = 0  # listed as a prompt length, as in llama-bench
 Reads = dict[int, Read]  # by prompt length
 Run = Callable[[], Reads]
@@ -79,10 +91,12 @@ class Row:
 
 
 def peers(options: argparse.Namespace) -> list[Entry]:
-    """Return each given program in each of its settings."""
+    """Return each given llama-bench in each of its settings."""
     entries = []
     for kind, settings in SETTINGS.items():
         programs: list[Path] = getattr(options, kind)
+        if not options.flash_attention:
+            settings = tuple(dict.fromkeys(each.replace("-fa 1", "-fa 0") for each in settings))
         for program in programs:
             peer = kind if len(programs) == 1 else f"{kind} ({program.parent.name})"
             for setting in settings:
@@ -91,18 +105,75 @@ def peers(options: argparse.Namespace) -> list[Entry]:
 
 
 def bench(program: Path, setting: str, options: argparse.Namespace) -> Run:
-    lengths = ",".join(map(str, options.prompts))
-    asked = f"-p {lengths} -n {options.decode} -r 1 -t {options.threads} -ngl 0 -o json {setting}"
-    command = [program.resolve(), "-m", options.model, *asked.split()]
+    command = [program.resolve(), "-m", options.model, "-t", options.threads, "-ngl", 0]
+    command += ["-o", "json", *setting.split()]
     environment = os.environ | {"LD_LIBRARY_PATH": str(program.resolve().parent)}
 
-    def run() -> Reads:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    def printed(lengths: str, n_decode: int, *more: object) -> str:
+        words = map(str, [*command, "-p", lengths, "-n", n_decode, *more])
+        done = subprocess.run([*words], capture_output=True, text=True, env=environment)
         if done.returncode:
             raise SystemExit(f"{program} failed:\n{done.stderr[-1000:]}")
+        return done.stdout
+
+    def run() -> Reads:
+        done = printed(",".join(map(str, options.prompts)), options.decode, "-r", 1)
         # A build may print other lines first.
-        tests = json.loads(done.stdout[done.stdout.index("[\n") :])
+        tests = json.loads(done[done.index("[\n") :])
         return {test["n_prompt"]: Read(test["avg_ts"]) for test in tests}
+
+    def cpu_s(n_prompt: int, n_decode: int, n_repetitions: int = 1) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        printed(str(n_prompt), n_decode, "-r", n_repetitions, "-w", 0)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    def run_for_cpu_time() -> Reads:
+        few_s = cpu_s(N_FEW, 0)  # loading the model and first accesses to its weights
+        reads = {n: Read((n - N_FEW) / (cpu_s(n, 0) - few_s)) for n in options.prompts}
+        if options.decode:
+            taken_s = cpu_s(0, options.decode, 5) - cpu_s(0, options.decode)
+            reads[DECODED] = Read(options.decode * 4 / taken_s)
+        return reads
+
+    return run_for_cpu_time if options.clock == "cpu" else run
+
+
+@contextmanager
+def engines(options: argparse.Namespace) -> Iterator[tuple[list[Entry], dict[str, str]]]:
+    """Return the given Python engines after a first run, and a note about each of them."""
+    opened: list[PeerProcess] = []
+    entries: list[Entry] = []
+    notes = {}
+    for kind in ENGINES:
+        if (python := getattr(options, kind)) is None:
+            continue
+        show(f"\ropening the model with {kind} ", end="")
+        try:
+            process = PeerProcess(python, kind, options)
+            opened.append(process)
+            run = engine_run(process, options)
+            run()
+        except PeerError as error:
+            notes[kind] = f"failed: {error}"
+        else:
+            notes[kind] = ", ".join(f"{name}: {value}" for name, value in process.about.items())
+            entries.append(Entry(kind, kind, run))
+    try:
+        yield entries, notes
+    finally:
+        for process in opened:
+            process.close()
+
+
+def engine_run(process: PeerProcess, options: argparse.Namespace) -> Run:
+    def run() -> Reads:
+        reads = {n: Read(n / process.seconds(n, 1)) for n in options.prompts}
+        if options.decode:
+            first_s = process.seconds(N_DECODE_PROMPT, 1)
+            all_s = process.seconds(N_DECODE_PROMPT, 1 + options.decode)
+            reads[DECODED] = Read(options.decode / (all_s - first_s))
+        return reads
 
     return run
 
@@ -182,16 +253,25 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("model", help="a GGUF file that the peers can open")
     for kind in SETTINGS:
         parser.add_argument(f"--{kind}", type=Path, action="append", default=[], metavar="PATH")
+    for kind in ENGINES:
+        parser.add_argument(f"--{kind}", type=Path, metavar="PYTHON")
     parser.add_argument("--sidecar", help="says what is pruned; without it --skips does")
     parser.add_argument("--skips", default="1/3", help="shares of the layers")
     parser.add_argument("--prompts", default="512,2048")
     parser.add_argument("--decode", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument(
+        "--no-flash-attention",
+        action="store_false",
+        dest="flash_attention",
+        help="for a llama-bench that was built without it",
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--verbose", action="store_true", help="show what llama.cpp prints")
     # The child of measure_speed asks for these.
-    parser.set_defaults(other=None, clock="wall", cpu=None)
+    parser.set_defaults(other=None, cpu=None)
     options = parser.parse_args()
     options.prompts = [int(each) for each in options.prompts.split(",")]
     return options
@@ -199,19 +279,23 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     options = parsed()
-    with ours(options) as mine:
-        entries = [*peers(options), *mine]
+    with engines(options) as (theirs, notes), ours(options) as mine:
+        entries = [*peers(options), *theirs, *mine]
         runs = measure(entries, options.rounds)
     lengths = [*options.prompts, *([DECODED] if options.decode else [])]
     rows = [row for n_prompt in lengths for row in rows_of(n_prompt, entries, runs)]
     if options.json:
         about = {"model": options.model, "machine": machine(), "threads": options.threads}
+        about |= {"clock": options.clock, "load": os.getloadavg(), "engines": notes}
         print(json.dumps(about | {"rounds": options.rounds, "rows": [asdict(row) for row in rows]}))
     else:
         print(
-            f"{options.model}: {machine()}, threads: {options.threads}, rounds: {options.rounds}\n"
+            f"{options.model}: {machine()}, threads: {options.threads}, rounds: {options.rounds},"
+            f" {options.clock} time, load average: {os.getloadavg()[1]:.1f}\n"
         )
         print_rows(rows)
+        for name, note in notes.items():
+            print(f"\n{name}: {note}")
 
 
 if __name__ == "__main__":
