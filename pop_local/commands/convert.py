@@ -37,7 +37,7 @@ QualityName = Literal["near-lossless", "balanced", "fast"]
 
 @dataclass(frozen=True)
 class HowOptions(Group):
-    boundary: int | None = option("First layer to skip (default: found by a search).", "LAYER")
+    boundary: int | None = option("First layer to skip (default: determined by search).", "LAYER")
     quality: QualityName | None = option(
         "Maximum quality loss: near-lossless, balanced, or fast (default:"
         f" {BALANCED.quality}; unlimited with --boundary).",

@@ -93,7 +93,7 @@ def expanded(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise PopError(
-            f"the home folder in {path} does not exist", "use an absolute path"
+            f"the home folder that {path} names does not exist", "use an absolute path"
         ) from None
 
 

@@ -26,7 +26,7 @@ _MAX_LISTED = 40
 
 @dataclass(frozen=True)
 class QuantFile:
-    """A model in a repository, with its name (without the suffix) and its files in order."""
+    """A model in a repository. `name` has no suffix, and `files` lists the parts in order."""
 
     name: str
     files: tuple[str, ...]

@@ -32,7 +32,7 @@ class TimedAnswer:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A full and a pruned answer, and the measured speedup.
+    """An answer from full reading, an answer from pruned reading, and the measured speedup.
 
     `limit` is the largest possible speedup, computed from the prefills' multiply-accumulates.
     """

@@ -145,7 +145,7 @@ class KvCache:
     def load(self, state: SavedState) -> None:
         """Replace the rows with a saved state, regardless of its key.
 
-        If the state does not fit, this method empties the cache and raises PopError.
+        If the state cannot be restored, this method empties the cache and raises PopError.
         """
         self.clear()
         n = state.n_tokens
@@ -153,7 +153,7 @@ class KvCache:
         if not self.slot.cells.restore(state.cells, end) or self.slot.cells.end != end:
             self.clear()
             raise PopError(
-                "the saved state does not fit this model and context", "read the prompt again"
+                "the saved state does not match this model and context", "read the prompt again"
             )
         self._must_place = not (self.context.window or self.context.is_recurrent)
         self._tokens[:n] = state.tokens

@@ -92,7 +92,7 @@ class CachedRows:
             self.first_stale = NO_STALE
 
     def take_over(self, is_full: np.ndarray, positions: np.ndarray, *, is_exact: bool) -> None:
-        """Replace all rows with a saved state's rows, which have no boundary states."""
+        """Replace all rows with saved rows, which have no boundary states."""
         n = len(is_full)
         self.positions[: n + 1] = positions
         self.forget_from(0)

@@ -33,7 +33,7 @@ class TextStream:
         self._stops = ()
 
     def flush(self) -> str:
-        """Return the text that is still held back, without incomplete characters."""
+        """Return the remaining text. Incomplete characters are dropped."""
         shown, self._held = self._held, ""
         return shown
 

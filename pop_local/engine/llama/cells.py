@@ -108,8 +108,8 @@ class Cells:
     def checkpoint(self, max_bytes: int) -> np.ndarray | None:
         """Return a copy of the recurrent states and of the rows in sliding windows.
 
-        Returns uint8 [n_bytes] in llama.cpp's format, or None if the copy would be empty,
-        unreadable, or too large.
+        Returns uint8 [n_bytes] in llama.cpp's format. Returns None if llama.cpp fails to copy the
+        data, or if the copy would be empty or too large.
         """
         api, flags = self._api, self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
         with self._locked():

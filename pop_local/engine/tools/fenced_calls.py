@@ -33,7 +33,7 @@ def last_calls(text: str, tools: Sequence[Tool]) -> tuple[tuple[tuple[str, str],
     for name, _, given in calls:
         required, allowed = (known.get(name, {}).get(key) for key in ("required", "properties"))
         if name not in known or not {*(required or ())} <= given <= {*(allowed or given)}:
-            return (), f"the call to {named[1]} has an unknown name or the wrong arguments"
+            return (), f"the code calls {named[1]} with wrong arguments or calls an unknown tool"
     return tuple((name, arguments) for name, arguments, _ in calls), ""
 
 

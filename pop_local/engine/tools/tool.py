@@ -59,7 +59,7 @@ class Tools:
         for tool in self.all:
             if other := rules.get(tool.rule):
                 names = f"{other!r} and {tool.name!r}"
-                message = f"the names of two tools differ only in punctuation: {names}"
+                message = f"two tools have the same name if punctuation is ignored: {names}"
                 raise PopError(message, "rename one of them")
             rules[tool.rule] = tool.name
 

@@ -132,7 +132,7 @@ class Unsaved:
             self._is_possible = False
             reason = as_pop_error(error).message
             chat.screen.warn(
-                f"If pop-local crashes, this chat is lost ({reason}). To save it, type /save NAME."
+                f"This chat cannot be saved automatically ({reason}). To save it, type /save NAME."
             )
 
     def offer(self, chat: Dialogue) -> None:

@@ -270,8 +270,8 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     kl, ratio = f"{found.kl_mean:.4f} ± {found.kl_se:.4f}", f"{found.ppl_ratio:.3f}"
     agreement = f"{found.top1_agreement:.1%} of tokens"
     yield "Quality", f"KL {kl}, perplexity ratio {ratio}, same top prediction for {agreement}"
-    ratio, right = f"{found.copy_ppl_ratio:.3f}", f"{found.copy_top1:.1%} of tokens"
-    yield "Copying", f"perplexity ratio {ratio}, correct top prediction for {right}"
+    ratio, right = f"{found.copy_ppl_ratio:.3f}", f"{found.copy_top1:.1%}"
+    yield "Copying", f"perplexity ratio {ratio}, {right} of top predictions are correct"
     if found.copy_ppl_ratio > FAST.max_copy_ratio:
         most = FAST.max_copy_ratio
         yield "", f"BROKEN: with a ratio above {most:g}, a model cannot copy from its prompt"

@@ -1,4 +1,4 @@
-"""Measured quality of pruned models, as facts and as JSON."""
+"""Format the measured quality of pruned models as a table or as JSON."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int, n_refilled: int) -> 
     if total.n_deep or n_refilled:
         yield (
             f"Names, numbers, and symbols: {total.n_deep:,} tokens read in full."
-            f" Catching up made {n_refilled:,} tokens exact."
+            f" For {n_refilled:,} tokens, the skipped layers ran later."
         )
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
 

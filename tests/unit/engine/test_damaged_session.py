@@ -175,7 +175,7 @@ def test_incomplete_kv_are_read_again(chat_model, sessions, kv):
     content = {"empty": b"", "cut": state[:-1]}.get(kv, state)
     rewritten(sessions.path("talk"), kv_bin=content)
     restored = sessions.load("talk", model.engine)
-    assert restored.reread == "the saved state does not fit this model and context"
+    assert restored.reread == "the saved state does not match this model and context"
     assert model.engine.cache.n_tokens == 0
     assert follow_up(model, said) == expected
 

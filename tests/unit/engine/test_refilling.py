@@ -128,10 +128,10 @@ def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(chat):
         wait_for(lambda: begun.model.engine.refiller.n_refillable == 0)
     n_tokens = begun.model.engine.cache.n_tokens
     run_command(begun, "/stats")
-    assert f"Catching up made {n_tokens} tokens exact." in begun.screen.shown
+    assert f"For {n_tokens} tokens, the skipped layers ran later." in begun.screen.shown
     begun.ask("and now?")
     run_command(begun, "/stats")
-    assert begun.screen.shown.count(f"Catching up made {n_tokens} tokens exact.") == 2
+    assert begun.screen.shown.count(f"For {n_tokens} tokens, the skipped layers ran later.") == 2
 
 
 def test_the_status_bar_shows_the_tokens_of_this_conversation(chat):

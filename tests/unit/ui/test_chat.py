@@ -26,8 +26,8 @@ from support.scripted_chat import (
 
 DROPPED = "# The question was dropped. To repeat the question, type /retry."
 FAST = (
-    "# Fast reading is on: it skips 10 of 30 layers with a small quality loss"
-    " (/full on turns it off)."
+    "# Fast reading is on: it skips 10 of 30 layers with a small quality loss."
+    " For full reading, type /full on."
 )
 
 
@@ -58,7 +58,7 @@ def test_pop_is_switched_and_shown():
         "> /full",
         FAST,
         "> /full on",
-        "# Fast reading is off: prompts run through all layers (/full off turns it on).",
+        "# Fast reading is off: no layers are skipped. For fast reading, type /full off.",
         "> /FULL OFF",
         FAST,
         "> /full maybe",
@@ -259,7 +259,7 @@ def test_full_is_offered_once_after_an_exact_string(answer, n_exact, lookups, is
         model.engine.context.files.meta = PopMeta("FS", measured=found)
     offers = [line for line in talk(model, "which?", "again?") if "/full on" in line]
     assert len(offers) == is_offered
-    assert all("may cause errors" in line for line in offers)
+    assert all("may alter numbers" in line for line in offers)
 
 
 def test_a_full_context_is_reported_once():

@@ -118,6 +118,6 @@ def test_a_transcript_that_cannot_be_saved_is_reported_once(model, tmp_path):
     (tmp_path / "file").write_text("")
     shown = talked(model, tmp_path / "file" / "unsaved", "one", "two")
     assert [line[:41] for line in shown if line.startswith("* ")] == [
-        "* If pop-local crashes, this chat is lost"
+        "* This chat cannot be saved automatically"
     ]
     assert sum(line.startswith("# prompt ") for line in shown) == 2
