@@ -126,6 +126,17 @@ def test_the_time_left_is_within_a_third_at_half_way(request, monkeypatch, model
     replay.search.bisect()
     assert replay.asked == [f"{boundary} names" for boundary in asked]
     replay.search.trade_rows()
+    assert replay.search.fastest().boundary == run.lookups
     half_s = replay.now_s / 2
     left_s = [left for now_s, left in replay.shown if now_s <= half_s][-1]
     assert left_s == pytest.approx(half_s, rel=1 / 3)
+
+
+@pytest.mark.parametrize("lookups", range(17, 30))
+def test_candidates_that_passed_only_on_text_are_not_chosen(smollm2, monkeypatch, lookups):
+    """Expect the deepest boundary that passes the look-ups, after several passed on text."""
+    replay = Replay(smollm2, replace(SMOLLM2, text=16, lookups=lookups), monkeypatch)
+    replay.search.bisect()
+    replay.search.trade_rows()
+    assert replay.search.fastest().boundary == lookups
+    assert all(each.boundary >= lookups for each in replay.search.inside)

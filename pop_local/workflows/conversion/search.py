@@ -228,7 +228,7 @@ class Search:
                 if not candidate.is_ready:
                     self.fit([by_boundary[each] for each in wanted])
                 n_more = n_expected(wanted)
-                if self._asked:
+                if self._ran_lookups:
                     self.settle(candidate, n_more + n_rules)
                 else:
                     texts = [MEASURING] * (1 + n_more)
@@ -238,7 +238,13 @@ class Search:
             deepest = min((each for each, passed in verdicts.items() if passed), default=None)
             # The look-ups may reverse the deepest candidate's verdict.
             if deepest is None or self.settle(by_boundary[deepest], n_after):
-                return
+                break
+        asked = [each for each in self.plain if each.lookups is not None]
+        failed = max((each.boundary for each in asked if not each.is_inside), default=0)
+        for candidate in self.plain:
+            # Candidates that passed on text alone skip more layers than one that failed.
+            if candidate.is_inside and candidate.lookups is None and candidate.boundary < failed:
+                candidate.is_inside = False
 
     def _expect(self, stages: Sequence[str], n_candidates: int) -> None:
         """Report the expected `stages`, and both measurements of `n_candidates` candidates."""
@@ -246,7 +252,7 @@ class Search:
         self.runner.watch.on_expected([*stages, *more])
 
     @property
-    def _asked(self) -> bool:
+    def _ran_lookups(self) -> bool:
         return any(each.lookups is not None for each in self.plain)
 
     def _verdicts(self) -> dict[int, bool]:
@@ -258,7 +264,7 @@ class Search:
             each.boundary: each.is_inside
             for each in self.plain
             if each.is_inside is not None
-            and (each.lookups is not None or not (self._asked and each.is_inside))
+            and (each.lookups is not None or not (self._ran_lookups and each.is_inside))
         }
 
     def _to_distill(self) -> list[Candidate]:
