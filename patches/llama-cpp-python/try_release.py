@@ -144,6 +144,10 @@ def changes(old: Path, new: Path) -> list[Change]:
             run = subprocess.run(command, cwd=scratch, capture_output=True, check=False)
         except FileNotFoundError:
             raise BuildError("Git is missing.", "Install Git to compare the releases.") from None
+        if run.returncode > 1:  # 1: the releases differ
+            raise BuildError(
+                "Git cannot compare the releases.", run.stderr.decode(errors="replace")
+            )
     found = _changes(run.stdout.decode(errors="replace"))
     return [each for each in found if each.path.startswith(COMPILED)]
 

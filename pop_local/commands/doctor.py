@@ -40,8 +40,14 @@ NO_LIBRARY = {
 KERNELS_VARIABLE = "GGML_POP_KERNELS"
 VARIABLES = re.compile(r"(?:CUDA|GGML|GOMP|HIP|LD|OMP|VK)_|LLAMA_CPP_LIB_PATH")
 PACKAGES = re.compile(r"(?:gguf|huggingface_hub|llguidance|numpy|starlette|torch) ")
-# Folders that are not part of a URL, and the Hub's access tokens.
-PRIVATE = re.compile(r"(?<![\w./])(?:~|[A-Za-z]:)?(?:[/\\](?=\S)[^/\\\n]+)+(?=[/\\])|\bhf_\w+")
+# Values of variables that cannot be a path or a secret.
+HARMLESS = re.compile(r"[\d,.:-]+|on|off|true|false|none|amx|avx\w+|active|passive", re.IGNORECASE)
+# Folders that are not part of a URL, names without an ending after them, a URL's password, and the
+# Hub's access tokens.
+PRIVATE = re.compile(
+    r"(?<![\w./])(?:~\w*|[A-Za-z]:)?(?:[/\\](?=\S)[^/\\\n]+)*[/\\]"
+    r"(?:(?=[\w-]+\.\w)|(?=\S)[^\s/\\,;)]+)|(?<=://)[^/@\s]+(?=@)|\bhf_\w+"
+)
 CUDA_HINT = (
     'to use the GPU, run: CMAKE_ARGS="-DGGML_CUDA=on" pip install ./patches/llama-cpp-python'
 )
@@ -96,8 +102,10 @@ def _draw(checks: tuple[Check, ...]) -> None:
 
 def _public(text: str) -> str:
     """Hide folders and access tokens."""
-    home = os.environ.get("HOME") or os.environ.get("USERPROFILE", "")
-    return PRIVATE.sub("...", text.replace(home, "~") if len(home) > 1 else text)
+    for name in ("HOME", "USERPROFILE"):
+        if len(home := os.environ.get(name, "")) > 1:
+            text = re.sub(re.escape(home) + r"(?=[/\\\s]|$)", "~", text)
+    return PRIVATE.sub("...", text)
 
 
 def _details() -> Iterator[Check]:
@@ -106,8 +114,12 @@ def _details() -> Iterator[Check]:
     yield Check("system", "System", "ok", f"{platform.platform()}, {free} of memory available")
     installed = sorted(f"{each.name} {each.version}" for each in importlib.metadata.distributions())
     yield Check("packages", "Packages", "ok", ", ".join(filter(PACKAGES.match, installed)))
-    variables = sorted(f"{name}={value}" for name, value in os.environ.items())
-    yield Check("variables", "Variables", "ok", ", ".join(filter(VARIABLES.match, variables)))
+    variables = (
+        f"{name}={value if HARMLESS.fullmatch(value) else '...'}"
+        for name, value in sorted(os.environ.items())
+        if VARIABLES.match(name)
+    )
+    yield Check("variables", "Variables", "ok", ", ".join(variables))
     try:
         # Texts such as the system prompt are private.
         changed = (f"{k}={'...' if isinstance(v, str) else v}" for k, v in settings.given().items())

@@ -107,7 +107,7 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
     """Let windows differ from each other more than the two fits differ on one window."""
     given: Any = {"projection": Projection.FITTED, "macs": GraphMacs(tiny)}
     plan = make_plan(source_shape(read_source(tiny)), boundary=4, **given)
-    unused: Any = None
+    unused: Any = SimpleNamespace()
     search = searching.Search(unused, BALANCED, unused, unused, [plan])
     plain, distilled = Candidate(plan), Candidate(replace(plan, is_distilled=True))
     search.plain, search.distilled = [plain], [distilled]
@@ -116,7 +116,7 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
     for each, kls in ((plain, windows), (distilled, windows + changes)):
         scores: Any = [SimpleNamespace(divergence=SimpleNamespace(kl=kl)) for kl in kls[:, None]]
         quality: Any = SimpleNamespace(kl_mean=Estimate(kls.mean(), 0.008))
-        each.scores, each.measured, each.is_inside = scores, quality, True
+        each.scores, each.measured, each.lookups, each.is_inside = scores, quality, unused, True
     assert search.fastest() is (distilled if is_taken else plain)
 
 

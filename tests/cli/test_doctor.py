@@ -303,10 +303,27 @@ def test_a_report_hides_folders_and_secrets(install, monkeypatch, tmp_path, is_i
     assert "anna" not in shown.lower()
     assert "downloaded to ~" in shown
     assert "GGML_TEXT=..." in shown
-    assert "LD_LIBRARY_PATH=.../lib" in shown
-    assert is_installed or "cannot load .../libllama.so" in shown
+    assert "LD_LIBRARY_PATH=..." in shown
+    assert is_installed or "cannot load ...libllama.so" in shown
     assert "anna" in doctor().stdout
     assert str(tmp_path) not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("downloaded to /mnt/anna", "downloaded to ..."),
+        ("in ~/anna, 3 files", "in ..., 3 files"),
+        ("(C:\\Users\\anna)", "(...)"),
+        ("~anna/x/y.gguf", "...y.gguf"),
+        ("/home/annasmith/m", "..."),
+        ("http://anna:secret@host/x", "http://...@host/x"),
+    ],
+)
+def test_a_report_hides_names_of_folders(monkeypatch, text, shown):
+    monkeypatch.setenv("HOME", "/home/anna")
+    monkeypatch.delenv("USERPROFILE", raising=False)
+    assert _public(text) == shown
 
 
 def test_a_report_keeps_addresses_and_fractions():

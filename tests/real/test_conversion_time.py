@@ -140,3 +140,16 @@ def test_candidates_that_passed_only_on_text_are_not_chosen(smollm2, monkeypatch
     replay.search.trade_rows()
     assert replay.search.fastest().boundary == lookups
     assert all(each.boundary >= lookups for each in replay.search.inside)
+
+
+def test_a_traded_candidate_without_look_ups_is_not_chosen(smollm2, monkeypatch):
+    """A stop can end a search after a candidate's text, before its look-ups."""
+    replay = Replay(smollm2, SMOLLM2, monkeypatch)
+    replay.search.bisect()
+    best = replay.search.fastest()
+    traded = Candidate(replace(best.plan, deep_rows=DeepRows.SPELLING, deep_share=0.1), best.fitted)
+    replay.search.judge(traded)
+    replay.search.traded[str(traded)] = traded
+    assert traded.is_inside and replay.search.fastest() is best
+    replay.search.trade_rows()
+    assert traded.lookups is not None and replay.search.fastest() is best

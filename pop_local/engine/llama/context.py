@@ -110,7 +110,7 @@ class Context:
         self.options = options
         # Created before loading, so that any later change to the files is detected.
         self.files = OpenedFiles(source, meta, sidecar, are_mapped=options.use_mmap)
-        self.n_threads = options.n_threads or default_threads()
+        self.n_threads = options.n_threads or min(default_threads(), MOST_THREADS)
         self._has_kernels = options.kernels and has_kernels()
         gpu_bytes = [device.memory_free_bytes for device in devices() if device.is_gpu]
         self.on_device = options.n_gpu_layers != 0 and bool(gpu_bytes)
@@ -144,7 +144,7 @@ class Context:
             raise PopError(f"n_parallel is {options.n_parallel}", "set n_parallel to 1 or more")
         if not 1 <= self.n_threads <= MOST_THREADS:
             raise PopError(
-                f"n_threads is {self.n_threads}", f"set n_threads to at most {MOST_THREADS}"
+                f"n_threads is {self.n_threads}", f"set n_threads to 1 to {MOST_THREADS}"
             )
         # Call default_ctx even if n_ctx is set, because it rejects an invalid context length.
         default = loading.default_ctx(self.files.source, options.n_sequences, free_bytes)

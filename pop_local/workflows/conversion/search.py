@@ -134,7 +134,7 @@ class Search:
 
     @property
     def inside(self) -> list[Candidate]:
-        return [each for each in self.judged if each.is_inside]
+        return [each for each in self.judged if each.is_inside and each.lookups is not None]
 
     def run(self) -> Candidate:
         """Return the fastest candidate within the budget, with all tried candidates in its plan.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from pop_converter.base.progress import Unit, Watch
 from pop_local.calibration.needs import FitWork, macs_per_s, reading_work
+from pop_local.measure.budget import undecided
 from pop_local.measure.lookups import LookupSettings
 from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import QualitySettings
@@ -62,7 +63,7 @@ def planned_stages(planned: Conversion) -> list[ExpectedStage]:
     looked_up = ExpectedStage(RUNNING_LOOKUPS, lookups)
     if planned.budget is not None:
         stages.append(ExpectedStage("Running the full model", read))
-        n_more = n_expected([plan.boundary for plan in planned.plans])
+        n_more = n_expected(undecided([plan.boundary for plan in planned.tried], {}))
         stages += [tried] * (n_more + 1)
         stages += [ExpectedStage(FULL_LOOKUPS, lookups), looked_up]
         n_after = min(N_RETRIES, n_more) + len(plan.deep_rows.fewer)

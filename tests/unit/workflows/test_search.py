@@ -42,9 +42,11 @@ def searched(tmp_path, monkeypatch):
         def settle(self: Search, candidate: Candidate, n_after: int = 0) -> bool:
             settled.append(str(candidate))
             quality: Any = SimpleNamespace(kl_mean=Estimate(0.01, 0.001))
+            lookups: Any = SimpleNamespace(lost=0, full=10)
             candidate.measured = quality
             bound = least.get(candidate.plan.deep_rows, N_LAYER)
             candidate.is_inside = candidate.boundary >= bound
+            candidate.lookups = lookups
             return candidate.is_inside
 
         monkeypatch.setattr(Search, "settle", settle)

@@ -83,7 +83,7 @@ def test_the_plan_names_the_stages_of_its_goal(tmp_path, monkeypatch, goal):
     names = [stage.name for stage in planned_stages(planned)]
     assert names[:2] == ["Sampling text", "Fitting"] and names[-1] == "Writing and verifying"
     assert names.count("Measuring boundary") == (
-        0 if isinstance(goal, Boundary) else 7 if goal.at is None else 3
+        0 if isinstance(goal, Boundary) else 6 if goal.at is None else 3
     )
     seconds, fit_seconds = planned_seconds(planned), planned.fit_seconds
     assert seconds is not None and planned.fit_work is not None and fit_seconds

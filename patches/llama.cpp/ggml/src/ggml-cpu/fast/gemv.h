@@ -81,7 +81,7 @@ template <auto QUANTISE, bool HALVES, int FACTOR, bool SPREAD> void pack_columns
     }
 }
 
-// Prefetch weights. The hardware prefetcher does not read far enough ahead and stops at page boundaries. We measured the distances on two processors
+// Prefetch weights. The hardware prefetcher does not read far enough ahead and stops at page boundaries. The 8 KiB were measured on Zen 4 only
 // (docs/notebook/archive/decoding-details.md).
 inline void prefetch_ahead(const void * p, size_t n) {
     for (size_t i = 0; i < n; i += 64) {
@@ -91,7 +91,7 @@ inline void prefetch_ahead(const void * p, size_t n) {
 }
 
 // Multiply N columns with all rows. V provides an instruction set's vectors: floats, zero(), add(), add_last() and sum_of(), and the number of
-// rows whose last blocks it multiplies at once.
+// rows whose last blocks it multiplies at once, which share a task because tasks start at multiples of 32 rows.
 template <typename V, int TYPE, int N> void multiply_rows(const gemm_share & s, int col, const uint8_t * tile) {
     using type = type_of<TYPE>;
     using block = typename type::block;

@@ -71,7 +71,7 @@ inline row_codes read_spread(const block_iq4_xs & x) {
 // Read eight blocks of 32 values.
 template <int TYPE> row_codes read_spread(const typename type_of<TYPE>::block * x);
 
-// Read n_a blocks at a, and n_b blocks at b as blocks 4 and up. The codes and scales of the other blocks are 0.
+// Read n_a blocks at a, and n_b blocks at b as blocks 4 and up. The bytes of the other blocks are 0, and so are the column's scales and sums.
 template <int TYPE> row_codes read_ends(const typename type_of<TYPE>::block * a, int n_a, const typename type_of<TYPE>::block * b, int n_b);
 
 #if FAST_PICKS
@@ -170,7 +170,7 @@ template <int TYPE>
 FAST_INLINE row_codes read_ends(const typename type_of<TYPE>::block * a, int n_a, const typename type_of<TYPE>::block * b, int n_b) {
     group_bytes bytes = {};
     load_part(bytes, a, 0, n_a);
-    load_part(bytes, b - 4, 4, 4 + n_b);
+    load_part(bytes, (const typename type_of<TYPE>::block *) ((uintptr_t) b - 4 * sizeof(*b)), 4, 4 + n_b);
     return unpack<TYPE>(bytes);
 }
 
