@@ -138,16 +138,20 @@ def mistralrs(options: argparse.Namespace) -> tuple[dict[str, Any], Prepare]:
     which = Which.GGUF(quantized_model_id=str(path.parent), quantized_filename=path.name)
     runner = Runner(which, prefix_cache_n=0, token_source="none")
 
-    def prepare(n_prompt: int, n_new: int) -> Callable[[], Counts]:
-        word = " the"
-        n_added = len(runner.tokenize_text(word * 8, True, None)) - 8
-        request = CompletionRequest(
-            prompt=word * (n_prompt - n_added),
+    def request_of(n_words: int, n_new: int) -> Any:
+        return CompletionRequest(
+            prompt=" the" * n_words,
             model="default",
             max_tokens=n_new,
             ignore_eos=True,
             temperature=0.0,
         )
+
+    # The tokenizer's own count can include a start token that a request lacks.
+    n_added = runner.send_completion_request(request_of(8, 1)).usage.prompt_tokens - 8
+
+    def prepare(n_prompt: int, n_new: int) -> Callable[[], Counts]:
+        request = request_of(n_prompt - n_added, n_new)
 
         def run() -> Counts:
             usage = runner.send_completion_request(request).usage

@@ -17,7 +17,7 @@ import os
 from types import SimpleNamespace
 
 print("an engine's log")  # must not reach the answers
-COUNT_OFFSET = {count_offset}
+COUNT_ERRORS = {count_errors}
 
 class Which:
     def GGUF(quantized_model_id, quantized_filename):
@@ -31,25 +31,21 @@ class Runner:
     def __init__(self, which, prefix_cache_n, token_source):
         assert os.environ["RAYON_NUM_THREADS"] == "1"
 
-    def tokenize_text(self, text, add_special_tokens, enable_thinking):
-        return [0, *text.split()]  # a start token
-
     def send_completion_request(self, request):
-        n_prompt = len(self.tokenize_text(request.prompt, True, None))
-        usage = SimpleNamespace(
-            prompt_tokens=n_prompt + COUNT_OFFSET, completion_tokens=request.max_tokens
-        )
+        n_prompt = 1 + len(request.prompt.split())  # with a start token
+        n_prompt += COUNT_ERRORS and n_prompt > 100
+        usage = SimpleNamespace(prompt_tokens=n_prompt, completion_tokens=request.max_tokens)
         return SimpleNamespace(usage=usage)
 """
 
 
-def opened(folder: Path, model: str, count_offset: int = 0) -> PeerProcess:
+def opened(folder: Path, model: str, count_errors: bool = False) -> PeerProcess:
     """Return a process whose interpreter finds the stand-in instead of the engine."""
     packages = folder / "packages"
     metadata = packages / "mistralrs-1.2.3.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mistralrs\nVersion: 1.2.3\n")
-    (packages / "mistralrs.py").write_text(ENGINE.format(count_offset=count_offset))
+    (packages / "mistralrs.py").write_text(ENGINE.format(count_errors=count_errors))
     python = folder / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH="{packages}" exec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
@@ -71,7 +67,7 @@ class TestPeerProcess:
             opened(tmp_path, "unknown.gguf")
 
     def test_rejects_other_token_counts_than_requested(self, tmp_path: Path) -> None:
-        process = opened(tmp_path, "model.gguf", count_offset=1)
+        process = opened(tmp_path, "model.gguf", count_errors=True)
         with pytest.raises(PeerError, match="512 and 1 tokens requested"):
             process.seconds(512, 1)
         process.close()
