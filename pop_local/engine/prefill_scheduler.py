@@ -10,7 +10,7 @@ from pop_local.engine.prompt.prompt import Prompt
 
 # We do not count rows, because answering a short prompt takes longer than reading it.
 AGE_CHUNKS = 2
-_SHORT_ROWS = 256  # prompts with up to this many rows left are read in order of arrival
+SHORT_ROWS = 256  # prompts with up to this many rows left are read in order of arrival
 # A prompt waits for another prompt that is about to read at least this many rows for both.
 MIN_SHARED = 256
 _POLL_S = 0.01
@@ -74,7 +74,7 @@ class PrefillScheduler:
         """Return the prompt that gets the next turn, or None if the queue is empty."""
         if not self._prompts:
             return None
-        shortest = min(self._prompts, key=lambda one: max(one.n_left, _SHORT_ROWS))
+        shortest = min(self._prompts, key=lambda one: max(one.n_left, SHORT_ROWS))
         best = self._prompts[0] if self._n_passed >= AGE_CHUNKS else shortest
         return next((one for one in self._prompts if best.should_wait_for(one)), best)
 

@@ -15,7 +15,7 @@ from pop_local.engine.llama.devices import has_kernels
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.read import read
-from pop_local.engine.prefill_scheduler import PrefillTurns, QueuedPrompt
+from pop_local.engine.prefill_scheduler import SHORT_ROWS, PrefillTurns, QueuedPrompt
 from pop_local.engine.prompt.prompt import Prompt
 from support.calls import opened, prompt
 
@@ -86,7 +86,8 @@ def test_an_interrupted_prompt_equals_a_lone_one_bit_by_bit(model):
     threads: list[threading.Thread] = []
 
     def has_read(n_done: int, n_rows: int) -> None:
-        if n_done == n_rows or (threads and threads[-1].is_alive()):
+        # The last rows are read before a question that arrives later.
+        if n_rows - n_done <= SHORT_ROWS or (threads and threads[-1].is_alive()):
             return
         threads.append(threading.Thread(target=ask))
         threads[-1].start()
