@@ -176,6 +176,6 @@ def test_command_announces_fast_reading_and_clickable_addresses(model, monkeypat
     for options in ((), ("--full",)):
         done = called("serve", path, "--port", 0, "--threads", 1, *options)
         shown.append(" ".join(done.stderr.split()))
-    assert "tokens and uses fast reading (it skips 4 of 8 layers)." in shown[0]
-    assert "tokens and reads prompts in full." in shown[1]
+    assert "uses fast reading (it skips 4 of 8 layers)." in shown[0]
+    assert "reads prompts in full." in shown[1]
     assert re.search(r"Serving a web page at (http://[\d.:]+)/ and APIs at \1/v1 \(", shown[0])

@@ -180,7 +180,7 @@ def test_a_state_that_declares_a_large_size_is_refused(pop_file):
     with opened(pop_file) as model:
         read(model, prompt(100))
         state = model.engine.states.save()
-        with pytest.raises(PopError, match="does not fit"):
+        with pytest.raises(PopError, match="does not match"):
             model.engine.states.restore(replace(state, cells=b"\xff" * 4 + state.cells[4:]))
 
 

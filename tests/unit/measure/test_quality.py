@@ -108,7 +108,7 @@ def test_a_continuation_with_pruned_rows_is_an_error(model, monkeypatch):
 def test_a_recurrent_state_that_cannot_be_restored_is_an_error(model, monkeypatch):
     monkeypatch.setattr(Context, "is_recurrent", property(lambda _: True))
     monkeypatch.setattr(Cells, "restore", lambda *_: False)
-    with forced(model) as reader, pytest.raises(PopError, match="the saved state does not fit"):
+    with forced(model) as reader, pytest.raises(PopError, match="the saved state does not match"):
         reader.read(text(60), FULL)
         reader.predict(text(20))
 
