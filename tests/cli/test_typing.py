@@ -157,7 +157,7 @@ def test_ctrl_c_while_reading_while_answering_and_at_the_prompt(terminal):
     terminal.expect(r"(?=Reading the prompt .*tokens/s)")  # what follows takes its place
     terminal.interrupt()
     terminal.expect("Reading stopped after")
-    terminal.expect("The question was dropped")
+    terminal.expect("The question and its attachments were dropped")
     terminal.expect_prompt()
     terminal.line("speak slowly")
     terminal.expect("word1 word2")

@@ -155,7 +155,9 @@ class Dialogue:
         if self.session.dropped is None:
             self._warn_when_full()
         else:
-            self.screen.note("The question was dropped. To repeat the question, type /retry.")
+            self.screen.note(
+                "The question and its attachments were dropped. To ask again, type /retry."
+            )
         if interrupt.asked and not self.screen.is_typed:
             raise KeyboardInterrupt
 

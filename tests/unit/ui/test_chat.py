@@ -24,7 +24,7 @@ from support.scripted_chat import (
     talk,
 )
 
-DROPPED = "# The question was dropped. To repeat the question, type /retry."
+DROPPED = "# The question and its attachments were dropped. To ask again, type /retry."
 FAST = (
     "# Fast reading is on: it skips 10 of 30 layers with a small quality loss."
     " For full reading, type /full on."

@@ -245,7 +245,7 @@ def test_a_question_that_does_not_fit_offers_choices():
         "?   d  drop the oldest turn",
         "?   n  start a new conversation with this question",
         "?   x  drop this question",
-        "# The question was dropped. To repeat the question, type /retry.",
+        "# The question and its attachments were dropped. To ask again, type /retry.",
     ]
 
 
