@@ -8,7 +8,8 @@ import numpy as np
 
 from pop_local.engine.prompt.prompt import Prompt
 
-# We do not count rows, because answering a short prompt takes longer than reading it.
+# Chunks of other prompts before the oldest prompt gets a turn. We count chunks instead of rows,
+# because answering a short prompt takes longer than reading it.
 AGE_CHUNKS = 2
 SHORT_ROWS = 256  # prompts with up to this many rows left are read in order of arrival
 # A prompt waits for another prompt that is about to read at least this many rows for both.

@@ -87,6 +87,6 @@ def require_windows(runner: TrialRunner, plan: Plan) -> None:
     except PopError as error:
         raise PopError(
             f"the fit could not be measured: {error.message}",
-            "lower sink_tokens and tail_tokens, or convert without a fit or measurement",
+            "lower sink_tokens and tail_tokens, or convert without a fit, which is not measured",
             cause="fit-not-measurable",
         ) from error
