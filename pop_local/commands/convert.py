@@ -13,6 +13,7 @@ from pop_converter.popfile.rewrite import check_target
 from pop_converter.projection import Projection
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.commands import shared_options as opt
+from pop_local.commands.opening import warn_if_busy
 from pop_local.commands.option_expansion import EXPERT, Group, expand_options, option
 from pop_local.measure.budget import BALANCED, BUDGETS
 from pop_local.models.model_names import is_unused_copy, load_catalog
@@ -165,15 +166,18 @@ def convert(
         base = base_file(model, watch)
     planned = plan_conversion(base, output, options)
     if (found := sidecar_of(planned.source)) and is_shipped(found):
-        note(f"pop-local ships the sidecar {found.name}, so this model needs no conversion.")
+        note(
+            f"Fast reading already works with this model: pop-local ships the sidecar {found.name}."
+        )
         if not how.dry_run and not sys.stdin.isatty():
-            note("Converting it anyway.")
-        elif not how.dry_run and not typer.confirm("Convert it?", err=True):
+            note("Converting the model with the given options.")
+        elif not how.dry_run and not typer.confirm("Convert it again anyway?", err=True):
             raise typer.Exit
     # A dry run writes nothing, so an existing output is not an error.
     force = how.force or how.dry_run
     check_target(planned.path, planned.target, planned.sizes, force=force)
     if not json:
+        warn_if_busy(processors.threads)
         view.show_plan(planned, planned_seconds(planned))
     elif how.dry_run:
         print_json(view.plan_json(planned, planned_seconds(planned)))

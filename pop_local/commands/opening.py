@@ -1,5 +1,6 @@
 """Open models for commands and chats."""
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -79,6 +80,12 @@ class Opener:
     def _warn(self, opened: PopModel) -> None:
         """Warn about command-line options that have no effect on the opened model."""
         options, engine = self.options, opened.engine
+        n_cpus = os.cpu_count() or engine.context.n_threads
+        if engine.context.n_threads > n_cpus:
+            warn(
+                f"{engine.context.n_threads} threads share the {n_cpus} CPUs of this machine, which"
+                " makes reading slower. Pass a lower --threads."
+            )
         refills = engine.refiller.is_on or engine.calibrator  # a calibrator may prune later
         if options.refill != "off" and "refill" in self.asked and not refills:
             why = engine.context.files.no_refill or "this model does not support fast reading"

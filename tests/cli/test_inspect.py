@@ -72,7 +72,7 @@ def test_summary_names_the_kind_of_model_and_loose_limits(smollm2, gemma):
         "Kind base model (it has no chat template), trained on contexts of up to 32,768"
         in shown[gemma]
     )
-    assert "meets the 'fast' quality limits (looser than the default)" in shown[gemma]
+    assert "'fast' quality limits, which allow more loss than the default limits" in shown[gemma]
 
 
 def test_unsupported_architecture_is_shown_as_such(tmp_path):

@@ -23,7 +23,11 @@ from pop_local.ui.chat.dialogue import Dialogue, pruning_state, warn_of_hidden_p
 from pop_local.ui.chat.refill import finish
 from pop_local.ui.error_output import as_pop_error
 
-_CHOICES = {"c": "continue the chat", "d": "delete the chat", "k": "keep the chat for later"}
+_CHOICES = {
+    "c": "continue the chat",
+    "d": "delete the chat",
+    "k": "keep the chat for later (also Ctrl-C)",
+}
 
 
 def saved() -> Sessions:
@@ -119,7 +123,10 @@ class Unsaved:
         self._lock.release(force=True)
 
     def keep(self, chat: Dialogue) -> None:
-        """Save the transcript if it has changed. Warn the user once if saving fails."""
+        """Save the transcript if it has changed. Remove it if the chat was cleared.
+
+        Warns the user once if saving fails.
+        """
         said = chat.session.conversation
         if not self._is_possible or said is self._kept or not (said.turns or self._kept):
             return
@@ -127,6 +134,9 @@ class Unsaved:
         try:
             make_private(self._folder)
             self._lock.acquire()
+            if not said.turns:
+                self._sessions.path(self._name).unlink(missing_ok=True)
+                return
             self._sessions.save(self._name, chat.model.engine, said, with_cache=False)
         except Exception as error:
             self._is_possible = False
@@ -148,7 +158,7 @@ class Unsaved:
 
     def _has_crashed(self, stored: SavedFile) -> bool:
         with suppress(Timeout), self._lock_of(stored.name):
-            return stored.session is not None
+            return stored.session is not None and bool(stored.session.conversation.turns)
         return False
 
     def _is_last(self, chat: Dialogue, stored: SavedFile, n_older: int) -> bool:
@@ -156,9 +166,10 @@ class Unsaved:
         assert stored.session is not None, "the file is damaged"
         name, turns = stored.session.model, stored.session.conversation.turns
         date, n_turns = _changed(stored), _turns(len(turns))
-        question = f"A chat with {name} ended unexpectedly on {date} ({n_turns})."
-        if turns:
-            question += f" The first question was: {short(turns[0].question)}"
+        question = (
+            f"A chat with {name} ended unexpectedly on {date} ({n_turns})."
+            f" The first question was: {short(turns[0].question)}"
+        )
         if n_older:
             older = "1 older chat" if n_older == 1 else f"{n_older} older chats"
             question += f"\n{older} also ended unexpectedly. To see the next chat, type d or k."

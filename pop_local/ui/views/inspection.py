@@ -42,8 +42,9 @@ def _fast_reading(found: Inspection) -> str:
         skipped = f"skips {meta.n_layer - meta.boundary} of {meta.n_layer} layers"
         if meta.budget is None:
             return skipped
-        looser = " (looser than the default)" if meta.budget.quality == FAST.quality else ""
-        return f"{skipped} and meets the '{meta.budget.quality}' quality limits{looser}"
+        met = f"{skipped} and meets the '{meta.budget.quality}' quality limits"
+        is_fast = meta.budget.quality == FAST.quality
+        return f"{met}, which allow more loss than the default limits" if is_fast else met
     if found.skipping is not None and found.skipping.exact:
         return f"skips layers {found.skipping.exact} and up without any loss"
     return "not available until the model is converted (`pop-local convert`)"

@@ -56,6 +56,13 @@ def test_a_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["/clear", "/undo"])
+def test_a_crashed_chat_without_turns_is_not_offered(model, tmp_path, command):
+    talked(model, tmp_path, "my question", command, SystemExit(143))
+    assert talked(model, tmp_path) == []
+    assert list(tmp_path.glob("*.popsession")) == []
+
+
 def test_no_answer_to_one_offer_skips_the_next(model, tmp_path):
     for question in ("one", "two"):
         talked(model, tmp_path, *["k"] * (question == "two"), question, SystemExit(143))
