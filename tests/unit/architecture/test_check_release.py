@@ -1,9 +1,11 @@
 """Test the check of a release's tag, versions, changelog, and wheels."""
 
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from absolute_links import README, absolute, relative_links
 from check_release import ROOT, problems, versions
 from support.building import write
 
@@ -24,7 +26,14 @@ def root(tmp_path: Path) -> Path:
     write(tmp_path / "CHANGELOG.md", "## [Unreleased]\n\n## [0.2.0] - 2027-01-31\n")
     for name in WHEELS:
         write(tmp_path / "dist" / name, "")
+    describe(tmp_path, "[Documents](https://github.com/a/b/blob/v0.2.0/docs/a.md), [above](#top)")
     return tmp_path
+
+
+def describe(root: Path, description: str) -> None:
+    """Write pop-local's wheel with a description."""
+    with zipfile.ZipFile(root / "dist" / WHEELS[0], "w") as archive:
+        archive.writestr("pop_local-0.2.0.dist-info/METADATA", f"Name: pop-local\n\n{description}")
 
 
 def found(root: Path, tag: str = "v0.2.0") -> list[str]:
@@ -76,6 +85,27 @@ def test_a_wheel_above_the_limit_is_found(root):
     with (root / "dist" / WHEELS[1]).open("wb") as file:
         file.truncate(101 * 10**6)
     assert found(root) == [f"{WHEELS[1]} is larger than 100 MB"]
+
+
+def test_relative_links_of_the_description_are_found(root):
+    describe(root, "[a](docs/a.md) ![b](docs/b.png)")
+    [message] = found(root)
+    assert "2 relative links, such as docs/a.md" in message
+
+
+def test_links_become_absolute():
+    repository = "https://github.com/a/b"
+    page = '[a](docs/a.md#b) ![c](docs/c.png) [d](#d) [e](https://e.org) <img src="f.svg">'
+    assert absolute(page, f"{repository}/", "v1") == (
+        f"[a]({repository}/blob/v1/docs/a.md#b) ![c]({repository}/raw/v1/docs/c.png) "
+        f'[d](#d) [e](https://e.org) <img src="{repository}/raw/v1/f.svg">'
+    )
+
+
+def test_no_link_of_the_readme_stays_relative():
+    text = README.read_text(encoding="utf-8")
+    assert len(relative_links(text)) > 20
+    assert relative_links(absolute(text, "https://github.com/a/b", "v1")) == []
 
 
 def test_the_versions_of_this_tree_are_found():
