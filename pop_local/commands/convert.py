@@ -56,7 +56,7 @@ class HowOptions(Group):
     )
     distill: bool = option(
         "Also train the fit end to end to improve copying. Training takes several minutes per"
-        " boundary, requires torch, and supports dense llama, qwen2, qwen3, and gemma3 models.",
+        " boundary, needs torch, and works only for dense llama, qwen2, qwen3, and gemma3 models.",
         default=False,
     )
     sidecar: bool = option("Write a small sidecar file instead of a copy.", default=False)
@@ -92,7 +92,7 @@ class FittingOptions(Group):
     )
     tokens: int | None = option(
         "Number of tokens for the fit (default: 24 per embedding dimension, but at least 16384)."
-        " --distill uses at least 65536 tokens.",
+        " With --distill, training uses at least 65536 tokens.",
         min=1,
     )
     memory: float | None = option(
@@ -147,7 +147,7 @@ def convert(
     own = opt.given(**vars(limits))
     fit = fitting.fit(how.text or ())
     if how.projection is Projection.OWN and (fit or how.distill):
-        raise typer.BadParameter("`--projection own` uses no fit. Remove the options for the fit.")
+        raise typer.BadParameter("`--projection own` uses no fit. Remove the options for fitting.")
     fit = replace(fit or FitOptions(), projection=how.projection)
     distiller = None
     if how.distill:

@@ -35,7 +35,7 @@ NO_DEVICE = {
 }
 NO_LIBRARY = {
     "CUDA": "to use an NVIDIA GPU, install its driver, the CUDA runtime, and cuBLAS",
-    "Vulkan": "to use a GPU, install its Vulkan driver and the Vulkan loader",
+    "Vulkan": "to use a GPU, install the Vulkan loader and the GPU's Vulkan driver",
 }
 KERNELS_VARIABLE = "GGML_POP_KERNELS"
 VARIABLES = re.compile(r"(?:CUDA|GGML|GOMP|HIP|LD|OMP|VK)_|LLAMA_CPP_LIB_PATH")

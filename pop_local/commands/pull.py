@@ -51,7 +51,7 @@ def pull(
         print_table(_CATALOG, load_catalog(), as_markdown=markdown)
         print_sentence("")
         print_table(_HUB, [*hub_names().items()], as_markdown=markdown)
-        note("Before a download from the hub, `pull` shows the model's size and license.")
+        note("Before downloading a model from the hub, `pull` shows the model's size and license.")
         return
     try:
         with terminal_watch() as watch:

@@ -27,7 +27,10 @@ def positive(value: float | None) -> float | None:
     return finite(value)
 
 
-_SIDECAR = "Sidecar file (default: the one next to the model; otherwise, a learned or shipped one)."
+_SIDECAR = (
+    "Sidecar file (default: the file next to the model, or else a file that was learned from your"
+    " prompts or shipped with pop-local)."
+)
 MMPROJ = "Multimodal projector for images (default: mmproj*.gguf in the model's folder)."
 MARKDOWN = "Print tables as Markdown."
 DEEP_ROWS = "Rule that selects words to run through all layers (default: the file's rule)."
@@ -85,8 +88,8 @@ class OpenOptions(HardwareOptions):
 
     sidecar: Path | None = expert(_SIDECAR, "PATH")
     ctx: int | None = option(
-        "Context length in tokens (default: the training length, or the length that fits in a"
-        " quarter of the free memory).",
+        "Context length in tokens (default: the context length that the model was trained with, or"
+        " the longest that fits in a quarter of the free memory).",
         min=1,
         max=MOST,
     )
@@ -109,15 +112,15 @@ class ModelOptions(OpenOptions):
         "Store statistics about prompts, but no text, to speed up later prompts.", default="off"
     )
     reuse: Reuse = expert(
-        "Part of the cache that a prompt may reuse (default: edited). off: none. exact: a common"
-        " prefix. edited: also the text after an edit, with approximate values.",
+        "Cached tokens that a prompt may reuse (default: edited). off: reuse nothing. exact: reuse"
+        " a common prefix. edited: also reuse the text after an edit, with approximate values.",
         default=Reuse.EDITED,
     )
     cache_type_k: Literal["f16", "q8_0"] = expert(
         "Type of the K cache (default: f16). q8_0 uses 47% less memory than f16.", default="f16"
     )
     cache_type_v: Literal["f16", "q8_0"] = expert(
-        "Type of the V cache (default: f16). q8_0 turns flash attention on.", default="f16"
+        "Type of the V cache (default: f16). With q8_0, flash attention is on.", default="f16"
     )
     cache_disk: int = expert(
         "Disk space for KV caches of earlier prompts.", "GIB", min=0, max=MOST_GIB, default=0

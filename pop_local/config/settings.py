@@ -57,7 +57,7 @@ SETTINGS = (
     Setting("state_dir", str, is_path=True),
     Setting("model", str, "the best catalog model that fits in free memory"),
     Setting("threads", int, "the number of physical cores", least=1, most=MOST_THREADS),
-    Setting("ctx", int, "the training length, or less if memory is limited", least=1, most=MOST),
+    Setting("ctx", int, "the model's context length, limited by free memory", least=1, most=MOST),
     Setting("gpu_layers", int, "-1 (all)", least=-1, most=MOST),
     Setting("temperature", float, "the model's default, if any, or pop-local's", least=0),
     Setting("top_p", float, "the model's default, if any, or pop-local's", least=0, most=1),

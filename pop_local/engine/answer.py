@@ -86,7 +86,7 @@ class _Turn:
         if options.max_tokens is not None and options.max_tokens < 1:
             raise PopError(
                 f"max_tokens is {options.max_tokens}, but the minimum is 1",
-                "use max_tokens=1 or more, or None to fill the context",
+                "set max_tokens to 1 or more, or to None to fill the context",
             )
         stops: object = options.stops
         if isinstance(stops, str):  # tuple() would split it into characters

@@ -106,7 +106,7 @@ def _receive(remote: RemoteFile, partial: Path, advance: Progress) -> None:
         n_failures = 1 if _size(partial) > before else n_failures + 1
         if n_failures > _MAX_FAILURES:
             resumes = remote.sha256 and _size(partial)
-            again = "try again to resume the download" if resumes else "try again"
+            again = "try again (the download will resume)" if resumes else "try again"
             raise PopError(
                 f"the download from {urlsplit(remote.url).hostname} was interrupted: {reason}",
                 f"check the network and {again}",

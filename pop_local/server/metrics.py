@@ -16,7 +16,7 @@ class Metrics:
         seconds = partial(Histogram, buckets=_BUCKETS, registry=self.registry)
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
-        self._ttft = seconds("pop_ttft_seconds", "Time from the start of prefill to first token")
+        self._ttft = seconds("pop_ttft_seconds", "Time from starting prefill to the first token")
         self.queued = seconds("pop_queue_seconds", "Time that requests spent in the queue")
         kinds = "Prompt tokens by kind: pruned, skipped without loss, read in full, or cached"
         prompt = counter("pop_prompt_tokens", kinds, ["kind"])

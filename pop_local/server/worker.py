@@ -253,7 +253,7 @@ class Worker(threading.Thread):
             n_rows = refiller.refill(lambda: not self._calls.empty())
             self._metrics.refilled.inc(n_rows)
         except Exception:  # the failure must not stop the worker
-            log.exception("catching up failed and is now disabled")
+            log.exception("catch-up failed and is now disabled")
             self._model.engine.set_refill(False)
 
     def _learn(self, fitter: Fitter) -> None:

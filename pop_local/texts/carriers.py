@@ -83,8 +83,8 @@ def make_carrier(
     n_prose = n_tokens - sum(map(count, blocks))
     if n_prose <= 0:
         raise PopError(
-            f"a document of {n_tokens} tokens has no room for a look-up",
-            "increase the document length",
+            f"a document of {n_tokens} tokens is too short to contain a look-up",
+            "use longer documents",
             cause="documents-too-short",
         )
     between = _paragraphs(rng, sentences, len(blocks) + 1, n_prose, count)

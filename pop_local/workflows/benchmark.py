@@ -155,7 +155,7 @@ def _context(source: Source, options: BenchOptions) -> int:
     n_needed, trained = max(options.n_prompts) + N_DECODE, trained_ctx(source.first)
     if options.n_ctx is not None and options.n_ctx < n_needed:
         raise PopError(
-            f"the longest prompt needs {n_needed} tokens, but the context holds {options.n_ctx}",
+            f"the longest prompt needs {n_needed} tokens, but the context has only {options.n_ctx}",
             "use a larger context or shorter prompts",
             cause="bench-context",
         )

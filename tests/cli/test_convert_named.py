@@ -97,7 +97,7 @@ def test_a_trained_context_shorter_than_a_window_is_a_warning(tmp_path):
     done = convert(path, "--projection", "own", "--boundary", 5)
     assert done.exit_code == 0, done.stderr
     warned = " ".join(done.stderr.split())
-    assert "trained on contexts of 256 tokens but is measured on windows of 512 tokens" in warned
+    assert "trained on contexts of 256 tokens, but the measurement uses windows of 512" in warned
 
 
 def test_a_dry_run_refuses_weights_that_a_fit_cannot_read(tiny, monkeypatch):

@@ -1,6 +1,7 @@
 """Architecture properties that GGUF files do not record.
 
-The names are defined in llama.cpp's src/llama-arch.cpp. Unlisted architectures are decoders.
+The names are defined in llama.cpp's src/llama-arch.cpp. Architectures that are not listed here are
+treated as decoders.
 """
 
 import re
@@ -29,7 +30,7 @@ REFUSED = {
     "t5": "the model has an encoder and a decoder",
     "clip": "the model is an image encoder",
     "wavtokenizer-dec": "the model is an audio decoder",
-    "chameleon": "llama.cpp cannot read the model's prompts without computing logits",
+    "chameleon": "with this model, llama.cpp cannot read prompts without computing logits",
 }
 LOOPS_KEY = "num_loops"
 # Architectures whose later layers reuse the tensors of earlier layers.

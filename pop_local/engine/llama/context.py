@@ -143,9 +143,7 @@ class Context:
         if options.n_sequences < 1:
             raise PopError(f"n_parallel is {options.n_parallel}", "set n_parallel to 1 or more")
         if not 1 <= self.n_threads <= MOST_THREADS:
-            raise PopError(
-                f"n_threads is {self.n_threads}", f"set n_threads to 1 to {MOST_THREADS}"
-            )
+            raise PopError(f"n_threads is {self.n_threads}", f"use 1 to {MOST_THREADS} threads")
         # Call default_ctx even if n_ctx is set, because it rejects an invalid context length.
         default = loading.default_ctx(self.files.source, options.n_sequences, free_bytes)
         n_ctx = options.n_ctx or default

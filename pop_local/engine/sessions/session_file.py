@@ -44,7 +44,7 @@ from pop_local.engine.sessions.conversation import Conversation
 
 SUFFIX = ".popsession"
 FORMAT = 3
-_NOT_SAVED = "the file contains no KV cache because another conversation replaced the cached rows"
+_NOT_SAVED = "another conversation replaced the cached rows before the session was saved"
 _TRANSCRIPT = "session.json"
 _PICTURE = "pictures/{}"
 _MAX_TRANSCRIPT_BYTES = 1 << 28
@@ -168,7 +168,7 @@ class Sessions:
         if not _NAME.fullmatch(name):
             raise PopError(
                 f"{name!r} is not a valid session name",
-                "use up to 80 letters, digits, spaces, dots, and the characters _ + -",
+                "use up to 80 characters: letters, digits, spaces, and any of . _ + -",
             )
         return self._folder / f"{name}{SUFFIX}"
 

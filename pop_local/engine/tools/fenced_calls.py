@@ -29,11 +29,11 @@ def last_calls(text: str, tools: Sequence[Tool]) -> tuple[tuple[tuple[str, str],
     try:
         calls = [(name, json.dumps(given), {*given}) for name, given in _calls(last[1])]
     except (AttributeError, KeyError, RecursionError, SyntaxError, TypeError, ValueError):
-        return (), f"the code with the call to {named[1]} is neither JSON nor a Python call"
+        return (), f"the code that calls {named[1]} is neither JSON nor a Python call"
     for name, _, given in calls:
         required, allowed = (known.get(name, {}).get(key) for key in ("required", "properties"))
         if name not in known or not {*(required or ())} <= given <= {*(allowed or given)}:
-            return (), f"the code calls {named[1]} with wrong arguments or calls an unknown tool"
+            return (), f"the code calls {named[1]} with invalid arguments or calls an unknown tool"
     return tuple((name, arguments) for name, arguments, _ in calls), ""
 
 

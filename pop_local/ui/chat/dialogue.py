@@ -231,7 +231,7 @@ def pruning_state(model: PopModel) -> str:
     pruning = model.engine.pruning
     is_off = pruning.mode is Mode.OFF
     if pruning.exact and is_off:
-        return "Exact skipping is off: prompts run through all layers, with the same result."
+        return "Exact skipping is off: prompts run through all layers. The answers stay the same."
     if pruning.exact:
         return (
             f"Exact skipping is on: prompt tokens skip layers {pruning.exact} and up. The answers"

@@ -180,7 +180,7 @@ _ALL = (
     Command("/help", "show this list (also ?)", _help),
     Command("/file PATH", "add a file's text to the next question", attach.attach_file),
     Command("/image PATH", "add an image to the next question", attach.attach_image),
-    Command("/full on|off", "turn fast reading off or on", _full, _FULL.keys),
+    Command("/full on|off", "read prompts in full (on) or fast (off)", _full, _FULL.keys),
     Command("/retry", "regenerate the last answer", _retry),
     Command("/undo", "remove the last question and its answer", _undo),
     Command("/clear", "start over with the same system prompt", _clear),

@@ -32,8 +32,8 @@ def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
         right = f"{found.full_hits} of {n_all} with full reading"
         facts.append(("Right answers", f"{right}, {found.pruned_hits} with fast reading"))
         facts.append(("", f"{n_full} only with full reading, {n_fast} only with fast reading"))
-        chance = "the probability that chance alone causes such a difference (McNemar's exact test)"
-        facts.append(("", f"p = {found.p_value:.2g}, {chance}"))
+        odds = "the probability that chance alone would cause such a difference"
+        facts.append(("", f"p = {found.p_value:.2g}, {odds} (McNemar's exact test)"))
     if found.n_unpruned < n:
         ratio = found.full_ttft_s / found.pruned_ttft_s
         fast = f"{found.pruned_ttft_s:.2f} s with fast reading"

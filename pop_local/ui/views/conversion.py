@@ -93,7 +93,7 @@ def _planned_facts(conversion: Conversion) -> list[Fact]:
         past = ", ".join(str(each.boundary) for each in conversion.tried)
     where = [*budget, ("Boundaries", past)]
     if fewer := first.deep_rows.fewer:
-        where.append(("Deep rows", f"'{first.deep_rows}' or a faster rule ({' or '.join(fewer)})"))
+        where.append(("Deep rows", f"'{first.deep_rows}' or, for more speed, {' or '.join(fewer)}"))
     limit = _limit(conversion, first, conversion.limit(plan))
     layers = f"up to {plan.n_skipped} within the budget"
     output = f"up to {size(conversion.sizes.output_bytes)}"
@@ -236,12 +236,12 @@ def skipping_facts(found: SkippableLayers) -> list[Fact]:
     """Return facts about the skippable layers and the values that they still compute."""
     layers = f"layers {found.first} to {found.last}"
     if found.exact:
-        layers = f"{layers} (layers {found.exact} and up without any loss)"
+        layers = f"{layers} (skipping layers {found.exact} and up causes no loss)"
     projections = f"own only: {found.no_fit}"
     if found.fits_from is not None:
         projections = "fitted or own"
         if found.fits_from > found.first:
-            projections = f"own at any boundary; fitted at boundary {found.fits_from} or higher"
+            projections = f"own at any boundary, or fitted from boundary {found.fits_from} up"
     measured = "real models" if found.is_measured else "random models only"
     return [
         ("Can be skipped", layers),
@@ -271,7 +271,7 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     agreement = f"{found.top1_agreement:.1%} of tokens"
     yield "Quality", f"KL {kl}, perplexity ratio {ratio}, same top prediction for {agreement}"
     ratio, right = f"{found.copy_ppl_ratio:.3f}", f"{found.copy_top1:.1%}"
-    yield "Copying", f"perplexity ratio {ratio}, {right} of top predictions are correct"
+    yield "Copying", f"perplexity ratio {ratio}, correct top prediction for {right} of tokens"
     if found.copy_ppl_ratio > FAST.max_copy_ratio:
         most = FAST.max_copy_ratio
         yield "", f"BROKEN: with a ratio above {most:g}, a model cannot copy from its prompt"

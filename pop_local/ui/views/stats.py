@@ -50,7 +50,7 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int, n_refilled: int) -> 
     yield f"Answers: {len(answers)} ({total.n_decoded:,} tokens)."
     left = f"{total.n_pruned:,} with fast reading"
     if total.n_skipped_exact:
-        left = f"{total.n_skipped_exact:,} stopped before layer {last.exact_layer} without loss"
+        left = f"{total.n_skipped_exact:,} losslessly skipped layers {last.exact_layer} and up"
     yield (
         f"Prompt tokens: {left}, {total.n_full:,} in full,"
         f" {total.n_cached:,} reused from the cache."
@@ -59,7 +59,7 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int, n_refilled: int) -> 
     if total.n_deep or n_refilled:
         yield (
             f"Names, numbers, and symbols: {total.n_deep:,} tokens read in full."
-            f" For {n_refilled:,} tokens, the skipped layers ran later."
+            f" After fast reading, {n_refilled:,} tokens were run through the skipped layers."
         )
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
 

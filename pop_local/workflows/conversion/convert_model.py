@@ -61,8 +61,8 @@ def run_conversion(
     if trained is not None and 0 < trained < N_WINDOW:
         warned(
             PopError(
-                f"the model was trained on contexts of {trained:,} tokens but is measured on"
-                f" windows of {N_WINDOW:,} tokens",
+                f"the model was trained on contexts of {trained:,} tokens, but the measurement"
+                f" uses windows of {N_WINDOW:,} tokens",
                 "do not rely on the measured loss",
             )
         )

@@ -51,7 +51,7 @@ def write_named(run: ConversionRun) -> Converted:
 def examine(run: ConversionRun, plan: Plan, written: Path) -> Measured:
     """Measure the written file's loss. Raises CopyingBrokenError, PopError, or StoppedError."""
     watch, pruning = run.runner.watch, Pruning(plan.boundary)
-    watch.on_note("Measuring the written file on held-out text")
+    watch.on_note("Measuring the output file's loss on held-out text")
     with run.runner.opened(plan, run.conversion.files(written)) as model:
         tokens, settings = tokenize(model, shipped_text()), QualitySettings(N_WINDOWS)
         advance = watch.stage("Measuring")
@@ -87,6 +87,6 @@ def require_windows(runner: TrialRunner, plan: Plan) -> None:
     except PopError as error:
         raise PopError(
             f"the fit could not be measured: {error.message}",
-            "lower sink_tokens and tail_tokens, or convert without a fit, which is not measured",
+            "lower sink_tokens and tail_tokens, or convert without fitting and measuring",
             cause="fit-not-measurable",
         ) from error

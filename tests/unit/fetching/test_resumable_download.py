@@ -45,7 +45,7 @@ def test_next_call_resumes(hub, tmp_path):
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError, match=r"from 127\.0\.0\.1 was interrupted") as failure:
         pull(hub, tmp_path)
-    assert "try again to resume the download" in failure.value.hint
+    assert "try again (the download will resume)" in failure.value.hint
     assert names(tmp_path) == [PARTIAL]
     assert (tmp_path / PARTIAL).read_bytes() == MODEL[:HALF]
     hub.requests.clear()
