@@ -92,7 +92,7 @@ def origin(name: str, verb: str = "We measured these values") -> str:
 def summary() -> str:
     """Return the README's table for users."""
     titles = ["model", " file", " RAM", *(f" {way}" for way in WAYS.values())]
-    titles += [" same next word", " look-ups right", " still right"]
+    titles += [" same next word", " correct look-ups", " still correct"]
     rows = []
     for row in users_rows():
         cells = [f"`{row['name']}`", amount(row["catalog"].size_bytes), amount(row["ram"])]
