@@ -53,8 +53,8 @@ class EngineOwner(Protocol):
 class Engine:
     """The parts of an open model.
 
-    Pruning is on by default if the model is converted. `sequences`: one sequence per concurrent
-    prompt. `vision`: the mmproj, if any. `calibrator`: the online calibrator, if learning is on.
+    Pruning is on by default for converted models. `sequences`: one sequence per concurrent prompt.
+    `vision`: the mmproj, if any. `calibrator`: the online calibrator, if learning is on.
     """
 
     options: EngineOptions

@@ -162,7 +162,7 @@ class PopModel:
     def chat(
         self, question: str, *, system: str = "", **options: Unpack[QuestionOptions]
     ) -> Answer:
-        """Answer a single question without history (see ChatSession.stream)."""
+        """Answer a single question in a new conversation (see ChatSession.stream)."""
         return self.session(system=system).chat(question, **options)
 
     def stream(
@@ -186,9 +186,9 @@ class PopModel:
     def ask(self, messages: Sequence[Message], **options: Any) -> Answering:
         """Stream chunks of the answer to the last message.
 
-        A base model without a chat template continues the messages' text, unless a message contains
-        images. `options`: fields of TurnOptions (defaults: the file's recommended values). Raises
-        PopError if the template rejects the conversation or the prompt cannot be read.
+        Without a chat template or images, the model continues the text of the messages. `options`:
+        fields of TurnOptions (defaults: the file's recommended values). Raises PopError if the
+        template rejects the conversation or the prompt cannot be read.
         """
         prompter = self._engine.prompter
         chosen: dict[str, Any] = self._engine.recommended | options

@@ -46,8 +46,8 @@ class QueuedPrompt:
 class PrefillScheduler:
     """A scheduler that determines the order in which queued prompts are read.
 
-    The prompt with the fewest unread rows goes first. Among prompts with up to 256 unread rows,
-    the oldest goes first. The oldest of all gets a turn after `AGE_CHUNKS` chunks of other prompts.
+    The prompt with the fewest unread rows goes first. Among prompts with up to 256 unread rows, the
+    oldest goes first. After `AGE_CHUNKS` chunks of other prompts, the oldest prompt goes next.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class PrefillTurns:
             return self._current is prompt
 
     def end(self, prompt: QueuedPrompt) -> None:
-        """Remove a prompt that was read or could not be read, and start the next turn."""
+        """Remove a prompt from the queue and start the next turn."""
         with self._changed:
             self._scheduler.remove(prompt)
             self._pass_on(prompt)

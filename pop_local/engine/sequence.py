@@ -43,7 +43,7 @@ class CachedSequence:
     def set_mode(self, mode: Mode, *, keeps_exact: bool = False) -> None:
         """Set the mode and, if the cached rows depend on it, empty the cache.
 
-        Raises PopError if the model can neither be pruned nor skip layers without loss.
+        Raises PopError if the model cannot be pruned and cannot skip layers without loss.
         """
         cache, pruning = self.cache, self.cache.pruning
         with cache.context.locked():

@@ -30,7 +30,7 @@ class SlotScheduler:
             return best
 
     def n_cached(self, prompt: Prompt, scope: str) -> int:
-        """Return how many rows a prompt may reuse (in busy sequences, only the common prefix)."""
+        """Return how many rows a prompt may reuse. Busy sequences share only the common prefix."""
         with self._lock:
             found = [
                 each.n_reusable(prompt) if index in self._free else each.states.n_same(prompt)
@@ -52,7 +52,7 @@ class SlotScheduler:
         return self._model.engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Let sequence `index` share the prompt's longest prefix that any sequence has cached.
+        """Let sequence `index` share the longest prefix of the prompt that any sequence has cached.
 
         Does nothing if sequence `index` already caches an equally long prefix.
         """
@@ -76,8 +76,8 @@ class SlotScheduler:
     def _score(self, index: int, prompt: Prompt, scope: str) -> tuple[int, int]:
         """Return a sort key: (number of reusable rows, negated number of cached rows).
 
-        The first number is 0 unless reusable rows are at least half of the cached rows or match the
-        whole prompt. A prompt must not replace a long conversation to reuse a short prefix.
+        The first number is 0 unless the prompt reuses at least half of the cached rows or is
+        entirely cached. A prompt with a short common prefix must not replace a long conversation.
         """
         sequence = self.sequence(index)
         n_tokens = sequence.cache.n_tokens

@@ -20,7 +20,7 @@ class TurnOptions(SamplerOptions):
     of alternatives per token (None: no log probabilities). `has_end_logprob`: whether to report the
     log probability of the token that ends the answer. `repeatable`: whether to ignore cached rows,
     so that a fixed seed or a temperature of 0 always gives the same answer. `ends_repeats`: whether
-    answers without a grammar end when they keep repeating a block.
+    to end an answer that keeps repeating a block, unless the answer has a grammar.
 
     `on_prefill(done, total)` is called before the first batch and after each batch. `done` and
     `total` count uncached tokens. `should_stop` is called during prefill and after each token. A

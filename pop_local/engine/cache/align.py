@@ -17,7 +17,7 @@ _COMPARED_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class TokenRun:
-    """A run of `n` tokens, starting at row `cached` of the cache and row `prompt` of the prompt."""
+    """A run of `n` tokens that starts at cache row `cached` and at prompt row `prompt`."""
 
     cached: int
     prompt: int

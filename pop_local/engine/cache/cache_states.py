@@ -29,7 +29,7 @@ class CacheStates:
         self.scope = ""
 
     def set_scope(self, scope: str) -> None:
-        """Set the owner. For a new owner, store the old owner's rows and empty the KV cache."""
+        """Set the owner. If the owner changes, store the cached rows and empty the KV cache."""
         if scope != self.scope and self.cache.n_tokens:
             self.store()
             self.cache.clear()
@@ -85,8 +85,8 @@ class CacheStates:
     def stash(self, count: CountReusable, end: CountReusable | None = None) -> None:
         """Store the rows in the prompt cache if reading a prompt would drop many of them.
 
-        The rows are stored if the prompt can reuse fewer than half of them, or would drop MIN_LOST
-        or more trailing rows. `end` returns the reusable rows' end index (default: `count`).
+        Rows are stored if the prompt can reuse fewer than half of them or would drop MIN_LOST or
+        more trailing rows. `end` returns the index after the last reusable row (default: `count`).
         """
         tokens, images = self.cache.tokens, self.cache.images
         n_lost = len(tokens) - (end or count)(tokens, images)

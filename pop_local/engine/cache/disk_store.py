@@ -104,7 +104,7 @@ class DiskStore:
         return list(found.values())
 
     def find(self, key: str, count: CountReusable, n_least: int) -> SavedState | None:
-        """Return the state with the most reusable rows (None if no state has over `n_least`)."""
+        """Return the state with the most reusable rows if that number exceeds `n_least`."""
         best, n_best = None, n_least
         for each in self.stored():
             if each.prompts_key == key and (n := count(each.tokens, each.images)) > n_best:

@@ -39,7 +39,7 @@ class KvCache:
     """The cached rows of one sequence.
 
     `images`: maps each image's first row to its key. `has_logits`: whether the last row has logits
-    to sample from. `epoch` increases after a change that forces running answers to stop.
+    to sample from. `epoch` increases after each change that forces answers in progress to stop.
     """
 
     def __init__(self, slot: Slot, vision: Mmproj | None = None) -> None:
@@ -227,10 +227,10 @@ class KvCache:
 
     @contextmanager
     def _placed(self, tokens: Sequence[int]) -> Iterator[None]:
-        """Make llama.cpp place new rows in empty cells after rows were moved or restored.
+        """Make llama.cpp place new rows in empty cells after rows have been moved or restored.
 
-        By default, llama.cpp searches from the first moved or restored row and reuses the cells of
-        rows outside the sliding window.
+        By default, llama.cpp searches for free cells from the first moved or restored row onward,
+        and it reuses the cells of rows outside the sliding window.
         """
         if not (self._must_place and backend.bindings().llama_model_n_swa(self.context.model)):
             yield
@@ -260,8 +260,8 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
     """Replace the rows with an edited prompt's rows. No image may follow the first changed row.
 
     `tokens`, `sources`: int32 [n]. A source is the row with the token's K/V, or -1 for rows that
-    `decode_again` must decode. The cache ends before the first -1 row until the caller extends the
-    cache, so no other sequence shares unfinished rows. Returns False if the rows cannot be moved.
+    `decode_again` must decode. Until the caller extends the cache, it ends before the first such
+    row, so no other sequence shares unfinished rows. Returns False if the rows cannot be moved.
     """
     start = n_leading(sources == np.arange(len(sources)))
     with cache.slot.locked():

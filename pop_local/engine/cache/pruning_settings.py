@@ -24,7 +24,7 @@ class PruningSettings:
 
     @property
     def can_switch(self) -> bool:
-        """True if prompts can be pruned or can skip layers without loss."""
+        """True if prompts can be pruned, or if they can skip layers without loss."""
         return bool(self.boundary or self.exact)
 
     @property

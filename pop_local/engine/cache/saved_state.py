@@ -104,7 +104,7 @@ def read_state(
 
 
 def _is_consistent(state: SavedState) -> bool:
-    """Return True if image rows match the images, positions ascend, and no exact row is stale."""
+    """Return True if a state's tokens, images, positions, and stale rows are consistent."""
     is_text = state.tokens != NO_TOKEN
     image_starts = np.flatnonzero(~is_text & np.r_[True, is_text[:-1]])
     steps = np.diff(state.positions)
@@ -122,7 +122,7 @@ def _is_consistent(state: SavedState) -> bool:
 
 
 def add_member(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """Add a member with a fixed date, because a zip file cannot store every date."""
+    """Add a member with a fixed date, so that a clock set before 1980 does not cause an error."""
     archive.writestr(zipfile.ZipInfo(name), content)
 
 

@@ -1,1 +1,1 @@
-"""Decode answers with constrained sampling, log probabilities, and streamed text."""
+"""Sample an answer's tokens, enforce grammars, compute log probabilities, and decode the text."""

@@ -15,7 +15,7 @@ from pop_local.engine.llama.vocabulary import Pieces, Vocabulary
 class _TokenBytes:
     """An adapter from llama.cpp's vocabulary to llguidance's `TokenizerWrapper` interface.
 
-    Control tokens outside `shown` have no bytes, so a grammar allows only end tokens among them.
+    Control tokens outside `shown` have no bytes. Grammars reject them, except for end tokens.
     """
 
     is_tokenizer_wrapper = True
@@ -55,7 +55,7 @@ class TokenTries:
 
 
 class Constraint:
-    """The parser state of an answer that follows a grammar (not thread-safe).
+    """A grammar's parser state for one answer (not thread-safe).
 
     Raises GrammarError if the grammar exceeds llguidance's limits.
     """

@@ -1,7 +1,7 @@
 """Sample tokens with llama.cpp's samplers, in the order of llama_cpp's sampler chain.
 
-Greedy sampling picks the token with the largest logit directly. A sampler chain would choose the
-same token but would first fill an array with {id, logit, p} for the whole vocabulary.
+Greedy sampling takes the token with the largest logit without a sampler chain. A chain would choose
+the same token but would first fill an array with {id, logit, p} for the whole vocabulary.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
-"""Deep rows: prompt rows that spell names, numbers, or identifiers and run through all layers.
+"""Find a prompt's deep rows, which are the rows of names, numbers, and identifiers.
 
-Deep rows depend only on the prompt's tokens, not on the batch size or the number of sequences.
-Later questions can therefore reuse the cached rows.
+Deep rows run through all layers. They depend only on the prompt's tokens, not on the batch size or
+the number of sequences. Later questions can therefore reuse the cached rows.
 """
 
 import re

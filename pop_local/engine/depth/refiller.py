@@ -51,8 +51,8 @@ class Refiller:
         """Make the cached rows exact, from the first inexact row onward.
 
         This method refills pruned rows in deep passes and re-decodes stale rows. Returns the number
-        of rows made exact, or 0 if a pruned row lacks its boundary state. `should_stop` is called
-        during and after each chunk. `on_progress` is called with (done_rows, total_rows).
+        of rows that became exact, or 0 if a pruned row lacks its boundary state. `should_stop` is
+        called during and after each chunk. `on_progress` is called with (done_rows, total_rows).
         """
         cache = self._cache
         with cache.context.locked():

@@ -48,9 +48,9 @@ _NODES_AT_ONCE = 32
 class ImageChunk:
     """A whole picture, or one part of a picture if the model splits pictures.
 
-    `number`: the image's index among the picture's libmtmd chunks. `key` identifies the image's
-    rows. `n_pos`: the number of positions that the image's rows occupy. `is_mutual`: whether all
-    rows attend to each other and must be in one batch.
+    `number`: the chunk's index in libmtmd's list of the picture's chunks. `key` identifies the
+    chunk's rows. `n_pos`: the number of positions that the chunk's rows occupy. `is_mutual`:
+    whether all rows attend to each other and must be in one batch.
     """
 
     picture: Picture

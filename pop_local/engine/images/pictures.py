@@ -67,8 +67,8 @@ class Picture:
     def rgb(self, most: int = MAX_SHOWN) -> tuple[int, int, bytes]:
         """Decode the first frame and return its width, height, and RGB bytes.
 
-        The decoder applies the EXIF orientation, replaces transparency with white, and reduces
-        larger frames to about `most` pixels. Raises PopError if the file is damaged.
+        The decoder applies the EXIF orientation, replaces transparency with white, and scales large
+        frames down to about `most` pixels. Raises PopError if the file is damaged.
         """
         is_webp = self.content[8:12] == b"WEBP"
         if not is_webp or self.width * self.height <= _MAX_INLINE:
@@ -136,7 +136,7 @@ class PictureDecoder:
 
     @staticmethod
     def rgb(content: str, name: str, most: int) -> tuple[int, int, str]:
-        """Decode a picture as Picture.rgb does, but use base64 strings instead of bytes."""
+        """Decode a picture as Picture.rgb does. `content` and the returned pixels are in base64."""
         width, height, pixels = _rgb(base64.b64decode(content), name, most)
         return width, height, base64.b64encode(pixels).decode()
 

@@ -1,1 +1,1 @@
-"""Collect sums for fitting projections from the user's prompts (online calibration)."""
+"""From the user's prompts, collect the sums needed to fit projections (online calibration)."""

@@ -43,7 +43,7 @@ _SHARES = (0.5, 0.46, 0.4, 1 / 3)
 N_APART = 6
 N_HELD_OUT = 16
 N_WINDOW = 512
-# Numbers of rows, as multiples of n_embd, needed to choose the wider input and to try a fit.
+# Numbers of rows, as multiples of n_embd, needed to choose a wide fit's inputs and to try a fit.
 _ROWS_TO_CHOOSE, ROWS_TO_FIT = 2, 16
 _LEAST_ROWS = 32
 # Minimum rows per input for writing sums or a sidecar based on them. An attacker distinguishes
@@ -184,7 +184,7 @@ class OnlineCalibrator:
             log.warning("cannot save the learned sums: %s", error)
 
     def _candidates(self, memory_bytes: int) -> tuple[int, ...]:
-        """Choose boundaries whose sums fit in memory, preferably those in the sums file."""
+        """Choose boundaries whose sums fit in memory. Prefer the boundaries in the sums file."""
         n = self._shape.n_layer
         known = sorted(self._known.n_rows)
         wanted = known or [n - max(1, round(n * share)) for share in _SHARES]
@@ -267,9 +267,9 @@ class OnlineCalibrator:
             self.save()
 
     def save(self) -> None:
-        """Move new sums to the file if they cover enough rows, and keep the other sums in memory.
+        """Move each boundary's new sums to the file if they cover enough rows.
 
-        If saving fails, all sums stay in memory, and PopError is raised.
+        Raises PopError if saving fails. Sums that were not moved stay in memory.
         """
         new = self._new.grams
         saved = {at: sums for at, sums in new.items() if sums.n_rows >= SAVED_ROWS * len(sums.xx)}
@@ -281,9 +281,10 @@ class OnlineCalibrator:
             self._new = Sums(self._new.wides | self._known.wides, rest)
 
     def sums(self) -> Sums:
-        """Return the file's sums (if none, the unsaved sums). Raises PopError if saving fails.
+        """Return the file's sums, or the unsaved sums if the file contains no sums.
 
-        If the sums were merged, the sidecar and the file together could reveal unsaved rows.
+        Raises PopError if saving fails. If the sums were merged, the sidecar and the file together
+        could reveal unsaved rows.
         """
         self.save()
         self._known = self.file.known()
@@ -304,7 +305,7 @@ class OnlineCalibrator:
 
     @property
     def n_rows(self) -> int:
-        """The total number of rows from all processes at the boundary with the most rows."""
+        """The number of rows in memory and in the file, at the boundary with the most rows."""
         return self._n_new + max(self._known.n_rows.values(), default=0)
 
     @property
@@ -325,7 +326,7 @@ class OnlineCalibrator:
         return self.summing.is_wide(boundary) and boundary not in self._new.wides
 
     def _choose(self, boundaries: Sequence[int]) -> None:
-        """Choose wider inputs from shipped text, because the choice reveals details of the text."""
+        """Choose wide fits' inputs from bundled text, so that the inputs do not reveal prompts."""
         n_windows = _ROWS_TO_CHOOSE * self._shape.n_embd // N_WINDOW + 1
         wanted, context = self.summing.wanted(boundaries), self._cache.context
         windows = list(read_shipped_windows(context, wanted, n_windows, N_WINDOW))

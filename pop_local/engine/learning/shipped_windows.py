@@ -1,4 +1,4 @@
-"""Compute activations for shipped text. Shipped text reveals nothing about users' prompts."""
+"""Compute activations for pop-local's bundled text, which reveals nothing about users' prompts."""
 
 import importlib.resources
 from collections.abc import Iterator

@@ -41,7 +41,7 @@ N_WEIGHING = 4
 
 @dataclass
 class Sums:
-    """Gram matrices keyed by boundary. `wides`: the wider inputs' parameters."""
+    """Gram matrices keyed by boundary. `wides`: the additional inputs of the wide fits."""
 
     wides: dict[int, WideInput] = field(default_factory=dict)
     grams: dict[int, Gram] = field(default_factory=dict)
@@ -54,9 +54,9 @@ class Sums:
         return bool(np.array_equal(ours.previous, theirs.previous))
 
     def merge(self, other: "Sums") -> None:
-        """Add newer sums to these sums, and keep the existing wider inputs.
+        """Add newer sums to these sums.
 
-        If the two wider inputs differ, the newer sums are dropped with a warning.
+        At each boundary, newer sums that use different inputs are dropped with a warning.
         """
         for boundary, wide in other.wides.items():
             if boundary not in self.grams:
@@ -107,7 +107,7 @@ class Sums:
 
 
 def stored_inputs(head: Any, arrays: Any) -> dict[int, WideInput]:
-    """Return each boundary's wider input from the output of `Sums.arrays`."""
+    """Rebuild the wide fits' additional inputs from the output of `Sums.arrays`."""
     wides = {}
     for boundary, is_gelu in head["wides"]:
         neurons = None
@@ -128,7 +128,7 @@ def _floats(arrays: Any, name: str) -> np.ndarray:
 
 
 def _read_head(arrays: Any) -> Any:
-    """Return a sums file's header. Raises ValueError or other errors if the content is invalid."""
+    """Return a sums file's header. Raises an exception if the content is invalid."""
     head = json.loads(str(arrays["head"]))
     numbers = [number for boundary, layers, n in head["grams"] for number in (boundary, n, *layers)]
     numbers += [boundary for boundary, _ in head.get("wides", ())]
@@ -143,7 +143,7 @@ def _read_head(arrays: Any) -> Any:
 
 @dataclass(frozen=True)
 class Known:
-    """A sums file's header and the boundaries' wider inputs."""
+    """The header of a sums file, and the additional inputs of its wide fits."""
 
     head: Any
     wides: dict[int, WideInput]
@@ -179,7 +179,7 @@ class SumsFile:
         return self._read(Sums.of) or Sums()
 
     def known(self) -> Known:
-        """Return the header and the wider inputs without loading the sums."""
+        """Return the header and the wide fits' additional inputs without loading the sums."""
         found = self._read(lambda head, arrays: Known(head, stored_inputs(head, arrays)))
         return found or Known({"grams": []}, {})
 
@@ -280,11 +280,11 @@ class Summing:
         return fit.normalised(state, self._eps)
 
     def start_input(self, boundary: int) -> WideInput:
-        """Return the wider input that the `start` fit uses at a boundary."""
+        """Return the additional inputs that the `start` fit uses at a boundary."""
         return decode_input(self.shape, self._weights, boundary, self._start)
 
     def choose_input(self, boundary: int, windows: Sequence[Rows]) -> WideInput:
-        """Choose a boundary's wider input from the normalized states of the given windows."""
+        """Choose a wide fit's additional inputs from the normalized states of the given windows."""
         return wide_input(self.shape, self._weights, boundary, windows)
 
     def empty(self, boundary: int, layers: Iterable[int]) -> Gram:

@@ -42,8 +42,8 @@ class Reading(IntEnum):
 class Mode(IntEnum):
     """A context's pruning mode.
 
-    OFF: every row runs through all layers. CONTEXT: context rows are pruned, or they skip layers
-    without loss if layers share K/V. ALWAYS: every row is pruned.
+    OFF: every row runs through all layers. CONTEXT: context rows are pruned. If layers share
+    K/V, context rows instead skip layers without loss. ALWAYS: every row is pruned.
     """
 
     OFF = 0
@@ -199,7 +199,7 @@ def get_boundary(ctx: Any) -> int:
 
 
 def set_boundary(ctx: Any, layer: int) -> None:
-    """Start pruning at `layer` with the model's own projections (0: at the file's boundary)."""
+    """Start pruning at `layer` (0: the file's boundary), with the model's own projections."""
     call("llama_pop_set_boundary", ctx, layer)
 
 
@@ -268,8 +268,8 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
 def set_reading(ctx: Any, reading: Reading) -> None:
     """Set the kind of prompt rows that the following batches contain.
 
-    pop-local's kernels process prompt batches of every size. If flash attention is on, the batch
-    size therefore does not affect the results. During decode, llama.cpp uses pop-local's kernels
+    pop-local's kernels process prompt batches of every size. Therefore, the batch size does not
+    affect the results if flash attention is on. During decode, llama.cpp uses pop-local's kernels
     only for operations that run faster with them.
     """
     call("llama_pop_set_reading", ctx, reading)

@@ -50,7 +50,7 @@ class _Request:
         return self.error is not None or self.n_left == 0
 
     def gives_logits(self, n: int) -> bool:
-        """Return True if the next `n` rows end with a row that needs logits."""
+        """Return True if the last of the next `n` rows needs logits."""
         return self.outputs is Outputs.LAST and n == self.n_left
 
 

@@ -43,7 +43,7 @@ class CellRegions:
     The row at position p of a sequence uses cell p % BLOCK_CELLS of the sequence's block p //
     BLOCK_CELLS. Sequence n + i is the filler of sequence i. A filler row occupies each unused cell
     and has the position of the row for which the cell is reserved. `is_on` is False if llama.cpp
-    does not support fillers for the model, as with M-RoPE. Without fillers, rows may use any cells.
+    does not support fillers (for example, with M-RoPE). Without fillers, rows may use any cells.
     """
 
     def __init__(self, context: Any, n_sequences: int) -> None:
@@ -122,7 +122,7 @@ class CellRegions:
         return is_done
 
     def reserve(self, sequence: int, first: int) -> None:
-        """Reserve the cells from position `first` onward before their rows are dropped."""
+        """Reserve the cells of rows from position `first` onward, before dropping the rows."""
         if self.is_on:
             self._api.llama_memory_seq_cp(self._memory, sequence, self._n + sequence, first, -1)
 

@@ -107,7 +107,7 @@ def default_threads() -> int:
 
 
 def busy_cpus(n_threads: int) -> float:
-    """Return the number of busy logical CPUs, or 0.0 if enough are idle for `n_threads` threads."""
+    """Return the number of busy logical CPUs, or 0.0 if at least `n_threads` CPUs are idle."""
     n_cpus = os.cpu_count() or 1
     n_busy = psutil.cpu_percent(_BUSY_SAMPLE_S) * n_cpus / 100
     return n_busy if n_busy + n_threads >= n_cpus + 0.5 else 0.0

@@ -15,7 +15,7 @@ _N_CTX = 2048
 
 
 class GraphMacs:
-    """A counter of a prompt's multiply-accumulates (pop_converter.architecture.work.Macs).
+    """An implementation of pop_converter.architecture.work.Macs that uses llama.cpp's graph.
 
     The first call reads the headers of the model's file and sidecar, which takes a few tenths of a
     second. Counts are cached. Counts for more than 2,048 tokens are extrapolated. The extrapolated
@@ -31,7 +31,7 @@ class GraphMacs:
     def __call__(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
         """Return a prompt's multiply-accumulate count (`boundary`: None without pruning).
 
-        Counts fitted projections only at the file's boundary. Raises PopError for invalid input.
+        The count includes fitted projections if `boundary` is the file's boundary. Raises PopError.
         """
         key = n_prompt, boundary, 1 if boundary is None else n_full
         if n_prompt > _N_CTX and 2 * key[2] < _N_CTX:

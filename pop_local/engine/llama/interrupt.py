@@ -114,7 +114,7 @@ class Interrupt:
     def stopped(self, work: Callable[[], None]) -> Iterator[bool]:
         """Context manager that stops the running batch and blocks other threads' batches.
 
-        If this thread is running the batch, yields False and calls `work` when the batch ends.
+        Yields False if this thread is running the batch. `watching` then calls `work` on exit.
         """
         self._n_stopping += 1
         with self.lock:

@@ -17,9 +17,9 @@ class OpenedFiles:
     """The files of an open model.
 
     `meta`: POP keys from the file or its sidecar (None: the model is unconverted). `header`:
-    metadata from the model's file. `n_ctx_train`: trained context length in tokens (0: unknown).
+    metadata from the model's file. `n_ctx_train`: training context length in tokens (0: unknown).
     `n_positions`: number of learned positions (0: no limit). llama.cpp aborts on longer prompts.
-    `macs`: a counter of multiply-accumulates.
+    `macs`: a function that counts a prompt's multiply-accumulates.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class OpenedFiles:
 
     @property
     def untrained_hint(self) -> str:
-        """Hint for prompts that are longer than the model's trained context."""
+        """Hint for prompts that are longer than the contexts used in training."""
         return (
             "shorten the prompt, or use a model with a longer context: this model was trained on"
             f" contexts of {self.n_ctx_train:,} tokens and is unreliable on longer prompts"
@@ -68,14 +68,14 @@ class OpenedFiles:
 
     @cached_property
     def no_refill(self) -> str:
-        """The reason that the model does not support deep rows and refills, or "" if it does."""
+        """The reason why the model does not support deep rows and refills, or "" if it does."""
         with suppress(PopError):
             return self.shape.no_refill
         return ""
 
 
 def _mark(path: Path) -> tuple[int, ...] | None:
-    """Return metadata that changes when the file is replaced (None: the file is missing)."""
+    """Return metadata that changes when the file is replaced, or None if the file is missing."""
     try:
         stat = path.stat()
     except OSError:

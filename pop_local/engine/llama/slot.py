@@ -63,12 +63,12 @@ class Slot:
         backend.set_mode(self.context.ctx, mode)
 
     def begin_prefill(self) -> None:
-        """Mark the following batches as prefill and reset the counters."""
+        """Mark the following batches as prefill batches and reset the counters."""
         backend.reset_counters(self.context.ctx)
         backend.set_reading(self.context.ctx, Reading.SOME)
 
     def begin_decode(self) -> None:
-        """Mark the following batches as decode."""
+        """Mark the following batches as decode batches."""
         backend.set_reading(self.context.ctx, Reading.NONE)
 
     @property
@@ -77,7 +77,7 @@ class Slot:
         return backend.get_counters(self.context.ctx)
 
     def set_full(self, sink_tokens: int, full_from: int) -> None:
-        """Run the first `sink_tokens` rows and rows from `full_from` onward in full (-1: none)."""
+        """Run the first `sink_tokens` rows and those from `full_from` onward through all layers."""
         backend.set_sink(self.context.ctx, sink_tokens)
         backend.set_full_from(self.context.ctx, self.sequence, full_from)
 
@@ -88,8 +88,8 @@ class Slot:
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         """Decode tokens at consecutive positions.
 
-        Raises PopError if llama.cpp rejects the tokens. If interrupted, raises StoppedError or the
-        signal handler's exception.
+        Raises PopError if llama.cpp rejects the tokens. If decoding is interrupted, raises
+        StoppedError or the signal handler's exception.
         """
         context = self.context
         logs.forget_errors()

@@ -51,7 +51,7 @@ class Tapped:
     mass: dict[int, Rows] = field(default_factory=dict)
 
     def has(self, wanted: TapRequest) -> bool:
-        """Return whether all requested values are present, except `mass`, which is optional."""
+        """Return whether all requested values are present. The optional `mass` may be missing."""
         return self.states.keys() >= set(wanted.boundaries) and min(
             self.k.keys(), self.v.keys(), key=len
         ) >= set(wanted.layers)

@@ -1,8 +1,8 @@
-"""Reuse cached rows for a prompt with a changed, inserted, or removed passage.
+"""Reuse cached rows for a prompt in which a passage was changed, inserted, or removed.
 
 Rows after the first change keep their K/V and move to their new positions. The moved rows are
-stale, because they were computed after different text. Only the new tokens and the prompt's tail
-are decoded immediately. A later refill re-decodes the stale rows.
+stale, because a different text preceded them when they were computed. Only the new tokens and the
+prompt's tail are decoded immediately. A later refill re-decodes the stale rows.
 """
 
 import itertools
@@ -95,7 +95,7 @@ class ReusableRows:
     def _pays(self, n_reused: int, n_prefix: int) -> bool:
         """Return True if reusing `n_reused` rows is better than reusing only the common prefix.
 
-        Reusing only half of a prompt hurts quality more than pruning does (docs/quality.md).
+        Stale rows in half of a prompt hurt quality more than pruning does (docs/quality.md).
         """
         return n_reused >= n_prefix + MIN_REUSED and 3 * n_reused >= 2 * len(self._tokens)
 

@@ -57,7 +57,7 @@ class PrefillPlan:
     """A plan for decoding a prompt's uncached tokens.
 
     `full_from`: first row of the tail. `chunks`: (start, end) ranges of uncached tokens, each with
-    text or a single image. `n_pruned`: number of rows that stop at the boundary in mode CONTEXT.
+    text or a single image. `n_pruned`: number of rows that stop at the boundary in CONTEXT mode.
     """
 
     full_from: int
@@ -102,8 +102,8 @@ def _chunks(
 ) -> Iterator[tuple[int, int]]:
     """Yield one chunk per image, and chunks of up to `n_batch` tokens for the text.
 
-    A tail that fits in one chunk is not split, because splitting the tail would read the skipped
-    layers' weights twice.
+    A tail that fits in one chunk is not split. Otherwise, the model would read the skipped layers'
+    weights twice.
     """
     at = 0
     for start, end in [*images, (n_tokens, n_tokens)]:

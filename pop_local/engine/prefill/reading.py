@@ -57,7 +57,7 @@ class PromptReading(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Decode all rows. If stopped, raises StoppedError or the signal handler's exception."""
+        """Decode all rows. An early stop raises StoppedError or the signal handler's exception."""
 
     @abstractmethod
     def result(self) -> Read:

@@ -81,8 +81,8 @@ class Prompter:
         """Return the prompt that `write` renders.
 
         If any string contains special tokens, `write` is called again with placeholders for them.
-        `write` receives the contents with placeholders and a function that adds placeholders to the
-        other strings. Raises PopError if `write` raises ValueError.
+        `write` receives two arguments: the contents with placeholders, and a function that adds
+        placeholders to other strings. Raises PopError if `write` raises ValueError.
         """
         texts = [*(message.content for message in messages), *others]
         utf8("".join(texts))

@@ -46,7 +46,7 @@ class Answer:
 
 
 class Stream(Iterator[str]):
-    """An iterator over an answer's text. `text`: text so far. `stats`: None until the answer ends.
+    """A stream of an answer's text. `text`: the text so far. `stats`: None until the answer ends.
 
     Closing the stream ends the answer and leaves `stats` as None. If the on_prefill or should_stop
     callback closes the stream, the answer ends after the callback, and `stats` is set.
@@ -92,7 +92,7 @@ class ChatSession:
     def __init__(
         self, model: EngineOwner, conversation: Conversation | None = None, *, reread: str = ""
     ) -> None:
-        """`reread`: the reason that the model must reread the conversation, or ""."""
+        """`reread`: why the model must reread the conversation, or ""."""
         self.model = model
         self.reread = reread
         self._conversation = conversation or Conversation()
@@ -127,7 +127,7 @@ class ChatSession:
 
     @property
     def last_asked(self) -> Turn | None:
-        """The turn that retry and edit repeat: the dropped question, if any, or the last turn."""
+        """The turn that `retry` and `edit` repeat: `dropped` or, if that is None, the last turn."""
         turns = self.conversation.turns
         return self._dropped or (turns[-1] if turns else None)
 
@@ -142,7 +142,7 @@ class ChatSession:
 
     @property
     def answer_stats(self) -> tuple[TurnStats, ...]:
-        """Statistics for the answers in `stats` that contain at least one token."""
+        """Statistics for each answer that `stats` includes, except for answers without tokens."""
         return tuple(stats for stats in self._stats if stats.n_decoded)
 
     def chat(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:

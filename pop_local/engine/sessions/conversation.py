@@ -18,7 +18,7 @@ class Turn:
 
     @property
     def prompt(self) -> str:
-        """The user message. The question is last, in the tail that runs through all layers."""
+        """The user message. The question comes last, because the tail runs through all layers."""
         texts = [*(document.text for document in self.documents), self.question]
         return "\n\n".join(text.strip("\n") for text in texts if text.strip())
 

@@ -95,7 +95,7 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class Restored:
-    """A loaded session. `reread`: the reason that the saved K/V cannot be used, or ""."""
+    """A loaded session. `reread`: why the saved K/V cannot be used, or ""."""
 
     session: Session
     reread: str
@@ -177,8 +177,8 @@ class Sessions:
     ) -> int:
         """Write the file atomically and return its size in bytes. Raises PopError on failure.
 
-        `with_cache`: whether to save the cached rows if they belong to the conversation. Saving
-        cached rows drops all later rows from the cache.
+        `with_cache`: whether to save the cached rows if they belong to the conversation. If these
+        rows are saved, all rows after them are dropped from the cache.
         """
         path, state = self.path(name), None
         n_own = n_own_tokens(engine, conversation) if with_cache else 0
@@ -256,7 +256,7 @@ def encoded(session: Session) -> str:
 def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session:
     """Parse an archive's transcript. Image contents are omitted unless `with_pictures` is True.
 
-    Raises PopError if the format version differs, or an error in DAMAGES if the JSON is invalid.
+    Raises PopError for other format versions, or one of the errors in DAMAGES for invalid JSON.
     """
 
     def picture(name: str, sha256: str) -> Picture:
@@ -323,7 +323,7 @@ def _text(value: object) -> str:
 
 
 def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
-    """Return the reason that the model cannot use the saved KV cache, or ""."""
+    """Return why the model cannot use the saved KV cache, or ""."""
     saved = session.fingerprint
     if (saved.model_bytes, saved.model_sha256) != (ours.model_bytes, ours.model_sha256):
         return f"the session was saved with a different model ({session.model})"

@@ -87,7 +87,7 @@ def _with_root(grammar: str, rule: str) -> str:
 def parse(form: dict[str, Any], text: str, *, partial: bool) -> Parsed:
     """Parse an answer.
 
-    Raises ValueError if the answer is not in `form`, or PopError if limits are exceeded.
+    Raises ValueError if the answer does not match `form`, or PopError if limits are exceeded.
     """
     request = {"key": form["key"], "text": text, "partial": partial}
     try:

@@ -80,12 +80,12 @@ def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
 
 
 def rest_of_json(rule: str) -> str:
-    """Return a grammar for the text after `opening`: a call's arguments and end."""
+    """Return a grammar for the rest of a call, after the text that `opening` matches."""
     return f'start: {_SPACE} args {_SPACE} "}}" {_END}\nargs: {rule}'
 
 
 def opening(names: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern for a call's start. The group `rest` marks where the arguments start."""
+    """Return a pattern that matches the start of a call, up to the arguments (group `rest`)."""
     either = "|".join(map(re.escape, names))
     return re.compile(
         rf'{_OPEN}\{{{{1,2}}\s*"name"\s*:\s*"(?P<name>{either})"\s*,\s*'

@@ -1,4 +1,4 @@
-"""Tools that a prompt describes and an answer may call."""
+"""Tools that a prompt describes and that an answer may call."""
 
 import re
 from collections.abc import Sequence
