@@ -1,13 +1,13 @@
 """Try our hooks on another llama-cpp-python release, and list the code to read again.
 
-python try_release.py          try the newest release on pip's index
+python try_release.py          try the newest release in pip's package index
 python try_release.py VERSION  try a given release, such as 0.3.37
 python try_release.py PATH     try a source archive or an extracted tree
 
 The command changes no file of the clone. It prints each hunk that does not apply. Then it prints
-the points of patches/README.md whose functions or files differ from the pinned release. The exit
-status is 0 if all hunks apply, 1 if some do not or the release cannot be read, and 2 for wrong
-usage.
+the checklist items in patches/README.md whose functions or files differ from the pinned release.
+The exit status is 0 if all hunks apply, 1 if some do not or the release cannot be read, and 2 for
+wrong usage.
 """
 
 import re

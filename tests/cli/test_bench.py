@@ -126,7 +126,7 @@ def test_deep_rows(pop_file):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--prompt", "100", "--ctx", "64"), "the context holds 64"),
+        (("--prompt", "100", "--ctx", "64"), "the context has only 64"),
         (("--prompt", "5000"), "but the limit is 4096"),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_dry_run_refuses_weights_that_a_fit_cannot_read(tiny, monkeypatch):
         file.write(bytes(4096))
     refused = convert(tiny, "--dry-run")
     assert refused.exit_code == 1
-    assert "bytes after its last tensor" in " ".join(refused.stderr.split())
+    assert "contains data after its last tensor" in " ".join(refused.stderr.split())
 
 
 def test_own_projections_are_written_without_a_backend(tiny, tmp_path):

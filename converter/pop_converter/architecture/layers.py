@@ -43,7 +43,7 @@ class LayerTensors(dict[str, TensorInfo]):
 
     @property
     def no_refill(self) -> str:
-        """The reason that the layer cannot process skipped rows later, or "" if it can."""
+        """The reason why the layer cannot process skipped rows later, or "" if it can."""
         if self.is_recurrent:
             return "recurrent layers keep a single state for all tokens"
         if any(name.startswith("indexer") for name in self):

@@ -27,7 +27,7 @@ class ModelShape:
     a recurrent state, which cannot be overwritten row by row. `is_fittable` marks layers for which
     K/V projections can be fitted. `is_fused` marks layers with a single tensor for Q, K, and V.
 
-    `no_refill` is the reason that skipped layers cannot process context tokens later, or "" if they
+    `no_refill` is the reason why skipped layers cannot process context tokens later, or "" if they
     can. `exact` is the first layer that reuses an earlier layer's K/V, or 0 if no layer does.
     The first `n_deepstack` layers add image features to the hidden state.
     """

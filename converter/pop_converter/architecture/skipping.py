@@ -1,4 +1,4 @@
-"""Find the layers that context tokens can skip and the work that remains in them."""
+"""Find the layers that context tokens can skip, and the remaining work in skipped layers."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ class SkippableLayers:
     `left` lists what the skipped layers still compute for context tokens. `fits_from` is the lowest
     boundary at which projections can be fitted. If no fit is possible, `fits_from` is None and
     `no_fit` is the reason. Skipping layers `exact` and up is lossless (0: no lossless layers).
-    `no_refill` is the reason that skipped layers cannot process context tokens later, or "".
-    `is_measured` is true if pruning has been measured on real models with this architecture.
+    `no_refill` is the reason why skipped layers cannot process context tokens later, or "" if they
+    can. `is_measured` is true if pruning was measured on real models of this architecture.
     """
 
     first: int

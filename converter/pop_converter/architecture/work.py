@@ -1,12 +1,12 @@
 """Compute the speedup limit, which is the ratio of full to pruned multiply-accumulates.
 
-The caller counts the multiply-accumulates that llama.cpp's graph needs for a prompt, from an empty
-cache to the last token's logits. The count covers only matrix products. The limit assumes that
-products with few rows are as efficient as those with many rows.
+The caller counts the multiply-accumulates that llama.cpp's graph needs to read a prompt into an
+empty cache and to compute the last token's logits. The count covers only matrix products. The limit
+assumes that products with few rows are as efficient as those with many rows.
 
-A fitted projection costs as much as the layer's own K/V projection, or less if the own projection
-is fused with Q. A *wide* fit (fit/wide.py) also computes extra inputs once per row. Each layer
-after the boundary multiplies the extra inputs by its weights.
+A fitted projection costs as much as the layer's own K/V projection, or less if the layer's own
+projection is fused with Q. A *wide* fit (fit/wide.py) also computes extra inputs once per row. Each
+layer after the boundary multiplies the extra inputs by its weights.
 """
 
 from collections.abc import Callable

@@ -59,7 +59,7 @@ class PlanError(PopError):
 
 
 class OutputExistsError(PopError):
-    """Error for an output file that already exists and must not be replaced."""
+    """Error raised if an output file already exists and must not be replaced."""
 
 
 class WriteError(PopError):

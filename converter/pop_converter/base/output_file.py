@@ -84,7 +84,7 @@ def _exists(message: str) -> OutputExistsError:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove the temporary files of dead processes for the output `name` ("" for any output)."""
+    """Remove the temporary files that dead processes left for the output `name` ("": any)."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
             stem, _, pid = path.name.removesuffix(_SUFFIX).rpartition(".")

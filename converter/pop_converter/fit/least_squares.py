@@ -249,13 +249,13 @@ def decode(layer: int, tensors: Mapping[str, NewTensor], own: KvProjection) -> K
 
 
 def decode_weight(tensor: NewTensor) -> Floats:
-    """Dequantize a stored matrix [n_out, n_in]."""
+    """Dequantize a stored [n_out, n_in] matrix."""
     kind = GGMLQuantizationType(tensor.type)
     rows = np.frombuffer(tensor.data, np.uint8).reshape(tensor.dims[-1], -1)
     return np.asarray(dequantize(rows, kind), np.float32)
 
 
 def encode_weight(name: str, weight: Floats, kind: KvType) -> NewTensor:
-    """Encode a matrix [n_out, n_in] with the given storage type."""
+    """Encode an [n_out, n_in] matrix with the given storage type."""
     data = quantize(weight, kind.ggml).tobytes()
     return NewTensor(name, weight.shape[::-1], kind.ggml, data)

@@ -74,7 +74,7 @@ class Weights:
         return np.asarray(values, np.float32)
 
     def require_readable(self, layer: int) -> None:
-        """Raise FormatError if the type of the layer's K or V weights cannot be dequantized."""
+        """Raise FormatError if the layer's K or V weights cannot be dequantized."""
         for part in ("qkv", "k", "v"):
             if (name := f"blk.{layer}.attn_{part}.weight") in self:
                 self.rows(name, slice(1))

@@ -93,13 +93,13 @@ class Content:
 def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
     """Return the content with new tensors appended.
 
-    Raises FormatError if the file has bytes after its last tensor.
+    Raises FormatError if the file contains data after its last tensor.
     """
     offset = align(content.data_end, content.alignment)
     gap = offset - content.data_bytes
     if gap < 0:
         raise FormatError(
-            "cannot add tensors: the model file has bytes after its last tensor",
+            "cannot add tensors: the model file contains data after its last tensor",
             "rewrite the file with llama-quantize (type COPY), or use the model's own projections",
             cause="no-room-for-tensors",
         )
@@ -146,7 +146,7 @@ def read_content(source: Source, *, without: str) -> Content:
 
 
 def _joined(content: Content, source: Source) -> Content:
-    """Return the content with the tensors of all parts. Each tensor is padded to the alignment."""
+    """Join all parts' tensors into one file's content. Each tensor is padded to the alignment."""
     rows, ranges, offset = [], [], 0
     for part in source.parts:
         for tensor in part.tensors:

@@ -18,7 +18,7 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 @dataclass(frozen=True)
 class SplitPart:
-    """The parsed file name of a split model's part. `number` is 1-based."""
+    """The parsed file name of one part of a split model. `number` is 1-based."""
 
     stem: str
     number: int

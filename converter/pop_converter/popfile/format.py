@@ -1,6 +1,6 @@
 """Read and write the `pop.*` keys in GGUF files.
 
-Stock llama.cpp ignores these keys, so it can open POP files without added tensors.
+Stock llama.cpp ignores these keys, so it can open POP files that have no added tensors.
 """
 
 import hashlib
@@ -28,10 +28,11 @@ NO_LIMIT = 1e9
 
 
 class DeepRows(str, Enum):
-    """Rules for selecting context words that run through all layers to preserve their spelling.
+    """Rules for selecting context words whose spelling matters.
 
-    `SPELLING` selects words that contain a digit, an internal capital, or a symbol between letters.
-    `NAMES` also selects words that are capitalized in the middle of a sentence.
+    All layers process the selected words. `SPELLING` selects words that contain a digit, an
+    internal capital, or a symbol between letters. `NAMES` also selects words that are capitalized
+    in the middle of a sentence.
     """
 
     NONE = "none"
@@ -54,7 +55,7 @@ class Calibration:
 
     `sha256` is the hash of the text, or of the tokens if the model generated some of the text.
     `weighting` specifies the token weights ("attention": the attention that a token receives).
-    `n_distilled` is the number of tokens used for end-to-end training, or 0 without training.
+    `n_distilled` is the number of tokens used for end-to-end training, or 0 if there was none.
     """
 
     name: str
@@ -100,8 +101,8 @@ class Measured:
 class Budget:
     """The search's quality limits. `quality` is the name of this set of limits.
 
-    The limits apply to kl_mean, ppl_ratio, copy_ppl_ratio, and the share of lost look-ups in
-    Measured. `tried` lists the result for each boundary.
+    The limits apply to these fields of Measured: kl_mean, ppl_ratio, copy_ppl_ratio, and the share
+    of lost look-ups. `tried` lists the result for each boundary.
     """
 
     quality: str
@@ -245,7 +246,7 @@ Group = TypeVar("Group", Calibration, Measured, Budget, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
-    """Return the keys that start with `prefix`, or None without such keys. Raises FormatError."""
+    """Return the keys that start with `prefix`, or None if there are none. Raises FormatError."""
     found: dict[str, Any] = {field.name: header.get(prefix + field.name) for field in fields(group)}
     if all(value is None for value in found.values()):
         return None

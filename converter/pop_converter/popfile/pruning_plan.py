@@ -17,11 +17,11 @@ TAIL_TOKENS = 32
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned conversion in which context tokens skip layers `boundary` and up.
+    """A planned conversion in which context tokens skip layer `boundary` and all later layers.
 
     `deep_rows` selects the context rows that run through all layers. `deep_share` is the fraction
     of rows that `deep_rows` selects in ordinary text, or 0 if unknown. `budget` holds the search's
-    quality limits, or is None if the user chose the boundary. `is_distilled` is true if the fit is
+    quality limits, or is None if the user chose the boundary. `is_distilled` is true if the fit was
     also trained end to end. `macs` counts the model's multiply-accumulates.
     """
 
@@ -72,12 +72,13 @@ def make_plan(
     deep_rows: DeepRows = DeepRows.NONE,
     macs: Macs = uncounted,
 ) -> Plan:
-    """Plan a conversion that skips layers `boundary` and up (None: the last third of the layers).
+    """Plan a conversion in which context tokens skip layer `boundary` and all later layers.
 
-    `min_prompt` is the length in tokens of the shortest prompt to prune. The default is twice the
-    number of full rows, so at least half of a pruned prompt's rows are context rows. The plan uses
-    OWN instead of `projection` if a skipped layer cannot be fitted. The plan also uses OWN if only
-    one layer is skipped, because the first skipped layer's own projections are exact.
+    The default boundary skips the last third of the layers. `min_prompt` is the length in tokens of
+    the shortest prompt to prune. The default is twice the number of full rows, so at least half of
+    a pruned prompt's rows are context rows. The plan uses OWN instead of `projection` if a skipped
+    layer cannot be fitted. The plan also uses OWN if only one layer is skipped, because the first
+    skipped layer's own projections are exact.
 
     Raises PlanError for an invalid boundary or token count. Raises UnsupportedArchitectureError if
     context tokens already skip these layers without loss.

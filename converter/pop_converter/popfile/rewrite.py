@@ -62,7 +62,7 @@ class FileSizes:
 
 
 def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return a conversion's file sizes without padding or the keys for measured quality.
+    """Return a conversion's file sizes, excluding padding and the keys for measured quality.
 
     Raises FormatError for an invalid source.
     """
@@ -102,10 +102,10 @@ def convert(
 ) -> PopMeta:
     """Copy `src` (a file or a split model's first part) to `dst` and add the plan's keys.
 
-    The written file is then compared with its source byte for byte. `progress` receives the
+    The new file is then compared with its source byte for byte. `progress` receives the
     number of bytes written and compared. `fitted` is required if the plan has fitted projections.
-    `examine` measures the written file. If the caller passes `binding` (the identity of `src`),
-    `dst` is a sidecar with only the keys and the fitted tensors. Returns the written keys.
+    `examine` measures the new file. If the caller passes `binding` (the identity of `src`),
+    `dst` is a sidecar with only the keys and the fitted tensors. Returns the new keys.
 
     Raises FormatError, PlanError, OutputExistsError, WriteError, and any error that `examine`
     raises. After an error, an existing `dst` is unchanged and no temporary file remains.
@@ -147,14 +147,14 @@ def convert(
 
 
 def _drop(_: object) -> None:
-    """Discard data that only needs to be hashed or compared."""
+    """Ignore data or progress that is irrelevant to a sidecar."""
 
 
 def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
-    """Read the model to convert. Raises FormatError, or PlanError if the plan does not match."""
+    """Read the model to convert. Raises FormatError, or PlanError for a different model's plan."""
     source = unconverted(src)
     if source_shape(source) != plan.shape:
-        raise PlanError(f"the plan was made for a different model than {src}")
+        raise PlanError(f"the plan was made for a model other than {src}")
     if (plan.projection != Projection.OWN) != (fitted is not None):
         raise PlanError("pass `fitted` if and only if the plan has fitted projections")
     return source

@@ -40,7 +40,7 @@ def apply_patch(patch: Path, tree: Path) -> tuple[str, ...]:
         _write(target, text)
     for diff in diffs:
         if not _is_applied(diff, tree):
-            raise BuildError(f"After patching, {diff.path} lacks changes from {patch.name}.", _HINT)
+            raise BuildError(f"{diff.path} lacks some of the changes in {patch.name}.", _HINT)
     return tuple(texts)
 
 
@@ -53,10 +53,10 @@ def _patched(diff: FileDiff, tree: Path, name: str) -> _Text:
         )
     if diff.creates:
         if target.exists():
-            raise BuildError(f"{name} creates {diff.path}, but the file already exists.", _HINT)
+            raise BuildError(f"{name} creates {diff.path}, but {diff.path} already exists.", _HINT)
         text = _Text((), ())
     elif not target.is_file():
-        raise BuildError(f"{name} changes {diff.path}, but the file does not exist.", _HINT)
+        raise BuildError(f"{name} changes {diff.path}, but {diff.path} does not exist.", _HINT)
     else:
         text = _split(_read(target))
     floor = shift = 0

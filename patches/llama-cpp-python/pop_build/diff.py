@@ -103,7 +103,7 @@ class _Reader:
             # Some editors remove the space of an empty context line.
             sign, line = (self._here() or " ")[0], self._here()[1:]
             if self.at >= len(self.lines) or sign not in " +-\\":
-                raise self._error(f"the patch ends in the middle of the hunk {header}")
+                raise self._error(f"the patch ends in the middle of hunk {header}")
             if sign == "\\":
                 after_open |= previous in " +"
             if sign in " -":

@@ -73,7 +73,7 @@ def fetch(pin: Pin, folder: Path) -> Path:
 
 def check(pin: Pin, sdist: Path) -> None:
     if not sdist.is_file():
-        raise BuildError(f"pip succeeded, but did not download {pin.sdist}.", _hint())
+        raise BuildError(f"pip succeeded but did not download {pin.sdist}.", _hint())
     found = _sha256(sdist)
     if found != pin.sha256:
         raise _other_file(pin, f"The downloaded file's sha256 is {found}.")

@@ -20,7 +20,7 @@ _REQUIRED = {
     "GGML_VULKAN": {
         "Vulkan_INCLUDE_DIR": "Vulkan's headers (libvulkan-dev)",
         "Vulkan_LIBRARY": "Vulkan's loader (libvulkan-dev)",
-        "Vulkan_GLSLC_EXECUTABLE": "the glslc shader compiler (glslc)",
+        "Vulkan_GLSLC_EXECUTABLE": "the GLSL shader compiler (glslc)",
         "SPIRV-Headers_DIR": "SPIR-V's headers (spirv-headers)",
     },
 }
@@ -56,7 +56,8 @@ def explain(cache: Path) -> None:
 def check_architecture(env: Mapping[str, str]) -> None:
     """Raise BuildError if the target GPU of a CUDA build is unknown.
 
-    Without a target, nvcc compiles for its oldest architecture, and pip hides nvcc's warning.
+    If no target is set, nvcc compiles for the oldest architecture that it supports. nvcc prints a
+    warning, but pip hides the warning.
     """
     given = {name: value.lower() for name, value in _DEFINE.findall(env.get("CMAKE_ARGS", ""))}
     # A portable build covers every architecture.

@@ -73,7 +73,7 @@ def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
     source = Path(env[SOURCE_VARIABLE]).expanduser() if env.get(SOURCE_VARIABLE) else None
     if source is not None and not source.is_absolute():
         raise BuildError(
-            f"{SOURCE_VARIABLE} is a relative path ({source}), but pip builds elsewhere.",
+            f"{SOURCE_VARIABLE} is a relative path ({source}), but pip builds in another folder.",
             f"Set {SOURCE_VARIABLE} to an absolute path.",
         )
     if source is not None and not source.exists():
@@ -89,7 +89,7 @@ def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
 
 
 def find_hooks(package: Path) -> Path:
-    """Return the folder with the llama.cpp patches (inside the package in an sdist)."""
+    """Return the folder with the llama.cpp patches. In an sdist, the folder is in the package."""
     for folder in (package / "llama.cpp", package.parent / "llama.cpp"):
         if any(folder.glob("*.patch")):
             return folder
@@ -224,7 +224,7 @@ def _set(path: Path, field: str, value: str) -> None:
 
 
 def _fingerprint(source: Path) -> str:
-    """Hash file names, sizes, and modification times, because hashing 200 MB of data is slow."""
+    """Hash file names, sizes, and modification times. Hashing 200 MB of contents would be slow."""
     digest = hashlib.sha256()
     for path in _files(source):
         stat = path.lstat()

@@ -1,4 +1,7 @@
-"""Build llama.cpp libraries for comparison tests: same release and flags, but no patches."""
+"""Build llama.cpp libraries without our patches for comparison tests.
+
+The release and the build flags are the same as in a build with our patches.
+"""
 
 import os
 import shutil

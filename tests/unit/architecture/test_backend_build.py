@@ -158,7 +158,7 @@ def test_missing_hooks_and_missing_source_are_refused(package, tmp_path):
 def test_relative_source_path_is_refused(package, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_sdist(tmp_path / "own.tar.gz")
-    with pytest.raises(BuildError, match="pip builds elsewhere") as refused:
+    with pytest.raises(BuildError, match="pip builds in another folder") as refused:
         recipe(package, {SOURCE_VARIABLE: "own.tar.gz"})
     assert "absolute" in refused.value.hint
 

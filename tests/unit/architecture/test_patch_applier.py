@@ -62,7 +62,7 @@ def test_diff_creates_a_file(tree, tmp_path):
     apply_patch(patch_of(tmp_path, diff), tree)
     assert read(tree / "src/new/b.h") == "#pragma once\nint b;\n"
     write(tree / "src/new/b.h", "something else\n")
-    with pytest.raises(BuildError, match=r"creates src/new/b.h, but the file already exists"):
+    with pytest.raises(BuildError, match=r"creates src/new/b.h, but src/new/b.h already exists"):
         apply_patch(tmp_path / "0001-hook.patch", tree)
 
 
@@ -112,11 +112,11 @@ def test_hunk_that_fits_before_the_previous_one_is_refused(tree, tmp_path):
         ("nothing here\n", "contains no diff"),
         (DIFF.replace("b/src/a.cpp", "b/../a.cpp"), "outside the tree"),
         (DIFF.replace("b/src/a.cpp", "/etc/a.cpp"), "outside the tree"),
-        (DIFF.replace("-15,3", "-15,9"), "ends in the middle of the hunk"),
+        (DIFF.replace("-15,3", "-15,9"), "ends in the middle of hunk"),
         (DIFF.replace("-3,4", "-3,2"), "does not match the line counts"),
         (DIFF.replace("b/src/a.cpp", "/dev/null"), "deletes a/src/a.cpp"),
         ("rename from src/a.cpp\n" + DIFF, "contains an unsupported line"),
-        (DIFF.replace("src/a.cpp", "src/z.cpp"), "but the file does not exist"),
+        (DIFF.replace("src/a.cpp", "src/z.cpp"), "but src/z.cpp does not exist"),
         ("--- a/src/a.cpp\n+++ b/src/a.cpp\n@@ -4,0 +5 @@\n+x\n", "no context lines"),
     ],
 )
