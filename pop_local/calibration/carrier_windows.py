@@ -1,6 +1,6 @@
 """Windows of synthetic look-ups: documents with exact values, followed by questions and answers.
 
-Ordinary text rarely repeats exact strings. A fit on ordinary text alone causes look-up errors.
+Ordinary text rarely repeats exact strings. A fit that uses only such text causes look-up errors.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def carrier_windows(
 ) -> CarrierWindows:
     """Build `n` windows of `n_tokens` tokens. The same seed yields the same windows.
 
-    If a document does not fit (with a tiny vocabulary, for example), returns earlier windows.
+    If a document does not fit (with a tiny vocabulary, for example), returns fewer windows.
     """
     rng = np.random.default_rng(seed)
     windows = np.zeros((n, n_tokens), np.int32)

@@ -96,7 +96,7 @@ def fit_cost(plan: Plan, projection: Projection) -> float:
 
 
 def fit_kind(plan: Plan, options: FitOptions) -> Projection:
-    """Return the kind of fit from the options (default: a wide fit if the slowdown is small)."""
+    """Return the kind of fit that `options` sets (default: a wide fit if the slowdown is small)."""
     if options.projection is not None:
         return options.projection
     is_cheap = fit_cost(plan, Projection.WIDE) <= MAX_WIDE_COST
@@ -175,19 +175,19 @@ def plan_needs(
 
 
 class FitWork(NamedTuple):
-    """The work for sampling text and for fitting, in multiply-accumulates at numpy's speed."""
+    """The compute costs of sampling text and fitting, in units of one numpy multiply-accumulate."""
 
     sampling: float
     fitting: float
 
 
 def reading_work(plan: Plan, n_tokens: int) -> float:
-    """Return a full prefill's work in multiply-accumulates at numpy's speed. Raises PopError."""
+    """Return a full prefill's compute cost, in the same unit as FitWork. Raises PopError."""
     return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
 
 
 def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
-    """Return the work for all fits, excluding measurements.
+    """Return the compute cost of all fits, excluding measurements.
 
     Each pass adds the text's rows to the sums. The linear system of each (boundary, layer) pair is
     solved in float64. Propagates errors from `Plan.macs`.
@@ -227,7 +227,7 @@ def n_choosing(n_embd: int) -> int:
 
 
 def _choosing_bytes(shape: ModelShape, n_boundaries: int) -> int:
-    """Return the memory in bytes for choosing a wide fit's extra inputs."""
+    """Return how many bytes of memory are needed to choose a wide fit's extra inputs."""
     n, n_rows = shape.n_embd, n_choosing(shape.n_embd) * N_WINDOW
     axes = 8 * n * (2 * n_rows + 3 * n)
     neurons = 4 * max(shape.n_neurons) * (3 * n + 5 * N_WINDOW)

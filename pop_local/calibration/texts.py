@@ -52,7 +52,7 @@ class CalibrationText:
 def default_tokens(n_embd: int) -> int:
     """Return the default text length: 24 tokens per state dimension, but at least 16,384.
 
-    A fit's error is proportional to n_embd / n_tokens. The length is a multiple of two windows.
+    A fit's error is proportional to n_embd / n_tokens. The length is a multiple of 2 * N_WINDOW.
     """
     pair = 2 * N_WINDOW
     return max(16 * 1024, -(-24 * n_embd // pair) * pair)
@@ -71,10 +71,10 @@ def n_sampled_of(count: int) -> int:
 
 
 def own_text(context: Context, count: int, on_progress: Progress) -> CalibrationText:
-    """Build text from look-ups, Python's documentation and library code, and model samples.
+    """Combine look-ups, Python's documentation and library code, and text sampled from the model.
 
-    Half of the samples are free text, and half are questions and answers that start with the chat
-    template's first tokens. Nothing is downloaded. `on_progress` counts sampled tokens.
+    Half of the sampled windows are free text, and half are questions and answers that start with
+    the chat template's first tokens. Nothing is downloaded. `on_progress` counts sampled tokens.
     """
     n_sampled = n_sampled_of(count)
     carriers = own_carriers(context, count // SHARE)
@@ -86,7 +86,7 @@ def own_text(context: Context, count: int, on_progress: Progress) -> Calibration
 
 
 def own_carriers(context: Context, count: int) -> Windows:
-    """Return `count` windows of look-ups between paragraphs of Python's documentation."""
+    """Return `count` windows of Python's documentation with look-ups between the paragraphs."""
     return carrier_windows(context, count, N_WINDOW, _topics(), SEED).windows
 
 
@@ -134,9 +134,9 @@ def distill_text(
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
     """Choose the same number of windows from each path and, in a folder, from each kind of file.
 
-    Longer pieces of text supply the windows that shorter pieces lack. Windows are spread evenly
-    over each piece. One of every SHARE windows contains look-ups. Raises PopError for empty,
-    binary, short, or repetitive text.
+    If a piece of text is too short to fill its share, longer pieces make up the difference.
+    Windows are spread evenly over each piece. One in every SHARE windows contains look-ups. Raises
+    PopError for empty, binary, short, or repetitive text.
     """
     groups = _grouped_texts(paths, count)
     least = least_tokens(n_embd)

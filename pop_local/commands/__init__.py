@@ -1,1 +1,1 @@
-"""The command-line app's commands, one module each."""
+"""The command-line app's commands. Each command has its own module."""

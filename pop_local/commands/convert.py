@@ -132,7 +132,7 @@ def convert(
     fitting: FittingOptions,
     processors: opt.HardwareOptions,
 ) -> None:
-    """Write a copy of a model that reads long prompts faster.
+    """Create a copy of a model. The copy reads long prompts faster.
 
     --quality limits the quality loss and therefore the number of skipped layers. With --quality
     near-lossless, perplexity may rise by up to 1% on held-out text and by up to 2% on a repeated

@@ -109,7 +109,7 @@ def _public(text: str) -> str:
 
 
 def _details() -> Iterator[Check]:
-    """Yield facts that are not checks, but that a bug report needs."""
+    """Yield details that need no check but belong in a bug report."""
     free = size(psutil.virtual_memory().available)
     yield Check("system", "System", "ok", f"{platform.platform()}, {free} of memory available")
     installed = sorted(f"{each.name} {each.version}" for each in importlib.metadata.distributions())

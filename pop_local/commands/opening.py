@@ -24,7 +24,7 @@ def default_model() -> str:
 
 
 def warn_if_busy(n_threads: int | None) -> None:
-    """Warn if CPU use by other programs makes times with `n_threads` unreliable."""
+    """Warn if other programs leave too few CPUs for reliable timings on `n_threads` threads."""
     if n_busy := busy_cpus(n_threads or default_threads()):
         warn(f"Other programs are using {n_busy:.1f} CPUs, so the times are unreliable.")
 
@@ -97,7 +97,7 @@ class Opener:
 
 
 def open_prompt_cache(options: ModelOptions, ram_bytes: int = 0) -> PromptCache | None:
-    """Return a cache of earlier prompts in memory and on disk, or None if both sizes are 0."""
+    """Return an in-memory and on-disk cache of earlier prompts, or None if both sizes are 0."""
     store = None
     if options.cache_disk:
         store = DiskStore(settings.prompts_dir(), options.cache_disk * 2**30)

@@ -40,7 +40,7 @@ def _is_expert(parameter: inspect.Parameter) -> bool:
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each Group parameter of a command with separate options, which Typer requires.
+    """Replace a command's Group parameters with one parameter per option, as Typer requires.
 
     If a Group parameter has a default value, that value's fields are the options' defaults.
     """

@@ -52,7 +52,7 @@ def rm(
 
 
 def _found(name: str) -> tuple[Path, ...]:
-    """Return the files named `name` in the first folder with such files. Raises PopError."""
+    """Return the files named `name` from the first folder that contains any. Raises PopError."""
     first, *others = models_dirs()
     try:
         return _files(first, name)

@@ -89,7 +89,7 @@ def serve(
     to: ServerOptions,
     how: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
 ) -> None:
-    """Serve a model over the OpenAI, Anthropic, Ollama, and llama-server APIs, with a web page.
+    """Serve a model over the OpenAI, Anthropic, Ollama, and llama-server APIs and on a web page.
 
     --parallel sets the number of concurrent answers. Other requests wait in a queue. To turn fast
     reading off for a request, send "pop": false. /health and /metrics (Prometheus) report the
@@ -155,7 +155,7 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
 
 
 def _pool(to: ServerOptions, opener: Opener, prompts: PromptCache | None) -> "ModelPool":
-    """Return a model pool, and open the opener's model if it has one."""
+    """Return a model pool, and open the model that `opener.model` names, if any."""
     from pop_local.server.model_listing import ModelFile, models_in, printable
     from pop_local.server.model_pool import ModelPool, ModelRegistry
 

@@ -14,7 +14,7 @@ from pop_local.workflows.hardware import Hardware
 
 
 def finite(value: float | None) -> float | None:
-    """Reject nan and inf, which Typer's ranges accept. All float options use this callback."""
+    """Reject nan and inf, which pass Typer's range checks. All float options use this callback."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value

@@ -211,7 +211,7 @@ def _line(text: str, key: str) -> int:
 
 
 def _located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
-    """Return `call()`. Add `where` to a PopError's message, and `hint` if the error has no hint."""
+    """Return `call()`. Prefix a PopError's message with `where`. `hint`: the default hint."""
     try:
         return call()
     except PopError as error:

@@ -48,7 +48,7 @@ def _complete_models(files: Sequence[str]) -> list[QuantFile]:
 def choose_mmproj(files: Sequence[str], model: str) -> str | None:
     """Return the mmproj for a model file, or None if the repository has none.
 
-    Files in the model's folder take precedence, then similar names, then small data types.
+    Prefers files in the model's folder. More similar names, then smaller data types, break ties.
     """
     of = PurePosixPath(model)
 
@@ -70,7 +70,7 @@ def usual_ending(file: str) -> str:
 def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
     """Return the model whose name contains `wanted`, or the default model if `wanted` is "".
 
-    Raises PopError, which lists the models, unless exactly one model matches.
+    Raises PopError unless exactly one model matches. The error's hint lists the models, if any.
     """
     known = _complete_models(files)
     if not known:

@@ -39,7 +39,7 @@ class RemoteFile:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the error's reason from OpenSSL or the operating system, or else its class name.
+    """Return the reason that OpenSSL or the operating system gives, or the error's class name.
 
     The full error message could contain secrets from a URL.
     """

@@ -71,7 +71,7 @@ def download_lock(target: Path) -> Iterator[None]:
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raise PopError if the folder's disk has less than `needed_bytes` of free space."""
+    """Raise PopError if `folder` is on a disk with less than `needed_bytes` of free space."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise PopError(

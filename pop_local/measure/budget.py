@@ -64,7 +64,7 @@ def copies(quality: "Quality") -> bool:
 
 
 def may_copy(retention: "Estimate | None") -> bool:
-    """Return True if a fit might let the model copy, given the `retention` without a fit."""
+    """Return True if a fit might enable copying. `retention`: the value measured without a fit."""
     return _keeps(retention, _RETENTION_GAIN)
 
 

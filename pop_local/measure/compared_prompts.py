@@ -222,7 +222,7 @@ def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answer
 
 
 def compared(model: PopModel, prompt: ComparedPrompt, full: Answered, pruned: Answered) -> Compared:
-    """Compare the two answers to a prompt with each other and with the expected answer."""
+    """Compare the full and the pruned answer with each other and with the expected answer."""
     tokenize = model.engine.context.vocabulary.tokenize
     return Compared(
         line=prompt.line,

@@ -1,7 +1,7 @@
 """Metrics computed over windows, with their standard errors.
 
 Windows are the independent samples, because tokens within a window are correlated. Standard errors
-of means are computed from the spread across windows. Errors of quantiles are bootstrapped.
+of means are derived from the spread across windows. Standard errors of quantiles are bootstrapped.
 """
 
 import math
@@ -53,7 +53,7 @@ def quantile(per_window: Floats, share: float) -> Estimate:
 
 
 def redrawn(per_window: Floats, figure: Callable[[Floats], float]) -> Estimate:
-    """Return a metric computed from values [n_windows, ...] and its bootstrap error."""
+    """Compute `figure` from values [n_windows, ...], and bootstrap its standard error."""
     value, n = figure(per_window), len(per_window)
     if n < 2:
         return Estimate(value, None)

@@ -52,7 +52,7 @@ def forced(model: PopModel) -> Iterator["Forced"]:
 
 
 class Forced:
-    """An open model for teacher forcing (see `forced`)."""
+    """A model that is prepared for teacher forcing (see `forced`)."""
 
     def __init__(self, model: PopModel) -> None:
         self.rule = replace(model.engine.rule, min_prompt=0)

@@ -74,7 +74,7 @@ def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Seq
 
 
 def _shares(room: list[int], n_windows: int) -> list[int]:
-    """Distribute windows equally among the parts. Any remainder goes to the first parts."""
+    """Distribute windows evenly among the parts. Any remainder goes to the first parts."""
     shares = [0] * len(room)
     for _ in range(n_windows):
         open_parts = [part for part, limit in enumerate(room) if shares[part] < limit]

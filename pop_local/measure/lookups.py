@@ -2,7 +2,7 @@
 
 The full model and the pruned model each read every synthetic document once. The documents
 (`carriers`) use layouts that are not used for fitting. Questions run through all layers, like the
-tail of a prompt. Questions are worded as completions, which base models can also answer.
+tail of a prompt. Each question ends with the start of its answer, which base models can complete.
 
 An answer is *correct* if the greedy continuation contains the exact string (see `is_right`).
 Teacher forcing yields the *log-probability* of the correct string, which is far less noisy than the
@@ -56,7 +56,7 @@ class LookupSettings:
 
 @dataclass(frozen=True)
 class TokenizedQuestion:
-    """The tokens of a question and its correct answer, to append to the document's tokens."""
+    """The tokens of a question and of its correct answer. They follow the document's tokens."""
 
     question: LookupQuestion
     tokens: tuple[int, ...]
@@ -94,8 +94,9 @@ class Lookups:
     `full` and `pruned`: the number of answers, out of `n`, that each model gets right. `lost`: the
     number of questions that only the full model answers correctly. `gained`: the number of
     questions that only the pruned model answers correctly. `p`: the two-sided p-value of McNemar's
-    exact test. `logprob_*`: the correct strings' mean log-probability in nats. `logprob_lost`
-    is the drop due to pruning. Standard errors are computed from the spread across documents.
+    exact test. `logprob_*`: the correct strings' mean log-probability in nats. `logprob_lost`: the
+    decrease in log-probability due to pruning. Standard errors are computed from the spread across
+    documents.
     """
 
     n: int
@@ -137,7 +138,7 @@ class LookupReference:
     def read(
         cls, model: PopModel, settings: LookupSettings, on_progress: Progress, known: Answers
     ) -> "LookupReference":
-        """Answer the questions about each document without pruning, unless they are in `known`.
+        """Answer each document's questions without pruning, unless `known` contains the answers.
 
         Appends new answers to `known`, so that an interrupted run keeps them. Raises PopError.
         """
@@ -218,7 +219,7 @@ def _tokenize_question(model: PopModel, question: LookupQuestion) -> TokenizedQu
 def is_right(text: str, answer: str) -> bool:
     """Return True if the first line of a continuation contains the exact answer.
 
-    Quotes and words may surround the answer, but the answer must not be part of a longer value. No
+    Quotes and other words may surround the answer, but it must not be part of a longer value. No
     letter or digit may touch the answer, either directly or across one of the characters `.,-/@`.
     """
     line = text.strip().split("\n")[0]
@@ -253,7 +254,7 @@ def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
 
 
 def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
-    """Return the first line of the greedy answer, which starts with `n_right` correct tokens.
+    """Return the first line of the greedy answer, given that its first `n_right` tokens are right.
 
     After a complete correct answer, generates one more token to check whether the value continues.
     """

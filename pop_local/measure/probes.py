@@ -49,7 +49,7 @@ def require_passage(n_context: int, rule: RowRule) -> None:
 def pick_passage(
     context: Sequence[int], n_tokens: int, rule: RowRule, rng: np.random.Generator
 ) -> Sequence[int]:
-    """Pick up to `n_tokens` consecutive pruned tokens. Raises PopError if no token is pruned."""
+    """Choose up to `n_tokens` consecutive pruned tokens. Raises PopError if no token is pruned."""
     require_passage(len(context), rule)
     start, end = max(1, rule.sink_tokens), len(context) - rule.tail_tokens
     n_tokens = min(n_tokens, end - start)
@@ -100,7 +100,7 @@ def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> floa
 
 
 def _scored(reader: Forced) -> tuple[int, int]:
-    """Return the range of tokens whose first occurrence is pruned (all tokens if none is pruned).
+    """Return the range of tokens to score: the pruned tokens or, if none is pruned, all tokens.
 
     The first token is excluded, because it has no prediction.
     """

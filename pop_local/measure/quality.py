@@ -1,9 +1,9 @@
 """Measure the loss from pruning by comparing the pruned model's scores with the full model's.
 
 A window consists of a context and a continuation. The context is read either with pruning or in
-full. The continuation runs through all layers, with teacher forcing on the context's K/V. For each
-continuation token, the two models' predicted distributions are compared. The context's last token
-predicts the continuation's first token.
+full. With teacher forcing, the continuation then runs through all layers and attends to the
+context's K/V. For each continuation token, the two models' predicted distributions are compared.
+The context's last token predicts the continuation's first token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -92,7 +92,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Window:
-    """A window's tokens: a context, its continuation, and a passage from the context to repeat."""
+    """A window's tokens. `passage` is the part of the context that the copy probe repeats."""
 
     context: Sequence[int]
     continuation: Sequence[int]

@@ -99,9 +99,9 @@ def measure_speed(
     """Measure each prompt length in `n_rounds` rounds, after a warm-up round.
 
     `upstream`: a function that runs a prompt without pop-local's kernels. `on_progress` is called
-    only after each round, because a round's runs differ in speed. `on_row` is called with
-    every row except the last. The context must have room for the longest prompt plus N_DECODE
-    tokens. Raises PopError if the backend's counters differ from the plan.
+    only after each round, because full and pruned runs progress at different rates. `on_row` is
+    called with every row except the last. The context must have room for the longest prompt plus
+    N_DECODE tokens. Raises PopError if the backend's counters differ from the plan.
     """
     n_ways = 2 if upstream is None else 3
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)

@@ -36,7 +36,7 @@ def _strings(found: Measured) -> str:
 
 
 def comparison_in_words(found: "Comparison") -> str:
-    """Describe how many correct answers pruning loses, or how many answers it changes."""
+    """State how many correct answers pruning loses, or how many answers pruning changes."""
     n = len(found.answers)
     if not found.n_judged:
         n_changed = len(found.different)

@@ -21,7 +21,7 @@ _UNFINISHED = "the download is unfinished: pull the model again"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's file and its sidecar (None for an unpruned or converted model)."""
+    """A model's file and its sidecar. An unpruned or converted model has no sidecar."""
 
     path: Path
     sidecar: Path | None = None

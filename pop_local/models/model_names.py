@@ -188,14 +188,14 @@ def not_fetched() -> tuple[CatalogModel, ...]:
 
 
 def find(name: str) -> CatalogModel:
-    """Return the catalog model with the given name or alias, ignoring case. Raises PopError."""
+    """Find a catalog model by its case-insensitive name or alias. Raises PopError."""
     if model := lookup(name):
         return model
     raise _unknown(f"the catalog contains no model named {name!r}", name, {})
 
 
 def lookup(name: str) -> CatalogModel | None:
-    """Return the catalog model with the given name or alias, ignoring case, or None."""
+    """Find a catalog model by its case-insensitive name or alias. Return None if none matches."""
     wanted = name.lower().removesuffix(":latest")  # Ollama's clients append the tag
     for model in load_catalog():
         if wanted in (model.name.lower(), *model.aliases):
@@ -223,7 +223,7 @@ def _here() -> dict[str, tuple[Path, ...]]:
 
 
 def resolve(model: str, *, base: bool = False) -> Path:
-    """Find a model's file by path or name, preferring a converted copy unless its loss is higher.
+    """Find a model's file by path or name. Prefers a converted copy (see `converted_copy`).
 
     If `base` is true, returns a catalog model's unconverted file. Raises PopError if the model is
     unknown or has not been downloaded.

@@ -1,4 +1,4 @@
-"""Find a model's sidecar: next to the model, among learned files, or among shipped sidecars."""
+"""Find a model's sidecar next to the model, in the folder of learned files, or in this package."""
 
 import glob
 import importlib.resources
@@ -21,7 +21,7 @@ SHIPPED = Path(str(importlib.resources.files("pop_local") / "data" / "sidecars")
 
 @dataclass(frozen=True)
 class LearnedFiles:
-    """Paths to one model's learned files (`name` includes a hash). The files may not exist yet."""
+    """Paths to one model's learned files (`name` includes a hash). The files need not exist yet."""
 
     name: str
 

@@ -7,7 +7,7 @@ the projected K and V. The loss is KL(full || pruned) over the answer rows. Adam
 updates the projections with gradients backpropagated through the skipped layers. The model's
 weights stay frozen. The method is knowledge distillation (Hinton et al., arXiv 1503.02531).
 
-Some windows end with a passage repeated from their context, because pruning damages copying first.
+Pruning harms copying before other abilities, so some windows end by repeating a passage.
 """
 
 from collections.abc import Mapping
@@ -92,7 +92,7 @@ def read(
     """Run the full model on the text's windows and on copies that repeat a passage.
 
     `boundary`: the fit's boundary. `seed`: seed for choosing passages. `on_progress(done, total)`
-    counts (window, layer) pairs and may raise an exception to stop.
+    counts (window, layer) pairs. An exception from `on_progress` stops the run.
     """
     copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])
@@ -134,9 +134,9 @@ def distill(
     """Train a fit's projections on the full model's states, and return the result.
 
     `reference` must contain the states at the fit's boundary. `on_progress(done, total)` counts
-    forward and backward passes through a layer, and may raise an exception to stop. `seed`: seed
-    for choosing the windows' order and context lengths. Raises FitError if any trained weight is
-    not finite.
+    forward and backward layer passes. An exception from `on_progress` stops the training. `seed`:
+    seed for choosing the windows' order and context lengths. Raises FitError if any trained weight
+    is not finite.
     """
     rng = np.random.default_rng(seed)
     n_windows, n_tokens = reference.states.shape[:2]
@@ -305,7 +305,7 @@ def _n_sink(wanted: int, n_tokens: int) -> int:
 
 
 def memory(plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype) -> int:
-    """Return the bytes needed to distill on windows [n_windows, n_tokens] and their copies.
+    """Return how many bytes of memory distillation on windows [n_windows, n_tokens] requires.
 
     `matrices`: the data type of the skipped layers' matrices.
     """

@@ -132,7 +132,7 @@ def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
 
 
 def _number(header: Header, name: str, default: float | None = None) -> float:
-    """Return a key's number, or the first layer's if the key has a number for each layer."""
+    """Return a key's number or, if the key has one number per layer, the first layer's number."""
     value = header.of_arch(name)
     if value is None and default is not None:
         return default

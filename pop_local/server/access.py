@@ -49,7 +49,7 @@ class AccessRules:
     shares_cache: bool = False
 
     def client_of(self, scope: Scope) -> str:
-        """Return a hash of the request's API key, or the client's address if no keys are set."""
+        """Return the client's address or, if API keys are set, a hash of the request's key."""
         if self.api_keys:
             return hashlib.sha256((sent_key(scope, self) or "").encode()).hexdigest()[:16]
         return str(scope["client"][0]) if scope.get("client") else "-"

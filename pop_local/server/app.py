@@ -161,7 +161,7 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that ends answers on a signal and kills the process if an answer hangs."""
+    """A uvicorn server that stops all answers after a signal, and kills the process if it hangs."""
 
     models: ModelPool
     end: threading.Timer | None = None

@@ -12,8 +12,9 @@ from pop_local.server.api_errors import ApiError
 class ClientLimiter:
     """A limiter for concurrent work, with a total limit and a limit per client.
 
-    Each request waits first for its client's limit and then for the total limit. A client with many
-    waiting requests therefore does not delay other clients.
+    Each request waits until its client is below the client's limit, and then until all clients
+    together are below the total limit. A client with many waiting requests therefore does not
+    delay other clients.
     """
 
     def __init__(self, total: float, per_client: int, max_waiting: int) -> None:

@@ -128,7 +128,7 @@ def _described(
 
 
 def models_in(folder: Path) -> dict[str, Path]:
-    """Return the first files of a folder's models, keyed by their names in `pop-local list`."""
+    """Return the first file of each model in a folder, by the name that `pop-local list` shows."""
     found = sorted(models_by_name(folder).items(), key=lambda each: each[0].lower())
     return {printable(name): files[0] for name, files in found if "mmproj" not in name}
 

@@ -286,7 +286,7 @@ class ModelPool:
         self._advance()
 
     def _advance(self) -> None:
-        """Grant the waiting leases in order, and open the first model that is needed but closed."""
+        """Grant the pending leases in order until a model must be opened, and open that model."""
         while self._change is None and not self._stopping.is_set():
             self._waiting = self._still_waiting()
             if not self._waiting:
@@ -392,7 +392,7 @@ class ModelPool:
             served.worker.start()
 
     def stop(self) -> None:
-        """Abort answers and loading, and refuse waiting requests. May be called from any thread."""
+        """Abort answers and model loads. Refuse waiting requests. May be called from any thread."""
         self._stopping.set()
         for served in self.loaded:
             served.worker.stop()

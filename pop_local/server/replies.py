@@ -53,7 +53,7 @@ def reasoning_of(pieces: Sequence[Piece]) -> str:
 
 
 def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequence[str]) -> Json:
-    """Return OpenAI's `usage`, plus a field `pop` with TurnStats' counters and times in seconds.
+    """Return OpenAI's `usage` with an added `pop` field for counters and times (in seconds).
 
     `pop.reason` explains why the prompt was read in full (null if it was pruned). `pop.reading` is
     null if no rows were prefilled. `pop.is_repeating` is true if the answer was stopped because it
@@ -128,7 +128,7 @@ class Reply:
         return ()
 
     def progress(self, read: Mapping[str, int]) -> Json:
-        """Return an event without text that reports prefill progress."""
+        """Return an event with empty text and the prefill progress."""
         [event] = self.pieces(Piece(), ())
         return {**event, "prompt_progress": read}
 

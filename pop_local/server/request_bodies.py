@@ -155,7 +155,7 @@ class ChatTool(LenientBody):
 
 
 def keep_tool_types(*types: str | None) -> BeforeValidator:
-    """Return a validator that drops the API vendor's own tools and keeps tools of `types`."""
+    """Return a validator that drops tools with a type outside `types`, such as a vendor's tools."""
 
     def kept(tools: Any) -> Any:
         if not isinstance(tools, list):
@@ -210,7 +210,7 @@ class ChatMessage(LenientBody):
 
 
 def _as_biases(sent: Any) -> Any:
-    """Convert OpenAI's object with token IDs as keys to llama-server's list of pairs."""
+    """Convert OpenAI's object, whose keys are token IDs, to llama-server's list of pairs."""
     pairs = sent.items() if isinstance(sent, dict) else ()
     named = [[int(key) if re.fullmatch("-?[0-9]+", key) else key, bias] for key, bias in pairs]
     return named if isinstance(sent, dict) else sent

@@ -32,7 +32,7 @@ _MIN_TEMPERATURE = 0.01
 
 
 class TaskFactory:
-    """A factory for a model's tasks, which rejects invalid requests before they are queued.
+    """A factory for a model's tasks. Rejects invalid requests before they are queued.
 
     Multiple threads may use the factory, even while the model is decoding. `repeatable` is the
     default value of the request field `repeatable`.

@@ -41,7 +41,7 @@ class Task:
 
     `reason` explains why the prompt is read in full (None if it is pruned). `cache_scope` is the
     owner of the cached rows ("" if they are shared). If `reports` is true, the worker reports
-    prefill progress. If `alone` is true, no other answer runs at the same time.
+    prefill progress. If `alone` is true, no other job runs at the same time.
     """
 
     prompt: Prompt
@@ -74,7 +74,7 @@ class Job:
         self._is_awaited = False
 
     def cancel(self) -> None:
-        """End a queued job immediately, or a running job as soon as possible.
+        """Cancel a queued job immediately, or stop a running job as soon as possible.
 
         Must be called from the event loop.
         """
@@ -84,7 +84,7 @@ class Job:
             self._wake()
 
     def put(self, item: Chunk | Exception) -> None:
-        """Append a chunk, or the error that ends the answer. Must be called by a worker thread."""
+        """Append a chunk or the error that ends the answer. Must be called from a worker thread."""
         self._arrived.append(item)
         if self._is_awaited or isinstance(item, Exception) or item.stats is not None:
             with suppress(RuntimeError):  # the event loop and its reader have ended
@@ -145,7 +145,7 @@ class Worker(threading.Thread):
     """The threads that run a model's jobs, one per sequence.
 
     The thread that holds `_turn` waits for the next job. Threads with jobs take turns reading
-    prompts and decode their answers together.
+    prompts, but they decode their answers together.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Worker(threading.Thread):
         self.stopping = threading.Event()
 
     def stop(self) -> None:
-        """Stop running answers and refuse queued jobs. May be called from any thread."""
+        """Stop running answers and reject queued jobs. May be called from any thread."""
         self.stopping.set()
         self._calls.put(None)
 
@@ -318,7 +318,7 @@ class Worker(threading.Thread):
         return job.cancelled.is_set() or self.stopping.is_set()
 
     def _wait_until_alone(self, job: Job) -> None:
-        """Wait until all other answers end, then clear all slots.
+        """Wait until all other answers have finished, then clear all slots.
 
         If the job is stopped during the wait, the slots stay unchanged.
         """

@@ -1,8 +1,9 @@
 """Carriers: synthetic documents of prose and random values, with questions about the values.
 
 A model cannot guess a value, so it must copy the answer from the document. Half of the layouts and
-words are for fitting and training (`Use.FITTING`). The other layouts and words are for measurement
-only (`Use.HELD_OUT`). A document depends only on the random generator, prose, and token counter.
+words are used only for fitting and training (`Use.FITTING`). The other layouts and words are used
+only for measurement (`Use.HELD_OUT`). The random number generator, the prose, and the token counter
+fully determine a document.
 """
 
 from collections import Counter
@@ -43,7 +44,7 @@ class LookupQuestion:
 
     @property
     def completion(self) -> str:
-        """The question and the start of the answer sentence, to append after a blank line."""
+        """The question and the start of the answer sentence. A blank line must precede both."""
         return f"Question: {self.question}\nAnswer: {self.stem}"
 
 

@@ -161,11 +161,11 @@ def _table(table: Any) -> str:
 
 
 def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
-    """Return a list for each path: a file's text, or one string for each kind of file in a folder.
+    """Return one list of texts per path. A folder's list has one text for each kind of file.
 
     Files of the same kind share a top-level subfolder and a suffix. They are read in a fixed
     pseudorandom order until their text reaches `most_chars` characters. Binary files, duplicates,
-    and hidden files are skipped. Raises PopError if a path is unreadable or contains no new text.
+    and hidden files are skipped. Raises PopError if a path is unreadable or adds no new text.
     """
     seen: set[str] = set()
     found: list[list[str]] = []

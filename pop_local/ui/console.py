@@ -31,7 +31,7 @@ class _Console(Console):
         return super().is_terminal and (self._force_terminal is not None or self.file.isatty())
 
     def on_broken_pipe(self) -> None:
-        """Raise the same error as print(), because rich would exit with code 1."""
+        """Raise BrokenPipeError, as print() does. By default, rich exits with code 1."""
         raise BrokenPipeError
 
 

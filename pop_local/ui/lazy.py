@@ -50,7 +50,7 @@ def sub_app(**how: Any) -> typer.Typer:
 
 
 def imported(package: str, name: str) -> Any:
-    """Import a command's module and return the function or Typer app with the same name."""
+    """Import a command's module and return the function or Typer app named after the command."""
     word = name.replace("-", "_")
     return getattr(importlib.import_module(f"{package}.{word}"), word)
 

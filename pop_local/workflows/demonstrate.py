@@ -34,7 +34,7 @@ class TimedAnswer:
 class Demonstration:
     """An answer from full reading, an answer from pruned reading, and the measured speedup.
 
-    `limit` is the largest possible speedup, computed from the prefills' multiply-accumulates.
+    `limit` is the maximum speedup: the ratio of multiply-accumulates in the two prefills.
     """
 
     model: str

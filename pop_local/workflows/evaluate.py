@@ -32,8 +32,8 @@ class EvaluateOptions:
 
     `text` is a text file (default: the shipped held-out text). `n_lookups` is the number of
     questions about exact strings in documents. `deep_rows` selects words whose tokens run through
-    all layers (default: the file's rule). `n_ctx` is the context length in tokens (default: as
-    required).
+    all layers (default: the file's rule). `n_ctx` is the context length in tokens (default: the
+    length that the measurement needs).
     """
 
     text: Path | None = None
@@ -111,7 +111,7 @@ def evaluate(
 
 
 def _n_full(rule: RowRule, quality: Quality) -> int:
-    """Return the number of full rows in LIMIT_PROMPT tokens, given the share of deep rows."""
+    """Return how many rows of a prompt of LIMIT_PROMPT tokens run through all layers."""
     n_ends = rule.sink_tokens + rule.tail_tokens
     n_context = quality.n_windows * (quality.n_context - n_ends)
     return n_ends + round((1 - quality.n_pruned / n_context) * (LIMIT_PROMPT - n_ends))

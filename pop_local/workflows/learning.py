@@ -93,7 +93,7 @@ class _LookupSums:
     def add(self, learner: OnlineCalibrator, runner: TrialRunner) -> Sums:
         """Add the remaining windows and return the sums. Raises PopError or StoppedError.
 
-        The windows are weighted so that at least one of every SHARE rows comes from look-ups. The
+        The windows are weighted so that at least one in every SHARE rows comes from look-ups. The
         windows do not increase a Gram matrix's `n_rows`.
         """
         summing, grams, wides = learner.summing, self.sums.grams, self.sums.wides

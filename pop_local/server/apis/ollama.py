@@ -126,7 +126,7 @@ class OllamaReply(replies.OtherApiReply):
     _shown_s = 0.0
 
     def comment(self, progress: str) -> bytes:
-        """Return an object without text as a keep-alive, because JSON does not allow comments."""
+        """Return an object with empty text as a keep-alive. JSON does not allow comments."""
         if (now_s := time.monotonic()) - self._shown_s < _QUIET_S:
             return b""
         self._shown_s = now_s

@@ -103,7 +103,7 @@ def _names_of_unused(tools: Any) -> list[str]:
 
 
 def _chat_choice(choice: Any) -> Any:
-    """Convert a tool choice to the format of chat completions, which ChatBody validates."""
+    """Convert a tool choice to the Chat Completions format, so that ChatBody can validate it."""
     if not isinstance(choice, dict):
         return choice
     kind = choice.get("type")

@@ -113,7 +113,7 @@ def _session(**options: Any) -> PromptSession[str]:
 
 
 def is_open(text: str) -> bool:
-    """Return True if the text contains an unclosed block in triple quotes."""
+    """Return True if the text contains an unclosed triple-quoted block."""
     body = _body(text)
     return body.startswith(QUOTES) and (not body.endswith(QUOTES) or body.count(QUOTES) % 2 == 1)
 

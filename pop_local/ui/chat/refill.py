@@ -80,7 +80,7 @@ def finish(chat: Dialogue) -> None:
 
 
 def status_bar(chat: Dialogue) -> str:
-    """Return the progress of catching up as text, or "" if all cached tokens are exact."""
+    """Return the catch-up progress as text, or "" if all cached tokens are exact."""
     cache = chat.model.engine.cache
     if cache.n_exact == cache.n_tokens or not status(chat):
         return ""
@@ -88,7 +88,7 @@ def status_bar(chat: Dialogue) -> str:
 
 
 def status(chat: Dialogue) -> str:
-    """Describe how many of the conversation's cached tokens are exact.
+    """State how many of the conversation's cached tokens are exact.
 
     Return "" if no tokens can be refilled or the conversation is empty.
     """

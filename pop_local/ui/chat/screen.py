@@ -15,7 +15,7 @@ _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) 
 
 
 class AnswerWriter:
-    """A writer for an answer's text. In a terminal, control characters are removed."""
+    """A writer for an answer's text. If the output is a terminal, removes control characters."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -68,10 +68,10 @@ class Screen:
         return sys.stdin.isatty()
 
     def choose(self, question: str, choices: Mapping[str, str], enter: str = "") -> str | None:
-        """Return the key that the user chooses, or None if there is no choice or no terminal.
+        """Return the key that the user chooses, or None if the user cannot or does not choose.
 
-        `choices` maps keys to descriptions. The last choice must have no effect. If only one choice
-        exists, the user is not asked. `enter`: the key for an empty line, if any.
+        `choices` maps keys to descriptions. The last choice must be the one that does nothing. If
+        only one choice exists, the user is not asked. An empty line chooses `enter`, if given.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:

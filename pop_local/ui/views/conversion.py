@@ -133,7 +133,7 @@ def plan_json(conversion: Conversion, seconds: float | None) -> dict[str, Any]:
 
 
 def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
-    """Return a result as a JSON object that includes all tried boundaries."""
+    """Return a result as a JSON object that lists every boundary tried."""
     tried = [trial_json(trial) for trial in done.trials]
     found = _object(conversion, done.plan, done.sizes, done.meta)
     return found | {"tried": tried}
@@ -181,7 +181,7 @@ def _plan_facts(conversion: Conversion, plan: Plan, sizes: FileSizes) -> list[Fa
 
 
 def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str:
-    """Describe a plan's speedup limit. `most`: the deepest plan's limit."""
+    """Describe a plan's speedup limit. `most`: the speedup limit with the most skipped layers."""
     if conversion.not_counted:
         return f"unknown: {conversion.not_counted}"
     limit = f"up to {plan.speedup_limit:.2f}x"
@@ -197,7 +197,7 @@ def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """Describe a plan in labeled facts. `where`: facts about the first skipped layer."""
+    """Describe a plan as a list of labeled facts. `where`: facts about the first skipped layer."""
     form, read = conversion.options.output, size(conversion.sizes.source_bytes)
     opened_by = "stock llama.cpp can also open the copy"
     if form == "sidecar":

@@ -1,4 +1,4 @@
-"""The statistics of answers, as lines of text."""
+"""Format statistics about answers and learning as lines of text."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,7 +12,7 @@ ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted"
 
 
 def stats_line(stats: TurnStats) -> str:
-    """Format an answer's statistics. TTFT includes image encoding, unlike the prefill rate."""
+    """Format an answer's statistics. Unlike the prefill rate, TTFT includes image encoding."""
     if stats.n_decoded == 0:
         n_read = stats.n_cached + stats.n_evaluated
         return f"Reading stopped after {n_read:,} of {stats.n_prompt:,} prompt tokens."

@@ -112,7 +112,7 @@ class Conversion:
 
     @cached_property
     def needs(self) -> costs.FitNeeds | None:
-        """Return the memory and work for all fits (None: no fit, or the work cannot be counted)."""
+        """Return the cost of all fits, or None if there are no fits or the cost is unknown."""
         if self.fit is None or not self._fitted or self.not_counted:
             return None
         return costs.fit_needs(self._fitted, self.source, self.fit)
@@ -124,7 +124,7 @@ class Conversion:
 
     @property
     def fit_work(self) -> costs.FitWork | None:
-        """Return the work for all fits (None: no fit, or the work cannot be counted)."""
+        """Return the fits' compute cost, or None if there are no fits or the cost is unknown."""
         if self.fit is None or self.needs is None:
             return None
         return costs.fit_work(self._fitted, self.fit, self.needs)
@@ -206,7 +206,7 @@ def plan_conversion(
 
 @dataclass(frozen=True)
 class Converted:
-    """A finished conversion. `meta` holds the written file's keys, including the measured loss."""
+    """A finished conversion. `meta` contains the output's keys, including the measured loss."""
 
     path: Path
     plan: Plan
@@ -220,7 +220,7 @@ class Converted:
 class ConversionRun:
     """A running conversion.
 
-    `force` permits replacing an existing output and accepting a model that can no longer copy.
+    `force`: overwrite an existing output, and accept a model that can no longer copy.
     """
 
     conversion: Conversion

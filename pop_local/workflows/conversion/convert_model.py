@@ -32,15 +32,15 @@ def convert(
     force: bool = False,
     watch: Watch = Watch(),
 ) -> Converted:
-    """Convert a model, given its path or name, so that it reads long prompts faster.
+    """Convert a model so that it reads long prompts faster. `model` is a path or a name.
 
     `out` is the output's path (default: NAME.pop.gguf or NAME.pop-sidecar.gguf next to the model).
-    `force` permits replacing an existing output. If the options set a boundary but no budget,
-    `force` also permits writing a model that can no longer copy from its prompt.
+    `force`: overwrite an existing output. If the options set a boundary but no budget, also accept
+    a model that can no longer copy from its prompt.
 
     If the conversion fails, raises PopError or a subclass, such as OutputExistsError,
     OverBudgetError, or CopyingBrokenError. Raises StoppedError if `watch.should_stop` returns True.
-    If an error occurs, an existing output remains unchanged.
+    If an error occurs, any existing output file is left unchanged.
     """
     planned = plan_conversion(base_file(os.fspath(model), watch), out, options)
     return run_conversion(planned, force=force, watch=watch)

@@ -24,7 +24,7 @@ class FullModel:
 
     `settings` contains the maximum number of windows. `text` is the text to score (default: the
     shipped held-out text). Computing the scores on first use may raise PopError or StoppedError.
-    After a stop, the next use resumes the computation.
+    If the computation is stopped, the next use resumes it.
     """
 
     runner: TrialRunner

@@ -36,7 +36,7 @@ Goal = Boundary | Within
 def plans_of(goal: Goal, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
     """Return a goal's plans, sorted by the number of skipped layers.
 
-    Passes `rows` to make_plan. Raises PlanError.
+    `rows`: keyword arguments for make_plan. Raises PlanError.
     """
     named = goal.at if isinstance(goal, Within) else goal
     if named is not None:

@@ -21,7 +21,7 @@ from pop_local.workflows.conversion.trial_runner import TrialRunner
 
 @dataclass(frozen=True)
 class KeptFits:
-    """A folder of fits next to a conversion's output. The folder may not exist yet.
+    """A folder of fits next to a conversion's output. The folder need not exist yet.
 
     The text file's name contains the model's hash. Each fit is stored as a sidecar.
     """

@@ -26,7 +26,7 @@ N_DOCUMENTS = 5
 
 
 def write_named(run: ConversionRun) -> Converted:
-    """Fit, measure, and write the model at a named boundary. Without a fit, only write the model.
+    """Fit, measure, and write the model at a named boundary. A model without a fit is not measured.
 
     Raises PopError or StoppedError. Raises CopyingBrokenError if the model can no longer copy from
     its prompt, unless `run.force` is true.
@@ -79,7 +79,7 @@ def examine(run: ConversionRun, plan: Plan, written: Path) -> Measured:
 
 
 def require_windows(runner: TrialRunner, plan: Plan) -> None:
-    """Raise PopError if the plan has too many full rows for measurements on held-out text."""
+    """Raise PopError if the plan's sink and tail rows make the loss impossible to measure."""
     try:
         with runner.opened(plan) as model, forced(model) as reader:
             tokens = tokenize(model, shipped_text())

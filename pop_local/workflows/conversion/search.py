@@ -9,10 +9,10 @@ A candidate is a boundary with its projections and deep rows. The search follows
 4. Optional distillation starts at the fastest candidate and continues with deeper boundaries until
    a candidate exceeds the budget or an error occurs.
 5. Finally, the search tries `deep_rows` settings that select fewer rows. For each setting, the
-   search starts at the deepest boundary within the budget. The search then skips fewer layers
-   until a candidate is within the budget or too slow to win.
+   search starts at the deepest boundary within the budget. The search then tries boundaries with
+   fewer skipped layers until a candidate is within the budget or too slow to win.
 6. The fastest candidate within the budget wins. Among equally fast candidates, a distilled one wins
-   unless its KL is larger by more than the standard error. In other ties, the smallest KL wins.
+   unless its KL is larger by more than the standard error. Otherwise, the smallest KL breaks a tie.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Search:
     """A search over plans sorted by the number of skipped layers.
 
     `plain` and `distilled` contain candidates in the same order as `plans`. `traded` contains the
-    candidates with fewer deep rows. After a stop, `run` continues the search.
+    candidates with fewer deep rows. If the search is stopped, `run` resumes it.
     """
 
     runner: TrialRunner
@@ -137,7 +137,7 @@ class Search:
         return [each for each in self.judged if each.is_inside and each.lookups is not None]
 
     def run(self) -> Candidate:
-        """Return the fastest candidate within the budget, with all tried candidates in its plan.
+        """Return the fastest candidate within the budget. Its plan lists all candidates tried.
 
         Raises OverBudgetError, PopError, or StoppedError.
         """
@@ -201,7 +201,7 @@ class Search:
     def settle(self, candidate: Candidate, n_after: int) -> bool:
         """Measure the candidate on text and look-ups. Return True if the budget is met.
 
-        If the candidate exceeds the budget on text, the look-ups are skipped. `n_after` is the
+        If the loss on text already exceeds the budget, look-ups are not run. `n_after` is the
         expected number of later candidates.
         """
         self._expect([MEASURING, RUNNING_LOOKUPS], n_after)
@@ -247,7 +247,7 @@ class Search:
                 candidate.is_inside = False
 
     def _expect(self, stages: Sequence[str], n_candidates: int) -> None:
-        """Report the expected `stages`, and both measurements of `n_candidates` candidates."""
+        """Report the expected `stages`, plus two measuring stages for each further candidate."""
         more = [MEASURING, RUNNING_LOOKUPS] * n_candidates
         self.runner.watch.on_expected([*stages, *more])
 
@@ -258,7 +258,7 @@ class Search:
     def _verdicts(self) -> dict[int, bool]:
         """Return the verdict on each measured boundary.
 
-        After the first look-ups, candidates that passed only on text have no verdict.
+        Once any look-ups have been run, omits passing candidates whose look-ups have not been run.
         """
         return {
             each.boundary: each.is_inside
@@ -292,7 +292,7 @@ class Search:
     def trade_rows(self) -> None:
         """Try `deep_rows` settings that select fewer rows (rule 5).
 
-        The search assumes that fewer deep rows never improve quality.
+        The search assumes that selecting fewer deep rows never improves quality.
         """
         ready = {it.boundary: it for it in (*self.plain, *self.distilled) if it.is_ready}
         start = min(each.boundary for each in self.inside)

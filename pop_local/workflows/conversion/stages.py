@@ -32,17 +32,17 @@ RUNNING_LOOKUPS = "Running look-ups at boundary"
 
 
 class ExpectedStage(NamedTuple):
-    """A prefix of a stage's name, and the stage's work in multiply-accumulates."""
+    """A stage whose name starts with `name`. `work`: the stage's compute cost (see FitWork)."""
 
     name: str
     work: float
 
 
 def n_expected(boundaries: Sequence[int]) -> int:
-    """Return how many of the `boundaries` bisection should measure after the first.
+    """Return the number of boundaries that bisection should measure after `boundaries[0]`.
 
-    If the first is within the budget, only deeper boundaries remain. Otherwise, bisection may
-    measure boundaries on both sides.
+    If `boundaries[0]` is within the budget, bisection measures only deeper boundaries. Otherwise,
+    bisection may measure boundaries on both sides.
     """
     n_if_inside = sum(each < boundaries[0] for each in boundaries).bit_length()
     return (n_if_inside + (len(boundaries) // 2).bit_length() + 1) // 2

@@ -46,7 +46,7 @@ class TrialRunner:
     def opened(
         self, plan: Plan, files: ModelFiles | None = None, *, n_ctx: int | None = None
     ) -> Iterator[PopModel]:
-        """Open the model, or its converted `files`, with the plan's full rows.
+        """Open the model or its converted `files`, and apply the plan's settings for full rows.
 
         `n_ctx` is the context length in tokens (default: the length that the windows need). Raises
         PopError or StoppedError.
