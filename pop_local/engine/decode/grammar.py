@@ -203,7 +203,9 @@ def _prepared(schema: dict[str, Any]) -> list[str]:
             if isinstance(value, int) and abs(value) > _MAX_INTEGER:
                 raise GrammarError(f"the JSON schema's {name} is outside ±2^53: {value}")
             if isinstance(value, str) and _UNWRITABLE.search(value):
-                raise GrammarError(f"the schema's {name} contains control characters: {value!r}")
+                raise GrammarError(
+                    f"the JSON schema's {name} contains control characters: {value!r}"
+                )
     patterns = _STRICTER.get(str(schema.get("format")), [])
     if patterns and isinstance(schema.setdefault("allOf", []), list):
         schema["allOf"] += [{"pattern": each} for each in patterns]
