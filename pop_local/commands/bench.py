@@ -54,7 +54,7 @@ def bench(
         speed = workflow.bench(model, measured.sidecar, options, watch)
     print_json(speed) if json else show_speed(speed, as_markdown=read.markdown)
     if read.repeat < 2:
-        warn("One pair of runs does not show how much the times vary. Pass --repeat 3 or more.")
+        warn("One pair of runs does not show how much the times vary. Set --repeat to at least 3.")
 
 
 def _lengths(text: str) -> tuple[int, ...]:

@@ -272,7 +272,7 @@ class _Student:
             after = changed.cpu().numpy()
             if not np.isfinite(after).all():
                 raise FitError(
-                    f"the distilled fit for layer {layer} is not finite",
+                    f"the distilled fit for layer {layer} contains NaN or infinity",
                     "convert without distilling",
                 )
             n_embd = len(before.gain)

@@ -154,7 +154,7 @@ class _Run:
             tokens = tokenize(model, Text("prose", (shipped_part("prose"),)))
             advance = self.watch.stage("Running the full model")
             reference = read_reference(model, tokens, settings, advance)
-            advance = self.watch.stage("Measuring copying at each boundary")
+            advance = self.watch.stage("Measuring how well the model copies at each boundary")
             depths = measure_copying(model, reference, advance)
         return depths, reference
 

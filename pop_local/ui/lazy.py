@@ -132,7 +132,7 @@ def _paragraphs(docstring: str | None) -> str:
 
 
 def lazy_group(package: str, commands: Mapping[str, Listed]) -> type[TyperGroup]:
-    """Return a group class for typer.Typer. `commands` maps each command's name to its help."""
+    """Return a group class for typer.Typer. `commands` maps command names to help texts."""
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:

@@ -3,7 +3,7 @@
     python tests/bench/compare_fits.py MODEL.gguf --out FOLDER [--sidecar NAME=FILE ...]
         [--boundary 13,14 --text FILE ... --tokens 21504,86016 --deep-weight 1,0 --share 4,0]
         [--distill no-lookups,lookups --distill-windows 128]
-        [--rules none,names] [--lookups 200] [--windows 16] [--n-tokens 1024]
+        [--rules none,names] [--lookups 200] [--windows 16] [--n-tokens 1024] [--against FOLDER]
 
 `--boundary` computes plain wide fits, one for each combination of boundary, token count, weight and
 share. `--deep-weight` multiplies the weight of deep rows in the sums. One in `--share` windows is a
@@ -12,6 +12,9 @@ or as `convert --distill` does, on text and look-ups. `--sidecar` adds an existi
 is measured with each rule for deep rows. FOLDER keeps the sidecars, the full model's answers and
 the figures: a second call computes only the missing ones. Prints one JSON line for each fit and
 rule.
+
+`--against` compares the full model's look-ups with those that an earlier call kept in a folder. If
+only one of the two calls uses `GGML_POP_KERNELS=0`, the difference is due to rounding.
 
 The figures are those of `pop-local eval`, except that a look-up is right only if each token of the
 answer is the model's first choice. Small models answer few look-ups, and most of the time would be
@@ -220,6 +223,21 @@ class Measurer:
             "copy_ppl_ratio": figures(quality.copy_ppl_ratio),
         }
 
+    def compare_full(self, folder: Path) -> dict[str, Any]:
+        """Compare the full model's look-ups with those kept in another folder."""
+        how = EngineOptions.of(
+            self.options.model, full=True, n_threads=1, n_ctx=self.asked.n_ctx, reuse=Reuse.EXACT
+        )
+        with PopModel(how) as model:
+            known: Answers = self._kept("lookups", lambda: self._ask(model))
+            documents = make_documents(model, self.asked)
+        before = pickle.loads((folder / self._file("lookups").name).read_bytes())
+        found = LookupReference(self.asked, documents, before).compare(known)
+        return {key: getattr(found, key) for key in ("full", "lost", "gained")} | {
+            "p": round(found.p, 3),
+            "logprob_lost": figures(found.logprob_lost),
+        }
+
     def _read(self, model: PopModel) -> Any:
         say("reading held-out text in full")
         return read_reference(model, tokenize(model, shipped_text()), self.settings, silent)
@@ -230,15 +248,18 @@ class Measurer:
 
     def _kept(self, name: str, compute: Callable[[], T]) -> T:
         """Return a pickled result of an earlier call, or compute and pickle the result."""
-        options = self.options
-        n_each = options.windows if name == "text" else options.lookups
-        path = options.out / f"{options.model.stem}.{name}.{n_each}.pickle"
+        path = self._file(name)
         if path.exists():
             kept: T = pickle.loads(path.read_bytes())
             return kept
         found = compute()
         path.write_bytes(pickle.dumps(found))
         return found
+
+    def _file(self, name: str) -> Path:
+        options = self.options
+        n_each = options.windows if name == "text" else options.lookups
+        return options.out / f"{options.model.stem}.{name}.{n_each}.pickle"
 
 
 def answered(model: PopModel, documents: Sequence[LookupDocument], pruning: Pruning) -> Answers:
@@ -283,11 +304,15 @@ def main() -> None:
     parser.add_argument("--lookups", type=int, default=200)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--n-tokens", type=int, default=1024)
+    parser.add_argument("--against", type=Path)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     found = fit_all(options)
     found |= {each.partition("=")[0]: Path(each.partition("=")[2]) for each in options.sidecar}
     measurer = Measurer(options)
+    if options.against:
+        row = {"fit": "full model", **measurer.compare_full(options.against)}
+        print(json.dumps(row), flush=True)
     for name, sidecar in found.items():
         for rule in options.rules:
             kept = options.out / f"{sidecar.stem}.{rule}.{options.lookups}.{options.windows}.json"

@@ -32,7 +32,7 @@ from support.shared_kv import make_shared
 from support.synthetic import make_gguf
 
 SPREAD = {"median", "min", "max"}
-ONE_PAIR = "One pair of runs does not show how much the times vary. Pass --repeat 3 or more.\n"
+ONE_PAIR = "One pair of runs does not show how much the times vary. Set --repeat to at least 3.\n"
 
 
 def bench(*arguments: object) -> Done:

@@ -52,7 +52,7 @@ def test_converted_file(tiny, converted):
 
 def test_converted_file_for_people(converted):
     shown = inspect(converted).stdout
-    assert "layer 5: prompt tokens skip the last 3 of 8 layers" in shown
+    assert "Prompt tokens skip layer 5 and all later layers (3 of 8 layers)." in shown
     assert "the first token and the last 7 tokens" in shown
     assert "tiny.gguf" in shown
     assert "opens this file without fast reading" in shown

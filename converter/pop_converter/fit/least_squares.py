@@ -173,7 +173,9 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
     bias = (own.bias + delta[-1]).astype(np.float32)
     wide = np.ascontiguousarray(own_wide + delta[n_embd:-1].T, np.float32)
     if not all(np.isfinite(part).all() for part in (weight, wide, bias)):
-        raise FitError(f"the fit for layer {layer} is not finite", "use more or different text")
+        raise FitError(
+            f"the fit for layer {layer} contains NaN or infinity", "use more or different text"
+        )
     return replace(own, weight=weight, bias=bias, wide=wide if n_wide else None)
 
 

@@ -46,7 +46,7 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
         depth += {"(": 1, ")": -1}.get(token["mark"] or "", 0)
         if token["rule"]:
             if token["rule"] in rules or body is not None:
-                raise ValueError(f"rule {token['rule']} is defined twice or inside another rule")
+                raise ValueError(f"rule {token['rule']} is defined twice or nested in another rule")
             body = rules[token["rule"]] = []
         elif token["space"]:
             # A line break ends a complete rule.

@@ -203,7 +203,7 @@ class ResponseStore:
         return found
 
     def messages(self, name: str | None, owner: str) -> list[Json]:
-        """Return a conversation's messages up to and including a response.
+        """Return a conversation's messages, ending with the given response.
 
         Raises ApiError if the response is not stored.
         """

@@ -241,7 +241,7 @@ def skipping_facts(found: SkippableLayers) -> list[Fact]:
     if found.fits_from is not None:
         projections = "fitted or own"
         if found.fits_from > found.first:
-            projections = f"own at any boundary, or fitted from boundary {found.fits_from} up"
+            projections = f"own at any boundary, fitted only at boundaries from {found.fits_from}"
     measured = "real models" if found.is_measured else "random models only"
     return [
         ("Can be skipped", layers),

@@ -73,7 +73,7 @@ def _pruning_facts(meta: PopMeta) -> list[Fact]:
     elif meta.calibration is not None and meta.calibration.n_distilled > 0:
         projections += ", distilled"
     return [
-        ("Boundary", f"layer {meta.boundary}: prompt tokens skip the last {skipped}"),
+        ("Boundary", f"Prompt tokens skip layer {meta.boundary} and all later layers ({skipped})."),
         ("K/V projections", projections),
         full_fact(meta),
         ("Shortest prompt", f"{meta.min_prompt:,} tokens" if meta.min_prompt else "any"),

@@ -48,12 +48,12 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int, n_refilled: int) -> 
     last = answers[-1]
     yield f"Last answer: {stats_line(last)}"
     yield f"Answers: {len(answers)} ({total.n_decoded:,} tokens)."
-    left = f"{total.n_pruned:,} with fast reading"
+    n_fast, how = total.n_pruned, "with fast reading"
     if total.n_skipped_exact:
-        left = f"{total.n_skipped_exact:,} losslessly skipped layers {last.exact_layer} and up"
+        n_fast, how = total.n_skipped_exact, f"without layers {last.exact_layer} and up (lossless)"
     yield (
-        f"Prompt tokens: {left}, {total.n_full:,} in full,"
-        f" {total.n_cached:,} reused from the cache."
+        f"Prompt tokens: pop-local read {n_fast:,} {how}, read {total.n_full:,} in full, and reused"
+        f" {total.n_cached:,} from the cache."
     )
     n_refilled += total.n_refilled
     if total.n_deep or n_refilled:

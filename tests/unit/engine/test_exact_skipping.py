@@ -165,7 +165,9 @@ def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     assert said[1] == on
     assert any("983 losslessly skipped layers 15 and up) · TTFT" in line for line in said)
     assert any(
-        line.startswith("# Prompt tokens: 983 losslessly skipped layers 15 and up, ")
+        line.startswith(
+            "# Prompt tokens: pop-local read 983 without layers 15 and up (lossless), read "
+        )
         for line in said
     )
     assert [line for line in said if "skipping is off" in line] == [off, off]

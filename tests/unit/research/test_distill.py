@@ -149,7 +149,7 @@ def test_what_is_not_finite_is_no_fit(letters, tmp_path, monkeypatch):
     windows = np.array([prompt(N_TOKENS, seed) for seed in range(2)], np.int32)
     decoder, start = Decoder(read_source(path)), started(path, made)
     reference = distilling.read(decoder, BOUNDARY, evenly(windows), seed=0, on_progress=nothing)
-    with pytest.raises(fit.FitError, match="for layer 5 is not finite"):
+    with pytest.raises(fit.FitError, match="for layer 5 contains NaN"):
         distilling.distill(decoder, start, reference, seed=0, on_progress=nothing)
 
 

@@ -106,7 +106,8 @@ def test_stats_add_up():
         FAST,
         "# Last answer: " + STATS_LINE.removeprefix("# "),
         "# Answers: 2 (22 tokens).",
-        "# Prompt tokens: 1,966 with fast reading, 34 in full, 400 reused from the cache.",
+        "# Prompt tokens: pop-local read 1,966 with fast reading, read 34 in full, and reused"
+        " 400 from the cache.",
         "# Context: 1,211 of 4,096 tokens used.",
     ]
 
