@@ -75,7 +75,7 @@ static inline void round_dims(const floats x[SCALE_VECTORS], float inverse_scale
 static void pack_q(const float * const * rows, int n, const head_dims & dims, float scale, const row_group & group) {
     for (int c = 0; c < n; c++) {
         for (int d = 0; d < dims.dk; d += LANES) {
-            _mm_prefetch((const char *) (rows[c] + d), _MM_HINT_T0);
+            FAST_PREFETCH_L1(rows[c] + d);
         }
     }
     for (int b = 0; b < dims.blocks(); b++) {
@@ -318,7 +318,7 @@ static FAST_NOINLINE void add_values(const int16_t * v, const int16_t weights[R]
     sums s[R][V];
     for (int c = 0; c < R; c++) {
         for (int i = 0; i < V * LANES; i += 16) {
-            _mm_prefetch((const char *) (out + (size_t) c * dv + i), _MM_HINT_T0);
+            FAST_PREFETCH_L1(out + (size_t) c * dv + i);
         }
     }
     multiply<R, V>(weights[0], TILE_CELLS / 2, 1, v, TILE_CELLS / 2, s);

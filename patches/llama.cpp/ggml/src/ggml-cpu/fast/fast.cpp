@@ -23,6 +23,13 @@ namespace fast {
 // kernel selection
 //
 
+#if defined(__aarch64__) || defined(_M_ARM64)
+#    define FAST_ARM
+constexpr bool MUST_BE_NAMED = true; // the kernels for ARM were never timed on hardware
+#else
+constexpr bool MUST_BE_NAMED = false;
+#endif
+
 using kernels_by_type = const gemm * (*)(int type);
 
 struct instructions {
@@ -30,11 +37,15 @@ struct instructions {
     kernels_by_type kernels[4]; // in descending order of min_cols
 };
 
-#ifndef __AVXVNNI__
+#if !defined(__AVXVNNI__) && !defined(FAST_ARM)
 static const gemm * not_built(int) { return nullptr; }
 #endif
 
 static const instructions all_instructions[] = {
+#ifdef FAST_ARM
+    { "i8mm",       { gemm_i8mm, gemv_dotprod } },
+    { "dotprod",    { gemm_dotprod, gemv_dotprod } },
+#else
     { "amx",        { gemm_amx, gemm_512, gemv_512 } },
     { "avx512vnni", { gemm_512, gemv_512 } },
 #ifdef __AVXVNNI__
@@ -43,6 +54,7 @@ static const instructions all_instructions[] = {
     { "avxvnni",    { not_built } },
 #endif
     { "avx2",       { gemm_256, gemv_256 } },
+#endif
 };
 
 static std::string requested_kernels() {
@@ -54,7 +66,7 @@ static bool is_off() {
     return requested_kernels() == "0" || requested_kernels() == "off";
 }
 
-// Return the first supported set, starting at the one that GGML_POP_KERNELS names.
+// Return the first supported set, starting at the one that GGML_POP_KERNELS names. On ARM, return null if it names none.
 static const instructions * find_instructions() {
     if (is_off()) {
         return nullptr;
@@ -63,6 +75,9 @@ static const instructions * find_instructions() {
     const auto computes  = [](const instructions & i) { return i.kernels[0](GGML_TYPE_Q8_0) != nullptr; };
     const auto begin = std::begin(all_instructions), end = std::end(all_instructions);
     const auto first = std::find_if(begin, end, is_requested);
+    if (first == end && MUST_BE_NAMED) {
+        return nullptr;
+    }
     const auto found = std::find_if(first == end ? begin : first, end, computes);
     return found == end ? nullptr : found;
 }

@@ -1,4 +1,4 @@
-// Kernels for x86: matrix products, attention, GLUs and RMS norms, computed from tensors in file order.
+// Kernels for x86 and ARM64: matrix products, attention, GLUs and RMS norms, computed from tensors in file order.
 //
 // A row's result never depends on the number of threads. With GGML_POP_ROWS_ALL it does not depend on the other rows either.
 //
@@ -41,7 +41,8 @@ bool ggml_pop_multiply_packed(const struct ggml_compute_params * params, const s
 bool ggml_pop_rms_norm_mul(const struct ggml_compute_params * params, const struct ggml_tensor * norm, struct ggml_tensor * mul);
 
 // Return the instruction set of matrix products: "amx", "avx512vnni", "avxvnni" or "avx2", the first that the processor and build support.
-// If GGML_POP_KERNELS names one of these, the search starts there. "off": the variable is 0 or off. "none": no set is supported.
+// If GGML_POP_KERNELS names one of these, the search starts there. On ARM64, the sets are "i8mm" and "dotprod", and the variable must name
+// one of them. "off": the variable is 0 or off. "none": no set is supported, or none is named on ARM64.
 // The other operations use the widest vectors of the build.
 const char * ggml_pop_kernels(void);
 

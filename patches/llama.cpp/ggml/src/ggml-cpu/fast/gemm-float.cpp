@@ -1,4 +1,4 @@
-// Products with F32, F16 and BF16 weights in f32, by AVX-512 or AVX2. They are as fast as upstream's, but a row's result does not depend
+// Products with F32, F16 and BF16 weights in f32, by AVX-512, AVX2, or NEON. They are as fast as upstream's, but a row's result does not depend
 // on the number of rows. So they serve GGML_POP_ROWS_ALL only.
 //
 // One block (32 values along K) of a column tile, f32:       A panel's step of 256 values along K, f32:
@@ -10,19 +10,17 @@
 
 #include "ggml-cpu-impl.h" // defines __FMA__ and __F16C__, which MSVC does not
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-
 #include "types.h"
 #include "vectors.h"
 
-#include <immintrin.h>
+#ifdef FAST_VECTORS
 
 #include <algorithm>
 #include <cstring>
 
 namespace fast {
 
-constexpr int COLS = LANES == 16 ? 12 : 6; // with 2 vectors of rows: 24 sums in 32 registers, or 12 in 16
+constexpr int COLS = LANES == 16 ? 12 : 6; // with 2 vectors of rows: 24 sums in 32 registers, or 12 in 16 (NEON's are pairs)
 constexpr int ROWS = 2 * LANES;
 constexpr int STEP = 256; // values along K that are unpacked at once: 32 KiB (16 KiB with AVX2) stay in the caches
 constexpr int TILE = COLS * 32 * (int) sizeof(float); // bytes of a block
@@ -35,25 +33,12 @@ static void pack(const float * const * cols, int n, int n_blocks, uint8_t * tile
     }
 }
 
-static inline __m256 eight(const float * p) {
-    return _mm256_loadu_ps(p);
-}
-
-static inline __m256 eight(const ggml_fp16_t * p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p));
-}
-
-static inline __m256 eight(const ggml_bf16_t * p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
-}
-
-template <typename T> static void unpack(const char * weights, size_t stride, int n_rows, int k, int n, float * panel) {
+template <ggml_type TYPE> static void unpack(const char * weights, size_t stride, int n_rows, int k, int n, float * panel) {
     for (int j = 0; j < n_rows; j++) {
-        const T * x = (const T *) (weights + j * stride) + k;
-        for (int i = 0; i < n; i += 8) {
-            alignas(32) float values[8];
-            _mm256_store_ps(values, eight(x + i));
-            for (int l = 0; l < 8; l++) {
+        for (int i = 0; i < n; i += LANES) {
+            alignas(64) float values[LANES];
+            store(values, load_row<TYPE>(weights + j * stride, k + i));
+            for (int l = 0; l < LANES; l++) {
                 panel[(i + l) * ROWS + j] = values[l];
             }
         }
@@ -86,12 +71,12 @@ template <int N> static void multiply_tile(const float * panel, const uint8_t * 
     }
 }
 
-template <typename T> static void multiply(const gemm_share & s) {
+template <ggml_type TYPE> static void multiply(const gemm_share & s) {
     float * panel = (float *) s.scratch;
     const int n_values = 32 * s.n_blocks;
     for (int k = 0; k < n_values; k += STEP) {
         const int n = std::min(STEP, n_values - k);
-        unpack<T>(s.weights, s.stride, s.n_rows, k, n, panel);
+        unpack<TYPE>(s.weights, s.stride, s.n_rows, k, n, panel);
         for (int c = 0; c < s.n_cols; c += COLS) {
             const uint8_t * tile = s.tiles + c / COLS * s.tile_stride + (size_t) k / 32 * TILE;
             const int n_cols = std::min(COLS, s.n_cols - c);
@@ -108,16 +93,16 @@ template <typename T> static void multiply(const gemm_share & s) {
     }
 }
 
-template <typename T> static const gemm * kernel() {
-    static const gemm g = { ROWS, COLS, 0, TILE, STEP * ROWS * sizeof(float), pack, multiply<T> };
+template <ggml_type TYPE> static const gemm * kernel() {
+    static const gemm g = { ROWS, COLS, 0, TILE, STEP * ROWS * sizeof(float), pack, multiply<TYPE> };
     return &g;
 }
 
 const gemm * gemm_float(int type) {
     switch (type) {
-        case GGML_TYPE_F32:  return kernel<float>();
-        case GGML_TYPE_F16:  return kernel<ggml_fp16_t>();
-        case GGML_TYPE_BF16: return kernel<ggml_bf16_t>();
+        case GGML_TYPE_F32:  return kernel<GGML_TYPE_F32>();
+        case GGML_TYPE_F16:  return kernel<GGML_TYPE_F16>();
+        case GGML_TYPE_BF16: return kernel<GGML_TYPE_BF16>();
         default:             return nullptr;
     }
 }

@@ -15,8 +15,6 @@
 #include "gemm.h"
 #include "types.h"
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -25,7 +23,7 @@ namespace {
 
 constexpr int GROUP     = 8;   // blocks of 32 values in a group: the length of a K-quant's block
 constexpr int GEMV_ROWS = 128; // rows that a thread takes at once: an upper limit, since fast.cpp divides small matrices further
-constexpr int GEMV_COLS = 5;   // the panel kernels take over from 5 or 6 columns on (MIN_COLS in gemm-256.cpp and gemm-512.cpp)
+constexpr int GEMV_COLS = 5;   // the panel kernels take over from 5 or 6 columns on (MIN_COLS in gemm-*.cpp)
 
 // A group of a column. A sum is scale * sum of the codes, to be multiplied with the weights' mins. For types with a bias it is
 // -bias * scale * sum, to be multiplied with the weights' scales.
@@ -85,8 +83,8 @@ template <auto QUANTISE, bool HALVES, int FACTOR, bool SPREAD> void pack_columns
 // (docs/notebook/archive/decoding-details.md).
 inline void prefetch_ahead(const void * p, size_t n) {
     for (size_t i = 0; i < n; i += 64) {
-        _mm_prefetch((const char *) p + 1024 + i, _MM_HINT_T0);
-        _mm_prefetch((const char *) p + 8192 + i, _MM_HINT_T1);
+        FAST_PREFETCH_L1((const char *) p + 1024 + i);
+        FAST_PREFETCH_L2((const char *) p + 8192 + i);
     }
 }
 

@@ -9,6 +9,18 @@
 
 #include <stdint.h>
 
+#if defined(__x86_64__) || defined(__i386__) || defined(_M_X64) || defined(_M_IX86)
+#    include <immintrin.h>
+#    define FAST_PREFETCH_L1(p) _mm_prefetch((const char *) (p), _MM_HINT_T0)
+#    define FAST_PREFETCH_L2(p) _mm_prefetch((const char *) (p), _MM_HINT_T1)
+#elif defined(__GNUC__)
+#    define FAST_PREFETCH_L1(p) __builtin_prefetch(p, 0, 3)
+#    define FAST_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
+#else
+#    define FAST_PREFETCH_L1(p) ((void) (p))
+#    define FAST_PREFETCH_L2(p) ((void) (p))
+#endif
+
 namespace fast {
 
 struct format {
