@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from support import arm
 from support.ggml import MulMat, MulMatId, Op, Rows, Stored, in_child
 from support.kernels import (
     QUANTISED,
@@ -18,9 +19,10 @@ from support.kernels import (
 )
 
 N_ROWS = (1, 2, 3, 5, 17)
+LESSER = ("dotprod",) if arm.is_requested() else ("avx512vnni", "avxvnni", "avx2")
 
 
-@pytest.mark.parametrize("name", ["avx512vnni", "avxvnni", "avx2"])
+@pytest.mark.parametrize("name", LESSER)
 def test_products_of_lesser_kernels(name: str, kernels: str, rng: np.random.Generator) -> None:
     if name == kernels:
         pytest.skip("all tests are about these")
@@ -59,7 +61,7 @@ def test_products_of_lesser_kernels(name: str, kernels: str, rng: np.random.Gene
             check_product(got, op.weights, op.x)
 
 
-@pytest.mark.parametrize("name", ["avx512vnni", "avxvnni", "avx2"])
+@pytest.mark.parametrize("name", LESSER)
 def test_products_of_few_rows(name: str, kernels: str, rng: np.random.Generator) -> None:
     if name == kernels:
         pytest.skip("all tests are about these")

@@ -19,7 +19,16 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from support.ggml_library import AbortCallback, InitParams, Tensor, base, cpu, work_size
+from support.ggml_library import (
+    AbortCallback,
+    InitParams,
+    base,
+    cpu,
+    guarded_pages,
+    set_params,
+    tensor_at,
+    work_size,
+)
 from support.ggml_ops import (
     OAI,
     Attention,
@@ -87,7 +96,7 @@ def compute_all(
 
     `between` runs after each operation. Other parameters are those of `compute`.
     """
-    graph = _Graph(guarded)
+    graph = Graph(guarded)
     try:
         nodes, results = [], []
         for op in ops:
@@ -101,7 +110,7 @@ def compute_all(
 
 def compute_with_rows_lost(ops: Sequence[Op], rows: Rows = Rows.ALL) -> list[np.ndarray]:
     """Compute products in one graph and zero their input rows after the first product."""
-    graph = _Graph()
+    graph = Graph()
     try:
         results = [graph.build(op, rows) for op in ops]
         found = graph.compute(results, results, 1, False, graph.lose_rows)
@@ -119,7 +128,7 @@ def _of_dims(found: np.ndarray, op: Op) -> np.ndarray:
 
 def is_covered(op: Op, rows: Rows = Rows.ALL) -> bool:
     """Return whether our kernels compute a product or attention."""
-    graph = _Graph()
+    graph = Graph()
     try:
         return bool(work_size()(1, graph.build(op, rows)))
     finally:
@@ -168,14 +177,22 @@ def answer() -> None:
     stdout.close()
 
 
-class _Graph:
-    """A graph of operations, with one buffer for each tensor."""
+def _set_rows(operation: int, rows: Rows) -> None:
+    set_params(operation, _ROWS_PARAM, int(rows).to_bytes(4, "little"))
 
-    def __init__(self, guarded: bool = False) -> None:
+
+class Graph:
+    """A graph of operations, with one buffer for each tensor.
+
+    `guarded`: see `compute`. `weights_kind`: the type of the weights' buffers (default: the CPU's).
+    """
+
+    def __init__(self, guarded: bool = False, weights_kind: int | None = None) -> None:
         self._base = base()
         self._guarded = guarded
+        self._weights_kind = weights_kind
         self._buffers: list[int] = []
-        self._pages: list[mmap.mmap] = []
+        self._pages: list[Any] = []
         # Tensors by array and view.
         self._known: dict[tuple[int, int], int] = {}
         size = _N_TENSORS * self._base.ggml_tensor_overhead()
@@ -191,7 +208,7 @@ class _Graph:
         """Return the result's tensor."""
         if isinstance(op, RmsNormMul):
             norm, result = self._rms_norm_mul(op)
-            Tensor.from_address(norm).op_params[_ROWS_PARAM] = rows
+            _set_rows(norm, rows)
             self._place(result)
             return result
         if isinstance(op, MulMat):
@@ -205,13 +222,13 @@ class _Graph:
             result = int(self._base.ggml_mul(self._ctx, x, self._array(op.factors)))
         else:
             result = self._attention(op)
-        Tensor.from_address(result).op_params[_ROWS_PARAM] = rows
+        _set_rows(result, rows)
         self._place(result)
         return result
 
     def lose_rows(self) -> None:
         for tensor in self._known.values():
-            n_bytes = 4 * int(np.prod(Tensor.from_address(tensor).ne))
+            n_bytes = 4 * int(np.prod(tensor_at(tensor).ne))
             self._base.ggml_backend_tensor_memset(tensor, 0, 0, n_bytes)
 
     def build_between(self, between: Between | None, result: int, op: Op) -> list[int]:
@@ -219,7 +236,7 @@ class _Graph:
         if between is Between.ADD:
             made = base.ggml_add(ctx, result, result)
         elif between is Between.ROPE:
-            n_values, n_rows = Tensor.from_address(result).ne[:2]
+            n_values, n_rows = tensor_at(result).ne[:2]
             heads = base.ggml_reshape_4d(ctx, result, n_values // 2, 2, n_rows, 1)
             base.ggml_backend_view_init(heads)
             made = base.ggml_rope(ctx, heads, self._array(np.arange(n_rows, dtype=np.int32)), 16, 0)
@@ -242,7 +259,7 @@ class _Graph:
         after_node: Callable[[], None] | None = None,
     ) -> list[np.ndarray]:
         base, device = self._base, cpu()
-        shapes = [tuple(Tensor.from_address(each).ne)[::-1] for each in results]
+        shapes = [tuple(tensor_at(each).ne)[::-1] for each in results]
         found = [np.empty(shape, np.float32) for shape in shapes]
         for result, array in zip(results, found, strict=True):
             # Elements that no kernel writes stay NaN.
@@ -301,8 +318,7 @@ class _Graph:
             result = self._base.ggml_glu(self._ctx, x, kind, op.swapped)
         else:
             result = self._base.ggml_glu_split(self._ctx, x, self._rows(op.y, op.stride), kind)
-        floats = (ctypes.c_float * 2)(*OAI)
-        ctypes.memmove(ctypes.byref(Tensor.from_address(result).op_params, 8), floats, 8)
+        set_params(result, 2, np.array(OAI, np.float32).tobytes())
         return int(result)
 
     def _rms_norm_mul(self, op: RmsNormMul) -> tuple[int, int]:
@@ -328,18 +344,20 @@ class _Graph:
 
     def _stored(self, stored: Stored) -> int:
         shape = (*stored.data.shape[:-1], stored.n_values)
-        return self._new(stored.type, shape, stored.data)
+        return self._new(stored.type, shape, stored.data, self._weights_kind)
 
-    def _new(self, type_: Type, shape: tuple[int, ...], content: np.ndarray) -> int:
+    def _new(
+        self, type_: Type, shape: tuple[int, ...], content: np.ndarray, kind: int | None = None
+    ) -> int:
         sizes = (ctypes.c_int64 * len(shape))(*shape[::-1])
         tensor = int(self._base.ggml_new_tensor(self._ctx, int(type_), len(shape), sizes))
-        self._place(tensor)
+        self._place(tensor, kind)
         content = np.ascontiguousarray(content)
         self._base.ggml_backend_tensor_set(tensor, content.ctypes.data, 0, content.nbytes)
         return tensor
 
-    def _place(self, tensor: int) -> None:
-        base, kind = self._base, cpu().buffer_type
+    def _place(self, tensor: int, kind: int | None = None) -> None:
+        base, kind = self._base, kind or cpu().buffer_type
         size = base.ggml_backend_buft_get_alloc_size(kind, tensor)
         if self._guarded:
             buffer, address = self._guarded_buffer(size)
@@ -354,18 +372,14 @@ class _Graph:
         assert size % _ALIGNMENT == 0, size
         page = mmap.PAGESIZE
         n_bytes = -(-size // page) * page
-        pages = mmap.mmap(-1, n_bytes + page)
+        start, pages = guarded_pages(n_bytes)
         self._pages.append(pages)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-        protect = ctypes.CDLL(None).mprotect
-        if protect(ctypes.c_void_p(start + n_bytes), ctypes.c_size_t(page), 0):
-            raise OSError("mprotect")
         address = start + n_bytes - size
         return self._base.ggml_backend_cpu_buffer_from_ptr(address, size), address
 
     def _view(self, tensor: int, n_values: int = 0, n_cells: int = 0) -> int:
         """Return a view of each row's first values, or each stream's first cells (0: all)."""
-        of = Tensor.from_address(tensor)
+        of = tensor_at(tensor)
         sizes = [n_values or of.ne[0], of.ne[1], n_cells or of.ne[2], of.ne[3]]
         view = self._base.ggml_view_4d(self._ctx, tensor, *sizes, *of.nb[1:], 0)
         self._base.ggml_backend_view_init(view)
