@@ -15,7 +15,8 @@
 # make test-wheels: installs only these wheels in a fresh environment, and asks one question
 # make test-install: installs these wheels with `uv tool` and pipx in empty home folders, asks, and serves
 # make wheels-aarch64: cross-builds the wheels for Linux on ARM to dist/aarch64 (Debian: g++-aarch64-linux-gnu)
-# make test-aarch64: runs these wheels in qemu and compares them with this machine (Debian: qemu-user)
+# make test-aarch64: runs these wheels in qemu, compares them with this machine, and installs them with `uv tool`
+#   in a container of ARM programs (Debian: qemu-user; Linux 6.7 or newer)
 # make test-arm: cross-compiles our kernels for ARM, and runs their tests in qemu
 #   (Debian: g++-aarch64-linux-gnu qemu-user)
 # make test-distill: installs torch, which takes gigabytes on Linux, and runs the tests that need it

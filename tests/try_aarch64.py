@@ -6,8 +6,9 @@ The program needs Debian 13 and its package qemu-user, but no root. FOLDER keeps
 Debian's packages and the installed wheels between runs. WHEELS contains the wheels of pop-local and
 of the backend for ARM; all other wheels come from pip's index. Both machines convert a tiny model,
 whose tensors must be equal, and read a pruned prompt, whose logits may differ by noise. With MODEL,
-a model of the catalog, `pop-local run` answers a question. The exit status is 1 if a step fails.
-pytest does not run this file.
+a model of the catalog, try_installers.py runs with uv in a container of ARM programs, for which
+Linux 6.7 or newer must permit user namespaces. The exit status is 1 if a step fails. pytest does
+not run this file.
 """
 
 import json
@@ -15,7 +16,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,30 @@ QEMU = ("qemu-aarch64", "-cpu", "neoverse-n1")
 PACKAGES = ("python3.13", "libstdc++6", "libgomp1", "ca-certificates")
 PYTHON = "3.13"
 PLATFORMS = ("manylinux2014_aarch64", *(f"manylinux_2_{n}_aarch64" for n in (17, 27, 28, 31, 38)))
+# Linux starts each ARM program of the container with qemu, which it opens before chroot (flag F).
+ARM_MAGIC = r"\x7fELF\x02\x01\x01" + r"\x00" * 9 + r"\x02\x00\xb7\x00"
+ARM_MASK = r"\xff" * 7 + r"\x00" + r"\xff" * 8 + r"\xfe\xff\xff\xff"
+ENTER = """
+set -eu
+root=$1 rule=$2
+shift 2
+mount -t binfmt_misc none /proc/sys/fs/binfmt_misc
+printf %s "$rule" > /proc/sys/fs/binfmt_misc/register
+mkdir -p "$root/proc" "$root/dev" "$root/tmp"
+mount --rbind /proc "$root/proc"
+mount --rbind /dev "$root/dev"
+while [ "$1" != -- ]; do
+    mkdir -p "$root/$2"
+    mount --bind -o ro "$1" "$root/$2"
+    shift 2
+done
+shift
+chroot=$(command -v chroot)
+PATH=/uv
+exec "$chroot" "$root" "$@"
+"""
+# qemu computes about two tokens per second.
+N_CHARS = "300"
 # Relative to the logits' standard deviation. Kernels of other processors sum in another order.
 NOISE = 0.02
 PROBE = """
@@ -96,13 +120,27 @@ def emulated(root: Path, folder: Path) -> Path:
     return program
 
 
-def install(wheels: Path, site: Path) -> None:
-    """Install pop-local and its dependencies for ARM into a folder."""
-    shutil.rmtree(site, ignore_errors=True)
-    options = ["--quiet", "--only-binary", ":all:", "--python-version", PYTHON]
+def download(wheels: Path, folder: Path) -> Path:
+    """Copy pop-local and all its dependencies for ARM to a folder, and return the folder."""
+    found = folder / "wheels"
+    shutil.rmtree(found, ignore_errors=True)
+    # pip prefers these files to an index's wheels of the same version.
+    [app], [backend] = wheels.glob("pop_local-*.whl"), wheels.glob("pop_local_llama_cpp-*.whl")
+    arm("download", "--dest", found, f"{app}[server]", backend)
+    return found
+
+
+def arm(command: str, *arguments: str | Path) -> None:
+    """Run a command of pip that selects wheels for the ARM Python."""
+    options = ["--quiet", "--only-binary", ":all:", "--python-version", PYTHON, "--no-cache-dir"]
     options += [word for each in PLATFORMS for word in ("--platform", each)]
-    options += ["--target", str(site), "--find-links", str(wheels), "--no-cache-dir"]
-    run(sys.executable, "-m", "pip", "install", *options, "pop-local[server]")
+    run(sys.executable, "-m", "pip", command, *options, *arguments)
+
+
+def install(site: Path, *arguments: str | Path) -> None:
+    """Install packages for ARM into a folder, which is emptied first."""
+    shutil.rmtree(site, ignore_errors=True)
+    arm("install", "--target", site, *arguments)
 
 
 def probe(python: Path | str, folder: Path, env: dict[str, str]) -> dict[str, Any]:
@@ -113,14 +151,38 @@ def probe(python: Path | str, folder: Path, env: dict[str, str]) -> dict[str, An
     return found
 
 
+def try_uv(root: Path, folder: Path, wheels: Path, model: Path) -> None:
+    """Run try_installers.py with uv in a container without a compiler or a package index."""
+    uv = folder / "uv"
+    install(uv, "uv")
+    mounts = {
+        uv / "bin": "uv",
+        wheels: "wheels",
+        model.parent: "models",
+        TESTS: "clone/tests",
+        ROOT / "pop_local/data": "clone/pop_local/data",
+    }
+    rule = f":arm:M::{ARM_MAGIC}:{ARM_MASK}:{shutil.which(QEMU[0])}:F"
+    started = (f"/usr/bin/python{PYTHON}", "/clone/tests/try_installers.py")
+    found = run(
+        *("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", ENTER, "sh", root, rule),
+        *(word for mount in mounts.items() for word in mount),
+        *("--", *started, "/wheels", f"/models/{model.name}", "uv", "--characters", N_CHARS),
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "QEMU_CPU": QEMU[2]},
+    )
+    print(found, end="")
+
+
 def main() -> None:
     if len(sys.argv) not in (3, 4):
         print(__doc__, file=sys.stderr)
         sys.exit(2)
     wheels, folder = (Path(given).resolve() for given in sys.argv[1:3])
     folder.mkdir(parents=True, exist_ok=True)
-    python, site = emulated(debian(folder), folder), folder / "site"
-    install(wheels, site)
+    root, site = debian(folder), folder / "site"
+    python = emulated(root, folder)
+    found = download(wheels, folder)
+    install(site, "--no-index", "--find-links", found, "pop-local[server]")
     tests = [str(TESTS), str(ROOT / "patches/llama-cpp-python")]
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     here_env = env | {"PYTHONPATH": os.pathsep.join([*tests, env.get("PYTHONPATH", "")])}
@@ -140,11 +202,7 @@ def main() -> None:
     print(f"the logits differ by {difference:.2e} of their standard deviation")
     assert difference < NOISE, "the logits differ by more than noise"
     if len(sys.argv) == 4:
-        started_s = time.monotonic()
-        question = ("What is a lighthouse?", "--max-tokens", "8", "--threads", "1", "--json")
-        model = Path(sys.argv[3]).resolve()
-        answer = json.loads(run(python, "-m", "pop_local", "run", model, *question, env=there_env))
-        print(f"{answer['text']!r} after {time.monotonic() - started_s:.0f} s")
+        try_uv(root, folder, found, Path(sys.argv[3]).resolve())
 
 
 if __name__ == "__main__":
