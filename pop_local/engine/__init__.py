@@ -1,1 +1,1 @@
-"""The engine: all code that calls llama_cpp, without any user interface."""
+"""The engine: all code that calls llama_cpp. The engine has no user interface."""

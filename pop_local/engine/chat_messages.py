@@ -42,11 +42,11 @@ class TurnStats:
 
     n_cached: prompt tokens already in the cache. n_stale: cached tokens whose K/V are approximate
     because an earlier part of the prompt changed. n_pruned: prompt tokens that stopped at the
-    boundary layer. n_skipped_exact: prompt tokens that stopped before exact_layer without loss,
-    because later layers reuse earlier layers' K/V. n_full: prompt tokens that ran through all
-    layers, including n_deep deep rows. n_exact: prompt tokens whose K/V match the full model's.
-    n_refilled: cached tokens refilled since the previous answer. n_image: image rows in
-    the prompt, including cached ones. n_decoded: sampled tokens, including the last one.
+    boundary layer. n_skipped_exact: prompt tokens that skipped the layers from exact_layer onward,
+    without loss. n_full: prompt tokens that ran through all layers, including n_deep deep rows.
+    n_exact: prompt tokens whose K/V match the full model's. n_refilled: cached tokens refilled
+    since the previous answer. n_image: image rows in the prompt, including cached ones. n_decoded:
+    sampled tokens, including the last one.
 
     ttft_s: seconds to the first token, including templating and tokenization. encode_s: seconds
     spent encoding images. prefill_s: seconds spent reading the prompt, excluding encode_s.

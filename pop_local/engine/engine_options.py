@@ -16,14 +16,15 @@ from pop_local.engine.prefill.plan import Reuse
 class EngineOptions:
     """Options for Engine.open.
 
-    `model`: the GGUF file, or a model name that the caller must resolve. `sidecar`: a file with the
-    model's POP keys and tensors. `mmproj`: the vision encoder's file, loaded on first use.
-    `image_tokens`: the maximum number of tokens per image. `sink_tokens`, `tail_tokens`: full rows
-    at a prompt's start and end (default: the file's). `deep_rows`: the criterion for deep rows
-    (default: the file's). `reuse`: which cached rows a prompt may reuse. `keep_states`: whether to
-    keep boundary states for refilling. `parse_special`: whether to parse special tokens in messages
-    and documents (if True, documents can inject turns). `full`: whether to start with pruning off.
-    `learn`: see PopModel.learn. `prompt_cache`: cached states of earlier prompts.
+    `model`: the GGUF file, or a model name that the caller must resolve. `sidecar`: a file with
+    the model's POP keys and tensors. `mmproj`: the vision encoder's file, loaded on first use.
+    `image_tokens`: the maximum number of tokens per image. `sink_tokens`, `tail_tokens`: the
+    number of full rows at a prompt's start and end (default: the file's values). `deep_rows`: the
+    criterion for deep rows (default: the file's criterion). `reuse`: which cached rows a prompt
+    may reuse. `keep_states`: whether to keep boundary states for refilling. `parse_special`:
+    whether to parse special tokens in messages and documents (if True, documents can inject
+    turns). `full`: whether to start with pruning off. `learn`: see PopModel.learn. `prompt_cache`:
+    cached states of earlier prompts.
     """
 
     model: str
@@ -49,7 +50,7 @@ class EngineOptions:
     def of(cls, model: str | os.PathLike[str], **options: Any) -> "EngineOptions":
         """Create the options from keyword arguments. Raises TypeError for unknown arguments.
 
-        `options`: fields of this class or ContextOptions, or llama.cpp parameters.
+        `options`: fields of this class, fields of ContextOptions, or llama.cpp parameters.
         """
         known = {each.name for each in fields(cls)}
         own = {name: value for name, value in options.items() if name in known}

@@ -184,11 +184,11 @@ class PopModel:
         return self._engine.sequences[0].read(prompt, on_prefill)
 
     def ask(self, messages: Sequence[Message], **options: Any) -> Answering:
-        """Stream chunks of the answer to the last message.
+        """Generate the answer to the last message and yield it in chunks.
 
-        Without a chat template or images, the model continues the text of the messages. `options`:
-        fields of TurnOptions (defaults: the file's recommended values). Raises PopError if the
-        template rejects the conversation or the prompt cannot be read.
+        If there is neither a chat template nor an image, the model continues the text of the
+        messages. `options`: fields of TurnOptions (defaults: the file's recommended values).
+        Raises PopError if the template rejects the conversation or the prompt cannot be read.
         """
         prompter = self._engine.prompter
         chosen: dict[str, Any] = self._engine.recommended | options

@@ -109,7 +109,7 @@ class CachedSequence:
             return read(self.states, prompt, self.rule, on_prefill)
 
     def step(self, token: int) -> None:
-        """Append an answer token, whose row runs through all layers unless the mode is ALWAYS."""
+        """Append an answer token. All layers compute its row unless the mode is ALWAYS."""
         self.cache.make_room(1)
         self.cache.slot.begin_decode()
         self.cache.append([token], Outputs.LAST, np.ones(1, bool))

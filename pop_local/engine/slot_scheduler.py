@@ -52,7 +52,7 @@ class SlotScheduler:
         return self._model.engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Let sequence `index` share the longest prefix of the prompt that any sequence has cached.
+        """Share the longest cached prefix of the prompt with sequence `index`.
 
         Does nothing if sequence `index` already caches an equally long prefix.
         """

@@ -85,8 +85,8 @@ class CacheStates:
     def stash(self, count: CountReusable, end: CountReusable | None = None) -> None:
         """Store the rows in the prompt cache if reading a prompt would drop many of them.
 
-        Rows are stored if the prompt can reuse fewer than half of them or would drop MIN_LOST or
-        more trailing rows. `end` returns the index after the last reusable row (default: `count`).
+        Rows are stored if fewer than half of them are reusable, or if at least MIN_LOST trailing
+        rows would be lost. `end` returns the index after the last reusable row (default: `count`).
         """
         tokens, images = self.cache.tokens, self.cache.images
         n_lost = len(tokens) - (end or count)(tokens, images)
@@ -131,7 +131,7 @@ class CacheStates:
     def share(self, other: "CacheStates", prompt: Prompt) -> None:
         """Share the rows of the longest prompt prefix that another sequence has cached.
 
-        Does nothing if this cache contains an equally long prefix or the caches' mode keys differ.
+        Does nothing if this sequence has an equally long prefix or if the mode keys differ.
         """
         with self.cache.slot.locked():
             n = prompt.whole(other.n_same(prompt))

@@ -20,7 +20,7 @@ from pop_local.engine.llama.slot import Slot
 
 
 class ReadObserver(Protocol):
-    """An observer of prompt reads."""
+    """An observer that is notified when prompts are read."""
 
     def attach(self, cache: "KvCache") -> None:
         """Start observing a cache."""
@@ -188,7 +188,7 @@ class KvCache:
         self.forget_unfinished()
 
     def append(self, tokens: Sequence[int], outputs: Outputs, full: np.ndarray) -> None:
-        """Decode tokens after the last row. `full`: bool [n], True for full rows.
+        """Decode tokens and append their rows to the cache. `full`: bool [n], True for full rows.
 
         Raises PopError if the tokens cannot be decoded.
         """
@@ -259,9 +259,9 @@ class KvCache:
 def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
     """Replace the rows with an edited prompt's rows. No image may follow the first changed row.
 
-    `tokens`, `sources`: int32 [n]. A source is the row with the token's K/V, or -1 for rows that
-    `decode_again` must decode. Until the caller extends the cache, it ends before the first such
-    row, so no other sequence shares unfinished rows. Returns False if the rows cannot be moved.
+    `tokens`, `sources`: int32 [n]. A source is the row index of the token's K/V, or -1 if
+    `decode_again` must decode the token. Until the caller extends the cache, it ends before the
+    first such token, so no unfinished rows are shared. Returns False if the rows cannot be moved.
     """
     start = n_leading(sources == np.arange(len(sources)))
     with cache.slot.locked():

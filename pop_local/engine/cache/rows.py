@@ -23,8 +23,8 @@ class CachedRows:
     edited. A refill re-decodes stale rows, so they do not need boundary states.
 
     `positions`: int32 [n_ctx + 1], including the next row's position. An image's rows may share a
-    position. `is_copied`: True for text rows that were copied from another sequence without
-    boundary states. A refill also re-decodes copied rows.
+    position. `is_copied`: True for text rows that were copied from another sequence. Boundary
+    states are not copied, so a refill also re-decodes copied rows.
     """
 
     def __init__(self, n_ctx: int) -> None:

@@ -32,8 +32,8 @@ _CONTROL = {"t": 9, "n": 10, "r": 13}
 def lark_of(text: str, instead: Mapping[str, str]) -> str:
     """Translate a GBNF grammar into Lark in linear time.
 
-    `instead` maps rule names to new Lark bodies. Rules used only by replaced rules are dropped.
-    Raises ValueError if the grammar is invalid or has more than MAX_RULES rules.
+    `instead` maps rule names to replacement bodies in Lark. Rules used only by replaced rules are
+    dropped. Raises ValueError if the grammar is invalid or has more than MAX_RULES rules.
     """
     rules: dict[str, list[re.Match[str]]] = {}
     body: list[re.Match[str]] | None = None
@@ -141,7 +141,7 @@ def _class(members: str) -> str:
 
 
 def _whole(pattern: re.Pattern[str], text: str) -> list[str]:
-    """Split text into consecutive matches. Raises ValueError for an undefined GBNF escape."""
+    """Split text into matches of `pattern`. Raises ValueError for an undefined GBNF escape."""
     found = [match[0] for match in pattern.finditer(text)]
     if "".join(found) != text:
         raise ValueError(f"{text!r} contains an escape that GBNF does not define")

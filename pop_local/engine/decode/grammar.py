@@ -128,7 +128,7 @@ class Grammar:
 
 
 def _called(noun: str, method: str, *arguments: Any) -> Any:
-    """Call a GrammarCompiler method. Raises RefusedError, or GrammarError if a limit is hit."""
+    """Call a GrammarCompiler method. Raises GrammarError if the call exceeds a limit."""
     child = _children.get()
     try:
         return child.call(method, *arguments)

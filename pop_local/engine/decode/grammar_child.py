@@ -1,8 +1,8 @@
 """Test-compile grammars in a child process so that a malicious grammar cannot crash the parent.
 
-llguidance limits each compilation step but not the total cost. A chain of 1,000 `$ref` keywords
-overflows the stack. Compiling a schema with a six-digit `multipleOf` or 10,000 optional properties
-takes half a minute.
+llguidance limits the cost of each compilation step but not the total cost. A chain of 1,000 `$ref`
+keywords overflows the stack. Compiling a schema with a six-digit `multipleOf` or 10,000 optional
+properties takes half a minute.
 """
 
 import threading

@@ -1,7 +1,7 @@
 """Sample tokens with llama.cpp's samplers, in the order of llama_cpp's sampler chain.
 
-Greedy sampling takes the token with the largest logit without a sampler chain. A chain would choose
-the same token but would first fill an array with {id, logit, p} for the whole vocabulary.
+Greedy sampling takes the token with the largest logit and uses no sampler chain. A chain would
+choose the same token but would first fill an array with {id, logit, p} for the whole vocabulary.
 """
 
 import ctypes
@@ -60,7 +60,7 @@ class Allowed(Protocol):
     """A constraint on the next token."""
 
     def allowed(self) -> np.ndarray | None:
-        """Return the sorted allowed token IDs (None: all). Raises PopError if no ID is allowed."""
+        """Return the sorted IDs of allowed tokens (None: all). Raises PopError if none exist."""
 
     def accept(self, token: int) -> None:
         """Advance the constraint past a sampled token."""

@@ -1,4 +1,4 @@
-"""Find a prompt's deep rows, which are the rows of names, numbers, and identifiers.
+"""Find a prompt's deep rows, which are the rows of tokens in names, numbers, and identifiers.
 
 Deep rows run through all layers. They depend only on the prompt's tokens, not on the batch size or
 the number of sequences. Later questions can therefore reuse the cached rows.

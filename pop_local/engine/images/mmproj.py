@@ -63,9 +63,9 @@ class ImageChunk:
 
 @dataclass(frozen=True)
 class TokenizedPicture:
-    """A picture's tokens: NO_TOKEN for each image row, and the text tokens around the images.
+    """A picture's tokens: NO_TOKEN for each row of an image chunk, and the text tokens in between.
 
-    `images`: the images, keyed by the offset of their first row in `tokens`.
+    `images`: the image chunks, keyed by the offset of their first row in `tokens`.
     """
 
     tokens: tuple[int, ...]
@@ -181,9 +181,9 @@ class Mmproj:
         )
 
     def see(self, picture: Picture) -> TokenizedPicture:
-        """Split a picture into images and return the picture's tokens.
+        """Split a picture into text and image chunks and return the picture's tokens.
 
-        Raises PopError if the picture is damaged or libmtmd rejects it.
+        Raises PopError if the image data is corrupt or libmtmd rejects the picture.
         """
         if picture.sha256 not in self._known:
             self._cut_up(picture)

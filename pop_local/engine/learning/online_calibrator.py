@@ -184,7 +184,7 @@ class OnlineCalibrator:
             log.warning("cannot save the learned sums: %s", error)
 
     def _candidates(self, memory_bytes: int) -> tuple[int, ...]:
-        """Choose boundaries whose sums fit in memory. Prefer the boundaries in the sums file."""
+        """Choose boundaries whose sums fit in memory. The file's boundaries replace defaults."""
         n = self._shape.n_layer
         known = sorted(self._known.n_rows)
         wanted = known or [n - max(1, round(n * share)) for share in _SHARES]
@@ -210,7 +210,7 @@ class OnlineCalibrator:
     # While a prompt is read
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
-        """Record that a prompt chunk starting at row `start` has been read, in any mode."""
+        """Record that a prompt chunk starting at row `start` was read, whatever the mode."""
         if len(tokens) < N_WINDOW or _key(tokens) in self._seen:
             return
         self._n_chunks += 1
@@ -249,7 +249,7 @@ class OnlineCalibrator:
         return bool(self._waiting)
 
     def work(self, should_stop: Callable[[], bool]) -> None:
-        """Add the queued rows to the sums and save the sums. Raises PopError if saving fails."""
+        """Add the queued rows to the sums, then save the file. Raises PopError if saving fails."""
         while self.has_work and not should_stop():
             lacking = [each for each in self.boundaries if self._lacks_input(each)]
             if lacking:
@@ -305,7 +305,7 @@ class OnlineCalibrator:
 
     @property
     def n_rows(self) -> int:
-        """The number of rows in memory and in the file, at the boundary with the most rows."""
+        """The number of rows in memory and in the file (the maximum over all boundaries)."""
         return self._n_new + max(self._known.n_rows.values(), default=0)
 
     @property
@@ -326,7 +326,7 @@ class OnlineCalibrator:
         return self.summing.is_wide(boundary) and boundary not in self._new.wides
 
     def _choose(self, boundaries: Sequence[int]) -> None:
-        """Choose wide fits' inputs from bundled text, so that the inputs do not reveal prompts."""
+        """Choose the inputs of wide fits from bundled text, so that they do not reveal prompts."""
         n_windows = _ROWS_TO_CHOOSE * self._shape.n_embd // N_WINDOW + 1
         wanted, context = self.summing.wanted(boundaries), self._cache.context
         windows = list(read_shipped_windows(context, wanted, n_windows, N_WINDOW))

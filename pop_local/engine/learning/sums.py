@@ -159,7 +159,7 @@ class Known:
 
 @dataclass(frozen=True)
 class SumsFile:
-    """A model's sums file. Multiple processes may add sums to the file.
+    """The file with the sums learned for a model. Multiple processes may add sums to the file.
 
     `model`: the model's hash. `n_embd`: the model's embedding width (None: not checked).
     """
@@ -170,7 +170,7 @@ class SumsFile:
 
     @classmethod
     def of(cls, source: Source) -> "SumsFile":
-        """Return a model's sums file, which may not exist yet."""
+        """Return the SumsFile for a model. The file itself may not exist yet."""
         n_embd = source.first.of_arch("embedding_length")
         return cls(LearnedFiles.of(source).sums, sampled_sha256(source), n_embd)
 
@@ -288,7 +288,7 @@ class Summing:
         return wide_input(self.shape, self._weights, boundary, windows)
 
     def empty(self, boundary: int, layers: Iterable[int]) -> Gram:
-        """Return empty sums for fitting `layers` at a boundary."""
+        """Return sums that are initialized to zero, for fitting the given layers at a boundary."""
         widths = {layer: self.shape.n_kv(layer) for layer in layers}
         kinds = self.projections[boundary]
         return Gram.empty(max(self._n_inputs(boundary, kind) for kind in kinds), widths)

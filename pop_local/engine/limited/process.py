@@ -42,7 +42,7 @@ def _python() -> str:
 
 
 class KeptProcess:
-    """A child process that runs a worker's methods. A call restarts the process if it has ended.
+    """A child process that runs a worker's methods. A call restarts the process if it has exited.
 
     Calls are thread-safe and run one at a time. If a call is interrupted or exceeds a limit, the
     parent kills the child process.
@@ -120,7 +120,7 @@ class KeptProcess:
         return answer["result"]
 
     def close(self) -> None:
-        """Kill the child process, unless a different process started it."""
+        """Kill the child process if the current process started it."""
         child, self._child = self._child, None
         if child is None or self._owner != os.getpid():
             return

@@ -166,7 +166,7 @@ def library_abi() -> int | None:
 def require_patched() -> ctypes.CDLL:
     """Return the library after setting the ABI functions' argument types.
 
-    Raises PopError if the library is unpatched or has a different ABI version.
+    Raises PopError if the library is unpatched or does not have the required ABI version.
     """
     abi = library_abi()
     if abi is None:
@@ -204,7 +204,7 @@ def set_boundary(ctx: Any, layer: int) -> None:
 
 
 def set_full_from(ctx: Any, sequence: int, position: int) -> None:
-    """Run a sequence's rows from `position` onward through all layers (-1: no rows)."""
+    """Run a sequence's rows from `position` onward through all layers (-1 selects no rows)."""
     call("llama_pop_set_full_from", ctx, sequence, position)
 
 
@@ -254,7 +254,7 @@ def set_overwrite(ctx: Any, is_on: bool) -> None:
 
 
 def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
-    """Count a prompt's multiply-accumulates in the context's mode. `n_full`: number of full rows.
+    """Count the multiply-accumulates for a prompt with `n_full` full rows in the current mode.
 
     The count assumes an empty cache and includes the last row's logits. Raises PopError.
     """
@@ -268,9 +268,9 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
 def set_reading(ctx: Any, reading: Reading) -> None:
     """Set the kind of prompt rows that the following batches contain.
 
-    pop-local's kernels process prompt batches of every size. Therefore, the batch size does not
-    affect the results if flash attention is on. During decode, llama.cpp uses pop-local's kernels
-    only for operations that run faster with them.
+    pop-local's kernels process prompt batches of any size. Therefore, the batch size does not
+    affect the results if flash attention is on. During decoding, llama.cpp uses pop-local's
+    kernels only for operations that run faster with them.
     """
     call("llama_pop_set_reading", ctx, reading)
 

@@ -84,7 +84,7 @@ class Batcher:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Context manager that keeps other threads from decoding and changing cells."""
+        """Context manager that prevents other threads from decoding rows or changing cells."""
         with self._turn:
             before, self.holder = self.holder, threading.get_ident()
             try:
@@ -200,7 +200,7 @@ def _reading_of(parts: Sequence[tuple[_Request, int]]) -> Reading:
 
 
 class BatchedSlot(Slot):
-    """A slot of a context with multiple sequences. Each slot has its own thread.
+    """One slot of a context that has multiple sequences. Each slot has its own thread.
 
     Prefill uses either the context's mode or OFF, in which every row runs through all layers.
     """

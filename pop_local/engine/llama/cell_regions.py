@@ -1,8 +1,9 @@
 """Place each sequence's rows in its own blocks of KV cells to make results reproducible.
 
-Attention adds values in tiles of 64 cells and chunks of 1,024 cells, and pop-local's kernels derive
-a constant from the first two cells. Rounding errors therefore depend on a sequence's cells. Each
-sequence owns blocks of 1,024 cells in ascending order, and the first two cells never change.
+Attention accumulates values in tiles of 64 and chunks of 1,024 cells, and pop-local's kernels
+derive a constant from the first two cells. Rounding errors therefore depend on which cells a
+sequence uses. A sequence's blocks of 1,024 cells are in ascending order, and the first two cells
+never change.
 
 llama.cpp places rows in the lowest empty cells. Sequences without data, called fillers, occupy the
 blocks' unused cells. Only the cells reserved for the next batch's rows stay empty.
@@ -38,12 +39,12 @@ def n_all_sequences(n_sequences: int) -> int:
 
 
 class CellRegions:
-    """The blocks of cells that a context's sequences own. The caller must lock the context.
+    """The blocks of cells that a context's sequences own. The caller must hold the context's lock.
 
     The row at position p of a sequence uses cell p % BLOCK_CELLS of the sequence's block p //
-    BLOCK_CELLS. Sequence n + i is the filler of sequence i. A filler row occupies each unused cell
-    and has the position of the row for which the cell is reserved. `is_on` is False if llama.cpp
-    does not support fillers (for example, with M-RoPE). Without fillers, rows may use any cells.
+    BLOCK_CELLS. Sequence n + i is sequence i's filler. A filler row occupies each unused cell and
+    has the position of the row for which the cell is reserved. `is_on` is False if llama.cpp
+    cannot use fillers (for example, with M-RoPE). Without fillers, rows may use any cells.
     """
 
     def __init__(self, context: Any, n_sequences: int) -> None:

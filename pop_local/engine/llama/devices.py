@@ -141,7 +141,7 @@ def _built_in() -> Iterator[tuple[str, int]]:
 
 
 def ggml(name: str, result_type: Any, *arguments: Any) -> Any:
-    """Call a ggml function by name, because llama_cpp binds only a few of them.
+    """Call a ggml function by name, because llama_cpp binds only a few ggml functions.
 
     Raises PopError if the library lacks the function.
     """

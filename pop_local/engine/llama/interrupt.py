@@ -104,7 +104,7 @@ class Interrupt:
 
     @contextmanager
     def tokenizing(self) -> Iterator[Any]:
-        """Yield a callback for llama_pop_tokenize, and raise the callback's exception on exit."""
+        """Yield a callback for llama_pop_tokenize. On exit, raise the callback's exception."""
         with self._deferred_signals():
             yield self._callback
             if self._raised is not None:
@@ -134,7 +134,7 @@ class Interrupt:
     def check(self) -> None:
         """Raise the last batch's exception, if any. Call this method after each batch.
 
-        The exception is StoppedError if `should_stop` returned True. Decoded rows stay cached.
+        Raises StoppedError if `should_stop` returned True. Decoded rows stay cached.
         """
         if self._raised is not None:
             raise self._raised

@@ -58,7 +58,7 @@ def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, param
 
 
 def default_ctx(source: Source, n_sequences: int, free_bytes: int | None = None) -> int:
-    """Return the training context length in tokens, or less if memory is limited.
+    """Return the training context length in tokens, or a shorter length if memory is limited.
 
     The K/V of all sequences together may use up to a quarter of `free_bytes` (default: the free
     main memory). The length is never reduced below _LEAST_CTX tokens. Raises FormatError.

@@ -13,8 +13,9 @@ _SMOOTHING = 0.3
 class PrefillThrottle:
     """A limit on the number of prompt rows in batches that also contain answer rows.
 
-    Based on earlier batches, the predicted time of a batch is the time without prompt rows, plus a
-    constant, plus a time per prompt row. After a slow batch, some batches contain only answer rows.
+    A batch's predicted time is its time without prompt rows, plus a constant, plus a cost for each
+    prompt row. All three are estimated from earlier batches. After a slow batch, some batches
+    contain only answer rows.
     """
 
     def __init__(self, n_batch: int) -> None:
@@ -25,7 +26,7 @@ class PrefillThrottle:
         self._owed_s = 0.0
 
     def max_prompt_rows(self, n_answers: int) -> int:
-        """Return the maximum number of prompt rows that lets answers keep half of their speed."""
+        """Return the maximum number of prompt rows at which decoding keeps half of its speed."""
         if not n_answers:
             return self._n_batch
         if self._owed_s > 0:

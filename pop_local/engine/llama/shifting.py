@@ -72,7 +72,7 @@ def _decoded_at(ctx: Any, position: int) -> NDArray[np.float32]:
 
 
 def _state(ctx: Any) -> NDArray[np.float32]:
-    """Return the only row's state as F16 values. The header depends only on the position."""
+    """Return the single row's state as F16 values. The header depends only on the position."""
     api = backend.bindings()
     state = np.zeros(int(api.llama_state_seq_get_size(ctx, 0)) // 2, np.float16)
     pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -1,6 +1,6 @@
 """Taps: intermediate values of full rows, used to fit K/V projections.
 
-See llama_pop_add_tap in llama-pop.h. After a batch or deep pass, `take` reads only the last ubatch.
+See llama_pop_add_tap in llama-pop.h. `take` reads only the last ubatch of a batch or a deep pass.
 """
 
 import ctypes

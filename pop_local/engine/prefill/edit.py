@@ -1,8 +1,8 @@
 """Reuse cached rows for a prompt in which a passage was changed, inserted, or removed.
 
 Rows after the first change keep their K/V and move to their new positions. The moved rows are
-stale, because a different text preceded them when they were computed. Only the new tokens and the
-prompt's tail are decoded immediately. A later refill re-decodes the stale rows.
+stale because they were computed after different text. Only the new tokens and the prompt's tail
+are decoded immediately. A later refill re-decodes the stale rows.
 """
 
 import itertools
@@ -84,7 +84,7 @@ class ReusableRows:
         return sources if self._pays(int((sources >= 0).sum()), n_usable) else None
 
     def _can_pay(self, cached: np.ndarray, n_prefix: int) -> bool:
-        """Return True if an edit might reuse enough rows beyond the common prefix.
+        """Return False if an edit cannot be better than reusing only the common prefix.
 
         All images must be in the common prefix, because a refill cannot re-decode image rows.
         """
@@ -95,7 +95,7 @@ class ReusableRows:
     def _pays(self, n_reused: int, n_prefix: int) -> bool:
         """Return True if reusing `n_reused` rows is better than reusing only the common prefix.
 
-        Stale rows in half of a prompt hurt quality more than pruning does (docs/quality.md).
+        If half of a prompt's rows are stale, quality is lower than with pruning (docs/quality.md).
         """
         return n_reused >= n_prefix + MIN_REUSED and 3 * n_reused >= 2 * len(self._tokens)
 

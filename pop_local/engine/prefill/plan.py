@@ -1,6 +1,6 @@
-"""Choose which prompt rows run in full, and split the prompt into chunks for decoding.
+"""Choose which prompt rows run through all layers, and split the prompt into chunks for decoding.
 
-A row is full if it is a deep row or needs logits. Rows below position `sink_tokens` and rows from
+A row is full if it is a deep row or needs logits. Rows before position `sink_tokens` and rows from
 position `full_from` onward are also full. All other rows stop at the boundary layer.
 """
 
@@ -31,7 +31,7 @@ class RowRule:
     """A rule for selecting the prompt rows that run through all layers.
 
     The rule selects the first `sink_tokens` rows, the last `tail_tokens` rows, and the rows whose
-    tokens meet the `deep_rows` criterion. Prompts shorter than `min_prompt` run in full.
+    tokens meet the `deep_rows` criterion. Prompts shorter than `min_prompt` are not pruned.
     """
 
     sink_tokens: int = 1

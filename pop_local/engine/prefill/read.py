@@ -122,7 +122,7 @@ def _deep_rows(cache: KvCache, tokens: np.ndarray, rule: RowRule) -> NDArray[np.
 
 
 class _PlannedReading(PromptReading):
-    """A PromptReading that appends a prompt to the cached rows, following a PrefillPlan."""
+    """A PromptReading that follows a PrefillPlan to append a prompt to the cached rows."""
 
     def __init__(
         self,

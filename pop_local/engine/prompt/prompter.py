@@ -122,8 +122,8 @@ class Prompter:
     def before_question(self) -> str:
         """Return the text that the template renders before the first user message.
 
-        Returns "" if the model has no template or its template rejects a single question. Raises
-        PopError if the template exceeds the limits.
+        Returns "" if the model has no template, or if its template rejects a conversation with one
+        question. Raises PopError if the template exceeds the limits.
         """
         if self.has_template:
             with suppress(ValueError):

@@ -37,7 +37,7 @@ def _refuse(message: str) -> NoReturn:
 
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> Template:
-    """Compile a template with the Jinja settings of llama_cpp and Hugging Face Transformers."""
+    """Compile a template with the Jinja settings that llama_cpp and Transformers share."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )

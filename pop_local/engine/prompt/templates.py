@@ -46,7 +46,7 @@ class Template:
     def render(self, messages: Sequence[Any]) -> str:
         """Render the messages up to the start of the answer.
 
-        Raises ValueError if the template rejects the messages, or PopError if limits are exceeded.
+        Raises ValueError if the template rejects the messages, or PopError if it exceeds a limit.
         """
         arguments = {
             **dict.fromkeys(("functions", "function_call", "tools", "tool_choice")),

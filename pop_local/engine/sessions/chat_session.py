@@ -46,10 +46,10 @@ class Answer:
 
 
 class Stream(Iterator[str]):
-    """A stream of an answer's text. `text`: the text so far. `stats`: None until the answer ends.
+    """An iterator over an answer. `text`: the text so far. `stats`: None until the answer ends.
 
     Closing the stream ends the answer and leaves `stats` as None. If the on_prefill or should_stop
-    callback closes the stream, the answer ends after the callback, and `stats` is set.
+    callback closes the stream, the answer ends when the callback returns, and `stats` is set.
     """
 
     def __init__(self, chunks: Answering, on_end: Callable[[Stream], None]) -> None:
@@ -111,7 +111,7 @@ class ChatSession:
 
     @property
     def system(self) -> str:
-        """The system prompt, or "". Changes take effect with the next question."""
+        """The system prompt ("": none). Changes take effect with the next question."""
         return self._conversation.system
 
     @system.setter
@@ -142,7 +142,7 @@ class ChatSession:
 
     @property
     def answer_stats(self) -> tuple[TurnStats, ...]:
-        """Statistics for each answer that `stats` includes, except for answers without tokens."""
+        """Statistics for each answer in `stats`, excluding answers that have no tokens."""
         return tuple(stats for stats in self._stats if stats.n_decoded)
 
     def chat(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:

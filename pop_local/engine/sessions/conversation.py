@@ -1,4 +1,4 @@
-"""A conversation: questions with documents and images, and the answers."""
+"""A conversation, which consists of questions, documents, images, and answers."""
 
 from dataclasses import dataclass, replace
 

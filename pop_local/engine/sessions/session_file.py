@@ -177,8 +177,8 @@ class Sessions:
     ) -> int:
         """Write the file atomically and return its size in bytes. Raises PopError on failure.
 
-        `with_cache`: whether to save the cached rows if they belong to the conversation. If these
-        rows are saved, all rows after them are dropped from the cache.
+        `with_cache`: whether to also save the cached rows that belong to the conversation. If rows
+        are saved, all rows after them are dropped from the cache.
         """
         path, state = self.path(name), None
         n_own = n_own_tokens(engine, conversation) if with_cache else 0
@@ -256,7 +256,7 @@ def encoded(session: Session) -> str:
 def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session:
     """Parse an archive's transcript. Image contents are omitted unless `with_pictures` is True.
 
-    Raises PopError for other format versions, or one of the errors in DAMAGES for invalid JSON.
+    Raises PopError if the format version is unsupported, or one of DAMAGES if the JSON is invalid.
     """
 
     def picture(name: str, sha256: str) -> Picture:
@@ -323,7 +323,7 @@ def _text(value: object) -> str:
 
 
 def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
-    """Return why the model cannot use the saved KV cache, or ""."""
+    """Return the reason why the model cannot use the saved KV cache ("" if it can)."""
     saved = session.fingerprint
     if (saved.model_bytes, saved.model_sha256) != (ours.model_bytes, ours.model_sha256):
         return f"the session was saved with a different model ({session.model})"

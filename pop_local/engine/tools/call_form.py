@@ -22,9 +22,9 @@ _N_TRIGGER = 512
 class Trigger:
     """A pattern that activates a grammar for the rest of an answer.
 
-    `grammars` maps the text that matches the group `name` ("" if the pattern lacks this group) to a
-    grammar. The grammar applies from the start of the `rest` group. If that group does not exist,
-    the grammar applies from the first matched group.
+    `grammars` maps each text that the group `name` can capture to a grammar. If the pattern has no
+    such group, the key is "". The grammar applies from the start of the `rest` group. If that
+    group does not exist, the grammar applies from the start of the first matched group.
     """
 
     pattern: re.Pattern[str]
@@ -35,7 +35,7 @@ class Trigger:
 class CallForm:
     """The format of an answer's tool calls.
 
-    `tools`: tools that the answer may call. `must_call`: whether the answer must contain a call.
+    `tools`: tools that the model may call. `must_call`: whether the answer must contain a call.
     `triggers`: patterns that activate a grammar when they match the answer. Without triggers,
     `grammar` applies from the first token. `shown`: special tokens that appear as text in the
     format. `native`: llama.cpp's format for the calls (None: the calls are plain text).
@@ -50,7 +50,7 @@ class CallForm:
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Return the keywords in the tools' schemas that the grammar ignores."""
+        """Return the schema keywords that the grammar ignores."""
         return self.grammar.ignored if self.grammar else ()
 
 

@@ -29,12 +29,12 @@ _ROOT = re.compile(r"^root ::= (.*)$", re.MULTILINE)
 def prompt_with_tools(
     prompter: Prompter, messages: Sequence[Message], tools: Tools, schema: Any = None
 ) -> tuple[Prompt, CallForm | None]:
-    """Return two values: a prompt that describes the tools, and the format of the answer's calls.
+    """Return two values: a prompt that describes the tools, and the format of tool calls.
 
-    `schema`: the JSON schema for answers without a call (None: any text). If llama.cpp supports the
-    template, the template defines the format. For other templates, calls are plain text. The format
-    is None if no tool may be called. Raises PopError if the model has no template or its template
-    rejects the conversation. Raises GrammarError if a schema is invalid.
+    `schema`: the JSON schema for answers that contain no call (None: any text). If llama.cpp
+    supports the template, the template defines the format. For other templates, calls are plain
+    text. The format is None if no tool may be called. Raises PopError if the model has no template
+    or its template rejects the conversation. Raises GrammarError if a schema is invalid.
     """
     if not prompter.has_template:
         hint = "remove the tools, or use a model with a chat template"
@@ -97,7 +97,7 @@ class _Native:
         return native.render(self._prompter.template, messages, tools, several=several)
 
     def form(self, rules: dict[str, JsonRule], answer: JsonRule | None) -> CallForm:
-        """Return the format of calls. `answer`: rule for answers without calls (None: any text)."""
+        """Return the call format. `answer`: the rule for answers with no call (None: any text)."""
         tools, made = self._tools, self._rendered
         assert made is not None
         if tools.callable_ != tools.all:
@@ -159,9 +159,9 @@ def _pattern(trigger: dict[str, str]) -> re.Pattern[str]:
 
 
 def _numbered(messages: Sequence[Message]) -> list[Message]:
-    """Replace call IDs with IDs that every template accepts, and update the results' IDs.
+    """Replace IDs in calls and results with IDs that every template accepts.
 
-    Results without IDs, which Ollama's clients send, are assigned to the first unanswered call.
+    Ollama clients send results without IDs. Each one is assigned to the first unanswered call.
     """
     found: list[Message] = []
     open_: dict[str, str] = {}

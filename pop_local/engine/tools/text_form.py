@@ -66,7 +66,7 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Messa
 
 
 def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
-    """Return a grammar for calls between tags. `rules`: tools and their Lark rules."""
+    """Return a grammar for tool calls in <tool_call> tags. `rules`: tools and their Lark rules."""
     calls = " | ".join(f"call{number}" for number in range(len(rules)))
     more = f"({_SPACE} call)*" if several else ""
     lines = [
