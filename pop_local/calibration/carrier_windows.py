@@ -35,7 +35,7 @@ def carrier_windows(
 ) -> CarrierWindows:
     """Build `n` windows of `n_tokens` tokens. The same seed yields the same windows.
 
-    If a document does not fit (with a tiny vocabulary, for example), returns fewer windows.
+    Returns fewer windows if `n_tokens` is too small for a document with a question.
     """
     rng = np.random.default_rng(seed)
     windows = np.zeros((n, n_tokens), np.int32)

@@ -40,7 +40,7 @@ class FitOptions:
         return ", ".join(map(str, self.texts)) or DEFAULT_NAME
 
     def n_tokens(self, n_embd: int) -> int:
-        """Return the number of tokens to fit on, in complete windows. Raises CalibrationError."""
+        """Return how many tokens a fit uses: a multiple of N_WINDOW. Raises CalibrationError."""
         default, least = default_tokens(n_embd), least_tokens(n_embd)
         n_tokens = default if self.tokens is None else self.tokens
         if n_tokens < least:
@@ -58,7 +58,7 @@ class FitOptions:
         return max(self.n_tokens(n_embd) // N_WINDOW, N_DISTILLED)
 
     def require_text(self, n_embd: int) -> None:
-        """Raise PopError if the text is too short to fit on."""
+        """Raise PopError if the text is too short for a fit."""
         self.n_tokens(n_embd)
         if self.texts:
             require_text(self.texts, n_embd)

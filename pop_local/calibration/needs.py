@@ -104,7 +104,7 @@ def fit_kind(plan: Plan, options: FitOptions) -> Projection:
 
 
 def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> FitNeeds:
-    """Return the cost of fitting all plans. Raises CalibrationError if `tokens` is too small."""
+    """Return the cost of all fits. Raises CalibrationError if `options.tokens` is too low."""
     kind = fit_kind(plans[0], options)
     plans = [replace(plan, projection=kind) for plan in plans]
     n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
@@ -175,7 +175,7 @@ def plan_needs(
 
 
 class FitWork(NamedTuple):
-    """The compute costs of sampling text and fitting, in units of one numpy multiply-accumulate."""
+    """The compute costs of sampling and fitting. The unit is one multiply-accumulate in numpy."""
 
     sampling: float
     fitting: float
@@ -189,8 +189,8 @@ def reading_work(plan: Plan, n_tokens: int) -> float:
 def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
     """Return the compute cost of all fits, excluding measurements.
 
-    Each pass adds the text's rows to the sums. The linear system of each (boundary, layer) pair is
-    solved in float64. Propagates errors from `Plan.macs`.
+    Each pass adds the text's rows to the sums. One linear system for each (boundary, layer) pair
+    is solved in float64. Propagates errors from `Plan.macs`.
     """
     shape = plans[0].shape
     n_windows = options.n_tokens(shape.n_embd) // N_WINDOW

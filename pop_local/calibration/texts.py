@@ -50,7 +50,7 @@ class CalibrationText:
 
 
 def default_tokens(n_embd: int) -> int:
-    """Return the default text length: 24 tokens per state dimension, but at least 16,384.
+    """Return the default text length: 24 tokens per state dimension or 16,384, whichever is more.
 
     A fit's error is proportional to n_embd / n_tokens. The length is a multiple of 2 * N_WINDOW.
     """
@@ -59,7 +59,7 @@ def default_tokens(n_embd: int) -> int:
 
 
 def least_tokens(n_embd: int) -> int:
-    """Return the minimum text length: one token per state dimension, but at least 4 windows.
+    """Return the minimum text length: a token per state dimension or 4 windows, whichever is more.
 
     If the text were shorter, the ridge penalty would dominate the fit.
     """
@@ -97,7 +97,7 @@ def _starts(context: Context, n_sampled: int) -> list[list[int]]:
 
 
 def first_token(context: Context) -> int:
-    """Return the token that starts generated text: BOS, otherwise EOS, otherwise token 0."""
+    """Return the BOS token or, if the vocabulary has none, the EOS token (0 if it has neither)."""
     api, vocab = bindings(), context.vocabulary.pointer
     found = (api.llama_vocab_bos(vocab), api.llama_vocab_eos(vocab))
     return next((int(token) for token in found if token >= 0), 0)
@@ -181,12 +181,12 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def _grouped_texts(paths: Sequence[Path], count: int) -> list[list[str]]:
-    """Return each path's text as `read_kinds` does, with up to `count` windows of each kind."""
+    """Read text for up to `count` windows of each kind of file in the paths (see `read_kinds`)."""
     return read_kinds(paths, count * N_WINDOW * _MAX_CHARS_PER_TOKEN)
 
 
 def _spread(context: Context, parts: Sequence[str | Sequence[str]], count: int) -> Windows:
-    """Choose the same number of windows from each part, which is a string or a group of strings.
+    """Choose the same number of windows from each part (a string or a group of strings).
 
     If a part is too short to fill its share, longer parts make up the difference.
     """

@@ -12,9 +12,9 @@ from string import Template
 class Agent:
     """A coding agent.
 
-    `install`: the command that installs `program`. `n_ctx`: the context tokens needed for the first
-    prompt and several turns. `variables`: environment variables as NAME=VALUE. `variables` and
-    `arguments` may contain $url (the server's URL with /v1), $model (a name), and $n_ctx.
+    `install`: the command that installs `program`. `n_ctx`: the context length (in tokens) for the
+    first prompt and several turns. `variables`: environment variables as NAME=VALUE. `variables`
+    and `arguments` may contain $url (the server's URL with /v1), $model (a name), and $n_ctx.
     """
 
     program: str

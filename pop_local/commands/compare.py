@@ -42,8 +42,9 @@ def compare(
 ) -> None:
     """Answer your prompts with and without fast reading, and compare the answers and times.
 
-    Decoding is greedy. If you supply the correct answers, the command counts how many answers
-    are right and tests whether the difference could be due to chance.
+    Decoding is greedy. If you supply the correct answers, the command counts the questions that
+    are answered correctly with and without fast reading. The command also tests whether the
+    difference between the two counts could be due to chance.
     """
     from pop_local.workflows.compare_answers import compare_answers
 

@@ -18,8 +18,9 @@ _COLUMNS = (
 def config(json: Json = False) -> None:
     """Show each setting and its source: the default, the settings file, or the environment.
 
-    To change a setting, write a line such as threads = 4 or system = "Be brief" in the settings
-    file, or set its environment variable. Command-line options override settings.
+    To change a setting, add a line such as threads = 4 to the settings file, or set the
+    environment variable that is listed for the setting. Text needs quotation marks, as in system =
+    "Be brief". Command-line options override settings.
     """
     file, values = settings.config_path(), settings.load()
     for name in settings.unknown_variables():

@@ -42,7 +42,7 @@ def _is_expert(parameter: inspect.Parameter) -> bool:
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace a command's Group parameters with one parameter per option, as Typer requires.
 
-    If a Group parameter has a default value, that value's fields are the options' defaults.
+    If a Group parameter has a default value, the options take their defaults from its fields.
     """
     options: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}

@@ -64,7 +64,7 @@ def _found(name: str) -> tuple[Path, ...]:
 
 
 def _files(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files named `name` or, if none exist, the catalog model's files."""
+    """Return the files named `name` or, if none exist, the files of the catalog model `name`."""
     try:
         return removable(folder, name)
     except PopError:

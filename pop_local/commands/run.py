@@ -62,7 +62,7 @@ def run(
     how: opt.ModelOptions,
     sampling: opt.SamplingOptions,
 ) -> None:
-    """Answer one question. In the prompt, images, files, and piped text precede the question.
+    """Answer one question. The prompt contains images, files, and piped text before the question.
 
     A model without a chat template continues the text instead of answering.
     """

@@ -33,7 +33,7 @@ class QuantFile:
 
 
 def _complete_models(files: Sequence[str]) -> list[QuantFile]:
-    """Return the models and helper files for which the repository contains all parts."""
+    """Return the models and helper files whose parts are all in the repository."""
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
     found = []
     for name in sorted(by_name):
@@ -48,7 +48,7 @@ def _complete_models(files: Sequence[str]) -> list[QuantFile]:
 def choose_mmproj(files: Sequence[str], model: str) -> str | None:
     """Return the mmproj for a model file, or None if the repository has none.
 
-    Prefers files in the model's folder. More similar names, then smaller data types, break ties.
+    Prefers a file in the model's folder, then a more similar name, and then a smaller data type.
     """
     of = PurePosixPath(model)
 

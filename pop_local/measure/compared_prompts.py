@@ -132,7 +132,7 @@ def mcnemar(n_first: int, n_second: int) -> float:
 def read_prompts(path: Path) -> PromptFile:
     """Read a JSONL file in which each object has a `prompt` or `messages` key. Raises PopError.
 
-    An object with `prompt` may also list `documents` (strings or {"file": PATH} objects) and
+    An object with a `prompt` key may also list `documents` (strings or {"file": PATH} objects) and
     `images` (paths). Documents and images precede the prompt's text. Paths are relative to the
     JSONL file. `answer` is a string that correct answers contain, or {"regex": PATTERN}.
     """
@@ -222,7 +222,7 @@ def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answer
 
 
 def compared(model: PopModel, prompt: ComparedPrompt, full: Answered, pruned: Answered) -> Compared:
-    """Compare the full and the pruned answer with each other and with the expected answer."""
+    """Compare the full and pruned answers with each other and with the expected answer."""
     tokenize = model.engine.context.vocabulary.tokenize
     return Compared(
         line=prompt.line,

@@ -1,7 +1,7 @@
 """Metrics computed over windows, with their standard errors.
 
-Windows are the independent samples, because tokens within a window are correlated. Standard errors
-of means are derived from the spread across windows. Standard errors of quantiles are bootstrapped.
+Each window is one sample, because the tokens within a window are correlated. Standard errors of
+means are derived from the spread across windows. Standard errors of quantiles are bootstrapped.
 """
 
 import math
@@ -35,7 +35,7 @@ def mean(per_window: Floats | Flags) -> Estimate:
 
 
 def exp_mean(per_window: Floats) -> Estimate:
-    """Return exp(mean), such as a perplexity, with a first-order error estimate."""
+    """Return the mean's exponential (such as a perplexity) and a first-order error estimate."""
     inner = mean(per_window)
     value = math.exp(inner.value) if inner.value < _MAX_EXPONENT else math.inf
     return Estimate(value, None if inner.se is None else value * inner.se)

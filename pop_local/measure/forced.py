@@ -96,7 +96,7 @@ class Forced:
 
     @property
     def next_token(self) -> int:
-        """Return the token most likely to follow the context and the tokens added by `extend`."""
+        """Return the most likely next token after the context and the tokens added by `extend`."""
         return int(self._next[-1].argmax())
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Windows of held-out text from the user's file, or from shipped text that no fit uses."""
+"""Windows of held-out text: the user's own text, or bundled text that is never used for fits."""
 
 import importlib.resources
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def room(texts: TextTokens, n_tokens: int) -> int:
 def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Sequence[int]]:
     """Return non-overlapping windows of `n_tokens` tokens, spread evenly over all parts.
 
-    Longer parts supply windows that shorter parts lack. Raises PopError if the text is too short.
+    Longer parts make up for parts that are too short. Raises PopError if the text is too short.
     """
     rooms = [len(text) // n_tokens for text in texts]
     if sum(rooms) < n_windows:

@@ -91,7 +91,7 @@ Answers = list[tuple[LookupAnswer, ...]]
 class Lookups:
     """The results of look-ups with pruning, compared with the full model's results.
 
-    `full` and `pruned`: the number of answers, out of `n`, that each model gets right. `lost`: the
+    `full` and `pruned`: how many of the `n` questions each model answers correctly. `lost`: the
     number of questions that only the full model answers correctly. `gained`: the number of
     questions that only the pruned model answers correctly. `p`: the two-sided p-value of McNemar's
     exact test. `logprob_*`: the correct strings' mean log-probability in nats. `logprob_lost`: the
@@ -116,8 +116,8 @@ def measure_lookups(
 ) -> Lookups:
     """Answer the questions about each document, once with pruning and once without.
 
-    `on_progress` counts questions. Raises PopError if a prompt is too long or was not pruned as
-    planned.
+    `on_progress` is called after each question. Raises PopError if a prompt is too long or was not
+    pruned as planned.
     """
     reference = LookupReference(settings, make_documents(model, settings), [])
     pruned: Answers = []
@@ -219,8 +219,9 @@ def _tokenize_question(model: PopModel, question: LookupQuestion) -> TokenizedQu
 def is_right(text: str, answer: str) -> bool:
     """Return True if the first line of a continuation contains the exact answer.
 
-    Quotes and other words may surround the answer, but it must not be part of a longer value. No
-    letter or digit may touch the answer, either directly or across one of the characters `.,-/@`.
+    The answer may be enclosed in quotation marks and surrounded by words, but it must not be part
+    of a longer value. No letter or digit may be directly next to the answer, or be separated from
+    the answer only by one of the characters `.,-/@`.
     """
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"
@@ -254,7 +255,7 @@ def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
 
 
 def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
-    """Return the first line of the greedy answer, given that its first `n_right` tokens are right.
+    """Return the first line of the greedy answer, whose first `n_right` tokens are already known.
 
     After a complete correct answer, generates one more token to check whether the value continues.
     """

@@ -26,7 +26,7 @@ _NORMAL = 1 << 2  # LLAMA_TOKEN_ATTR_NORMAL
 
 @dataclass(frozen=True)
 class Repeated:
-    """Random tokens, and the full model's mean NLL [n_draws] in nats for each occurrence."""
+    """Repeated random tokens, and the full model's mean NLL [n_draws] of both copies in nats."""
 
     draws: tuple[Sequence[int], ...]
     first: Floats

@@ -1,9 +1,9 @@
 """Measure the loss from pruning by comparing the pruned model's scores with the full model's.
 
-A window consists of a context and a continuation. The context is read either with pruning or in
-full. With teacher forcing, the continuation then runs through all layers and attends to the
-context's K/V. For each continuation token, the two models' predicted distributions are compared.
-The context's last token predicts the continuation's first token.
+A window consists of a context and a continuation. The context is read with or without pruning.
+With teacher forcing, the continuation then runs through all layers and attends to the context's
+K/V. For each continuation token, the two models' predicted distributions are compared. The
+context's last token predicts the continuation's first token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,12 +62,12 @@ class Quality:
 
     kl_*: KL(full || pruned) in nats over the continuation's tokens (kl_first: over the first token
     only). ppl_*: the continuations' perplexity. top1_agreement: the fraction of tokens for which
-    both models' top predictions agree. copy_*: results for a repeated passage from the context.
-    copy_top1: the fraction of the repeated tokens that the model ranks first. induction_*: results
-    for repeated random tokens. delta_nll: the increase in the repetition's NLL due to pruning.
-    retention: the pruned model's gain from the repetition, divided by the full model's gain
-    (None if the full model shows no gain). n_pruned: the number of context tokens that stopped at
-    the boundary, counted by the backend over all windows.
+    both models have the same top prediction. copy_*: results for a repeated passage from the
+    context. copy_top1: the fraction of the repeated tokens that the model ranks first.
+    induction_*: results for repeated random tokens. delta_nll: the increase in the repetition's
+    NLL due to pruning. retention: the pruned model's gain from the repetition, divided by the full
+    model's gain (None if the full model shows no gain). n_pruned: the number of context tokens
+    that stopped at the boundary, counted by the backend over all windows.
     """
 
     boundary: int
@@ -145,10 +145,11 @@ def measure_pruning(
 ) -> Quality:
     """Measure the loss from pruning relative to the full model.
 
-    A file's fitted projections are used only at its boundary. `text_tokens`: one token sequence per
-    part of the text, without BOS. `on_progress` counts windows and draws. The measurement needs 8 *
-    n_continuation * n_vocab bytes of memory. Raises PopError if the text is too short, if no token
-    would be pruned, or if the backend's counters differ from the plan.
+    Fitted projections in the file are used only if `pruning.boundary` is the file's boundary.
+    `text_tokens`: one token sequence per part of the text, without BOS. `on_progress` is called
+    after each window and each draw. The measurement needs 8 * n_continuation * n_vocab bytes of
+    memory. Raises PopError if the text is too short, if no token would be pruned, or if the
+    backend's counters differ from the plan.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
@@ -168,8 +169,8 @@ def read_reference(
     """Run the full model on windows of text and on sequences of random tokens.
 
     `known` contains earlier scores. This function appends the remaining scores to `known`, so a
-    later call can resume an interrupted run. `on_progress` counts windows and draws. Raises
-    PopError if the text is too short, or if no token would be pruned.
+    later call can resume an interrupted run. `on_progress` is called after each window and each
+    draw. Raises PopError if the text is too short, or if no token would be pruned.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)

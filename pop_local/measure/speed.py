@@ -149,9 +149,10 @@ def _row(
 def run_rounds(
     ways: Sequence[Callable[[], Run]], n_rounds: int, ran: Callable[[], None] = lambda: None
 ) -> list[list[Run]]:
-    """Run each function once per round, after a warm-up round, and return each function's runs.
+    """Call each function once per round, and return one list of results per function.
 
-    The order of the functions is reversed after each round. `ran` is called after each round.
+    The first round, the warm-up, is excluded from the results. The order of the functions is
+    reversed after each round. `ran` is called after each round.
     """
     runs: list[list[Run]] = [[] for _ in ways]
     order = list(range(len(ways)))

@@ -14,7 +14,7 @@ _BY_CHANCE, _LEAST_P = 2.0, 0.05
 
 
 def verdict_in_words(found: Measured) -> str:
-    """Describe the loss from pruning on prose and on exact strings."""
+    """Describe the loss that pruning causes on prose and on exact strings."""
     return f"Prose: {_prose(found)}. Exact strings: {_strings(found)}."
 
 
@@ -36,7 +36,7 @@ def _strings(found: Measured) -> str:
 
 
 def comparison_in_words(found: "Comparison") -> str:
-    """State how many correct answers pruning loses, or how many answers pruning changes."""
+    """State how many correct answers become wrong with pruning, or how many answers change."""
     n = len(found.answers)
     if not found.n_judged:
         n_changed = len(found.different)

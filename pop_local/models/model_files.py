@@ -100,7 +100,7 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
 def known_name(name: str, known: Collection[str]) -> str | None:
     """Return the name in `known` that matches `name`, or None. Ignores case and the suffix .gguf.
 
-    A match with the same case takes precedence.
+    A name with the same capitalization takes precedence.
     """
     for wanted in (name, name.removesuffix(SUFFIX)):
         if wanted in known:
@@ -111,12 +111,12 @@ def known_name(name: str, known: Collection[str]) -> str | None:
 
 
 def total_bytes(files: Iterable[Path]) -> int:
-    """Return the total size in bytes of files and folders. Links are not followed."""
+    """Return the total size of files and folders in bytes. Links are not followed."""
     return sum(_bytes_in(path) if path.is_dir() else path.lstat().st_size for path in files)
 
 
 def _bytes_in(folder: Path) -> int:
-    """Return the total size in bytes of a folder's files. pip may delete files during the call."""
+    """Return the total size of a folder's files in bytes. pip may delete files during the call."""
     n_bytes = 0
     for at, _, names in os.walk(folder):
         for name in names:

@@ -156,7 +156,7 @@ def models_dir() -> Path:
 def models_dirs() -> tuple[Path, ...]:
     """Return the folders to search for models, in order of precedence.
 
-    The setting models_dir replaces the defaults (a clone's models/ and the user's data folder).
+    The `models_dir` setting replaces the defaults (a clone's models/ and the user's data folder).
     """
     if chosen := settings.get("models_dir"):
         return (Path(str(chosen)),)
@@ -188,14 +188,14 @@ def not_fetched() -> tuple[CatalogModel, ...]:
 
 
 def find(name: str) -> CatalogModel:
-    """Find a catalog model by its case-insensitive name or alias. Raises PopError."""
+    """Find a catalog model by its name or alias, ignoring case. Raises PopError."""
     if model := lookup(name):
         return model
     raise _unknown(f"the catalog contains no model named {name!r}", name, {})
 
 
 def lookup(name: str) -> CatalogModel | None:
-    """Find a catalog model by its case-insensitive name or alias. Return None if none matches."""
+    """Find a catalog model by name or alias, ignoring case. Return None if no model matches."""
     wanted = name.lower().removesuffix(":latest")  # Ollama's clients append the tag
     for model in load_catalog():
         if wanted in (model.name.lower(), *model.aliases):
@@ -204,7 +204,7 @@ def lookup(name: str) -> CatalogModel | None:
 
 
 def stored_model(name: str) -> Path | None:
-    """Return the file with the given name from the models folders, or None.
+    """Return the stored model file with the given name, or None.
 
     File names take precedence over catalog names, because `list` and `rm` use file names.
     """

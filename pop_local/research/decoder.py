@@ -1,8 +1,8 @@
 """A dense decoder in torch that supports gradients and loads a GGUF file layer by layer.
 
-The decoder computes the same function as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma3), in
-float32 by default. The decoder's predictions differ from llama.cpp's by a KL of about 0.001,
-because llama.cpp rounds activations and the KV cache.
+The decoder computes the same function as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma3). The
+default data type is float32. The decoder's predictions differ from llama.cpp's by a KL of about
+0.001, because llama.cpp rounds activations and the KV cache.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Decoder:
     """A dense model that keeps its LM head in memory and loads its layers on demand.
 
     `matrices`: the data type for storing and multiplying matrices (default: the states' type).
-    Raises UnsupportedArchitectureError or, if the file is invalid, FormatError.
+    Raises FormatError for an invalid file or UnsupportedArchitectureError for an unknown model.
     """
 
     def __init__(self, source: Source, matrices: torch.dtype | None = None) -> None:

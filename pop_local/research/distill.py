@@ -1,13 +1,13 @@
 """Distill fitted K/V projections by training them on the full model's predictions.
 
 Least squares (pop_converter.fit.least_squares) approximates each layer's K and V without regard to
-the effect on later layers. Distillation runs the skipped layers as if the prompt were pruned.
-Context rows after the sinks stop at the boundary. Answer rows run through all layers and attend to
-the projected K and V. The loss is KL(full || pruned) over the answer rows. Adam (arXiv 1412.6980)
-updates the projections with gradients backpropagated through the skipped layers. The model's
-weights stay frozen. The method is knowledge distillation (Hinton et al., arXiv 1503.02531).
+the effect on later layers. Distillation simulates pruning: all context rows except the sinks stop
+at the boundary. Answer rows run through all layers and attend to the projected K and V. The loss
+is KL(full || pruned) over the answer rows. Adam (arXiv 1412.6980) updates the projections with
+gradients backpropagated through the skipped layers. The model's weights stay frozen. The method is
+knowledge distillation (Hinton et al., arXiv 1503.02531).
 
-Pruning harms copying before other abilities, so some windows end by repeating a passage.
+Pruning harms copying first. Therefore, some training windows end with a repeated passage.
 """
 
 from collections.abc import Mapping
@@ -89,7 +89,7 @@ class TeacherStates:
 def read(
     decoder: Decoder, boundary: int, text: DistillText, *, seed: int, on_progress: Progress
 ) -> TeacherStates:
-    """Run the full model on the text's windows and on copies that repeat a passage.
+    """Run the full model on all windows, and on copies of some windows with a repeated passage.
 
     `boundary`: the fit's boundary. `seed`: seed for choosing passages. `on_progress(done, total)`
     counts (window, layer) pairs. An exception from `on_progress` stops the run.
@@ -305,7 +305,7 @@ def _n_sink(wanted: int, n_tokens: int) -> int:
 
 
 def memory(plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype) -> int:
-    """Return how many bytes of memory distillation on windows [n_windows, n_tokens] requires.
+    """Return the memory in bytes that is needed to distill on windows [n_windows, n_tokens].
 
     `matrices`: the data type of the skipped layers' matrices.
     """

@@ -132,7 +132,7 @@ def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
 
 
 def _number(header: Header, name: str, default: float | None = None) -> float:
-    """Return a key's number or, if the key has one number per layer, the first layer's number."""
+    """Return a key's value or, if the key has one value per layer, the first layer's value."""
     value = header.of_arch(name)
     if value is None and default is not None:
         return default

@@ -1,9 +1,9 @@
 """Measure the loss and the speedup at each of a model's boundaries.
 
 Repeated random tokens show at which boundaries the model can still copy with the layers' own
-projections. Fitting rarely changes a model's ability to copy. Only the second half of the layers is
-tested. If the model can still copy at a boundary, the analysis measures the KL and the copy ratio
-on a few windows of prose, with fitted projections if possible.
+projections. Fitting rarely changes a model's ability to copy. Only the second half of the layers
+is tested. If the model can still copy text when it is pruned at a boundary, the analysis measures
+the KL and the copy ratio on a few windows of prose, with fitted projections if possible.
 """
 
 import os
@@ -161,7 +161,7 @@ class _Run:
     def measured(
         self, reference: QualityReference, tried: Sequence[DepthCost]
     ) -> tuple[list[DepthCost], Calibration | None]:
-        """Fit projections at all `tried` boundaries, and measure each fit's quality on prose."""
+        """Fit projections at each boundary in `tried`, and measure each fit's quality on prose."""
         runner = TrialRunner(self.source, self.hardware, self.watch)
         plans = [self.plans[depth.boundary] for depth in tried]
         runner.require_room(plans, self._fit_options.kv_type)
@@ -204,7 +204,7 @@ def measure_copying(
 
 
 def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
-    """Return the boundaries where the model might still copy, and the next lower boundary.
+    """Return the boundaries at which the model might still copy, and one boundary below those.
 
     Boundaries with a speedup limit below LEAST_LIMIT are omitted.
     """

@@ -37,10 +37,10 @@ _MAX_LOGGED_NAME = 80  # characters
 class AccessRules:
     """Rules that decide which requests the server accepts.
 
-    If `api_keys` is not empty, requests must include one of them. Without keys, requests must be
-    addressed to a loopback name or to `host`, the listening address. Without keys, a web page from
-    another machine may send requests only if `origins` contains the page's origin in lowercase. If
-    `shares_cache` is true, prompts may reuse rows cached for other clients.
+    If `api_keys` is not empty, requests must include one of them. If `api_keys` is empty, requests
+    must be addressed to a loopback name or to `host`, the listening address. If `api_keys` is
+    empty, a web page on another machine may send requests only if the page's origin (in lowercase)
+    is in `origins`. If `shares_cache` is true, prompts may reuse rows cached for other clients.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -138,9 +138,9 @@ class AccessMiddleware:
 def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
     """Return an error if the rules reject the request, or None if they accept it.
 
-    Without keys, the Host header must name this machine. This check blocks DNS rebinding. If a web
-    page sent the request, the page's origin must be allowed. A server that listens on 0.0.0.0
-    accepts any IP address in the Host header, because DNS rebinding requires a host name.
+    If no API keys are set, the Host header must name this machine. This check blocks DNS
+    rebinding. A request from a web page must have an allowed origin. A server that listens on
+    0.0.0.0 accepts any IP address in the Host header, because DNS rebinding requires a host name.
     """
     headers = Headers(scope=scope)
     if "content-length" in headers and "transfer-encoding" in headers:

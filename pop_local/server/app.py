@@ -161,7 +161,7 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that stops all answers after a signal, and kills the process if it hangs."""
+    """A uvicorn server. A signal stops all answers and, if a model hangs, kills the process."""
 
     models: ModelPool
     end: threading.Timer | None = None

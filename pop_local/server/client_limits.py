@@ -12,9 +12,9 @@ from pop_local.server.api_errors import ApiError
 class ClientLimiter:
     """A limiter for concurrent work, with a total limit and a limit per client.
 
-    Each request waits until its client is below the client's limit, and then until all clients
-    together are below the total limit. A client with many waiting requests therefore does not
-    delay other clients.
+    Each request first waits until its client has fewer running requests than the limit per client.
+    The request then waits until the total number of running requests is below the total limit. A
+    client with many waiting requests therefore does not delay other clients.
     """
 
     def __init__(self, total: float, per_client: int, max_waiting: int) -> None:

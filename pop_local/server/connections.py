@@ -1,4 +1,4 @@
-"""HTTP connections with limits on their number and on the time to receive a request."""
+"""HTTP connections, limited in number and in the time that a request may take to arrive."""
 
 import asyncio
 import sys

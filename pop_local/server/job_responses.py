@@ -1,4 +1,4 @@
-"""Build complete and streamed responses from jobs' chunks."""
+"""Create HTTP responses from jobs' chunks, either as one JSON object or as a stream."""
 
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Find a server's models by name and describe them from their file headers."""
+"""Find a server's models by name, and read the models' properties from the file headers."""
 
 import os
 from collections.abc import Mapping
@@ -128,7 +128,7 @@ def _described(
 
 
 def models_in(folder: Path) -> dict[str, Path]:
-    """Return the first file of each model in a folder, by the name that `pop-local list` shows."""
+    """Map the name of each model in a folder, as `pop-local list` shows it, to its first file."""
     found = sorted(models_by_name(folder).items(), key=lambda each: each[0].lower())
     return {printable(name): files[0] for name, files in found if "mmproj" not in name}
 

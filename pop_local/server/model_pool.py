@@ -41,8 +41,8 @@ class ModelRegistry:
 
     `max_waiting` is the maximum queue length. `repeatable` is the default value of the request
     field `repeatable`. `ram_bytes` limits the total memory of all open models. A model that needs
-    more memory than `ram_bytes` is opened alone. If `strict_model` is true, requests for unknown
-    models are refused instead of being answered by the default model.
+    more memory than `ram_bytes` is opened only when no other model is open. If `strict_model` is
+    true, requests for unknown models are refused rather than sent to the default model.
     """
 
     files: Callable[[], Mapping[str, Path]]
@@ -106,7 +106,7 @@ class Lease:
         self.served.set_result(served)
 
     def refuse(self, error: ApiError) -> None:
-        """Fail the waiting request with an error, unless the lease was granted or has ended."""
+        """Answer the request with an error if the request is still waiting for its model."""
         if not self.served.done():
             self.served.set_exception(error)
 
@@ -272,7 +272,7 @@ class ModelPool:
         return [lease for lease in self._waiting if not lease.served.done()]
 
     def n_waiting(self) -> int:
-        """Return the number of requests waiting for a slot or for a closed model to open."""
+        """Return the number of requests that wait for a slot or for a model to be opened."""
         return len(self._still_waiting()) + sum(one.worker.n_waiting() for one in self.loaded)
 
     def _grant(self, lease: Lease, served: ServedModel) -> None:
@@ -286,7 +286,7 @@ class ModelPool:
         self._advance()
 
     def _advance(self) -> None:
-        """Grant the pending leases in order until a model must be opened, and open that model."""
+        """Grant the pending leases in order. Open the first model that must be opened."""
         while self._change is None and not self._stopping.is_set():
             self._waiting = self._still_waiting()
             if not self._waiting:
@@ -306,8 +306,8 @@ class ModelPool:
     def _to_close(self, lease: Lease) -> list[ServedModel] | None:
         """Return the idle models that must be closed before the lease's model can be opened.
 
-        Returns None if busy models leave too little memory, or if the leased model is busy and its
-        file was replaced.
+        Returns None if busy models leave too little memory. Also returns None if the leased model
+        is busy and its file has been replaced.
         """
         limit = self.registry.ram_bytes
         n_bytes = lease.needed_bytes + sum(served.needed_bytes for served in self.loaded)
@@ -407,8 +407,8 @@ class ModelPool:
     def health(self) -> dict[str, Any]:
         """Return /health's fields. Raises ApiError if a model hangs or the only model is unusable.
 
-        `replaced` lists the open models whose files were replaced. The next request for a
-        replaced model reopens the model.
+        `replaced` lists the open models whose files were replaced. If a model's file was replaced,
+        the model is reopened for its next request.
         """
         in_memory = [*self.loaded, *self._closing]
         if hung_s := max((served.worker.hung_s() for served in in_memory), default=0.0):

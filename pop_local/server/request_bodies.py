@@ -155,7 +155,7 @@ class ChatTool(LenientBody):
 
 
 def keep_tool_types(*types: str | None) -> BeforeValidator:
-    """Return a validator that drops tools with a type outside `types`, such as a vendor's tools."""
+    """Return a validator that drops vendor-specific tools, whose types are not in `types`."""
 
     def kept(tools: Any) -> Any:
         if not isinstance(tools, list):
@@ -197,7 +197,7 @@ class ChatMessage(LenientBody):
 
     @property
     def image_urls(self) -> list[tuple[int, str]]:
-        """Each image's offset in the text and its URL."""
+        """Return an (offset, URL) pair for each image. Offsets are positions in `text`."""
         found: list[tuple[int, str]] = []
         offset = n_texts = 0
         for part in self.content or ():
@@ -405,7 +405,7 @@ Prompts = Annotated[
 
 
 def as_prompts(prompt: Any) -> list[str | list[int | str]]:
-    """Return one or more prompts as a list of strings or token lists."""
+    """Return the prompts as a list. Each prompt is a string or a list of tokens."""
     is_one = isinstance(prompt, str) or not prompt or any(isinstance(each, int) for each in prompt)
     return [prompt] if is_one else prompt
 

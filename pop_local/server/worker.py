@@ -57,8 +57,8 @@ class Job:
     """A queued or running task. A worker thread writes the answer, and the event loop reads it.
 
     `id` is random and unique. `queued_s` is the time in the queue (0 until the task runs). `read`
-    contains the number of rows prefilled so far and the total to prefill. `read_s` is the prefill
-    time so far. `place` returns a job's position in the queue.
+    contains the number of rows prefilled so far and the total number of rows to prefill. `read_s`
+    is the prefill time so far. `place` returns a job's position in the queue.
     """
 
     def __init__(self, task: Task, place: Callable[["Job"], int] = lambda _: 0) -> None:
@@ -142,7 +142,7 @@ class Job:
 
 
 class Worker(threading.Thread):
-    """The threads that run a model's jobs, one per sequence.
+    """The threads that run a model's jobs. Each sequence has one thread.
 
     The thread that holds `_turn` waits for the next job. Threads with jobs take turns reading
     prompts, but they decode their answers together.

@@ -1,4 +1,4 @@
-"""Carriers: synthetic documents of prose and random values, with questions about the values.
+"""Carriers: synthetic documents with prose, random values, and questions about the values.
 
 A model cannot guess a value, so it must copy the answer from the document. Half of the layouts and
 words are used only for fitting and training (`Use.FITTING`). The other layouts and words are used
@@ -32,7 +32,7 @@ _PROSE_SHARE = 0.5
 class LookupQuestion:
     """A question whose answer is an exact string from the document.
 
-    `stem` is the start of the answer sentence. `answer` follows `stem` after a space. `kind` is
+    `stem` is the start of the answer sentence. A space separates `stem` from `answer`. `kind` is
     one of `KINDS`, and `layout` is the name of the block's layout.
     """
 
@@ -97,7 +97,7 @@ def make_carrier(
 
 
 def with_answers(carrier: Carrier) -> tuple[str, list[Span]]:
-    """Return text for fitting projections, and the answers' positions in the text.
+    """Return text on which projections can be fitted, and the answers' positions in the text.
 
     The text is the document with its questions and answers.
     """

@@ -161,11 +161,11 @@ def _table(table: Any) -> str:
 
 
 def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
-    """Return one list of texts per path. A folder's list has one text for each kind of file.
+    """Return one list of strings per path. A folder's list contains one string per kind of file.
 
     Files of the same kind share a top-level subfolder and a suffix. They are read in a fixed
     pseudorandom order until their text reaches `most_chars` characters. Binary files, duplicates,
-    and hidden files are skipped. Raises PopError if a path is unreadable or adds no new text.
+    and hidden files are skipped. Raises PopError if a path cannot be read or has no new text.
     """
     seen: set[str] = set()
     found: list[list[str]] = []
@@ -202,7 +202,7 @@ def _in_folder(folder: Path, most_chars: int, seen: set[str]) -> list[str]:
 
 
 def _new(text: str, seen: set[str]) -> list[str]:
-    """Return the text in a list, or an empty list if the text is a duplicate."""
+    """Return `[text]`, or an empty list if the text is a duplicate."""
     sha256 = _sha256(text)
     if sha256 in seen:
         return []

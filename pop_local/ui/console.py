@@ -51,7 +51,7 @@ err = _console(stderr=True)
 
 
 def printable(text: str, *, kept: str = "") -> str:
-    """Escape characters that control a terminal or cannot be encoded. Leave `kept` unchanged.
+    """Escape all characters that control a terminal or cannot be encoded. Leave `kept` unchanged.
 
     Names, metadata, and error messages from files and servers are untrusted text.
     """

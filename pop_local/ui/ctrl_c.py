@@ -18,8 +18,8 @@ class CtrlC:
 def deferred_interrupt() -> Iterator[CtrlC]:
     """Record the first Ctrl-C, and raise KeyboardInterrupt on the second.
 
-    An exception between a decode and its bookkeeping would corrupt the KV cache. A process that
-    ignores Ctrl-C, such as a shell script's background job, continues to ignore it.
+    An exception between a decode and its bookkeeping would corrupt the KV cache. If the process
+    already ignores Ctrl-C (as a shell script's background job does), the function changes nothing.
     """
     interrupt = CtrlC()
     is_main = threading.current_thread() is threading.main_thread()

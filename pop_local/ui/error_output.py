@@ -26,7 +26,7 @@ EXIT_PIPE_CLOSED = 141
 
 @contextmanager
 def guard(*, debug: bool) -> Iterator[None]:
-    """Run a command. On failure, print two lines on stderr and exit with code 1.
+    """Run a command. On failure, print two lines to stderr and exit with code 1.
 
     If `debug` is set, the traceback and llama.cpp's log also go to stderr.
     """

@@ -32,7 +32,7 @@ OPTION_ALIASES = {
 
 @dataclass(frozen=True)
 class Listed:
-    """A command's panel and description in the list of commands, and its example arguments."""
+    """A command's entry in the list of commands (panel and description), and example arguments."""
 
     panel: str
     words: str

@@ -1,4 +1,4 @@
-"""Print tables (as text or Markdown), facts, and JSON."""
+"""Print tables (as text or Markdown), labeled values, and JSON."""
 
 from __future__ import annotations
 

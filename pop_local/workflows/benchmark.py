@@ -166,7 +166,7 @@ def _context(source: Source, options: BenchOptions) -> int:
 
 
 def _backend(model: PopModel, hardware: Hardware) -> tuple[str, str]:
-    """Return descriptions of the device and of the CPU kernels ("" on a GPU)."""
+    """Describe the device and the CPU kernels. On a GPU, the second string is "" instead."""
     found = devices()
     gpus = [device for device in found if device.is_gpu]
     device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]

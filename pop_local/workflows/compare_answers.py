@@ -27,9 +27,9 @@ def compare_answers(
     """Compare full and pruned answers to the prompts in a file (see `read_prompts`).
 
     The model must be converted. A prefix shared by consecutive prompts is prefilled only once.
-    `max_tokens` limits the length of each answer. `n_ctx` is the context length in tokens (default:
-    the model's, up to 8,192). `mmproj` is the image encoder (default: the mmproj next to the
-    model). Raises PopError or StoppedError.
+    `max_tokens` limits the length of each answer. `n_ctx` is the context length in tokens
+    (default: the model's context length or 8,192, whichever is smaller). `mmproj` is the image
+    encoder (default: the mmproj next to the model). Raises PopError or StoppedError.
     """
     given = read_prompts(Path(prompts))
     files = model_files(os.fspath(model), sidecar, watch)

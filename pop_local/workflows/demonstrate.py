@@ -50,10 +50,10 @@ class Demonstration:
 
 
 def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
-    """Answer the question `n_pairs` times with and without pruning, in alternating order.
+    """Answer the question `n_pairs` times with pruning and `n_pairs` times without pruning.
 
-    Leaves pruning on. Raises StoppedError. Raises PopError if the model has not been converted,
-    or if the row counters show unexpected values.
+    The order alternates between pairs. Leaves pruning on. Raises StoppedError. Raises PopError if
+    the model has not been converted, or if the row counters show unexpected values.
     """
     files, boundary = opened.engine.context.files, opened.engine.pruning.boundary
     if opened.engine.pruning.exact:

@@ -47,7 +47,8 @@ class EvaluateOptions:
 class Evaluation:
     """A model's loss from pruning at one boundary.
 
-    `speedup_limit` is a full prefill's multiply-accumulates divided by a pruned prefill's.
+    `speedup_limit` is the number of multiply-accumulates in a full prefill, divided by the number
+    in a pruned prefill.
     """
 
     model: Path

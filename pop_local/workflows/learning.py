@@ -80,7 +80,7 @@ class _LearnedFitter(PlanFitter):
 
 @dataclass
 class _LookupSums:
-    """Learned sums that also cover windows of look-ups.
+    """Learned sums to which look-up windows are added.
 
     The user's prompts might not contain look-ups. `is_saved` is true if the file contains the sums.
     `n_done` is the number of windows added so far.
@@ -94,7 +94,7 @@ class _LookupSums:
         """Add the remaining windows and return the sums. Raises PopError or StoppedError.
 
         The windows are weighted so that at least one in every SHARE rows comes from look-ups. The
-        windows do not increase a Gram matrix's `n_rows`.
+        windows do not count toward a Gram matrix's `n_rows`.
         """
         summing, grams, wides = learner.summing, self.sums.grams, self.sums.wides
         boundaries = grams.keys() & set(learner.boundaries)

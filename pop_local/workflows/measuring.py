@@ -1,4 +1,4 @@
-"""Open models for measurement, and convert results to the metrics stored in model files."""
+"""Open a model to measure it, and convert the results to the metrics stored in model files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from pop_local.workflows.hardware import Hardware
 def opened(
     files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any
 ) -> Iterator[PopModel]:
-    """Open a model for work that `watch.should_stop` can stop. `options`: see EngineOptions."""
+    """Open a model that `watch.should_stop` can interrupt. `options`: see EngineOptions."""
     options |= {"reuse": Reuse.EXACT, "sidecar": files.sidecar}  # stale rows would add to the loss
     model = PopModel(EngineOptions.of(files.path, **vars(hardware), **options))
     with model, stopped_by(watch.should_stop):

@@ -123,7 +123,7 @@ def model_files(
 ) -> ModelFiles:
     """Return the model's files. A note reports which sidecar was found, if any. Raises PopError.
 
-    If `names_shipped` is false, no note reports a sidecar that ships with pop-local.
+    If `names_shipped` is false, a sidecar that ships with pop-local is not mentioned.
     """
     files = _files(model, sidecar, watch)
     if files.sidecar is not None and sidecar is None:

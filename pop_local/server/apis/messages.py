@@ -88,7 +88,7 @@ class AnthropicMessage(bodies.LenientBody):
     content: _blocks(_Shown | ToolUseBlock | ToolResultBlock | ThinkingBlock)  # type: ignore[valid-type]
 
     def chat_messages(self) -> Iterator[Json]:
-        """Convert this message to chat messages. Tool results precede the user's text."""
+        """Yield equivalent messages in the chat format. Tool results precede the user's text."""
         shown: list[Json] = []
         calls: list[Json] = []
         for block in self.content:

@@ -96,7 +96,7 @@ class ResponsesTool(bodies.FunctionSpec):
 
 
 def _names_of_unused(tools: Any) -> list[str]:
-    """Return the names or types of tools that are left out of prompts (such as web_search)."""
+    """Return the name or type of each tool, such as web_search, that is left out of the prompt."""
     given = [one for one in tools if isinstance(one, dict)] if isinstance(tools, list) else []
     unused = [one for one in given if one.get("type") != "function"]
     return [str(one.get("name") or one.get("type")) for one in unused]
@@ -176,7 +176,7 @@ class ResponsesBody(bodies.ModelRequest):
 
 
 class StoredResponse(NamedTuple):
-    """A response, its input items, and all messages in the conversation, including the response.
+    """A response, its input items, and the messages in the conversation up to that response.
 
     Only requests with the cache scope `owner` may use the response.
     """

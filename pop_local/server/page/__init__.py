@@ -1,1 +1,1 @@
-"""The chat page at /, and the endpoint that reads files uploaded to it."""
+"""The chat page at /, and the endpoint that reads the files that users upload on the page."""

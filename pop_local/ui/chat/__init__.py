@@ -1,1 +1,1 @@
-"""The chat in the terminal."""
+"""An interactive chat in the terminal."""

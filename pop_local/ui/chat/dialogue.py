@@ -37,8 +37,8 @@ Ask = Callable[..., Stream]
 class Dialogue:
     """A session with its sampling options and the attachments for the next question.
 
-    `refill`: "idle" (the cache catches up while the user types) or "off". /save overwrites the
-    session named `saved_as` without confirmation.
+    If `refill` is "idle", pruned rows are completed while the user types (default: "off"). /save
+    overwrites the session named `saved_as` without confirmation.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class Dialogue:
 
 
 def pruning_state(model: PopModel) -> str:
-    """Return a sentence that describes whether prompt tokens skip layers."""
+    """Return a sentence that states whether prompt tokens skip layers."""
     pruning = model.engine.pruning
     is_off = pruning.mode is Mode.OFF
     if pruning.exact and is_off:

@@ -54,7 +54,7 @@ def idling(chat: Dialogue) -> Iterator[None]:
 
 
 def _join(thread: threading.Thread) -> None:
-    """Wait for the thread even after Ctrl-C, because the thread uses the model."""
+    """Wait for the thread even after Ctrl-C, because the thread may still be using the model."""
     interrupted = False
     while thread.is_alive():
         try:

@@ -162,7 +162,7 @@ class Unsaved:
         return False
 
     def _is_last(self, chat: Dialogue, stored: SavedFile, n_older: int) -> bool:
-        """Offer one conversation. Return True to end the offers, or False to continue them."""
+        """Offer one conversation to the user. Return True if no other should be offered."""
         assert stored.session is not None, "the file is damaged"
         name, turns = stored.session.model, stored.session.conversation.turns
         date, n_turns = _changed(stored), _turns(len(turns))

@@ -1,4 +1,4 @@
-"""The output of `analyze`: either JSON, or a table, facts, and a summary."""
+"""The output of `analyze`: a JSON object, or a report with a table, details, and a summary."""
 
 from __future__ import annotations
 

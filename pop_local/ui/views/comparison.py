@@ -1,4 +1,4 @@
-"""The output of `compare`: either JSON, or a table of differences, facts, and a verdict."""
+"""The output of `compare`: a JSON object, or a report with a table, details, and a verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output of `convert`: the plan, the tried candidates, and the result, as text and JSON."""
+"""The output of `convert` as text and JSON: the plan, the candidates, and the result."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def show_trials(trials: Sequence[Trial], *, as_markdown: bool = False) -> None:
 
 
 def trial_json(trial: Trial) -> dict[str, Any]:
-    """Return a candidate as a JSON object, including all figures that have a limit."""
+    """Return a candidate as a JSON object, including all metrics that a budget can limit."""
     plan, found = trial.plan, figures(trial.quality)
     return {
         **fields_of(plan, "boundary", "n_skipped", "projection"),
@@ -181,7 +181,7 @@ def _plan_facts(conversion: Conversion, plan: Plan, sizes: FileSizes) -> list[Fa
 
 
 def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str:
-    """Describe a plan's speedup limit. `most`: the speedup limit with the most skipped layers."""
+    """Describe a speedup limit. `most`: the limit with the maximum number of skipped layers."""
     if conversion.not_counted:
         return f"unknown: {conversion.not_counted}"
     limit = f"up to {plan.speedup_limit:.2f}x"
@@ -197,7 +197,7 @@ def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """Describe a plan as a list of labeled facts. `where`: facts about the first skipped layer."""
+    """Describe a plan as a list of labeled values. `where`: values for the first skipped layer."""
     form, read = conversion.options.output, size(conversion.sizes.source_bytes)
     opened_by = "stock llama.cpp can also open the copy"
     if form == "sidecar":
@@ -218,7 +218,7 @@ def _facts(
 
 
 def fit_facts(conversion: Conversion) -> Iterator[Fact]:
-    """Yield facts about a planned fit's text and memory."""
+    """Describe a planned fit's text and memory."""
     plan, fit, needs = conversion.deepest, conversion.fit, conversion.needs
     if fit is None or needs is None:
         return
@@ -233,7 +233,7 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
 
 
 def skipping_facts(found: SkippableLayers) -> list[Fact]:
-    """Return facts about the skippable layers and the values that they still compute."""
+    """Describe the skippable layers, and the values that are still computed in these layers."""
     layers = f"layers {found.first} to {found.last}"
     if found.exact:
         layers = f"{layers} (skipping layers {found.exact} and up causes no loss)"
@@ -264,7 +264,7 @@ def full_fact(rows: Plan | PopMeta) -> Fact:
 
 
 def measured_facts(meta: PopMeta) -> Iterator[Fact]:
-    """Yield facts about a file's measured quality, if any."""
+    """Describe the quality measurements in a file. Yield nothing if the file contains none."""
     if (found := meta.measured) is None:
         return
     kl, ratio = f"{found.kl_mean:.4f} ± {found.kl_se:.4f}", f"{found.ppl_ratio:.3f}"

@@ -70,7 +70,7 @@ class ConvertOptions:
 class Conversion:
     """A planned conversion, before any measurement or output.
 
-    `plans` contains one plan for a named boundary, or all plans of a search.
+    `plans` contains one plan if the goal names a boundary, or all plans of the search otherwise.
     """
 
     source: Source
@@ -93,7 +93,7 @@ class Conversion:
 
     @property
     def is_named(self) -> bool:
-        """Return True if the goal names a boundary, so that no search is needed."""
+        """Return True if the goal names a boundary, in which case no search is needed."""
         goal = self.options.goal
         return not (isinstance(goal, Within) and goal.at is None)
 
@@ -103,7 +103,7 @@ class Conversion:
 
     @cached_property
     def not_counted(self) -> str:
-        """Return the reason why the plans' work cannot be counted, or "" if it can."""
+        """Return the error message if the compute cost cannot be calculated, or "" otherwise."""
         try:
             _ = self.deepest.speedup_limit
         except PopError as error:
@@ -112,14 +112,14 @@ class Conversion:
 
     @cached_property
     def needs(self) -> costs.FitNeeds | None:
-        """Return the cost of all fits, or None if there are no fits or the cost is unknown."""
+        """Return the total cost of the fits, or None if there are none or the cost is unknown."""
         if self.fit is None or not self._fitted or self.not_counted:
             return None
         return costs.fit_needs(self._fitted, self.source, self.fit)
 
     @cached_property
     def fit_seconds(self) -> float | None:
-        """Return the estimated duration of all fits in seconds."""
+        """Return the estimated total time of all fits, in seconds."""
         return None if self.fit_work is None else sum(self.fit_work) / costs.macs_per_s()
 
     @property
@@ -130,7 +130,7 @@ class Conversion:
         return costs.fit_work(self._fitted, self.fit, self.needs)
 
     def limit(self, plan: Plan) -> float | None:
-        """Return a plan's maximum speedup, or None if the plan's work cannot be counted."""
+        """Return a plan's maximum speedup, or None if the plan's compute cost is unknown."""
         return None if self.not_counted else plan.speedup_limit
 
     @cached_property
@@ -146,11 +146,11 @@ class Conversion:
 
     @cached_property
     def sizes(self) -> FileSizes:
-        """Return the sizes of the model and the output for the deepest plan."""
+        """Return the size of the model, and of the output that the deepest plan would produce."""
         return self.sizes_of(self.deepest)
 
     def sizes_of(self, plan: Plan) -> FileSizes:
-        """Return the sizes of the model and the output for the given plan."""
+        """Return the size of the model, and of the output that the given plan would produce."""
         kv_type = (self.fit or FitOptions()).kv_type
         measure = measure_sidecar if self.is_sidecar else measure_copy
         return measure(plan, self.path, kv_type)
@@ -164,7 +164,7 @@ class Conversion:
         return "Reading the model" if self.is_sidecar else "Writing and verifying"
 
     def files(self, written: Path) -> ModelFiles:
-        """Return the model files to open after the output is written."""
+        """Return the converted model's files. `written`: the path of the output file."""
         return ModelFiles(self.path, written) if self.is_sidecar else ModelFiles(written)
 
 

@@ -24,7 +24,7 @@ class FullModel:
 
     `settings` contains the maximum number of windows. `text` is the text to score (default: the
     shipped held-out text). Computing the scores on first use may raise PopError or StoppedError.
-    If the computation is stopped, the next use resumes it.
+    If the computation is stopped, it resumes when the scores are used again.
     """
 
     runner: TrialRunner

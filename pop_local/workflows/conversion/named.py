@@ -1,4 +1,4 @@
-"""Convert at a named boundary: fit the projections, measure the loss, and write the file."""
+"""Convert a model at a given boundary: fit projections, measure the loss, and write the file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +26,10 @@ N_DOCUMENTS = 5
 
 
 def write_named(run: ConversionRun) -> Converted:
-    """Fit, measure, and write the model at a named boundary. A model without a fit is not measured.
+    """Fit projections at the plan's boundary, measure the loss, and write the model.
 
-    Raises PopError or StoppedError. Raises CopyingBrokenError if the model can no longer copy from
-    its prompt, unless `run.force` is true.
+    The loss of a model without a fit is not measured. Raises PopError or StoppedError. Raises
+    CopyingBrokenError if the model can no longer copy from its prompt, unless `run.force` is true.
     """
     [plan] = run.conversion.plans
     if plan.projection == Projection.OWN:

@@ -3,14 +3,14 @@
 A candidate is a boundary with its projections and deep rows. The search follows these rules:
 
 1. Each candidate is measured with its final sidecar, first on held-out text and then on look-ups.
-2. Bisection (`budget.undecided`) assumes that skipping more layers never improves quality. Until a
-   candidate fails the look-ups, bisection measures candidates on held-out text only.
+2. Bisection (`budget.undecided`) assumes that skipping more layers never improves quality.
+   Candidates are measured on held-out text only, until one candidate fails the look-up test.
 3. If memory allows, each pass over the text also fits the boundaries that bisection may need next.
-4. Optional distillation starts at the fastest candidate and continues with deeper boundaries until
-   a candidate exceeds the budget or an error occurs.
+4. If distillation is enabled, the search distills the fastest candidate first. Candidates at deeper
+   boundaries follow until one of them exceeds the budget or an error occurs.
 5. Finally, the search tries `deep_rows` settings that select fewer rows. For each setting, the
    search starts at the deepest boundary within the budget. The search then tries boundaries with
-   fewer skipped layers until a candidate is within the budget or too slow to win.
+   fewer skipped layers until a candidate is within the budget or is not faster than the best one.
 6. The fastest candidate within the budget wins. Among equally fast candidates, a distilled one wins
    unless its KL is larger by more than the standard error. Otherwise, the smallest KL breaks a tie.
 """
@@ -201,7 +201,7 @@ class Search:
     def settle(self, candidate: Candidate, n_after: int) -> bool:
         """Measure the candidate on text and look-ups. Return True if the budget is met.
 
-        If the loss on text already exceeds the budget, look-ups are not run. `n_after` is the
+        If the loss on text already exceeds the budget, the look-ups are skipped. `n_after` is the
         expected number of later candidates.
         """
         self._expect([MEASURING, RUNNING_LOOKUPS], n_after)
@@ -247,7 +247,7 @@ class Search:
                 candidate.is_inside = False
 
     def _expect(self, stages: Sequence[str], n_candidates: int) -> None:
-        """Report the expected `stages`, plus two measuring stages for each further candidate."""
+        """Report the expected stages: `stages`, and then two measurements per later candidate."""
         more = [MEASURING, RUNNING_LOOKUPS] * n_candidates
         self.runner.watch.on_expected([*stages, *more])
 
@@ -258,7 +258,7 @@ class Search:
     def _verdicts(self) -> dict[int, bool]:
         """Return the verdict on each measured boundary.
 
-        Once any look-ups have been run, omits passing candidates whose look-ups have not been run.
+        Once any candidate has look-up results, candidates that pass on text alone are omitted.
         """
         return {
             each.boundary: each.is_inside
@@ -268,9 +268,9 @@ class Search:
         }
 
     def _to_distill(self) -> list[Candidate]:
-        """Return candidates to distill, starting at the fastest candidate's boundary.
+        """Return the candidates to distill, from the fastest candidate's boundary to the deepest.
 
-        If no candidate is within the budget, start at the first measured boundary.
+        If no candidate is within the budget, the list starts at the first measured boundary.
         """
         first = (self.fastest() if self.inside else self.judged[0]).boundary
         plain = [it for it in self.plain if it.fitted and it.boundary <= first]

@@ -39,17 +39,17 @@ class ExpectedStage(NamedTuple):
 
 
 def n_expected(boundaries: Sequence[int]) -> int:
-    """Return the number of boundaries that bisection should measure after `boundaries[0]`.
+    """Estimate the number of boundaries that bisection will measure after `boundaries[0]`.
 
-    If `boundaries[0]` is within the budget, bisection measures only deeper boundaries. Otherwise,
-    bisection may measure boundaries on both sides.
+    The estimate is the mean of two cases. If the loss at `boundaries[0]` is within the budget,
+    only deeper boundaries remain. Otherwise, half of the boundaries are assumed to remain.
     """
     n_if_inside = sum(each < boundaries[0] for each in boundaries).bit_length()
     return (n_if_inside + (len(boundaries) // 2).bit_length() + 1) // 2
 
 
 def planned_stages(planned: Conversion) -> list[ExpectedStage]:
-    """Return the expected stages in order, or [] if fits are distilled or the work is unknown."""
+    """Return the expected stages in order, or [] if fits are distilled or the cost is unknown."""
     if planned.not_counted or planned.options.distiller:
         return []
     settings, asked, plan = QualitySettings(), LookupSettings(), planned.deepest
