@@ -325,7 +325,7 @@ def test_only_allowed_tools_are_called(client, mode):
         (
             "double(n=4)",
             "stop",
-            "no tool call: the call to double has an unknown format or is followed by text",
+            'no tool call: the call to "double" has an unknown format or is followed by text',
         ),
         ("I double it.", "stop", " tokens generated"),
     ],

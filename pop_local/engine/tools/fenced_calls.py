@@ -25,7 +25,7 @@ def last_calls(text: str, tools: Sequence[Tool]) -> tuple[tuple[tuple[str, str],
         return (), ""
     *_, last = (None, *_FENCE.finditer(text))
     if last is None or last.end() < len(text):
-        return (), f"the call to {named[1]} has an unknown format or is followed by text"
+        return (), f'the call to "{named[1]}" has an unknown format or is followed by text'
     try:
         calls = [(name, json.dumps(given), {*given}) for name, given in _calls(last[1])]
     except (AttributeError, KeyError, RecursionError, SyntaxError, TypeError, ValueError):
