@@ -26,7 +26,7 @@ N_WINDOW = 512
 SEED = 0
 # Extra weight of answer tokens in the distillation loss.
 _ANSWER_WEIGHT = 3.0
-DEFAULT_NAME = "look-ups, Python's documentation and code, and text sampled from the model"
+DEFAULT_NAME = "look-ups, Python documentation, Python code, and text sampled from the model"
 # Maximum number of characters to tokenize for each token of a window.
 _MAX_CHARS_PER_TOKEN = 16
 _LEAST_DISTINCT = 16
@@ -143,7 +143,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
     carriers = carrier_windows(context, count // SHARE, N_WINDOW, groups[0][0], SEED).windows
     windows = np.concatenate([carriers, _spread(context, groups, count - len(carriers))])
     if windows.size < least:
-        found = f"{windows.size:,} tokens in complete windows of {N_WINDOW} tokens"
+        found = f"{windows.size:,} tokens in complete {N_WINDOW}-token windows"
         raise _too_short(paths, found, least)
     if np.unique(windows).size < _LEAST_DISTINCT:
         raise CalibrationError(
@@ -171,7 +171,7 @@ def require_text(paths: Sequence[Path], n_embd: int) -> None:
 
 def _too_short(paths: Sequence[Path], found: str, least: int) -> CalibrationError:
     return CalibrationError(
-        f"{_names(paths)} contains {found}, but this model needs {least:,} tokens",
+        f"{_names(paths)} contains only {found}, but this model needs at least {least:,} tokens",
         "use more text, or the default text",
     )
 

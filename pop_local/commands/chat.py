@@ -39,7 +39,7 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError:
-        note(f"Port {port} is in use. The page opens on another port, without your earlier chats.")
+        note(f"Port {port} is in use. The page opens on another port and shows no earlier chats.")
         port = 0
     serve_named(model, ServerOptions(port=port), opened, asked, show)
 
@@ -94,7 +94,7 @@ def chat(
             note(f"Images are enabled ({mmproj.name}). To attach an image, type /image PATH.")
         known, n_ctx = lookup(name), engine.context.n_ctx
         title = known.short_name if known else engine.context.files.path.stem
-        note(f"Ask {title} a question, or type /help. The context holds {n_ctx:,} tokens.")
+        note(f"Ask {title} a question, or type /help. The context length is {n_ctx:,} tokens.")
     try:
         talk(begun)
     finally:

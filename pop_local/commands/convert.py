@@ -40,13 +40,14 @@ QualityName = Literal["near-lossless", "balanced", "fast"]
 class HowOptions(Group):
     boundary: int | None = option("First layer to skip (default: determined by search).", "LAYER")
     quality: QualityName | None = option(
-        "Maximum quality loss: near-lossless, balanced, or fast (default:"
-        f" {BALANCED.quality}; unlimited with --boundary).",
+        "Quality level, which limits the loss: near-lossless, balanced, or fast (default:"
+        f" {BALANCED.quality}; no limit with --boundary).",
         "LEVEL",
     )
     projection: Projection | None = option(
-        "K/V projections for skipped layers. own: needs no fit, but loses more quality. fitted:"
-        " takes minutes. fitted-wide: uses more inputs (the default if the slowdown is small).",
+        "K/V projections for skipped layers. own: needs no fit, but reduces quality more than a fit"
+        " does. fitted: takes minutes. fitted-wide: uses more inputs than fitted; this is the"
+        " default if it is only slightly slower.",
         "KIND",
     )
     text: list[Path] | None = option(
@@ -147,7 +148,7 @@ def convert(
     own = opt.given(**vars(limits))
     fit = fitting.fit(how.text or ())
     if how.projection is Projection.OWN and (fit or how.distill):
-        raise typer.BadParameter("`--projection own` uses no fit. Remove the options for fitting.")
+        raise typer.BadParameter("`--projection own` uses no fit. Remove the fitting options.")
     fit = replace(fit or FitOptions(), projection=how.projection)
     distiller = None
     if how.distill:

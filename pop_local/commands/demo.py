@@ -47,6 +47,7 @@ def show_demonstration(found: Demonstration) -> None:
     pairs = ""
     if found.n_pairs > 1:
         pairs = f" (median of {found.n_pairs}, range {speedup.min:.2f}-{speedup.max:.2f})"
-    say(f"Speedup: {speedup.median:.2f}x{pairs}. The operation count predicts {found.limit:.2f}x.")
+    predicted = f"The operation count predicts a speedup of {found.limit:.2f}x."
+    say(f"Speedup: {speedup.median:.2f}x{pairs}. {predicted}")
     skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
-    say(f"Fast reading: {pop.n_pruned:,} of {found.n_prompt:,} tokens skipped {skipped}.")
+    say(f"Fast reading skipped {skipped} for {pop.n_pruned:,} of {found.n_prompt:,} tokens.")

@@ -154,7 +154,7 @@ def _kernels(name: str) -> Check:
         return Check("kernels", "Kernels", "note", f"{name}: {KERNELS_VARIABLE}={asked}", to_do)
     found = f"{name}, the fastest kernels in this build for this processor"
     if name == devices.NO_KERNELS:
-        found = "this build has no pop-local kernels for this processor, so it uses llama.cpp's"
+        found = "pop-local uses llama.cpp's kernels because this build has none for this processor"
     return Check("kernels", "Kernels", "ok", found)
 
 
@@ -165,14 +165,14 @@ def _threads(n_threads: int) -> Check:
     found = f"{found}; other processes are using {n_busy:.1f} CPUs"
     to_do = "expect slower answers and unreliable timings"
     if n_threads > 1:
-        to_do = f"{to_do}; a lower --threads value may be faster"
+        to_do = f"{to_do}; a lower --threads value may improve speed"
     return Check("threads", "Threads", "note", found, to_do)
 
 
 def _abi(abi: int | None) -> Check:
     if abi == backend.ABI:
         return Check("pop_abi", "Fast reading", "ok", f"patched, ABI {abi}")
-    found = "not available because this llama.cpp lacks pop-local's patches"
+    found = "not available because this build of llama.cpp lacks pop-local's patches"
     if abi is not None:
         found = f"the backend uses ABI {abi}, but pop-local needs ABI {backend.ABI}"
     return Check("pop_abi", "Fast reading", "fix", found, backend.INSTALL_HINT)

@@ -33,25 +33,25 @@ class ServerOptions(Group):
         show_envvar=True,
     )
     cache_scope: Literal["client", "shared"] = option(
-        "Who may reuse a cached prompt (default: client). client: only clients with the same API"
-        " key (or the same address if no keys are set). shared: all clients.",
+        "Which clients may reuse a cached prompt (default: client). client: only clients that use"
+        " the same API key (or, if no keys are set, the same address). shared: all clients.",
         "SCOPE",
         default="client",
     )
     name: str = expert("Model name in the APIs (default: the catalog or file name).", default="")
     strict_model: bool = expert("Reject requests that name an unknown model.", default=False)
     models: Path | None = option(
-        "Serve every model in this folder under the name that `list` shows. The server opens models"
-        " on demand. If you also pass MODEL, the server opens MODEL at startup and uses it for"
-        " requests without a model name. Otherwise, the server uses the most recently requested"
+        "Serve each model in this folder under its name in `pop-local list`. The server opens"
+        " models on demand. If you also pass MODEL, the server opens MODEL at startup and uses it"
+        " for requests without a model name. Otherwise, the server uses the most recently requested"
         " model.",
         "FOLDER",
         exists=True,
         file_okay=False,
     )
     ram: float | None = option(
-        "Memory limit for --models (default: one open model). The server closes idle models to free"
-        " memory.",
+        "Memory limit for --models. The server closes idle models to free memory. Without this"
+        " option, the server keeps only one model open.",
         "GIB",
         min=0.0,
         callback=opt.finite,
@@ -60,11 +60,11 @@ class ServerOptions(Group):
         "Allow this origin's web pages to send requests without a key (repeatable).", "ORIGIN"
     )
     cache_ram: int = expert(
-        "Memory for earlier prompts' caches (0: keep only the latest).", "MIB", min=0, default=2048
+        "Memory for prompt caches (0: keep only the latest cache).", "MIB", min=0, default=2048
     )
     parallel: int | None = option(
-        "Number of concurrent answers, each with its own context (default: 1 or 2). The default is"
-        " 2 if 8 GB of memory is free, --repeatable is off, and learning is off.",
+        "Number of concurrent answers, each with its own context. The default is 2 if 8 GB of"
+        " memory is free, --repeatable is off, and learning is off. Otherwise, the default is 1.",
         "N",
         min=1,
         max=64,

@@ -28,8 +28,8 @@ def positive(value: float | None) -> float | None:
 
 
 _SIDECAR = (
-    "Sidecar file (default: the file next to the model, or else a file that was learned from your"
-    " prompts or shipped with pop-local)."
+    "Sidecar file (default: the file next to the model; otherwise, a sidecar that was fitted to"
+    " your prompts or shipped with pop-local)."
 )
 MMPROJ = "Multimodal projector for images (default: mmproj*.gguf in the model's folder)."
 MARKDOWN = "Print tables as Markdown."
@@ -88,8 +88,8 @@ class OpenOptions(HardwareOptions):
 
     sidecar: Path | None = expert(_SIDECAR, "PATH")
     ctx: int | None = option(
-        "Context length in tokens (default: the context length that the model was trained with, or"
-        " the longest that fits in a quarter of the free memory).",
+        "Context length in tokens (default: the model's training context length, or less if that"
+        " length would need more than a quarter of the free memory).",
         min=1,
         max=MOST,
     )
@@ -112,8 +112,9 @@ class ModelOptions(OpenOptions):
         "Store statistics about prompts, but no text, to speed up later prompts.", default="off"
     )
     reuse: Reuse = expert(
-        "Cached tokens that a prompt may reuse (default: edited). off: reuse nothing. exact: reuse"
-        " a common prefix. edited: also reuse the text after an edit, with approximate values.",
+        "Which cached tokens a prompt may reuse (default: edited). off: reuse nothing. exact: reuse"
+        " a common prefix. edited: also reuse the tokens after an edit, although their cached"
+        " values are then approximate.",
         default=Reuse.EDITED,
     )
     cache_type_k: Literal["f16", "q8_0"] = expert(

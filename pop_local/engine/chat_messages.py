@@ -94,8 +94,8 @@ class TurnStats:
         stale = f" ({self.n_stale:,} stale)" if self.n_stale else ""
         counts = [f"{self.n_cached:,} cached{stale}"] if self.n_cached else []
         if self.n_skipped_exact:
-            skipped = f"{self.n_skipped_exact:,} losslessly skipped"
-            return ", ".join([*counts, f"{skipped} layers {self.exact_layer} and up"])
+            skipped = f"{self.n_skipped_exact:,} losslessly read without layers"
+            return ", ".join([*counts, f"{skipped} {self.exact_layer} and up"])
         if self.n_pruned:
             counts.append(f"{self.n_pruned:,} with fast reading")
         short = ["too short for fast reading"] if self.reading == "short" else []

@@ -26,7 +26,7 @@ def require_pooling(cache: KvCache) -> gguf.PoolingType:
     if kind == gguf.PoolingType.LAST:
         return gguf.PoolingType.LAST
     raise PopError(
-        "the model's pooling type is not supported", "use a model with mean or last-row pooling"
+        "the model's pooling type is not supported", "use a model with mean or last-token pooling"
     )
 
 

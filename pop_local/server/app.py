@@ -138,7 +138,7 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
         path = request.url.path
         if type(error) is HTTPException and error.status_code == 404:  # not an ApiError
             hint = nearest_hint(path[:_MAX_PATH], shown_paths, "see docs/server-reference.md")
-            error = ApiError(404, f"this server has no path {path[:_MAX_PATH]!r}; {hint}")
+            error = ApiError(404, f"unknown path {path[:_MAX_PATH]!r}; {hint}")
         return as_api_error(error).response(path)
 
     app = Starlette(

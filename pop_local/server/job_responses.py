@@ -111,7 +111,7 @@ class _AnswerParser:
         stats = last.stats
         assert stats is not None
         state.note = (
-            f"queued {job.queued_s:.2f} s, prompt {stats.n_prompt:,} tokens"
+            f"queued for {job.queued_s:.2f} s, {stats.n_prompt:,} prompt tokens"
             f" ({stats.left}), TTFT {stats.ttft_s:.2f} s,"
             f" {stats.n_decoded:,} tokens generated"
         )

@@ -16,13 +16,13 @@ class Metrics:
         seconds = partial(Histogram, buckets=_BUCKETS, registry=self.registry)
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
-        self._ttft = seconds("pop_ttft_seconds", "Time from starting prefill to the first token")
+        self._ttft = seconds("pop_ttft_seconds", "Time from prefill start to the first token")
         self.queued = seconds("pop_queue_seconds", "Time that requests spent in the queue")
         kinds = "Prompt tokens by kind: pruned, skipped without loss, read in full, or cached"
         prompt = counter("pop_prompt_tokens", kinds, ["kind"])
         statuses = "Requests by path and HTTP status (499: the client disconnected)"
         self.requests = counter("pop_requests", statuses, ["path", "status"])
-        catching_up = "Cached tokens that were run through the skipped layers between requests"
+        catching_up = "Cached tokens that ran through their skipped layers between requests"
         self.refilled = counter("pop_refilled_tokens", catching_up)
         self._of_answers = {  # keys are fields of TurnStats
             "n_pruned": prompt.labels("pruned"),

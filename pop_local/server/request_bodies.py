@@ -348,7 +348,7 @@ class ChatBody(GenerationBody):
             last = self.messages[-1]
             if last.role != "assistant" or last.tool_calls or last.image_urls:
                 raise ValueError(
-                    "continue_final_message requires a final assistant message with only text"
+                    "continue_final_message requires a text-only assistant message at the end"
                 )
         elif self.add_generation_prompt is False:
             raise ValueError("add_generation_prompt: false requires continue_final_message: true")
@@ -387,7 +387,7 @@ def _check_prompts(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     # A list of too many strings passes validation as MixedTokens.
     if found is None or len(as_prompts(found)) > MAX_TEXTS:
         raise ValueError(
-            f"send a string, a list of token ids, or a list of up to {MAX_TEXTS} such prompts"
+            f"send a string, a list of token ids, or a list of up to {MAX_TEXTS} of either"
         )
     return found
 

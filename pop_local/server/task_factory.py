@@ -103,7 +103,7 @@ class TaskFactory:
         if not self.model.engine.pruning.can_switch:
             no_keys = "the model has no pruning keys"
             if pop:
-                raise ApiError(400, f"the field pop must not be true: {no_keys}", param="pop")
+                raise ApiError(400, f'"pop" must not be true because {no_keys}', param="pop")
             return no_keys
         if pop is None and self._is_full:
             return "the server was started with --full"

@@ -351,7 +351,7 @@ class Worker(threading.Thread):
                     self._prefills.wait(queued, lambda: self._is_over(job))
             if 0 < n_done < n_rows and now_s - logged_s >= _LOG_S:
                 logged_s = now_s
-                log.info("%s prompt tokens, about %s s left", job.progress, job.left_s)
+                log.info("read %s of %s prompt tokens, about %s s left", *job.read, job.left_s)
 
         options = replace(task.options, should_stop=should_stop, on_prefill=has_read)
         if task.embeds:

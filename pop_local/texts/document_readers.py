@@ -175,7 +175,7 @@ def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
         found.append(texts)
         if not texts:
             raise PopError(
-                f"{path} contains no text, or only copies of earlier files",
+                f"{path} contains no text other than copies of files that were already read",
                 "pass another file, or a folder of text files",
             )
     return found

@@ -65,10 +65,10 @@ def test_a_table_shows_what_differs(pop_file, mine):
     assert done.exit_code == 0, done.stderr
     assert done.stdout.endswith(" Use --full to avoid any loss.\n")
     facts = " ".join(done.stdout.split())
-    right = "1 of 2 with full reading, 1 with fast reading"
-    only = "0 only with full reading, 0 only with fast reading"
+    right = "full reading: 1 of 2, fast reading: 1 of 2"
+    only = "right only with full reading: 0, only with fast reading: 0"
     assert f"Right answers {right} {only}" in facts
-    odds = "the probability that chance alone would cause such a difference"
+    odds = "the probability that chance alone would produce a difference this large"
     assert f"p = 1, {odds} (McNemar's exact test)" in facts
     assert "Read in full 2 of 3 prompts. Short or mostly cached prompts" in facts
     assert re.search(r"with fast reading \(\d+\.\d\dx; each prompt was timed once\)", facts)

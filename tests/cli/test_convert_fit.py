@@ -77,7 +77,7 @@ def test_the_shown_figures_are_those_stored(tiny, tmp_path, words, monkeypatch):
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.measured is not None
     assert f"KL {meta.measured.kl_mean:.4f} ± {meta.measured.kl_se:.4f}" in shown
-    right = f"correct top prediction for {meta.measured.copy_top1:.1%} of tokens"
+    right = f"the top prediction is correct for {meta.measured.copy_top1:.1%} of tokens"
     assert f"perplexity ratio {meta.measured.copy_ppl_ratio:.3f}, {right}" in shown
     assert shown.count("only pop-local can open") == 1
 

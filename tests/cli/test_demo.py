@@ -37,8 +37,8 @@ def test_the_real_model_answers_twice_and_the_program_leaves(smollm2):
     assert done.stdout.count("reading, the first token took") == 2
     assert "What rule was painted above the lamp-room door?" in done.stdout
     assert done.stdout.count("The light is never late") == 2, "both answers are in the document"
-    assert "x. The operation count predicts 1.21x." in done.stdout
-    assert "of 2,063 tokens skipped 7 of 30 layers." in done.stdout
+    assert "x. The operation count predicts a speedup of 1.21x." in done.stdout
+    assert " of 2,063 tokens." in done.stdout and "skipped 7 of 30 layers for " in done.stdout
 
 
 @pytest.fixture

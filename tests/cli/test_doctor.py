@@ -92,7 +92,7 @@ def test_unpatched_backend_must_be_fixed(install):
     install(abi=None)
     done = doctor()
     assert done.exit_code == 1
-    assert "this llama.cpp lacks pop-local's patches" in done.stdout
+    assert "this build of llama.cpp lacks pop-local's patches" in done.stdout
     assert "pip install ./patches/llama-cpp-python" in done.stdout
     found = json.loads(doctor("--json").stdout)
     assert found["ok"] is False
@@ -165,7 +165,7 @@ def test_the_variant_of_the_cpu_is_named(install):
         ("avx2", "avx2", "avx2: GGML_POP_KERNELS=avx2", "note"),
         ("amx", "avx-2", "amx: GGML_POP_KERNELS=avx-2", "note"),
         ("off", "0", "off: GGML_POP_KERNELS=0", "note"),
-        ("none", None, "this build has no pop-local kernels for this processor", "ok"),
+        ("none", None, "pop-local uses llama.cpp's kernels because this build has none", "ok"),
     ],
 )
 def test_the_kernels_are_named(install, monkeypatch, kernels, asked, found, status):

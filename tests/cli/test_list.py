@@ -80,7 +80,7 @@ def test_the_folder_is_shown_with_damaged_files(store):
     problems = {row[0]: row[3] for row in body if row[3] and row[3] != "not fetched"}
     assert list(problems) == ["cut", "new.gguf.partial", "page"]
     assert problems["cut"].startswith("is truncated")
-    assert "download is unfinished" in problems["new.gguf.partial"]
+    assert "download is incomplete" in problems["new.gguf.partial"]
     assert "not a GGUF file" in problems["page"]
     assert str(store) in done.stderr
 
@@ -288,7 +288,7 @@ def test_parts_of_the_catalog_are_shown_and_removed(store, name):
     shown = the("gemma-3-270m.Q4_K_M.gguf.parts", store)
     assert (shown.size_bytes, shown.problem) == (
         777,
-        "the download is unfinished: pull the model again",
+        "the download is incomplete: pull the model again",
     )
     done = pop_local("rm", name, "--yes", "--json")
     assert json.loads(done.stdout) == {"files": [str(parts)], "freed_bytes": 777}

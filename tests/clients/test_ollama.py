@@ -80,7 +80,7 @@ def test_errors_raise_response_error(client):
     assert caught.value.status_code == 400
     with pytest.raises(ollama.ResponseError, match="context is too small"):
         list(client.generate("tiny", "x" * 5000, stream=True))
-    with pytest.raises(ollama.ResponseError, match="no path"):
+    with pytest.raises(ollama.ResponseError, match="unknown path"):
         client.pull("tiny")
 
 

@@ -113,7 +113,7 @@ def test_grammar_bombs_do_not_delay_other_clients(model, monkeypatch):
     def slow(schema: Any) -> Grammar:
         if "bomb" in schema:
             assert may_end.wait(60)
-            raise GrammarError("the JSON schema takes more than 3 s or 512 MiB")
+            raise GrammarError("the JSON schema exceeds the limit (3 s or 512 MiB)")
         return of_schema(schema)
 
     monkeypatch.setattr(Grammar, "of_schema", slow)

@@ -174,7 +174,7 @@ def test_errors_have_ollama_shape(client, endpoint, body, reason):
 
 def test_access_errors_have_ollama_shape(client, full):
     missing = client.post("/api/pull", json={}).json()
-    assert missing.keys() == {"error"} and "no path '/api/pull'" in missing["error"]
+    assert missing.keys() == {"error"} and "unknown path '/api/pull'" in missing["error"]
     assert client.get("/api/chat").json() == {"error": "Method Not Allowed"}
     foreign = client.get("/api/tags", headers={"Host": "evil.example"})
     assert (foreign.status_code, foreign.json().keys()) == (403, {"error"})

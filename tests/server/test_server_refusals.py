@@ -84,7 +84,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"logit_bias": [[5, 1]] * 1025}, "logit_bias"),
         (HELLO | {"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs is"),
         (HELLO | {"json_schema": {"type": "hiccup"}}, "hiccup"),
-        (HELLO | {"continue_final_message": True}, "a final assistant message with only text"),
+        (HELLO | {"continue_final_message": True}, "a text-only assistant message at the end"),
         (
             HELLO | {"continue_final_message": True, "add_generation_prompt": True},
             "conflicts with add_generation_prompt",

@@ -70,12 +70,12 @@ class CacheStates:
         if state.model != self.keys.model:
             raise PopError(
                 "the state was saved with a different model or different options",
-                "read the prompt again",
+                "submit the prompt again",
             )
         if not self.keys.accepts(state.key):
             raise PopError(
                 f"the state was computed in {state.key}, but the model is in {self.keys.mode}",
-                "switch the model's mode first, or read the prompt again",
+                "switch the model's mode first, or submit the prompt again",
             )
         with self.cache.context.locked():
             self.cache.load(state)

@@ -114,7 +114,7 @@ class KvCache:
         if not self._forget_from(self.n_tokens):
             self.clear()
             raise PopError(
-                "the recurrent state is ahead of the cached tokens", "read the prompt again"
+                "the recurrent state is ahead of the cached tokens", "submit the prompt again"
             )
 
     def _forget_from(self, row: int) -> bool:
@@ -153,7 +153,7 @@ class KvCache:
         if not self.slot.cells.restore(state.cells, end) or self.slot.cells.end != end:
             self.clear()
             raise PopError(
-                "the saved state does not match this model and context", "read the prompt again"
+                "the saved state does not match this model and context", "submit the prompt again"
             )
         self._must_place = not (self.context.window or self.context.is_recurrent)
         self._tokens[:n] = state.tokens

@@ -133,7 +133,7 @@ def _called(noun: str, method: str, *arguments: Any) -> Any:
     try:
         return child.call(method, *arguments)
     except BeyondLimitsError as error:
-        raise GrammarError(f"{noun} takes more than {child.limits}", "simplify it") from error
+        raise GrammarError(f"{noun} exceeds the limit ({child.limits})", "simplify it") from error
     finally:
         _children.put(child)
 

@@ -77,7 +77,7 @@ class Picture:
         try:
             width, height, pixels = _decoder.call("rgb", content, self.name, most)
         except BeyondLimitsError as error:
-            message = f"decoding {self.name} takes more than {_decoder.limits}"
+            message = f"decoding {self.name} exceeds the limit ({_decoder.limits})"
             raise PopError(message, "scale the image down") from error
         return width, height, base64.b64decode(pixels)
 
@@ -103,7 +103,7 @@ def picture_of(content: bytes, name: str) -> Picture:
             width, height = height, width
     is_jpeg = content.startswith(b"\xff\xd8")
     if is_jpeg and len(_SCAN.findall(content)) * width * height > MAX_SCANNED:
-        raise PopError(f"{name} needs too many passes to decode", "save it as a baseline JPEG")
+        raise PopError(f"decoding {name} takes too many passes", "save it as a baseline JPEG")
     return Picture(name, content, width, height)
 
 
@@ -188,7 +188,7 @@ def _opened(content: bytes, name: str) -> "Iterator[Image]":
     except PopError:
         raise
     except MemoryError as error:
-        message = f"{name} needs too much memory to decode"
+        message = f"decoding {name} takes too much memory"
         raise PopError(message, "scale the image down") from error
     except Exception as error:  # decoders may raise any exception on damaged files
         raise PopError(

@@ -86,8 +86,8 @@ class LearnedFit:
     def __str__(self) -> str:
         learned = f"Learned from {self.n_rows:,} tokens in your prompts."
         when = "From now on" if is_learned(self.sidecar) else "Until the model is closed"
-        speedup = f"{self.speedup_limit:.1f} times as fast"
-        return f"{learned} {when}, pop-local reads prompts up to {speedup}."
+        times = f"up to {self.speedup_limit:.1f} times as fast"
+        return f"{learned} {when}, pop-local reads prompts {times}."
 
 
 class Fitter(Protocol):

@@ -65,7 +65,7 @@ class Sums:
             mine = self.grams.get(boundary, gram)
             ours, theirs = ({at: xy.shape for at, xy in each.xy.items()} for each in (mine, gram))
             if ours != theirs or not self.has_same_input(other, boundary):
-                log.warning("dropped the sums of %d rows because the inputs differ", gram.n_rows)
+                log.warning("dropped %d rows because earlier rows use other inputs", gram.n_rows)
             elif mine is gram:
                 self.grams[boundary] = gram
             else:
@@ -273,7 +273,7 @@ class Summing:
         state = tapped.states[boundary]
         if not np.isfinite(state).all():
             raise FitError(
-                f"the output of the model's layer {boundary - 1} is not finite",
+                f"the output of layer {boundary - 1} contains NaN or infinity",
                 DAMAGED_HINT,
                 cause="not-finite",
             )

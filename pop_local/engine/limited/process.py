@@ -36,7 +36,7 @@ def _python() -> str:
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
             "this frozen application cannot process templates, grammars, or large images",
-            "call multiprocessing.set_executable with a Python that can import pop_local",
+            "pass the path of an interpreter with pop_local to multiprocessing.set_executable",
         )
     return python
 

@@ -230,7 +230,7 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
     pointer = positions.ctypes.data_as(_POINTER)
     status = require_patched().llama_pop_run_deep(ctx, sequence, pointer, len(positions), False)
     if status not in (0, _ABORTED):
-        raise PopError(logs.first_error() or f"running the skipped layers failed (code {status})")
+        raise PopError(logs.first_error() or f"could not run the skipped layers (code {status})")
     return bool(status == 0)
 
 

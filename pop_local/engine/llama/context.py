@@ -252,7 +252,7 @@ class Context:
         """Raise PopError if called in a forked process or if a mapped file has changed."""
         if os.getpid() != self._opened_by:
             raise PopError(
-                "the model was opened by another process, and forking does not copy threads",
+                "the model was opened in another process, and forking does not copy threads",
                 "open the model in the process that uses it",
             )
         if replaced := self.files.replaced:

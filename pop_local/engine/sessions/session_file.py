@@ -168,7 +168,7 @@ class Sessions:
         if not _NAME.fullmatch(name):
             raise PopError(
                 f"{name!r} is not a valid session name",
-                "use up to 80 characters: letters, digits, spaces, and any of . _ + -",
+                "use up to 80 characters (letters, digits, spaces, _, +, -, or .)",
             )
         return self._folder / f"{name}{SUFFIX}"
 

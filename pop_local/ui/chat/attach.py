@@ -59,7 +59,8 @@ def _has_room(chat: Dialogue, n_tokens: int) -> bool:
         n_larger = larger_ctx(chat.model, n_tokens - room + chat.model.engine.context.n_ctx)
         larger = {"l": f"use a larger context (--ctx {n_larger})"} if n_larger else {}
         question = (
-            f"The attachment is {n_tokens - room:,} tokens too long ({max(0, room):,} tokens left)."
+            f"The attachment is {n_tokens - room:,} tokens too long"
+            f" (the context has room for {max(0, room):,} tokens)."
         )
         chosen = chat.screen.choose(question, {**larger, "s": "skip it"})
         if chosen != "l" or not n_larger or not chat.enlarge(n_larger):

@@ -25,7 +25,7 @@ from pop_local.workflows.learning import OnlineCalibration
 WARN_SHARE = 0.8
 # Strings that must be exact: four or more characters with a digit, e-mail addresses, paths.
 _EXACT_STRING = re.compile(r"\d[\w.,:/-]{3,}|\w{3,}\d|\w@\w|/\w+/\w")
-_OFFER = "Fast reading may alter numbers, names, and paths. For full reading, type /full on."
+_OFFER = "Fast reading may alter numbers, names, and paths. To read prompts in full, type /full on."
 
 
 # Opens a model by name (None: the current model) with a context in tokens (None: the default).
@@ -102,7 +102,7 @@ class Dialogue:
             self.screen.note(f"{fit} The fit takes effect after a restart ({error.message}).")
             return
         self.model.engine.set_refill(self.refill != "off")
-        self.screen.note(f"{fit} For full reading, type /full on.")
+        self.screen.note(f"{fit} To read prompts in full, type /full on.")
 
     def enlarge(self, n_ctx: int) -> bool:
         """Reopen the model with a larger context. Return False if the model cannot be reopened."""
@@ -240,11 +240,11 @@ def pruning_state(model: PopModel) -> str:
     if not pruning.boundary:
         return "Fast reading is not available because this model has not been converted."
     if is_off:
-        return "Fast reading is off: no layers are skipped. For fast reading, type /full off."
+        return "Fast reading is off: no layers are skipped. To turn it on, type /full off."
     n_layer = model.engine.context.files.shape.n_layer
     return (
         f"Fast reading is on: it skips {n_layer - pruning.boundary} of {n_layer} layers with a"
-        " small quality loss. For full reading, type /full on."
+        " small quality loss. To read prompts in full, type /full on."
     )
 
 

@@ -22,7 +22,7 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
     """
     message = (
         f"The context is {error.n_short:,} tokens too small: the prompt has {error.n_prompt:,}"
-        f" tokens, an answer needs at least {error.n_answer:,}, and the limit is {error.n_ctx:,}."
+        f" tokens, an answer needs {error.n_answer:,} or more, and the context has {error.n_ctx:,}."
     )
     n_turns = len(session.conversation.turns)
     n_drop = next((n for n in range(1, n_turns) if _fits(session, n, error)), 0)

@@ -177,7 +177,7 @@ class Command:
 
 
 _ALL = (
-    Command("/help", "show this list (also ?)", _help),
+    Command("/help", "show this list (? does the same)", _help),
     Command("/file PATH", "add a file's text to the next question", attach.attach_file),
     Command("/image PATH", "add an image to the next question", attach.attach_image),
     Command("/full on|off", "read prompts in full (on) or fast (off)", _full, _FULL.keys),
@@ -194,7 +194,7 @@ _ALL = (
     Command("/model NAME", "switch models, or show the model", _model),
     Command("/system TEXT", "set or show the system prompt", _system),
     Command("/set PARAM VALUE", "set a parameter, or list all parameters", _set, _PARAMS.keys),
-    Command("/stats", "show speed, token counts, and context use", _stats),
-    Command("/exit", "quit (also /bye, exit, or Ctrl-D)", _leave),
+    Command("/stats", "show speed, token counts, and context usage", _stats),
+    Command("/exit", "quit (/bye, exit, and Ctrl-D do the same)", _leave),
 )
 COMMANDS = {command.usage.partition(" ")[0]: command for command in _ALL}

@@ -29,10 +29,11 @@ def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
     if found.n_judged:
         n_all = found.n_judged
         n_full, n_fast = found.n_only_full, found.n_only_pruned
-        right = f"{found.full_hits} of {n_all} with full reading"
-        facts.append(("Right answers", f"{right}, {found.pruned_hits} with fast reading"))
-        facts.append(("", f"{n_full} only with full reading, {n_fast} only with fast reading"))
-        odds = "the probability that chance alone would cause such a difference"
+        right = f"full reading: {found.full_hits} of {n_all}, fast reading: {found.pruned_hits}"
+        facts.append(("Right answers", f"{right} of {n_all}"))
+        only = f"right only with full reading: {n_full}, only with fast reading: {n_fast}"
+        facts.append(("", only))
+        odds = "the probability that chance alone would produce a difference this large"
         facts.append(("", f"p = {found.p_value:.2g}, {odds} (McNemar's exact test)"))
     if found.n_unpruned < n:
         ratio = found.full_ttft_s / found.pruned_ttft_s

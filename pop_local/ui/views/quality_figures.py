@@ -67,7 +67,8 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     q = found.quality
     yield "Model", str(found.model)
     yield "Text", found.text.name
-    layers = f"{found.n_skipped} layers ({q.boundary} and up), with {found.projection} projections"
+    layers = f"context tokens skip {found.n_skipped} layers (from layer {q.boundary} up)"
+    layers += f" and use {found.projection} projections"
     if found.deep_rows is not DeepRows.NONE:
         layers = f"{layers} and deep rows selected by the '{found.deep_rows}' rule"
     yield "Skipped", f"{layers}; the speedup is up to {found.speedup_limit:.2f}x"
@@ -75,17 +76,17 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     yield "With fast reading", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} context tokens"
     yield "KL to full", f"mean {with_se(q.kl_mean, '.4f')}, median {with_se(q.kl_median, '.4f')}"
     p99, first = with_se(q.kl_p99, ".3f"), with_se(q.kl_first, ".3f")
-    yield "", f"99th percentile {p99}, first token {first}"
+    yield "", f"99th percentile: {p99}; first continuation token: {first}"
     full, pruned = with_se(q.ppl_full, ".2f"), with_se(q.ppl_pruned, ".2f")
     yield "Perplexity", f"full {full}, fast {pruned}"
     yield "", f"ratio {with_se(q.ppl_ratio, '.3f')}"
     yield "Same top prediction", with_se(q.top1_agreement, ".3f")
     yield "Copying", f"perplexity ratio {with_se(q.copy_ppl_ratio, '.3f')}"
     right, right_full = with_se(q.copy_top1, ".3f"), with_se(q.copy_top1_full, ".3f")
-    yield "", f"share of correct top predictions: full {right_full}, fast {right}"
+    yield "", f"top-1 accuracy: {right_full} with full reading, {right} with fast reading"
     retained = "but the full model cannot copy random tokens either"
     if (kept := q.induction_retention) is not None:
-        retained = f"{kept.value:.0%} of the full model's gain from repetition remains"
+        retained = f"fast reading retains {kept.value:.0%} of the full model's gain from repetition"
     added = with_se(q.induction_delta_nll, ".3f")
     yield "Induction", f"NLL {'' if added.startswith('-') else '+'}{added}, {retained}"
     if (lookups := found.lookups) is not None:
@@ -94,4 +95,4 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
         yield "", f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"
         full, lost = with_se(lookups.logprob_full, ".2f"), with_se(lookups.logprob_lost, ".2f")
         yield "", f"log-probability of correct strings: {full} with full reading"
-        yield "", f"{lost} lower with fast reading"
+        yield "", f"with fast reading, the log-probability is lower by {lost}"

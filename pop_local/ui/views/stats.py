@@ -58,8 +58,8 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int, n_refilled: int) -> 
     n_refilled += total.n_refilled
     if total.n_deep or n_refilled:
         yield (
-            f"Names, numbers, and symbols: {total.n_deep:,} tokens read in full."
-            f" After fast reading, {n_refilled:,} tokens were run through the skipped layers."
+            f"Names, numbers, and symbols: {total.n_deep:,} tokens read in full. After"
+            f" fast reading, {n_refilled:,} tokens ran through the layers that they had skipped."
         )
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
 
@@ -80,5 +80,5 @@ def learned_lines(learned: OnlineCalibrator, fitter: OnlineCalibration | None) -
     yield (
         f"Loss on your prompts ({quality.n_windows} chunks): KL {kl.value:.3f} ± {kl.se or 0:.3f},"
         f" perplexity ratio {quality.ppl_ratio.value:.3f},"
-        f" copying {quality.copy_ppl_ratio.value:.3f}{ending}."
+        f" copy ratio {quality.copy_ppl_ratio.value:.3f}{ending}."
     )

@@ -194,7 +194,7 @@ def plan_conversion(
         if fit is None:
             raise PopError(
                 "the model's own projections cannot be distilled",
-                "convert with a fit, or without distillation",
+                "convert with a fit, or turn distillation off",
                 cause="not-distilled",
             )
         deepest = plans[-1]

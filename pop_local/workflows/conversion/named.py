@@ -69,8 +69,8 @@ def examine(run: ConversionRun, plan: Plan, written: Path) -> Measured:
         limits = budgets.limits_in_words(BALANCED)
         watch.on_warning(
             PopError(
-                f"boundary {plan.boundary} exceeds the {BALANCED.quality} budget ({limits}):"
-                f" {figures}",
+                f"the loss at boundary {plan.boundary} ({figures}) exceeds the"
+                f" {BALANCED.quality} budget ({limits})",
                 "to find the fastest boundary within a budget, set only a budget",
                 cause="outside-budget",
             )
@@ -87,6 +87,6 @@ def require_windows(runner: TrialRunner, plan: Plan) -> None:
     except PopError as error:
         raise PopError(
             f"the fit could not be measured: {error.message}",
-            "lower sink_tokens and tail_tokens, or convert without fitting and measuring",
+            "lower sink_tokens and tail_tokens, or convert without fitting or measuring",
             cause="fit-not-measurable",
         ) from error

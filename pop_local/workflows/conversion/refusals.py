@@ -36,5 +36,5 @@ class OverBudgetError(PopError):
     """Error for a budget that no candidate meets. `trials` lists the measured candidates."""
 
     def __init__(self, message: str, trials: tuple[Trial, ...]) -> None:
-        super().__init__(message, "use a looser budget, or choose a boundary", cause="over-budget")
+        super().__init__(message, "use a larger budget, or choose a boundary", cause="over-budget")
         self.trials = trials

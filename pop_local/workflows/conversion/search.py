@@ -178,10 +178,10 @@ class Search:
         shallowest = max(each.boundary for each in self.judged)
         best = [each for each in self.judged if each.boundary == shallowest][-1]
         n_skipped, limits = best.plan.n_skipped, budgets.limits_in_words(self.budget)
+        found = budgets.figures_in_words(best.quality, best.lookups)
         return OverBudgetError(
-            f"the loss from skipping {n_skipped} layer{'s' * (n_skipped > 1)} exceeds the budget"
-            f" ({limits}):"
-            f" {budgets.figures_in_words(best.quality, best.lookups)}",
+            f"the loss from skipping {n_skipped} layer{'s' * (n_skipped > 1)} ({found}) exceeds the"
+            f" budget ({limits})",
             self.trials,
         )
 

@@ -127,7 +127,7 @@ def test_a_forked_model_refuses_to_compute(pop_file, monkeypatch):
     read(model, prompt(100))
     monkeypatch.setattr(os, "getpid", lambda: -1)
     for use in (lambda: append(model, prompt(10)), model.engine.refiller.refill):
-        with pytest.raises(PopError, match="opened by another process"):
+        with pytest.raises(PopError, match="opened in another process"):
             use()
 
 

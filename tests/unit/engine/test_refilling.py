@@ -49,7 +49,7 @@ def test_rows_are_refilled_while_the_user_types(chat):
     n_tokens = begun.model.engine.cache.n_tokens
     assert begun.model.engine.cache.n_exact == n_tokens > 200
     assert begun.model.engine.states.key == FULL
-    assert refill.status(begun) == f"Cache: {n_tokens} of {n_tokens} tokens exact"
+    assert refill.status(begun) == f"Cache: {n_tokens} of {n_tokens} tokens are exact"
     assert refill.status_bar(begun) == ""
 
 
@@ -117,8 +117,8 @@ def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
 
 
 def test_stats_report_progress(chat):
-    assert "tokens exact" in talked(chat(WORDS, "/stats"))
-    assert "tokens exact" not in talked(chat(WORDS, "/stats", mode="off"))
+    assert "tokens are exact" in talked(chat(WORDS, "/stats"))
+    assert "tokens are exact" not in talked(chat(WORDS, "/stats", mode="off"))
 
 
 def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(chat):
@@ -128,7 +128,7 @@ def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(chat):
         wait_for(lambda: begun.model.engine.refiller.n_refillable == 0)
     n_tokens = begun.model.engine.cache.n_tokens
     run_command(begun, "/stats")
-    caught_up = f"{n_tokens} tokens were run through the skipped layers."
+    caught_up = f"{n_tokens} tokens ran through the layers that they had skipped."
     assert f"After fast reading, {caught_up}" in begun.screen.shown
     begun.ask("and now?")
     run_command(begun, "/stats")
@@ -139,7 +139,7 @@ def test_the_status_bar_shows_the_tokens_of_this_conversation(chat):
     begun = chat()
     begun.ask(WORDS)
     n_tokens = begun.model.engine.cache.n_tokens
-    assert refill.status_bar(begun) == f"Catching up: 0 of {n_tokens} tokens exact"
+    assert refill.status_bar(begun) == f"Catching up: 0 of {n_tokens} tokens are exact"
     begun.forget()
     assert refill.status_bar(begun) == ""
 

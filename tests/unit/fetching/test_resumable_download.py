@@ -58,7 +58,7 @@ def test_file_without_a_hash_starts_over(hub, tmp_path):
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError, match="was interrupted") as failure:
         pull(hub, tmp_path, sha256="")
-    assert failure.value.hint == "check the network and try again"
+    assert failure.value.hint == "check your network connection and try again"
     hub.plain["tiny.gguf"] = OTHER
     assert pull(hub, tmp_path, sha256="").read_bytes() == OTHER
 

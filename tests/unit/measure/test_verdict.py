@@ -40,9 +40,9 @@ def test_lost_strings_are_counted_among_those_answered_in_full(n, full, lost, ex
 @pytest.mark.parametrize(
     ("only_full", "only_pruned", "p", "expected"),
     [
-        (0, 0, 1.0, "none of 18 correct answers lost"),
-        (3, 1, 0.6, "3 of 18 correct answers lost, 1 gained, which may be due to chance"),
-        (9, 0, 0.004, "9 of 18 correct answers lost, which is unlikely to be due to chance"),
+        (0, 0, 1.0, "loses none of 18 correct answers"),
+        (3, 1, 0.6, "loses 3 of 18 correct answers and gains 1, which may be due to chance"),
+        (9, 0, 0.004, "loses 9 of 18 correct answers, which is unlikely to be due to chance"),
     ],
 )
 def test_a_comparison_counts_lost_right_answers(only_full, only_pruned, p, expected) -> None:
@@ -54,7 +54,7 @@ def test_a_comparison_counts_lost_right_answers(only_full, only_pruned, p, expec
         n_only_pruned=only_pruned,
         p_value=p,
     )
-    assert comparison_in_words(found) == f"Answers: {expected}."
+    assert comparison_in_words(found) == f"Fast reading {expected}."
 
 
 def test_without_expected_answers_only_differences_count() -> None:

@@ -27,7 +27,7 @@ from support.scripted_chat import (
 DROPPED = "# The question and its attachments were dropped. To ask again, type /retry."
 FAST = (
     "# Fast reading is on: it skips 10 of 30 layers with a small quality loss."
-    " For full reading, type /full on."
+    " To read prompts in full, type /full on."
 )
 
 
@@ -58,7 +58,7 @@ def test_pop_is_switched_and_shown():
         "> /full",
         FAST,
         "> /full on",
-        "# Fast reading is off: no layers are skipped. For fast reading, type /full off.",
+        "# Fast reading is off: no layers are skipped. To turn it on, type /full off.",
         "> /FULL OFF",
         FAST,
         "> /full maybe",

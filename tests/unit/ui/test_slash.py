@@ -116,7 +116,7 @@ def test_model_is_shown_and_changed_in_mid_conversation():
         "> /model other",
         "# other.gguf (Scripted, llama)",
         "# Context: 2,048 tokens.",
-        "# Fast reading is off: no layers are skipped. For fast reading, type /full off.",
+        "# Fast reading is off: no layers are skipped. To turn it on, type /full off.",
     ]
     assert model.is_closed and not other.is_closed
     assert [message.content for message in other.asked[0]] == ["hi", "One.", "go on"]
@@ -198,7 +198,9 @@ def test_a_file_that_is_too_large_is_not_attached(report):
     model = ScriptedModel(["Hm.", STATS], n_ctx=98)
     model.engine.context.files.n_ctx_train = 98
     shown = talk(model, f"/file {report}", "s", "what is it?", sampling={})
-    assert shown[2] == "? The attachment is 28 tokens too long (22 tokens left)."
+    assert (
+        shown[2] == "? The attachment is 28 tokens too long (the context has room for 22 tokens)."
+    )
     assert "# Nothing was attached." in shown
     assert model.asked[0][0].content == "what is it?"
 
@@ -240,8 +242,8 @@ def test_a_question_that_does_not_fit_offers_choices():
     _, shown = conversation()
     at = next(i for i, line in enumerate(shown) if line.startswith("? "))
     assert shown[at:] == [
-        "? The context is 2 tokens too small: the prompt has 37 tokens, an answer needs at least 5,"
-        " and the limit is 40.",
+        "? The context is 2 tokens too small: the prompt has 37 tokens, an answer needs 5 or more,"
+        " and the context has 40.",
         "?   d  drop the oldest turn",
         "?   n  start a new conversation with this question",
         "?   x  drop this question",

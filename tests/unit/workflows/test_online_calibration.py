@@ -304,7 +304,7 @@ def test_a_chat_reports_a_learned_fit(plain):
     with refill.idling(chat):
         wait_for(lambda: not lessons.has_work)
     assert "# Learned from" in screen.shown and "From now on, pop-local reads" in screen.shown
-    assert "times as fast. For full reading, type /full on." in screen.shown
+    assert "times as fast. To read prompts in full, type /full on." in screen.shown
     chat.ask("a b c d " * 300)
     assert chat.session.answer_stats[-1].n_pruned > 0
 
