@@ -78,7 +78,7 @@ def test_the_shown_figures_are_those_stored(tiny, tmp_path, words, monkeypatch):
     assert meta is not None and meta.measured is not None
     assert f"KL {meta.measured.kl_mean:.4f} ± {meta.measured.kl_se:.4f}" in shown
     right = f"the top prediction is correct for {meta.measured.copy_top1:.1%} of tokens"
-    assert f"perplexity ratio {meta.measured.copy_ppl_ratio:.3f}, {right}" in shown
+    assert f"perplexity ratio {meta.measured.copy_ppl_ratio:.3f}; {right}" in shown
     assert shown.count("only pop-local can open") == 1
 
 
@@ -172,7 +172,7 @@ def assert_refused(done, folder: Path, reason: str) -> None:
     [
         (b"", "no text"),
         (b"a\0b", "binary"),
-        (b"too short " * 20, "needs 2,048"),
+        (b"too short " * 20, "needs at least 2,048"),
         (b"again " * 5000, "distinct tokens"),
     ],
 )
@@ -202,7 +202,7 @@ def test_activations_that_are_not_finite_are_refused(tiny, tmp_path, words, own_
         file.seek(norm.data_offset)
         file.write(np.full(3, np.nan, np.float32).tobytes())
     done = convert(tiny, *([] if own_text else ["--text", words]))
-    assert_refused(done, tmp_path, "NaN logits" if own_text else "not finite")
+    assert_refused(done, tmp_path, "NaN logits" if own_text else "contains NaN or infinity")
 
 
 def test_fit_options_with_own_projections_are_wrong_usage(tiny):

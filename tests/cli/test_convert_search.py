@@ -312,7 +312,7 @@ def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     assert (planned["distilled"], planned["budget"]["max_kl"]) == (False, 0.2)
     assert planned["budget"]["max_copy_ratio"] == 1.1
     assert 1 < planned["least_speedup_limit"] < 1.2 < planned["most_speedup_limit"]
-    assert f"{planned['memory_bytes'] / 1e6:.1f} MB in addition" in facts
+    assert f"{planned['memory_bytes'] / 1e6:.1f} MB besides" in facts
     assert names(tmp_path) == {"tiny.gguf"}
 
 

@@ -113,7 +113,7 @@ def test_the_setting_of_the_context_is_for_conversations(pop_file, text, monkeyp
     [
         (["--ctx", "100"], "the limit is 100"),
         (["--windows", "500"], "too short for 500 windows"),
-        (["--context", "17"], "context is too short"),
+        (["--context", "17"], "context of 17 tokens is too short"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
     ],
 )

@@ -150,7 +150,7 @@ def test_the_rule_decides_which_tokens_are_pruned(model, rule, n_pruned):
 
 
 def test_a_context_of_full_tokens_only_is_an_error(model):
-    with pytest.raises(PopError, match="context is too short"):
+    with pytest.raises(PopError, match="tokens is too short"):
         measured(model, replace(SHORT, n_context=17))
 
 

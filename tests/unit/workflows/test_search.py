@@ -126,6 +126,6 @@ def test_a_search_without_a_candidate_inside_is_over_budget(searched):
     for candidate in search.judged:
         figures: Any = candidate.quality
         figures.ppl_ratio = figures.copy_ppl_ratio = Estimate(2.0, 0.1)
-    with pytest.raises(OverBudgetError, match="skipping 1 layer .* exceeds the budget") as caught:
+    with pytest.raises(OverBudgetError, match=r"skipping 1 layer .* exceeds the budget") as caught:
         raise search._over()
     assert len(caught.value.trials) == 6
