@@ -59,7 +59,7 @@ inline uint32_t load_u32(const void * p) {
 inline float to_f32(ggml_half x) {
     __fp16 h;
     memcpy(&h, &x, sizeof(h));
-    return h;
+    return (float) h;
 }
 
 //
