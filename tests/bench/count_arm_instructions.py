@@ -29,8 +29,10 @@ from support.kernels import QUANTISED, mul_mat  # noqa: E402
 
 # Types that llama.cpp repacks for NEON (ggml_repack_get_optimal_repack_type in repack.cpp).
 REPACKED_TYPES = (Type.Q4_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_NL, Type.MXFP4)
-N_IN, N_OUT = 1024, 64
-N_ROWS = 64, 1
+N_IN = 1024
+# By number of activation rows: weight rows of the smaller of two products. The larger one has 2N.
+# The difference leaves out the graph's overhead and the packing of the activations.
+N_OUT = {64: 64, 1: 512}
 PROCESSORS = {"i8mm": "max", "dotprod": "neoverse-n1"}
 # Functions of the CPU library that are the start and the end of a product in the log.
 START, END = "ggml_graph_compute", "ggml_cpu_has_neon"
@@ -42,17 +44,18 @@ def types(repacked: bool) -> list[Type]:
 
 
 def compute_all(rows: Rows, repacked: bool) -> None:
-    """Compute a product of each type with many rows and with one. Each has a separate graph."""
+    """Compute two products of each type and number of rows. Each has a separate graph."""
     server = arm.server()
     kind = server.call(server.find(REPACKED)) if repacked else None
     for type_ in types(repacked):
-        for n_rows in N_ROWS:
-            op = mul_mat(np.random.default_rng(0), type_, n_rows, N_OUT, N_IN)
-            graph = Graph(weights_kind=kind)
-            result = graph.build(op, rows)
-            graph.compute([result], [result], 1, False)
-            server.call(server.find(END))
-            graph.close()
+        for n_rows, n_out in N_OUT.items():
+            for size in (n_out, 2 * n_out):
+                op = mul_mat(np.random.default_rng(0), type_, n_rows, size, N_IN)
+                graph = Graph(weights_kind=kind)
+                result = graph.build(op, rows)
+                graph.compute([result], [result], 1, False)
+                server.call(server.find(END))
+                graph.close()
 
 
 def child() -> None:
@@ -105,10 +108,10 @@ def measure(
             check=True,
         )
         found = counts(log, *json.loads(done.stdout))
-    products = [(type_, n_rows) for type_ in types(repacked) for n_rows in N_ROWS]
+    products = [(type_, n_rows) for type_ in types(repacked) for n_rows in N_OUT]
     return {
-        product: 1000 * count / (product[1] * N_OUT * N_IN)
-        for product, count in zip(products, found, strict=True)
+        product: 1000 * (larger - smaller) / (product[1] * N_OUT[product[1]] * N_IN)
+        for product, smaller, larger in zip(products, found[::2], found[1::2], strict=True)
     }
 
 
@@ -123,10 +126,10 @@ def main() -> None:
     for kernels, processor in PROCESSORS.items():
         found = [measure(folder, processor, each) for each in (kernels, "off")]
         found.append(measure(folder, processor, "off", repacked=True))
-        titles = [f"{who}, {n_rows}" for n_rows in N_ROWS for who in ("ours", "file", "repacked")]
+        titles = [f"{who}, {n_rows}" for n_rows in N_OUT for who in ("ours", "file", "repacked")]
         print(f"\n| {kernels} | {' | '.join(titles)} |")
         for type_ in QUANTISED:
-            row = [each.get((type_, n_rows)) for n_rows in N_ROWS for each in found]
+            row = [each.get((type_, n_rows)) for n_rows in N_OUT for each in found]
             cells = ["" if each is None else f"{each:.0f}" for each in row]
             print(f"| {type_.name} | {' | '.join(cells)} |", flush=True)
 
