@@ -24,11 +24,7 @@ class WindowOptions(Group):
 
 @expand_options
 def eval(  # noqa: A001
-    model: opt.Converted,
-    *,
-    on: WindowOptions,
-    json: opt.Json = False,
-    measured: opt.MeasureOptions,
+    model: opt.Converted, *, on: WindowOptions, json: opt.Json = False, measured: opt.MeasureOptions
 ) -> None:
     """Measure fast reading's quality loss: KL divergence, perplexity, copying, and look-ups."""
     from pop_local.measure.quality import QualitySettings

@@ -44,8 +44,7 @@ def run(
     call: typer.Context,
     model: opt.OptionalModel = None,
     question: Annotated[
-        str,
-        typer.Argument(metavar="QUESTION", help="The question (optional if you pipe in text)."),
+        str, typer.Argument(metavar="QUESTION", help="The question (optional if you pipe in text).")
     ] = "",
     *,
     file: Annotated[

@@ -105,8 +105,7 @@ class ModelOptions(OpenOptions):
     )
     full: bool = option("Turn fast reading off.", default=False)
     refill: Literal["idle", "off"] = expert(
-        "Run the skipped layers for cached tokens while the model is idle.",
-        default="off",
+        "Run the skipped layers for cached tokens while the model is idle.", default="off"
     )
     learn: Literal["on", "off"] = option(
         "Store statistics about prompts, but no text, to speed up later prompts.", default="off"

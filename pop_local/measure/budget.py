@@ -13,27 +13,13 @@ if TYPE_CHECKING:
     from pop_local.measure.quality import Quality
 
 NEAR_LOSSLESS = Budget(
-    "near-lossless",
-    max_kl=0.015,
-    max_ppl_ratio=1.01,
-    max_copy_ratio=1.02,
-    max_lost_lookups=0.0,
+    "near-lossless", max_kl=0.015, max_ppl_ratio=1.01, max_copy_ratio=1.02, max_lost_lookups=0.0
 )
 BALANCED = Budget(
-    "balanced",
-    max_kl=0.06,
-    max_ppl_ratio=1.03,
-    max_copy_ratio=1.1,
-    max_lost_lookups=0.02,
+    "balanced", max_kl=0.06, max_ppl_ratio=1.03, max_copy_ratio=1.1, max_lost_lookups=0.02
 )
 # A model whose copy ratio exceeds the fast budget's limit can no longer copy from its prompt.
-FAST = Budget(
-    "fast",
-    max_kl=0.1,
-    max_ppl_ratio=1.06,
-    max_copy_ratio=1.3,
-    max_lost_lookups=0.1,
-)
+FAST = Budget("fast", max_kl=0.1, max_ppl_ratio=1.06, max_copy_ratio=1.3, max_lost_lookups=0.1)
 BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 
 # A model that retains less than this share of the full model's gain on repeated random tokens can

@@ -122,10 +122,7 @@ def _row(
     ran: Ran,
 ) -> SpeedRow:
     n_prompt = len(prompt)
-    ways = [
-        partial(run, model, Mode.OFF, prompt),
-        partial(run, model, Mode.CONTEXT, prompt),
-    ]
+    ways = [partial(run, model, Mode.OFF, prompt), partial(run, model, Mode.CONTEXT, prompt)]
     if upstream is not None:
         ways.insert(0, partial(upstream, prompt))
     *others, full, pop = run_rounds(ways, n_rounds, lambda: ran(n_prompt * len(ways)))

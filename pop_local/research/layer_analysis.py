@@ -92,10 +92,7 @@ class Analysis:
 
 
 def analyze(
-    model: str | os.PathLike[str],
-    *,
-    hardware: Hardware = Hardware(),
-    watch: Watch = Watch(),
+    model: str | os.PathLike[str], *, hardware: Hardware = Hardware(), watch: Watch = Watch()
 ) -> Analysis:
     """Measure each boundary's loss and speedup.
 
@@ -103,10 +100,7 @@ def analyze(
     """
     source = read_source(base_file(os.fspath(model), watch))
     if pop_of(source, None) is not None:
-        raise PopError(
-            f"{source.first.path} is already converted",
-            "use the original model",
-        )
+        raise PopError(f"{source.first.path} is already converted", "use the original model")
     run = _Run(source, hardware, watch)
     depths, reference = run.probed()
     found, calibration = run.measured(reference, worth_measuring(depths))

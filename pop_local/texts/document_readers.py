@@ -95,8 +95,7 @@ def read_limited(file: BinaryIO, origin: str) -> bytes:
 def _within_limit(content: bytes, origin: str) -> bytes:
     if len(content) > MAX_BYTES:
         raise PopError(
-            f"{origin} is too large: the limit is {MAX_BYTES:,} bytes",
-            "pass only part of the file",
+            f"{origin} is too large: the limit is {MAX_BYTES:,} bytes", "pass only part of the file"
         )
     return content
 

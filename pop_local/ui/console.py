@@ -39,10 +39,7 @@ def _console(*, stderr: bool) -> Console:
     # With NO_COLOR, rich keeps bold and dim unless the color system is None.
     plain = bool(os.environ.get("NO_COLOR"))
     return _Console(
-        theme=THEME,
-        stderr=stderr,
-        highlight=False,
-        color_system=None if plain else "auto",
+        theme=THEME, stderr=stderr, highlight=False, color_system=None if plain else "auto"
     )
 
 

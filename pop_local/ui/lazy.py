@@ -60,9 +60,7 @@ def _command(package: str, name: str, example: str) -> Any:
     if not isinstance(function, typer.Typer):
         single = sub_app()
         single.command(
-            name=name,
-            no_args_is_help=False,
-            context_settings={"help_option_names": HELP_OPTIONS},
+            name=name, no_args_is_help=False, context_settings={"help_option_names": HELP_OPTIONS}
         )(function)
         function = single
     command = typer.main.get_command(function)

@@ -70,10 +70,7 @@ class _LearnedFitter(PlanFitter):
             tensors += summing.solve(gram, boundary, layer, plan.projection, options.ridge, stored)
             self.runner.watch.check_stop()
         calibration = Calibration(
-            _NAME,
-            hashlib.sha256(gram.xx.tobytes()).hexdigest(),
-            gram.n_rows,
-            options.ridge,
+            _NAME, hashlib.sha256(gram.xx.tobytes()).hexdigest(), gram.n_rows, options.ridge
         )
         return Fitted(calibration, tuple(tensors), plan.projection)
 

@@ -43,8 +43,7 @@ UNFITTED = {
         "the model computes K and V in an unusual way",
     ),
     **dict.fromkeys(
-        _names("cohere2|cohere2moe|command-r|dbrx"),
-        "the model uses layer norm instead of RMS norm",
+        _names("cohere2|cohere2moe|command-r|dbrx"), "the model uses layer norm instead of RMS norm"
     ),
     "gemma3n": "the hidden state has multiple streams",
 }

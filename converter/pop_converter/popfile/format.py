@@ -177,11 +177,7 @@ _KEYS: tuple[tuple[str, str, type[Any]], ...] = (
 # Older files may also have `pop.source.size_bytes`, `pop.select`, `pop.refilled.*` and
 # `pop.image_rows`. If `pop.image_rows` is set, the backend still applies the fit to image rows.
 # Groups of keys by field of PopMeta: `budget` holds the keys `pop.budget.*`.
-_GROUPS: dict[str, type[Any]] = {
-    "calibration": Calibration,
-    "measured": Measured,
-    "budget": Budget,
-}
+_GROUPS: dict[str, type[Any]] = {"calibration": Calibration, "measured": Measured, "budget": Budget}
 # Prefix of a sidecar's keys for its Binding.
 _BINDING = "pop.sidecar."
 # Keys with this suffix hold 64-bit integers.

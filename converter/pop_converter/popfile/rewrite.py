@@ -161,10 +161,7 @@ def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
 
 
 def draft_meta(
-    plan: Plan,
-    source: Source,
-    fitted: Fitted | None = None,
-    examine: Examine | None = None,
+    plan: Plan, source: Source, fitted: Fitted | None = None, examine: Examine | None = None
 ) -> PopMeta:
     """Return keys with same-size placeholders for the hash and the measured quality."""
     try:

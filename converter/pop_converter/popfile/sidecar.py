@@ -134,8 +134,7 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
         raise FormatError(f"{header.path} has no tensor {missing[0]}", CONVERT_AGAIN)
     if unknown := sorted(found - expected):
         raise FormatError(
-            f"{header.path} contains an unexpected tensor: {unknown[0]}",
-            CONVERT_AGAIN,
+            f"{header.path} contains an unexpected tensor: {unknown[0]}", CONVERT_AGAIN
         )
 
 

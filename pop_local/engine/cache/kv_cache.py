@@ -241,12 +241,7 @@ class KvCache:
             yield
 
     def _record(
-        self,
-        tokens: Sequence[int],
-        positions: np.ndarray,
-        full: np.ndarray,
-        *,
-        keeps_states: bool,
+        self, tokens: Sequence[int], positions: np.ndarray, full: np.ndarray, *, keeps_states: bool
     ) -> None:
         if self.pruning.exact or self.pruning.mode is not Mode.CONTEXT:
             full = np.full(len(tokens), self.pruning.mode is not Mode.ALWAYS)

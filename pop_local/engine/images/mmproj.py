@@ -99,12 +99,7 @@ class Mmproj:
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        use_gpu: bool,
-        max_tokens: int | None,
-        should_stop: Callable[[], bool],
+        self, path: Path, *, use_gpu: bool, max_tokens: int | None, should_stop: Callable[[], bool]
     ) -> None:
         """`max_tokens`: the maximum number of tokens per image, or None for the default.
 

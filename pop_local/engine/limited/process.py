@@ -49,13 +49,7 @@ class KeptProcess:
     """
 
     def __init__(
-        self,
-        worker: type,
-        *,
-        limit_s: float,
-        limit_bytes: int,
-        task: str = "it",
-        hint: str = "",
+        self, worker: type, *, limit_s: float, limit_bytes: int, task: str = "it", hint: str = ""
     ) -> None:
         """`worker`: the class whose methods the child runs.
 

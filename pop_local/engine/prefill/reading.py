@@ -83,11 +83,7 @@ class PromptReading(ABC):
             raise DisplacedError
 
     def _full_rows(
-        self,
-        positions: np.ndarray,
-        deep: NDArray[np.bool_],
-        full_from: int,
-        outputs: Outputs,
+        self, positions: np.ndarray, deep: NDArray[np.bool_], full_from: int, outputs: Outputs
     ) -> NDArray[np.bool_]:
         """Pass a batch's deep rows to the backend. Return the rows that are full in mode CONTEXT.
 

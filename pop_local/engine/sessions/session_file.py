@@ -27,13 +27,7 @@ from pop_converter.base.errors import PopError
 from pop_converter.base.output_file import make_private, replacing
 from pop_converter.gguf.source import sampled_sha256
 from pop_local.engine.cache.cache_keys import opened_with
-from pop_local.engine.cache.saved_state import (
-    DAMAGES,
-    add_member,
-    members,
-    read_member,
-    read_state,
-)
+from pop_local.engine.cache.saved_state import DAMAGES, add_member, members, read_member, read_state
 from pop_local.engine.engine import Engine
 from pop_local.engine.images.mmproj import NO_TOKEN
 from pop_local.engine.images.pictures import Picture, picture_of

@@ -69,10 +69,7 @@ def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
     """Return a grammar for tool calls in <tool_call> tags. `rules`: tools and their Lark rules."""
     calls = " | ".join(f"call{number}" for number in range(len(rules)))
     more = f"({_SPACE} call)*" if several else ""
-    lines = [
-        f"start: call {more}",
-        f'call: "{_CALL}" {_SPACE} ({calls}) {_SPACE} "</tool_call>"',
-    ]
+    lines = [f"start: call {more}", f'call: "{_CALL}" {_SPACE} ({calls}) {_SPACE} "</tool_call>"']
     for number, (tool, rule) in enumerate(rules):
         named = json.dumps(f'"name": {json.dumps(tool.name)}, "arguments": ')
         lines += [f'call{number}: "{{" {named} args{number} "}}"', f"args{number}: {rule}"]
