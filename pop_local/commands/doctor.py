@@ -19,7 +19,7 @@ from pop_converter.base.numbers import size
 from pop_local import __version__
 from pop_local.commands.shared_options import Json
 from pop_local.config import settings
-from pop_local.engine.llama import backend, devices
+from pop_local.engine.llama import backend, devices, kernel_choice
 from pop_local.models.model_names import lookup, models_dir, resolve
 from pop_local.ui.console import out, printable
 from pop_local.ui.hints import hint_of
@@ -37,7 +37,6 @@ NO_LIBRARY = {
     "CUDA": "to use an NVIDIA GPU, install its driver, the CUDA runtime, and cuBLAS",
     "Vulkan": "to use a GPU, install the Vulkan loader and the GPU's Vulkan driver",
 }
-KERNELS_VARIABLE = "GGML_POP_KERNELS"
 VARIABLES = re.compile(r"(?:CUDA|GGML|GOMP|HIP|LD|OMP|VK)_|LLAMA_CPP_LIB_PATH")
 PACKAGES = re.compile(r"(?:gguf|huggingface_hub|llguidance|numpy|starlette|torch) ")
 # Values of variables that cannot be a path or a secret.
@@ -65,14 +64,15 @@ class Check:
 
 
 Report = Annotated[bool, typer.Option("--report", help="Print a bug report without folder names.")]
+Measure = Annotated[bool, typer.Option("--measure", help="Measure the CPU's kernels again.")]
 
 
-def doctor(json: Json = False, report: Report = False) -> None:
+def doctor(json: Json = False, report: Report = False, measure: Measure = False) -> None:
     """Check the backend, devices, memory, and default model. Exit with code 1 if a check fails."""
     checks = (
         Check("python", "Python", "ok", f"{platform.python_version()} ({sys.executable})"),
         Check("pop_local", "pop-local", "ok", __version__),
-        *_backend(),
+        *_backend(measure=measure),
         Check("memory", "Memory", "ok", size(psutil.virtual_memory().total)),
         _model(),
     )
@@ -130,11 +130,12 @@ def _details() -> Iterator[Check]:
         return  # a check reports this error
 
 
-def _backend() -> list[Check]:
+def _backend(*, measure: bool) -> list[Check]:
     try:
         info = devices.describe_backend()
     except PopError as error:
         return [Check("backend", "Backend", "fix", error.message, error.hint)]
+    times = [*_kernel_times()] if measure else []
     variant = f"{info.cpu_variant}: " if info.cpu_variant else ""
     return [
         Check("backend", "Backend", "ok", f"{backend.OURS} {info.version} ({info.library_path})"),
@@ -143,19 +144,33 @@ def _backend() -> list[Check]:
         *_gpus(info),
         Check("cpu_features", "CPU features", "ok", f"{variant}{_enabled(info.features)}"),
         _kernels(info.kernels),
+        *times,
         _threads(info.n_threads),
     ]
 
 
 def _kernels(name: str) -> Check:
-    asked = os.environ.get(KERNELS_VARIABLE)
-    if asked is not None:
-        to_do = f"unset {KERNELS_VARIABLE} to use the fastest kernels"
-        return Check("kernels", "Kernels", "note", f"{name}: {KERNELS_VARIABLE}={asked}", to_do)
+    variable = kernel_choice.VARIABLE
+    if (asked := os.environ.get(variable)) is not None:
+        to_do = f"unset {variable} to use the fastest kernels"
+        return Check("kernels", "Kernels", "note", f"{name}: {variable}={asked}", to_do)
     found = f"{name}, the fastest kernels in this build for this processor"
     if name == devices.NO_KERNELS:
         found = "pop-local uses llama.cpp's kernels because this build has none for this processor"
+    elif choice := kernel_choice.measured("", _n_threads())[0]:
+        found += f"; llama.cpp's kernels are faster for {choice.replace(' ', ', ')}"
     return Check("kernels", "Kernels", "ok", found)
+
+
+def _n_threads() -> int:
+    return int(str(settings.get("threads") or devices.default_threads()))
+
+
+def _kernel_times() -> Iterator[Check]:
+    """Measure the kernels for all weight types again, and yield each kind's median times."""
+    for line in kernel_choice.measured(kernel_choice.ALL, _n_threads())[1:]:
+        kind, _, found = line.partition(": ")
+        yield Check("kernel_times", kind, "ok", found)
 
 
 def _threads(n_threads: int) -> Check:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from pop_converter.base.errors import PopError
 from pop_local.cli import app
 from pop_local.commands.doctor import _public
-from pop_local.engine.llama import backend, devices
+from pop_local.engine.llama import backend, devices, kernel_choice
 from pop_local.engine.llama.devices import BackendInfo, Device
 from pop_local.models import model_names as models
 from pop_local.ui.console import THEME
@@ -176,6 +176,33 @@ def test_the_kernels_are_named(install, monkeypatch, kernels, asked, found, stat
     check = checks()["kernels"]
     assert check["found"].startswith(found)
     assert check["status"] == status
+
+
+def test_kernels_of_llama_cpp_that_are_faster_are_listed(install, monkeypatch):
+    monkeypatch.delenv("GGML_POP_KERNELS", raising=False)
+    asked = []
+
+    def measured(kinds: str, n_threads: int) -> list[str]:
+        asked.append((kinds, n_threads))
+        if kinds == kernel_choice.ALL:
+            return ["Q6_K/few", "Q6_K/few: ours 0.55 ms, llama.cpp 0.50 ms (...)", "Q6_K/many: ..."]
+        return ["attention/many Q6_K/few"]
+
+    monkeypatch.setattr(kernel_choice, "measured", measured)
+    monkeypatch.setenv("POP_LOCAL_THREADS", "3")
+    install(kernels="avx2")
+    assert checks()["kernels"]["found"].endswith(
+        "processor; llama.cpp's kernels are faster for attention/many, Q6_K/few"
+    )
+    assert asked == [("", 3)]
+    lines = doctor("--measure").stdout.splitlines()
+    assert asked[1:] == [("all", 3), ("", 3)]  # the choice is shown after it was measured
+    assert [line for line in lines if "Q6_K/few  " in line and "llama.cpp 0.50 ms" in line]
+    found = json.loads(doctor("--measure", "--json").stdout)["checks"]
+    titles = [check["title"] for check in found if check["key"] == "kernel_times"]
+    assert titles == ["Q6_K/few", "Q6_K/many"]
+    monkeypatch.setattr(kernel_choice, "measured", lambda kinds, n_threads: [""])
+    assert checks()["kernels"]["found"].endswith("for this processor")
 
 
 def test_a_backend_without_kernels_has_none(monkeypatch):

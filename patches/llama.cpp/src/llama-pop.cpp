@@ -145,49 +145,6 @@ llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ub
     return plan;
 }
 
-// enum ggml_pop_rows and GGML_POP_OP_PARAM of ggml-cpu/fast/fast.h. other backends ignore the parameter
-enum kernel_rows {
-    KERNEL_ROWS_FAST = 0,
-    KERNEL_ROWS_NONE = 1,
-    KERNEL_ROWS_ALL  = 2,
-};
-
-static const int KERNEL_OP_PARAM = 15;
-
-static kernel_rows get_kernel_rows(const llama_pop_cparams & pop, bool is_deep) {
-    if (!pop.kernels) {
-        return KERNEL_ROWS_NONE;
-    }
-    // with READING_CONTEXT, the deep pass of a graph has only rows of answers
-    const bool reads = pop.reading == LLAMA_POP_READING_SOME || (pop.reading == LLAMA_POP_READING_CONTEXT && !is_deep);
-    return reads || pop.is_deep_pass ? KERNEL_ROWS_ALL : KERNEL_ROWS_FAST;
-}
-
-static bool has_kernels(ggml_op op) {
-    switch (op) {
-        case GGML_OP_MUL_MAT:
-        case GGML_OP_MUL_MAT_ID:
-        case GGML_OP_FLASH_ATTN_EXT:
-        case GGML_OP_GLU:
-        case GGML_OP_RMS_NORM:
-        case GGML_OP_MUL:
-            return true;
-        default:
-            return false;
-    }
-}
-
-void llama_pop_mark_graph(llm_graph_result & res, const llama_pop_cparams & pop) {
-    ggml_cgraph * gf = res.get_gf();
-
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        ggml_tensor * node = ggml_graph_node(gf, i);
-        if (has_kernels(node->op)) {
-            node->op_params[KERNEL_OP_PARAM] = get_kernel_rows(pop, res.pop.n_context >= 0 && i >= res.pop.n_context);
-        }
-    }
-}
-
 bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b) {
     const auto plan_a = llama_pop_make_plan(a.cparams, a.ubatch);
     const auto plan_b = llama_pop_make_plan(b.cparams, b.ubatch);
@@ -416,11 +373,6 @@ int32_t llama_pop_set_deep_rows(llama_context * ctx, llama_seq_id seq_id, const 
 
 int32_t llama_pop_set_sink(llama_context * ctx, int32_t n_tokens) {
     ctx->pop().sink_tokens = n_tokens < 0 ? ctx->get_model().hparams.pop.sink_tokens : n_tokens;
-    return 0;
-}
-
-int32_t llama_pop_set_kernels(llama_context * ctx, bool kernels) {
-    ctx->pop().kernels = kernels;
     return 0;
 }
 

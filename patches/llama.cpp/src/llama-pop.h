@@ -147,8 +147,15 @@ extern "C" {
     // position. such a batch has rows of one sequence. after a failure its rows are partly overwritten, and none is removed
     LLAMA_API int32_t llama_pop_set_overwrite(struct llama_context * ctx, bool overwrite);
 
-    // allow our CPU kernels (ggml-cpu/fast). default: true
-    LLAMA_API int32_t llama_pop_set_kernels(struct llama_context * ctx, bool kernels);
+    // register which operations llama.cpp's kernels compute although ours (ggml-cpu/fast) support them, and return a number for
+    // llama_pop_set_kernels(). choice: words separated by spaces. "Q4_K/many", "attention/many": with the rows of prompts and deep
+    // passes. "Q4_K/few", "attention/few": in decode. unknown words are ignored.
+    // "Q4_K/repacked": models that this thread loads with use_extra_bufts repack only the types of such words, all if there are none.
+    // this holds until the thread's next call. returns -1: too many choices
+    LLAMA_API int32_t llama_pop_choose_kernels(const char * choice);
+
+    // allow our CPU kernels. 0: none, 1: all, others: all except those of a choice. default: 1. returns -1: refused
+    LLAMA_API int32_t llama_pop_set_kernels(struct llama_context * ctx, int32_t kernels);
 
     // declare which rows of the following llama_decode() calls belong to a prompt (llama_pop_reading). our kernels compute the
     // products and attention of these for any number of rows, so that a row's result does not depend on how the prompt was
@@ -236,6 +243,9 @@ struct llama_pop_tap {
     bool operator==(const llama_pop_tap & other) const { return kind == other.kind && layer == other.layer; }
 };
 
+// return whether weights may be stored in the buffer type. false: the type repacks them, but this thread's choice does not
+bool llama_pop_may_use_buffer(const ggml_tensor * weights, ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft);
+
 struct llama_pop_cparams {
     llama_pop_mode mode        = LLAMA_POP_MODE_OFF;
     uint32_t       boundary    = 0;
@@ -260,7 +270,8 @@ struct llama_pop_cparams {
 
     bool is_deep_pass = false; // the next graph is a deep pass
     bool snapshots    = false;
-    bool kernels      = true;
+
+    uint8_t kernels = 1; // see llama_pop_set_kernels()
 
     llama_pop_reading reading = LLAMA_POP_READING_NONE;
 };

@@ -89,7 +89,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_set_snapshots": ([_POINTER, ctypes.c_bool], _INT32),
     "llama_pop_snapshots_size": ([_POINTER], ctypes.c_size_t),
     "llama_pop_run_deep": ([_POINTER, _INT32, _POINTER, _INT32, ctypes.c_bool], _INT32),
-    "llama_pop_set_kernels": ([_POINTER, ctypes.c_bool], _INT32),
+    "llama_pop_set_kernels": ([_POINTER, _INT32], _INT32),
     "llama_pop_set_reading": ([_POINTER, _INT32], _INT32),
     "llama_pop_add_tap": ([_POINTER, _INT32, _INT32], _INT32),
     "llama_pop_remove_taps": ([_POINTER], None),
@@ -273,6 +273,16 @@ def set_reading(ctx: Any, reading: Reading) -> None:
     kernels only for operations that run faster with them.
     """
     call("llama_pop_set_reading", ctx, reading)
+
+
+def choose_kernels(choice: str) -> int:
+    """Register what llama.cpp's kernels compute, and return a value for llama_pop_set_kernels.
+
+    Models that this thread loads later repack only the chosen types (see ggml_pop_choose).
+    """
+    # Earlier builds of this ABI cannot choose.
+    function = getattr(require_patched(), "llama_pop_choose_kernels", None)
+    return int(function(choice.encode())) if function else 1
 
 
 def get_counters(ctx: Any) -> Counters:

@@ -15,7 +15,7 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
-from pop_local.engine.llama import backend, cell_regions, loading, logs
+from pop_local.engine.llama import backend, cell_regions, kernel_choice, loading, logs
 from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import default_threads, devices, has_kernels
 from pop_local.engine.llama.interrupt import Interrupt
@@ -40,7 +40,7 @@ class ContextOptions:
     all). `kernels`: whether to use pop-local's kernels, if they support this CPU. `flash_attn`:
     whether to use flash attention (None: only with pop-local's kernels or on GPUs that support it).
     `repack`: whether llama.cpp repacks weights for its own CPU kernels (None: only if pop-local's
-    kernels are off). pop-local's kernels cannot use repacked weights. `others`: other
+    kernels are off or slower). pop-local's kernels cannot use repacked weights. `others`: other
     llama_model_params and llama_context_params, by name.
     """
 
@@ -124,6 +124,10 @@ class Context:
             holds_kv=not self.on_device and not {"type_k", "type_v"} & options.others.keys(),
             holds_states=holds_states,
         )
+        self._choice = ""
+        if self._has_kernels and options.repack is None and not self.on_device:
+            types = frozenset(tensor.type for tensor in source.tensors)
+            self._choice = kernel_choice.choice_for(types, self.n_threads)
         self.interrupt = Interrupt()
         params = self._model_params()
         try:
@@ -176,7 +180,9 @@ class Context:
         params = api.llama_model_default_params()
         params.n_gpu_layers = 2**31 - 1 if options.n_gpu_layers == -1 else options.n_gpu_layers
         repack = options.repack
-        params.use_extra_bufts = not self._has_kernels if repack is None else repack
+        if repack is None:
+            repack = not self._has_kernels or kernel_choice.REPACKED in self._choice
+        params.use_extra_bufts = repack
         mapped, copied = api.LLAMA_LOAD_MODE_MMAP, api.LLAMA_LOAD_MODE_NONE
         params.load_mode = mapped if options.use_mmap else copied
         _fill(params, options.others)
@@ -185,6 +191,7 @@ class Context:
     def _open(self, model_params: Any) -> None:
         api, options = self._api, self.options
         files = self.files
+        kernels = backend.choose_kernels(self._choice)
         self._model = loading.load_model(files.source, files.sidecar, files.meta, model_params)
         self.vocabulary = Vocabulary(api.llama_model_get_vocab(self._model))
         self.n_batch, self.n_ubatch = self.settings.n_batch, self.settings.n_ubatch
@@ -196,7 +203,7 @@ class Context:
             raise PopError(f"{self.files.path} cannot be opened: {logs.first_error()}")
         if options.n_sequences == 1:
             self.n_ctx = int(api.llama_n_ctx(self._ctx))
-        backend.call("llama_pop_set_kernels", self._ctx, options.kernels)
+        backend.call("llama_pop_set_kernels", self._ctx, kernels if options.kernels else 0)
 
     @contextmanager
     def extra_context(self, **params: Any) -> Iterator[Any]:

@@ -74,10 +74,16 @@ def cpu_kernels() -> str:
 
     Returns NO_KERNELS if no kernels support the CPU, or KERNELS_OFF if GGML_POP_KERNELS=0 is set.
     """
+    return call_cpu("ggml_pop_kernels") or NO_KERNELS
+
+
+def call_cpu(name: str, *values: Any) -> str:
+    """Call a CPU backend's function that returns text ("": the backend lacks the function)."""
     cpu = ggml("ggml_backend_reg_by_name", _POINTER, b"CPU")
     get = "ggml_backend_reg_get_proc_address"  # also finds functions of a separate CPU library
-    found = cpu and ggml(get, _POINTER, _POINTER(cpu), b"ggml_pop_kernels")
-    return ctypes.CFUNCTYPE(ctypes.c_char_p)(found)().decode() if found else NO_KERNELS
+    found = cpu and ggml(get, _POINTER, _POINTER(cpu), name.encode())
+    function = ctypes.CFUNCTYPE(ctypes.c_char_p, *map(type, values))
+    return function(found)(*values).decode(errors="replace") if found else ""
 
 
 def has_kernels() -> bool:

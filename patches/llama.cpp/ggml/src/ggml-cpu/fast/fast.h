@@ -46,6 +46,14 @@ bool ggml_pop_rms_norm_mul(const struct ggml_compute_params * params, const stru
 // The other operations use the widest vectors of the build.
 const char * ggml_pop_kernels(void);
 
+// Return which kinds llama.cpp's kernels compute faster than ours, as llama_pop_choose_kernels() reads them, and in the following lines a
+// summary of the times: "Q4_K/many: llama.cpp 0.92 ms, ours 0.53 ms (...)". Valid until the thread's next call.
+// kinds: numbers of weight types, or "attention", separated by spaces. A kind without lines in the file at path (UTF-8) is measured with
+// n_threads, and its lines are added to the file if possible. After 1.2 s, no type is started. "all": measure everything again.
+// A line of the file: "Q4_K/many ours 812 820 815", with the microseconds of each round, or "F16/many -" if ours do not support the kind.
+// Rows: "many" or "few". Forms: "ours", "llama.cpp", "repacked".
+const char * ggml_pop_choose(int n_threads, const char * kinds, const char * path);
+
 #ifdef __cplusplus
 }
 #endif
