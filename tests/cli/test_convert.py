@@ -169,7 +169,7 @@ def test_wrong_parts_are_refused(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
     renamed = tmp_path / "renamed.gguf"
     shutil.copy(parts[0], renamed)
-    with pytest.raises(FormatError, match="its name does not match the pattern for parts"):
+    with pytest.raises(FormatError, match="its name is not in the required format"):
         read_shape(renamed)
     shutil.copy(parts[1], parts[2])
     with pytest.raises(FormatError, match="is not part 3"):
@@ -182,7 +182,7 @@ def test_parts_of_another_model_are_refused(tmp_path):
     others = make_split(tmp_path / "other" / "model.gguf", "qwen2", max_tensors=35)
     assert len(parts) == len(others)
     shutil.copy(others[1], parts[1])
-    with pytest.raises(FormatError, match="do not belong together"):
+    with pytest.raises(FormatError, match="are not from one model"):
         read_shape(parts[0])
 
 

@@ -212,7 +212,7 @@ def test_a_stale_sidecar_does_not_matter_in_full(base, sidecar):
     assert command(*ask).exit_code == 1
     done = command(*ask, "--full")
     assert done.exit_code == 0, done.stderr
-    assert " bytes), not to " in " ".join(done.stderr.split())
+    assert " bytes), not for " in " ".join(done.stderr.split())
     assert command(*ask, "--full", "--sidecar", sidecar).exit_code == 1
 
 

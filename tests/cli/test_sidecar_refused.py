@@ -95,7 +95,7 @@ EDITS = {
     "unknown": (_unknown, r"has no tensor blk\.6\.pop_attn_k\.weight"),
     "schedule": (_schedule, "has no tensor|9 layers|one letter for each"),
     "unbound": (_unbound, "base_bytes is missing"),
-    "size": (_size, r"belongs to .*, not to"),
+    "size": (_size, r"was created for .*, not for"),
     "version": (_version, "POP version 2"),
 }
 # The message is the library's, since the engine's checks do not run.
@@ -147,7 +147,7 @@ def test_another_model_of_the_same_shape(fitted, tmp_path):
     other.write_bytes(
         fitted.base.read_bytes().replace(b"tiny random model", b"tiny other modelx", 1)
     )
-    with pytest.raises(FormatError, match=r"belongs to .*, not to .*other\.gguf"):
+    with pytest.raises(FormatError, match=r"was created for .*, not for .*other\.gguf"):
         PopModel(EngineOptions.of(other, sidecar=fitted.sidecar))
 
 
@@ -191,11 +191,11 @@ REFUSED = {
     "no such sidecar": (("run", "tiny.gguf", "hi", "--sidecar", "no.gguf"), "does not exist"),
     "other model": (
         ("run", "other.gguf", "hi", "--sidecar", "tiny.pop-sidecar.gguf"),
-        "not to ",
+        "not for ",
     ),
     "other model, inspected": (
         ("inspect", "other.gguf", "--sidecar", "tiny.pop-sidecar.gguf"),
-        "not to ",
+        "not for ",
     ),
     "converted model": (
         ("chat", "single.gguf", "--sidecar", "tiny.pop-sidecar.gguf"),

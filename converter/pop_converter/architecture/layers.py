@@ -70,7 +70,7 @@ class LayerTensors(dict[str, TensorInfo]):
 
 
 def read_layers(source: Source, n_layer: int, *, repeat: bool) -> list[LayerTensors]:
-    """Return a model's layers, excluding any tensors that a conversion added.
+    """Return a model's layers without any tensors that a conversion added.
 
     If `repeat` is true, a layer without tensors reuses those of an earlier layer. Raises
     FormatError if a layer still has no tensors.

@@ -20,10 +20,10 @@ class ModelShape:
     """A model's layer sizes. Each tuple has one entry per layer.
 
     `n_q`, `n_k`, and `n_v` are the row counts of the attention projections. MLA layers have K rows
-    but no V rows. Layers that do not compute K/V have no K or V rows. `n_heads_out` is the combined
-    output width of the attention heads. `n_neurons` is the number of neurons in a dense gated FFN,
-    or 0 for other FFNs. `n_weights` is the number of weights in the layer's matrices. `windows`
-    contains the attention windows in tokens, or 0 for no window. `is_recurrent` marks layers with
+    but no V rows. Layers that do not compute K/V have no K or V rows. `n_heads_out` is the
+    combined output width of the attention heads. `n_neurons` is the number of neurons in a dense
+    gated FFN, or 0 for other FFNs. `n_weights` is the number of weights in the layer's matrices.
+    `windows` contains attention windows in tokens (0: no window). `is_recurrent` marks layers with
     a recurrent state, which cannot be overwritten row by row. `is_fittable` marks layers for which
     K/V projections can be fitted. `is_fused` marks layers with a single tensor for Q, K, and V.
 

@@ -84,7 +84,7 @@ def _exists(message: str) -> OutputExistsError:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove the temporary files that dead processes left for the output `name` ("": any)."""
+    """Remove temporary files of dead processes. `name`: the output's name ("": any output)."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
             stem, _, pid = path.name.removesuffix(_SUFFIX).rpartition(".")

@@ -11,7 +11,7 @@ The stored weight is W / gain, because the backend multiplies it by gain * x. Th
 proportional to diag(X'DX), so the gain does not affect the solution.
 
 A wide fit (fit/wide.py) adds the inputs z, so X = [x, z, 1]. The ridge pulls the weights of z
-toward zero. A wide fit's Gram matrices contain the plain fit's.
+toward zero. A wide fit's Gram matrices contain the plain fit's Gram matrices.
 """
 
 from collections.abc import Mapping
@@ -122,7 +122,7 @@ def cross_bytes(n_inputs: int, n_kv: int) -> int:
 
 
 def scratch_bytes(n_inputs: int, n_kv: int, n_rows: int) -> int:
-    """Return the peak scratch memory in bytes for adding `n_rows` rows or solving a layer."""
+    """Return the peak scratch memory, in bytes, for adding `n_rows` rows or solving a layer."""
     n = n_inputs + 1
     adding = 4 * (n * (n + n_kv) + 4 * n_rows * (n + n_kv))
     solving = 8 * (3 * n**2 + 6 * n * n_kv)
@@ -204,7 +204,7 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
     if lower is None or lower.diagonal().min() ** 2 < _LEAST_PIVOT:
         raise FitError(
             "the Gram matrix is singular",
-            "use more varied text for the fit, or a larger ridge",
+            "use more varied text for the fit, or a larger ridge penalty",
             cause="singular",
         )
     solution = rest * scale[:, None]
@@ -258,6 +258,6 @@ def decode_weight(tensor: NewTensor) -> Floats:
 
 
 def encode_weight(name: str, weight: Floats, kind: KvType) -> NewTensor:
-    """Encode an [n_out, n_in] matrix with the given storage type."""
+    """Encode an [n_out, n_in] matrix in the given storage type."""
     data = quantize(weight, kind.ggml).tobytes()
     return NewTensor(name, weight.shape[::-1], kind.ggml, data)

@@ -52,7 +52,7 @@ class Weights:
         return tuple(name[len(prefix) :] for name in self._places if name.startswith(prefix))
 
     def rows(self, name: str, numbers: NDArray[np.integer[Any]] | slice) -> Floats:
-        """Return the given rows [len(numbers), n] of a matrix."""
+        """Return the matrix rows at the given indices, as an array [len(numbers), n]."""
         if name not in self._places:
             raise FormatError(f"the model has no tensor {name}", "download the file again")
         part, tensor = self._places[name]

@@ -47,7 +47,7 @@ class Neurons:
 
 @dataclass(frozen=True)
 class WideInput:
-    """A map from x to z with PCA axes `previous` [n_prev, n_embd] and scaled neurons."""
+    """A map from x to z, based on scaled neurons and on PCA axes `previous` [n_prev, n_embd]."""
 
     previous: Floats
     neurons: Neurons | None
@@ -64,7 +64,7 @@ class WideInput:
 def wide_input(
     shape: ModelShape, weights: Weights, boundary: int, windows: Sequence[Floats]
 ) -> WideInput:
-    """Choose PCA axes and neurons from the normalized states [n_rows, n_embd] of sample windows."""
+    """Choose PCA axes and neurons based on sample windows' normalized states [n_rows, n_embd]."""
     n_prev, n_neurons = shape.wide_inputs(boundary)
     rows = np.concatenate(windows).astype(np.float64)
     _, axes = np.linalg.eigh(np.cov(rows.T))

@@ -100,7 +100,7 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
     if gap < 0:
         raise FormatError(
             "cannot add tensors: the model file contains data after its last tensor",
-            "rewrite the file with llama-quantize (type COPY), or use the model's own projections",
+            "rewrite the file with llama-quantize's COPY type, or use the model's own projections",
             cause="no-room-for-tensors",
         )
     rows, added = [], [bytes(gap)]
@@ -117,7 +117,7 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
 
 
 def read_content(source: Source, *, without: str) -> Content:
-    """Join a source's parts and return their content, omitting keys that start with `without`.
+    """Join a source's parts and return their content, omitting keys with the prefix `without`.
 
     Raises FormatError if bytes between the tensor table and the data would be lost.
     """
@@ -127,7 +127,7 @@ def read_content(source: Source, *, without: str) -> Content:
     if any(raw[first.tensors_end :]):
         raise FormatError(
             f"{first.path} has unexpected bytes between its tensor table and its data",
-            "rewrite the file with llama-quantize (type COPY)",
+            "rewrite the file with llama-quantize's COPY type",
         )
     dropped = (without, SPLIT_PREFIX) if source.is_split else (without,)
     keys = [key for name, key in first.keys.items() if not name.startswith(dropped)]

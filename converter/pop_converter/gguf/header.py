@@ -67,7 +67,7 @@ Array = tuple[Scalar, ...]
 
 @dataclass(frozen=True)
 class HeaderKey:
-    """A key's value, GGUF `type`, and byte range in the file (including the name)."""
+    """A key's value, GGUF `type`, and byte range in the file. The range includes the name."""
 
     value: Scalar | Array
     type: int
@@ -298,8 +298,8 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
         )
     if kind in _WITHOUT_PRODUCT:
         raise FormatError(
-            f"{cursor.path}: tensor {name} has type {GGMLQuantizationType(kind).name}, which"
-            " llama.cpp cannot multiply",
+            f"{cursor.path}: tensor {name} has type {GGMLQuantizationType(kind).name}, but"
+            " llama.cpp has no matrix product for this type",
             "download the file again",
         )
     n_elements = math.prod(dims)

@@ -91,16 +91,16 @@ def read_source(path: Path) -> Source:
     part = part_of(path.name)
     if part is None or part.count != count:
         raise FormatError(
-            f"{path} is one of {count} parts, but its name does not match the pattern for parts",
+            f"{path} is one of {count} parts, but its name is not in the required format",
             f"rename the parts to NAME-00001-of-{count:05}.gguf and so on",
         )
     paths = [path.with_name(name) for name in part_names(part.stem, count)]
     if part.number != 1:
-        raise FormatError(f"{path} is not the first part of its model", f"pass {paths[0]}")
+        raise FormatError(f"{path} is not the first part of a split model", f"pass {paths[0]}")
     missing = [each.name for each in paths if not each.is_file()]
     if missing:
         raise FormatError(
-            f"{len(missing)} of {count} parts are missing next to {path}: {', '.join(missing)}",
+            f"{len(missing)} of {count} parts are not in {path}'s folder: {', '.join(missing)}",
             "put all parts in the same folder",
         )
     source = Source((first, *map(read_header, paths[1:])))
@@ -109,7 +109,7 @@ def read_source(path: Path) -> Source:
 
 
 def sampled_sha256(source: Source) -> str:
-    """Return the hex sha256 of the headers and each tensor's start. Fine-tunes differ."""
+    """Return the hex sha256 of the headers and of each tensor's first bytes. Fine-tunes differ."""
     digest = hashlib.sha256()
     for header in source.parts:
         with header.path.open("rb") as file:
@@ -137,7 +137,7 @@ def _check_parts(source: Source) -> None:
         len(tensors),
     ):
         raise FormatError(
-            f"the parts of {source.first.path} do not belong together", "download all parts again"
+            f"the parts of {source.first.path} are not from one model", "download all parts again"
         )
 
 

@@ -101,8 +101,8 @@ class Measured:
 class Budget:
     """The search's quality limits. `quality` is the name of this set of limits.
 
-    The limits apply to these fields of Measured: kl_mean, ppl_ratio, copy_ppl_ratio, and the share
-    of lost look-ups. `tried` lists the result for each boundary.
+    The limits apply to kl_mean, ppl_ratio, and copy_ppl_ratio in Measured, and to the share of
+    lost look-ups. `tried` lists the result for each boundary.
     """
 
     quality: str
@@ -127,9 +127,9 @@ class PopMeta:
 
     `schedule` has one letter per layer: F if the layer is full, S if context tokens skip it. A
     prompt's first `sink_tokens` and last `tail_tokens` tokens run through all layers. Prompts
-    shorter than `min_prompt` are not pruned. `deep_rows` is the rule for context words that run
-    through all layers. `source_sha256` is the hash of the original model. The parts of a split
-    model are hashed as one file.
+    shorter than `min_prompt` are not pruned. `deep_rows` is the criterion that selects the context
+    words that run through all layers. `source_sha256` is the hash of the original model. The parts
+    of a split model are hashed as one file.
     """
 
     schedule: str

@@ -1,4 +1,4 @@
-"""Plan which layers context tokens skip and which tokens run through all layers."""
+"""Plan which layers to skip for context tokens and which tokens run through all layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -101,7 +101,7 @@ def make_plan(
     tokens = {"sink": sink_tokens, "tail": tail_tokens, "min_prompt": min_prompt or 0}
     for name, value in tokens.items():
         if not 0 <= value <= MAX_TOKENS:
-            raise PlanError(f"{name}={value} is out of range", f"use 0 to {MAX_TOKENS:,} tokens")
+            raise PlanError(f"{name}={value} is out of range", f"choose 0 to {MAX_TOKENS:,} tokens")
     if min_prompt is None:
         min_prompt = 2 * (sink_tokens + tail_tokens)
     if not shape.fits(boundary):
@@ -114,13 +114,13 @@ def make_plan(
 def require_prunable(shape: ModelShape) -> None:
     """Raise UnsupportedArchitectureError if context tokens already skip layers without loss."""
     if shape.exact:
-        hint = "use the file unchanged"
+        hint = "use this file without converting it"
         if shape.exact > 2:
-            hint = f"use the file unchanged, or choose a boundary from 1 to {shape.exact - 2}"
+            hint = f"{hint}, or choose a boundary from 1 to {shape.exact - 2}"
         raise UnsupportedArchitectureError(
-            f"this {shape.arch} model needs no conversion: layers {shape.exact} and up (of"
-            f" {shape.n_layer}) reuse the K/V of earlier layers, so context tokens already skip"
-            " these layers without any loss",
+            f"this {shape.arch} model needs no conversion: the last"
+            f" {shape.n_layer - shape.exact} of its {shape.n_layer} layers reuse the K/V of earlier"
+            " layers, so context tokens already skip these layers without any loss",
             hint,
         )
 

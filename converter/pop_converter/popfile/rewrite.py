@@ -42,7 +42,7 @@ UNKNOWN_SHA256 = "0" * 64
 
 @dataclass(frozen=True)
 class Fitted:
-    """Encoded fitted projections and their calibration."""
+    """Fitted projections in their stored encoding, and the text used for the fit."""
 
     calibration: Calibration
     tensors: tuple[NewTensor, ...]
@@ -62,7 +62,7 @@ class FileSizes:
 
 
 def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return a conversion's file sizes, excluding padding and the keys for measured quality.
+    """Return a conversion's file sizes, excluding padding and the keys that store its quality.
 
     Raises FormatError for an invalid source.
     """
@@ -102,10 +102,10 @@ def convert(
 ) -> PopMeta:
     """Copy `src` (a file or a split model's first part) to `dst` and add the plan's keys.
 
-    The new file is then compared with its source byte for byte. `progress` receives the
-    number of bytes written and compared. `fitted` is required if the plan has fitted projections.
-    `examine` measures the new file. If the caller passes `binding` (the identity of `src`),
-    `dst` is a sidecar with only the keys and the fitted tensors. Returns the new keys.
+    The new file is then compared with its source byte for byte. `progress` receives the sum of the
+    bytes written and the bytes compared. `fitted` is required if the plan has fitted projections.
+    `examine` measures the new file. If the caller passes `binding` (the identity of `src`), `dst`
+    is a sidecar with only the keys and the fitted tensors. Returns the new keys.
 
     Raises FormatError, PlanError, OutputExistsError, WriteError, and any error that `examine`
     raises. After an error, an existing `dst` is unchanged and no temporary file remains.
@@ -147,11 +147,11 @@ def convert(
 
 
 def _drop(_: object) -> None:
-    """Ignore data or progress that is irrelevant to a sidecar."""
+    """Ignore data or a progress report, because sidecars need neither."""
 
 
 def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
-    """Read the model to convert. Raises FormatError, or PlanError for a different model's plan."""
+    """Read the model to convert. Raises FormatError, or PlanError if the plan does not match."""
     source = unconverted(src)
     if source_shape(source) != plan.shape:
         raise PlanError(f"the plan was made for a model other than {src}")

@@ -44,7 +44,7 @@ def sidecar_path(base: Source) -> Path:
 
 
 def existing_sidecar(base: Source) -> Path | None:
-    """Return `sidecar_path(base)`, or None for a missing file or a converted model."""
+    """Return `sidecar_path(base)`, or None if the file does not exist or `base` is converted."""
     found = sidecar_path(base)
     return found if found.is_file() and pop_meta(base.first) is None else None
 
@@ -65,8 +65,8 @@ def read_sidecar(path: Path, base: Source) -> PopMeta:
     binding = read_binding(header)
     if binding != bind(base):
         raise FormatError(
-            f"{path} belongs to {meta.source_name} ({binding.base_bytes:,} bytes), not to"
-            f" {base.first.path}",
+            f"{path} was created for {meta.source_name} (size: {binding.base_bytes:,} bytes),"
+            f" not for {base.first.path}",
             "create a sidecar for this model",
             cause="foreign-sidecar",
             model=base.first.path,
@@ -93,7 +93,7 @@ def sidecar_meta(header: Header) -> PopMeta:
 
 
 def fitted_tensors(path: Path) -> dict[str, NewTensor]:
-    """Return a converted file's or sidecar's fitted tensors by name. Raises FormatError."""
+    """Return a dict of the fitted tensors in a converted file or sidecar. Raises FormatError."""
     header = read_header(path)
     try:
         with path.open("rb") as file:
@@ -157,7 +157,7 @@ def write_sidecar(plan: Plan, src: Path, dst: Path, **options: Any) -> PopMeta:
 def write_trial(
     plan: Plan, source: Source, dst: Path, binding: Binding, fitted: Fitted | None
 ) -> None:
-    """Write a temporary sidecar for measurements, without the model's hash. Raises WriteError."""
+    """Write a temporary sidecar that lacks the model's hash. Raises WriteError."""
     whole = with_tensors(_EMPTY, fitted.tensors) if fitted else _EMPTY
     written = whole.with_keys(encode_sidecar_keys(draft_meta(plan, source, fitted), binding))
     with replacing(dst, force=False) as file:

@@ -95,7 +95,7 @@ def _matches(text: _Text, lines: tuple[str, ...], floor: int) -> list[int]:
 
 
 def _locate(text: _Text, lines: tuple[str, ...], expected: int, floor: int) -> int | None:
-    """Return the index at which `lines` match: `expected` if possible, or else the only match.
+    """Return `expected` if `lines` match at that index, or otherwise the only matching index.
 
     Returns None if no match exists, or if several matches exist but none is at `expected`.
     """

@@ -115,7 +115,7 @@ class _Reader:
             previous = sign
             self.at += 1
         if old_left or new_left:
-            raise self._error(f"the hunk does not match the line counts in its header, {header}")
+            raise self._error(f"the hunk does not match the line counts in its header ({header})")
         return Hunk(header, old_start, tuple(before), tuple(after), after_open)
 
     def _error(self, problem: str) -> BuildError:

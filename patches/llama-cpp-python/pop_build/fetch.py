@@ -81,7 +81,7 @@ def check(pin: Pin, sdist: Path) -> None:
 
 def _other_file(pin: Pin, found: str) -> BuildError:
     return BuildError(
-        f"The package index has a {pin.sdist} that differs from the pinned file."
+        f"The package index's copy of {pin.sdist} differs from the pinned file."
         f" {found} The pinned sha256 is {pin.sha256}.",
         f"Set {SOURCE_VARIABLE} to a trusted copy of the pinned file.",
     )

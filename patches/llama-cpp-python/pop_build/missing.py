@@ -57,7 +57,7 @@ def check_architecture(env: Mapping[str, str]) -> None:
     """Raise BuildError if the target GPU of a CUDA build is unknown.
 
     If no target is set, nvcc compiles for the oldest architecture that it supports. nvcc prints a
-    warning, but pip hides the warning.
+    warning, but pip hides it.
     """
     given = {name: value.lower() for name, value in _DEFINE.findall(env.get("CMAKE_ARGS", ""))}
     # A portable build covers every architecture.

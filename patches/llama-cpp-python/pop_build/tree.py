@@ -224,7 +224,7 @@ def _set(path: Path, field: str, value: str) -> None:
 
 
 def _fingerprint(source: Path) -> str:
-    """Hash file names, sizes, and modification times. Hashing 200 MB of contents would be slow."""
+    """Hash file names, sizes, and modification times. Hashing 200 MB of data would be slow."""
     digest = hashlib.sha256()
     for path in _files(source):
         stat = path.lstat()

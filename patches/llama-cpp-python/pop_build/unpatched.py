@@ -1,4 +1,4 @@
-"""Build llama.cpp libraries without our patches for comparison tests.
+"""For comparison tests, build llama.cpp libraries without our patches.
 
 The release and the build flags are the same as in a build with our patches.
 """
@@ -20,7 +20,7 @@ _IN_WHEEL = "llama_cpp/lib/"
 def build_unpatched(package: Path, target: Path) -> bool:
     """Build the libraries into `target`. Return False if the libraries were already up to date.
 
-    If LLAMA_CPP_LIB_PATH is set to `target`, an installed llama_cpp loads these libraries.
+    If LLAMA_CPP_LIB_PATH is set to `target`, the llama_cpp package loads these libraries.
     """
     env = os.environ | {UNPATCHED_VARIABLE: "1"}
     wanted = key(recipe(package, env))

@@ -194,7 +194,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[Path]:
 
 def test_file_other_than_the_pinned_one_is_refused(pin, tmp_path, monkeypatch):
     serve(monkeypatch, b"not the release")
-    with pytest.raises(BuildError, match="has a llama_cpp_python") as caught:
+    with pytest.raises(BuildError, match="copy of llama_cpp_python") as caught:
         fetch(pin, tmp_path / "cache")
     assert hashlib.sha256(b"not the release").hexdigest() in caught.value.message
     assert SOURCE_VARIABLE in caught.value.hint
