@@ -59,7 +59,7 @@ def test_json_has_all_figures_and_the_counters_add_up(tiny_file, short):
 
 def test_the_speed_up_is_of_several_pairs(tiny_file, short):
     done = demo(tiny_file, *WIDE, "--pairs", 2)
-    pairs = r"Speedup: (.+)x \(median of 2, range (.+)-(.+)\)\. .+ predicts 1\."
+    pairs = r"Speedup: (.+)x \(median of 2, range (.+)-(.+)\)\. .+ predicts a speedup of 1\."
     said = re.search(pairs, done.stdout)
     assert said is not None, done.stdout
     middle, least, most = map(float, said.groups())
