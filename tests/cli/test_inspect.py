@@ -55,7 +55,7 @@ def test_converted_file_for_people(converted):
     assert "Prompt tokens skip layer 5 and all later layers (3 of 8 layers)." in shown
     assert "the first token and the last 7 tokens" in shown
     assert "tiny.gguf" in shown
-    assert "this file opens, but fast reading is not available" in shown
+    assert "opens this file, but without fast reading" in shown
     lines = shown.splitlines()
     assert lines.index("") == 5, "a summary comes first"
     assert " ".join(lines[3].split()) == "Fast reading skips 3 of 8 layers"

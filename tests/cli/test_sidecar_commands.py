@@ -241,7 +241,7 @@ def test_inspect_of_the_model(base, sidecar):
     assert found["opens_in_stock_llama_cpp"]
     lines = command("inspect", base).stdout.splitlines()
     assert any(line.startswith("Sidecar") and str(sidecar) in line for line in lines)
-    assert any(line.endswith("this file opens") for line in lines)
+    assert any(line.endswith("opens this file") for line in lines)
 
 
 def test_inspect_of_a_sidecar_in_another_folder(base, sidecar, tmp_path):

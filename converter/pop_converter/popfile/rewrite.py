@@ -151,7 +151,7 @@ def _drop(_: object) -> None:
 
 
 def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
-    """Read the model to convert. Raises FormatError, or PlanError if the plan does not match."""
+    """Read the source model. Raises FormatError, or PlanError if the plan does not match."""
     source = unconverted(src)
     if source_shape(source) != plan.shape:
         raise PlanError(f"the plan was made for a model other than {src}")

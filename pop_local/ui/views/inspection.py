@@ -17,11 +17,11 @@ def summary_facts(found: Inspection) -> list[Fact]:
     if found.architecture == ARCHITECTURE:
         return [*facts, ("Kind", "multimodal projector for images (--mmproj)")]
     kind = "chat model" if found.has_chat_template else "base model (it has no chat template)"
-    stock = "this file opens"
+    stock = "opens this file"
     if not found.opens_in_stock_llama_cpp:
-        stock = "this file does not open because it contains fitted projections"
+        stock = "cannot open this file, because it contains fitted projections"
     elif found.pop is not None and found.sidecar is None:
-        stock = "this file opens, but fast reading is not available"
+        stock = "opens this file, but without fast reading"
     return [
         *facts,
         ("Kind", f"{kind}, trained on contexts of up to {found.n_ctx_train:,} tokens"),
