@@ -234,7 +234,7 @@ def test_slow_reader_is_killed(client, monkeypatch):
     slow = KeptProcess(file_reader.FileReader, limit_s=0.0, limit_bytes=2**30)
     monkeypatch.setattr(page_routes, "reader", slow)
     message = refusal(sent(client, b"text " * 1_000_000, "story"), 400)
-    assert message.startswith("story takes too long or too much memory to read (0 s")
+    assert message.startswith("story needs too much time or memory (0 s")
     slow.close()
 
 

@@ -104,7 +104,7 @@ async def _file(limiter: ClientLimiter, request: Request) -> Response:
                 message = f"{error.message.replace(str(path), name)}; {error.hint or _HINT}"
                 raise ApiError(400, message, code="unreadable") from error
             except BeyondLimitsError as error:
-                message = f"{name} takes too long or too much memory to read ({reader.limits}); {_HINT}"
+                message = f"{name} needs too much time or memory ({reader.limits}); {_HINT}"
                 raise ApiError(400, message, code="unreadable") from error
     shown = {"url": f"data:{image[0]};base64,{found}"} if image else {"text": found}
     return JSONResponse({"name": name, **shown})
