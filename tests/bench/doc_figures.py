@@ -132,7 +132,8 @@ def machines() -> str:
         cells = [[f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.1f}x"] for a, b in pairs]
         rows.append([f"`{row['name']}`", *cells[0], *cells[1]])
     measured = zip(MACHINES, ("first", "last"), strict=True)
-    origins = [origin(name, f"We measured the {which} three columns") for name, which in measured]
+    verb = "We measured the values in the"
+    origins = [origin(name, f"{verb} {which} three columns") for name, which in measured]
     return f"\n{markdown(titles, rows)}\n{' '.join(origins)}\n"
 
 
