@@ -92,7 +92,7 @@ class PopModel:
     def swap_sidecar(self, sidecar: Path) -> None:
         """Switch to a different sidecar. The cache is kept if all its rows are exact.
 
-        If opening fails or the model uses an mmproj, raises PopError and changes nothing.
+        Raises PopError and changes nothing if opening fails or if the model uses an mmproj.
         """
         with self._changing() as before:
             before.context.interrupt.require_idle()
@@ -135,7 +135,7 @@ class PopModel:
     def _changing(self) -> Iterator[Engine]:
         """Context manager that prevents other threads from using or replacing the engine.
 
-        The context is locked first, because progress callbacks hold its lock and could deadlock.
+        Progress callbacks hold the context's lock, so locking the context second could deadlock.
         """
         while True:
             engine = self._engine

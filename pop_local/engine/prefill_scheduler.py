@@ -1,4 +1,4 @@
-"""Choose which queued prompt to read next, one chunk at a time."""
+"""Before each prompt chunk, choose which queued prompt to read next."""
 
 import threading
 from collections.abc import Callable
@@ -47,7 +47,7 @@ class PrefillScheduler:
     """A scheduler that determines the order in which queued prompts are read.
 
     The prompt with the fewest unread rows goes first. Among prompts with up to 256 unread rows, the
-    oldest goes first. After `AGE_CHUNKS` chunks of other prompts, the oldest prompt goes next.
+    oldest goes first. The oldest prompt gets a turn after `AGE_CHUNKS` chunks of other prompts.
     """
 
     def __init__(self) -> None:

@@ -54,7 +54,7 @@ class SlotScheduler:
     def share(self, index: int, prompt: Prompt) -> None:
         """Share the longest cached prefix of the prompt with sequence `index`.
 
-        Does nothing if sequence `index` already caches an equally long prefix.
+        Does nothing if sequence `index` can already reuse the whole prefix.
         """
         scope = self.sequence(index).states.scope
         states = [each.states for each in self._model.engine.sequences]

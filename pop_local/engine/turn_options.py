@@ -14,17 +14,18 @@ class TurnOptions(SamplerOptions):
     """Options for one answer.
 
     `max_tokens`: maximum answer length in tokens (default: the rest of the context). `min_answer`:
-    tokens to reserve for the answer. ContextFullError is raised if the prompt leaves fewer tokens.
-    `stops`: strings that end the answer and are removed from it. `grammar`: a Grammar, or GBNF
-    text. `calls`: the format of tool calls (overrides `grammar`). `n_top_logprobs`: the number of
-    alternatives per token (None: no log probabilities). `has_end_logprob`: whether to report the
-    log probability of the token that ends the answer. `repeatable`: whether to ignore cached rows,
-    so that a fixed seed or a temperature of 0 always gives the same answer. `ends_repeats`:
-    whether to end an answer that keeps repeating a block (ignored for answers with a grammar).
+    tokens to reserve for the answer. ContextFullError is raised if the prompt does not leave this
+    many tokens. `stops`: strings that end the answer and are removed from it. `grammar`: a Grammar,
+    or GBNF text. `calls`: the format of tool calls (overrides `grammar`). `n_top_logprobs`: the
+    number of alternatives per token (None: no log probabilities). `has_end_logprob`: whether to
+    report the log probability of the token that ends the answer. `repeatable`: whether to ignore
+    cached rows, so that a fixed seed or a temperature of 0 always gives the same answer.
+    `ends_repeats`: whether to end an answer that keeps repeating a block (ignored with a grammar).
 
     `on_prefill(done, total)` is called before the first batch and after each batch. `done` and
     `total` count uncached tokens. `should_stop` is called during prefill and after each token. If
-    it returns True, the answer ends ("interrupted"), or tokenization raises StoppedError.
+    it returns True, the answer ends with the reason "interrupted". During tokenization,
+    StoppedError is raised instead.
     """
 
     max_tokens: int | None = None

@@ -115,7 +115,7 @@ class ArchKeys:
         return FormatError(f"{self.header.path}: {problem}", "download the file again")
 
     def number(self, name: str, default: int | None = None) -> int:
-        """Return a key's integer or Boolean value, or an array's first item. Raises FormatError."""
+        """Return a key's value (if an array, its first item) as an integer. Raises FormatError."""
         value = self.header.of_arch(name)
         if isinstance(value, tuple):
             value = value[0] if value else None

@@ -12,11 +12,11 @@ _KV, _LATENT, _STATE = "K and V", "compressed K/V", "recurrent state"
 class SkippableLayers:
     """The range of layers that context tokens can skip, from `first` to `last`.
 
-    `left` lists what the skipped layers still compute for context tokens. `fits_from` is the
-    lowest boundary at which projections can be fitted. If no fit is possible, `fits_from` is None
-    and `no_fit` is the reason. Layers from `exact` onward can be skipped without loss (0: none
-    can). `no_refill` is the reason why skipped layers cannot process context tokens later, or ""
-    if they can. `is_measured` is true if pruning was measured on real models of this architecture.
+    `left` lists what the skipped layers still compute for context tokens. `fits_from` is the lowest
+    boundary for fitted projections. If no fit is possible, `fits_from` is None and `no_fit` is the
+    reason. Layers from `exact` onward can be skipped without loss. If `exact` is 0, no layer can.
+    `no_refill` is the reason why skipped layers cannot process context tokens later, or "" if they
+    can. `is_measured` is true if pruning was measured on real models of this architecture.
     """
 
     first: int

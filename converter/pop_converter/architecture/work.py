@@ -48,7 +48,7 @@ def wide_weights(shape: ModelShape, boundary: int, projection: Projection) -> in
 
 
 def fit_macs(shape: ModelShape, boundary: int, projection: Projection, n_prompt: int) -> int:
-    """Return the multiply-accumulates that a fit adds (negative if it avoids fused products)."""
+    """Return how many multiply-accumulates a fit adds (negative if it avoids fused products)."""
     n_unfused = sum(compress(shape.n_q[boundary + 1 :], shape.is_fused[boundary + 1 :]))
     saved = 0 if projection == Projection.OWN else n_unfused * shape.n_embd
     return n_prompt * (wide_weights(shape, boundary, projection) - saved)

@@ -1,4 +1,4 @@
-"""Read files and pipes. Reading a pipe fails if no process writes to the pipe in time."""
+"""Read files and pipes. Reading from a pipe times out if no process writes to it."""
 
 import os
 import stat

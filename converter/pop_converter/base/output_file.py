@@ -84,7 +84,7 @@ def _exists(message: str) -> OutputExistsError:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove temporary files of dead processes. `name`: the output's name ("": any output)."""
+    """Remove temporary files left by ended processes. `name`: the output's name ("": any name)."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
             stem, _, pid = path.name.removesuffix(_SUFFIX).rpartition(".")

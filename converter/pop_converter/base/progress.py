@@ -41,12 +41,12 @@ class Watch:
     `on_stage(name, unit)` is called when a stage starts. `on_progress(done, total)` receives the
     stage's progress (both numbers are in `unit`). `on_left(seconds)` is called with the estimated
     remaining time for all stages whenever an estimate is available. `on_expected(stages)` receives
-    the names of the expected next stages. `on_note(text)` receives a note to show to the user.
-    `on_warning(error)` receives each nonfatal error. Tasks call `should_stop` at each progress
-    report and during llama.cpp's computations. If `should_stop` returns True, the task raises
-    StoppedError and leaves no output. `may(question)` returns True if the user allows a download
-    from a model hub. `refuses(question)` returns True if a user is present and declines a large
-    catalog download.
+    the names of the stages that are expected to follow. `on_note(text)` receives a note to show to
+    the user. `on_warning(error)` receives each nonfatal error. Tasks call `should_stop` at each
+    progress report and during llama.cpp's computations. If `should_stop` returns True, the task
+    raises StoppedError and leaves no output. `may(question)` returns True if the user allows a
+    download from a model hub. `refuses(question)` returns True if a user is present and declines a
+    large catalog download.
     """
 
     on_stage: Callable[[str, Unit], object] = _ignore

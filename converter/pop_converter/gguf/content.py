@@ -181,7 +181,7 @@ def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran
 
 
 def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool:
-    """Return True if `written` contains exactly `content`'s data from byte `start` onward.
+    """Return True if the bytes of `written` from byte `start` onward equal `content`'s data.
 
     `advance` receives the number of bytes in each step. Raises FormatError if a source cannot be
     read, and OSError if `written` cannot be read.

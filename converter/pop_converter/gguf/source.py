@@ -109,7 +109,7 @@ def read_source(path: Path) -> Source:
 
 
 def sampled_sha256(source: Source) -> str:
-    """Return the hex sha256 of the headers and of each tensor's first bytes. Fine-tunes differ."""
+    """Hash the headers and each tensor's first bytes (SHA-256, hex). Fine-tunes' hashes differ."""
     digest = hashlib.sha256()
     for header in source.parts:
         with header.path.open("rb") as file:

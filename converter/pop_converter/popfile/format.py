@@ -187,7 +187,7 @@ _SIZE = "_bytes"
 def pop_meta(header: Header) -> PopMeta | None:
     """Return a header's POP keys, or None if the header has no POP keys.
 
-    Raises FormatError if the keys are invalid or contradict the model.
+    Raises FormatError if the keys are invalid or inconsistent with the model.
     """
     if not any(name.startswith(PREFIX) for name in header.keys):
         return None
@@ -231,7 +231,7 @@ def bind(base: Source) -> Binding:
 
 
 def read_binding(header: Header) -> Binding:
-    """Return the identity of the base model recorded in a sidecar. Raises FormatError."""
+    """Return the base model's identity, as recorded in a sidecar. Raises FormatError."""
     binding = _read_group(header, _BINDING, Binding)
     if binding is None:
         raise FormatError(f"{header.path} does not identify its base model", CONVERT_AGAIN)
@@ -300,7 +300,7 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
 
 
 def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
-    """Encode a sidecar's keys, each as a bytes object."""
+    """Encode each of a sidecar's keys as a bytes object."""
     return (
         _encode_key("general.architecture", SIDECAR_ARCH),
         *encode_keys(meta),

@@ -1,4 +1,4 @@
-"""Plan which layers to skip for context tokens and which tokens run through all layers."""
+"""Plan which layers context tokens skip and which tokens run through all layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

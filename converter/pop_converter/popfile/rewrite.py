@@ -102,8 +102,8 @@ def convert(
 ) -> PopMeta:
     """Copy `src` (a file or a split model's first part) to `dst` and add the plan's keys.
 
-    The new file is then compared with its source byte for byte. `progress` receives the sum of the
-    bytes written and the bytes compared. `fitted` is required if the plan has fitted projections.
+    The new file is then compared with its source byte for byte. `progress` receives the total
+    number of bytes written and compared. `fitted` is required if the plan has fitted projections.
     `examine` measures the new file. If the caller passes `binding` (the identity of `src`), `dst`
     is a sidecar with only the keys and the fitted tensors. Returns the new keys.
 
@@ -147,11 +147,11 @@ def convert(
 
 
 def _drop(_: object) -> None:
-    """Ignore data or a progress report, because sidecars need neither."""
+    """Ignore data and progress reports, which sidecars do not need."""
 
 
 def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
-    """Read the source model. Raises FormatError, or PlanError if the plan does not match."""
+    """Read the source model and check that the plan matches it. Raises FormatError or PlanError."""
     source = unconverted(src)
     if source_shape(source) != plan.shape:
         raise PlanError(f"the plan was made for a model other than {src}")

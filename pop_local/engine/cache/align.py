@@ -44,7 +44,7 @@ def find_runs(
 
     `cached`, `prompt`: int [n]. `prompt_hashes`: the prompt's `window_hashes` for windows of
     `min_run` tokens. Each prompt token is in at most one run. A cached token can be in multiple
-    runs. The runs can appear in a different order in the cache. Takes O(n log n) time.
+    runs. In the cache, the runs need not be in prompt order. Takes O(n log n) time.
     """
     cached_hashes = window_hashes(cached, min_run)
     order = np.argsort(cached_hashes, kind="stable")

@@ -21,7 +21,7 @@ class CacheStates:
     """Saves and restores a KV cache's states. `prompts`: the prompt cache, if any.
 
     `scope`: the owner of the cached rows, or "" if shared. Prompts never reuse another owner's
-    rows, because response times and cached-token counts would reveal the other owner's prompts.
+    rows. Otherwise, response times and cached-token counts would reveal that owner's prompts.
     """
 
     def __init__(self, cache: KvCache, keys: CacheKeys, prompts: PromptCache | None) -> None:
@@ -102,7 +102,7 @@ class CacheStates:
                 self.prompts.add(self._prompts_key, self.save())
 
     def restore_best(self, count: CountReusable) -> None:
-        """Restore the prompt cache's best state if it has more reusable rows than the KV cache."""
+        """Restore the prompt cache's best state if its reusable rows outnumber the KV cache's."""
         if self.prompts is None:
             return
         tokens, images = self.cache.tokens, self.cache.images
@@ -131,7 +131,7 @@ class CacheStates:
     def share(self, other: "CacheStates", prompt: Prompt) -> None:
         """Share the rows of the longest prompt prefix that another sequence has cached.
 
-        Does nothing if this sequence has an equally long prefix or if the mode keys differ.
+        Does nothing if this sequence already has these rows or if the mode keys differ.
         """
         with self.cache.slot.locked():
             n = prompt.whole(other.n_same(prompt))

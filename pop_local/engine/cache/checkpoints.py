@@ -41,7 +41,7 @@ class Checkpoints:
         return max(self._states, default=0)
 
     def best(self, n_rows: int) -> int:
-        """Return the row count of the last checkpoint within the first `n_rows` rows, or 0."""
+        """Return the row count of the last checkpoint within `n_rows` rows, or 0 if none exists."""
         return max((n for n in self._states if n <= n_rows), default=0)
 
     def add(self, n_rows: int) -> None:

@@ -183,7 +183,7 @@ class DiskStore:
         return self.folder / f"{digest.hexdigest()[:32]}{SUFFIX}"
 
     def _evict(self, newest_path: Path, prompts_key: str, newest: SavedState) -> None:
-        """Remove prefixes of the newest state, then the oldest states until the rest fit."""
+        """Remove states that `newest` extends. If space is short, remove the oldest states, too."""
         for each in self.stored():
             is_prefix = each.prompts_key == prompts_key and newest.extends(each.tokens, each.images)
             if each.path != newest_path and is_prefix:

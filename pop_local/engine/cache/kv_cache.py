@@ -38,8 +38,8 @@ class ReadObserver(Protocol):
 class KvCache:
     """The cached rows of one sequence.
 
-    `images`: maps each image's first row to its key. `has_logits`: whether the last row has logits
-    to sample from. `epoch` increases after each change that forces answers in progress to stop.
+    `images` maps an image's first row to the image's key. `has_logits`: whether the last row has
+    logits to sample from. `epoch` increases after each change that stops answers in progress.
     """
 
     def __init__(self, slot: Slot, vision: Mmproj | None = None) -> None:

@@ -76,7 +76,7 @@ class CachedRows:
             self.first_stale = max(self.first_stale, end)
 
     def record_deep_pass(self, positions: Sequence[int]) -> None:
-        """Record a deep pass over the rows at the given ascending positions."""
+        """Record a deep pass over the rows at `positions`, which are in ascending order."""
         self.is_full[list(positions)] = True
         first, last = positions[0], positions[-1]
         if first <= self.n_exact and last - first + 1 == len(positions):

@@ -66,9 +66,9 @@ class Constraint:
         self._check()
 
     def allowed(self) -> NDArray[np.intp]:
-        """Return the sorted allowed token ids, including end tokens if the text is complete.
+        """Return the IDs of the allowed tokens in ascending order.
 
-        Raises GrammarError if the grammar allows no token.
+        End tokens are allowed if the text is complete. Raises GrammarError if no token is allowed.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()

@@ -57,10 +57,10 @@ def recommended(header: Header) -> dict[str, float]:
 
 
 class Allowed(Protocol):
-    """A constraint on the next token."""
+    """A constraint on the next token. `allowed` raises PopError if no token is allowed."""
 
     def allowed(self) -> np.ndarray | None:
-        """Return the sorted IDs of allowed tokens (None: all). Raises PopError if none exist."""
+        """Return the sorted IDs of the allowed tokens, or None if all tokens are allowed."""
 
     def accept(self, token: int) -> None:
         """Advance the constraint past a sampled token."""

@@ -24,7 +24,7 @@ _SPELLED = re.compile(rb"\d|[a-z][A-Z]|/|\w[@_\\#=+~-]+\w")
 def find_deep_rows(context: Context, tokens: np.ndarray, criterion: DeepRows) -> NDArray[np.bool_]:
     """Return a mask of the deep rows, bool [n_tokens].
 
-    `tokens`: int [n_tokens], the prompt's first tokens (image rows are negative). If a word meets
+    `tokens`: int [n_tokens], the prompt's first tokens (negative for image rows). If a word meets
     the `criterion`, all its rows are deep. A control token or an image ends a word. Recurrent
     models have no deep rows, because scattered deep rows would split the batches.
     """

@@ -48,9 +48,9 @@ _NODES_AT_ONCE = 32
 class ImageChunk:
     """A whole picture, or one part of a picture if the model splits pictures.
 
-    `number`: the chunk's index in libmtmd's list of the picture's chunks. `key` identifies the
-    chunk's rows. `n_pos`: the number of positions that the chunk's rows occupy. `is_mutual`:
-    whether all rows attend to each other and must be in one batch.
+    `number`: the chunk's index among all chunks of the picture. `key` identifies the chunk's rows.
+    `n_pos`: the number of positions that the chunk's rows occupy. `is_mutual`: whether all rows
+    attend to each other and must be in one batch.
     """
 
     picture: Picture
@@ -176,7 +176,7 @@ class Mmproj:
         )
 
     def see(self, picture: Picture) -> TokenizedPicture:
-        """Split a picture into text and image chunks and return the picture's tokens.
+        """Return the tokenized picture, which consists of text tokens and image chunks.
 
         Raises PopError if the image data is corrupt or libmtmd rejects the picture.
         """
@@ -219,7 +219,7 @@ class Mmproj:
     def embedded(self, image: ImageChunk) -> np.ndarray:
         """Return an image's embeddings, float32 [n_rows, n_embd_inp].
 
-        Raises PopError if the encoder fails, or StoppedError if `should_stop` stops it.
+        Raises PopError if the encoder fails, or StoppedError if `should_stop` returns True.
         """
         cut = self._cut_up(image.picture)
         with self._lock:

@@ -93,7 +93,7 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
 def picture_of(content: bytes, name: str) -> Picture:
     """Create a Picture from a file's bytes. Only the header is decoded.
 
-    Raises PopError if the bytes are not an image, or if the image exceeds a limit of this module.
+    Raises PopError if the bytes are not an image or exceed one of this module's limits.
     """
     if len(content) > MAX_BYTES:
         raise PopError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", "scale the image down")

@@ -1,1 +1,1 @@
-"""From the user's prompts, collect the sums needed to fit projections (online calibration)."""
+"""Online calibration: collect sums while prompts are read, and use them to fit projections."""

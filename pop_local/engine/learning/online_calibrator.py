@@ -76,7 +76,7 @@ def _require_learnable(cache: KvCache) -> None:
 
 @dataclass(frozen=True)
 class LearnedFit:
-    """A sidecar fitted to `n_rows` tokens. `speedup_limit`: the maximum prefill speedup."""
+    """A sidecar fitted on `n_rows` tokens. `speedup_limit`: the maximum prefill speedup."""
 
     sidecar: Path
     boundary: int
@@ -184,7 +184,7 @@ class OnlineCalibrator:
             log.warning("cannot save the learned sums: %s", error)
 
     def _candidates(self, memory_bytes: int) -> tuple[int, ...]:
-        """Choose boundaries whose sums fit in memory. The file's boundaries replace defaults."""
+        """Choose boundaries whose sums fit in memory. Stored boundaries override the defaults."""
         n = self._shape.n_layer
         known = sorted(self._known.n_rows)
         wanted = known or [n - max(1, round(n * share)) for share in _SHARES]
@@ -210,7 +210,7 @@ class OnlineCalibrator:
     # While a prompt is read
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
-        """Record that a prompt chunk starting at row `start` was read, whatever the mode."""
+        """Record a chunk of a prompt, regardless of the mode. `start`: the chunk's first row."""
         if len(tokens) < N_WINDOW or _key(tokens) in self._seen:
             return
         self._n_chunks += 1
@@ -326,7 +326,7 @@ class OnlineCalibrator:
         return self.summing.is_wide(boundary) and boundary not in self._new.wides
 
     def _choose(self, boundaries: Sequence[int]) -> None:
-        """Choose the inputs of wide fits from bundled text, so that they do not reveal prompts."""
+        """Choose wide fits' inputs from bundled text, so that the choice reveals no prompts."""
         n_windows = _ROWS_TO_CHOOSE * self._shape.n_embd // N_WINDOW + 1
         wanted, context = self.summing.wanted(boundaries), self._cache.context
         windows = list(read_shipped_windows(context, wanted, n_windows, N_WINDOW))

@@ -56,7 +56,7 @@ class Sums:
     def merge(self, other: "Sums") -> None:
         """Add newer sums to these sums.
 
-        At each boundary, newer sums that use different inputs are dropped with a warning.
+        If the inputs at a boundary differ, a warning is logged and the newer sums are dropped.
         """
         for boundary, wide in other.wides.items():
             if boundary not in self.grams:
@@ -161,7 +161,7 @@ class Known:
 class SumsFile:
     """The file with the sums learned for a model. Multiple processes may add sums to the file.
 
-    `model`: the model's hash. `n_embd`: the model's embedding width (None: not checked).
+    `model`: the model's hash. `n_embd`: the model's embedding width, or None to skip the check.
     """
 
     path: Path
@@ -288,7 +288,7 @@ class Summing:
         return wide_input(self.shape, self._weights, boundary, windows)
 
     def empty(self, boundary: int, layers: Iterable[int]) -> Gram:
-        """Return sums that are initialized to zero, for fitting the given layers at a boundary."""
+        """Return zero-initialized sums for fitting the given layers at a boundary."""
         widths = {layer: self.shape.n_kv(layer) for layer in layers}
         kinds = self.projections[boundary]
         return Gram.empty(max(self._n_inputs(boundary, kind) for kind in kinds), widths)
@@ -296,9 +296,8 @@ class Summing:
     def add(self, sums: Sums, tapped: Tapped, scale: Rows | None = None) -> None:
         """Add all rows except the first, whose predecessor is not available.
 
-        All layers share the mean row weights of the last N_WEIGHING layers. A deep pass does not
-        change the sums at shallower boundaries. `scale` [n_rows] multiplies the row weights (None:
-        1).
+        All layers share the mean row weights of the last N_WEIGHING layers. Deep passes do not
+        change sums at shallower boundaries. `scale` [n_rows] multiplies the weights (default: 1).
         """
         y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
         weights = [fit.token_weights(mass[1:]) for mass in tapped.mass.values()]

@@ -1,4 +1,4 @@
-"""Start and call child processes with time and memory limits."""
+"""Start child processes and call functions in them, with limits on time and memory."""
 
 import atexit
 import json
@@ -19,7 +19,7 @@ _START = (
 
 
 class RefusedError(PopError, ValueError):
-    """Error with the message and hint of an exception raised in the child process."""
+    """Error that repeats the message and the hint of the child process's exception."""
 
 
 class NoChildError(PopError):

@@ -42,8 +42,8 @@ class Reading(IntEnum):
 class Mode(IntEnum):
     """A context's pruning mode.
 
-    OFF: every row runs through all layers. CONTEXT: context rows are pruned. If layers share
-    K/V, context rows instead skip layers without loss. ALWAYS: every row is pruned.
+    OFF: every row runs through all layers. CONTEXT: context rows are pruned, or skip layers without
+    loss if layers share K/V. ALWAYS: every row is pruned.
     """
 
     OFF = 0
@@ -182,7 +182,7 @@ def require_patched() -> ctypes.CDLL:
 
 
 def model_exact(model: Any) -> int:
-    """Return the first layer that rows without logits can skip without loss (0: none)."""
+    """Return the first layer that rows without logits can skip losslessly, or 0 if none exists."""
     return int(require_patched().llama_pop_model_exact(model))
 
 
@@ -199,7 +199,7 @@ def get_boundary(ctx: Any) -> int:
 
 
 def set_boundary(ctx: Any, layer: int) -> None:
-    """Start pruning at `layer` (0: the file's boundary), with the model's own projections."""
+    """Set the boundary and use own projections. If `layer` is 0, use the file's boundary."""
     call("llama_pop_set_boundary", ctx, layer)
 
 
@@ -246,9 +246,9 @@ def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: 
 
 
 def set_overwrite(ctx: Any, is_on: bool) -> None:
-    """Let batches of one sequence overwrite rows that already have cells.
+    """Allow single-sequence batches to overwrite rows that already have cells.
 
-    Each row attends to rows up to its own position. A failed batch may overwrite some of its rows.
+    Each row attends to rows up to its own position. A failed batch may leave some rows overwritten.
     """
     call("llama_pop_set_overwrite", ctx, is_on)
 
@@ -266,7 +266,7 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
 
 
 def set_reading(ctx: Any, reading: Reading) -> None:
-    """Set the kind of prompt rows that the following batches contain.
+    """Specify the kind of prompt rows in all subsequent batches.
 
     pop-local's kernels process prompt batches of any size. Therefore, the batch size does not
     affect the results if flash attention is on. During decoding, llama.cpp uses pop-local's
@@ -276,9 +276,9 @@ def set_reading(ctx: Any, reading: Reading) -> None:
 
 
 def choose_kernels(choice: str) -> int:
-    """Register what llama.cpp's kernels compute, and return a value for llama_pop_set_kernels.
+    """Register a choice of kernels and return the choice's number for llama_pop_set_kernels.
 
-    Models that this thread loads later repack only the chosen types (see ggml_pop_choose).
+    When this thread loads models later, only the chosen types are repacked (see ggml_pop_choose).
     """
     # Earlier builds of this ABI cannot choose.
     function = getattr(require_patched(), "llama_pop_choose_kernels", None)

@@ -1,6 +1,6 @@
 """Place each sequence's rows in its own blocks of KV cells to make results reproducible.
 
-Attention accumulates values in tiles of 64 and chunks of 1,024 cells, and pop-local's kernels
+Attention accumulates values in tiles of 64 cells and chunks of 1,024 cells, and pop-local's kernels
 derive a constant from the first two cells. Rounding errors therefore depend on which cells a
 sequence uses. A sequence's blocks of 1,024 cells are in ascending order, and the first two cells
 never change.
@@ -123,7 +123,7 @@ class CellRegions:
         return is_done
 
     def reserve(self, sequence: int, first: int) -> None:
-        """Reserve the cells of rows from position `first` onward, before dropping the rows."""
+        """Reserve the cells from position `first` onward. Call this before dropping the rows."""
         if self.is_on:
             self._api.llama_memory_seq_cp(self._memory, sequence, self._n + sequence, first, -1)
 

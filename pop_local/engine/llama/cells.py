@@ -121,7 +121,7 @@ class Cells:
             return state if n_read == n_bytes else None
 
     def return_to(self, checkpoint: np.ndarray, position: int) -> bool:
-        """Restore a checkpoint and drop all other cells from `position` onward.
+        """Restore a checkpoint and then drop all cells from `position` onward.
 
         Returns False on failure, which leaves the cells' contents undefined.
         """

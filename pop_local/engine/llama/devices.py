@@ -78,7 +78,7 @@ def cpu_kernels() -> str:
 
 
 def call_cpu(name: str, *values: Any) -> str:
-    """Call a CPU backend's function that returns text ("": the backend lacks the function)."""
+    """Call a CPU backend function that returns text. Returns "" if the function is missing."""
     cpu = ggml("ggml_backend_reg_by_name", _POINTER, b"CPU")
     get = "ggml_backend_reg_get_proc_address"  # also finds functions of a separate CPU library
     found = cpu and ggml(get, _POINTER, _POINTER(cpu), name.encode())

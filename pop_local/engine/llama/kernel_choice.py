@@ -1,7 +1,7 @@
 """Choose between pop-local's and llama.cpp's CPU kernels by measuring both on this machine.
 
 ggml_pop_choose (fast/measure.cpp) measures, decides, and stores the timings. The user's cache
-folder holds a file for each CPU, build, and number of threads.
+folder holds one file for each combination of CPU, build, and thread count.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ ALL = "all"  # measures all kinds again
 
 @functools.cache
 def choice_for(types: frozenset[int], n_threads: int) -> str:
-    """Return what llama.cpp computes in a model, as llama_pop_choose_kernels reads it.
+    """Return the choice of kernels for a model, in the format of llama_pop_choose_kernels.
 
     `types`: the weights' types. The first call on a machine takes up to 1.5 s.
     """
@@ -32,8 +32,8 @@ def choice_for(types: frozenset[int], n_threads: int) -> str:
 def measured(kinds: str, n_threads: int) -> list[str]:
     """Return the choice, and a line for each kind with its median times.
 
-    Measures `kinds` (numbers of types, "attention", or ALL) unless the file has their timings.
-    Returns an empty choice if VARIABLE is set.
+    Measures `kinds` (type numbers, "attention", or ALL) unless the file has their timings. Returns
+    an empty choice if VARIABLE is set.
     """
     if VARIABLE in os.environ:
         return [""]
@@ -43,7 +43,7 @@ def measured(kinds: str, n_threads: int) -> list[str]:
 
 
 def timings_file(n_threads: int) -> Path:
-    """Return the file for everything that the timings depend on."""
+    """Return the path of the timings file for this CPU, build, and number of threads."""
     api = backend.bindings()
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     key = (

@@ -25,7 +25,7 @@ _CONTINUED = 5
 
 
 class _Errors(threading.local):
-    """The current thread's error lines. Messages must not contain other threads' errors."""
+    """The current thread's error lines. An error message must not quote other threads' errors."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=64)

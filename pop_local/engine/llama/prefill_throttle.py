@@ -26,7 +26,7 @@ class PrefillThrottle:
         self._owed_s = 0.0
 
     def max_prompt_rows(self, n_answers: int) -> int:
-        """Return the maximum number of prompt rows at which decoding keeps half of its speed."""
+        """Return the maximum number of prompt rows that slow decoding by no more than half."""
         if not n_answers:
             return self._n_batch
         if self._owed_s > 0:

@@ -30,8 +30,8 @@ _known: WeakKeyDictionary[Context, bool] = WeakKeyDictionary()
 def can_shift(context: Context) -> bool:
     """Return True if a moved row equals a row decoded at the new position, up to rounding.
 
-    Returns False for models with learned position embeddings. llama.cpp rotates moved K in every
-    layer, so the result is also False if a layer has no RoPE or normalizes K after RoPE.
+    Returns False for models with learned position embeddings. llama.cpp rotates the K of moved rows
+    in every layer, so the result is also False if a layer has no RoPE or normalizes K after RoPE.
     """
     if context not in _known:
         _known[context] = _is_equal_after_a_shift(context)

@@ -27,7 +27,7 @@ class Slot:
     def working(self, *, pauses: bool = False) -> AbstractContextManager[None]:
         """Context manager that makes other sequences' batches wait for this sequence's rows.
 
-        `pauses`: whether other batches may run without this sequence's rows.
+        If `pauses` is True, other batches do not wait for this sequence's rows.
         """
         return nullcontext()
 
@@ -36,7 +36,7 @@ class Slot:
         return self.context.locked()
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Context manager that runs only this sequence's batches, without delay."""
+        """Context manager during which only this sequence's batches run, each one immediately."""
         return self.context.locked()
 
     def interruptible(self) -> AbstractContextManager[None]:
@@ -63,12 +63,12 @@ class Slot:
         backend.set_mode(self.context.ctx, mode)
 
     def begin_prefill(self) -> None:
-        """Mark the following batches as prefill batches and reset the counters."""
+        """Mark all subsequent batches as prefill batches and reset the counters."""
         backend.reset_counters(self.context.ctx)
         backend.set_reading(self.context.ctx, Reading.SOME)
 
     def begin_decode(self) -> None:
-        """Mark the following batches as decode batches."""
+        """Mark all subsequent batches as decode batches."""
         backend.set_reading(self.context.ctx, Reading.NONE)
 
     @property

@@ -38,8 +38,8 @@ class Tapped:
     """Per-layer arrays for one ubatch's rows. The first row has position `position`.
 
     `states` [n_rows, n_embd]: the layer's input. `k` [n_rows, n_k]: K before norm and RoPE. `v`
-    [n_rows, n_v]. `mass` [n_rows]: attention that each row receives from every 16th later row,
-    summed over heads. All arrays are views into `block`.
+    [n_rows, n_v]. `mass` [n_rows]: the attention that each row receives from every 16th row after
+    it, summed over heads. All arrays are views into `block`.
     """
 
     position: int
@@ -51,7 +51,7 @@ class Tapped:
     mass: dict[int, Rows] = field(default_factory=dict)
 
     def has(self, wanted: TapRequest) -> bool:
-        """Return whether all requested values are present. The optional `mass` may be missing."""
+        """Return whether all requested values are present. The `mass` values are optional."""
         return self.states.keys() >= set(wanted.boundaries) and min(
             self.k.keys(), self.v.keys(), key=len
         ) >= set(wanted.layers)

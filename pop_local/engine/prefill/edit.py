@@ -1,8 +1,8 @@
 """Reuse cached rows for a prompt in which a passage was changed, inserted, or removed.
 
-Rows after the first change keep their K/V and move to their new positions. The moved rows are
-stale because they were computed after different text. Only the new tokens and the prompt's tail
-are decoded immediately. A later refill re-decodes the stale rows.
+Rows that follow the first change keep their K/V and move to their new positions. The moved rows are
+stale because the text before them has changed. Only the new tokens and the prompt's tail are
+decoded immediately. A later refill re-decodes the stale rows.
 """
 
 import itertools
@@ -66,7 +66,7 @@ class ReusableRows:
     def edit(
         self, cache: KvCache, n_usable: int, must_be_full: NDArray[np.bool_]
     ) -> NDArray[np.int32] | None:
-        """Return the cached row for each token, int32 [n_prompt], with -1 for rows to decode.
+        """Return each token's cached row, int32 [n_prompt], or -1 if the token must be decoded.
 
         `n_usable`: the number of reusable rows in the common prefix. `must_be_full`: bool
         [n_prompt]. Returns None if an edit is impossible or would save too little time.

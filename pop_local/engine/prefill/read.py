@@ -1,4 +1,4 @@
-"""Read a prompt: reuse cached rows, prune context rows, and run the remaining rows in full."""
+"""Read a prompt: reuse cached rows, prune context rows, and run other rows through all layers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

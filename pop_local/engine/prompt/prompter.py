@@ -80,9 +80,9 @@ class Prompter:
     def render(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
         """Return the prompt that `write` renders.
 
-        If any string contains special tokens, `write` is called again with placeholders for them.
-        `write` receives two arguments: the contents with placeholders, and a function that adds
-        placeholders to other strings. Raises PopError if `write` raises ValueError.
+        If any string contains special tokens, `write` is called again with placeholders for these
+        tokens. `write` receives two arguments: the contents with placeholders, and a function that
+        adds placeholders to other strings. Raises PopError if `write` raises ValueError.
         """
         texts = [*(message.content for message in messages), *others]
         utf8("".join(texts))

@@ -22,9 +22,9 @@ _N_TRIGGER = 512
 class Trigger:
     """A pattern that activates a grammar for the rest of an answer.
 
-    `grammars` maps each text that the group `name` can capture to a grammar. If the pattern has no
-    such group, the key is "". The grammar applies from the start of the `rest` group. If that
-    group does not exist, the grammar applies from the start of the first matched group.
+    `grammars` maps each possible match of the group `name` to a grammar. If the pattern has no such
+    group, the key is "". The grammar applies from the start of the `rest` group. If that group does
+    not exist, the grammar applies from the start of the first matched group.
     """
 
     pattern: re.Pattern[str]
@@ -55,7 +55,7 @@ class CallForm:
 
 
 class CallConstraint:
-    """A constraint that allows all tokens until a trigger matches (not thread-safe)."""
+    """A constraint that allows all tokens until a trigger matches. It is not thread-safe."""
 
     def __init__(self, tokenizer: LLTokenizer, pieces: Pieces, form: CallForm) -> None:
         self._tokenizer, self._pieces, self._form = tokenizer, pieces, form

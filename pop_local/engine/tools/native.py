@@ -16,8 +16,8 @@ _SEVERAL = "root ::= tool-call | tool-calls"
 class Rendered:
     """A prompt and the format of the answer, as returned by pop-chat.cpp.
 
-    `takes_tools`: whether the template renders tools. `grammar`: a GBNF grammar, which applies
-    after one of the `triggers` matches. `shown`: special tokens in the format's text.
+    `takes_tools`: whether the template renders tools. `grammar`: a GBNF grammar that applies after
+    one of the `triggers` matches. `shown`: the special tokens in the format's text.
     """
 
     prompt: str
