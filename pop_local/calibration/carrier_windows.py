@@ -1,6 +1,7 @@
 """Windows of synthetic look-ups: documents with exact values, followed by questions and answers.
 
-Ordinary text rarely repeats exact strings. A fit that uses only such text causes look-up errors.
+Ordinary text rarely repeats exact strings. If a fit is computed from ordinary text alone, the
+model makes errors in look-ups.
 """
 
 from collections.abc import Sequence

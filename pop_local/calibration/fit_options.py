@@ -23,9 +23,10 @@ N_DISTILLED = 128
 class FitOptions:
     """Options for fitting the K/V projections of skipped layers.
 
-    `projection`: kind of fit (None: a wide fit if the slowdown is small). `tokens`: number of
-    tokens to fit on (None: depends on the model's size). `texts`: files and folders to fit on
-    (empty: default text). `memory_bytes`: limit for one pass's sums (None: half of free memory).
+    `projection`: kind of fit (None: wide if it costs little speed, otherwise plain). `tokens`:
+    number of tokens to fit on (None: depends on the model's size). `texts`: files and folders to
+    fit on (empty: default text). `memory_bytes`: limit for one pass's sums (None: half of free
+    memory).
     """
 
     tokens: int | None = None

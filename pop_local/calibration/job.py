@@ -85,7 +85,7 @@ def calibrate(
 def calibration_text(
     context: Context, options: FitOptions, n_embd: int, watch: Watch
 ) -> CalibrationText:
-    """Return the text from the paths in `options` or, if there are none, the default text."""
+    """Return text from the files in `options`, or the default text if `options` names no files."""
     count = options.n_tokens(n_embd) // N_WINDOW
     if options.texts:
         return texts.given_text(context, options.texts, count, n_embd)

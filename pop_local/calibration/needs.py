@@ -1,4 +1,4 @@
-"""Estimate a calibration's memory, time, and number of passes over the text."""
+"""Estimate a calibration's memory use, running time, and number of passes over the text."""
 
 import time
 from collections.abc import Sequence
@@ -96,7 +96,7 @@ def fit_cost(plan: Plan, projection: Projection) -> float:
 
 
 def fit_kind(plan: Plan, options: FitOptions) -> Projection:
-    """Return the kind of fit that `options` sets (default: a wide fit if the slowdown is small)."""
+    """Return the kind of fit in `options` (None: wide if it costs little speed, or else plain)."""
     if options.projection is not None:
         return options.projection
     is_cheap = fit_cost(plan, Projection.WIDE) <= MAX_WIDE_COST
@@ -217,7 +217,7 @@ def macs_per_s() -> float:
 
 
 def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:
-    """Return the bytes needed for an F16 KV cache and a batch of `n_rows` rows with logits."""
+    """Return the memory (in bytes) for an F16 KV cache and a batch of `n_rows` rows with logits."""
     cache = 2 * n_cells * sum(shape.n_k + shape.n_v)
     return cache + 4 * n_rows * (2 * shape.n_vocab + 8 * shape.n_embd)
 

@@ -28,7 +28,7 @@ def sample_windows(
 ) -> NDArray[np.int32]:
     """Extend each sequence in `starts` to `n_window` tokens by sampling from the model.
 
-    Returns the tokens as an array [len(starts), n_window]. `on_progress` counts tokens. Raises
+    Returns the tokens as an array [len(starts), n_window]. Progress is reported in tokens. Raises
     PopError if llama.cpp fails or returns NaN logits.
     """
     rng = np.random.default_rng(seed)

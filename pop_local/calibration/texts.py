@@ -50,7 +50,7 @@ class CalibrationText:
 
 
 def default_tokens(n_embd: int) -> int:
-    """Return the default text length: 24 tokens per state dimension or 16,384, whichever is more.
+    """Return the default text length in tokens: 24 per state dimension, but at least 16,384.
 
     A fit's error is proportional to n_embd / n_tokens. The length is a multiple of 2 * N_WINDOW.
     """
@@ -59,10 +59,8 @@ def default_tokens(n_embd: int) -> int:
 
 
 def least_tokens(n_embd: int) -> int:
-    """Return the minimum text length: a token per state dimension or 4 windows, whichever is more.
-
-    If the text were shorter, the ridge penalty would dominate the fit.
-    """
+    """Return the minimum text length: one token per state dimension, but at least 4 windows."""
+    # If the text were shorter, the ridge penalty would dominate the fit.
     return max(4, -(-n_embd // N_WINDOW)) * N_WINDOW
 
 
@@ -74,7 +72,7 @@ def own_text(context: Context, count: int, on_progress: Progress) -> Calibration
     """Combine look-ups, Python's documentation and library code, and text sampled from the model.
 
     Half of the sampled windows are free text, and half are questions and answers that start with
-    the chat template's first tokens. Nothing is downloaded. `on_progress` counts sampled tokens.
+    the chat template's first tokens. Nothing is downloaded. Progress is reported in sampled tokens.
     """
     n_sampled = n_sampled_of(count)
     carriers = own_carriers(context, count // SHARE)
@@ -114,7 +112,7 @@ class DistillText:
 def distill_text(
     context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> DistillText:
-    """Return the calibration windows, more windows from the same sources, and look-up windows.
+    """Return the calibration windows, additional windows from the same text, and look-up windows.
 
     `paths`: the calibration's files and folders (empty: the default text). The result has
     `n_windows` windows, or fewer if the text is too short.
@@ -136,7 +134,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
 
     If a piece of text is too short to fill its share, longer pieces make up the difference.
     Windows are spread evenly over each piece. One in every SHARE windows contains look-ups. Raises
-    PopError for empty, binary, short, or repetitive text.
+    PopError if the text is empty, binary, too short, or too repetitive.
     """
     groups = _grouped_texts(paths, count)
     least = least_tokens(n_embd)
@@ -155,7 +153,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
 
 
 def require_text(paths: Sequence[Path], n_embd: int) -> None:
-    """Raise PopError if a path is unusable or the text is too short for any tokenizer."""
+    """Raise PopError if a path is unusable or if the text is too short, whatever the tokenizer."""
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CalibrationError(
@@ -181,7 +179,7 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def _grouped_texts(paths: Sequence[Path], count: int) -> list[list[str]]:
-    """Read text for up to `count` windows of each kind of file in the paths (see `read_kinds`)."""
+    """For each kind of file in `paths`, read text for up to `count` windows (see `read_kinds`)."""
     return read_kinds(paths, count * N_WINDOW * _MAX_CHARS_PER_TOKEN)
 
 

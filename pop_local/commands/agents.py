@@ -12,8 +12,8 @@ from string import Template
 class Agent:
     """A coding agent.
 
-    `install`: the command that installs `program`. `n_ctx`: the context length (in tokens) for the
-    first prompt and several turns. `variables`: environment variables as NAME=VALUE. `variables`
+    `install`: the command that installs `program`. `n_ctx`: context length in tokens, enough for
+    the first prompt and several turns. `variables`: environment variables (NAME=VALUE). `variables`
     and `arguments` may contain $url (the server's URL with /v1), $model (a name), and $n_ctx.
     """
 

@@ -24,7 +24,7 @@ def option(words: str, unit: str = "", *, default: Any = None, flag: str = "", *
     """Return a Group field for an option whose help text is `words`.
 
     `unit`: the value's placeholder in the help (default: N, X, or TEXT). `flag`: the option's
-    names (default: -- plus the field's name). `how`: additional arguments for typer.Option.
+    names (default: the field's name prefixed with `--`). `how`: more arguments for typer.Option.
     """
     how |= {"metavar": unit or None, "help": words}
     return field(default=default, metadata={"flag": flag, "how": how})

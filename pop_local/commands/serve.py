@@ -155,7 +155,7 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
 
 
 def _pool(to: ServerOptions, opener: Opener, prompts: PromptCache | None) -> "ModelPool":
-    """Return a model pool, and open the model that `opener.model` names, if any."""
+    """Create a model pool. If `opener.model` is set, open that model."""
     from pop_local.server.model_listing import ModelFile, models_in, printable
     from pop_local.server.model_pool import ModelPool, ModelRegistry
 

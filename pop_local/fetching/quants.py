@@ -48,7 +48,8 @@ def _complete_models(files: Sequence[str]) -> list[QuantFile]:
 def choose_mmproj(files: Sequence[str], model: str) -> str | None:
     """Return the mmproj for a model file, or None if the repository has none.
 
-    Prefers a file in the model's folder, then a more similar name, and then a smaller data type.
+    Prefers files in the model's folder, then files with more similar names, and then files with
+    smaller data types.
     """
     of = PurePosixPath(model)
 
@@ -63,7 +64,7 @@ def choose_mmproj(files: Sequence[str], model: str) -> str | None:
 
 
 def usual_ending(file: str) -> str:
-    """Return the name with a lowercase suffix, which llama.cpp requires for split models."""
+    """Return the name with its suffix in lowercase, as llama.cpp requires for split models."""
     return file[: -len(SUFFIX)] + SUFFIX
 
 

@@ -117,7 +117,7 @@ class Comparison:
 
     @property
     def n_unpruned(self) -> int:
-        """Return the number of prompts that were not pruned because they were short or cached."""
+        """Return the number of prompts that were left unpruned (too short or already cached)."""
         return sum(each.pruned.n_pruned == 0 for each in self.answers)
 
 

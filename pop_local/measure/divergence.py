@@ -66,7 +66,7 @@ def halved(predicted: Predictions) -> Predictions:
 
 
 def likelihood(predicted: Predictions, targets: NDArray[np.int64]) -> Likelihood:
-    """Return the likelihood of the target tokens [n]."""
+    """Return each target token's NLL [n], and whether the token is the most likely one [n]."""
     of_targets = np.take_along_axis(predicted.logits, targets[:, None], axis=1)[:, 0]
     return Likelihood(predicted.log_z - of_targets, predicted.top1 == targets)
 

@@ -20,7 +20,7 @@ _MAX_EXPONENT = 700.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric and its standard error (None if computed from a single window)."""
+    """A metric and its standard error, which is None if the metric comes from a single window."""
 
     value: float
     se: float | None
@@ -35,7 +35,7 @@ def mean(per_window: Floats | Flags) -> Estimate:
 
 
 def exp_mean(per_window: Floats) -> Estimate:
-    """Return the mean's exponential (such as a perplexity) and a first-order error estimate."""
+    """Return exp(mean), such as a perplexity, and a first-order estimate of its error."""
     inner = mean(per_window)
     value = math.exp(inner.value) if inner.value < _MAX_EXPONENT else math.inf
     return Estimate(value, None if inner.se is None else value * inner.se)

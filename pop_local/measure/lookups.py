@@ -45,7 +45,7 @@ class LookupSettings:
 
     @classmethod
     def of_questions(cls, n_questions: int, seed: int = 0) -> "LookupSettings":
-        """Return settings for at least `n_questions` questions, spread evenly across documents."""
+        """Return settings for `n_questions` or more questions, the same number in each document."""
         n_documents = -(-n_questions // cls.n_per_document)
         return cls(n_documents, -(-n_questions // n_documents), seed=seed)
 
@@ -220,8 +220,8 @@ def is_right(text: str, answer: str) -> bool:
     """Return True if the first line of a continuation contains the exact answer.
 
     The answer may be enclosed in quotation marks and surrounded by words, but it must not be part
-    of a longer value. No letter or digit may be directly next to the answer, or be separated from
-    the answer only by one of the characters `.,-/@`.
+    of a longer value. A letter or digit next to the answer is not allowed, even if one of the
+    characters `.,-/@` is in between.
     """
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"
@@ -255,7 +255,7 @@ def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
 
 
 def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
-    """Return the first line of the greedy answer, whose first `n_right` tokens are already known.
+    """Return the first line of the greedy answer. The answer's first `n_right` tokens are known.
 
     After a complete correct answer, generates one more token to check whether the value continues.
     """

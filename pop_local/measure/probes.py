@@ -26,7 +26,7 @@ _NORMAL = 1 << 2  # LLAMA_TOKEN_ATTR_NORMAL
 
 @dataclass(frozen=True)
 class Repeated:
-    """Repeated random tokens, and the full model's mean NLL [n_draws] of both copies in nats."""
+    """Repeated random tokens, and the full model's mean NLL in nats for each copy [n_draws]."""
 
     draws: tuple[Sequence[int], ...]
     first: Floats

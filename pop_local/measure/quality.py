@@ -62,7 +62,7 @@ class Quality:
 
     kl_*: KL(full || pruned) in nats over the continuation's tokens (kl_first: over the first token
     only). ppl_*: the continuations' perplexity. top1_agreement: the fraction of tokens for which
-    both models have the same top prediction. copy_*: results for a repeated passage from the
+    both models have the same top prediction. copy_*: results for copying a passage from the
     context. copy_top1: the fraction of the repeated tokens that the model ranks first.
     induction_*: results for repeated random tokens. delta_nll: the increase in the repetition's
     NLL due to pruning. retention: the pruned model's gain from the repetition, divided by the full
@@ -191,8 +191,8 @@ def measure_against(
 ) -> Quality:
     """Measure the loss from pruning an open model, relative to the full model's scores.
 
-    `known` contains earlier scores, as in `read_reference`. `on_progress` counts windows and
-    draws. Raises the same errors as `measure_pruning`.
+    `known` contains earlier scores, as in `read_reference`. Progress is reported in windows
+    and random draws. Raises the same errors as `measure_pruning`.
     """
     known = [] if known is None else known
     with forced(model) as reader:

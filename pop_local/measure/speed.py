@@ -3,7 +3,7 @@
 Each round runs both modes in the same process with the same weights. Ratios are computed within
 each round, so a temporary slowdown affects both modes. The order of the runs is reversed after
 each round. Each run starts with an empty KV cache. The measured time covers prefill and the
-sampling of the first token. Decode is measured separately. Each run raises PopError unless the
+sampling of the first token. Decoding is measured separately. Each run raises PopError unless the
 backend's row counters show that all prompt tokens were evaluated and pruned as planned.
 """
 
@@ -96,7 +96,7 @@ def measure_speed(
     upstream: Callable[[Prompt], Run] | None = None,
     on_row: Callable[[SpeedRow], object] = lambda row: None,
 ) -> tuple[SpeedRow, ...]:
-    """Measure each prompt length in `n_rounds` rounds, after a warm-up round.
+    """Measure the speed at each prompt length in `n_rounds` rounds, after a warm-up round.
 
     `upstream`: a function that runs a prompt without pop-local's kernels. `on_progress` is called
     only after each round, because full and pruned runs progress at different rates. `on_row` is

@@ -45,7 +45,7 @@ def is_mmproj(path: Path) -> bool:
 def find_mmproj(model: Path) -> Path | None:
     """Return the mmproj named after the model or, if none exists, the folder's only mmproj.
 
-    An mmproj named after a different model is ignored, even if that model does not exist.
+    An mmproj named after a different model is ignored, even if that model is not in the folder.
     """
     found = [path for path in sorted(model.parent.glob("*mmproj*.gguf")) if path != model]
     named = model.with_name(mmproj_name(model.name))

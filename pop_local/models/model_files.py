@@ -50,9 +50,9 @@ class StoredModel:
 
 
 def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
-    """Map each model's file name (without the suffix) to the model's GGUF files in order.
+    """Map each model's file name (without the suffix) to the model's GGUF files.
 
-    A split model's parts count as one model. Sidecars are excluded.
+    A split model's parts count as one model and are sorted by name. Sidecars are excluded.
     """
     found: dict[str, tuple[Path, ...]] = {}
     parts: dict[tuple[str, int], list[Path]] = {}
@@ -79,7 +79,7 @@ def stock(folder: Path) -> tuple[StoredModel, ...]:
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files that belong to the model, sidecar, or unfinished download `name`.
+    """Return the files of the model, sidecar, or unfinished download that is named `name`.
 
     Raises PopError if the file is in a different folder or the name is unknown.
     """

@@ -172,7 +172,7 @@ def stored_file(*files: str) -> Path | None:
 
 
 def converted_copy(model: CatalogModel) -> Path | None:
-    """Return a model's converted copy, or None if the original with its sidecar is better."""
+    """Return a model's converted copy, or None if the sidecar's measured loss is smaller."""
     copy, base = stored_file(model.pop_file), stored_file(model.file)
     return None if copy and base and measures_worse(copy, base) else copy
 

@@ -7,7 +7,7 @@ is KL(full || pruned) over the answer rows. Adam (arXiv 1412.6980) updates the p
 gradients backpropagated through the skipped layers. The model's weights stay frozen. The method is
 knowledge distillation (Hinton et al., arXiv 1503.02531).
 
-Pruning harms copying first. Therefore, some training windows end with a repeated passage.
+Copying is the first ability that pruning impairs, so some windows end with a repeated passage.
 """
 
 from collections.abc import Mapping
@@ -89,10 +89,10 @@ class TeacherStates:
 def read(
     decoder: Decoder, boundary: int, text: DistillText, *, seed: int, on_progress: Progress
 ) -> TeacherStates:
-    """Run the full model on all windows, and on copies of some windows with a repeated passage.
+    """Run the full model on all windows, and on some copies that end with a repeated passage.
 
-    `boundary`: the fit's boundary. `seed`: seed for choosing passages. `on_progress(done, total)`
-    counts (window, layer) pairs. An exception from `on_progress` stops the run.
+    `boundary`: the fit's boundary. `seed`: seed for choosing passages. Progress is reported in
+    (window, layer) pairs. An exception from `on_progress` stops the run.
     """
     copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])
@@ -133,7 +133,7 @@ def distill(
 ) -> dict[int, KvProjection]:
     """Train a fit's projections on the full model's states, and return the result.
 
-    `reference` must contain the states at the fit's boundary. `on_progress(done, total)` counts
+    `reference` must contain the states at the fit's boundary. Progress is reported in
     forward and backward layer passes. An exception from `on_progress` stops the training. `seed`:
     seed for choosing the windows' order and context lengths. Raises FitError if any trained weight
     is not finite.
@@ -244,7 +244,7 @@ class _Student:
         return functional.kl_div(pruned, full, reduction="none", log_target=True).sum(-1)
 
     def _last(self, chosen: list[int], n_context: int) -> Tensor:
-        """Return the last layer's output for the answer rows [n_chosen, n_answer, n_embd]."""
+        """Return the last layer's output [n_chosen, n_answer, n_embd] for the answer rows."""
         states, inputs = self._reference.states[chosen], self._inputs[chosen]
         n_sink = _n_sink(self._start.n_sink, states.shape[1])
         every = torch.arange(states.shape[1])
@@ -305,7 +305,7 @@ def _n_sink(wanted: int, n_tokens: int) -> int:
 
 
 def memory(plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype) -> int:
-    """Return the memory in bytes that is needed to distill on windows [n_windows, n_tokens].
+    """Return the memory (in bytes) needed for distillation with windows [n_windows, n_tokens].
 
     `matrices`: the data type of the skipped layers' matrices.
     """

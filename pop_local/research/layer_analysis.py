@@ -176,7 +176,7 @@ def measure_copying(
 ) -> tuple[DepthCost, ...]:
     """Measure the retention at each boundary.
 
-    The speedup limits apply to prompts of LIMIT_PROMPT tokens. `on_progress` counts draws.
+    The speedup limits apply to prompts of LIMIT_PROMPT tokens. Progress is reported in draws.
     """
     context, rule = model.engine.context, model.engine.rule
     tried, retentions = boundaries(context.files.shape), []
@@ -198,7 +198,7 @@ def measure_copying(
 
 
 def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
-    """Return the boundaries at which the model might still copy, and one boundary below those.
+    """Return the boundaries at which copying may still work, and the next lower boundary.
 
     Boundaries with a speedup limit below LEAST_LIMIT are omitted.
     """

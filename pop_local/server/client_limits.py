@@ -12,7 +12,7 @@ from pop_local.server.api_errors import ApiError
 class ClientLimiter:
     """A limiter for concurrent work, with a total limit and a limit per client.
 
-    Each request first waits until its client has fewer running requests than the limit per client.
+    Each request first waits until its client is below the limit on running requests per client.
     The request then waits until the total number of running requests is below the total limit. A
     client with many waiting requests therefore does not delay other clients.
     """

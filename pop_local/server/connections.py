@@ -1,4 +1,4 @@
-"""HTTP connections, limited in number and in the time that a request may take to arrive."""
+"""HTTP connections with a limit on their number and a time limit for receiving each request."""
 
 import asyncio
 import sys

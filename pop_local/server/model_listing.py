@@ -1,4 +1,4 @@
-"""Find a server's models by name, and read the models' properties from the file headers."""
+"""Find a server's models by name, and read model properties from the file headers."""
 
 import os
 from collections.abc import Mapping

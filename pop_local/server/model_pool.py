@@ -169,7 +169,7 @@ class ModelPool:
     def of_folder(cls, folder: Path, registry: ModelRegistry, model: str) -> "ModelPool":
         """Create a pool for the models in a folder, and open `model` unless it is "".
 
-        Raises PopError if the folder does not contain the model or the model cannot be opened.
+        Raises PopError if the folder does not contain the model, or if the model cannot be opened.
         """
         files = registry.files()
         file = find(model, files) if model else None
@@ -243,7 +243,7 @@ class ModelPool:
     # Leases
 
     async def lease(self, file: ModelFile) -> Lease:
-        """Start a lease, which the caller must end.
+        """Create a lease for a model. The caller must call the lease's `end` method.
 
         Raises ApiError if the file is unreadable, the queue is full, or the server is stopping.
         """
@@ -272,7 +272,7 @@ class ModelPool:
         return [lease for lease in self._waiting if not lease.served.done()]
 
     def n_waiting(self) -> int:
-        """Return the number of requests that wait for a slot or for a model to be opened."""
+        """Return the number of requests that are waiting for a slot or for a model to be opened."""
         return len(self._still_waiting()) + sum(one.worker.n_waiting() for one in self.loaded)
 
     def _grant(self, lease: Lease, served: ServedModel) -> None:
@@ -286,7 +286,7 @@ class ModelPool:
         self._advance()
 
     def _advance(self) -> None:
-        """Grant the pending leases in order. Open the first model that must be opened."""
+        """Grant the pending leases in order, and open a model if the next lease requires it."""
         while self._change is None and not self._stopping.is_set():
             self._waiting = self._still_waiting()
             if not self._waiting:

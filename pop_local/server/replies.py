@@ -216,7 +216,7 @@ class ChatReply(Reply):
 
 
 class OtherApiReply(Reply):
-    """A formatter whose last stream event has all fields of a complete answer except the text."""
+    """A formatter that ends each stream with all fields of a complete answer, except the text."""
 
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
         return (self.whole(end),)
@@ -252,7 +252,7 @@ def call_json(call: ToolCall) -> Json:
 
 
 def _top(token: TokenLogprob) -> Json:
-    """Return the log probabilities of the token and the most likely tokens, keyed by token text."""
+    """Map the texts of the generated token and of the most likely tokens to log probabilities."""
     # If two tokens have the same text, the more likely token's value is used.
     return {_text(one): one.logprob for one in (token, *reversed(token.top))}
 

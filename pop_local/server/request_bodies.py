@@ -268,7 +268,7 @@ class GenerationBody(ModelRequest, SamplingFields):
 
     @property
     def limit(self) -> int | None:
-        """The maximum number of generated tokens, from the first field that is set."""
+        """The maximum number of tokens to generate, taken from the first field that is set."""
         given = (self.n_predict, self.max_completion_tokens, self.max_tokens)
         return next((limit for limit in given if limit is not None), None)
 

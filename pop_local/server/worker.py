@@ -118,8 +118,8 @@ class Job:
         """Yield lists of chunks that arrived together, or [] after `idle_s` seconds without chunks.
 
         Raises the exception that ended the answer, if any. For `pause_s` seconds after each batch,
-        only the end of the answer wakes this coroutine. Frequent wakeups would cost 5% of a small
-        model's decode time.
+        only the end of the answer wakes this coroutine. Frequent wakeups would slow a small
+        model's decoding by 5%.
         """
         while True:
             self._is_awaited = True
@@ -233,7 +233,7 @@ class Worker(threading.Thread):
                     self._serve(job, turn.close)
 
     def _wait(self) -> None:
-        """Wait for a job. While idle, refill cached prompts and fit projections."""
+        """Wait for a job. While idle, refill cached prompts and compute fitted projections."""
         while not self.stopping.is_set():
             is_free = self._calls.empty() and not self._seen_s
             index, fitter = self._slots.refillable(), self._fitter

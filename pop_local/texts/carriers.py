@@ -44,7 +44,7 @@ class LookupQuestion:
 
     @property
     def completion(self) -> str:
-        """The question and the start of the answer sentence. A blank line must precede both."""
+        """The question and the start of the answer. A blank line must precede the question."""
         return f"Question: {self.question}\nAnswer: {self.stem}"
 
 
@@ -97,10 +97,7 @@ def make_carrier(
 
 
 def with_answers(carrier: Carrier) -> tuple[str, list[Span]]:
-    """Return text on which projections can be fitted, and the answers' positions in the text.
-
-    The text is the document with its questions and answers.
-    """
+    """Return the document with its questions and answers, and the position of each answer."""
     text, spans = carrier.text, []
     for question in carrier.questions:
         text += f"\n\n{question.completion} "

@@ -151,7 +151,7 @@ def _mail(path: Path, content: bytes) -> str:
 
 
 def _table(table: Any) -> str:
-    """Return a table's text, in which a cell that spans columns appears only once."""
+    """Return a table's text. A cell that spans several columns appears only once."""
     rows = []
     for row in table._tbl.tr_lst:
         cells = ["\n".join(paragraph.text for paragraph in cell.p_lst) for cell in row.tc_lst]
@@ -164,7 +164,7 @@ def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
 
     Files of the same kind share a top-level subfolder and a suffix. They are read in a fixed
     pseudorandom order until their text reaches `most_chars` characters. Binary files, duplicates,
-    and hidden files are skipped. Raises PopError if a path cannot be read or has no new text.
+    and hidden files are skipped. Raises PopError if an input cannot be read or has no new text.
     """
     seen: set[str] = set()
     found: list[list[str]] = []

@@ -29,7 +29,7 @@ BY_ERRNO = {
 
 @functools.cache
 def hints_for(kind: Literal["causes", "commands"]) -> dict[str, str]:
-    """Return all hints for error causes, or all hints for other programs' commands."""
+    """Return the hints about the causes of errors, or about other programs' commands."""
     text = Path(__file__).with_suffix(".toml").read_text("utf-8")
     return dict(tomlkit.parse(text).unwrap()[kind])
 

@@ -108,7 +108,7 @@ def _with_aliases(command: Any) -> None:
 
 
 def _translated(args: list[str]) -> list[str]:
-    """Replace Ollama's command names, and convert llama.cpp's -m, -hf, and -p to arguments."""
+    """Translate Ollama's command names and llama.cpp's -m, -hf, and -p to pop-local's syntax."""
     name, *given = args
     if name == "help" and given:
         return [given[0], "--help"]

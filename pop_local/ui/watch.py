@@ -21,7 +21,7 @@ def asked(question: str) -> bool:
 
 
 class _Stages:
-    """Progress bars for stages. The current bar is removed before each note and each new stage."""
+    """Progress bars for stages. A bar is cleared before a note is printed or a new stage starts."""
 
     def __init__(self, interrupt: CtrlC) -> None:
         self._interrupt = interrupt

@@ -65,7 +65,7 @@ class Speed:
 
     `backend` is the device's name and the number of threads. `kernels` is the result of
     `cpu_kernels` ("" on a GPU). `is_exact` is true if pruning does not change the output.
-    `upstream` is llama.cpp's fastest setting without pop-local's kernels (None: not measured).
+    `upstream` is the name of the fastest llama.cpp setting without pop-local's kernels, if known.
     """
 
     model: str

@@ -24,7 +24,7 @@ def compare_answers(
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Comparison:
-    """Compare full and pruned answers to the prompts in a file (see `read_prompts`).
+    """For each prompt in a file (see `read_prompts`), compare the full and the pruned answer.
 
     The model must be converted. A prefix shared by consecutive prompts is prefilled only once.
     `max_tokens` limits the length of each answer. `n_ctx` is the context length in tokens

@@ -34,7 +34,7 @@ class TimedAnswer:
 class Demonstration:
     """An answer from full reading, an answer from pruned reading, and the measured speedup.
 
-    `limit` is the maximum speedup: the ratio of multiply-accumulates in the two prefills.
+    `limit` is the maximum speedup, computed from the multiply-accumulate counts of both prefills.
     """
 
     model: str
@@ -52,8 +52,8 @@ class Demonstration:
 def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     """Answer the question `n_pairs` times with pruning and `n_pairs` times without pruning.
 
-    The order alternates between pairs. Leaves pruning on. Raises StoppedError. Raises PopError if
-    the model has not been converted, or if the row counters show unexpected values.
+    The order is reversed after each pair. Leaves pruning on. Raises StoppedError. Raises PopError
+    if the model has not been converted, or if the row counters show unexpected values.
     """
     files, boundary = opened.engine.context.files, opened.engine.pruning.boundary
     if opened.engine.pruning.exact:

@@ -45,7 +45,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's loss from pruning at one boundary.
+    """The quality loss of a model that is pruned at one boundary.
 
     `speedup_limit` is the number of multiply-accumulates in a full prefill, divided by the number
     in a pruned prefill.

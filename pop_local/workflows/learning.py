@@ -1,4 +1,4 @@
-"""Create sidecars from sums learned from the user's prompts, and measure the sidecars' loss."""
+"""Create sidecars from sums computed over the user's prompts, and measure each sidecar's loss."""
 
 import hashlib
 from collections.abc import Callable, Sequence

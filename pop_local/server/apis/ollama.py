@@ -161,7 +161,7 @@ class OllamaReply(replies.OtherApiReply):
         return self._shown(end.pieces, end.logprobs) | done | figures
 
     def loaded(self) -> Response:
-        """Return the response to a request without a prompt, which only loads the model."""
+        """Return the response to a request that has no prompt and only loads the model."""
         return JSONResponse(self._shown(()) | {"done": True, "done_reason": "load"})
 
     def failed(self, error: ApiError) -> Json:

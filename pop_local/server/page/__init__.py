@@ -1,1 +1,1 @@
-"""The chat page at /, and the endpoint that reads the files that users upload on the page."""
+"""The chat page at /, and the endpoint that reads files uploaded on the page."""

@@ -194,7 +194,7 @@ class Dialogue:
         self._offer_full(stream.text, stats)
 
     def _offer_full(self, answer: str, stats: TurnStats) -> None:
-        """Suggest /full once if an answer contains exact strings that pruning may have changed."""
+        """Suggest /full the first time that pruning may have changed exact strings in an answer."""
         meta = self.model.engine.context.files.meta
         found = meta and meta.measured
         is_lossless = bool(found and found.lookups_n and not found.lookups_lost)

@@ -50,7 +50,7 @@ def too_long(model: EngineOwner, error: ContextFullError) -> PopError:
 
 
 def larger_ctx(model: EngineOwner, n_needed: int) -> int | None:
-    """Return a larger context length for `n_needed` tokens, or None if the model allows none."""
+    """Return a context length for `n_needed` tokens, or None if the context cannot be enlarged."""
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
     n_ctx = min(wanted, model.engine.context.files.n_ctx_train or wanted)
     return n_ctx if n_ctx >= n_needed and n_ctx > model.engine.context.n_ctx else None

@@ -90,7 +90,7 @@ def status_bar(chat: Dialogue) -> str:
 def status(chat: Dialogue) -> str:
     """State how many of the conversation's cached tokens are exact.
 
-    Return "" if no tokens can be refilled or the conversation is empty.
+    Return "" if refilling is off or impossible, or if the conversation is empty.
     """
     engine = chat.model.engine
     can_refill = engine.pruning.boundary and not engine.context.files.no_refill

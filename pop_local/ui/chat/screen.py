@@ -71,7 +71,7 @@ class Screen:
         """Return the key that the user chooses, or None if the user cannot or does not choose.
 
         `choices` maps keys to descriptions. The last choice must be the one that does nothing. If
-        only one choice exists, the user is not asked. An empty line selects the key `enter`.
+        only one choice exists, the user is not asked. For an empty line, the result is `enter`.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:

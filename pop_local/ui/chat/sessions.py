@@ -125,7 +125,7 @@ class Unsaved:
     def keep(self, chat: Dialogue) -> None:
         """Save the transcript if it has changed. Remove it if the chat was cleared.
 
-        Warns the user once if saving fails.
+        If saving fails, warns the user and disables automatic saving.
         """
         said = chat.session.conversation
         if not self._is_possible or said is self._kept or not (said.turns or self._kept):
@@ -162,7 +162,7 @@ class Unsaved:
         return False
 
     def _is_last(self, chat: Dialogue, stored: SavedFile, n_older: int) -> bool:
-        """Offer one conversation to the user. Return True if no other should be offered."""
+        """Offer a conversation to the user. Return True if this offer must be the last one."""
         assert stored.session is not None, "the file is damaged"
         name, turns = stored.session.model, stored.session.conversation.turns
         date, n_turns = _changed(stored), _turns(len(turns))

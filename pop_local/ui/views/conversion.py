@@ -75,7 +75,7 @@ def trial_json(trial: Trial) -> dict[str, Any]:
 
 
 def show_plan(conversion: Conversion, seconds: float | None) -> None:
-    """Show a plan and its estimated duration, `seconds` (None: unknown)."""
+    """Show a plan and its estimated duration in seconds (None: unknown)."""
     facts = _planned_facts(conversion)
     if seconds is not None:
         facts.append(("Time", f"about {duration(seconds)} on this machine"))
@@ -181,7 +181,7 @@ def _plan_facts(conversion: Conversion, plan: Plan, sizes: FileSizes) -> list[Fa
 
 
 def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str:
-    """Describe a speedup limit. `most`: the limit with the maximum number of skipped layers."""
+    """Describe a speedup limit. `most`: the limit when the most layers are skipped."""
     if conversion.not_counted:
         return f"unknown: {conversion.not_counted}"
     limit = f"up to {plan.speedup_limit:.2f}x"
@@ -197,7 +197,7 @@ def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """Describe a plan as a list of labeled values. `where`: values for the first skipped layer."""
+    """Describe a plan as labeled values. `where`: values to insert after the layer count."""
     form, read = conversion.options.output, size(conversion.sizes.source_bytes)
     opened_by = "stock llama.cpp can also open the copy"
     if form == "sidecar":
@@ -218,7 +218,7 @@ def _facts(
 
 
 def fit_facts(conversion: Conversion) -> Iterator[Fact]:
-    """Describe a planned fit's text and memory."""
+    """Describe the text for a planned fit, and the memory that the fit needs."""
     plan, fit, needs = conversion.deepest, conversion.fit, conversion.needs
     if fit is None or needs is None:
         return
@@ -264,7 +264,7 @@ def full_fact(rows: Plan | PopMeta) -> Fact:
 
 
 def measured_facts(meta: PopMeta) -> Iterator[Fact]:
-    """Describe the quality measurements in a file. Yield nothing if the file contains none."""
+    """Describe a file's quality measurements. Yield nothing if the file contains none."""
     if (found := meta.measured) is None:
         return
     kl, ratio = f"{found.kl_mean:.4f} ± {found.kl_se:.4f}", f"{found.ppl_ratio:.3f}"

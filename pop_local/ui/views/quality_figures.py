@@ -28,7 +28,7 @@ def bare(estimate: Estimate | None, spec: str) -> str:
 
 
 def figures(quality: Quality | Lookups) -> dict[str, Any]:
-    """Return a JSON object. NAME_se is the standard error of NAME (kl_se is that of kl_mean)."""
+    """Return a JSON object. NAME_se is the standard error of NAME, but kl_se belongs to kl_mean."""
     values: dict[str, Any] = {}
     for field in fields(quality):
         value = getattr(quality, field.name)

@@ -135,7 +135,7 @@ class Conversion:
 
     @cached_property
     def tried(self) -> Sequence[Plan]:
-        """Return the plans that a search may try. If fits are large, some plans are omitted."""
+        """Return the plans that a search may try. If fits need too much memory, omit some plans."""
         if self.fit is None or self.budget is None or self.not_counted:
             return self.plans
         return costs.spaced(self.plans, self.source, self.fit)
@@ -146,11 +146,11 @@ class Conversion:
 
     @cached_property
     def sizes(self) -> FileSizes:
-        """Return the size of the model, and of the output that the deepest plan would produce."""
+        """Return the sizes of the model and of the output that the deepest plan would produce."""
         return self.sizes_of(self.deepest)
 
     def sizes_of(self, plan: Plan) -> FileSizes:
-        """Return the size of the model, and of the output that the given plan would produce."""
+        """Return the sizes of the model and of the output that the given plan would produce."""
         kv_type = (self.fit or FitOptions()).kv_type
         measure = measure_sidecar if self.is_sidecar else measure_copy
         return measure(plan, self.path, kv_type)

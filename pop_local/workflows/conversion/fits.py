@@ -39,8 +39,8 @@ MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distilling]
 class PlanFitter:
     """A fitter that uses the same text and the same kind of fit for all of a model's plans.
 
-    If the options set no kind of fit, the first fitted plan's kind is used for all plans. `kept`
-    holds the fits from an earlier, stopped conversion (None: keep no fits).
+    If the options specify no kind of fit, the first fitted plan's kind is used for all plans.
+    `kept` holds the fits from an earlier conversion that was stopped (None: keep no fits).
     """
 
     runner: TrialRunner

@@ -57,7 +57,7 @@ class FullModel:
 
     @cached_property
     def lookups(self) -> LookupReference:
-        """Return the full model's answers to the look-ups."""
+        """Return the full model's answers to the look-up questions."""
         with self.runner.opened(self.plan) as model:
             advance = self.runner.watch.stage("Running look-ups on the full model")
             settings = LookupSettings(N_DOCUMENTS)

@@ -49,7 +49,7 @@ def write_named(run: ConversionRun) -> Converted:
 
 
 def examine(run: ConversionRun, plan: Plan, written: Path) -> Measured:
-    """Measure the written file's loss. Raises CopyingBrokenError, PopError, or StoppedError."""
+    """Measure the converted model's loss. Raises CopyingBrokenError, PopError, or StoppedError."""
     watch, pruning = run.runner.watch, Pruning(plan.boundary)
     watch.on_note("Measuring the output file's loss on held-out text")
     with run.runner.opened(plan, run.conversion.files(written)) as model:

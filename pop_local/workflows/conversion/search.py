@@ -4,15 +4,16 @@ A candidate is a boundary with its projections and deep rows. The search follows
 
 1. Each candidate is measured with its final sidecar, first on held-out text and then on look-ups.
 2. Bisection (`budget.undecided`) assumes that skipping more layers never improves quality.
-   Candidates are measured on held-out text only, until one candidate fails the look-up test.
+   At first, bisection measures candidates only on held-out text. After a candidate fails the
+   look-up test, bisection measures later candidates on held-out text and on look-ups.
 3. If memory allows, each pass over the text also fits the boundaries that bisection may need next.
 4. If distillation is enabled, the search distills the fastest candidate first. Candidates at deeper
    boundaries follow until one of them exceeds the budget or an error occurs.
 5. Finally, the search tries `deep_rows` settings that select fewer rows. For each setting, the
    search starts at the deepest boundary within the budget. The search then tries boundaries with
    fewer skipped layers until a candidate is within the budget or is not faster than the best one.
-6. The fastest candidate within the budget wins. Among equally fast candidates, a distilled one wins
-   unless its KL is larger by more than the standard error. Otherwise, the smallest KL breaks a tie.
+6. The fastest candidate within the budget wins. A tie goes to a distilled candidate if its KL is
+   within one standard error of the lowest KL. Otherwise, the candidate with the lowest KL wins.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class Search:
     """A search over plans sorted by the number of skipped layers.
 
     `plain` and `distilled` contain candidates in the same order as `plans`. `traded` contains the
-    candidates with fewer deep rows. If the search is stopped, `run` resumes it.
+    candidates with fewer deep rows than in `plans`. To resume a stopped search, call `run` again.
     """
 
     runner: TrialRunner
@@ -247,7 +248,7 @@ class Search:
                 candidate.is_inside = False
 
     def _expect(self, stages: Sequence[str], n_candidates: int) -> None:
-        """Report the expected stages: `stages`, and then two measurements per later candidate."""
+        """Report the expected stages: `stages`, plus two measurements for each later candidate."""
         more = [MEASURING, RUNNING_LOOKUPS] * n_candidates
         self.runner.watch.on_expected([*stages, *more])
 
@@ -258,7 +259,7 @@ class Search:
     def _verdicts(self) -> dict[int, bool]:
         """Return the verdict on each measured boundary.
 
-        Once any candidate has look-up results, candidates that pass on text alone are omitted.
+        After any candidate has run look-ups, omits candidates that have passed the text test only.
         """
         return {
             each.boundary: each.is_inside
@@ -268,7 +269,7 @@ class Search:
         }
 
     def _to_distill(self) -> list[Candidate]:
-        """Return the candidates to distill, from the fastest candidate's boundary to the deepest.
+        """Return the candidates to distill: the fastest one and all deeper ones that have a fit.
 
         If no candidate is within the budget, the list starts at the first measured boundary.
         """

@@ -41,8 +41,8 @@ class ExpectedStage(NamedTuple):
 def n_expected(boundaries: Sequence[int]) -> int:
     """Estimate the number of boundaries that bisection will measure after `boundaries[0]`.
 
-    The estimate is the mean of two cases. If the loss at `boundaries[0]` is within the budget,
-    only deeper boundaries remain. Otherwise, half of the boundaries are assumed to remain.
+    The estimate is the mean of the numbers for two cases. If the loss at `boundaries[0]` is within
+    the budget, only deeper boundaries are searched. Otherwise, half of the boundaries are searched.
     """
     n_if_inside = sum(each < boundaries[0] for each in boundaries).bit_length()
     return (n_if_inside + (len(boundaries) // 2).bit_length() + 1) // 2
