@@ -10,7 +10,7 @@ class PromptCache:
     """An LRU cache for up to `capacity_bytes` of saved states, indexed by key and tokens.
 
     A prompt's state replaces the states of its prefixes. Multiple models and threads may share a
-    cache. Evicted states are moved to `store` (None: evicted states are dropped).
+    cache. Evicted states are moved to `store`, or dropped if `store` is None.
     """
 
     def __init__(self, capacity_bytes: int, store: DiskStore | None = None) -> None:

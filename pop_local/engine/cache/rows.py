@@ -102,7 +102,7 @@ class CachedRows:
     def share(self, other: "CachedRows", n_rows: int, copied: np.ndarray | None) -> None:
         """Replace all rows with another sequence's first `n_rows` rows.
 
-        `copied`: bool [n_rows], True for text rows (None: the cells are shared, not copied).
+        `copied`: bool [n_rows], True for text rows, or None if the cells are shared.
         """
         self.forget_from(0)
         self.positions[: n_rows + 1] = other.positions[: n_rows + 1]

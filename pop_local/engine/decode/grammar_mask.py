@@ -1,4 +1,4 @@
-"""Use llguidance to find the token ids that a grammar allows next."""
+"""Use llguidance to find the token IDs that a grammar allows next."""
 
 from collections.abc import Container
 from typing import Any

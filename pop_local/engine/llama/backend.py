@@ -216,7 +216,7 @@ def set_deep_rows(ctx: Any, sequence: int, positions: np.ndarray) -> None:
 
 
 def set_sink(ctx: Any, n_tokens: int) -> None:
-    """Run every sequence's first `n_tokens` rows through all layers (-1: the file's value)."""
+    """Run each sequence's first `n_tokens` rows (the file's number if -1) through all layers."""
     call("llama_pop_set_sink", ctx, n_tokens)
 
 

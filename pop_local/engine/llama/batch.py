@@ -81,7 +81,7 @@ class TokenBatch:
         sequences: Tokens,
         wants_logits: Sequence[bool] | np.ndarray,
     ) -> int:
-        """Decode tokens from one or more sequences. Returns llama_decode's result (0: success)."""
+        """Decode tokens from one or more sequences. Returns llama_decode's result, 0 on success."""
         n = len(tokens)
         self._batch.n_tokens = n
         self._token[:n], self._pos[:n], self._logits[:n] = tokens, positions, wants_logits

@@ -57,7 +57,7 @@ class _Request:
 class Batcher:
     """A queue of decode requests. One of the waiting threads runs the requests in shared batches.
 
-    `holder`: the ID of the thread that has locked the context (0: none).
+    `holder`: the ID of the thread that has locked the context, or 0 if no thread has.
     """
 
     def __init__(self, context: Context) -> None:

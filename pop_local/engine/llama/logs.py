@@ -100,7 +100,7 @@ def not_decoded(code: int) -> PopError:
 
 
 def first_error() -> str:
-    """Return the first error since `forget_errors` was called ("": none). Omit function names."""
+    """Return the first error since `forget_errors` ran, or "" if none. Omit function names."""
     if not _errors.lines:
         return ""
     line = _FUNCTION.sub("", _errors.lines[0])

@@ -58,7 +58,7 @@ class Tapped:
 
 
 def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
-    """Request values from subsequent batches (None: no values). Raises PopError on failure."""
+    """Request values from subsequent batches (no values if None). Raises PopError on failure."""
     backend.require_patched().llama_pop_remove_taps(ctx)
     if wanted is not None:
         # In the order of enum llama_pop_tap_kind.

@@ -79,7 +79,7 @@ def plan_prefill(
 ) -> PrefillPlan:
     """Plan the prefill of `n_tokens` tokens (1 or more) after `n_past` cached tokens.
 
-    `deep`: a mask of the deep rows, bool [n_tokens] (None: no deep rows). `min_prompt` applies only
+    `deep`: a mask of the deep rows, bool [n_tokens] (default: no rows). `min_prompt` applies only
     to the uncached tokens. The tail contains only text, so it starts after the last image.
     """
     end = n_past + n_tokens

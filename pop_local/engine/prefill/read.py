@@ -79,7 +79,7 @@ def append(
 ) -> Read:
     """Append a prompt with its own sink and tail. Raises the same errors as `read`.
 
-    `deep`: a mask of the deep rows, bool [n_prompt] (None: compute the mask).
+    `deep`: a mask of the deep rows, bool [n_prompt], or None to compute it.
     """
     cache.make_room(len(prompt))
     if prompt.images and prompt.text_from == len(prompt):

@@ -111,7 +111,7 @@ class ChatSession:
 
     @property
     def system(self) -> str:
-        """The system prompt ("": none). Changes take effect with the next question."""
+        """The system prompt, or "" if none exists. Changes apply from the next question on."""
         return self._conversation.system
 
     @system.setter
@@ -186,7 +186,7 @@ class ChatSession:
         return self.edit(None, **options)
 
     def edit(self, question: str | None, **options: Unpack[AnswerOptions]) -> Stream:
-        """Replace the last question's text (None: keep it) and answer the question again."""
+        """Replace the last question's text if `question` is not None, and answer again."""
         turn = self.last_asked
         if turn is None:
             raise PopError("there is no question to answer again", "call chat or stream first")

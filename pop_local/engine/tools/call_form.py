@@ -38,7 +38,7 @@ class CallForm:
     `tools`: tools that the model may call. `must_call`: whether the answer must contain a call.
     `triggers`: patterns that activate a grammar when they match the answer. Without triggers,
     `grammar` applies from the first token. `shown`: special tokens that appear as text in the
-    format. `native`: llama.cpp's format for the calls (None: the calls are plain text).
+    format. `native`: llama.cpp's format for the calls, or None if the calls are plain text.
     """
 
     tools: tuple[Tool, ...]
