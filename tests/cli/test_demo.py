@@ -33,7 +33,8 @@ def test_the_real_model_answers_twice_and_the_program_leaves(smollm2):
     """Run the command of `make demo`, with the shipped sidecar."""
     done = run("demo", "--threads", 1, smollm2, "--pairs", 1)
     assert done.returncode == 0, done.stderr
-    assert [line for line in done.stderr.splitlines() if not line.endswith(" left")] == []
+    allowed = re.compile(r".* left|Other programs are using .+ CPUs, so the times are unreliable\.")
+    assert [line for line in done.stderr.splitlines() if not allowed.fullmatch(line)] == []
     assert done.stdout.count("reading, the first token took") == 2
     assert "What rule was painted above the lamp-room door?" in done.stdout
     assert done.stdout.count("The light is never late") == 2, "both answers are in the document"

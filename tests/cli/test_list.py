@@ -183,7 +183,7 @@ def test_a_sidecar_that_does_not_fit_is_a_problem_of_its_model(store, damage):
         make_gguf(store / "Tiny.Q8_0.gguf", "llama", n_layer=9)
     model = the("Tiny.Q8_0", store)
     assert model.architecture == "llama"
-    assert ("truncated" if damage == "cut" else "belongs to ") in model.problem
+    assert ("truncated" if damage == "cut" else "was created for") in model.problem
 
 
 def test_a_sidecar_without_its_model_is_reported(store):

@@ -63,7 +63,7 @@ class ImageChunk:
 
 @dataclass(frozen=True)
 class TokenizedPicture:
-    """A picture's tokens: NO_TOKEN for each row of an image chunk, and the text tokens in between.
+    """A picture's tokens: NO_TOKEN for each row of an image, and text tokens between two images.
 
     `images`: the image chunks, keyed by the offset of their first row in `tokens`.
     """

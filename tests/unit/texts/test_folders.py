@@ -61,7 +61,7 @@ def test_paths_without_text_are_refused(tmp_path: Path):
     for message, *paths in (
         ("other contains no text", tmp_path / "other"),
         ("cannot read", text, tmp_path / "nowhere"),
-        ("more contains no text, or only copies", text, text.parent),
+        ("more contains no text other than copies", text, text.parent),
     ):
         with pytest.raises(PopError, match=message):
             read_kinds(paths, 100)
