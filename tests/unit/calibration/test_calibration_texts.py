@@ -41,7 +41,7 @@ def test_texts_that_are_none_are_refused(llama, content: bytes, message: str, tm
 def test_too_little_text_says_how_much_is_needed(llama: Path, tmp_path: Path):
     path = tmp_path / "short.txt"
     path.write_text("too short " * 20)
-    with pytest.raises(PopError, match="needs 2,048"):
+    with pytest.raises(PopError, match="needs at least 2,048"):
         fitted(llama, settings(path))
     with pytest.raises(CalibrationError, match="needs 2,048"):
         FitOptions(tokens=100).n_tokens(128)
