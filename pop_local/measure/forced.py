@@ -145,6 +145,6 @@ class Forced:
         if (counters.n_context, counters.n_rows) != (expected, n_tokens):
             raise PopError(
                 f"the measurement is invalid: the backend should have pruned {expected} of"
-                f" {n_tokens} {what} tokens, but it pruned {counters.n_context} and ran"
-                f" {counters.n_full} in full"
+                f" {n_tokens} {what} tokens, but it pruned {counters.n_context} and"
+                f" processed {counters.n_full} in full"
             )

@@ -37,13 +37,13 @@ def _strings(found: Measured) -> str:
 
 def comparison_in_words(found: "Comparison") -> str:
     """State how many correct answers become wrong with pruning, or how many answers change."""
-    n = len(found.answers)
     if not found.n_judged:
-        n_changed = len(found.different)
+        n, n_changed = len(found.answers), len(found.different)
         return f"Fast reading changed {n_changed} of {n} answers. No expected answers were given."
-    lost = f"Fast reading loses {found.n_only_full or 'none'} of {found.full_hits} correct answers"
+    n_lost = found.n_only_full or "none"
+    lost = f"Fast reading makes {n_lost} of {found.full_hits} correct answers wrong"
     if found.n_only_pruned:
-        lost += f" and gains {found.n_only_pruned}"
+        lost += f" and corrects {found.n_only_pruned} of the others"
     if found.n_only_full + found.n_only_pruned:
         certainty = "may be" if found.p_value >= _LEAST_P else "is unlikely to be"
         lost = f"{lost}, which {certainty} due to chance"

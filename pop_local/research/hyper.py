@@ -79,7 +79,7 @@ def read_hyper(source: Source) -> Hyper:
     dim_v = int(_number(header, "attention.value_length", dim))
     if min(n_head, dim_k, dim_v) < 1:
         raise FormatError(
-            f"{header.path} has {n_head} heads with {dim_k} K and {dim_v} V values per head",
+            f"{header.path} has {n_head} heads, each with {dim_k} K values and {dim_v} V values",
             "download the model again",
         )
     gemma = arch == "gemma3"

@@ -16,13 +16,13 @@ class Metrics:
         seconds = partial(Histogram, buckets=_BUCKETS, registry=self.registry)
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
-        self._ttft = seconds("pop_ttft_seconds", "Time from prefill start to the first token")
+        self._ttft = seconds("pop_ttft_seconds", "Time to first token from the start of prefill")
         self.queued = seconds("pop_queue_seconds", "Time that requests spent in the queue")
         kinds = "Prompt tokens by kind: pruned, skipped without loss, read in full, or cached"
         prompt = counter("pop_prompt_tokens", kinds, ["kind"])
         statuses = "Requests by path and HTTP status (499: the client disconnected)"
         self.requests = counter("pop_requests", statuses, ["path", "status"])
-        catching_up = "Cached tokens that ran through their skipped layers between requests"
+        catching_up = "Cached tokens whose skipped layers were computed between requests"
         self.refilled = counter("pop_refilled_tokens", catching_up)
         self._of_answers = {  # keys are fields of TurnStats
             "n_pruned": prompt.labels("pruned"),
@@ -30,7 +30,7 @@ class Metrics:
             "n_full": prompt.labels("full"),
             "n_cached": prompt.labels("cached"),
             "n_stale": counter(
-                "pop_stale_tokens", "Cached tokens with K/V computed before an edit"
+                "pop_stale_tokens", "Cached tokens whose K/V values were computed before an edit"
             ),
             "n_image": counter(
                 "pop_image_tokens", "Image tokens in prompts, including cached tokens"

@@ -387,7 +387,7 @@ def _check_prompts(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     # A list of too many strings passes validation as MixedTokens.
     if found is None or len(as_prompts(found)) > MAX_TEXTS:
         raise ValueError(
-            f"send a string, a list of token ids, or a list of up to {MAX_TEXTS} such items"
+            f"send one text or a list of up to {MAX_TEXTS}, each as a string or a list of token IDs"
         )
     return found
 

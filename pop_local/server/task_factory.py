@@ -103,7 +103,7 @@ class TaskFactory:
         if not self.model.engine.pruning.can_switch:
             no_keys = "the model has no pruning keys"
             if pop:
-                raise ApiError(400, f'"pop" must not be true because {no_keys}', param="pop")
+                raise ApiError(400, f'"pop" cannot be true because {no_keys}', param="pop")
             return no_keys
         if pop is None and self._is_full:
             return "the server was started with --full"
@@ -154,7 +154,7 @@ class TaskFactory:
         """Raise ApiError if any token is outside the vocabulary."""
         n_vocab = self.model.engine.context.vocabulary.n_tokens
         if any(not 0 <= token < n_vocab for token in tokens):
-            raise ApiError(400, f"token ids must be between 0 and {n_vocab - 1}", param=param)
+            raise ApiError(400, f"token IDs must be between 0 and {n_vocab - 1}", param=param)
 
     def _check_length(self, n_prompt: int, param: str) -> None:
         context, larger = self.model.engine.context, n_prompt + 256

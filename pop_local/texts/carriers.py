@@ -84,7 +84,7 @@ def make_carrier(
     n_prose = n_tokens - sum(map(count, blocks))
     if n_prose <= 0:
         raise PopError(
-            f"a document of {n_tokens} tokens is too short to contain a look-up",
+            f"a document of {n_tokens} tokens is too short for a look-up",
             "use longer documents",
             cause="documents-too-short",
         )

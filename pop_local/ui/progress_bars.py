@@ -42,7 +42,7 @@ class Pace:
     @property
     def left(self) -> str:
         """The time left for all stages, or "" if it is unknown."""
-        return "" if self.left_s is None else f"about {duration(self.left_s)} left for all stages"
+        return "" if self.left_s is None else f"about {duration(self.left_s)} until all stages end"
 
 
 def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[Advance]:

@@ -133,7 +133,7 @@ def model_files(
                 return files
             named = f"{files.sidecar.name} (shipped with pop-local)"
         elif is_learned(files.sidecar):
-            named = "the fit learned from your prompts"
+            named = "the fit that pop-local learned from your prompts"
         watch.on_note(f"Sidecar: {named}.")
     return files
 

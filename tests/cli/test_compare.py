@@ -66,12 +66,12 @@ def test_a_table_shows_what_differs(pop_file, mine):
     assert done.stdout.endswith(" Use --full to avoid any loss.\n")
     facts = " ".join(done.stdout.split())
     right = "full reading: 1 of 2, fast reading: 1 of 2"
-    only = "right only with full reading: 0, only with fast reading: 0"
-    assert f"Right answers {right} {only}" in facts
+    only = "correct only with full reading: 0, correct only with fast reading: 0"
+    assert f"Correct answers {right} {only}" in facts
     odds = "the probability that chance alone would produce a difference this large"
     assert f"p = 1, {odds} (McNemar's exact test)" in facts
     assert "Read in full 2 of 3 prompts. Short or mostly cached prompts" in facts
-    assert re.search(r"with fast reading \(\d+\.\d\dx; each prompt was timed once\)", facts)
+    assert re.search(r"fast reading: [\d.]+ s \(\d+\.\d\dx\)\. Each prompt was timed once\.", facts)
     found = compared(pop_file, mine)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert found["n_same"] < 3
@@ -84,7 +84,7 @@ def test_without_a_pruned_prompt_no_speedup_is_shown(pop_file, mine):
     assert "mine.jsonl: 1 prompt, greedy decoding" in shown
     assert "Speedup not measured, because no prompt used fast reading" in shown
     assert "Fast reading changed 0 of 1 answers." in shown
-    assert not re.search(r"\dx|To first token", shown)
+    assert not re.search(r"\dx|Time to first token", shown)
 
 
 def test_prompts_that_do_not_fit_are_named(pop_file, mine):

@@ -298,11 +298,12 @@ def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     assert done.exit_code == 0
     assert "from 7 down to 2" in done.stdout
     facts = " ".join(done.stdout.split())
-    limits = r"up to \d\.\d\dx \(1\.\d\dx if the fewest layers are skipped\)"
+    limits = r"up to \d\.\d\dx \(the limit is 1\.\d\dx if as few layers as possible are skipped\)"
     assert re.search(rf"{limits} for [\d,]+ prompt tokens without deep rows", facts)
     assert "16,384 tokens in one pass" in facts
     assert re.search(
-        r"Memory needs [\d.]+ MB besides the model file, including [\d.]+ MB for the fit", facts
+        r"Memory [\d.]+ MB in addition to the model file\. [\d.]+ MB of this is for the fit\.",
+        facts,
     )
     short_of_memory = convert(tiny, "--dry-run", "--memory", 0).stdout
     assert "up to 15 passes" in " ".join(short_of_memory.split())
@@ -312,7 +313,7 @@ def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     assert (planned["distilled"], planned["budget"]["max_kl"]) == (False, 0.2)
     assert planned["budget"]["max_copy_ratio"] == 1.1
     assert 1 < planned["least_speedup_limit"] < 1.2 < planned["most_speedup_limit"]
-    assert f"{planned['memory_bytes'] / 1e6:.1f} MB besides" in facts
+    assert f"{planned['memory_bytes'] / 1e6:.1f} MB in addition to" in facts
     assert names(tmp_path) == {"tiny.gguf"}
 
 

@@ -51,10 +51,10 @@ def test_embeddings_keep_prompt_cache(path):
     [
         ({}, "input: Field required"),
         ({"input": "a", "dimensions": 3}, "dimensions must be 128"),
-        ({"input": [2**31]}, "token ids must be between 0 and"),
+        ({"input": [2**31]}, "token IDs must be between 0 and"),
         ({"input": ["a"] * 2049}, "up to 2048"),
         ({"input": []}, "the prompt is empty"),
-        ({"input": {"content": [{"type": "image_url"}]}}, "input: send a string"),
+        ({"input": {"content": [{"type": "image_url"}]}}, "input: send one text"),
         ({"input": LONG * 20}, "the context is too small"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
     ],

@@ -88,7 +88,7 @@ def test_llama_cpp_field_names(client):
     ("endpoint", "body", "reason"),
     [
         ("completion", {"prompt": "a", "samplers": ["top_k"]}, "samplers is not supported"),
-        ("completion", {"prompt": {"prompt_string": 5}}, "send a string, a list of token ids"),
+        ("completion", {"prompt": {"prompt_string": 5}}, "send one text or a list"),
         ("completion", {}, "prompt"),
         ("tokenize", {}, "content"),
         ("tokenize", {"content": [1, "a"]}, "content"),

@@ -125,11 +125,11 @@ def test_invalid_chats_are_400(client, body, reason):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ({"prompt": 5}, "prompt: send a string, a list of token ids"),
-        ({"prompt": ["a", 1.5]}, "prompt: send a string, a list of token ids"),
-        ({"prompt": ["a", [[1]]]}, "prompt: send a string, a list of token ids"),
+        ({"prompt": 5}, "prompt: send one text or a list"),
+        ({"prompt": ["a", 1.5]}, "prompt: send one text or a list"),
+        ({"prompt": ["a", [[1]]]}, "prompt: send one text or a list"),
         ({"prompt": ["a", 384]}, "must be between 0 and 383"),
-        ({"prompt": {"content": [{"type": "text"}]}}, "prompt: send a string"),
+        ({"prompt": {"content": [{"type": "text"}]}}, "prompt: send one text"),
         ({"prompt": ["a"] * 64, "n": 3}, "must not exceed 128"),
         ({"prompt": "a", "n": 129}, "n: Input should be less"),
         ({"prompt": [[1], []]}, "empty"),

@@ -147,7 +147,7 @@ class Mmproj:
             import llama_cpp.mtmd_cpp as mtmd
         except (AttributeError, ImportError, OSError, RuntimeError) as error:
             raise PopError(
-                f"llama.cpp's image library cannot be loaded: {error}", INSTALL_HINT
+                f"the llama.cpp image library cannot be loaded: {error}", INSTALL_HINT
             ) from error
         logs.take_over_images(mtmd)
         self._mtmd: Any = mtmd

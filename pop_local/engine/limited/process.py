@@ -36,7 +36,8 @@ def _python() -> str:
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
             "this frozen application cannot process templates, grammars, or large images",
-            "pass the path of an interpreter with pop_local to multiprocessing.set_executable",
+            "call multiprocessing.set_executable with the path of a Python interpreter in an"
+            " environment that contains pop_local",
         )
     return python
 

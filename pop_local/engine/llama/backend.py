@@ -135,7 +135,7 @@ def bindings() -> ModuleType:
             f"{INSTALL_HINT} (uninstalling {OTHER} also removes {OURS}'s files)",
         ) from error
     except (AttributeError, OSError, RuntimeError) as error:
-        raise PopError(f"llama.cpp's library cannot be loaded: {error}", INSTALL_HINT) from error
+        raise PopError(f"the llama.cpp library cannot be loaded: {error}", INSTALL_HINT) from error
     from llama_cpp._ctypes_extensions import load_shared_library
 
     logs.take_over(llama_cpp, load_shared_library("ggml-base", llama_cpp._base_path))
@@ -230,7 +230,7 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
     pointer = positions.ctypes.data_as(_POINTER)
     status = require_patched().llama_pop_run_deep(ctx, sequence, pointer, len(positions), False)
     if status not in (0, _ABORTED):
-        raise PopError(logs.first_error() or f"could not run the skipped layers (code {status})")
+        raise PopError(logs.first_error() or f"could not run the remaining layers (code {status})")
     return bool(status == 0)
 
 

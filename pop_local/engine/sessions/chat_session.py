@@ -240,7 +240,7 @@ class ChatSession:
         if self._stream is not None:
             raise PopError(
                 "the session is still generating an answer",
-                "wait until the answer ends (inside a callback, you can only close the stream)",
+                "wait for the answer to finish (inside a callback, you can only close the stream)",
             )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

@@ -29,7 +29,7 @@ def last_calls(text: str, tools: Sequence[Tool]) -> tuple[tuple[tuple[str, str],
     try:
         calls = [(name, json.dumps(given), {*given}) for name, given in _calls(last[1])]
     except (AttributeError, KeyError, RecursionError, SyntaxError, TypeError, ValueError):
-        return (), f"the code that calls {named[1]} is neither JSON nor a Python call"
+        return (), f'the call to "{named[1]}" is neither valid JSON nor a valid Python call'
     for name, _, given in calls:
         required, allowed = (known.get(name, {}).get(key) for key in ("required", "properties"))
         if name not in known or not {*(required or ())} <= given <= {*(allowed or given)}:
@@ -47,6 +47,6 @@ def _calls(code: str) -> list[tuple[str, dict[str, Any]]]:
         lines = ast.parse(code).body
     calls: list[Any] = [line.value if isinstance(line, ast.Expr) else None for line in lines]
     if any(call.args or any(k.arg is None for k in call.keywords) for call in calls):
-        raise ValueError("each argument must be named")
+        raise ValueError("pass every argument by keyword")
     literal = ast.literal_eval
     return [(ast.unparse(c.func), {k.arg: literal(k.value) for k in c.keywords}) for c in calls]

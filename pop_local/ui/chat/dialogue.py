@@ -240,7 +240,7 @@ def pruning_state(model: PopModel) -> str:
     if not pruning.boundary:
         return "Fast reading is not available because this model has not been converted."
     if is_off:
-        return "Fast reading is off: no layers are skipped. To turn it on, type /full off."
+        return "Fast reading is off: no layers are skipped. To use fast reading, type /full off."
     n_layer = model.engine.context.files.shape.n_layer
     return (
         f"Fast reading is on: it skips {n_layer - pruning.boundary} of {n_layer} layers with a"

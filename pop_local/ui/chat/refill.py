@@ -76,7 +76,7 @@ def finish(chat: Dialogue) -> None:
     except KeyboardInterrupt:
         if not chat.screen.is_typed:
             raise
-        chat.screen.note("Catch-up was interrupted. Some saved tokens are not exact.")
+        chat.screen.note("Catch-up was interrupted. The saved cache is not exact for some tokens.")
 
 
 def status_bar(chat: Dialogue) -> str:
@@ -84,7 +84,7 @@ def status_bar(chat: Dialogue) -> str:
     cache = chat.model.engine.cache
     if cache.n_exact == cache.n_tokens or not status(chat):
         return ""
-    return f"Catching up: {cache.n_exact:,} of {cache.n_tokens:,} tokens are exact"
+    return f"Catching up: {cache.n_exact:,} of {cache.n_tokens:,} tokens have exact values"
 
 
 def status(chat: Dialogue) -> str:
@@ -96,4 +96,4 @@ def status(chat: Dialogue) -> str:
     can_refill = engine.pruning.boundary and not engine.context.files.no_refill
     if chat.refill == "off" or not can_refill or not chat.session.last_asked:
         return ""
-    return f"Cache: {engine.cache.n_exact:,} of {engine.cache.n_tokens:,} tokens are exact"
+    return f"Cache: {engine.cache.n_exact:,} of {engine.cache.n_tokens:,} tokens have exact values"

@@ -26,7 +26,7 @@ from pop_local.ui.error_output import as_pop_error
 _CHOICES = {
     "c": "continue the chat",
     "d": "delete the chat",
-    "k": "keep the chat for later (Ctrl-C does the same)",
+    "k": "keep the chat and decide later (or press Ctrl-C)",
 }
 
 

@@ -72,7 +72,7 @@ def _choice(found: Analysis) -> str:
     return (
         f"The {name} budget allows skipping layers {depth.boundary} and up, for a speedup of up to"
         f" {depth.speedup_limit:.2f}x. The loss was measured on {depth.quality.n_windows} windows."
-        " `convert` uses more windows."
+        " The `convert` command measures the loss on more windows."
     )
 
 

@@ -28,18 +28,17 @@ def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
     ]
     if found.n_judged:
         n_all = found.n_judged
-        n_full, n_fast = found.n_only_full, found.n_only_pruned
         right = f"full reading: {found.full_hits} of {n_all}, fast reading: {found.pruned_hits}"
-        facts.append(("Right answers", f"{right} of {n_all}"))
-        only = f"right only with full reading: {n_full}, only with fast reading: {n_fast}"
-        facts.append(("", only))
+        facts.append(("Correct answers", f"{right} of {n_all}"))
+        only = f"correct only with full reading: {found.n_only_full}"
+        facts.append(("", f"{only}, correct only with fast reading: {found.n_only_pruned}"))
         odds = "the probability that chance alone would produce a difference this large"
         facts.append(("", f"p = {found.p_value:.2g}, {odds} (McNemar's exact test)"))
     if found.n_unpruned < n:
         ratio = found.full_ttft_s / found.pruned_ttft_s
-        fast = f"{found.pruned_ttft_s:.2f} s with fast reading"
-        fast = f"{fast} ({ratio:.2f}x; each prompt was timed once)"
-        facts.append(("To first token", f"{found.full_ttft_s:.2f} s with full reading, {fast}"))
+        fast = f"fast reading: {found.pruned_ttft_s:.2f} s ({ratio:.2f}x)"
+        times = f"full reading: {found.full_ttft_s:.2f} s, {fast}. Each prompt was timed once."
+        facts.append(("Time to first token", times))
     if found.n_unpruned:
         why = "Short or mostly cached prompts are always read in full."
         facts.append(("Read in full", f"{found.n_unpruned} of {n} prompts. {why}"))

@@ -92,8 +92,8 @@ def _planned_facts(conversion: Conversion) -> list[Fact]:
     if len(conversion.tried) < len(conversion.plans):
         past = ", ".join(str(each.boundary) for each in conversion.tried)
     where = [*budget, ("Boundaries", past)]
-    if fewer := first.deep_rows.fewer:
-        where.append(("Deep rows", f"'{first.deep_rows}', or {' or '.join(fewer)} for more speed"))
+    if fewer := " and ".join(first.deep_rows.fewer):
+        where.append(("Deep rows", f"'{first.deep_rows}' (the search may also try {fewer})"))
     limit = _limit(conversion, first, conversion.limit(plan))
     layers = f"up to {plan.n_skipped} layers if the budget allows"
     output = f"up to {size(conversion.sizes.output_bytes)}"
@@ -186,7 +186,7 @@ def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str
         return f"unknown: {conversion.not_counted}"
     limit = f"up to {plan.speedup_limit:.2f}x"
     if most:
-        least = f"{plan.speedup_limit:.2f}x if the fewest layers are skipped"
+        least = f"the limit is {plan.speedup_limit:.2f}x if as few layers as possible are skipped"
         limit = f"up to {most:.2f}x ({least})"
     limit += f" for {LIMIT_PROMPT:,} prompt tokens"
     if plan.deep_rows is not DeepRows.NONE and not plan.deep_share:
@@ -229,7 +229,7 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
     more = " without distilling" if conversion.options.distiller else ""
     total, sums = size(needs.total_bytes), size(needs.sums_bytes)
-    yield "Memory", f"needs {total} besides the model file, including {sums} for the fit{more}"
+    yield "Memory", f"{total} in addition to the model file. {sums} of this is for the fit{more}."
 
 
 def skipping_facts(found: SkippableLayers) -> list[Fact]:
@@ -241,7 +241,7 @@ def skipping_facts(found: SkippableLayers) -> list[Fact]:
     if found.fits_from is not None:
         projections = "fitted or own"
         if found.fits_from > found.first:
-            projections = f"own projections at any boundary, fitted ones from {found.fits_from} up"
+            projections += f" (boundaries below {found.fits_from} require own projections)"
     measured = "real models" if found.is_measured else "random models only"
     return [
         ("Can be skipped", layers),
@@ -268,8 +268,8 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     if (found := meta.measured) is None:
         return
     kl, ratio = f"{found.kl_mean:.4f} ± {found.kl_se:.4f}", f"{found.ppl_ratio:.3f}"
-    same = f"{found.top1_agreement:.1%} of tokens"
-    yield "Quality", f"KL {kl}, perplexity ratio {ratio}; the top prediction is the same for {same}"
+    top = f"{found.top1_agreement:.1%} of tokens"
+    yield "Quality", f"KL {kl}, perplexity ratio {ratio}; the top prediction is unchanged for {top}"
     ratio, right = f"{found.copy_ppl_ratio:.3f}", f"{found.copy_top1:.1%} of tokens"
     yield "Copying", f"perplexity ratio {ratio}; the top prediction is correct for {right}"
     if found.copy_ppl_ratio > FAST.max_copy_ratio:

@@ -34,8 +34,8 @@ def write_named(run: ConversionRun) -> Converted:
     [plan] = run.conversion.plans
     if plan.projection == Projection.OWN:
         run.runner.watch.on_note(
-            "The loss was not measured, because the conversion has no fit. To measure the loss,"
-            " also set quality limits."
+            "The loss was not measured, because the conversion fits no projections. To measure"
+            " the loss, also set quality limits."
         )
         return run.write(plan, None, None)
     share = FullModel(run.runner, plan, QualitySettings(N_WINDOWS)).deep_share(plan.deep_rows)

@@ -195,7 +195,7 @@ def test_zero_embedding_length_is_refused(tmp_path, arch):
 @pytest.mark.parametrize("name", ["head_count", "key_length", "value_length"])
 def test_zero_head_size_is_refused(tiny, tmp_path, name):
     end = read_header(tiny).keys[f"llama.attention.{name}"].end
-    with pytest.raises(FormatError, match=r"heads with \d+ K and \d+ V values"):
+    with pytest.raises(FormatError, match=r"heads, each with \d+ K values and \d+ V values"):
         read_hyper(read_source(_damaged(tiny, tmp_path, end - 4, struct.pack("<I", 0))))
 
 

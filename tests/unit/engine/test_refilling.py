@@ -49,7 +49,7 @@ def test_rows_are_refilled_while_the_user_types(chat):
     n_tokens = begun.model.engine.cache.n_tokens
     assert begun.model.engine.cache.n_exact == n_tokens > 200
     assert begun.model.engine.states.key == FULL
-    assert refill.status(begun) == f"Cache: {n_tokens} of {n_tokens} tokens are exact"
+    assert refill.status(begun) == f"Cache: {n_tokens} of {n_tokens} tokens have exact values"
     assert refill.status_bar(begun) == ""
 
 
@@ -117,8 +117,8 @@ def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
 
 
 def test_stats_report_progress(chat):
-    assert "tokens are exact" in talked(chat(WORDS, "/stats"))
-    assert "tokens are exact" not in talked(chat(WORDS, "/stats", mode="off"))
+    assert "tokens have exact values" in talked(chat(WORDS, "/stats"))
+    assert "tokens have exact values" not in talked(chat(WORDS, "/stats", mode="off"))
 
 
 def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(chat):
@@ -139,7 +139,7 @@ def test_the_status_bar_shows_the_tokens_of_this_conversation(chat):
     begun = chat()
     begun.ask(WORDS)
     n_tokens = begun.model.engine.cache.n_tokens
-    assert refill.status_bar(begun) == f"Catching up: 0 of {n_tokens} tokens are exact"
+    assert refill.status_bar(begun) == f"Catching up: 0 of {n_tokens} tokens have exact values"
     begun.forget()
     assert refill.status_bar(begun) == ""
 

@@ -72,7 +72,7 @@ def test_complete_partial_file_is_not_requested_again(hub, tmp_path):
 @pytest.mark.parametrize("kept", [OTHER[:HALF], OTHER])
 def test_partial_of_another_file_is_deleted(hub, tmp_path, kept):
     (tmp_path / PARTIAL).write_bytes(kept)
-    with pytest.raises(PopError, match=f"damaged .* not {SHA256}"):
+    with pytest.raises(PopError, match=f"damaged .* but {SHA256} was"):
         pull(hub, tmp_path)
     assert names(tmp_path) == []
     assert pull(hub, tmp_path).read_bytes() == MODEL
@@ -124,7 +124,7 @@ def test_concurrent_downloads_are_locked(hub, tmp_path):
 
 
 def test_wrong_hash_deletes_the_file(hub, tmp_path):
-    with pytest.raises(PopError, match=f"the SHA-256 is {SHA256}, not {'0' * 64}"):
+    with pytest.raises(PopError, match=f"its SHA-256 is {SHA256}, but {'0' * 64} was"):
         pull(hub, tmp_path, sha256="0" * 64)
     assert names(tmp_path) == []
 

@@ -37,12 +37,15 @@ def test_lost_strings_are_counted_among_those_answered_in_full(n, full, lost, ex
     assert verdict_in_words(found).endswith(f" Exact strings: {expected}.")
 
 
+FEW = "makes 3 of 18 correct answers wrong"
+
+
 @pytest.mark.parametrize(
     ("only_full", "only_pruned", "p", "expected"),
     [
-        (0, 0, 1.0, "loses none of 18 correct answers"),
-        (3, 1, 0.6, "loses 3 of 18 correct answers and gains 1, which may be due to chance"),
-        (9, 0, 0.004, "loses 9 of 18 correct answers, which is unlikely to be due to chance"),
+        (0, 0, 1.0, "makes none of 18 correct answers wrong"),
+        (3, 1, 0.6, f"{FEW} and corrects 1 of the others, which may be due to chance"),
+        (9, 0, 0.004, "makes 9 of 18 correct answers wrong, which is unlikely to be due to chance"),
     ],
 )
 def test_a_comparison_counts_lost_right_answers(only_full, only_pruned, p, expected) -> None:

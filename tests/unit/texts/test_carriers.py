@@ -85,6 +85,6 @@ def test_answers_for_training_are_located_by_character() -> None:
 
 def test_short_documents_have_fewer_questions() -> None:
     assert 0 < len(_carriers(Use.HELD_OUT, 1, 300)[0].questions) < 20
-    with pytest.raises(PopError, match="too short to contain a look-up") as caught:
+    with pytest.raises(PopError, match="too short for a look-up") as caught:
         _carriers(Use.HELD_OUT, 1, 20)
     assert caught.value.hint

@@ -58,7 +58,7 @@ def test_pop_is_switched_and_shown():
         "> /full",
         FAST,
         "> /full on",
-        "# Fast reading is off: no layers are skipped. To turn it on, type /full off.",
+        "# Fast reading is off: no layers are skipped. To use fast reading, type /full off.",
         "> /FULL OFF",
         FAST,
         "> /full maybe",

@@ -116,7 +116,7 @@ def test_model_is_shown_and_changed_in_mid_conversation():
         "> /model other",
         "# other.gguf (Scripted, llama)",
         "# Context: 2,048 tokens.",
-        "# Fast reading is off: no layers are skipped. To turn it on, type /full off.",
+        "# Fast reading is off: no layers are skipped. To use fast reading, type /full off.",
     ]
     assert model.is_closed and not other.is_closed
     assert [message.content for message in other.asked[0]] == ["hi", "One.", "go on"]
