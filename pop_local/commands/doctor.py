@@ -64,7 +64,9 @@ class Check:
 
 
 Report = Annotated[bool, typer.Option("--report", help="Print a bug report without folder names.")]
-Measure = Annotated[bool, typer.Option("--measure", help="Measure the CPU's kernels again.")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Measure the CPU's kernels, and use the faster ones.")
+]
 
 
 def doctor(json: Json = False, report: Report = False, measure: Measure = False) -> None:
@@ -157,7 +159,7 @@ def _kernels(name: str) -> Check:
     found = f"{name}, the fastest kernels in this build for this processor"
     if name == devices.NO_KERNELS:
         found = "pop-local uses llama.cpp's kernels because this build has none for this processor"
-    elif choice := kernel_choice.measured("", _n_threads())[0]:
+    elif choice := kernel_choice.stored_choice(_n_threads()):
         found += f"; llama.cpp's kernels are faster for {choice.replace(' ', ', ')}"
     return Check("kernels", "Kernels", "ok", found)
 
@@ -167,7 +169,12 @@ def _n_threads() -> int:
 
 
 def _kernel_times() -> Iterator[Check]:
-    """Measure the kernels for all weight types again, and yield each kind's median times."""
+    """Measure the kernels for all weight types, and yield each kind's median times."""
+    n_busy = devices.busy_cpus(_n_threads())
+    if n_busy or kernel_choice.VARIABLE in os.environ or not devices.has_kernels():
+        reason = f"other processes are using {n_busy:.1f} CPUs" if n_busy else "see Kernels"
+        yield Check("kernel_times", "Kernel times", "note", f"not measured: {reason}")
+        return
     for line in kernel_choice.measured(kernel_choice.ALL, _n_threads())[1:]:
         kind, _, found = line.partition(": ")
         yield Check("kernel_times", kind, "ok", found)

@@ -189,6 +189,8 @@ def test_kernels_of_llama_cpp_that_are_faster_are_listed(install, monkeypatch):
         return ["attention/many Q6_K/few"]
 
     monkeypatch.setattr(kernel_choice, "measured", measured)
+    monkeypatch.setattr(devices, "has_kernels", lambda: True)
+    monkeypatch.setattr(devices, "busy_cpus", lambda n_threads: 0.0)
     monkeypatch.setenv("POP_LOCAL_THREADS", "3")
     install(kernels="avx2")
     assert checks()["kernels"]["found"].endswith(
@@ -203,6 +205,23 @@ def test_kernels_of_llama_cpp_that_are_faster_are_listed(install, monkeypatch):
     assert titles == ["Q6_K/few", "Q6_K/many"]
     monkeypatch.setattr(kernel_choice, "measured", lambda kinds, n_threads: [""])
     assert checks()["kernels"]["found"].endswith("for this processor")
+
+
+@pytest.mark.parametrize(
+    ("n_busy", "value", "reason"),
+    [(1.5, None, "other processes are using 1.5 CPUs"), (0.0, "avx2", "see Kernels")],
+)
+def test_unreliable_kernel_times_are_not_measured(install, monkeypatch, n_busy, value, reason):
+    monkeypatch.delenv("GGML_POP_KERNELS", raising=False)
+    if value:
+        monkeypatch.setenv("GGML_POP_KERNELS", value)
+    monkeypatch.setattr(kernel_choice, "measured", lambda kinds, n_threads: [kinds])
+    monkeypatch.setattr(devices, "has_kernels", lambda: True)
+    monkeypatch.setattr(devices, "busy_cpus", lambda n_threads: n_busy)
+    install(kernels="avx2")
+    found = json.loads(doctor("--measure", "--json").stdout)["checks"]
+    [times] = [check for check in found if check["key"] == "kernel_times"]
+    assert (times["status"], times["found"]) == ("note", f"not measured: {reason}")
 
 
 def test_a_backend_without_kernels_has_none(monkeypatch):

@@ -126,8 +126,7 @@ class Context:
         )
         self._choice = ""
         if self._has_kernels and options.repack is None and not self.on_device:
-            types = frozenset(tensor.type for tensor in source.tensors)
-            self._choice = kernel_choice.choice_for(types, self.n_threads)
+            self._choice = kernel_choice.stored_choice(self.n_threads)
         self.interrupt = Interrupt()
         params = self._model_params()
         try:

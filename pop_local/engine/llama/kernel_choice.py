@@ -1,11 +1,10 @@
 """Choose between pop-local's and llama.cpp's CPU kernels by measuring both on this machine.
 
-ggml_pop_choose (fast/measure.cpp) measures, decides, and stores the timings. The user's cache
-folder holds one file for each combination of CPU, build, and thread count.
+`doctor --measure` calls ggml_pop_choose (fast/measure.cpp), which measures, decides, and stores the
+timings. The user's cache folder has a file for each combination of CPU, build, and thread count.
 """
 
 import ctypes
-import functools
 import hashlib
 import os
 from pathlib import Path
@@ -20,13 +19,14 @@ REPACKED = "/repacked"
 ALL = "all"  # measures all kinds again
 
 
-@functools.cache
-def choice_for(types: frozenset[int], n_threads: int) -> str:
-    """Return the choice of kernels for a model, in the format of llama_pop_choose_kernels.
+def stored_choice(n_threads: int) -> str:
+    """Return the choice of kernels from the stored timings, or "" if nothing has been measured.
 
-    `types`: the weights' types. The first call on a machine takes up to 1.5 s.
+    The choice has the format of llama_pop_choose_kernels. It never repacks weights, because
+    repacked weights need additional memory.
     """
-    return measured(" ".join(map(str, ("attention", *sorted(types)))), n_threads)[0]
+    words = measured("", n_threads)[0].split()
+    return " ".join(word for word in words if not word.endswith(REPACKED))
 
 
 def measured(kinds: str, n_threads: int) -> list[str]:
@@ -49,6 +49,7 @@ def timings_file(n_threads: int) -> Path:
     key = (
         *(each.description for each in devices.devices() if not each.is_gpu),
         *(api.llama_print_system_info(), devices.cpu_kernels(), n_threads, n_cpus),
+        backend.version(),
         Path(api._lib._name).stat().st_mtime_ns,
     )
     digest = hashlib.sha256(repr(key).encode()).hexdigest()

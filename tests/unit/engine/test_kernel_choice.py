@@ -132,19 +132,13 @@ THEIRS = "".join(
 CHOICE = "Q8_0/few Q8_0/many attention/few attention/many"
 
 
-def choice_of(*types: int, n_threads: int = 1) -> str:
-    """Return the choice in a new process, which has no choices in memory."""
-    kernel_choice.choice_for.cache_clear()
-    return kernel_choice.choice_for(frozenset(types), n_threads)
-
-
 @needs_kernels
 def test_only_missing_kinds_are_measured(file):
     file.parent.mkdir()
     file.write_text(THEIRS)
-    assert choice_of(Type.Q8_0) == CHOICE
+    assert kernel_choice.measured("attention 8", 1)[0] == CHOICE
     assert file.read_text() == THEIRS
-    assert CHOICE in choice_of(Type.Q8_0, Type.F16)
+    assert kernel_choice.measured("attention 8 1", 1)[0] == CHOICE
     assert file.read_text() == f"{THEIRS}F16/many -\nF16/few -\n"
 
 
@@ -153,19 +147,30 @@ def test_a_variable_switches_measuring_off(file, monkeypatch):
     file.write_text(THEIRS)
     for value in ("0", "", "avx2"):
         monkeypatch.setenv(kernel_choice.VARIABLE, value)
-        assert choice_of(Type.Q8_0) == ""
+        assert kernel_choice.measured("8", 1) == [""]
+        assert kernel_choice.stored_choice(1) == ""
     assert file.read_text() == THEIRS
 
 
-def test_a_process_without_a_cache_folder_measures_once(monkeypatch, tmp_path):
+def test_models_use_only_stored_timings(file, tmp_path):
+    opened(tiny(tmp_path), n_gpu_layers=0).close()
+    assert not file.exists()
+    file.parent.mkdir()
+    file.write_text(THEIRS)
+    assert kernel_choice.stored_choice(1) == CHOICE
+    file.write_text("Q4_0/few ours 10\nQ4_0/few llama.cpp 10\nQ4_0/few repacked 5\n")
+    assert kernel_choice.measured("", 1)[0] == "Q4_0/repacked"
+    assert kernel_choice.stored_choice(1) == "", "repacking needs more memory"
+
+
+def test_without_a_cache_folder_nothing_is_stored(monkeypatch, tmp_path):
     """Use a file as the folder, because root may write to read-only folders."""
     (tmp_path / "file").write_text("some text")
     path = tmp_path / "file" / "kernels.txt"
     monkeypatch.setattr(kernel_choice, "timings_file", lambda n_threads: path)
     monkeypatch.delenv(kernel_choice.VARIABLE, raising=False)
-    first = choice_of(Type.F16)
-    monkeypatch.setattr(kernel_choice, "measured", None)  # would raise TypeError
-    assert kernel_choice.choice_for(frozenset({Type.F16}), 1) == first
+    kernel_choice.measured("1", 1)
+    assert kernel_choice.stored_choice(1) == ""
     assert (tmp_path / "file").read_text() == "some text"
 
 
@@ -223,7 +228,7 @@ def test_each_processor_build_and_number_of_cores_has_a_file(monkeypatch, tmp_pa
 def test_two_processes_can_measure_at_once(tmp_path):
     code = (
         "from pop_local.engine.llama import kernel_choice as found;"
-        "print([found.choice_for(frozenset({8}), 1)])"
+        "print(found.measured('attention 8', 1)[:1])"
     )
     env = {name: value for name, value in os.environ.items() if name != kernel_choice.VARIABLE}
     env |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "XDG_CACHE_HOME": str(tmp_path)}
@@ -243,7 +248,7 @@ def q4_0(tmp_path) -> Path:
 
 
 def with_choice(path: Path, given: str, monkeypatch, **options) -> np.ndarray:
-    monkeypatch.setattr(kernel_choice, "choice_for", lambda types, n_threads: given)
+    monkeypatch.setattr(kernel_choice, "stored_choice", lambda n_threads: given)
     return read(opened(path, n_gpu_layers=0, **options), prompt(60))
 
 
@@ -279,5 +284,4 @@ def test_an_earlier_build_uses_our_kernels(monkeypatch):
     assert backend.choose_kernels("Q4_0/many") == 1
     monkeypatch.delenv(kernel_choice.VARIABLE, raising=False)
     monkeypatch.setattr(devices, "call_cpu", lambda name, *values: "")
-    assert choice_of(Type.Q8_0) == ""
-    kernel_choice.choice_for.cache_clear()
+    assert kernel_choice.stored_choice(1) == ""
