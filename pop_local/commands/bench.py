@@ -20,7 +20,7 @@ _N_LONG = 4096
 @dataclass(frozen=True)
 class PromptOptions(Group):
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default="512,1024,2048")
-    repeat: int = option("Pairs of full and fast runs per prompt length.", min=1, default=5)
+    repeat: int = option("Number of full and fast runs for each prompt length.", min=1, default=5)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
     markdown: bool = option(opt.MARKDOWN, default=False)
 

@@ -39,7 +39,7 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError:
-        note(f"Port {port} is in use. The page opens on another port and shows no earlier chats.")
+        note(f"Port {port} is in use. The page uses another port and does not show earlier chats.")
         port = 0
     serve_named(model, ServerOptions(port=port), opened, asked, show)
 

@@ -40,14 +40,14 @@ QualityName = Literal["near-lossless", "balanced", "fast"]
 class HowOptions(Group):
     boundary: int | None = option("First layer to skip (default: determined by search).", "LAYER")
     quality: QualityName | None = option(
-        "Quality level, which limits the loss: near-lossless, balanced, or fast (default:"
-        f" {BALANCED.quality}; no limit with --boundary).",
+        "Quality level: near-lossless, balanced, or fast. Each level limits the loss of quality."
+        f" The default is {BALANCED.quality}, or an unlimited loss if you pass --boundary.",
         "LEVEL",
     )
     projection: Projection | None = option(
         "K/V projections for skipped layers. own: needs no fit, but reduces quality more than a fit"
-        " does. fitted: takes minutes. fitted-wide: uses more inputs than fitted; this is the"
-        " default if it is only slightly slower.",
+        " does. fitted: takes minutes. fitted-wide: uses more inputs than fitted. The default"
+        " is fitted-wide if it is almost as fast as fitted.",
         "KIND",
     )
     text: list[Path] | None = option(
@@ -56,8 +56,9 @@ class HowOptions(Group):
         "FILE|DIR",
     )
     distill: bool = option(
-        "Also train the fit end to end to improve copying. Training takes several minutes per"
-        " boundary, needs torch, and works only for dense llama, qwen2, qwen3, and gemma3 models.",
+        "Also train the fitted projections end to end to improve copying. Training takes several"
+        " minutes per boundary, needs torch, and works only for dense llama, qwen2, qwen3, and"
+        " gemma3 models.",
         default=False,
     )
     sidecar: bool = option("Write a small sidecar file instead of a copy.", default=False)
@@ -148,7 +149,7 @@ def convert(
     own = opt.given(**vars(limits))
     fit = fitting.fit(how.text or ())
     if how.projection is Projection.OWN and (fit or how.distill):
-        raise typer.BadParameter("`--projection own` uses no fit. Remove the fitting options.")
+        raise typer.BadParameter("`--projection own` cannot be combined with options for a fit")
     fit = replace(fit or FitOptions(), projection=how.projection)
     distiller = None
     if how.distill:
@@ -197,8 +198,8 @@ def convert(
         view.show_converted(planned, done, as_markdown=how.markdown)
     if entry := next((each for each in load_catalog() if is_unused_copy(each, done.path)), None):
         note(
-            f"The name {entry.short_name} still refers to the original model and its sidecar, which"
-            f" lose less quality than the copy. To use the copy, pass its path: {done.path}"
+            f"The name {entry.short_name} still refers to the original model and its sidecar"
+            f" because their quality is better than the copy's. To use the copy, pass {done.path}"
         )
 
 

@@ -158,7 +158,7 @@ def _kernels(name: str) -> Check:
         return Check("kernels", "Kernels", "note", f"{name}: {variable}={asked}", to_do)
     found = f"{name}, the fastest kernels in this build for this processor"
     if name == devices.NO_KERNELS:
-        found = "pop-local uses llama.cpp's kernels because this build has none for this processor"
+        found = "this build has no pop-local kernels for this CPU, so it uses llama.cpp's kernels"
     elif choice := kernel_choice.stored_choice(_n_threads()):
         found += f"; llama.cpp's kernels are faster for {choice.replace(' ', ', ')}"
     return Check("kernels", "Kernels", "ok", found)

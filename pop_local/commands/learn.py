@@ -1,4 +1,4 @@
-"""`pop-local learn`: delete the statistics learned from prompts."""
+"""`pop-local learn`: delete the statistics collected from prompts."""
 
 from typing import Annotated
 
@@ -15,7 +15,7 @@ learn = sub_app(no_args_is_help=True)
 
 @learn.callback()
 def about() -> None:
-    """Delete the statistics learned from your prompts.
+    """Delete the statistics collected from your prompts.
 
     The statistics are sums over tokens and contain no text. `chat` and `serve` learn while they are
     idle, unless --learn is off. In Python, PopModel.open(..., learn=True) turns learning on.

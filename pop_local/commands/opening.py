@@ -83,8 +83,8 @@ class Opener:
         n_cpus = os.cpu_count() or engine.context.n_threads
         if engine.context.n_threads > n_cpus:
             warn(
-                f"{engine.context.n_threads} threads share this machine's {n_cpus} CPUs, so reading"
-                " is slower. Pass a lower --threads value."
+                f"{engine.context.n_threads} threads share this machine's {n_cpus} CPUs, which"
+                " slows down reading. Pass a lower --threads value."
             )
         refills = engine.refiller.is_on or engine.calibrator  # a calibrator may prune later
         if options.refill != "off" and "refill" in self.asked and not refills:

@@ -32,8 +32,8 @@ def pull(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A model name, hf:OWNER/REPO[:FILE], or a Hugging Face Hub URL (default:"
-            " list all names). FILE may be part of a file name, as in hf:OWNER/REPO:Q4_K_M.",
+            help="A model name, hf:OWNER/REPO[:FILE], or a Hugging Face Hub URL. FILE may be"
+            " part of a file name, as in hf:OWNER/REPO:Q4_K_M. Omit MODEL to list all names.",
         ),
     ] = None,
     folder: Annotated[

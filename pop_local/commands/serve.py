@@ -27,31 +27,31 @@ class ServerOptions(Group):
     port: int = option("Port to listen on, or 0 for any free port.", min=0, max=65535, default=8080)
     api_key: list[str] | None = option(
         "API key that clients must send (repeatable). Without a key, the server rejects requests"
-        " from other websites' pages and requests whose Host header names a different host.",
+        " from pages on other websites and requests whose Host header names a different host.",
         "KEY",
         envvar="POP_LOCAL_API_KEY",
         show_envvar=True,
     )
     cache_scope: Literal["client", "shared"] = option(
-        "Which clients may reuse a cached prompt (default: client). client: only clients that use"
-        " the same API key (or, if no keys are set, the same address). shared: all clients.",
+        "Which clients may reuse a cached prompt (default: client). client: only clients with the"
+        " prompt sender's API key (or, if no keys are set, IP address). shared: all clients.",
         "SCOPE",
         default="client",
     )
-    name: str = expert("Model name in the APIs (default: the catalog or file name).", default="")
+    name: str = expert("Model name in APIs (default: the catalog name or file name).", default="")
     strict_model: bool = expert("Reject requests that name an unknown model.", default=False)
     models: Path | None = option(
-        "Serve each model in this folder under its name in `pop-local list`. The server opens"
-        " models on demand. If you also pass MODEL, the server opens MODEL at startup and uses it"
-        " for requests without a model name. Otherwise, the server uses the most recently requested"
-        " model.",
+        "Serve each model in this folder under the name that `pop-local list` shows. The server"
+        " loads models on demand. If you also pass MODEL, the server loads MODEL at startup and"
+        " uses it for requests without a model name. Otherwise, the server uses the most recently"
+        " requested model.",
         "FOLDER",
         exists=True,
         file_okay=False,
     )
     ram: float | None = option(
-        "Memory limit for --models. The server closes idle models to free memory. Without this"
-        " option, the server keeps only one model open.",
+        "Memory limit for --models. The server unloads idle models to free memory. Without"
+        " this option, the server keeps only one model loaded at a time.",
         "GIB",
         min=0.0,
         callback=opt.finite,
@@ -63,8 +63,8 @@ class ServerOptions(Group):
         "Memory for prompt caches (0: keep only the latest cache).", "MIB", min=0, default=2048
     )
     parallel: int | None = option(
-        "Number of concurrent answers, each with its own context. The default is 2 if 8 GB of"
-        " memory is free, --repeatable is off, and learning is off. Otherwise, the default is 1.",
+        "Number of concurrent answers, each with its own context. The default is 2 if at least"
+        " 8 GB of memory is free, --repeatable is off, and learning is off. Otherwise, it is 1.",
         "N",
         min=1,
         max=64,
@@ -189,8 +189,8 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
         _announce_model(served.name, served.model)
     if to.models is not None:
         names = ", ".join(pool.registry.files()) or "none yet"
-        limit = f"uses up to {to.ram:g} GiB of memory" if to.ram else "keeps one model open"
-        note(f"Models in {to.models}: {names}. The server opens models on demand and {limit}.")
+        limit = f"uses up to {to.ram:g} GiB of memory" if to.ram else "keeps one model loaded"
+        note(f"Models in {to.models}: {names}. The server loads models on demand and {limit}.")
 
 
 def _announce_model(name: str, opened: PopModel) -> None:

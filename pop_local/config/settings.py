@@ -92,9 +92,7 @@ def expanded(path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise PopError(
-            f"the home folder that {path} names does not exist", "use an absolute path"
-        ) from None
+        raise PopError(f"no home folder was found for {path}", "use an absolute path") from None
 
 
 def load() -> tuple[SettingValue, ...]:
@@ -186,7 +184,7 @@ def _read_document(path: Path) -> tomlkit.TOMLDocument:
         return tomlkit.document()
     except TOMLKitError as error:
         raise PopError(
-            f"{path} is not valid TOML: {error}", 'write lines like threads = 4 or system = "..."'
+            f"{path} is not valid TOML: {error}", "write one setting per line, such as threads = 4"
         ) from error
     except UnicodeDecodeError as error:
         raise PopError(f"{path} is not UTF-8 text", "save the file as UTF-8") from error

@@ -94,7 +94,7 @@ class TurnStats:
         stale = f" ({self.n_stale:,} stale)" if self.n_stale else ""
         counts = [f"{self.n_cached:,} cached{stale}"] if self.n_cached else []
         if self.n_skipped_exact:
-            skipped = f"{self.n_skipped_exact:,} losslessly read without layers"
+            skipped = f"{self.n_skipped_exact:,} read losslessly by skipping layers"
             return ", ".join([*counts, f"{skipped} {self.exact_layer} and up"])
         if self.n_pruned:
             counts.append(f"{self.n_pruned:,} with fast reading")

@@ -182,7 +182,7 @@ def test_parts_of_another_model_are_refused(tmp_path):
     others = make_split(tmp_path / "other" / "model.gguf", "qwen2", max_tensors=35)
     assert len(parts) == len(others)
     shutil.copy(others[1], parts[1])
-    with pytest.raises(FormatError, match="are not from one model"):
+    with pytest.raises(FormatError, match="parts belong to different models"):
         read_shape(parts[0])
 
 

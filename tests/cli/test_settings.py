@@ -89,7 +89,7 @@ def test_models_dir_is_relative_to_the_file(file, tmp_path, monkeypatch):
         (
             "state_dir = '~nobody-at-all/x'\n",
             1,
-            "the home folder that ~nobody-at-all/x names does not exist",
+            "no home folder was found for ~nobody-at-all/x",
             "use an absolute path",
         ),
         ('"gpu_layers" = -2\n', 1, "gpu_layers: -2 is not a whole number from -1", "correct"),
@@ -141,7 +141,7 @@ def test_a_mark_of_its_encoding_is_no_part_of_a_file(file):
 
 def test_the_file_of_an_unknown_user(monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CONFIG", "~nobody-at-all/config.toml")
-    with pytest.raises(PopError, match=r"home folder that .* does not exist"):
+    with pytest.raises(PopError, match=r"no home folder was found for ~nobody-at-all"):
         load()
 
 

@@ -28,7 +28,7 @@ def test_prompts_longer_than_the_learned_positions_are_refused(tmp_path):
     with PopModel(EngineOptions.of(made("gpt2", tmp_path), n_ctx=512, n_threads=1)) as model:
         append(model, [1] * 256)
         model.engine.cache.clear()
-        with pytest.raises(PopError, match="the model's 256 positions"):
+        with pytest.raises(PopError, match="the model supports only 256 tokens"):
             append(model, [1] * 257)
 
 

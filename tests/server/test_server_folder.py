@@ -185,7 +185,7 @@ def test_command_serves_a_folder(folder, expected, monkeypatch):
     done = called("serve", *options)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stderr.split())
-    assert "one, three, two. The server opens models on demand and keeps one model open." in said
+    assert "one, three, two. The server loads models on demand and keeps one model loaded." in said
     assert called("serve", "three.gguf", *options, "--ram", 4).returncode == 0
     one, two, three = expected["one"], expected["two"], expected["three"]
     assert found == ["", one, two, "three", three, two]

@@ -102,4 +102,4 @@ def _is_other_process(pid: int) -> bool:
 
 
 def _hint(dst: Path) -> str:
-    return f"check the permissions and free space of {dst.parent}"
+    return f"check the permissions of {dst.parent} and the free space on its disk"

@@ -299,7 +299,7 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
     if kind in _WITHOUT_PRODUCT:
         raise FormatError(
             f"{cursor.path}: tensor {name} has type {GGMLQuantizationType(kind).name}, but"
-            " llama.cpp has no matrix product for this type",
+            " llama.cpp does not support matrix multiplication for this type",
             "download the file again",
         )
     n_elements = math.prod(dims)

@@ -100,7 +100,7 @@ def read_source(path: Path) -> Source:
     missing = [each.name for each in paths if not each.is_file()]
     if missing:
         raise FormatError(
-            f"{len(missing)} of {count} parts are not in {path}'s folder: {', '.join(missing)}",
+            f"{path}: {len(missing)} of {count} parts are missing: {', '.join(missing)}",
             "put all parts in the same folder",
         )
     source = Source((first, *map(read_header, paths[1:])))
@@ -137,7 +137,7 @@ def _check_parts(source: Source) -> None:
         len(tensors),
     ):
         raise FormatError(
-            f"the parts of {source.first.path} are not from one model", "download all parts again"
+            f"{source.first.path}: the parts belong to different models", "download all parts again"
         )
 
 

@@ -131,7 +131,7 @@ def require_fit(plans: Sequence[Plan]) -> None:
         plan.n_skipped > 1 for plan in plans
     ):
         found = skipping_of(plans[0].shape)
-        why = found.no_fit or f"the first boundary that can be fitted is {found.fits_from}"
+        why = found.no_fit or f"a fit requires boundary {found.fits_from} or higher"
         raise PlanError(
             f"no projections can be fitted for this {plans[0].shape.arch} model: {why}",
             "use the layers' own projections",

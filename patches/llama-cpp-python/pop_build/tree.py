@@ -94,7 +94,7 @@ def find_hooks(package: Path) -> Path:
         if any(folder.glob("*.patch")):
             return folder
     raise BuildError(
-        f"The patches for llama.cpp are missing next to {package}.",
+        f"No llama.cpp patches were found in or next to {package}.",
         "Build from a complete clone with pip 21.3 or newer (`python -m pip install -U pip`)."
         " Older versions of pip copy the package without its sibling folders.",
     )

@@ -204,7 +204,7 @@ class DiskStore:
         except FileNotFoundError:  # another process removed it
             return None
         except (OSError, TypeError, *DAMAGES) as error:
-            log.warning("removed the unreadable state %s: %s", path, error)
+            log.warning("removed the unreadable cache file %s: %s", path, error)
             with suppress(OSError):
                 path.unlink()
             return None

@@ -180,10 +180,11 @@ class KvCache:
                 cause="context-too-small",
                 n_ctx=larger,
             )
-        if 0 < context.files.n_positions < total:
+        n_most = context.files.n_positions
+        if 0 < n_most < total:
             raise PopError(
-                f"{total:,} tokens exceed the model's {context.files.n_positions:,} positions",
-                f"shorten the text to {context.files.n_positions:,} tokens",
+                f"the text has {total:,} tokens, but the model supports only {n_most:,} tokens",
+                f"shorten the text to {n_most:,} tokens",
             )
         self.forget_unfinished()
 

@@ -122,7 +122,7 @@ class Grammar:
         except RefusedError as error:
             raise GrammarError(
                 f"the grammar is not valid GBNF: {error.message[:_MAX_MESSAGE]}",
-                "write each rule as NAME ::= ..., and name one of the rules root",
+                "write each rule as NAME ::= ... and include a rule named root",
             ) from error
         return cls.of_lark(text, noun, [name for rule in rules.values() for name in rule.ignored])
 
@@ -201,7 +201,7 @@ def _prepared(schema: dict[str, Any]) -> list[str]:
     for name in _VALUES:
         for value in _leaves(schema.get(name)):
             if isinstance(value, int) and abs(value) > _MAX_INTEGER:
-                raise GrammarError(f"the JSON schema's {name} is outside ±2^53: {value}")
+                raise GrammarError(f"the JSON schema's {name} is outside the range ±2^53: {value}")
             if isinstance(value, str) and _UNWRITABLE.search(value):
                 raise GrammarError(
                     f"the JSON schema's {name} contains control characters: {value!r}"

@@ -188,7 +188,7 @@ def _opened(content: bytes, name: str) -> "Iterator[Image]":
     except PopError:
         raise
     except MemoryError as error:
-        message = f"decoding {name} takes too much memory"
+        message = f"there is not enough memory to decode {name}"
         raise PopError(message, "scale the image down") from error
     except Exception as error:  # decoders may raise any exception on damaged files
         raise PopError(

@@ -65,7 +65,7 @@ class Sums:
             mine = self.grams.get(boundary, gram)
             ours, theirs = ({at: xy.shape for at, xy in each.xy.items()} for each in (mine, gram))
             if ours != theirs or not self.has_same_input(other, boundary):
-                log.warning("dropped %d rows because earlier rows use other inputs", gram.n_rows)
+                log.warning("dropped %d new rows because their inputs have changed", gram.n_rows)
             elif mine is gram:
                 self.grams[boundary] = gram
             else:

@@ -151,7 +151,7 @@ def test_missing_hooks_and_missing_source_are_refused(package, tmp_path):
     with pytest.raises(BuildError, match="does not exist"):
         recipe(package, {SOURCE_VARIABLE: str(tmp_path / "nowhere")})
     shutil.rmtree(package.parent / "llama.cpp")
-    with pytest.raises(BuildError, match=r"patches for llama.cpp are missing"):
+    with pytest.raises(BuildError, match=r"No llama.cpp patches were found"):
         recipe(package, {})
 
 

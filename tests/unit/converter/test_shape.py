@@ -163,7 +163,7 @@ def test_unfittable_layers_are_refused(tmp_path):
     )
     for plans in ([early, late], [last]):
         require_fit(plans)
-    with pytest.raises(PlanError, match="the first boundary that can be fitted is 4"):
+    with pytest.raises(PlanError, match="a fit requires boundary 4 or higher"):
         require_fit([early])
 
 

@@ -163,7 +163,7 @@ def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     on = "# Exact skipping is on: prompt tokens skip layers 15 and up. The answers stay the same."
     off = "# Exact skipping is off: prompts run through all layers. The answers stay the same."
     assert said[1] == on
-    assert any("983 losslessly read without layers 15 and up) · TTFT" in line for line in said)
+    assert any("983 read losslessly by skipping layers 15 and up) · TTFT" in line for line in said)
     assert any(
         line.startswith(
             "# Prompt tokens: pop-local read 983 without layers 15 and up (lossless), read "
