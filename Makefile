@@ -214,7 +214,7 @@ endif
 backend: $(VENV)/.ready
 	@key=$$($(BIN)/python $(PACKAGE)/tool.py key) || exit 1; \
 	test "$$(cat $(VENV)/lib/python*/site-packages/llama_cpp/pop_build_key.txt 2>/dev/null)" = $$key && exit 0; \
-	echo "Building the patched backend $$key . This takes 3 to 10 minutes and prints nothing."; \
+	echo "Building the patched backend $$key . This takes 5 to 10 minutes. pip then installs the other packages."; \
 	$(BIN)/python -m pip uninstall --quiet --yes llama-cpp-python 2>/dev/null; \
 	$(FOUND) $(BIN)/python -m pip install ./$(PACKAGE)
 

@@ -47,7 +47,7 @@ def bench(
     warn_if_busy(measured.threads)
     if (read.repeat + 1) * sum(options.n_prompts) > _N_LONG:
         note(
-            "With a catalog model, bench usually takes 2 to 15 minutes, depending on the model's"
+            "With a catalog model, bench usually takes 4 to 15 minutes, depending on the model's"
             " size. For a quick result in 1 to 2 minutes, pass --prompt 512 --repeat 1."
         )
     with stoppable_watch() as watch:

@@ -240,6 +240,6 @@ def _model() -> Check:
         entry = lookup(model)
         if entry is None:
             return Check("model", "Default model", "fix", error.message, hint_of(error))
-    to_do = f"run `pop-local pull {entry.name}` or `pop-local chat` to download the model"
-    found = f"{entry.name} has not been downloaded to {folder}"
+    to_do = f"run `pop-local pull {entry.short_name}` or `pop-local chat` to download the model"
+    found = f"{entry.short_name} has not been downloaded to {folder}"
     return Check("model", "Default model", "note", found, to_do)

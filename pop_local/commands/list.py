@@ -30,7 +30,7 @@ def list(json: Json = False, markdown: Markdown = False) -> None:  # noqa: A001
     folders, catalog = models_dirs(), not_fetched()
     models = tuple(model for folder in folders for model in stock(folder))
     absent = tuple(
-        StoredModel(each.short_name, (), size_bytes=each.size_bytes, problem="not fetched")
+        StoredModel(each.short_name, (), size_bytes=each.size_bytes, problem="not downloaded")
         for each in catalog
     )
     if json:

@@ -77,7 +77,7 @@ def test_the_folder_is_shown_with_damaged_files(store):
     assert head == ["Model", "Size", "Fast reading", "Problem"]
     shown = {row[0]: row[2] for row in body if not row[3]}
     assert shown == {"parted": "", "Tiny.Q8_0": "", "Tiny.Q8_0.pop": "yes"}
-    problems = {row[0]: row[3] for row in body if row[3] and row[3] != "not fetched"}
+    problems = {row[0]: row[3] for row in body if row[3] and row[3] != "not downloaded"}
     assert list(problems) == ["cut", "new.gguf.partial", "page"]
     assert problems["cut"].startswith("is truncated")
     assert "download is incomplete" in problems["new.gguf.partial"]
@@ -102,7 +102,7 @@ def test_a_pipe_is_a_problem_and_is_not_read(store):
 def test_the_catalogs_models_are_shown_that_are_not_here(store):
     (store / models.find("gemma3").file).touch()
     absent = ["smollm2", "qwen-0.5b", "qwen-1.5b"]
-    body = [row for row in rows(pop_local("list", "--markdown").stdout) if "not fetched" in row]
+    body = [row for row in rows(pop_local("list", "--markdown").stdout) if "not downloaded" in row]
     assert [row[0] for row in body] == absent
     assert body[0][2] == "98.4 MB"
     found = json.loads(pop_local("list", "--json").stdout)["not_fetched"]
@@ -205,7 +205,7 @@ def test_an_empty_folder_suggests_a_command(tmp_path, monkeypatch, exists):
         (tmp_path / "none").mkdir()
     done = pop_local("list", "--markdown")
     assert done.exit_code == 0
-    assert {row[-1] for row in rows(done.stdout)[2:]} == {"not fetched"}
+    assert {row[-1] for row in rows(done.stdout)[2:]} == {"not downloaded"}
     assert "pop-local pull" in done.stderr
     assert json.loads(pop_local("list", "--json").stdout)["models"] == []
 

@@ -8,7 +8,9 @@ _LONGEST = 64
 _N_TOKENS, _N_TIMES = 128, 3
 # Other blocks need more repeats, because users may request repeated numbers, words or table rows.
 _N_TIMES_OF_ANY = 256
-_WORDS = re.compile(r"(?:[\"'“]?[^\W\d_]+[\"'”]?[,;:]? ){4}[\"'“]?[^\W\d_]+")
+_WORD = r"[\"'“]?(?:[^\W\d_]+|\d[\d.,]*)"
+# Five words, of which the first three are not numbers.
+_WORDS = re.compile(rf"(?:[\"'“]?[^\W\d_]+[\"'”]?[,;:]? ){{3}}{_WORD}[\"'”]?[,;:]? {_WORD}")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”»*]?\s")
 
 

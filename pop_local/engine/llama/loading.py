@@ -99,8 +99,11 @@ def require_room(
         if holds_states:
             needed_bytes += 4 * n_ctx * shape.n_embd
     if needed_bytes > free_bytes:
+        n_fits = max(256, n_ctx * free_bytes // needed_bytes // 256 * 256)
         raise PopError(
             f"a context of {n_ctx:,} tokens needs {needed_bytes / 1e9:,.1f} GB of memory,"
             f" but only {free_bytes / 1e9:.1f} GB is free",
-            f"open the model with an n_ctx below {n_ctx}",
+            f"open the model with a smaller context, such as n_ctx={n_fits}",
+            cause="context-over-memory",
+            n_fits=n_fits,
         )

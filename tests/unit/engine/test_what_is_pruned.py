@@ -14,6 +14,7 @@ from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
+from pop_local.ui.hints import hint_of
 from support.calls import NOISE, completed, evaluated, greedy, opened, prompt, read, steps
 from support.converted import converted, tiny
 from support.shapes import read_shape
@@ -168,8 +169,12 @@ def test_a_context_must_fit_next_to_other_programs(pop_file, monkeypatch):
     for name in ("virtual_memory", "swap_memory"):
         monkeypatch.setattr(f"pop_local.engine.llama.loading.psutil.{name}", lambda: memory)
     opened(pop_file, n_ctx=512)
-    with pytest.raises(PopError, match="is free"):
+    with pytest.raises(PopError, match="is free") as refused:
         opened(pop_file, n_ctx=1024)
+    n_fits = refused.value.fields["n_fits"]
+    assert 512 <= n_fits < 1024 and f"n_ctx={n_fits}" in refused.value.hint
+    assert f"--ctx {n_fits}" in hint_of(refused.value)
+    opened(pop_file, n_ctx=n_fits)
 
 
 def test_a_window_saves_memory_only_without_swa_full(tmp_path, monkeypatch):
