@@ -172,7 +172,8 @@ def test_a_context_must_fit_next_to_other_programs(pop_file, monkeypatch):
     with pytest.raises(PopError, match="is free") as refused:
         opened(pop_file, n_ctx=1024)
     n_fits = refused.value.fields["n_fits"]
-    assert 512 <= n_fits < 1024 and f"n_ctx={n_fits}" in refused.value.hint
+    assert isinstance(n_fits, int) and 512 <= n_fits < 1024
+    assert f"n_ctx={n_fits}" in refused.value.hint
     assert f"--ctx {n_fits}" in hint_of(refused.value)
     opened(pop_file, n_ctx=n_fits)
 
