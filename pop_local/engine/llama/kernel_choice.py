@@ -1,7 +1,7 @@
 """Choose between pop-local's and llama.cpp's CPU kernels by measuring both on this machine.
 
-ggml_pop_choose (fast/measure.cpp) measures, decides, and stores the timings. The user's cache folder
-has a file for each combination of CPU, build, and thread count.
+ggml_pop_choose (fast/measure.cpp) measures, decides, and stores the timings. The user's cache
+folder has a file for each combination of CPU, build, and thread count.
 """
 
 import ctypes
