@@ -101,14 +101,13 @@ int main(int argc, char ** argv) {
         return 2;
     }
     ggml_backend_load_all_from_path(argv[1]);
-    for (const auto & each : std::filesystem::directory_iterator(argv[1])) {
-        const std::string name = each.path().filename().string();
-        if (name.rfind("libggml-cpu-", 0) == 0) {
-            if (void * library = dlopen(each.path().c_str(), RTLD_LAZY | RTLD_NOLOAD)) {
-                cpu_library = library;
-                puts(name.c_str());
-            }
-        }
+    // ggml opens all variants to compare them, and some stay in memory. Only the one that it registered counts.
+    const auto cpu = ggml_backend_reg_by_name("CPU");
+    void *     function = cpu ? ggml_backend_reg_get_proc_address(cpu, "ggml_pop_kernels") : nullptr;
+    Dl_info    info;
+    if (function && dladdr(function, &info)) {
+        cpu_library = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+        puts(std::filesystem::path(info.dli_fname).filename().c_str());
     }
     if (!cpu_library) {
         fprintf(stderr, "ggml loaded no CPU library from %s\n", argv[1]);
