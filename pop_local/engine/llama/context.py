@@ -40,7 +40,7 @@ class ContextOptions:
     all). `kernels`: whether to use pop-local's kernels, if they support this CPU. `flash_attn`:
     whether to use flash attention (None: only with pop-local's kernels or on GPUs that support it).
     `repack`: whether llama.cpp repacks weights for its own CPU kernels (None: only if pop-local's
-    kernels are off or slower). pop-local's kernels cannot use repacked weights. `others`: other
+    kernels are off). pop-local's kernels cannot use repacked weights. `others`: other
     llama_model_params and llama_context_params, by name.
     """
 
