@@ -33,6 +33,7 @@ class Step:
       `rows` (-1: none yet); `value`: the expected status. overwrite: decode rows in place if
       `value` is 1.
     - logits: return the last output's logits again.
+    - peak: return the child's peak resident memory in bytes since the last `peak` (Linux).
     - model: return the first layer that rows without logits may skip (0: none), and whether the
       model is recurrent or hybrid.
     """

@@ -104,72 +104,25 @@ static void edit_cache(llama_kv_cache & kv, llama_seq_id seq_id, llama_pos start
     }
 }
 
-// K of the rows of a cache that keep their positions. llama.cpp rotates all rows, those by an angle of 0. this changes the sign of
-// zeros, and rounds a quantized K
-struct kept_rows {
-    explicit kept_rows(llama_kv_cache & kv) : kv(kv) {
-        for (uint32_t s = 0; s < kv.get_n_stream(); ++s) {
-            const auto & cells = kv.pop_cells(s);
-            for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
-                if (cells.is_empty(i) || cells.get_shift(i) != 0) {
-                    continue;
-                }
-                if (!ranges.empty() && ranges.back().stream == s && ranges.back().end == i) {
-                    ranges.back().end++;
-                } else {
-                    ranges.push_back({ s, i, i + 1 });
-                }
-            }
-        }
-        for_each([&](ggml_tensor * k, size_t at, size_t n) {
-            data.emplace_back(n);
-            ggml_backend_tensor_get(k, data.back().data(), at, n);
-        });
-    }
+bool llama_kv_cache::pop_next_shift(uint32_t n_max) {
+    const uint32_t size  = get_size();
+    const uint32_t n_all = size*n_stream;
 
-    void restore() {
-        size_t i = 0;
-        for_each([&](ggml_tensor * k, size_t at, size_t n) { ggml_backend_tensor_set(k, data[i++].data(), at, n); });
-    }
-
-private:
-    struct range {
-        uint32_t stream;
-        uint32_t start;
-        uint32_t end;
+    const auto is_moved = [&](uint32_t i) {
+        const auto & cells = v_cells[i/size];
+        return !cells.is_empty(i % size) && cells.get_shift(i % size) != 0;
     };
-
-    template <typename F>
-    void for_each(const F & f) {
-        for (const auto & layer : kv.pop_layers()) {
-            for (const auto & range : ranges) {
-                ggml_tensor * k = layer.k_stream[range.stream];
-                f(k, range.start*k->nb[1], (range.end - range.start)*k->nb[1]);
-            }
-        }
+    uint32_t first = pop_shift.first + pop_shift.n;
+    while (first < n_all && !is_moved(first)) {
+        ++first;
     }
-
-    llama_kv_cache & kv;
-
-    std::vector<range>                ranges;
-    std::vector<std::vector<uint8_t>> data;
-};
-
-// rotate K of the rows that moved
-static void rotate(llama_context & ctx, const llama_pop_caches & kv) {
-    std::vector<kept_rows> kept;
-    for (auto * cache : { kv.base, kv.swa }) {
-        if (cache) {
-            kept.emplace_back(*cache);
-        }
+    uint32_t end = first;
+    while (end < n_all && end - first < n_max && is_moved(end)) {
+        ++end;
     }
+    pop_shift = { first, end - first };
 
-    ctx.memory_update(false);
-    ctx.synchronize();
-
-    for (auto & rows : kept) {
-        rows.restore();
-    }
+    return pop_shift.n > 0 && hparams.rope_type != LLAMA_ROPE_TYPE_NONE;
 }
 
 //
@@ -226,7 +179,7 @@ int32_t llama_pop_move_rows(llama_context * ctx, llama_seq_id seq_id, llama_pos 
         edit_cache(*kv.swa, seq_id, start, rows, tokens, swa);
     }
     if (shifts) {
-        rotate(*ctx, kv);
+        ctx->memory_update(false); // rotates K of the rows that moved
     }
     return 0;
 }
