@@ -125,6 +125,14 @@ bool llama_kv_cache::pop_next_shift(uint32_t n_max) {
     return pop_shift.n > 0 && hparams.rope_type != LLAMA_ROPE_TYPE_NONE;
 }
 
+// rotate K of the rows that moved, return false on failure
+static bool rotate(llama_context & ctx, const llama_pop_caches & kv) {
+    ctx.memory_update(false);
+
+    // llama.cpp resets the shifts only after it has rotated all rows
+    return !kv.base->get_has_shift() && !(kv.swa && kv.swa->get_has_shift());
+}
+
 //
 // C ABI
 //
@@ -178,8 +186,9 @@ int32_t llama_pop_move_rows(llama_context * ctx, llama_seq_id seq_id, llama_pos 
     if (kv.swa) {
         edit_cache(*kv.swa, seq_id, start, rows, tokens, swa);
     }
-    if (shifts) {
-        ctx->memory_update(false); // rotates K of the rows that moved
+    if (shifts && !rotate(*ctx, kv)) {
+        LLAMA_LOG_ERROR("%s: failed to rotate the moved rows\n", __func__);
+        return -2;
     }
     return 0;
 }

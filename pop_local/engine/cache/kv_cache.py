@@ -263,7 +263,9 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
     with cache.slot.locked():
         try:
             cache.slot.cells.move(start, sources[start:], tokens[start:])
-        except PopError:
+        except PopError as error:
+            if error.fields.get("status") == backend.INVALID_ROWS:
+                cache.truncate(start)
             return False
         cache._must_place = True
         cache.n_tokens = len(tokens)  # `cache.tokens` ends there

@@ -19,7 +19,7 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_local.engine.llama import logs
 
-ABI = 11
+ABI = 12
 OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = f"run pip install ./patches/llama-cpp-python, or reinstall the {OURS} wheel"
 # Number of times that a libgomp thread spins at a barrier. The default of 300,000 spins takes
@@ -72,6 +72,7 @@ class Counters:
 
 _CCounters = ctypes.c_int64 * 5  # llama_pop_counters
 _ABORTED = 2  # LLAMA_POP_DEEP_ABORTED
+INVALID_ROWS = -2  # see `move_rows`
 _INT32 = ctypes.c_int32
 _POINTER = ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
@@ -156,10 +157,7 @@ def version() -> str:
 def library_abi() -> int | None:
     """Return the loaded library's C ABI version, or None if the library is unpatched."""
     function = getattr(bindings()._lib, "llama_pop_abi", None)
-    if function is None:
-        return None
-    function.restype = _INT32
-    return int(function())
+    return None if function is None else int(function())
 
 
 @functools.cache
@@ -210,9 +208,8 @@ def set_full_from(ctx: Any, sequence: int, position: int) -> None:
 
 def set_deep_rows(ctx: Any, sequence: int, positions: np.ndarray) -> None:
     """Set the positions of a sequence's deep rows, in ascending order."""
-    pointed = np.ascontiguousarray(positions, np.int32)
-    pointer = pointed.ctypes.data_as(_POINTER)
-    call("llama_pop_set_deep_rows", ctx, sequence, pointer, len(pointed))
+    array = np.ascontiguousarray(positions, np.int32)
+    call("llama_pop_set_deep_rows", ctx, sequence, array.ctypes.data_as(_POINTER), len(array))
 
 
 def set_sink(ctx: Any, n_tokens: int) -> None:
@@ -239,6 +236,7 @@ def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: 
 
     `tokens`, `sources`: int32 [n]. A source is the position to copy K/V from, or -1. Rows with
     source -1 must be decoded in place (see `set_overwrite`) before later rows attend to them.
+    Raises PopError on failure. If its `status` is INVALID_ROWS, the rows have invalid K.
     """
     arrays = [np.ascontiguousarray(each, np.int32) for each in (sources, tokens)]
     pointers = [each.ctypes.data_as(_POINTER) for each in arrays]
@@ -299,5 +297,5 @@ def reset_counters(ctx: Any) -> None:
 def call(name: str, ctx: Any, *values: Any) -> None:
     """Call an ABI function that returns 0 on success. Raises PopError if the function fails."""
     logs.forget_errors()
-    if getattr(require_patched(), name)(ctx, *values) != 0:
-        raise PopError(logs.first_error() or f"{name}{values} was refused")
+    if status := getattr(require_patched(), name)(ctx, *values):
+        raise PopError(logs.first_error() or f"{name}{values} was refused", status=status)

@@ -11,7 +11,9 @@ from pop_local.engine.cache import align
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.cache.rows import NO_STALE
 from pop_local.engine.depth.deep_rows import find_deep_rows
+from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.shifting import can_shift
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import edit
 from pop_local.engine.prefill import read as prefill
@@ -110,6 +112,32 @@ def test_both_cache_types_are_repaired(llama_file, options):
         found = repaired(model)
     assert found[0] == expected[0]
     np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=NOISE)
+
+
+def test_rows_with_invalid_k_are_neither_used_nor_stored(llama_file, monkeypatch):
+    move = backend.move_rows
+    n_moves = []
+
+    def stopped(ctx, *arguments):
+        api = backend.bindings()
+        stop, go_on = api.ggml_abort_callback(lambda _: True), api.ggml_abort_callback(0)
+        n_moves.append(arguments)
+        api.llama_set_abort_callback(ctx, stop, None)
+        try:
+            move(ctx, *arguments)
+        finally:
+            api.llama_set_abort_callback(ctx, go_on, None)
+
+    tokens = EDITS["an inserted passage"]
+    with pruned(llama_file, prompt_cache=PromptCache(2**24)) as model:
+        read(model, OLD)
+        assert can_shift(model.engine.context)
+        monkeypatch.setattr(backend, "move_rows", stopped)
+        assert model.read(Prompt(tokens)).n_stale == 0
+        assert len(n_moves) == 1
+        assert repaired(model)[0] == fresh(llama_file, tokens)[0]
+        read(model, OLD)
+        assert repaired(model)[0] == fresh(llama_file, OLD)[0]
 
 
 def test_small_changes_of_the_logits_show_that_stale_rows_are_used(llama_file):
