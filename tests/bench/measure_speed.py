@@ -3,15 +3,15 @@
     python tests/bench/measure_speed.py MODEL.gguf --unpatched FOLDER [--skips 1/4,1/3] [--pairs 9]
 
 FOLDER contains upstream's libllama of the same release and flags, built with
-`CMAKE_ARGS=-DCOLD_FLAGS= python patches/llama-cpp-python/tool.py unpatched FOLDER` (the tests'
-build of libllama is less optimized). --other FOLDER is another build of the patched library
-instead, such as a wheel's. Two child processes stay open, on one core and one thread: one with the
-unpatched library and llama_cpp's own `Llama.generate`, one with the patched library and PopModel.
-In each round, every variant runs once, in a rotating order; ratios are computed within the round. A
-model with exact skipping is measured without boundaries. Row counters of the patched runs prove
-that the whole prompt was evaluated, and count pruned rows. Decoding follows a prompt of 16 tokens;
-llama-bench's `tg` has no prompt (give its path with --llama-bench). If other work runs, `--clock
-cpu` takes the process's CPU time, which is comparable with one thread.
+`CMAKE_ARGS=-DCOLD_FLAGS= python patches/llama-cpp-python/tool.py unpatched FOLDER`. The tests'
+build of libllama is less optimized, so the program rejects it. --other FOLDER is another build of
+the patched library instead, such as a wheel's. Two child processes stay open, on one core and one
+thread: one with the unpatched library and llama_cpp's own `Llama.generate`, one with the patched
+library and PopModel. In each round, every variant runs once, in a rotating order; ratios are
+computed within the round. A model with exact skipping is measured without boundaries. Row counters
+of the patched runs prove that the whole prompt was evaluated, and count pruned rows. Decoding
+follows a prompt of 16 tokens; llama-bench's `tg` has no prompt (give its path with --llama-bench).
+If other work runs, `--clock cpu` takes the process's CPU time, which is comparable with one thread.
 
 Prints tables and, last, one JSON object.
 """
@@ -38,6 +38,8 @@ from pop_converter.gguf.source import read_source
 from pop_local.engine.llama.graph_macs import GraphMacs
 
 N_DECODE_PROMPT = 16
+TOOL = Path(__file__).parents[2] / "patches" / "llama-cpp-python" / "tool.py"
+FAST_BUILD = {"POP_LLAMA_CPP_UNPATCHED": "1", "CMAKE_ARGS": "-DCOLD_FLAGS="}
 
 
 @dataclass(frozen=True)
@@ -347,11 +349,25 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def require_fast_build(folder: Path) -> None:
+    """Exit unless `folder` holds upstream's libraries, built with FAST_BUILD."""
+    command, env = [sys.executable, str(TOOL), "key"], os.environ | FAST_BUILD
+    key = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+    stamp = folder / "key"
+    if not stamp.is_file() or stamp.read_text() != key.strip():
+        raise SystemExit(
+            f"{folder} is not a current build of upstream with all optimizations. Run"
+            f" `CMAKE_ARGS=-DCOLD_FLAGS= python {TOOL} unpatched {folder}`."
+        )
+
+
 def main() -> None:
     options = parsed()
     if options.child:
         child(options)
         return
+    if options.unpatched:
+        require_fast_build(options.unpatched)
     shape, macs = source_shape(read_source(Path(options.model))), GraphMacs(Path(options.model))
     n_prompts = [int(n) for n in options.prompts.split(",") if n]
     variants = [
