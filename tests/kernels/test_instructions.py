@@ -68,7 +68,7 @@ def test_products_of_few_rows(name: str, kernels: str, rng: np.random.Generator)
     ops: list[Op] = [
         first_rows(mul_mat(rng, type_, 4, n_out=77, n_in=n_in), n_rows)
         for type_ in QUANTISED
-        for n_in in (256, 768, *((96, 1056) if block(type_) == 32 else ()))
+        for n_in in (256, 768, *((96, 640, 1056) if block(type_) == 32 else ()))
         for n_rows in (1, 4)
     ]
     ends = [first_rows(op, 2) for type_ in QUANTISED for op in extremes(type_)]

@@ -34,7 +34,7 @@ def widths(type_: Type) -> tuple[int, ...]:
     """Return numbers of inputs with an incomplete last group of each unpacking size."""
     if type_ in FLOATS:
         return 32, 50, 96, 768
-    return (32, 64, 128, 224, 1056) if block(type_) == 32 else (256, 768, 1280)
+    return (32, 64, 192, 224, 640, 1056) if block(type_) == 32 else (256, 768, 1280)
 
 
 @each_type
@@ -181,6 +181,23 @@ def test_scales_may_be_tiny_and_activations_large(
 def test_rows_may_have_gaps(type_: Type, rng: np.random.Generator) -> None:
     op = mul_mat(rng, type_, 16)
     np.testing.assert_array_equal(compute(replace(op, stride=300)), compute(op))
+
+
+@each_quantised
+def test_broken_weights_change_no_other_output(type_: Type, rng: np.random.Generator) -> None:
+    """Few rows are multiplied with groups of blocks that may belong to two outputs."""
+    if not SCALES[type_]:
+        pytest.skip("the scales have no NaN")
+    n_in = 640 if block(type_) == 32 else 768
+    op = mul_mat(rng, type_, 3, n_out=77, n_in=n_in)
+    want, others = compute(op, Rows.FAST), ~np.isin(np.arange(77), (1, 40, 76))
+    data = op.weights.data.reshape(77, n_in // block(type_), -1).copy()
+    for row in np.flatnonzero(~others):
+        for at in SCALES[type_]:
+            put_scale(data[row], at, np.full(data.shape[1], np.nan))
+    got = compute(replace(op, weights=Stored(type_, data.reshape(77, -1))), Rows.FAST)
+    assert np.isnan(got[:, ~others]).all()
+    np.testing.assert_array_equal(got[:, others], want[:, others])
 
 
 @pytest.mark.parametrize("type_", [Type.Q4_K, Type.Q5_0, Type.Q8_0, *FLOATS], ids=lambda t: t.name)

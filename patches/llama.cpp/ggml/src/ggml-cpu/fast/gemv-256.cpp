@@ -64,8 +64,6 @@ template <int TYPE> inline __m256i codes_of(const typename type_of<TYPE>::block 
 struct avx2_vectors {
     using floats = __m256;
 
-    template <int TYPE> static constexpr int n_rows = 1;
-
     static floats zero() { return _mm256_setzero_ps(); }
 
     static float sum_of(const floats (&total)[2]) {
@@ -107,12 +105,11 @@ struct avx2_vectors {
     }
 
     // Multiply the last n blocks of a row, for types with blocks of 32: less than a group.
-    template <int TYPE, int R, int N>
-    static void add_last(const typename type_of<TYPE>::block * const (&w)[R], int n, const column_group<false> * columns, int step,
-            floats (&total)[R][N][2]) {
+    template <int TYPE, int N>
+    static void add_last(const typename type_of<TYPE>::block * w, int n, const column_group<false> * columns, int step, floats (&total)[N][2]) {
         FAST_UNROLL
         for (int c = 0; c < N; c++) {
-            add_blocks<TYPE>(w[0], n, columns[c * step], total[0][c]);
+            add_blocks<TYPE>(w, n, columns[c * step], total[c]);
         }
     }
 
@@ -139,7 +136,7 @@ struct avx2_vectors {
 
 const gemm * gemv_256(int type) {
     switch (type) {
-#define FAST_CASE(TYPE) case TYPE: return gemv_kernel<avx2_vectors, TYPE, quantise>();
+#define FAST_CASE(TYPE) case TYPE: return separate_rows_kernel<avx2_vectors, TYPE, quantise>();
         FAST_FOR_EACH_TYPE(FAST_CASE)
 #undef FAST_CASE
         default: return nullptr;

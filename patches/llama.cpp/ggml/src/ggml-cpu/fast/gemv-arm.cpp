@@ -14,8 +14,6 @@ namespace {
 struct dotprod_vectors {
     using floats = float32x4_t;
 
-    template <int TYPE> static constexpr int n_rows = 1;
-
     static floats zero() { return vdupq_n_f32(0.0f); }
 
     static float sum_of(const floats (&total)[2]) { return vaddvq_f32(vaddq_f32(total[0], total[1])); }
@@ -72,19 +70,18 @@ struct dotprod_vectors {
     }
 
     // Multiply the last n blocks of a row, for types with blocks of 32: less than a group.
-    template <int TYPE, int R, int N>
-    static void add_last(const typename type_of<TYPE>::block * const (&w)[R], int n, const column_group<false> * columns, int step,
-            floats (&total)[R][N][2]) {
+    template <int TYPE, int N>
+    static void add_last(const typename type_of<TYPE>::block * w, int n, const column_group<false> * columns, int step, floats (&total)[N][2]) {
         for (int b = 0; b < n; b++) {
-            const row_codes q     = codes<TYPE>(w[0][b], 0);
-            const float     scale = scale_of(w[0][b]);
+            const row_codes q     = codes<TYPE>(w[b], 0);
+            const float     scale = scale_of(w[b]);
             FAST_UNROLL
             for (int c = 0; c < N; c++) {
                 const column_group<false> & x = columns[c * step];
                 const float product = scale * x.scales[b];
-                add_codes<TYPE>(q, x.codes + 32 * b, &product, total[0][c][b % 2]);
+                add_codes<TYPE>(q, x.codes + 32 * b, &product, total[c][b % 2]);
                 if constexpr (type_of<TYPE>::fmt.mins) {
-                    total[0][c][0] = vfmaq_f32(total[0][c][0], vsetq_lane_f32(to_f32(w[0][b].m), zero(), 0), vdupq_n_f32(x.sums[b]));
+                    total[c][0] = vfmaq_f32(total[c][0], vsetq_lane_f32(to_f32(w[b].m), zero(), 0), vdupq_n_f32(x.sums[b]));
                 }
             }
         }
@@ -95,7 +92,7 @@ struct dotprod_vectors {
 
 const gemm * gemv_dotprod(int type) {
     switch (type) {
-#define FAST_CASE(TYPE) case TYPE: return gemv_kernel<dotprod_vectors, TYPE, quantise>();
+#define FAST_CASE(TYPE) case TYPE: return separate_rows_kernel<dotprod_vectors, TYPE, quantise>();
         FAST_FOR_EACH_TYPE(FAST_CASE)
 #undef FAST_CASE
         default: return nullptr;
