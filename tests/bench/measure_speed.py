@@ -356,7 +356,7 @@ def require_fast_build(folder: Path) -> None:
     stamp = folder / "key"
     if not stamp.is_file() or stamp.read_text() != key.strip():
         raise SystemExit(
-            f"{folder} is not a current build of upstream with all optimizations. Run"
+            f"{folder} is outdated or was built with fewer optimizations. Rebuild it:"
             f" `CMAKE_ARGS=-DCOLD_FLAGS= python {TOOL} unpatched {folder}`."
         )
 

@@ -34,7 +34,7 @@ def widths(type_: Type) -> tuple[int, ...]:
     """Return numbers of inputs with an incomplete last group of each unpacking size."""
     if type_ in FLOATS:
         return 32, 50, 96, 768
-    return (32, 64, 192, 224, 640, 1056) if block(type_) == 32 else (256, 768, 1280)
+    return (32, 64, 128, 192, 224, 640, 1056) if block(type_) == 32 else (256, 768, 1280)
 
 
 @each_type

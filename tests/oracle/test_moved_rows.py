@@ -38,7 +38,7 @@ streams = pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream"
 
 
 def moved(start: int) -> Step:
-    """Return a step that removes N_REMOVED rows at `start`, and as many again at SECOND."""
+    """Return a step that removes N_REMOVED rows at `start` and N_REMOVED rows at SECOND."""
     ends = start + N_REMOVED, SECOND + 2 * N_REMOVED
     rows = (*range(ends[0], SECOND + N_REMOVED), *range(ends[1], len(OLD)))
     return Step("move", tokens=tuple(OLD[row] for row in rows), rows=rows, pos=start)

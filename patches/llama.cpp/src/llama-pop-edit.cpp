@@ -125,7 +125,7 @@ bool llama_kv_cache::pop_next_shift(uint32_t n_max) {
     return pop_shift.n > 0 && hparams.rope_type != LLAMA_ROPE_TYPE_NONE;
 }
 
-// rotate K of the rows that moved, return false on failure
+// rotate K of the rows that have moved, return false on failure
 static bool rotate(llama_context & ctx, const llama_pop_caches & kv) {
     ctx.memory_update(false);
 
@@ -180,7 +180,10 @@ int32_t llama_pop_move_rows(llama_context * ctx, llama_seq_id seq_id, llama_pos 
     }
 
     ctx->synchronize();
-    ctx->memory_update(false); // applies earlier moves
+    if (!rotate(*ctx, kv)) {
+        LLAMA_LOG_ERROR("%s: failed to rotate rows of earlier moves\n", __func__);
+        return -1;
+    }
 
     edit_cache(*kv.base, seq_id, start, rows, tokens, base);
     if (kv.swa) {

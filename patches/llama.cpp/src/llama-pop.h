@@ -139,8 +139,8 @@ extern "C" {
 
     // move the rows of an edited prompt: n rows at positions from start on replace the sequence's rows there. row i takes K and V
     // of the row at position from[i], -1: llama_decode() must compute the row in place before another row attends to it.
-    // returns 0, -1: refused, nothing was changed, the log has the reason, -2: failed to rotate K, so the rows from start on are
-    // invalid
+    // returns 0, -1: refused, nothing was changed, the log has the reason, -2: K could not be rotated, the
+    // caller must remove the rows at positions >= start
     LLAMA_API int32_t llama_pop_move_rows(struct llama_context * ctx, llama_seq_id seq_id, llama_pos start, const llama_pos * from,
         const llama_token * tokens, int32_t n);
 

@@ -265,7 +265,8 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
             cache.slot.cells.move(start, sources[start:], tokens[start:])
         except PopError as error:
             if error.fields.get("status") == backend.INVALID_ROWS:
-                cache.truncate(start)
+                if not cache.truncate(start):
+                    cache.clear()
             return False
         cache._must_place = True
         cache.n_tokens = len(tokens)  # `cache.tokens` ends there

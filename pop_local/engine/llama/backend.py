@@ -236,7 +236,8 @@ def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: 
 
     `tokens`, `sources`: int32 [n]. A source is the position to copy K/V from, or -1. Rows with
     source -1 must be decoded in place (see `set_overwrite`) before later rows attend to them.
-    Raises PopError on failure. If its `status` is INVALID_ROWS, the rows have invalid K.
+    Raises PopError on failure. If the error's `status` is INVALID_ROWS, the caller must drop the
+    rows from `start` onward.
     """
     arrays = [np.ascontiguousarray(each, np.int32) for each in (sources, tokens)]
     pointers = [each.ctypes.data_as(_POINTER) for each in arrays]
@@ -298,4 +299,4 @@ def call(name: str, ctx: Any, *values: Any) -> None:
     """Call an ABI function that returns 0 on success. Raises PopError if the function fails."""
     logs.forget_errors()
     if status := getattr(require_patched(), name)(ctx, *values):
-        raise PopError(logs.first_error() or f"{name}{values} was refused", status=status)
+        raise PopError(logs.first_error() or f"{name}{values} failed", status=status)

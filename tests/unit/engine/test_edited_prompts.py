@@ -118,21 +118,21 @@ def test_rows_with_invalid_k_are_neither_used_nor_stored(llama_file, monkeypatch
     move = backend.move_rows
     n_moves = []
 
-    def stopped(ctx, *arguments):
+    def move_and_abort(ctx, *arguments):
         api = backend.bindings()
-        stop, go_on = api.ggml_abort_callback(lambda _: True), api.ggml_abort_callback(0)
+        stop, no_stop = api.ggml_abort_callback(lambda _: True), api.ggml_abort_callback(0)
         n_moves.append(arguments)
         api.llama_set_abort_callback(ctx, stop, None)
         try:
             move(ctx, *arguments)
         finally:
-            api.llama_set_abort_callback(ctx, go_on, None)
+            api.llama_set_abort_callback(ctx, no_stop, None)
 
     tokens = EDITS["an inserted passage"]
     with pruned(llama_file, prompt_cache=PromptCache(2**24)) as model:
         read(model, OLD)
         assert can_shift(model.engine.context)
-        monkeypatch.setattr(backend, "move_rows", stopped)
+        monkeypatch.setattr(backend, "move_rows", move_and_abort)
         assert model.read(Prompt(tokens)).n_stale == 0
         assert len(n_moves) == 1
         assert repaired(model)[0] == fresh(llama_file, tokens)[0]

@@ -125,7 +125,7 @@ static const gemm * kernel_for(const ggml_tensor * op) {
         return nullptr;
     }
     const ggml_tensor * weights = op->src[0];
-    const bool is_plain = !weights->extra && weights->nb[0] == ggml_type_size(weights->type) && weights->ne[0] % 32 == 0 &&
+    const bool is_plain = !weights->extra && weights->nb[0] == ggml_type_size(weights->type) && weights->ne[0] % 32 == 0 && weights->ne[0] > 0 &&
                           weights->ne[3] == 1 && (op->op == GGML_OP_MUL_MAT_ID || weights->ne[2] == 1);
     if (!is_plain || !has_float_rows(op->src[1]) || !has_float_rows(op)) {
         return nullptr;

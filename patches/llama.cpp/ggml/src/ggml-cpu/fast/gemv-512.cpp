@@ -5,9 +5,9 @@
 //
 //   row 0:                          row 1:
 //   | group 0 | group 1 | group 2 | group 3 | group 4 | group 5 | group 6 |
-//   b0        b8        b16       b24  b0   b4        b12       b20     b27
+//   b0        b8        b16       b24  b0   b4        b12       b20
 //
-// A column is packed once for each of these rows.
+// The tile contains one copy of the column for each row of the sequence.
 
 #include "gemm.h"
 
@@ -185,7 +185,7 @@ template <int TYPE, int N> class joined_rows {
     using block = typename type_of<TYPE>::block;
 
     static constexpr int group_blocks = 256 / type_of<TYPE>::n_values;
-    static constexpr int STEP = 32; // rows whose sums are computed at once: the operations of a single row's sum wait for each other
+    static constexpr int STEP = 32; // number of rows whose sums are computed together, because one row's sum is a chain of dependent operations
 
     const gemm_share &          share;
     const column_group<false> * columns;
@@ -195,7 +195,7 @@ template <int TYPE, int N> class joined_rows {
     alignas(64) float totals[N][STEP][16];
 
 public:
-    joined_rows(const gemm_share & share, const uint8_t * tile) : share(share), columns((const column_group<false> *) tile) {}
+    joined_rows(const gemm_share & s, const uint8_t * tile) : share(s), columns((const column_group<false> *) tile) {}
 
     void multiply(int col) {
         const size_t row_bytes = (size_t) share.n_blocks * 32 / type_of<TYPE>::n_values * sizeof(block);
@@ -221,7 +221,7 @@ public:
 private:
     const block * group_at(int row) const { return (const block *) (share.weights + row * share.stride); }
 
-    // Each iteration reads the next group, up to the last one, before it multiplies the current one. The processor can overlap the two.
+    // Read each group before multiplying the previous one, so that the processor can overlap both.
     void multiply_sequence(int first_row, int n_rows, const block * last) {
         const block * x      = group_at(first_row);
         const auto *  column = columns;
@@ -234,7 +234,7 @@ private:
             prefetch_ahead(x, sizeof(block) * group_blocks);
             return read_group<TYPE>(x);
         };
-        int left = n_blocks; // blocks of the row from `column` on
+        int left = n_blocks; // the row's blocks that are not yet multiplied
         for (int row = 0; row < n_rows; row++) {
             for (; left >= GROUP; left -= GROUP, column++) {
                 const row_codes next = read_next();
@@ -267,13 +267,18 @@ private:
         clear(total);
         int left = share.n_blocks;
         for (; left >= GROUP; left -= GROUP, x += group_blocks, column++) {
+            prefetch_ahead(x, sizeof(block) * group_blocks);
             V::add<TYPE, N>(x, column, n, total);
         }
         if constexpr (type_of<TYPE>::n_values == 32) {
             if (left > 0) {
-                block copy[GROUP] = {};
-                memcpy(copy, x, left * sizeof(block));
-                V::add_group<TYPE, N>(only(read_group<TYPE>(copy), 0, left), column, n, total);
+                block copy[GROUP];
+                if (x + GROUP > group_at(share.n_rows - 1) + share.n_blocks) { // a group would exceed the share
+                    memset((void *) copy, 0, sizeof(copy));
+                    memcpy((void *) copy, x, left * sizeof(block));
+                    x = copy;
+                }
+                V::add_group<TYPE, N>(only(read_group<TYPE>(x), 0, left), column, n, total);
             }
         }
         store(total, row);

@@ -2,7 +2,7 @@
 //
 // Codes and activations are those of the panel kernels. A column's result does not depend on the other columns.
 //
-// A tile holds its columns one after the other, each as groups of 256 values along K:
+// A tile holds its columns one after the other, each as groups of 256 values along K (gemv-512.cpp repeats and reorders some of them):
 //
 //   column 0: | group 0 | group 1 | ... | last group, padded with zeros |   column 1: | group 0 | ...
 //
@@ -69,7 +69,7 @@ inline void prefetch_ahead(const void * p, size_t n) {
     }
 }
 
-// Multiply one row after the other. V provides an instruction set's vectors: floats, zero(), add(), add_last() and sum_of().
+// Multiplies each row separately. V provides an instruction set's vectors: floats, zero(), add(), add_last() and sum_of().
 template <typename V, int TYPE> struct separate_rows {
     template <int N> static void multiply(const gemm_share & s, int col, const uint8_t * tile) {
         using type = type_of<TYPE>;
@@ -113,7 +113,7 @@ template <typename ROWS> void multiply_columns(const gemm_share & s) {
 
 template <int TYPE> constexpr int sum_factor = type_of<TYPE>::fmt.mins ? 1 : -type_of<TYPE>::fmt.bias;
 
-// PACK writes up to COPIES of each column.
+// PACK writes up to COPIES copies of each column. They make tiles larger, so has_packed_columns() (fast.cpp) can tell layouts apart.
 template <int TYPE, auto PACK, typename ROWS, int COPIES = 1> const gemm * gemv_kernel() {
     constexpr size_t tile = COPIES * GEMV_COLS * sizeof(column_group<type_of<TYPE>::fmt.halves>) / GROUP;
     static const gemm g = { GEMV_ROWS, GEMV_COLS, 0, tile, 0, PACK, multiply_columns<ROWS> };

@@ -147,7 +147,7 @@ template <int TYPE> FAST_INLINE row_codes read_spread(const typename type_of<TYP
     const __mmask64 third = ~0ULL >> (192 - 8 * sizeof(*x));
     group_bytes group = { { _mm512_loadu_si512(p), _mm512_loadu_si512(p + 64), _mm512_maskz_loadu_epi8(third, p + 128) } };
 #if defined(__GNUC__)
-    asm("" : "+v"(group.part[1])); // or GCC loads this part again for each permutation, which takes 7 to 14 % longer
+    asm("" : "+v"(group.part[1])); // without this, GCC 12 loads the part again for each permutation, which takes 7 to 14 % longer
 #endif
     return unpack<TYPE>(group);
 }
