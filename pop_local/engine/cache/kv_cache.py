@@ -264,9 +264,9 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
         try:
             cache.slot.cells.move(start, sources[start:], tokens[start:])
         except PopError as error:
-            if error.fields.get("status") == backend.INVALID_ROWS:
-                if not cache.truncate(start):
-                    cache.clear()
+            has_invalid_rows = error.fields.get("status") == backend.INVALID_ROWS
+            if has_invalid_rows and not cache.truncate(start):
+                cache.clear()
             return False
         cache._must_place = True
         cache.n_tokens = len(tokens)  # `cache.tokens` ends there

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pop_local.engine.cache import align
+from pop_local.engine.cache.kv_cache import move_rows
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.cache.rows import NO_STALE
 from pop_local.engine.depth.deep_rows import find_deep_rows
@@ -114,9 +115,10 @@ def test_both_cache_types_are_repaired(llama_file, options):
     np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=NOISE)
 
 
-def test_rows_with_invalid_k_are_neither_used_nor_stored(llama_file, monkeypatch):
-    move = backend.move_rows
-    n_moves = []
+@pytest.fixture
+def aborted_moves(monkeypatch):
+    """Return a function that makes each later move fail, and a list of the moves' arguments."""
+    move, n_moves = backend.move_rows, []
 
     def move_and_abort(ctx, *arguments):
         api = backend.bindings()
@@ -128,16 +130,37 @@ def test_rows_with_invalid_k_are_neither_used_nor_stored(llama_file, monkeypatch
         finally:
             api.llama_set_abort_callback(ctx, no_stop, None)
 
+    return lambda: monkeypatch.setattr(backend, "move_rows", move_and_abort), n_moves
+
+
+def test_rows_with_invalid_k_are_neither_used_nor_stored(llama_file, aborted_moves):
+    abort, n_moves = aborted_moves
     tokens = EDITS["an inserted passage"]
     with pruned(llama_file, prompt_cache=PromptCache(2**24)) as model:
         read(model, OLD)
         assert can_shift(model.engine.context)
-        monkeypatch.setattr(backend, "move_rows", move_and_abort)
+        abort()
         assert model.read(Prompt(tokens)).n_stale == 0
         assert len(n_moves) == 1
         assert repaired(model)[0] == fresh(llama_file, tokens)[0]
         read(model, OLD)
         assert repaired(model)[0] == fresh(llama_file, OLD)[0]
+
+
+def test_all_rows_are_dropped_if_invalid_ones_cannot_be_removed(tmp_path, aborted_moves):
+    """The window has dropped rows before the edit, so the cache cannot end there."""
+    abort, n_moves = aborted_moves
+    old = prompt(2000, seed=3)
+    sources = np.delete(np.arange(2000, dtype=np.int32), slice(1300, 1310))
+    options = {"swa_full": False, "n_ubatch": 64}
+    with pruned(tiny(tmp_path, "gemma3", swa_window=700), **options) as model:
+        read(model, old)
+        assert can_shift(model.engine.context)
+        abort()
+        cache = model.engine.cache
+        assert not move_rows(cache, np.array(old, np.int32)[sources], sources)
+        assert len(n_moves) == 1
+        assert cache.n_tokens == cache.slot.cells.end == 0
 
 
 def test_small_changes_of_the_logits_show_that_stale_rows_are_used(llama_file):
