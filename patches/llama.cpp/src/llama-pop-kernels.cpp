@@ -31,7 +31,7 @@ static const int KERNEL_OP_PARAM = 15;
 
 // operations that llama.cpp's kernels compute
 struct kernel_choice {
-    std::bitset<GGML_TYPE_COUNT> many, few, repacked; // by weight type
+    std::bitset<GGML_TYPE_COUNT> many, few; // by weight type
 
     bool attention_many = false;
     bool attention_few  = false;
@@ -43,8 +43,6 @@ static const int32_t KERNELS_OURS = 1;
 static std::array<kernel_choice, 256> kernel_choices;
 static std::vector<std::string>       kernel_choice_texts = { "-", "" };
 static std::mutex                     kernel_choices_mutex;
-
-static thread_local int32_t thread_kernel_choice = KERNELS_OURS;
 
 static bool is_type_named(const std::string & name, ggml_type type) {
     const char * lower = ggml_type_name(type);
@@ -60,9 +58,8 @@ static void add_kernel_choice(kernel_choice & choice, const std::string & kind, 
     }
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         if (is_type_named(kind, (ggml_type) i)) {
-            choice.many[i]     = choice.many[i]     || form == "many";
-            choice.few[i]      = choice.few[i]      || form == "few";
-            choice.repacked[i] = choice.repacked[i] || form == "repacked";
+            choice.many[i] = choice.many[i] || form == "many";
+            choice.few[i]  = choice.few[i]  || form == "few";
         }
     }
 }
@@ -83,13 +80,7 @@ int32_t llama_pop_choose_kernels(const char * choice) {
         }
         kernel_choice_texts.push_back(choice);
     }
-    return thread_kernel_choice = (int32_t) i;
-}
-
-bool llama_pop_may_use_buffer(const ggml_tensor * weights, ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) {
-    const bool is_repacked = ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU && buft != ggml_backend_dev_buffer_type(dev);
-    const auto & repacked = kernel_choices[thread_kernel_choice].repacked;
-    return !is_repacked || repacked.none() || repacked[weights->type];
+    return (int32_t) i;
 }
 
 //

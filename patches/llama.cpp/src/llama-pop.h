@@ -151,8 +151,7 @@ extern "C" {
     // register which operations llama.cpp's kernels compute although ours (ggml-cpu/fast) support them, and return a number for
     // llama_pop_set_kernels(). choice: words separated by spaces. "Q4_K/many", "attention/many": with the rows of prompts and deep
     // passes. "Q4_K/few", "attention/few": in decode. unknown words are ignored.
-    // "Q4_K/repacked": models that this thread loads with use_extra_bufts repack only the types of such words, all if there are none.
-    // this holds until the thread's next call. returns -1: too many choices
+    // returns -1: too many choices
     LLAMA_API int32_t llama_pop_choose_kernels(const char * choice);
 
     // allow our CPU kernels. 0: none, 1: all, others: all except those of a choice. default: 1. returns -1: refused
@@ -243,9 +242,6 @@ struct llama_pop_tap {
 
     bool operator==(const llama_pop_tap & other) const { return kind == other.kind && layer == other.layer; }
 };
-
-// return whether weights may be stored in the buffer type. false: the type repacks them, but this thread's choice does not
-bool llama_pop_may_use_buffer(const ggml_tensor * weights, ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft);
 
 struct llama_pop_cparams {
     llama_pop_mode mode        = LLAMA_POP_MODE_OFF;

@@ -275,10 +275,7 @@ def set_reading(ctx: Any, reading: Reading) -> None:
 
 
 def choose_kernels(choice: str) -> int:
-    """Register a choice of kernels and return the choice's number for llama_pop_set_kernels.
-
-    When this thread loads models later, only the chosen types are repacked (see ggml_pop_choose).
-    """
+    """Register a choice of kernels and return the choice's number for llama_pop_set_kernels."""
     # Earlier builds of this ABI cannot choose.
     function = getattr(require_patched(), "llama_pop_choose_kernels", None)
     return int(function(choice.encode())) if function else 1

@@ -179,9 +179,7 @@ class Context:
         params = api.llama_model_default_params()
         params.n_gpu_layers = 2**31 - 1 if options.n_gpu_layers == -1 else options.n_gpu_layers
         repack = options.repack
-        if repack is None:
-            repack = not self._has_kernels or kernel_choice.REPACKED in self._choice
-        params.use_extra_bufts = repack
+        params.use_extra_bufts = not self._has_kernels if repack is None else repack
         mapped, copied = api.LLAMA_LOAD_MODE_MMAP, api.LLAMA_LOAD_MODE_NONE
         params.load_mode = mapped if options.use_mmap else copied
         _fill(params, options.others)

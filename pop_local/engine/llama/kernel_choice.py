@@ -15,18 +15,15 @@ from pop_local.engine.llama import backend, devices
 
 # If this environment variable is set, pop-local's kernels are used without measuring.
 VARIABLE = "GGML_POP_KERNELS"
-REPACKED = "/repacked"
 ALL = "all"  # measures all kinds again
 
 
 def stored_choice(n_threads: int) -> str:
     """Return the choice of kernels from the stored timings, or "" if nothing has been measured.
 
-    The choice has the format of llama_pop_choose_kernels. It never repacks weights, because
-    repacked weights need additional memory.
+    The choice has the format of llama_pop_choose_kernels.
     """
-    words = measured("", n_threads)[0].split()
-    return " ".join(word for word in words if not word.endswith(REPACKED))
+    return measured("", n_threads)[0]
 
 
 def measured(kinds: str, n_threads: int) -> list[str]:

@@ -68,25 +68,6 @@ def test_each_kind_is_decided_separately(chosen):
 
 
 @pytest.mark.parametrize(
-    ("many", "few", "choice"),
-    [
-        ((10, 20, 5), (10, 20, 10), "Q4_0/repacked"),
-        ((10, 20, 10), (10, 20, 5), "Q4_0/repacked"),
-        ((10, 20, 10), (10, 20, 10), ""),
-        ((10, 20, 5), (10, 20, 20), ""),  # decode would be slower
-        ((10, 5, 2), (10, 20, 20), "Q4_0/many"),
-        ((10, 5, 5), (10, 5, 5), "Q4_0/few Q4_0/many"),
-    ],
-)
-def test_weights_are_repacked_if_nothing_gets_slower(chosen, many, few, choice):
-    lines = []
-    for rows, times in zip(ROWS, (many, few), strict=True):
-        for form, time_us in zip(("ours", "llama.cpp", "repacked"), times, strict=True):
-            lines.append(f"Q4_0/{rows} {form} {time_us}")
-    assert chosen(*lines) == choice
-
-
-@pytest.mark.parametrize(
     "line", ["", "/", "Q4_K", "Q4_K/many", "Q4_K/many ours x", "\x01 \x02 \x03"]
 )
 def test_damaged_lines_choose_nothing(chosen, line):
@@ -109,7 +90,7 @@ def test_each_form_is_timed(file):
     forms = forms_of(file)
     for rows in ROWS:
         assert forms[f"attention/{rows}"] == {"ours", "llama.cpp"}
-        assert {"ours", "llama.cpp"} <= forms[f"Q4_0/{rows}"] <= {"ours", "llama.cpp", "repacked"}
+        assert forms[f"Q4_0/{rows}"] == {"ours", "llama.cpp"}
         # Our kernels for floats serve equal results, not speed.
         assert forms[f"F16/{rows}"] == {"-"}
     timed = sorted(kind for kind, found in forms.items() if found != {"-"})
@@ -158,9 +139,6 @@ def test_models_use_only_stored_timings(file, tmp_path):
     file.parent.mkdir()
     file.write_text(THEIRS)
     assert kernel_choice.stored_choice(1) == CHOICE
-    file.write_text("Q4_0/few ours 10\nQ4_0/few llama.cpp 10\nQ4_0/few repacked 5\n")
-    assert kernel_choice.measured("", 1)[0] == "Q4_0/repacked"
-    assert kernel_choice.stored_choice(1) == "", "repacking needs more memory"
 
 
 def test_without_a_cache_folder_nothing_is_stored(monkeypatch, tmp_path):
@@ -250,15 +228,6 @@ def q4_0(tmp_path) -> Path:
 def with_choice(path: Path, given: str, monkeypatch, **options) -> np.ndarray:
     monkeypatch.setattr(kernel_choice, "stored_choice", lambda n_threads: given)
     return read(opened(path, n_gpu_layers=0, **options), prompt(60))
-
-
-@needs_kernels
-def test_chosen_types_are_repacked(q4_0, monkeypatch):
-    ours = with_choice(q4_0, "", monkeypatch)
-    repacked = with_choice(q4_0, "Q4_0/repacked", monkeypatch)
-    assert not np.array_equal(repacked, ours)
-    np.testing.assert_array_equal(repacked, with_choice(q4_0, "", monkeypatch, repack=True))
-    np.testing.assert_array_equal(ours, with_choice(q4_0, "Q5_0/repacked", monkeypatch))
 
 
 @needs_kernels

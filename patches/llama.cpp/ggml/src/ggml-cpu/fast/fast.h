@@ -51,7 +51,7 @@ const char * ggml_pop_kernels(void);
 // kinds: numbers of weight types, or "attention", separated by spaces. A kind without lines in the file at path (UTF-8) is measured with
 // n_threads, and its lines are added to the file if possible. After 1.2 s, no type is started. "all": measure everything again.
 // A line of the file: "Q4_K/many ours 812 820 815", with the microseconds of each round, or "F16/many -" if ours do not support the kind.
-// Rows: "many" or "few". Forms: "ours", "llama.cpp", "repacked".
+// Rows: "many" or "few". Forms: "ours", "llama.cpp".
 const char * ggml_pop_choose(int n_threads, const char * kinds, const char * path);
 
 #ifdef __cplusplus

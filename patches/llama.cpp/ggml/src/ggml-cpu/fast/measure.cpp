@@ -5,7 +5,6 @@
 //
 //   ours       our kernels
 //   llama.cpp  llama.cpp's kernels, with weights in file order
-//   repacked   llama.cpp's kernels, with weights in the buffer type that llama.cpp selects for them (AMX, CPU_REPACK), if any
 //
 // Rounds are paired and alternate the order of the forms, so a change of the clock rate does not favor a form.
 
@@ -15,7 +14,6 @@
 #include "ggml-backend-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
-#include "traits.h"
 
 #include <algorithm>
 #include <cctype>
@@ -119,21 +117,6 @@ std::vector<uint8_t> make_weights(ggml_type type, int64_t n_rows, std::mt19937 &
     return stored;
 }
 
-// Return the buffer type that llama.cpp selects for a product's weights, or null if they stay in file order.
-ggml_backend_buffer_type_t repacked_type(const ggml_tensor * op) {
-    ggml_backend_dev_t device = ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
-    for (ggml_backend_buffer_type_t type : ggml_backend_cpu_get_extra_buffer_types()) {
-        op->src[0]->buffer = ggml_backend_buft_alloc_buffer(type, 0);
-        const bool is_supported = ggml_backend_dev_supports_op(device, op);
-        ggml_backend_buffer_free(op->src[0]->buffer);
-        op->src[0]->buffer = nullptr;
-        if (is_supported) {
-            return type;
-        }
-    }
-    return nullptr;
-}
-
 void run_rounds(std::vector<form> & forms, double seconds) {
     for (form & f : forms) {
         f.run(); // touches the memory
@@ -151,27 +134,21 @@ std::vector<form> measure_product(ggml_type type, bool has_many, int n_threads, 
     const int64_t n_out = has_many ? N_OUT_PER_THREAD * std::min<int64_t>(n_threads, MAX_SHARES) : N_OUT;
     const ggml_pop_rows rows = has_many ? GGML_POP_ROWS_ALL : GGML_POP_ROWS_FAST;
     std::mt19937 random(0);
-    tensors all, repacked;
-    ggml_tensor * w[] = { ggml_new_tensor_2d(all.ctx, type, N_IN, n_out), ggml_new_tensor_2d(repacked.ctx, type, N_IN, n_out) };
-    ggml_tensor * x   = ggml_new_tensor_2d(all.ctx, GGML_TYPE_F32, N_IN, has_many ? N_COLS : 1);
-    ggml_tensor * ops[] = { ggml_mul_mat(all.ctx, w[0], x), ggml_mul_mat(all.ctx, w[0], x), ggml_mul_mat(all.ctx, w[1], x) };
+    tensors all;
+    ggml_tensor * w = ggml_new_tensor_2d(all.ctx, type, N_IN, n_out);
+    ggml_tensor * x = ggml_new_tensor_2d(all.ctx, GGML_TYPE_F32, N_IN, has_many ? N_COLS : 1);
+    ggml_tensor * ops[] = { ggml_mul_mat(all.ctx, w, x), ggml_mul_mat(all.ctx, w, x) };
     // GGML_POP_ROWS_ALL would also find the kernels for floats, which exist for equal results, not for speed.
     ops[0]->op_params[GGML_POP_OP_PARAM] = GGML_POP_ROWS_FAST;
-    const auto repacking = repacked_type(ops[2]);
-    if (ggml_pop_work_size(1, ops[0]) == 0 || !all.allocate(ggml_backend_cpu_buffer_type()) ||
-            (repacking && !repacked.allocate(repacking))) {
+    if (ggml_pop_work_size(1, ops[0]) == 0 || !all.allocate(ggml_backend_cpu_buffer_type())) {
         return {};
     }
     const auto stored = make_weights(type, n_out, random);
-    ggml_backend_tensor_set(w[0], stored.data(), 0, stored.size());
+    ggml_backend_tensor_set(w, stored.data(), 0, stored.size());
     fill(x, random);
     std::vector<form> forms;
     forms.emplace_back("ours", all, ops[0], rows, n_threads);
     forms.emplace_back("llama.cpp", all, ops[1], GGML_POP_ROWS_NONE, n_threads);
-    if (repacking) {
-        ggml_backend_tensor_set(w[1], stored.data(), 0, stored.size());
-        forms.emplace_back("repacked", all, ops[2], GGML_POP_ROWS_NONE, n_threads);
-    }
     run_rounds(forms, seconds);
     return forms;
 }
@@ -281,26 +258,18 @@ times_by_kind parse(const std::string & timings) {
     return found;
 }
 
-// Return the kinds that llama.cpp computes. Only llama.cpp's kernels can use repacked weights, so a type is repacked only if this is
-// faster with many rows or with few, and slower with neither.
+// Return the kinds that llama.cpp computes.
 std::string choose(times_by_kind & kinds) {
     std::string choice;
     for (auto & [name, rows] : kinds) {
-        std::string faster;
-        bool gains = false, loses = false;
         for (auto & [suffix, forms] : rows) {
-            const bool is_upstream = is_faster(forms, "llama.cpp", "ours");
-            const std::string best = is_upstream ? "llama.cpp" : "ours";
-            faster += is_upstream ? name + suffix + ' ' : "";
-            gains |= is_faster(forms, "repacked", best);
-            loses |= is_faster(forms, best, "repacked");
+            choice += is_faster(forms, "llama.cpp", "ours") ? name + suffix + ' ' : "";
         }
-        choice += gains && !loses ? name + "/repacked " : faster;
     }
     return choice.substr(0, choice.find_last_not_of(' ') + 1);
 }
 
-// Return a line for each kind: "Q4_K/many: llama.cpp 0.92 ms, ours 0.53 ms, repacked 1.04 ms (ours: 1.00 times the fastest)".
+// Return a line for each kind: "Q4_K/many: llama.cpp 0.92 ms, ours 0.53 ms (ours: 1.00 times the fastest)".
 std::string summary(times_by_kind & kinds) {
     std::ostringstream text;
     text.precision(2);
