@@ -90,6 +90,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_set_snapshots": ([_POINTER, ctypes.c_bool], _INT32),
     "llama_pop_snapshots_size": ([_POINTER], ctypes.c_size_t),
     "llama_pop_run_deep": ([_POINTER, _INT32, _POINTER, _INT32, ctypes.c_bool], _INT32),
+    "llama_pop_choose_kernels": ([ctypes.c_char_p], _INT32),
     "llama_pop_set_kernels": ([_POINTER, _INT32], _INT32),
     "llama_pop_set_reading": ([_POINTER, _INT32], _INT32),
     "llama_pop_add_tap": ([_POINTER, _INT32, _INT32], _INT32),
@@ -140,8 +141,7 @@ def bindings() -> ModuleType:
     from llama_cpp._ctypes_extensions import load_shared_library
 
     logs.take_over(llama_cpp, load_shared_library("ggml-base", llama_cpp._base_path))
-    report_exceptions = getattr(llama_cpp._lib, "llama_pop_report_exceptions", None)
-    if report_exceptions is not None:
+    if report_exceptions := getattr(llama_cpp._lib, "llama_pop_report_exceptions", None):
         report_exceptions.restype = None
         report_exceptions()
     return llama_cpp
@@ -276,9 +276,7 @@ def set_reading(ctx: Any, reading: Reading) -> None:
 
 def choose_kernels(choice: str) -> int:
     """Register a choice of kernels and return the choice's number for llama_pop_set_kernels."""
-    # Earlier builds of this ABI cannot choose.
-    function = getattr(require_patched(), "llama_pop_choose_kernels", None)
-    return int(function(choice.encode())) if function else 1
+    return int(require_patched().llama_pop_choose_kernels(choice.encode()))
 
 
 def get_counters(ctx: Any) -> Counters:

@@ -124,9 +124,6 @@ class Context:
             holds_kv=not self.on_device and not {"type_k", "type_v"} & options.others.keys(),
             holds_states=holds_states,
         )
-        self._choice = ""
-        if self._has_kernels and options.repack is None and not self.on_device:
-            self._choice = kernel_choice.stored_choice(self.n_threads)
         self.interrupt = Interrupt()
         params = self._model_params()
         try:
@@ -149,8 +146,7 @@ class Context:
             raise PopError(f"n_threads is {self.n_threads}", f"use 1 to {MOST_THREADS} threads")
         # Call default_ctx even if n_ctx is set, because it rejects an invalid context length.
         default = loading.default_ctx(self.files.source, options.n_sequences, free_bytes)
-        n_ctx = options.n_ctx or default
-        n = options.n_sequences
+        n_ctx, n = options.n_ctx or default, options.n_sequences
         self.n_ctx = -(-n_ctx // _ROUNDED_TO) * _ROUNDED_TO
         params.n_ctx = min(cell_regions.n_cells(self.n_ctx, n), 2**32 - 1)  # prevents an overflow
         params.n_seq_max, params.kv_unified = cell_regions.n_all_sequences(n), True
@@ -165,9 +161,7 @@ class Context:
         params.n_threads = params.n_threads_batch = self.n_threads
         if self.files.header.of_arch("pooling_type") is not None:
             params.pooling_type = api.LLAMA_POOLING_TYPE_NONE  # pop-local pools them
-        flash_attn = options.flash_attn
-        if flash_attn is None:
-            flash_attn = self._has_kernels
+        flash_attn = self._has_kernels if options.flash_attn is None else options.flash_attn
         params.flash_attn_type = int(flash_attn)
         if options.flash_attn is None and self.on_device:
             params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_AUTO
@@ -178,8 +172,7 @@ class Context:
         api, options = self._api, self.options
         params = api.llama_model_default_params()
         params.n_gpu_layers = 2**31 - 1 if options.n_gpu_layers == -1 else options.n_gpu_layers
-        repack = options.repack
-        params.use_extra_bufts = not self._has_kernels if repack is None else repack
+        params.use_extra_bufts = not self._has_kernels if options.repack is None else options.repack
         mapped, copied = api.LLAMA_LOAD_MODE_MMAP, api.LLAMA_LOAD_MODE_NONE
         params.load_mode = mapped if options.use_mmap else copied
         _fill(params, options.others)
@@ -188,7 +181,6 @@ class Context:
     def _open(self, model_params: Any) -> None:
         api, options = self._api, self.options
         files = self.files
-        kernels = backend.choose_kernels(self._choice)
         self._model = loading.load_model(files.source, files.sidecar, files.meta, model_params)
         self.vocabulary = Vocabulary(api.llama_model_get_vocab(self._model))
         self.n_batch, self.n_ubatch = self.settings.n_batch, self.settings.n_ubatch
@@ -200,7 +192,12 @@ class Context:
             raise PopError(f"{self.files.path} cannot be opened: {logs.first_error()}")
         if options.n_sequences == 1:
             self.n_ctx = int(api.llama_n_ctx(self._ctx))
-        backend.call("llama_pop_set_kernels", self._ctx, kernels if options.kernels else 0)
+        kernels = int(options.kernels)
+        if options.kernels and options.repack is None and not self.on_device:
+            flash_attn = self.settings.flash_attn_type != api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            choice = kernel_choice.choice_for(files.source, self.n_threads, flash_attn=flash_attn)
+            kernels = backend.choose_kernels(choice)
+        backend.call("llama_pop_set_kernels", self._ctx, kernels)
 
     @contextmanager
     def extra_context(self, **params: Any) -> Iterator[Any]:
@@ -248,9 +245,8 @@ class Context:
     @property
     def is_recurrent(self) -> bool:
         """True if any layer has a recurrent state, which cannot be truncated."""
-        api = self._api
-        recurrent = api.llama_model_is_recurrent(self.model)
-        return bool(recurrent or api.llama_model_is_hybrid(self.model))
+        kinds = self._api.llama_model_is_recurrent, self._api.llama_model_is_hybrid
+        return any(has_kind(self.model) for has_kind in kinds)
 
     def require_usable(self) -> None:
         """Raise PopError if called in a forked process or if a mapped file has changed."""

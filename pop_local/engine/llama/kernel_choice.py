@@ -5,12 +5,15 @@ folder has a file for each combination of CPU, build, and thread count.
 """
 
 import ctypes
+import functools
 import hashlib
 import os
+from collections import Counter
 from pathlib import Path
 
 import platformdirs
 
+from pop_converter.gguf.source import Source
 from pop_local.engine.llama import backend, devices
 
 # If this environment variable is set, pop-local's kernels are used without measuring.
@@ -18,36 +21,51 @@ VARIABLE = "GGML_POP_KERNELS"
 ALL = "all"  # measures all kinds again
 
 
-def stored_choice(n_threads: int) -> str:
-    """Return the choice of kernels from the stored timings, or "" if nothing has been measured.
+def choice_for(source: Source, n_threads: int, *, flash_attn: bool) -> str:
+    """Return the choice of kernels for a model, in the format of llama_pop_choose_kernels.
 
-    The choice has the format of llama_pop_choose_kernels.
+    On a new machine, this measures the model's weight types and attention within a second.
     """
-    return measured("", n_threads)[0]
+    sizes: Counter[int] = Counter()
+    for tensor in source.tensors:
+        sizes[tensor.type] += tensor.size_bytes * (len(tensor.dims) > 1)
+    kinds = [*(str(kind) for kind, _ in sizes.most_common()), *["attention"] * flash_attn]
+    return measured(" ".join(kinds), n_threads)[0]
 
 
 def measured(kinds: str, n_threads: int) -> list[str]:
     """Return the choice, and a line for each kind with its median times.
 
-    Measures `kinds` (type numbers, "attention", or ALL) unless the file has their timings. Returns
-    an empty choice if VARIABLE is set.
+    Measures `kinds` (type numbers, "attention", or ALL) unless the file has their timings. Within a
+    process, the result never changes, so repeated requests get the same answers.
     """
-    if VARIABLE in os.environ:
-        return [""]
-    words = kinds.encode(), os.fsencode(timings_file(n_threads))
+    path = timings_file(n_threads)
+    return [""] if path is None else _measured(kinds, n_threads, path)
+
+
+@functools.cache
+def _measured(kinds: str, n_threads: int, path: Path) -> list[str]:
+    words = kinds.encode(), os.fsencode(path)
     values = ctypes.c_int(n_threads), *map(ctypes.c_char_p, words)
     return devices.call_cpu("ggml_pop_choose", *values).split("\n")
 
 
-def timings_file(n_threads: int) -> Path:
-    """Return the path of the timings file for this CPU, build, and number of threads."""
+def timings_file(n_threads: int) -> Path | None:
+    """Return the path of the timings file for this CPU, build, and number of threads.
+
+    Returns None if VARIABLE is set or the libraries' properties cannot be read.
+    """
     api = backend.bindings()
+    library = Path(api._lib._name)
+    try:
+        stats = [each.stat() for each in (library, *sorted(library.parent.glob("*ggml-cpu*")))]
+    except OSError:
+        return None
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     key = (
         *(each.description for each in devices.devices() if not each.is_gpu),
         *(api.llama_print_system_info(), devices.cpu_kernels(), n_threads, n_cpus),
-        backend.version(),
-        Path(api._lib._name).stat().st_mtime_ns,
+        *(backend.version(), *((each.st_mtime_ns, each.st_size) for each in stats)),
     )
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()
-    return platformdirs.user_cache_path("pop-local") / f"kernels-{digest[:16]}.txt"
+    name = f"kernels-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.txt"
+    return None if VARIABLE in os.environ else platformdirs.user_cache_path("pop-local") / name

@@ -48,10 +48,11 @@ const char * ggml_pop_kernels(void);
 
 // Return which kinds llama.cpp's kernels compute faster than ours, as llama_pop_choose_kernels() reads them, and in the following lines a
 // summary of the times: "Q4_K/many: llama.cpp 0.92 ms, ours 0.53 ms (...)". Valid until the thread's next call.
-// kinds: numbers of weight types, or "attention", separated by spaces. A kind without lines in the file at path (UTF-8) is measured with
-// n_threads, and its lines are added to the file if possible. After 1.2 s, no type is started. "all": measure everything again.
-// A line of the file: "Q4_K/many ours 812 820 815", with the microseconds of each round, or "F16/many -" if ours do not support the kind.
-// Rows: "many" or "few". Forms: "ours", "llama.cpp".
+// kinds: numbers of weight types, or "attention", separated by spaces, the most important ones first. Kinds without lines in the file at path
+// (UTF-8) are measured with few rows and n_threads threads, within about a second, and their lines are added to the file. Nothing is measured
+// if other processes are busy, if the file cannot be written, or after three attempts. "all": measure everything again, and replace the file.
+// Lines of the file: "Q4_K/few ours 812.4 820.1 ...", with the microseconds of each round, or "F16/few -" if ours do not support the kind, or
+// "Q4_K/few tried 1764550000.0", with the time of an attempt. Rows: "many" or "few". Forms: "ours", "llama.cpp".
 const char * ggml_pop_choose(int n_threads, const char * kinds, const char * path);
 
 #ifdef __cplusplus

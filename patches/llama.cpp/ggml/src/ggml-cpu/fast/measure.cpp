@@ -1,12 +1,12 @@
 // Measurement of our kernels and llama.cpp's on this machine, from which pop-local chooses the faster ones.
 //
-// A kind is a weight type, or attention, with many rows (prefill, GGML_POP_ROWS_ALL) or few (decode, GGML_POP_ROWS_FAST). Each round
-// computes the same operation once in each form:
+// A kind is a weight type, or attention, with many rows (prefill, GGML_POP_ROWS_ALL) or few (decode, GGML_POP_ROWS_FAST). It has two forms:
 //
 //   ours       our kernels
 //   llama.cpp  llama.cpp's kernels, with weights in file order
 //
-// Rounds are paired and alternate the order of the forms, so a change of the clock rate does not favor a form.
+// A round computes the same operation once in each form. The next round uses the reverse order, so a change of the clock rate favors
+// neither form. A kind is measured in two batches of rounds. All other kinds are measured between them, so a disturbance affects only one.
 
 #include "fast.h"
 
@@ -19,7 +19,7 @@
 #include <cctype>
 #include <chrono>
 #include <cstdlib>
-#include <cstring>
+#include <ctime>
 #include <exception>
 #include <filesystem>
 #include <fstream>
@@ -38,17 +38,19 @@ namespace {
 constexpr int64_t N_IN = 4096, N_OUT = 4096, N_OUT_PER_THREAD = 256, MAX_SHARES = 8;
 constexpr int64_t N_COLS = 64; // a short prompt's
 constexpr int64_t HEAD_DIM = 128, HEADS_PER_KV = 4, N_KV_MANY = 512, N_KV_FEW = 2048;
-constexpr int     MIN_ROUNDS = 9, MAX_ROUNDS = 25;
-constexpr double  MAX_SECONDS  = 1.2;  // a type that started before may take 0.2 s longer on a slow processor
-constexpr double  KIND_SECONDS = 0.06; // for rounds after the first MIN_ROUNDS
 // Quantizing rows is slow, and their values do not affect the time, so all rows repeat the first ones.
 constexpr int64_t N_DISTINCT = 4;
 
 using steady = std::chrono::steady_clock;
+using std::chrono::milliseconds;
 
-double seconds_since(steady::time_point start) {
-    return std::chrono::duration<double>(steady::now() - start).count();
-}
+constexpr size_t       N_ROUNDS = 9; // of a batch
+constexpr milliseconds OPENING_LIMIT(1000);
+constexpr milliseconds ALL_LIMIT(60000); // all kinds take 2 to 10 s on an idle machine
+
+//
+// measurement
+//
 
 // A ggml context and the buffer of its tensors.
 struct tensors {
@@ -71,16 +73,34 @@ struct tensors {
     }
 };
 
-// A graph of one operation, and its times in microseconds.
+// Microseconds of each round, by form. An unsupported kind has the form "-", and an attempt's time in seconds is stored as "tried".
+using times_by_form = std::map<std::string, std::vector<double>>;
+using times_by_kind = std::map<std::string, times_by_form>;
+
+constexpr int ATTENTION = -1; // instead of a weight type
+
+struct kind {
+    int  type;
+    bool has_many;
+
+    // Return the type's name in capitals, as in GGUF's documentation, and the rows: "Q4_K/many".
+    std::string name() const {
+        std::string found = type == ATTENTION ? "attention" : ggml_type_name((ggml_type) type);
+        if (type != ATTENTION) {
+            std::transform(found.begin(), found.end(), found.begin(), [](unsigned char c) { return std::toupper(c); });
+        }
+        return found + (has_many ? "/many" : "/few");
+    }
+};
+
+// A graph of one operation.
 struct form {
     const char *         name;
     ggml_cgraph *        graph;
     ggml_cplan           plan;
     std::vector<uint8_t> work;
-    std::vector<double>  times;
 
-    form(const char * name, const tensors & t, ggml_tensor * op, ggml_pop_rows rows, int n_threads) :
-        name(name), graph(ggml_new_graph(t.ctx)) {
+    form(const char * name, const tensors & t, ggml_tensor * op, int rows, int n_threads) : name(name), graph(ggml_new_graph(t.ctx)) {
         op->op_params[GGML_POP_OP_PARAM] = rows;
         ggml_build_forward_expand(graph, op);
         plan = ggml_graph_plan(graph, n_threads, nullptr);
@@ -88,206 +108,212 @@ struct form {
         plan.work_data = work.data();
     }
 
-    double run() {
+    double run_us() {
         const auto start = steady::now();
         ggml_graph_compute(graph, &plan);
-        return 1e6 * seconds_since(start);
+        return std::chrono::duration<double, std::micro>(steady::now() - start).count();
     }
 };
 
 void fill(ggml_tensor * t, std::mt19937 & random) {
     std::normal_distribution<float> normal;
-    std::vector<float> values(ggml_nelements(t));
+    std::vector<float> values(N_DISTINCT * t->ne[0]);
     std::generate(values.begin(), values.end(), [&] { return normal(random); });
-    std::vector<uint8_t> stored(ggml_nbytes(t));
-    ggml_quantize_chunk(t->type, values.data(), stored.data(), 0, 1, values.size(), nullptr);
-    ggml_backend_tensor_set(t, stored.data(), 0, stored.size());
+    std::vector<uint8_t> stored(N_DISTINCT * ggml_row_size(t->type, t->ne[0]));
+    ggml_quantize_chunk(t->type, values.data(), stored.data(), 0, N_DISTINCT, t->ne[0], nullptr);
+    for (size_t at = 0; at < ggml_nbytes(t); at += stored.size()) {
+        ggml_backend_tensor_set(t, stored.data(), at, std::min(stored.size(), ggml_nbytes(t) - at));
+    }
 }
 
-std::vector<uint8_t> make_weights(ggml_type type, int64_t n_rows, std::mt19937 & random) {
-    std::normal_distribution<float> normal;
-    std::vector<float> values(N_DISTINCT * N_IN);
-    std::generate(values.begin(), values.end(), [&] { return normal(random); });
-    const size_t some = N_DISTINCT * ggml_row_size(type, N_IN);
-    std::vector<uint8_t> stored(n_rows / N_DISTINCT * some);
-    ggml_quantize_chunk(type, values.data(), stored.data(), 0, N_DISTINCT, N_IN, nullptr);
-    for (size_t at = some; at < stored.size(); at += some) {
-        memcpy(stored.data() + at, stored.data(), some);
-    }
-    return stored;
-}
-
-void run_rounds(std::vector<form> & forms, double seconds) {
-    for (form & f : forms) {
-        f.run(); // touches the memory
-    }
-    const auto start = steady::now();
-    for (int i = 0; i < MAX_ROUNDS && (i < MIN_ROUNDS || seconds_since(start) < seconds); i++) {
-        for (form & f : forms) {
-            f.times.push_back(f.run());
+// Measure a batch, and add its times. Stop at the deadline.
+void run_rounds(times_by_form & times, form & ours, form & theirs, steady::time_point deadline) {
+    form * forms[] = { &ours, &theirs };
+    for (size_t i = 0; i <= N_ROUNDS; i++) {
+        for (form * f : forms) {
+            if (steady::now() >= deadline) {
+                return;
+            }
+            const double us = f->run_us();
+            if (i > 0) { // the first round touches the memory
+                times[f->name].push_back(us);
+            }
         }
-        std::reverse(forms.begin(), forms.end());
+        std::swap(forms[0], forms[1]);
     }
 }
 
-std::vector<form> measure_product(ggml_type type, bool has_many, int n_threads, double seconds) {
-    const int64_t n_out = has_many ? N_OUT_PER_THREAD * std::min<int64_t>(n_threads, MAX_SHARES) : N_OUT;
-    const ggml_pop_rows rows = has_many ? GGML_POP_ROWS_ALL : GGML_POP_ROWS_FAST;
-    std::mt19937 random(0);
-    tensors all;
-    ggml_tensor * w = ggml_new_tensor_2d(all.ctx, type, N_IN, n_out);
-    ggml_tensor * x = ggml_new_tensor_2d(all.ctx, GGML_TYPE_F32, N_IN, has_many ? N_COLS : 1);
-    ggml_tensor * ops[] = { ggml_mul_mat(all.ctx, w, x), ggml_mul_mat(all.ctx, w, x) };
-    // GGML_POP_ROWS_ALL would also find the kernels for floats, which exist for equal results, not for speed.
-    ops[0]->op_params[GGML_POP_OP_PARAM] = GGML_POP_ROWS_FAST;
-    if (ggml_pop_work_size(1, ops[0]) == 0 || !all.allocate(ggml_backend_cpu_buffer_type())) {
-        return {};
-    }
-    const auto stored = make_weights(type, n_out, random);
-    ggml_backend_tensor_set(w, stored.data(), 0, stored.size());
-    fill(x, random);
-    std::vector<form> forms;
-    forms.emplace_back("ours", all, ops[0], rows, n_threads);
-    forms.emplace_back("llama.cpp", all, ops[1], GGML_POP_ROWS_NONE, n_threads);
-    run_rounds(forms, seconds);
-    return forms;
-}
-
-std::vector<form> measure_attention(bool has_many, int n_threads, double seconds) {
-    const int64_t n_heads = std::min<int64_t>(n_threads, MAX_SHARES), n_kv = has_many ? N_KV_MANY : N_KV_FEW;
-    const int64_t n_rows = has_many ? N_COLS : 1;
-    const ggml_pop_rows rows = has_many ? GGML_POP_ROWS_ALL : GGML_POP_ROWS_FAST;
-    std::mt19937 random(0);
-    tensors all;
-    ggml_tensor * q = ggml_new_tensor_3d(all.ctx, GGML_TYPE_F32, HEAD_DIM, n_rows, HEADS_PER_KV * n_heads);
-    ggml_tensor * k = ggml_new_tensor_3d(all.ctx, GGML_TYPE_F16, HEAD_DIM, n_kv, n_heads);
-    ggml_tensor * v = ggml_new_tensor_3d(all.ctx, GGML_TYPE_F16, HEAD_DIM, n_kv, n_heads);
-    ggml_tensor * mask = ggml_new_tensor_2d(all.ctx, GGML_TYPE_F16, n_kv, n_rows);
+// A kind's operation, once for each form.
+struct operation {
+    ggml_pop_rows rows;
+    tensors       all;
     ggml_tensor * ops[2];
-    for (ggml_tensor *& op : ops) {
-        op = ggml_flash_attn_ext(all.ctx, q, k, v, mask, 0.1f, 0.0f, 0.0f);
-        ggml_prec_set_acc(op, GGML_PREC_F32); // as in llama.cpp's graphs
-    }
-    ops[0]->op_params[GGML_POP_OP_PARAM] = rows;
-    if (ggml_pop_work_size(1, ops[0]) == 0 || !all.allocate(ggml_backend_cpu_buffer_type())) {
-        return {};
-    }
-    for (ggml_tensor * t : { q, k, v }) {
-        fill(t, random);
-    }
-    ggml_backend_tensor_memset(mask, 0, 0, ggml_nbytes(mask));
-    std::vector<form> forms;
-    forms.emplace_back("ours", all, ops[0], rows, n_threads);
-    forms.emplace_back("llama.cpp", all, ops[1], GGML_POP_ROWS_NONE, n_threads);
-    run_rounds(forms, seconds);
-    return forms;
-}
 
-// Return the name of a kind: "attention", or for a weight type's number its name in capitals, as in GGUF's documentation.
-std::string name_of(const std::string & word) {
-    const int type = atoi(word.c_str());
-    const char * name = word == "attention" || type >= GGML_TYPE_COUNT ? nullptr : ggml_type_name((ggml_type) type);
-    std::string found = name ? name : "";
-    std::transform(found.begin(), found.end(), found.begin(), [](unsigned char c) { return std::toupper(c); });
-    return found.empty() ? word : found;
-}
+    std::vector<ggml_tensor *> inputs; // to fill with random values
 
-// Add a line for each form: the kind, the form, and the microseconds of each round. A kind without forms has a line, too.
-void append(std::ostringstream & text, const std::string & kind, const std::vector<form> & forms) {
-    if (forms.empty()) {
-        text << kind << " -\n";
-    }
-    for (const form & f : forms) {
-        text << kind << ' ' << f.name;
-        for (const double us : f.times) {
-            text << ' ' << (int64_t) (us + 0.5);
+    operation(const kind & k, int n_threads) : rows(k.has_many ? GGML_POP_ROWS_ALL : GGML_POP_ROWS_FAST) {
+        const int64_t n_shares = std::min<int64_t>(n_threads, MAX_SHARES), n_cols = k.has_many ? N_COLS : 1;
+        if (k.type == ATTENTION) {
+            add_attention(n_shares, n_cols, k.has_many ? N_KV_MANY : N_KV_FEW);
+        } else {
+            add_product((ggml_type) k.type, k.has_many ? N_OUT_PER_THREAD * n_shares : N_OUT, n_cols);
         }
-        text << '\n';
+        // GGML_POP_ROWS_ALL would also find the kernels for floats, which exist for equal results, not for speed.
+        ops[0]->op_params[GGML_POP_OP_PARAM] = GGML_POP_ROWS_FAST;
     }
+
+    void add_product(ggml_type type, int64_t n_out, int64_t n_cols) {
+        inputs = { ggml_new_tensor_2d(all.ctx, type, N_IN, n_out), ggml_new_tensor_2d(all.ctx, GGML_TYPE_F32, N_IN, n_cols) };
+        for (ggml_tensor *& op : ops) {
+            op = ggml_mul_mat(all.ctx, inputs[0], inputs[1]);
+        }
+    }
+
+    void add_attention(int64_t n_heads, int64_t n_rows, int64_t n_kv) {
+        inputs = { ggml_new_tensor_3d(all.ctx, GGML_TYPE_F32, HEAD_DIM, n_rows, HEADS_PER_KV * n_heads),
+                   ggml_new_tensor_3d(all.ctx, GGML_TYPE_F16, HEAD_DIM, n_kv, n_heads),
+                   ggml_new_tensor_3d(all.ctx, GGML_TYPE_F16, HEAD_DIM, n_kv, n_heads) };
+        ggml_tensor * mask = ggml_new_tensor_2d(all.ctx, GGML_TYPE_F16, n_kv, n_rows); // all zeros
+        for (ggml_tensor *& op : ops) {
+            op = ggml_flash_attn_ext(all.ctx, inputs[0], inputs[1], inputs[2], mask, 0.1f, 0.0f, 0.0f);
+            ggml_prec_set_acc(op, GGML_PREC_F32); // as in llama.cpp's graphs
+        }
+    }
+
+    bool is_supported() const { return ggml_pop_work_size(1, ops[0]) > 0; }
+
+    // Measure a batch, unless memory is short.
+    void measure(times_by_form & times, int n_threads, steady::time_point deadline) {
+        if (all.allocate(ggml_backend_cpu_buffer_type())) {
+            std::mt19937 random(0);
+            ggml_backend_buffer_clear(all.buffer, 0);
+            for (ggml_tensor * t : inputs) {
+                fill(t, random);
+            }
+            form ours("ours", all, ops[0], rows, n_threads), theirs("llama.cpp", all, ops[1], GGML_POP_ROWS_NONE, n_threads);
+            run_rounds(times, ours, theirs, deadline);
+        }
+    }
+};
+
+times_by_kind measure(const std::vector<kind> & kinds, int n_threads, steady::time_point deadline) {
+    times_by_kind found;
+    for (int batch = 0; batch < 2; batch++) {
+        for (const kind & k : kinds) {
+            if (steady::now() < deadline) {
+                operation(k, n_threads).measure(found[k.name()], n_threads, deadline);
+            }
+        }
+    }
+    return found;
 }
 
-// Measure "attention", or the weight type with the given number. Unknown words have no times.
-void measure(std::ostringstream & text, const std::string & word, int n_threads) {
-    const int type = word == "attention" ? -1 : atoi(word.c_str());
-    if (type >= GGML_TYPE_COUNT || (type >= 0 && ggml_blck_size((ggml_type) type) == 0)) { // types that ggml removed
-        return;
+// Return whether another process interrupts this thread within 20 ms. On an idle machine, interrupts take microseconds.
+bool is_interrupted() {
+    const auto start = steady::now();
+    auto last = start;
+    for (auto t = start; t - start < milliseconds(20); last = t) {
+        t = steady::now();
+        if (t - last > milliseconds(1)) {
+            return true;
+        }
     }
-    for (const bool has_many : { true, false }) {
-        append(text, name_of(word) + (has_many ? "/many" : "/few"), type < 0 ? measure_attention(has_many, n_threads, KIND_SECONDS) :
-            measure_product((ggml_type) type, has_many, n_threads, KIND_SECONDS));
-    }
+    return false;
 }
 
 //
 // choice
 //
 
-// Other processes make some rounds slower and none faster. So a form is faster than another only if its median is 5 % below the other's
-// fastest round.
+// Other processes make some rounds slower and none faster. So a form is faster only if, in each of two batches, it wins all rounds but one
+// by 5 %, and its median is 5 % below the other form's fastest round. tests/unit/engine/test_kernel_choice.py simulates this rule.
 constexpr double CLEARLY = 1.05;
+constexpr size_t MAX_LOST = 1; // rounds of a batch
+// On an idle machine, a batch's median is up to 1.1 times its fastest round.
+constexpr double MAX_SPREAD = 1.25;
 
-using times_by_form = std::map<std::string, std::vector<double>>;
+using batch = std::vector<double>;
 
-double median(std::vector<double> times) {
+double median(batch times) {
     std::sort(times.begin(), times.end());
     return times[times.size() / 2];
 }
 
-bool is_faster(const times_by_form & forms, const std::string & one, const std::string & other) {
-    const auto a = forms.find(one), b = forms.find(other);
-    return a != forms.end() && b != forms.end() && !a->second.empty() && !b->second.empty() &&
-           median(a->second) * CLEARLY < *std::min_element(b->second.begin(), b->second.end());
+double fastest(const batch & times) {
+    return *std::min_element(times.begin(), times.end());
 }
 
-// The timings by weight type (or attention), and by rows.
-using times_by_kind = std::map<std::string, std::map<std::string, times_by_form>>;
+std::vector<batch> batches(const times_by_form & times, const char * form) {
+    const auto found = times.find(form);
+    if (found == times.end() || found->second.size() != 2 * N_ROUNDS) {
+        return {};
+    }
+    const auto begin = found->second.begin();
+    return { batch(begin, begin + N_ROUNDS), batch(begin + N_ROUNDS, begin + 2 * N_ROUNDS) };
+}
 
-times_by_kind parse(const std::string & timings) {
-    times_by_kind found;
-    std::istringstream lines(timings);
-    for (std::string line; std::getline(lines, line);) {
-        std::istringstream words(line);
-        std::string kind, form;
-        words >> kind >> form;
-        const size_t end = std::min(kind.find('/'), kind.size());
-        std::vector<double> & times = found[kind.substr(0, end)][kind.substr(end)][form];
-        for (double us; words >> us;) {
-            times.push_back(us);
+bool is_complete(const times_by_form & times) {
+    return times.count("-") || (!batches(times, "ours").empty() && !batches(times, "llama.cpp").empty());
+}
+
+// Return false if other processes made many rounds slower.
+bool is_calm(const times_by_form & times) {
+    for (const char * form : { "ours", "llama.cpp" }) {
+        for (const batch & b : batches(times, form)) {
+            if (median(b) > MAX_SPREAD * fastest(b)) {
+                return false;
+            }
         }
     }
-    return found;
+    return true;
+}
+
+bool wins(const batch & one, const batch & other) {
+    size_t n_lost = 0;
+    for (size_t i = 0; i < N_ROUNDS; i++) {
+        n_lost += one[i] * CLEARLY >= other[i];
+    }
+    return n_lost <= MAX_LOST && median(one) * CLEARLY < fastest(other);
+}
+
+bool is_faster(const times_by_form & times, const char * one, const char * other) {
+    const auto a = batches(times, one), b = batches(times, other);
+    return !a.empty() && !b.empty() && is_calm(times) && wins(a[0], b[0]) && wins(a[1], b[1]);
+}
+
+// Return whether our kernels are not clearly slower, even if other processes delayed them.
+bool is_as_fast(const batch & ours, const batch & theirs) {
+    return median(ours) <= CLEARLY * fastest(theirs);
+}
+
+// Return whether another measurement would probably give the same choice.
+bool is_decided(const times_by_form & times) {
+    const auto ours = batches(times, "ours"), theirs = batches(times, "llama.cpp");
+    return times.count("-") || is_faster(times, "llama.cpp", "ours") ||
+           (is_complete(times) && is_as_fast(ours[0], theirs[0]) && is_as_fast(ours[1], theirs[1]));
 }
 
 // Return the kinds that llama.cpp computes.
-std::string choose(times_by_kind & kinds) {
+std::string choose(const times_by_kind & kinds) {
     std::string choice;
-    for (auto & [name, rows] : kinds) {
-        for (auto & [suffix, forms] : rows) {
-            choice += is_faster(forms, "llama.cpp", "ours") ? name + suffix + ' ' : "";
+    for (const auto & [name, times] : kinds) {
+        if (is_faster(times, "llama.cpp", "ours")) {
+            choice += (choice.empty() ? "" : " ") + name;
         }
     }
-    return choice.substr(0, choice.find_last_not_of(' ') + 1);
+    return choice;
 }
 
 // Return a line for each kind: "Q4_K/many: llama.cpp 0.92 ms, ours 0.53 ms (ours: 1.00 times the fastest)".
-std::string summary(times_by_kind & kinds) {
+std::string summary(const times_by_kind & kinds) {
     std::ostringstream text;
     text.precision(2);
     text << std::fixed;
-    for (auto & [name, rows] : kinds) {
-        for (auto & [suffix, forms] : rows) {
-            if (forms.count("ours") == 0 || forms["ours"].empty()) {
-                continue;
-            }
-            text << '\n' << name << suffix << ": ";
-            double fastest = median(forms["ours"]);
-            for (auto & [form, times] : forms) {
-                if (!times.empty()) {
-                    text << form << ' ' << median(times) / 1000 << " ms" << (form == forms.rbegin()->first ? "" : ", ");
-                    fastest = std::min(fastest, median(times));
-                }
-            }
-            text << " (ours: " << median(forms["ours"]) / std::max(1.0, fastest) << " times the fastest)";
+    for (const auto & [name, times] : kinds) {
+        if (is_complete(times) && !times.count("-")) {
+            const double theirs = median(times.at("llama.cpp")), ours = median(times.at("ours"));
+            text << '\n' << name << ": llama.cpp " << theirs / 1000 << " ms, ours " << ours / 1000 << " ms (ours: "
+                 << ours / std::max(1.0, std::min(ours, theirs)) << " times the fastest)";
         }
     }
     return text.str();
@@ -297,6 +323,55 @@ std::string summary(times_by_kind & kinds) {
 // file
 //
 
+// While opening models, a kind is measured up to 3 times, and at most once in 10 minutes.
+constexpr size_t MAX_ATTEMPTS = 3;
+constexpr double RETRY_SECONDS = 600;
+
+// Return whether a kind needs no measurement while opening a model.
+bool is_settled(const times_by_form & times) {
+    const auto tried = times.find("tried");
+    if (is_decided(times) || tried == times.end() || tried->second.empty()) {
+        return is_decided(times);
+    }
+    const double seconds = (double) std::time(nullptr) - tried->second.back(); // negative if the clock was set back
+    return tried->second.size() >= MAX_ATTEMPTS || (seconds >= 0 && seconds < RETRY_SECONDS);
+}
+
+// If a form has several lines, the last one counts.
+times_by_kind parse(const std::string & text) {
+    times_by_kind found;
+    std::istringstream lines(text);
+    for (std::string line; std::getline(lines, line);) {
+        std::istringstream words(line);
+        std::string name, form;
+        words >> name >> form;
+        batch & times = found[name][form];
+        if (form != "tried") {
+            times.clear();
+        }
+        for (double us; words >> us;) {
+            times.push_back(us);
+        }
+    }
+    return found;
+}
+
+std::string as_text(const times_by_kind & kinds) {
+    std::ostringstream text;
+    text.precision(1);
+    text << std::fixed;
+    for (const auto & [name, forms] : kinds) {
+        for (const auto & [form, times] : forms) {
+            text << name << ' ' << form;
+            for (const double us : times) {
+                text << ' ' << us;
+            }
+            text << '\n';
+        }
+    }
+    return text.str();
+}
+
 std::string read_file(const std::filesystem::path & path) {
     std::ifstream file(path, std::ios::binary);
     std::ostringstream text;
@@ -304,47 +379,94 @@ std::string read_file(const std::filesystem::path & path) {
     return text.str();
 }
 
-// Write next to the file and rename, so that another process reads either all lines or none. Without permission, store nothing.
-void write_file(const std::filesystem::path & path, const std::string & text) {
-    std::error_code ignored;
-    std::filesystem::create_directories(path.parent_path(), ignored);
+// Write next to the file and rename, so that another process reads either all lines or none. Return false without permission.
+bool write_file(const std::filesystem::path & path, const std::string & text) {
+    std::error_code error;
+    std::filesystem::create_directories(path.parent_path(), error);
     auto temporary = path;
     temporary += '.' + std::to_string(steady::now().time_since_epoch().count()); // unlike another process's
     std::ofstream file(temporary, std::ios::binary);
     file << text;
     file.close();
     if (file) {
-        std::filesystem::rename(temporary, path, ignored);
+        std::filesystem::rename(temporary, path, error);
     }
-    std::filesystem::remove(temporary, ignored);
+    const bool is_written = file && !error;
+    std::filesystem::remove(temporary, error);
+    return is_written;
 }
 
-std::string all_kinds() {
-    std::string kinds = "attention";
-    for (int type = 0; type < GGML_TYPE_COUNT; type++) {
-        kinds += ' ' + std::to_string(type);
+// Add lines to the file, which another process may have changed. Return false without permission.
+bool add_to_file(const std::filesystem::path & path, const times_by_kind & kinds) {
+    std::string text = read_file(path);
+    if (!text.empty() && text.back() != '\n') {
+        text += '\n';
     }
-    return kinds;
+    return write_file(path, text + as_text(kinds));
 }
 
-std::string choose(int n_threads, const std::string & kinds, const std::filesystem::path & path) {
-    const bool is_all = kinds == "all";
-    const std::string stored = '\n' + (is_all ? "" : read_file(path));
-    std::istringstream words(is_all ? all_kinds() : kinds);
-    std::ostringstream found;
-    const auto start = steady::now();
-    for (std::string word; words >> word && (is_all || seconds_since(start) < MAX_SECONDS);) {
-        if (stored.find('\n' + name_of(word) + "/few ") == std::string::npos) { // the last line of the type
-            measure(found, word, n_threads);
+std::vector<kind> kinds_of(const std::string & words, bool has_many) {
+    std::vector<kind> found;
+    std::istringstream all(words);
+    for (std::string word; all >> word;) {
+        const int type = word == "attention" ? ATTENTION : atoi(word.c_str());
+        if (type == ATTENTION || (type >= 0 && type < GGML_TYPE_COUNT && ggml_blck_size((ggml_type) type) > 0)) { // ggml removed some
+            if (has_many) {
+                found.push_back({ type, true });
+            }
+            found.push_back({ type, false });
         }
     }
-    std::string timings = stored.substr(1);
-    if (!found.str().empty()) {
-        timings += (timings.empty() || timings.back() == '\n' ? "" : "\n") + found.str();
-        write_file(path, timings);
+    return found;
+}
+
+// Remove the kinds that our kernels do not support, and return them.
+times_by_kind take_unsupported(std::vector<kind> & kinds) {
+    times_by_kind found;
+    const auto first = std::stable_partition(kinds.begin(), kinds.end(), [](const kind & k) { return operation(k, 1).is_supported(); });
+    for (auto k = first; k != kinds.end(); k++) {
+        found[k->name()]["-"];
     }
-    auto times = parse(timings);
-    return choose(times) + summary(times);
+    kinds.erase(first, kinds.end());
+    return found;
+}
+
+times_by_kind measure_all(int n_threads, const std::filesystem::path & path) {
+    std::string words = "attention";
+    for (int type = 0; type < GGML_TYPE_COUNT; type++) {
+        words += ' ' + std::to_string(type);
+    }
+    auto kinds = kinds_of(words, true);
+    auto found = take_unsupported(kinds);
+    found.merge(measure(kinds, n_threads, steady::now() + ALL_LIMIT));
+    write_file(path, as_text(found));
+    return found;
+}
+
+// Measure the kinds that are not settled. An attempt is stored first, so nothing is measured without permission to write.
+times_by_kind measure_missing(int n_threads, std::vector<kind> kinds, const std::filesystem::path & path) {
+    const auto deadline = steady::now() + OPENING_LIMIT;
+    auto known = parse(read_file(path));
+    kinds.erase(std::remove_if(kinds.begin(), kinds.end(), [&](const kind & k) { return is_settled(known[k.name()]); }), kinds.end());
+    auto found = take_unsupported(kinds);
+    for (const kind & k : kinds) {
+        found[k.name()]["tried"] = batch(1, (double) std::time(nullptr));
+    }
+    if (found.empty() || !add_to_file(path, found) || kinds.empty() || is_interrupted()) {
+        return known;
+    }
+    found = measure(kinds, n_threads, deadline);
+    for (auto i = found.begin(); i != found.end();) {
+        i = is_decided(i->second) ? std::next(i) : found.erase(i);
+    }
+    add_to_file(path, found);
+    return parse(read_file(path));
+}
+
+std::string choose(int n_threads, const std::string & words, const std::filesystem::path & path) {
+    // With many rows, llama.cpp's results depend on the number of rows. So only the user's request (all) measures these kinds.
+    const auto known = words == "all" ? measure_all(n_threads, path) : measure_missing(n_threads, kinds_of(words, false), path);
+    return choose(known) + summary(known);
 }
 
 } // namespace
