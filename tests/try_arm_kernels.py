@@ -4,11 +4,13 @@
 
 Two of the CPU variants of the wheels are built: one with dot products, one with matrix instructions
 (i8mm). On each emulated processor, ggml must load the right variant, and our kernels must compute
-only if GGML_POP_KERNELS names them. Then all of tests/kernels runs. Without the cross-compiler
-(g++-aarch64-linux-gnu) or qemu (qemu-user), the program prints what is missing. The exit
-status is then 1 in CI and 0 elsewhere. It is also 1 if a step fails. pytest does not run this file.
+only if GGML_POP_KERNELS names them, or if stored timings show that they are faster. Then all of
+tests/kernels runs. Without the cross-compiler (g++-aarch64-linux-gnu) or qemu (qemu-user), the
+program prints what is missing. The exit status is then 1 in CI and 0 elsewhere. It is also 1 if a
+step fails. pytest does not run this file.
 """
 
+import functools
 import os
 import shutil
 import subprocess
@@ -92,15 +94,33 @@ def build() -> Path:
     return libraries
 
 
+@functools.cache
+def timings() -> Path:
+    """Store timings of kernels that are faster with few rows and slower with many."""
+    path = Path(os.environ[arm.FOLDER_VARIABLE]) / "timings.txt"
+    times = {"few ours": 1, "few llama.cpp": 2, "many ours": 2, "many llama.cpp": 1}
+    path.write_text("".join(f"Q8_0/{form}{f' {time}' * 18}\n" for form, time in times.items()))
+    return path
+
+
 def check_selection(processor: Processor) -> None:
     """Check which library ggml loads, and when our kernels compute."""
     best = processor.kernels
-    for requested, expected in {"": "none", "avx2": "none", "off": "off", "i8mm": best}.items():
+    expected = {
+        "": ("none", "only Q8_0/few"),
+        "avx2": ("none", "only Q8_0/few"),
+        "off": ("off", ""),
+        "i8mm": (best, "Q8_0/many"),
+    }
+    for requested, (kernels, choice) in expected.items():
         os.environ["GGML_POP_KERNELS"] = requested
         server = arm.Server(Path(os.environ[arm.FOLDER_VARIABLE]))
         name = server.string(server.call(server.find("ggml_pop_kernels"))).decode()
+        words = server.copy(b"\0"), server.copy(f"{timings()}\0".encode())
+        lines = server.string(server.call(server.find("ggml_pop_choose"), 1, *words)).decode()
         server.close()
-        found, wanted = (server.cpu_library, name), (f"lib{processor.library}.so", expected)
+        found = (server.cpu_library, name, lines.partition("\n")[0])
+        wanted = (f"lib{processor.library}.so", kernels, choice)
         if found != wanted:
             sys.exit(f"{processor.name}, kernels {requested!r}: {found} instead of {wanted}")
 

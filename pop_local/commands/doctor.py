@@ -160,10 +160,12 @@ def _kernels(name: str) -> Check:
     if name == devices.NO_KERNELS:
         found = "this build has no pop-local kernels for this CPU, so it uses llama.cpp's kernels"
     choice, *times = kernel_choice.measured("", _n_threads())
+    kinds, whose = choice.removeprefix(kernel_choice.ONLY).split(), "llama.cpp's kernels"
+    if choice.startswith(kernel_choice.ONLY):
+        found, whose = f"{whose}, except where pop-local's are faster", "pop-local's"
     if times:
-        found += f"; {len(times)} kinds of operations were measured"
-    if choice:
-        found += f"; llama.cpp's kernels are faster for {choice.replace(' ', ', ')}"
+        names = ", ".join(kinds) or "none"
+        found += f"; {whose} are faster for {len(kinds)} of {len(times)} measured kinds: {names}"
     return Check("kernels", "Kernels", "ok", found)
 
 

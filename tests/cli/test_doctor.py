@@ -186,7 +186,7 @@ def test_kernels_of_llama_cpp_that_are_faster_are_listed(install, monkeypatch):
         asked.append((kinds, n_threads))
         if kinds == kernel_choice.ALL:
             return ["Q6_K/few", "Q6_K/few: ours 0.55 ms, llama.cpp 0.50 ms (...)", "Q6_K/many: ..."]
-        return ["attention/many Q6_K/few"]
+        return ["attention/many Q6_K/few", "Q6_K/few: ...", "attention/many: ...", "Q4_0/few: ..."]
 
     monkeypatch.setattr(kernel_choice, "measured", measured)
     monkeypatch.setattr(devices, "has_kernels", lambda: True)
@@ -194,7 +194,8 @@ def test_kernels_of_llama_cpp_that_are_faster_are_listed(install, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_THREADS", "3")
     install(kernels="avx2")
     assert checks()["kernels"]["found"].endswith(
-        "processor; llama.cpp's kernels are faster for attention/many, Q6_K/few"
+        "processor; llama.cpp's kernels are faster for 2 of 3 measured kinds: attention/many,"
+        " Q6_K/few"
     )
     assert asked == [("", 3)]
     lines = doctor("--measure").stdout.splitlines()
@@ -205,6 +206,16 @@ def test_kernels_of_llama_cpp_that_are_faster_are_listed(install, monkeypatch):
     assert titles == ["Q6_K/few", "Q6_K/many"]
     monkeypatch.setattr(kernel_choice, "measured", lambda kinds, n_threads: [""])
     assert checks()["kernels"]["found"].endswith("for this processor")
+    monkeypatch.setattr(kernel_choice, "measured", lambda *_: ["only Q4_1/many", "Q4_1/many: ..."])
+    install(kernels="none")
+    assert checks()["kernels"]["found"] == (
+        "llama.cpp's kernels, except where pop-local's are faster; pop-local's are faster for 1 of"
+        " 1 measured kinds: Q4_1/many"
+    )
+    monkeypatch.setattr(kernel_choice, "measured", lambda *_: ["only", "Q4_1/many: ..."])
+    assert checks()["kernels"]["found"].endswith("for 0 of 1 measured kinds: none")
+    monkeypatch.setattr(kernel_choice, "measured", lambda *_: ["only"])
+    assert checks()["kernels"]["found"].endswith("except where pop-local's are faster")
 
 
 @pytest.mark.parametrize(

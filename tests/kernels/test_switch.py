@@ -91,8 +91,13 @@ def test_name_of_missing_kernels_selects_lesser_ones(kernels: str) -> None:
     assert kernels_with(lesser[0]) in lesser
 
 
+def test_chosen_operations_use_our_kernels(kernels: str) -> None:
+    chosen = in_child(samples(), env={"GGML_POP_KERNELS": ""}, rows=Rows.CHOSEN)
+    assert_same([compute(op, Rows.ALL) for op in samples()], chosen.results)
+
+
 @pytest.mark.skipif(not arm.is_requested(), reason="on x86, the kernels compute by default")
-def test_kernels_for_arm_must_be_named(kernels: str) -> None:
+def test_kernels_for_arm_must_be_named_or_chosen(kernels: str) -> None:
     for word in ("", "avx2"):
         default = in_child(samples(), env={"GGML_POP_KERNELS": word}, rows=Rows.ALL)
         assert default.kernels == "none"

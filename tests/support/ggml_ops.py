@@ -12,11 +12,15 @@ from gguf import GGMLQuantizationType as Type
 
 
 class Rows(IntEnum):
-    """enum ggml_pop_rows: the fastest kernels, upstream's only, or our same kernel for all rows."""
+    """enum ggml_pop_rows: the fastest kernels, upstream's only, or our same kernel for all rows.
+
+    CHOSEN: as ALL, because of a choice (GGML_POP_ROWS_CHOSEN is added).
+    """
 
     FAST = 0
     NONE = 1
     ALL = 2
+    CHOSEN = 6
 
 
 @dataclass(frozen=True)

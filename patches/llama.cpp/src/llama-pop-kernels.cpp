@@ -21,6 +21,8 @@ enum kernel_rows {
     KERNEL_ROWS_FAST = 0,
     KERNEL_ROWS_NONE = 1,
     KERNEL_ROWS_ALL  = 2,
+
+    KERNEL_ROWS_CHOSEN = 4, // added
 };
 
 static const int KERNEL_OP_PARAM = 15;
@@ -29,8 +31,10 @@ static const int KERNEL_OP_PARAM = 15;
 // choice
 //
 
-// operations that llama.cpp's kernels compute
+// operations that llama.cpp's kernels compute. with "only", operations that ours compute
 struct kernel_choice {
+    bool is_only = false;
+
     std::bitset<GGML_TYPE_COUNT> many, few; // by weight type
 
     bool attention_many = false;
@@ -75,6 +79,7 @@ int32_t llama_pop_choose_kernels(const char * choice) {
     if (found == kernel_choice_texts.end()) {
         std::istringstream words(choice);
         for (std::string word; words >> word;) {
+            kernel_choices[i].is_only |= word == "only";
             const size_t end = std::min(word.find('/'), word.size() - 1);
             add_kernel_choice(kernel_choices[i], word.substr(0, end), word.substr(end + 1));
         }
@@ -101,7 +106,7 @@ static bool has_kernels(ggml_op op) {
     }
 }
 
-static bool is_upstream_chosen(const kernel_choice & choice, const ggml_tensor * node, bool is_many) {
+static bool is_named(const kernel_choice & choice, const ggml_tensor * node, bool is_many) {
     switch (node->op) {
         case GGML_OP_MUL_MAT:
         case GGML_OP_MUL_MAT_ID:     return (is_many ? choice.many : choice.few)[node->src[0]->type];
@@ -110,14 +115,15 @@ static bool is_upstream_chosen(const kernel_choice & choice, const ggml_tensor *
     }
 }
 
-static kernel_rows get_kernel_rows(const llama_pop_cparams & pop, const ggml_tensor * node, bool is_deep) {
+static int32_t get_kernel_rows(const llama_pop_cparams & pop, const ggml_tensor * node, bool is_deep) {
     // with READING_CONTEXT, the deep pass of a graph has only rows of answers
     const bool reads = pop.reading == LLAMA_POP_READING_SOME || (pop.reading == LLAMA_POP_READING_CONTEXT && !is_deep);
     const bool is_many = reads || pop.is_deep_pass;
-    if (!pop.kernels || is_upstream_chosen(kernel_choices[pop.kernels], node, is_many)) {
+    const kernel_choice & choice = kernel_choices[pop.kernels];
+    if (!pop.kernels || is_named(choice, node, is_many) != choice.is_only) {
         return KERNEL_ROWS_NONE;
     }
-    return is_many ? KERNEL_ROWS_ALL : KERNEL_ROWS_FAST;
+    return (is_many ? KERNEL_ROWS_ALL : KERNEL_ROWS_FAST) + (choice.is_only ? KERNEL_ROWS_CHOSEN : 0);
 }
 
 void llama_pop_mark_graph(llm_graph_result & res, const llama_pop_cparams & pop) {

@@ -150,8 +150,8 @@ extern "C" {
 
     // register which operations llama.cpp's kernels compute although ours (ggml-cpu/fast) support them, and return a number for
     // llama_pop_set_kernels(). choice: words separated by spaces. "Q4_K/many", "attention/many": with the rows of prompts and deep
-    // passes. "Q4_K/few", "attention/few": in decode. unknown words are ignored.
-    // returns -1: too many choices
+    // passes. "Q4_K/few", "attention/few": in decode. unknown words are ignored. "only": ours compute the named operations, and
+    // llama.cpp's kernels compute all others. returns -1: too many choices
     LLAMA_API int32_t llama_pop_choose_kernels(const char * choice);
 
     // allow our CPU kernels. 0: none, 1: all, others: all except those of a choice. default: 1. returns -1: refused

@@ -19,6 +19,7 @@ from pop_local.engine.llama import backend, devices
 # If this environment variable is set, pop-local's kernels are used without measuring.
 VARIABLE = "GGML_POP_KERNELS"
 ALL = "all"  # measures all kinds again
+ONLY = "only"  # starts a choice in which pop-local's kernels compute only the named kinds (ARM64)
 
 
 def choice_for(source: Source, n_threads: int, *, flash_attn: bool) -> str:

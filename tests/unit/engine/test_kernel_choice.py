@@ -416,6 +416,18 @@ def test_a_choice_applies_to_its_model_only(q4_0, monkeypatch):
     np.testing.assert_array_equal(ours, with_choice(q4_0, "", monkeypatch))
 
 
+@needs_kernels
+def test_a_choice_can_name_the_only_operations_of_ours(q4_0, monkeypatch):
+    """On ARM64, llama.cpp's kernels compute everything else."""
+    none = with_choice(q4_0, "only", monkeypatch)
+    off = read(opened(q4_0, kernels=False, repack=False, flash_attn=True), prompt(60))
+    np.testing.assert_array_equal(none, off)
+    np.testing.assert_array_equal(none, with_choice(q4_0, "only Q4_0/few", monkeypatch))
+    one = with_choice(q4_0, "only Q4_0/many", monkeypatch)
+    both = with_choice(q4_0, "only Q4_0/many attention/many", monkeypatch)
+    assert len({each.tobytes() for each in (none, one, both)}) == 3
+
+
 def test_choices_are_registered_once():
     given = ("Q4_0/many", "Q4_0/few", "Q4_0/many", "")
     some = [backend.choose_kernels(each) for each in given]

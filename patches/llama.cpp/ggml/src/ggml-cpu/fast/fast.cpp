@@ -25,9 +25,9 @@ namespace fast {
 
 #if defined(__aarch64__) || defined(_M_ARM64)
 #    define FAST_ARM
-constexpr bool MUST_BE_NAMED = true; // the kernels for ARM were never timed on hardware
+constexpr bool WERE_TIMED = false; // the kernels for ARM were never timed on hardware by us
 #else
-constexpr bool MUST_BE_NAMED = false;
+constexpr bool WERE_TIMED = true;
 #endif
 
 using kernels_by_type = const gemm * (*)(int type);
@@ -66,18 +66,19 @@ static bool is_off() {
     return requested_kernels() == "0" || requested_kernels() == "off";
 }
 
-// Return the first supported set, starting at the one that GGML_POP_KERNELS names. On ARM, return null if it names none.
+// Return the set that GGML_POP_KERNELS names, or the end.
+static const instructions * find_requested() {
+    const auto is_requested = [](const instructions & i) { return requested_kernels() == i.name; };
+    return std::find_if(std::begin(all_instructions), std::end(all_instructions), is_requested);
+}
+
+// Return the first supported set, starting at the requested one.
 static const instructions * find_instructions() {
     if (is_off()) {
         return nullptr;
     }
-    const auto is_requested = [](const instructions & i) { return requested_kernels() == i.name; };
-    const auto computes  = [](const instructions & i) { return i.kernels[0](GGML_TYPE_Q8_0) != nullptr; };
-    const auto begin = std::begin(all_instructions), end = std::end(all_instructions);
-    const auto first = std::find_if(begin, end, is_requested);
-    if (first == end && MUST_BE_NAMED) {
-        return nullptr;
-    }
+    const auto computes = [](const instructions & i) { return i.kernels[0](GGML_TYPE_Q8_0) != nullptr; };
+    const auto begin = std::begin(all_instructions), end = std::end(all_instructions), first = find_requested();
     const auto found = std::find_if(first == end ? begin : first, end, computes);
     return found == end ? nullptr : found;
 }
@@ -87,8 +88,18 @@ static const instructions * instructions_in_use() {
     return found;
 }
 
+static bool must_be_chosen() {
+    static const bool found = !WERE_TIMED && find_requested() == std::end(all_instructions);
+    return found;
+}
+
 static ggml_pop_rows rows_mode(const ggml_tensor * op) {
-    return (ggml_pop_rows) ggml_get_op_params_i32(op, GGML_POP_OP_PARAM);
+    return (ggml_pop_rows) (ggml_get_op_params_i32(op, GGML_POP_OP_PARAM) & ~GGML_POP_ROWS_CHOSEN);
+}
+
+static bool is_enabled_for(const ggml_tensor * op) {
+    const bool is_chosen = ggml_get_op_params_i32(op, GGML_POP_OP_PARAM) & GGML_POP_ROWS_CHOSEN;
+    return instructions_in_use() && rows_mode(op) != GGML_POP_ROWS_NONE && (is_chosen || !must_be_chosen());
 }
 
 //
@@ -393,7 +404,7 @@ static bool has_packed_columns(const ggml_cgraph * graph, int n) {
             return false;
         }
         if (before->op == op->op) {
-            const gemm * h = rows_mode(before) == GGML_POP_ROWS_NONE ? nullptr : kernel_for(before);
+            const gemm * h = is_enabled_for(before) ? kernel_for(before) : nullptr;
             return h && h->pack == g->pack && h->n_cols == g->n_cols && h->block_bytes == g->block_bytes && before->src[1] == op->src[1] &&
                    before->src[2] == op->src[2] && before->src[0]->ne[2] == op->src[0]->ne[2];
         }
@@ -406,12 +417,8 @@ static bool has_packed_columns(const ggml_cgraph * graph, int n) {
 
 } // namespace fast
 
-static bool is_enabled_for(const ggml_tensor * op) {
-    return fast::instructions_in_use() && fast::rows_mode(op) != GGML_POP_ROWS_NONE;
-}
-
 size_t ggml_pop_work_size(int n_threads, const ggml_tensor * op) {
-    if (!is_enabled_for(op)) {
+    if (!fast::is_enabled_for(op)) {
         return 0;
     }
     if (op->op == GGML_OP_FLASH_ATTN_EXT) {
@@ -422,7 +429,7 @@ size_t ggml_pop_work_size(int n_threads, const ggml_tensor * op) {
 }
 
 bool ggml_pop_compute_forward(const ggml_compute_params * params, ggml_tensor * op) {
-    if (params->use_ref || !is_enabled_for(op)) {
+    if (params->use_ref || !fast::is_enabled_for(op)) {
         return false;
     }
     switch (op->op) {
@@ -436,13 +443,18 @@ bool ggml_pop_compute_forward(const ggml_compute_params * params, ggml_tensor * 
 
 bool ggml_pop_multiply_packed(const ggml_compute_params * params, const ggml_cgraph * graph, int n) {
     ggml_tensor * op = graph->nodes[n];
-    return !params->use_ref && is_enabled_for(op) && fast::has_packed_columns(graph, n) && fast::multiply(params, op, true);
+    return !params->use_ref && fast::is_enabled_for(op) && fast::has_packed_columns(graph, n) && fast::multiply(params, op, true);
 }
 
 bool ggml_pop_rms_norm_mul(const ggml_compute_params * params, const ggml_tensor * norm, ggml_tensor * mul) {
-    return is_enabled_for(norm) && fast::rms_norm_mul(params, norm, mul);
+    return fast::is_enabled_for(norm) && fast::rms_norm_mul(params, norm, mul);
+}
+
+bool ggml_pop_must_be_chosen(void) {
+    return fast::must_be_chosen();
 }
 
 const char * ggml_pop_kernels(void) {
-    return fast::instructions_in_use() ? fast::instructions_in_use()->name : fast::is_off() ? "off" : "none";
+    const bool is_none = !fast::instructions_in_use() || fast::must_be_chosen();
+    return fast::is_off() ? "off" : is_none ? "none" : fast::instructions_in_use()->name;
 }

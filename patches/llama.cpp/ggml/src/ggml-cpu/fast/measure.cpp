@@ -159,7 +159,7 @@ struct operation {
             add_product((ggml_type) k.type, k.has_many ? N_OUT_PER_THREAD * n_shares : N_OUT, n_cols);
         }
         // GGML_POP_ROWS_ALL would also find the kernels for floats, which exist for equal results, not for speed.
-        ops[0]->op_params[GGML_POP_OP_PARAM] = GGML_POP_ROWS_FAST;
+        ops[0]->op_params[GGML_POP_OP_PARAM] = GGML_POP_ROWS_FAST + GGML_POP_ROWS_CHOSEN;
     }
 
     void add_product(ggml_type type, int64_t n_out, int64_t n_cols) {
@@ -190,7 +190,8 @@ struct operation {
             for (ggml_tensor * t : inputs) {
                 fill(t, random);
             }
-            form ours("ours", all, ops[0], rows, n_threads), theirs("llama.cpp", all, ops[1], GGML_POP_ROWS_NONE, n_threads);
+            form ours("ours", all, ops[0], rows + GGML_POP_ROWS_CHOSEN, n_threads);
+            form theirs("llama.cpp", all, ops[1], GGML_POP_ROWS_NONE, n_threads);
             run_rounds(times, ours, theirs, deadline);
         }
     }
@@ -281,23 +282,27 @@ bool is_faster(const times_by_form & times, const char * one, const char * other
     return !a.empty() && !b.empty() && is_calm(times) && wins(a[0], b[0]) && wins(a[1], b[1]);
 }
 
-// Return whether our kernels are not clearly slower, even if other processes delayed them.
-bool is_as_fast(const batch & ours, const batch & theirs) {
-    return median(ours) <= CLEARLY * fastest(theirs);
+// The form that computes a kind unless the other one is faster.
+const char * default_form() { return ggml_pop_must_be_chosen() ? "llama.cpp" : "ours"; }
+const char * other_form()   { return ggml_pop_must_be_chosen() ? "ours" : "llama.cpp"; }
+
+// Return whether one form is not clearly slower, even if other processes delayed it.
+bool is_as_fast(const batch & one, const batch & other) {
+    return median(one) <= CLEARLY * fastest(other);
 }
 
 // Return whether another measurement would probably give the same choice.
 bool is_decided(const times_by_form & times) {
-    const auto ours = batches(times, "ours"), theirs = batches(times, "llama.cpp");
-    return times.count("-") || is_faster(times, "llama.cpp", "ours") ||
-           (is_complete(times) && is_as_fast(ours[0], theirs[0]) && is_as_fast(ours[1], theirs[1]));
+    const auto a = batches(times, default_form()), b = batches(times, other_form());
+    return times.count("-") || is_faster(times, other_form(), default_form()) ||
+           (is_complete(times) && is_as_fast(a[0], b[0]) && is_as_fast(a[1], b[1]));
 }
 
-// Return the kinds that llama.cpp computes.
+// Return the kinds that the other form computes.
 std::string choose(const times_by_kind & kinds) {
-    std::string choice;
+    std::string choice = ggml_pop_must_be_chosen() ? "only" : "";
     for (const auto & [name, times] : kinds) {
-        if (is_faster(times, "llama.cpp", "ours")) {
+        if (is_faster(times, other_form(), default_form())) {
             choice += (choice.empty() ? "" : " ") + name;
         }
     }
@@ -464,8 +469,13 @@ times_by_kind measure_missing(int n_threads, std::vector<kind> kinds, const std:
 }
 
 std::string choose(int n_threads, const std::string & words, const std::filesystem::path & path) {
-    // With many rows, llama.cpp's results depend on the number of rows. So only the user's request (all) measures these kinds.
-    const auto known = words == "all" ? measure_all(n_threads, path) : measure_missing(n_threads, kinds_of(words, false), path);
+    if (!operation({ GGML_TYPE_Q8_0, true }, n_threads).is_supported()) { // this processor has no kernels of ours
+        return "";
+    }
+    // With many rows, llama.cpp's results depend on the number of rows. If its kernels replaced ours, prompts would depend on their batches.
+    // So only the user's request (all) measures these kinds. If ours replace llama.cpp's, nothing is lost.
+    const bool has_many = ggml_pop_must_be_chosen();
+    const auto known = words == "all" ? measure_all(n_threads, path) : measure_missing(n_threads, kinds_of(words, has_many), path);
     return choose(known) + summary(known);
 }
 
