@@ -52,10 +52,7 @@ def _measured(kinds: str, n_threads: int, path: Path) -> list[str]:
 
 
 def timings_file(n_threads: int) -> Path | None:
-    """Return the path of the timings file for this CPU, build, and number of threads.
-
-    Returns None if VARIABLE is set or the libraries' properties cannot be read.
-    """
+    """Return the timings file's path, or None if VARIABLE is set or a library cannot be read."""
     api = backend.bindings()
     library = Path(api._lib._name)
     try:
