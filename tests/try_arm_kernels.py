@@ -96,7 +96,7 @@ def build() -> Path:
 
 @functools.cache
 def timings() -> Path:
-    """Store timings of kernels that are faster with few rows and slower with many."""
+    """Store timings that make our kernels faster with few rows and slower with many rows."""
     path = Path(os.environ[arm.FOLDER_VARIABLE]) / "timings.txt"
     times = {"few ours": 1, "few llama.cpp": 2, "many ours": 2, "many llama.cpp": 1}
     path.write_text("".join(f"Q8_0/{form}{f' {time}' * 18}\n" for form, time in times.items()))

@@ -4,7 +4,7 @@
 
 Opens the model in new processes, alternately with an empty cache folder and with the timings that
 the preceding process stored. Then measures kinds of operations, each time with an empty folder. The
-burners are busy loops on the CPUs of this program. Prints a row of JSON. Linux only. Not a test.
+burners are busy loops on this program's CPUs. Prints one line of JSON. Requires Linux. Not a test.
 """
 
 import argparse
@@ -27,7 +27,7 @@ KINDS = " ".join(["attention", *map(str, range(40))])
 
 
 def open_once(model: str, threads: int) -> None:
-    """Open the model, and print the seconds of wall clock and of CPU time."""
+    """Open the model, and print the wall-clock time and the CPU time in seconds."""
     started_s, cpu_s = time.perf_counter(), time.process_time()
     with PopModel.open(model, n_ctx=1024, n_threads=threads):
         print(json.dumps([time.perf_counter() - started_s, time.process_time() - cpu_s]))
@@ -42,7 +42,7 @@ def opened_in_a_process(options: argparse.Namespace, folder: str) -> list[float]
 
 
 def openings(options: argparse.Namespace) -> dict[str, object]:
-    """Return the costs of the first openings, relative to the second ones."""
+    """Return how much more time the first openings took than the second ones."""
     extra: list[list[float]] = []
     seconds: list[float] = []
     for _ in range(options.pairs):
@@ -57,7 +57,7 @@ def openings(options: argparse.Namespace) -> dict[str, object]:
 
 
 def choices(options: argparse.Namespace) -> dict[str, object]:
-    """Return how often each kind was chosen and decided, and the longest measurement."""
+    """Return how often each kind was chosen, the number of decided kinds, and the longest time."""
     chosen: Counter[str] = Counter()
     n_decided, longest_s = 0, 0.0
     for _ in range(options.runs):

@@ -350,7 +350,7 @@ def parsed() -> argparse.Namespace:
 
 
 def require_fast_build(folder: Path) -> None:
-    """Exit unless `folder` holds upstream's libraries, built with FAST_BUILD."""
+    """Exit unless `folder` contains upstream's libraries built with FAST_BUILD."""
     command, env = [sys.executable, str(TOOL), "key"], os.environ | FAST_BUILD
     key = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
     stamp = folder / "key"

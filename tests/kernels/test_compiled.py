@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def requirements(kernels: str) -> None:
-    """Skip without a compiler or a processor with AVX-512 VNNI."""
+    """Skip the test if the machine has no suitable compiler or no AVX-512 VNNI."""
     if sys.platform == "win32" or shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler with GCC's options")
     if kernels not in ("amx", "avx512vnni"):

@@ -185,9 +185,9 @@ def test_rows_may_have_gaps(type_: Type, rng: np.random.Generator) -> None:
 
 @each_quantised
 def test_broken_weights_change_no_other_output(type_: Type, rng: np.random.Generator) -> None:
-    """Few rows are multiplied with groups of blocks that may belong to two outputs."""
+    """For few rows, the kernel reads groups of blocks that may belong to two outputs."""
     if not SCALES[type_]:
-        pytest.skip("the scales have no NaN")
+        pytest.skip("this type's scales cannot be NaN")
     n_in = 640 if block(type_) == 32 else 768
     op = mul_mat(rng, type_, 3, n_out=77, n_in=n_in)
     want, others = compute(op, Rows.FAST), ~np.isin(np.arange(77), (1, 40, 76))

@@ -1,4 +1,4 @@
-"""Compare moved rows with the unpatched library's, and check other rows and a move's memory."""
+"""Compare moved rows with the unpatched library's. Test the other rows and a move's memory use."""
 
 import sys
 from dataclasses import replace
@@ -14,7 +14,7 @@ from support.oracle import Q8_0, random_tokens
 from support.raw import Job, Step, run
 from support.synthetic import make_gguf
 
-N_VOCAB = 120  # below the size of each model's vocabulary
+N_VOCAB = 120  # smaller than each model's vocabulary
 N_UBATCH = 64  # the backend rotates up to this many rows at once
 N_REMOVED = 9
 # Rows of two sequences alternate in runs of this length.
@@ -30,7 +30,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "q8_0": {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0},
     "q4_0": {"flash_attn": True, "type_k": Q4_0, "type_v": Q4_0},
 }
-# A context of many cells, whose last rows move.
+# A context with many cells, in which only the last rows move.
 N_CELLS, N_KEPT, N_MOVED = 32768, 30000, 100
 MAX_GROWTH = 4 << 20
 
@@ -99,7 +99,7 @@ def alternating(model: Path, cache: str, kv_unified: bool) -> tuple[Job, tuple[S
 
 @streams
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_rows_move_between_another_sequence_s_rows(
+def test_rows_move_among_another_sequences_rows(
     arch: str, kv_unified: bool, tmp_path: Path, unpatched_lib: Path
 ) -> None:
     model = make_gguf(tmp_path / "model.gguf", arch)
@@ -129,7 +129,7 @@ def test_a_move_changes_no_other_row(
     assert others[0] == others[1]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports a peak that can be reset")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak memory")
 @pytest.mark.parametrize(("arch", "cache"), [("llama", "F16"), ("gemma3", "q8_0")])
 def test_the_memory_of_a_move_does_not_depend_on_the_other_rows(
     arch: str, cache: str, tmp_path: Path
@@ -137,7 +137,7 @@ def test_the_memory_of_a_move_does_not_depend_on_the_other_rows(
     model = make_gguf(tmp_path / "model.gguf", arch)
     job = Job(str(model), (), n_ctx=N_CELLS, n_ubatch=N_UBATCH, **CACHES[cache])
     n_rows = N_KEPT + N_MOVED
-    # Rows without data take cells, as in pop-local's regions.
+    # Rows without data occupy cells, as in pop-local's regions.
     fill = Step("move", tokens=(0,) * n_rows, rows=(-1,) * n_rows)
     rows = tuple(range(N_KEPT + 1, n_rows))
     move = Step("move", tokens=(0,) * len(rows), rows=rows, pos=N_KEPT)

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 class Rows(IntEnum):
     """enum ggml_pop_rows: the fastest kernels, upstream's only, or our same kernel for all rows.
 
-    CHOSEN: as ALL, because of a choice (GGML_POP_ROWS_CHOSEN is added).
+    CHOSEN is ALL plus GGML_POP_ROWS_CHOSEN, for operations that a choice assigns to our kernels.
     """
 
     FAST = 0

@@ -25,7 +25,7 @@ ONLY = "only"  # starts a choice in which pop-local's kernels compute only the n
 def choice_for(source: Source, n_threads: int, *, flash_attn: bool) -> str:
     """Return the choice of kernels for a model, in the format of llama_pop_choose_kernels.
 
-    On a new machine, this measures the model's weight types and attention within a second.
+    On a new machine, measures the model's weight types and attention, which takes up to a second.
     """
     sizes: Counter[int] = Counter()
     for tensor in source.tensors:
@@ -37,8 +37,8 @@ def choice_for(source: Source, n_threads: int, *, flash_attn: bool) -> str:
 def measured(kinds: str, n_threads: int) -> list[str]:
     """Return the choice, and a line for each kind with its median times.
 
-    Measures `kinds` (type numbers, "attention", or ALL) unless the file has their timings. Within a
-    process, the result never changes, so repeated requests get the same answers.
+    Measures `kinds` (type numbers, "attention", or ALL) unless the file has their timings. Results
+    are cached for the process's lifetime, so repeatable requests get the same answers.
     """
     path = timings_file(n_threads)
     return [""] if path is None else _measured(kinds, n_threads, path)

@@ -148,7 +148,7 @@ def test_rows_with_invalid_k_are_neither_used_nor_stored(llama_file, aborted_mov
 
 
 def test_all_rows_are_dropped_if_invalid_ones_cannot_be_removed(tmp_path, aborted_moves):
-    """The window has dropped rows before the edit, so the cache cannot end there."""
+    """The window has dropped rows before the edit, so the cache cannot be truncated there."""
     abort, n_moves = aborted_moves
     old = prompt(2000, seed=3)
     sources = np.delete(np.arange(2000, dtype=np.int32), slice(1300, 1310))

@@ -25,7 +25,7 @@ Times = float | list[float]
 
 @pytest.fixture
 def file(tmp_path, monkeypatch) -> Path:
-    """Return the only file of timings, which does not exist yet."""
+    """Return the path of the timings file, which does not exist yet."""
     path = tmp_path / "cache" / "kernels.txt"
     monkeypatch.setattr(kernel_choice, "timings_file", lambda n_threads: path)
     monkeypatch.delenv(kernel_choice.VARIABLE, raising=False)
@@ -46,14 +46,14 @@ def chosen(file):
 
 
 def lines_of(kind: str, ours: Times, theirs: Times) -> list[str]:
-    """Return a kind's lines. A time stands for all rounds of both batches."""
+    """Return a kind's lines. A single time applies to all rounds of both batches."""
     lists = [[each] * 18 if isinstance(each, float | int) else each for each in (ours, theirs)]
     forms = zip(("ours", "llama.cpp"), lists, strict=True)
     return [" ".join([kind, form, *map(str, times)]) for form, times in forms]
 
 
 def some(n: int, time: float, others: float = 94) -> list[float]:
-    """Return a batch's times of which n differ."""
+    """Return a batch's times: n times are `time`, and the rest are `others`."""
     return [time] * n + [others] * (9 - n)
 
 
@@ -100,7 +100,7 @@ def test_the_last_lines_of_a_kind_count(chosen):
 
 
 class Busy:
-    """A processor that other processes use for milliseconds at a time."""
+    """A simulated processor that other processes use for milliseconds at a time."""
 
     def __init__(self, rng: np.random.Generator, shares: bool) -> None:
         self._rng, self._shares = rng, shares
@@ -137,7 +137,7 @@ class Busy:
 
 @pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("ratio", [1.0, 1.1])
-def test_busy_processors_choose_no_slower_kernels(chosen, shares, ratio):
+def test_busy_processors_do_not_lead_to_slower_kernels(chosen, shares, ratio):
     """Without the second batch, the rule would choose slower kernels on the shared core."""
     rng = np.random.default_rng(0)
     names = [f"{type_.name}/{rows}" for type_ in QUANTISED for rows in ROWS]
@@ -265,7 +265,7 @@ def test_a_variable_switches_measuring_off(monkeypatch):
 
 @needs_kernels
 def test_the_first_opening_measures(file, tmp_path):
-    """Kinds with many rows would make prompts depend on their batches."""
+    """Kinds with many rows are left out: their choice would make results depend on batches."""
     path = tiny(tmp_path, type=Type.Q4_0)
     opened(path, n_gpu_layers=0).close()
     measured = file.read_text()
@@ -417,7 +417,7 @@ def test_a_choice_applies_to_its_model_only(q4_0, monkeypatch):
 
 
 @needs_kernels
-def test_a_choice_can_name_the_only_operations_of_ours(q4_0, monkeypatch):
+def test_a_choice_can_limit_our_kernels_to_named_operations(q4_0, monkeypatch):
     """On ARM64, llama.cpp's kernels compute everything else."""
     none = with_choice(q4_0, "only", monkeypatch)
     off = read(opened(q4_0, kernels=False, repack=False, flash_attn=True), prompt(60))
