@@ -95,11 +95,11 @@ def _matches(text: _Text, lines: tuple[str, ...], floor: int) -> list[int]:
 
 
 def _locate(text: _Text, lines: tuple[str, ...], expected: int, floor: int) -> int | None:
-    """Return the index at which `lines` match, starting at `floor`.
+    """Return the index at which `lines` match, searching from `floor` onward.
 
     If the lines match at `expected`, returns `expected`. Otherwise, returns the only match, or None
-    if no match or several matches exist. Without lines, returns 0 for an empty file and None for
-    any other file.
+    if no match or several matches exist. If `lines` is empty, returns 0 for an empty file and None
+    for any other file.
     """
     if not lines:
         return 0 if not text.lines else None

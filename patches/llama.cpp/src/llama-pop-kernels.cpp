@@ -22,7 +22,7 @@ enum kernel_rows {
     KERNEL_ROWS_NONE = 1,
     KERNEL_ROWS_ALL  = 2,
 
-    KERNEL_ROWS_CHOSEN = 4, // added
+    KERNEL_ROWS_CHOSEN = 4, // added to FAST or ALL
 };
 
 static const int KERNEL_OP_PARAM = 15;
@@ -31,7 +31,7 @@ static const int KERNEL_OP_PARAM = 15;
 // choice
 //
 
-// operations that llama.cpp's kernels compute. with "only", operations that ours compute
+// the operations that llama.cpp's kernels compute, or, if is_only is set, the operations that our kernels compute
 struct kernel_choice {
     bool is_only = false;
 

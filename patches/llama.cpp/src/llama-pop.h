@@ -148,7 +148,7 @@ extern "C" {
     // position. such a batch has rows of one sequence. after a failure its rows are partly overwritten, and none is removed
     LLAMA_API int32_t llama_pop_set_overwrite(struct llama_context * ctx, bool overwrite);
 
-    // register which operations llama.cpp's kernels compute although ours (ggml-cpu/fast) support them, and return a number for
+    // register the operations that llama.cpp's kernels compute, although ours (ggml-cpu/fast) support them, and return a number for
     // llama_pop_set_kernels(). choice: words separated by spaces. "Q4_K/many", "attention/many": with the rows of prompts and deep
     // passes. "Q4_K/few", "attention/few": in decode. unknown words are ignored. "only": ours compute the named operations, and
     // llama.cpp's kernels compute all others. returns -1: too many choices

@@ -16,7 +16,7 @@ import platformdirs
 from pop_converter.gguf.source import Source
 from pop_local.engine.llama import backend, devices
 
-# If this environment variable is set, pop-local's kernels are used without measuring.
+# If this environment variable is set, kernels are neither measured nor chosen by timings.
 VARIABLE = "GGML_POP_KERNELS"
 ALL = "all"  # measures all kinds again
 ONLY = "only"  # starts a choice in which pop-local's kernels compute only the named kinds (ARM64)

@@ -25,7 +25,7 @@ namespace fast {
 
 #if defined(__aarch64__) || defined(_M_ARM64)
 #    define FAST_ARM
-constexpr bool WERE_TIMED = false; // the kernels for ARM were never timed on hardware by us
+constexpr bool WERE_TIMED = false; // we never timed the ARM kernels on hardware
 #else
 constexpr bool WERE_TIMED = true;
 #endif
@@ -66,7 +66,7 @@ static bool is_off() {
     return requested_kernels() == "0" || requested_kernels() == "off";
 }
 
-// Return the set that GGML_POP_KERNELS names, or the end.
+// Return the set that GGML_POP_KERNELS names, or the end of all_instructions if it names none.
 static const instructions * find_requested() {
     const auto is_requested = [](const instructions & i) { return requested_kernels() == i.name; };
     return std::find_if(std::begin(all_instructions), std::end(all_instructions), is_requested);

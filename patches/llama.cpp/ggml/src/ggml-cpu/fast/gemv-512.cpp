@@ -1,7 +1,8 @@
 // Products with few columns by AVX-512 VNNI. A vector holds 64 codes of a row: two blocks of 32 or four halves, each with its scale, or eight codes
 // of each of eight blocks (spread-512.h).
 //
-// For types with spread codes, consecutive rows are read as one sequence of groups, which may contain the end of a row. With 28 blocks per row:
+// For types with spread codes, consecutive rows are read as one sequence of groups. A group may contain the end of one row and
+// the start of the next. With 28 blocks per row:
 //
 //   row 0:                          row 1:
 //   | group 0 | group 1 | group 2 | group 3 | group 4 | group 5 | group 6 |
@@ -114,7 +115,7 @@ struct avx512_vectors {
     }
 };
 
-// Add the 16 values of each of 16 vectors, in the order of _mm512_reduce_add_ps().
+// Return the sums of 16 vectors' values. Each sum is computed in the order of _mm512_reduce_add_ps().
 inline __m512 sums_of_16(const float (*v)[16]) {
     __m512 half[8], quarter[4], pair[2];
     FAST_UNROLL
@@ -139,8 +140,8 @@ inline __m512 sums_of_16(const float (*v)[16]) {
 
 constexpr int MAX_JOINED = 4;
 
-// Return the number of consecutive rows whose blocks fill whole groups, or 1 if this takes more than MAX_JOINED rows. With fewer than four blocks,
-// three rows could share a group.
+// Return the number of consecutive rows whose blocks fill whole groups, or 1 if more than MAX_JOINED rows are needed or a row has fewer
+// than four blocks, because three such rows could share a group.
 inline int n_joined(int n_blocks) {
     const int n = n_blocks % 8 == 0 ? 1 : n_blocks % 4 == 0 ? 2 : MAX_JOINED;
     return n_blocks < 4 || n_blocks % 2 ? 1 : n;
@@ -273,7 +274,7 @@ private:
         if constexpr (type_of<TYPE>::n_values == 32) {
             if (left > 0) {
                 block copy[GROUP];
-                if (x + GROUP > group_at(share.n_rows - 1) + share.n_blocks) { // a group would exceed the share
+                if (x + GROUP > group_at(share.n_rows - 1) + share.n_blocks) { // a whole group would exceed the share's weights
                     memset((void *) copy, 0, sizeof(copy));
                     memcpy((void *) copy, x, left * sizeof(block));
                     x = copy;
@@ -298,7 +299,7 @@ private:
         }
     }
 
-    // Return the codes with the scales and mins of blocks `begin` to `end`, and zeros for the other blocks.
+    // Return the codes with the scales and mins of the blocks from `begin` up to, but not including, `end`. The others' values are 0.
     static row_codes only(row_codes codes, int begin, int end) {
         const int blocks = (1 << end) - (1 << begin);
         codes.scales = _mm512_maskz_mov_ps((__mmask16) (blocks | blocks << GROUP), codes.scales);

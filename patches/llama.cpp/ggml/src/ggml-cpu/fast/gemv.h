@@ -1,4 +1,4 @@
-// Products with few columns, as in decode. Rows of weights are multiplied one after the other, so memory is read in order.
+// Products with few columns, as in decode. Rows of weights are multiplied in sequence, so memory is read in order.
 //
 // Codes and activations are those of the panel kernels. A column's result does not depend on the other columns.
 //
@@ -38,7 +38,7 @@ inline int n_groups(int n_blocks) {
     return (n_blocks + GROUP - 1) / GROUP;
 }
 
-// Quantize block b of a column. FACTOR multiplies the sums: 1, or -bias.
+// Quantize block b of a column. The sums are multiplied by FACTOR, which is 1 or -bias.
 template <auto QUANTISE, bool HALVES, int FACTOR> inline void pack_block(const float * col, int b, column_group<HALVES> * groups) {
     constexpr int parts = column_group<HALVES>::PARTS;
     column_group<HALVES> & group = groups[b / GROUP];
@@ -113,7 +113,7 @@ template <typename ROWS> void multiply_columns(const gemm_share & s) {
 
 template <int TYPE> constexpr int sum_factor = type_of<TYPE>::fmt.mins ? 1 : -type_of<TYPE>::fmt.bias;
 
-// PACK writes up to COPIES copies of each column. They make tiles larger, so has_packed_columns() (fast.cpp) can tell layouts apart.
+// PACK writes up to COPIES copies of each column. The copies make tiles larger, so has_packed_columns() can distinguish the layouts.
 template <int TYPE, auto PACK, typename ROWS, int COPIES = 1> const gemm * gemv_kernel() {
     constexpr size_t tile = COPIES * GEMV_COLS * sizeof(column_group<type_of<TYPE>::fmt.halves>) / GROUP;
     static const gemm g = { GEMV_ROWS, GEMV_COLS, 0, tile, 0, PACK, multiply_columns<ROWS> };

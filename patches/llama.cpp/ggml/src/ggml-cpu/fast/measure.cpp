@@ -6,7 +6,8 @@
 //   llama.cpp  llama.cpp's kernels, with weights in file order
 //
 // A round computes the same operation once in each form. The next round uses the reverse order, so a change of the clock rate favors
-// neither form. A kind is measured in two batches of rounds. All other kinds are measured between them, so a disturbance affects only one.
+// neither form. A kind is measured in two batches of rounds. All other kinds are measured between these
+// batches, so a brief disturbance affects only one of them.
 
 #include "fast.h"
 
@@ -40,10 +41,11 @@ namespace fast {
 
 namespace {
 
-// The weights of three products with equally many values. The speed depends on the length of rows: with 4096 values each, in the cache,
-// llama.cpp's Q6_K seemed 10 % faster on Zen 4, but it made decoding 2 % slower. More than 8 threads share 8 threads' rows.
+// The shapes of three products, whose weights have about the same number of values. The speed depends on the row length: for rows of 4096
+// values in the cache, llama.cpp's Q6_K kernels seemed 10 % faster on Zen 4, but they made decoding 2 % slower. More than 8 threads share
+// 8 threads' rows.
 struct shape {
-    int64_t n_in, n_out, n_out_per_thread; // with few columns, with many
+    int64_t n_in, n_out, n_out_per_thread; // n_out: with few columns, n_out_per_thread: with many
 };
 constexpr shape   SHAPES[]   = { { 1536, 3584, 224 }, { 4096, 1344, 96 }, { 8960, 608, 32 } };
 constexpr int64_t MAX_SHARES = 8;
@@ -115,7 +117,7 @@ void evict(ggml_backend_buffer_t buffer) {
 #    if defined(__x86_64__) || defined(_M_X64)
         _mm_clflush(line);
 #    elif defined(__aarch64__) && defined(__linux__)
-        asm volatile("dc civac, %0" : : "r"(line) : "memory"); // Linux permits this to programs
+        asm volatile("dc civac, %0" : : "r"(line) : "memory"); // Linux permits this instruction in user space
 #    endif
     }
 #endif
@@ -219,7 +221,7 @@ struct operations {
 
     bool is_supported() const { return ggml_pop_work_size(1, ops[0][0]) > 0; }
 
-    // Measure a batch, unless memory is short.
+    // Measure a batch. Do nothing if memory cannot be allocated.
     void measure(times_by_form & times, int n_threads, steady::time_point deadline) {
         if (all.allocate(ggml_backend_cpu_buffer_type())) {
             std::mt19937 random(0);
@@ -246,7 +248,7 @@ times_by_kind measure(const std::vector<kind> & kinds, int n_threads, steady::ti
     return found;
 }
 
-// Return whether other processes use this processor for more than half of 20 ms. Then rounds would take too long.
+// Return whether other processes use this processor for more than half of 20 ms. If so, rounds would take too long.
 bool is_crowded() {
     const auto start = steady::now();
     auto now = start;
@@ -265,11 +267,12 @@ bool is_crowded() {
 // choice
 //
 
-// Other processes make some rounds slower and none faster. So a form is faster only if, in each of two batches, it wins all rounds but one
-// by 5 %, and its median is 5 % below the other form's fastest round. tests/unit/engine/test_kernel_choice.py simulates this rule.
+// Other processes make some rounds slower and none faster. A form therefore counts as faster only if, in each of two batches, it is 5 % faster
+// in all rounds but one, and its median is 5 % below the other form's fastest round. tests/unit/engine/test_kernel_choice.py simulates this
+// rule.
 constexpr double CLEARLY = 1.05;
 constexpr size_t MAX_LOST = 1; // rounds of a batch
-// On a machine with busy processes, half of the batches had a median of up to 1.01 times their fastest round, and 90 % up to 1.16 times.
+// On a busy machine, the median was up to 1.01 times the fastest round in half of the batches, and up to 1.16 times in 90 %.
 constexpr double MAX_SPREAD = 1.25;
 
 using batch = std::vector<double>;
@@ -325,7 +328,7 @@ bool is_faster(const times_by_form & times, const char * one, const char * other
 const char * default_form() { return ggml_pop_must_be_chosen() ? "llama.cpp" : "ours"; }
 const char * other_form()   { return ggml_pop_must_be_chosen() ? "ours" : "llama.cpp"; }
 
-// Return whether one form is not clearly slower, even if other processes delayed it.
+// Return whether `one` is not clearly slower than `other`. Delays by other processes can only make it seem slower.
 bool is_as_fast(const batch & one, const batch & other) {
     return median(one) <= CLEARLY * fastest(other);
 }
@@ -337,7 +340,7 @@ bool is_decided(const times_by_form & times) {
            (is_complete(times) && is_as_fast(a[0], b[0]) && is_as_fast(a[1], b[1]));
 }
 
-// Return the kinds that the other form computes.
+// Return the kinds that other_form() computes, after the word "only" if our kernels must be chosen.
 std::string choose(const times_by_kind & kinds) {
     std::string choice = ggml_pop_must_be_chosen() ? "only" : "";
     for (const auto & [name, times] : kinds) {
@@ -371,7 +374,7 @@ std::string summary(const times_by_kind & kinds) {
 constexpr size_t MAX_ATTEMPTS = 3;
 constexpr double RETRY_SECONDS = 600;
 
-// Return whether a kind needs no measurement while opening a model.
+// Return whether opening a model must not measure the kind (again).
 bool is_settled(const times_by_form & times) {
     const auto tried = times.find("tried");
     if (is_decided(times) || tried == times.end() || tried->second.empty()) {
@@ -381,7 +384,7 @@ bool is_settled(const times_by_form & times) {
     return tried->second.size() >= MAX_ATTEMPTS || (seconds >= 0 && seconds < RETRY_SECONDS);
 }
 
-// If a form has several lines, the last one counts.
+// If a form has several lines, the last one is used. Lines with "tried" are combined.
 times_by_kind parse(const std::string & text) {
     times_by_kind found;
     std::istringstream lines(text);
@@ -423,7 +426,7 @@ std::string read_file(const std::filesystem::path & path) {
     return text.str();
 }
 
-// Write next to the file and rename, so that another process reads either all lines or none. Return false without permission.
+// Write next to the file and rename, so that another process reads either all lines or none. Return false if the file cannot be written.
 bool write_file(const std::filesystem::path & path, const std::string & text) {
     std::error_code error;
     std::filesystem::create_directories(path.parent_path(), error);
@@ -440,7 +443,7 @@ bool write_file(const std::filesystem::path & path, const std::string & text) {
     return is_written;
 }
 
-// Add lines to the file, which another process may have changed. Return false without permission.
+// Add lines to the file, which another process may have changed. Return false if the file cannot be written.
 bool add_to_file(const std::filesystem::path & path, const times_by_kind & kinds) {
     std::string text = read_file(path);
     if (!text.empty() && text.back() != '\n') {
@@ -454,7 +457,7 @@ std::vector<kind> kinds_of(const std::string & words, bool has_many) {
     std::istringstream all(words);
     for (std::string word; all >> word;) {
         const int type = word == "attention" ? ATTENTION : atoi(word.c_str());
-        if (type == ATTENTION || (type >= 0 && type < GGML_TYPE_COUNT && ggml_blck_size((ggml_type) type) > 0)) { // ggml removed some
+        if (type == ATTENTION || (type >= 0 && type < GGML_TYPE_COUNT && ggml_blck_size((ggml_type) type) > 0)) { // ggml removed some types
             if (has_many) {
                 found.push_back({ type, true });
             }
@@ -508,11 +511,11 @@ times_by_kind measure_missing(int n_threads, std::vector<kind> kinds, const std:
 }
 
 std::string choose(int n_threads, const std::string & words, const std::filesystem::path & path) {
-    if (!operations({ GGML_TYPE_Q8_0, true }, n_threads).is_supported()) { // this processor has no kernels of ours
+    if (!operations({ GGML_TYPE_Q8_0, true }, n_threads).is_supported()) { // we have no kernels for this processor
         return "";
     }
-    // With many rows, llama.cpp's results depend on the number of rows. If its kernels replaced ours, prompts would depend on their
-    // batches, so only the user's request (all) measures these kinds. If ours replace llama.cpp's, nothing is lost.
+    // With many rows, llama.cpp's results depend on the number of rows. If its kernels replaced ours, a prompt's results
+    // would depend on its batches, so only the user's request (all) measures these kinds. If ours replace llama.cpp's, no guarantee is lost.
     const bool has_many = ggml_pop_must_be_chosen();
     const auto known = words == "all" ? measure_all(n_threads, path) : measure_missing(n_threads, kinds_of(words, has_many), path);
     return choose(known) + summary(known);
