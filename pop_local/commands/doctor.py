@@ -75,7 +75,7 @@ def doctor(json: Json = False, report: Report = False, measure: Measure = False)
         Check("python", "Python", "ok", f"{platform.python_version()} ({sys.executable})"),
         Check("pop_local", "pop-local", "ok", __version__),
         *_backend(measure=measure),
-        Check("memory", "Memory", "ok", size(psutil.virtual_memory().total)),
+        Check("memory", "Memory", "ok", f"{size(psutil.virtual_memory().total)} in total"),
         _model(),
     )
     if report:
