@@ -1,6 +1,6 @@
 """Choose between pop-local's and llama.cpp's CPU kernels by measuring both on this machine.
 
-ggml_pop_choose (fast/measure.cpp) measures, decides, and stores the timings. The user's cache
+ggml_pop_choose (fast/choose.cpp) measures, decides, and stores the timings. The user's cache
 folder has a file for each combination of CPU, build, and thread count.
 """
 
