@@ -189,7 +189,8 @@ def _threads(n_threads: int) -> Check:
         return Check("threads", "Threads", "ok", found)
     found = f"{found}; other processes are using {n_busy:.1f} CPUs"
     to_do = "expect slower answers and unreliable timings"
-    to_do += "; a lower --threads value may improve speed" * (n_threads > 1)
+    if n_threads > 1:
+        to_do += "; a lower --threads value may improve speed"
     return Check("threads", "Threads", "note", found, to_do)
 
 

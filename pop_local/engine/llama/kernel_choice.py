@@ -29,9 +29,9 @@ def choice_for(source: Source, n_threads: int, *, flash_attn: bool) -> str:
     """
     sizes: Counter[int] = Counter()
     for tensor in source.tensors:
-        sizes[tensor.type] += tensor.size_bytes * (len(tensor.dims) > 1)
-    kinds = [*(str(kind) for kind, _ in sizes.most_common()), *["attention"] * flash_attn]
-    return measured(" ".join(kinds), n_threads)[0]
+        sizes[tensor.type] += tensor.size_bytes if len(tensor.dims) > 1 else 0
+    types = [str(kind) for kind, _ in sizes.most_common()]
+    return measured(" ".join([*types, "attention"] if flash_attn else types), n_threads)[0]
 
 
 def measured(kinds: str, n_threads: int) -> list[str]:
