@@ -81,6 +81,8 @@ def failing(folder: Path, at: int, number: int) -> Iterator[Fault]:
             return real_open(file, mode, buffering, *text, **options)
         fault.passes("open", file)
         raw = file_class(os.fspath(file), mode.translate({ord("b"): None, ord("t"): None}))
+        if buffering == 0:
+            return raw
         whole = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         return whole if "b" in mode else io.TextIOWrapper(whole, *text, **options)
 

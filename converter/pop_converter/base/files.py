@@ -1,14 +1,33 @@
 """Read files and pipes. Reading from a pipe times out if no process writes to it."""
 
+import errno
+import mmap
 import os
 import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pop_converter.base.errors import PopError
 
 # Maximum time to wait for a pipe's writer.
 _PATIENCE_S = 5.0
+
+
+@contextmanager
+def mapped(path: Path) -> Iterator[mmap.mmap]:
+    """Map a file for reading. Raises OSError, for example if the file is empty.
+
+    Requests that Linux cache the file in pages of 2 MiB. Decode is faster from such pages.
+    """
+    if path.is_file() and not path.stat().st_size:
+        raise OSError(errno.ENODATA, "the file is empty")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # the kernel may lack huge pages
+                view.madvise(mmap.MADV_HUGEPAGE)
+        yield view
 
 
 def read_file(path: Path, most: int = -1) -> bytes:

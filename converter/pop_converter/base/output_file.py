@@ -1,18 +1,20 @@
 """Write files atomically so that an output file is never incomplete."""
 
+import io
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import psutil
 
 from pop_converter.base.errors import OutputExistsError, WriteError
 
 _SUFFIX = ".partial"
+WRITE_BYTES = 1 << 21
 
 
 def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: bool) -> None:
@@ -47,6 +49,26 @@ def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
         raise _exists(f"{dst} exists")
 
 
+class LargeWriter(io.BufferedRandom):
+    """A file that buffers data and writes it in pieces that end at multiples of 2 MiB.
+
+    Linux can then cache the file in pages of 2 MiB. Decode is faster from such pages.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Create the file. Raises OSError, for example if the file exists."""
+        super().__init__(path.open("x+b", buffering=0), WRITE_BYTES)
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        while len(left) >= (n_bytes := WRITE_BYTES - self.tell() % WRITE_BYTES):
+            super().write(left[:n_bytes])
+            self.flush()
+            left = left[n_bytes:]
+        super().write(left)
+        return memoryview(data).nbytes
+
+
 @contextmanager
 def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `dst` if the block succeeds.
@@ -59,7 +81,7 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}{_SUFFIX}")
     remove_leftovers(dst.parent, dst.name)
     try:
-        with temporary.open("x+b") as file:
+        with LargeWriter(temporary) as file:
             yield file
         if dst.exists() and not force:
             raise _exists(f"{dst} was created by another process")

@@ -18,6 +18,7 @@ from typing import Any, cast
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from pop_converter.base.errors import FormatError, TruncatedError
+from pop_converter.base.files import mapped
 
 TO_GGUF = "pass the model's GGUF file, or create it with llama.cpp's convert_hf_to_gguf.py"
 MAGIC = b"GGUF"
@@ -218,11 +219,9 @@ def read_header(path: Path) -> Header:
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise FormatError(f"{path} is a pipe or a device, not a file", "pass a GGUF file")
-        with path.open("rb") as file:
-            start = file.read(len(MAGIC) + 4)
-            _check_magic(path, start)
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                return _scan(path, view)
+        with mapped(path) as view:
+            _check_magic(path, view[: len(MAGIC) + 4])
+            return _scan(path, view)
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from error
 

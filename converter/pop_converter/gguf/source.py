@@ -1,8 +1,11 @@
 """Read a model from one GGUF file or from the parts of a split file."""
 
 import hashlib
+import os
 import re
+import sys
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from pop_converter.base.errors import FormatError
@@ -112,12 +115,27 @@ def sampled_sha256(source: Source) -> str:
     """Hash the headers and each tensor's first bytes (SHA-256, hex). Fine-tunes' hashes differ."""
     digest = hashlib.sha256()
     for header in source.parts:
-        with header.path.open("rb") as file:
+        with header.path.open("rb", buffering=0) as file:
             digest.update(file.read(header.data_start))
+            if sys.platform == "linux":  # disable readahead, which would cache small pages
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             for tensor in header.tensors:
-                file.seek(header.data_start + tensor.offset)
-                digest.update(file.read(min(tensor.size_bytes, SAMPLED_BYTES)))
+                n_bytes = min(tensor.size_bytes, SAMPLED_BYTES)
+                digest.update(_sample(file, header.data_start + tensor.offset, n_bytes))
     return digest.hexdigest()
+
+
+def _sample(file: FileIO, start: int, n_bytes: int) -> bytes:
+    """Read `n_bytes` bytes, then drop them from the page cache.
+
+    Otherwise Linux could not cache this part of the file in large pages later.
+    """
+    file.seek(start)
+    found = file.read(n_bytes)
+    if sys.platform == "linux":
+        first = start // SAMPLED_BYTES * SAMPLED_BYTES
+        os.posix_fadvise(file.fileno(), first, 2 * SAMPLED_BYTES, os.POSIX_FADV_DONTNEED)
+    return found
 
 
 def is_sidecar(header: Header) -> bool:

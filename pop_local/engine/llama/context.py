@@ -126,6 +126,8 @@ class Context:
         )
         self.interrupt = Interrupt()
         params = self._model_params()
+        if options.use_mmap:
+            loading.read_ahead(source)
         try:
             with self.interrupt.opening(params):
                 self._open(params)

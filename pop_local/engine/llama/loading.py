@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 from contextlib import suppress
 from operator import mul
 from pathlib import Path
@@ -12,6 +13,7 @@ import psutil
 from pop_converter.architecture.arch_keys import require_loadable, trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.base.errors import PopError
+from pop_converter.base.files import mapped
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
 from pop_local.engine.llama import backend, logs
@@ -21,6 +23,24 @@ _UNKNOWN_CTX = 8192
 _LEAST_CTX = 2048
 # llama.cpp rounds context lengths up to a multiple of this number.
 _CTX_STEP = 256
+_POPULATE_READ = 22  # MADV_POPULATE_READ (Linux 5.14 or later)
+# `madvise` holds the GIL, so Ctrl-C and other threads wait until a piece has been read.
+_PIECE_BYTES = 1 << 22
+
+
+def read_ahead(source: Source) -> None:
+    """Read a model into Linux's page cache, in pages of 2 MiB if possible.
+
+    Decode is faster from such pages. Reads nothing on other systems, or if the model is larger
+    than the available memory.
+    """
+    require_loadable(source.first)
+    if sys.platform != "linux" or source.size_bytes > psutil.virtual_memory().available:
+        return
+    for path in source.paths:
+        with suppress(OSError), mapped(path) as view:
+            for start in range(0, len(view), _PIECE_BYTES):
+                view.madvise(_POPULATE_READ, start, min(_PIECE_BYTES, len(view) - start))
 
 
 def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, params: Any) -> Any:
