@@ -1,7 +1,7 @@
 """Measure what stale rows cost after an edit, and what they save. Not a test.
 
     python tests/bench/measure_edits.py MODEL.gguf [--tokens 2048] [--documents 4] [--questions 0]
-        [--facts] [--text FILE] [--sidecar FILE] [--threads 1]
+        [--facts] [--edits NAME,...] [--text FILE] [--sidecar FILE] [--threads 1]
 
 Reads a prompt pruned, then edits it in each of several ways. Compares three readings of the edited
 prompt by 128 tokens that follow: in full, pruned in an empty cache, and pruned after the edit.
@@ -160,6 +160,8 @@ def measure_edits(model: PopModel, options: argparse.Namespace) -> None:
         reader = Reader(model, scores)
         for document in documents(tokens, options.tokens, options.documents):
             for name, prompts in edits(model, document):
+                if options.edits and name not in options.edits.split(","):
+                    continue
                 found.setdefault(name, []).append(reader.measure(prompts, document.following))
     for name, rows in found.items():
         row: dict[str, object] = {"edit": name, "documents": len(rows)}
@@ -240,6 +242,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=0)
     parser.add_argument("--head", type=int, default=2, help="first line of look-ups: 1 or 2")
     parser.add_argument("--facts", action="store_true", help="changed and removed facts")
+    parser.add_argument("--edits", help="names of the edits to measure, separated by commas")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--sidecar", type=Path)
     parser.add_argument("--threads", type=int, default=1)
