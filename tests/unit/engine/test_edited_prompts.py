@@ -95,13 +95,12 @@ def test_as_many_last_rows_are_decoded_again_as_tokens_changed(llama_file, name,
 
 def test_a_state_is_chosen_only_if_its_edit_pays(llama_file):
     """Reject a state that matches more rows if only its first 10 rows could be reused."""
-    base = prompt(1000, seed=3)
-    tokens = base[:10] + prompt(350, seed=4) + base[10:]
+    base = prompt(340, seed=3)
+    tokens = base[:10] + prompt(170, seed=4) + base[10:]
     with pruned(llama_file, prompt_cache=PromptCache(2**26)) as model:
         read(model, base)
-        read(model, tokens[:350] + NEW)
-        found = model.read(Prompt(tokens))
-        assert found.n_cached >= 350 or found.n_stale > MIN_REUSED
+        read(model, tokens[:100] + NEW)
+        assert model.read(Prompt(tokens)).n_cached == 100
 
 
 def test_a_prompt_may_repeat_its_beginning(llama_file):
