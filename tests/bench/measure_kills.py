@@ -34,14 +34,14 @@ from pop_local.engine.cache.disk_store import DiskStore
 from pop_local.engine.cache.saved_state import SavedState
 from pop_local.engine.learning.sums import Sums, SumsFile
 from pop_local.engine.sessions.conversation import Conversation, Turn
-from pop_local.engine.sessions.session_file import SUFFIX, Sessions
+from pop_local.engine.sessions.session_file import SUFFIX, write_session
 from pop_local.fetching import wheel_download
 from pop_local.measure import probes
 from pop_local.models.model_names import WheelPart, load_catalog, record_fetched
 from pop_local.ui.chat.line import _History
 from pop_local.workflows.conversion import named
 from support.calibrating import words
-from support.calls import completed, opened
+from support.calls import opened
 from support.converted import names
 from support.hub_server import Hub, Repo, serving
 from support.program import called
@@ -87,11 +87,8 @@ def command(*arguments: object) -> None:
 
 def save(model: Path, folder: Path) -> None:
     with opened(model, n_ctx=1024) as asked:
-        completed(
-            asked, list(asked.engine.prompter.conversation(SAID.messages).tokens), max_tokens=1
-        )
         for _ in range(40):  # as long as it takes to open a model
-            Sessions(folder).save("talk", asked.engine, SAID)
+            write_session(folder / f"talk{SUFFIX}", asked.engine, SAID)
 
 
 def learn(folder: Path) -> None:

@@ -20,11 +20,8 @@ from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.sidecar import existing_sidecar, read_sidecar, sidecar_meta
 from pop_converter.projection import Projection
 from pop_local.engine.cache.saved_state import decoded_array, encoded_array
-from pop_local.engine.llama.backend import Mode
-from pop_local.engine.sessions.conversation import Conversation, Turn
-from pop_local.engine.sessions.session_file import Fingerprint, Session, Sessions, encoded
+from pop_local.engine.sessions.session_file import FORMAT, read_session
 from pop_local.measure.budget import boundaries
-from pop_local.texts.document_readers import Document
 from pop_local.workflows.conversion.goals import LEAST_DIVISOR
 from pop_local.workflows.inspect_file import inspect
 from support import recipes
@@ -107,26 +104,29 @@ def test_sidecars(tmp_path):
 
 
 def test_sessions(tmp_path):
-    sessions, path = Sessions(tmp_path), tmp_path / "talk.popsession"
-    said = Conversation("Be brief.", (Turn("what?", (Document("a.txt", "text"),), "this"),) * 2)
-    mark = Fingerprint(10**9, "0" * 64, "backend")
-    session = json.loads(encoded(Session("talk", "a.gguf", 10, Mode.CONTEXT, "key", mark, said)))
+    path = tmp_path / "talk.popsession"
+    turn: dict[str, Any] = {"question": "what?", "answer": "this", "pictures": []}
+    turn["documents"] = [{"name": "a.txt", "text": "text"}]
+    said = {"system": "Be brief.", "turns": [turn, turn]}
+    session: dict[str, Any] = {"format": FORMAT, "model": "a.gguf", "mode": "CONTEXT", **said}
+    old = {**session, "format": 3, "conversation": said}
     array = encoded_array(np.arange(10, dtype=np.int32))
 
     def attempt(rng: random.Random) -> None:
         with suppress(ValueError):
             decoded_array(mutated_bytes(rng, array, 0, 128), np.int32, 10)
-        text = json.dumps(mutated_json(rng, session)).encode()
+        is_old = rng.random() < 0.3
+        content = json.dumps(mutated_json(rng, old if is_old else session)).encode()
         if rng.random() < 0.2:
-            text = mutated_bytes(rng, text, 0, len(text))
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("session.json", text)
-        if rng.random() < 0.5:
-            content = path.read_bytes()
-            path.write_bytes(mutated_bytes(rng, content, 0, len(content)))
-        (stored,) = sessions.listed()
-        if stored.session is None:
-            raise PopError("refused")
+            content = mutated_bytes(rng, content, 0, len(content))
+        path.write_bytes(content)
+        if is_old:
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("session.json", content)
+            if rng.random() < 0.5:
+                content = path.read_bytes()
+                path.write_bytes(mutated_bytes(rng, content, 0, len(content)))
+        read_session(path)
 
     campaign(attempt)
 

@@ -173,8 +173,8 @@ class Transcript(Screen):
         return (self.read_line() or enter or None) if self.lines else None
 
     @contextmanager
-    def reading(self, what: str = "reading") -> Iterator[Any]:
-        yield lambda done, total: self.note(f"{what} {done} of {total}")
+    def reading(self) -> Iterator[Any]:
+        yield lambda done, total: self.note(f"reading {done} of {total}")
 
 
 def scripted_chat(

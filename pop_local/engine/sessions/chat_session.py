@@ -15,7 +15,7 @@ from pop_local.engine.chat_messages import SessionStats, TurnStats
 from pop_local.engine.engine import EngineOwner
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.sessions.conversation import Conversation, Turn
-from pop_local.engine.sessions.session_file import SUFFIX, Sessions, n_own_tokens
+from pop_local.engine.sessions.session_file import SUFFIX, read_session, write_session
 from pop_local.engine.turn_options import AnswerOptions, TurnOptions
 from pop_local.texts.document_readers import Document
 
@@ -92,7 +92,7 @@ class ChatSession:
     def __init__(
         self, model: EngineOwner, conversation: Conversation | None = None, *, reread: str = ""
     ) -> None:
-        """`reread`: why the model must reread the conversation, or ""."""
+        """`reread`: why the KV cache in the session's file cannot be used, or ""."""
         self.model = model
         self.reread = reread
         self._conversation = conversation or Conversation()
@@ -130,10 +130,6 @@ class ChatSession:
         """The turn that `retry` and `edit` repeat: `dropped` or, if that is None, the last turn."""
         turns = self.conversation.turns
         return self._dropped or (turns[-1] if turns else None)
-
-    @property
-    def n_cached(self) -> int:
-        return n_own_tokens(self.model.engine, self.conversation)
 
     @property
     def stats(self) -> SessionStats:
@@ -244,35 +240,34 @@ class ChatSession:
             )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the transcript and KV cache atomically, and return the file's path (*.popsession).
+        """Write the transcript atomically, and return the file's path (*.popsession).
 
-        If the cache holds a different session, the file contains only the transcript. Raises
-        PopError if the file already exists or cannot be written.
+        Raises PopError if the file already exists or cannot be written.
         """
-        sessions, name = _split(path)
-        target = sessions.path(name)
+        target = _session_path(path)
         if target.exists() and not overwrite:
             raise OutputExistsError(f"{target} exists", "pass overwrite=True to replace the file")
-        sessions.save(name, self.model.engine, self.conversation)
+        write_session(target, self.model.engine, self.conversation)
         return target
 
 
 def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSession:
-    """Load a saved conversation, and restore its mode and KV cache if both match the model.
+    """Load a saved conversation, and restore its prefill mode if the model can be pruned.
 
-    If the mode or KV cache does not match, `reread` contains the reason. The model then rereads the
-    conversation when the next question is asked. Raises PopError if the file is not a session file.
+    Raises PopError if the file is not a session file.
     """
-    sessions, name = _split(path)
-    if not sessions.path(name).is_file():
-        raise PopError(f"no session {sessions.path(name)}", "check the path")
-    restored = sessions.load(name, model.engine)
-    return ChatSession(model, restored.session.conversation, reread=restored.reread)
+    target = _session_path(path)
+    if not target.is_file():
+        raise PopError(f"no session {target}", "check the path")
+    session = read_session(target)
+    if session.mode is not None and model.engine.pruning.can_switch:
+        model.engine.set_mode(session.mode, keeps_exact=True)
+    return ChatSession(model, session.conversation, reread=session.reread)
 
 
-def _split(path: str | os.PathLike[str]) -> tuple[Sessions, str]:
+def _session_path(path: str | os.PathLike[str]) -> Path:
     given = Path(path)
-    return Sessions(given.parent), given.name.removesuffix(SUFFIX)
+    return given.with_name(given.name.removesuffix(SUFFIX) + SUFFIX)
 
 
 def _documents(given: Sequence[str | Document]) -> tuple[Document, ...]:

@@ -65,20 +65,6 @@ def _join(thread: threading.Thread) -> None:
         raise KeyboardInterrupt
 
 
-def finish(chat: Dialogue) -> None:
-    """Refill all cached rows before the session is saved, unless the user presses Ctrl-C."""
-    refiller = chat.model.engine.refiller
-    if chat.refill == "off" or not refiller.n_refillable:
-        return
-    try:
-        with chat.screen.reading("Catching up") as advance:
-            refiller.refill(on_progress=advance)
-    except KeyboardInterrupt:
-        if not chat.screen.is_typed:
-            raise
-        chat.screen.note("Catch-up was interrupted. The saved cache is not exact for some tokens.")
-
-
 def status_bar(chat: Dialogue) -> str:
     """Return the catch-up progress as text, or "" if all cached tokens are exact."""
     cache = chat.model.engine.cache

@@ -58,9 +58,9 @@ class Screen:
     def error(self, error: PopError) -> None:
         error_output.show(error)
 
-    def reading(self, what: str = "Reading the prompt") -> AbstractContextManager[Advance]:
-        """Show a progress bar that counts tokens during a prefill or refill."""
-        return prefill_progress(what)
+    def reading(self) -> AbstractContextManager[Advance]:
+        """Show a progress bar that counts tokens during a prefill."""
+        return prefill_progress("Reading the prompt")
 
     @property
     def is_typed(self) -> bool:

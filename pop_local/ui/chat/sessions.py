@@ -1,7 +1,7 @@
 """The chat's session files: /save, /load, and recovery after a crash.
 
-A running chat keeps its transcript (without the KV cache) in a locked file and removes the file at
-exit. An unlocked file belongs to a chat that crashed.
+A running chat keeps its transcript in a locked file and removes the file at exit. An unlocked file
+belongs to a chat that crashed.
 """
 
 import time
@@ -18,9 +18,8 @@ from pop_converter.base.output_file import make_private
 from pop_local.config.settings import sessions_dir
 from pop_local.engine.sessions.chat_session import load_session
 from pop_local.engine.sessions.conversation import Conversation
-from pop_local.engine.sessions.session_file import SavedFile, Sessions
+from pop_local.engine.sessions.session_file import SavedFile, Sessions, write_session
 from pop_local.ui.chat.dialogue import Dialogue, pruning_state, warn_of_hidden_pictures
-from pop_local.ui.chat.refill import finish
 from pop_local.ui.error_output import as_pop_error
 
 _CHOICES = {
@@ -44,7 +43,6 @@ def save(chat: Dialogue, name: str) -> None:
         if chat.screen.choose(f"Session {name} already exists.", choices) != "r":
             chat.refuse("Nothing was saved.")
             return
-    finish(chat)
     n_bytes = chat.session.save(path, overwrite=True).stat().st_size
     chat.saved_as = name
     chat.screen.note(f"Saved {name} ({size(n_bytes)}). To restore the session, type /load {name}.")
@@ -67,11 +65,9 @@ def load(chat: Dialogue, name: str) -> None:
     chat.screen.note(f"Loaded {name}: {_turns(len(session.conversation.turns))}.")
     if session.reread:
         chat.screen.warn(
-            f"Cannot reuse the saved KV cache: {session.reread}. The model will read the transcript"
-            " again before the next answer."
+            f"The session's KV cache cannot be used because {session.reread}. The model will read"
+            " the transcript again before the next answer."
         )
-    else:
-        chat.screen.note(f"The cache contains {session.n_cached:,} tokens from the session.")
     warn_of_hidden_pictures(chat)
     if chat.model.engine.pruning.mode is not before:
         chat.screen.note(pruning_state(chat.model))
@@ -85,7 +81,7 @@ def _list(chat: Dialogue) -> None:
         what = "damaged"
         if session := stored.session:
             n_turns = len(session.conversation.turns)
-            what = f"{_turns(n_turns)}, {session.n_tokens:,} tokens, {session.model}"
+            what = f"{_turns(n_turns)}, {session.model}"
         chat.screen.note(f"{stored.name}: {what}, {size(stored.size_bytes)}, {_changed(stored)}")
 
 
@@ -137,7 +133,7 @@ class Unsaved:
             if not said.turns:
                 self._sessions.path(self._name).unlink(missing_ok=True)
                 return
-            self._sessions.save(self._name, chat.model.engine, said, with_cache=False)
+            write_session(self._sessions.path(self._name), chat.model.engine, said)
         except Exception as error:
             self._is_possible = False
             reason = as_pop_error(error).message

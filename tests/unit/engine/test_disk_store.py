@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from pop_converter.base import output_file
-from pop_converter.base.errors import WriteError
+from pop_converter.base.errors import PopError, WriteError
 from pop_local.engine.cache import disk_store
 from pop_local.engine.cache.disk_store import SUFFIX, DiskStore, clear_folder
 from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.cache.saved_state import decoded_array
 from pop_local.engine.prompt.prompt import Prompt
 from support.calls import kv_bytes, last_logits, opened, prompt, read
 from support.converted import tiny
@@ -251,14 +252,58 @@ def test_a_state_that_reuses_fewer_rows_than_the_cache_stays_on_disk(pop_file, f
     assert path.stat().st_mtime_ns == 0, "it was loaded"
 
 
-@pytest.mark.parametrize("first_stale", [-1, 10])
-def test_a_file_with_a_wrong_stale_row_is_removed(pop_file, folder, first_stale):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"first_stale": -1},
+        {"first_stale": 10},
+        {"positions": np.arange(1, len(OLD) + 2, dtype=np.int32)},
+        {"tokens": np.full(len(OLD), -2, np.int32)},
+    ],
+)
+def test_a_file_with_impossible_rows_is_removed(pop_file, folder, changes):
     with opened(pop_file, full=True) as model:
         read(model, OLD)
-        state = replace(model.engine.states.save(), first_stale=first_stale)
+        state = replace(model.engine.states.save(), **changes)
         key = model.engine.states._prompts_key
     store = DiskStore(folder, ROOM)
     store.add(key, state)
     store.close()
-    assert store.find(key, Prompt(OLD).n_equal, 0) is None
+    assert store.find(key, lambda tokens, images: len(tokens), 0) is None
     assert not files(folder)
+
+
+@pytest.mark.parametrize("cells", ["empty", "cut", "of fewer rows"])
+def test_a_state_with_incomplete_cells_is_refused(pop_file, cells):
+    with opened(pop_file) as model:
+        read(model, OLD)
+        state = model.engine.states.save()
+        model.engine.cache.truncate(10)
+        fewer = model.engine.states.save().cells
+        content = {"empty": b"", "cut": state.cells[:-1]}.get(cells, fewer)
+        with pytest.raises(PopError, match="the saved state does not match"):
+            model.engine.states.restore(replace(state, cells=content))
+        assert model.engine.cache.n_tokens == 0
+
+
+def npy(head: str, data: bytes = b"") -> bytes:
+    padded = head.ljust(117) + "\n"
+    return b"\x93NUMPY\x01\0" + len(padded).to_bytes(2, "little") + padded.encode() + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (999999999999,), }"),
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (-1,), }"),
+        npy("{'descr': '|O', 'fortran_order': False, 'shape': (10,), }"),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (10,), }", bytes(40)),
+        npy("{'descr': [('a', '<i4')], 'fortran_order': False, 'shape': (10,), }"),
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (10,), }"),
+        npy("(" * 100),
+        b"",
+    ],
+)
+def test_arrays_of_another_type_or_size_are_rejected(content):
+    with pytest.raises(ValueError, match="unexpected array header"):
+        decoded_array(content, np.int32, 10)

@@ -14,8 +14,6 @@ from pop_local.engine.llama import backend, context
 from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.devices import Device, ggml, has_kernels
-from pop_local.engine.sessions.conversation import Conversation
-from pop_local.engine.sessions.session_file import Sessions
 from support.calls import append, greedy, kv_bytes, last_logits, opened, prompt, read
 from support.converted import converted, tiny
 from support.ggml_library import Tensor
@@ -215,19 +213,13 @@ def test_on_a_gpu_flash_attention_is_llama_cpps_choice(pop_file, monkeypatch):
     assert opened(pop_file, flash_attn=False).engine.context.settings.flash_attn_type == 0
 
 
-def test_kv_of_another_attention_are_refused_or_reread(pop_file, tmp_path):
+def test_kv_of_another_attention_are_refused(pop_file):
     """Flash attention changes the layout of V."""
     model, other = (opened(pop_file, flash_attn=is_on) for is_on in (True, False))
     tokens = prompt(100)
     read(model, tokens)
     with pytest.raises(PopError, match="different options"):
         other.engine.states.restore(model.engine.states.save())
-    sessions = Sessions(tmp_path)
-    conversation = Conversation()
-    list(model.session().stream("What?", max_tokens=1))
-    sessions.save("one", model.engine, conversation)
-    assert sessions.load("one", other.engine).reread
-    assert not sessions.load("one", opened(pop_file, flash_attn=True).engine).reread
 
 
 @pytest.mark.parametrize("kernels", [True, False])

@@ -159,7 +159,6 @@ def test_a_closed_model_is_an_error(chat_model, tmp_path):
     for ask in (
         lambda: model.chat("a"),
         lambda: session.chat("a"),
-        lambda: session.save(tmp_path / "closed"),
         lambda: model.load_session(session_file(chat_model, tmp_path)),
         model.engine.cache.clear,
     ):

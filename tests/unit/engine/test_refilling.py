@@ -10,7 +10,6 @@ import pytest
 from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.sessions.session_file import Sessions
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
@@ -103,17 +102,6 @@ def test_rows_whose_states_were_dropped_stay_pruned(chat):
     begun.ask("what?")
     assert begun.model.engine.refiller.refill() == 0
     assert begun.model.engine.cache.n_exact < 200
-
-
-def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
-    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
-    begun = chat(WORDS, "/save here")
-    assert "Catching up" in talked(begun)
-    saved = Sessions(tmp_path / "sessions")
-    other = chat(mode="off").model
-    restored = saved.load("here", other.engine)
-    assert restored.reread == ""
-    assert other.engine.cache.n_exact == other.engine.cache.n_tokens > 200
 
 
 def test_stats_report_progress(chat):
