@@ -3,7 +3,6 @@
 import faulthandler
 import importlib
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -22,21 +21,20 @@ def main(module: str, worker: str, limit_s: float, limit_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     _limit_memory(limit_bytes)
     print("{}", flush=True)
-    with Path(os.devnull).open("w") as nowhere:
-        for line in sys.stdin.buffer:
-            name, *arguments = json.loads(line)
-            faulthandler.dump_traceback_later(limit_s, exit=True, file=nowhere)
-            answer: dict[str, object]
-            try:
-                answer = {"result": getattr(work, name)(*arguments)}
-            except PopError as error:
-                answer = {"refused": error.message, "hint": error.hint}
-            except Exception as error:
-                named = f"{type(error).__name__}: {error}".removesuffix(": ")
-                answer = {"refused": str(error) if isinstance(error, ValueError) else named}
-            written = json.dumps(answer)
-            faulthandler.cancel_dump_traceback_later()
-            print(written, flush=True)
+    for line in sys.stdin.buffer:
+        name, *arguments = json.loads(line)
+        faulthandler.dump_traceback_later(limit_s, exit=True)
+        answer: dict[str, object]
+        try:
+            answer = {"result": getattr(work, name)(*arguments)}
+        except PopError as error:
+            answer = {"refused": error.message, "hint": error.hint}
+        except Exception as error:
+            named = f"{type(error).__name__}: {error}".removesuffix(": ")
+            answer = {"refused": str(error) if isinstance(error, ValueError) else named}
+        written = json.dumps(answer)
+        faulthandler.cancel_dump_traceback_later()
+        print(written, flush=True)
 
 
 def _limit_memory(n_more_bytes: int) -> None:

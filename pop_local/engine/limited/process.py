@@ -1,4 +1,9 @@
-"""Start child processes and call functions in them, with limits on time and memory."""
+"""Start child processes and call functions in them, with limits on time and memory.
+
+multiprocessing, and so every pool built on it, imports the main module again in a spawned child, so
+it would run a user's script twice if the script lacks an `if __name__ == "__main__"` guard. A
+forked child would inherit llama.cpp's locks without its threads.
+"""
 
 import atexit
 import json
@@ -46,7 +51,7 @@ class KeptProcess:
     """A child process that runs a worker's methods. A call restarts the process if it has exited.
 
     Calls are thread-safe and run one at a time. If a call is interrupted or exceeds a limit, the
-    parent kills the child process.
+    parent kills the child process. `close` ends a call that runs in another thread.
     """
 
     def __init__(
@@ -57,8 +62,7 @@ class KeptProcess:
         `task`: the subject of BeyondLimitsError's message. `hint`: the hint in BeyondLimitsError.
         """
         self.limit_s, self.limit_bytes = limit_s, limit_bytes
-        self._place = (worker.__module__, worker.__qualname__)
-        self._task, self._hint = task, hint
+        self._worker, self._task, self._hint = worker, task, hint
         self._lock = threading.RLock()
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = 0
@@ -72,13 +76,13 @@ class KeptProcess:
     def start(self) -> subprocess.Popen[bytes]:
         """Start the child process if needed. Startup takes a fraction of a second."""
         with self._lock:
-            child = self._child
+            child, worker = self._child, self._worker
             # After a fork, the child still belongs to the process that started it.
             if child is None or self._owner != os.getpid() or child.poll() is not None:
                 self.close()
-                given = json.dumps([*self._place, self.limit_s, self.limit_bytes])
+                options = [worker.__module__, worker.__qualname__, self.limit_s, self.limit_bytes]
                 child = self._child = subprocess.Popen(
-                    [_python(), "-I", "-c", _START, given, *sys.path],
+                    [_python(), "-I", "-c", _START, json.dumps(options), *sys.path],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
@@ -92,15 +96,14 @@ class KeptProcess:
         Raises RefusedError, BeyondLimitsError, or NoChildError.
         """
         with self._lock:
-            child, line = self.start(), b""
+            child = self.start()
             assert child.stdin is not None and child.stdout is not None
             try:
-                if not self._is_ready:
-                    self._is_ready = child.stdout.readline().endswith(b"\n")
+                self._is_ready = self._is_ready or bool(child.stdout.readline())
                 with suppress(OSError):  # the child has ended
                     child.stdin.write(json.dumps([name, *arguments]).encode() + b"\n")
                     child.stdin.flush()
-                    line = child.stdout.readline()
+                line = child.stdout.readline()
             except BaseException:  # otherwise the next call would read this call's result
                 self.close()
                 raise
@@ -117,11 +120,6 @@ class KeptProcess:
     def close(self) -> None:
         """Kill the child process if the current process started it."""
         child, self._child = self._child, None
-        if child is None or self._owner != os.getpid():
-            return
-        child.kill()
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            assert pipe is not None
-            with suppress(OSError):  # closing flushes data that the child can no longer read
-                pipe.close()
+        if child is not None and self._owner == os.getpid():
+            child.kill()
+            child.communicate()  # also closes the pipes

@@ -1,6 +1,10 @@
 """Chat templates: equal to llama_cpp's results, with limits on time and memory."""
 
-from typing import Any
+import os
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
@@ -114,7 +118,7 @@ def test_a_template_beyond_its_limits_is_tried_once(in_a_hurry, tmp_path, monkey
     rendered: list[object] = []
     call = templates.renderer.call
 
-    def counted(name: str, template: str, arguments: dict[str, Any] | None) -> str:
+    def counted(name: str, template: str, arguments: object) -> str:
         rendered.append(arguments)
         return str(call(name, template, arguments))
 
@@ -131,23 +135,24 @@ def test_a_template_beyond_its_limits_is_an_error_of_a_fit(in_a_hurry, tmp_path)
         Prompter(context).before_question()
 
 
-def test_an_interrupted_render_is_not_the_next_ones_result(monkeypatch, vocab):
+def test_an_interrupted_render_is_not_the_next_ones_result(vocab):
     template = Template("{{ messages[0].content }}", vocab)
-
-    def ask(content: str) -> str:
-        return template.render([{"role": "user", "content": content}])
-
-    assert ask("one") == "one"
-
-    class Interrupted:
-        def write(self, call: bytes) -> None:
-            raise KeyboardInterrupt
-
-        def close(self) -> None:
-            pass
-
-    child = templates.renderer.start()
-    monkeypatch.setattr(child, "stdin", Interrupted())
+    endless = Template(ENDLESS, vocab)
+    press = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    press.start()
     with pytest.raises(KeyboardInterrupt):
-        ask("two")
-    assert ask("three") == "three"
+        endless.render(MESSAGES)
+    press.join()
+    assert template.render([{"role": "user", "content": "three"}]) == "three"
+
+
+def test_a_script_without_a_guard_runs_once(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "from pop_local.engine.prompt.templates import renderer\n"
+        "print('started')\n"
+        "print(renderer.call('rendered', '{{ 1 + 1 }}', {}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["started", "2"]
