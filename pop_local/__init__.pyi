@@ -22,8 +22,8 @@ from pop_local.measure.budget import BALANCED as BALANCED
 from pop_local.measure.budget import FAST as FAST
 from pop_local.measure.budget import NEAR_LOSSLESS as NEAR_LOSSLESS
 from pop_local.measure.quality import QualitySettings as QualitySettings
-from pop_local.research.layer_analysis import Analysis as Analysis
-from pop_local.research.layer_analysis import analyze as analyze
+from pop_local.research.analyze import Analysis as Analysis
+from pop_local.research.analyze import analyze as analyze
 from pop_local.texts.document_readers import Document as Document
 from pop_local.texts.document_readers import read_document as read_document
 from pop_local.workflows.conversion.conversion_plan import Converted as Converted
@@ -34,9 +34,9 @@ from pop_local.workflows.conversion.goals import Boundary as Boundary
 from pop_local.workflows.conversion.goals import Within as Within
 from pop_local.workflows.conversion.refusals import CopyingBrokenError as CopyingBrokenError
 from pop_local.workflows.conversion.refusals import OverBudgetError as OverBudgetError
-from pop_local.workflows.evaluate import EvaluateOptions as EvaluateOptions
-from pop_local.workflows.evaluate import Evaluation as Evaluation
-from pop_local.workflows.evaluate import evaluate as evaluate
+from pop_local.workflows.eval import EvaluateOptions as EvaluateOptions
+from pop_local.workflows.eval import Evaluation as Evaluation
+from pop_local.workflows.eval import evaluate as evaluate
 from pop_local.workflows.hardware import Hardware as Hardware
 from pop_local.workflows.learning import OnlineCalibration as OnlineCalibration
 

@@ -3,7 +3,7 @@
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import expand_options
 from pop_local.ui.tables import print_json
-from pop_local.ui.views.analysis import as_json, show
+from pop_local.ui.views.analyze import as_json, show
 from pop_local.ui.watch import stoppable_watch
 
 
@@ -16,8 +16,8 @@ def analyze(
     processors: opt.HardwareOptions,
 ) -> None:
     """Measure the quality loss at each boundary to find out how many layers a model can skip."""
-    from pop_local.research import layer_analysis
+    from pop_local.research import analyze as workflow
 
     with stoppable_watch() as watch:
-        found = layer_analysis.analyze(model, hardware=processors.hardware, watch=watch)
+        found = workflow.analyze(model, hardware=processors.hardware, watch=watch)
     print_json(as_json(found)) if json else show(found, as_markdown=markdown)

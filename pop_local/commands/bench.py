@@ -10,7 +10,7 @@ from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.console import note, warn
 from pop_local.ui.tables import print_json
-from pop_local.ui.views.speed_table import show_speed
+from pop_local.ui.views.bench import show_speed
 from pop_local.ui.watch import stoppable_watch
 
 # Number of tokens per kernel whose reading takes minutes.
@@ -35,7 +35,7 @@ def bench(
 ) -> None:
     """Measure the time to first token with and without fast reading, in alternating runs."""
     from pop_local.commands.opening import warn_if_busy
-    from pop_local.workflows import benchmark as workflow
+    from pop_local.workflows import bench as workflow
 
     options = workflow.BenchOptions(
         _lengths(read.prompt),

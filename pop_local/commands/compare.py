@@ -9,7 +9,7 @@ import typer
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.tables import print_json
-from pop_local.ui.views.comparison import comparison_json, show_comparison
+from pop_local.ui.views.compare import comparison_json, show_comparison
 from pop_local.ui.watch import stoppable_watch
 
 
@@ -46,7 +46,7 @@ def compare(
     are answered correctly with and without fast reading. The command also tests whether the
     difference between the two counts could be due to chance.
     """
-    from pop_local.workflows.compare_answers import compare_answers
+    from pop_local.workflows.compare import compare_answers
 
     with stoppable_watch() as watch:
         found = compare_answers(

@@ -20,7 +20,7 @@ from pop_local.models.model_names import is_unused_copy, load_catalog
 from pop_local.models.sidecars import is_shipped, sidecar_of
 from pop_local.ui.console import note
 from pop_local.ui.tables import print_json
-from pop_local.ui.views import conversion as view
+from pop_local.ui.views import convert as view
 from pop_local.ui.watch import stoppable_watch, terminal_watch
 from pop_local.workflows.conversion.conversion_plan import (
     ConvertOptions,

@@ -11,7 +11,7 @@ from pop_local.models.model_names import DEFAULT_MODEL
 from pop_local.ui.console import say
 from pop_local.ui.tables import print_json
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.demonstrate import MAX_TOKENS, Demonstration, demonstrate
+from pop_local.workflows.demo import MAX_TOKENS, Demonstration, demonstrate
 
 
 @expand_options

@@ -7,7 +7,7 @@ from pop_converter.popfile.format import DeepRows
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, expert, option
 from pop_local.ui.tables import print_json
-from pop_local.ui.views.quality_figures import evaluation_json, show_evaluation
+from pop_local.ui.views.eval import evaluation_json, show_evaluation
 from pop_local.ui.watch import stoppable_watch
 
 
@@ -28,7 +28,7 @@ def eval(  # noqa: A001
 ) -> None:
     """Measure fast reading's quality loss: KL divergence, perplexity, copying, and look-ups."""
     from pop_local.measure.quality import QualitySettings
-    from pop_local.workflows.evaluate import EvaluateOptions, evaluate
+    from pop_local.workflows.eval import EvaluateOptions, evaluate
 
     options = EvaluateOptions(
         text=on.text,

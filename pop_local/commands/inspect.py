@@ -6,8 +6,8 @@ import typer
 
 from pop_local.commands.shared_options import Json, Sidecar
 from pop_local.ui.tables import print_facts, print_json, print_sentence
-from pop_local.ui.views.inspection import inspection_facts, summary_facts
-from pop_local.workflows import inspect_file
+from pop_local.ui.views.inspect import inspection_facts, summary_facts
+from pop_local.workflows import inspect as workflow
 
 
 def inspect(
@@ -18,7 +18,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show a model's architecture, layers, boundary, sizes, and origin."""
-    found = inspect_file.inspect(model, sidecar)
+    found = workflow.inspect(model, sidecar)
     if json:
         print_json(found)
         return

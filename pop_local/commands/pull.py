@@ -14,7 +14,7 @@ from pop_local.models.sidecars import SHIPPED, SUFFIX
 from pop_local.ui.console import note, say
 from pop_local.ui.tables import Column, print_sentence, print_table
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.fetch import fetch_named
+from pop_local.workflows.pull import fetch_named
 
 _CATALOG = (
     Column("Name", lambda model: model.short_name),

@@ -17,7 +17,7 @@ import numpy as np
 
 from pop_converter.base.progress import Progress, counting
 from pop_local.engine.model import PopModel
-from pop_local.measure.compared_prompts import mcnemar
+from pop_local.measure.compare import mcnemar
 from pop_local.measure.divergence import likelihood, predictions
 from pop_local.measure.estimate import Estimate, ratio
 from pop_local.measure.forced import FULL, Forced, Pruning, forced

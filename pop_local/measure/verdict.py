@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from pop_converter.popfile.format import Measured
 
 if TYPE_CHECKING:
-    from pop_local.measure.compared_prompts import Comparison
+    from pop_local.measure.compare import Comparison
 
 # Largest relative increase in perplexity that is not visible in answers.
 _INVISIBLE = 0.01

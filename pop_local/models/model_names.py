@@ -276,7 +276,7 @@ def _not_on_hub(url: str) -> PopError:
 
 def to_fetch(model: str) -> PopError:
     """Return the error for a hub model that has not been downloaded."""
-    hint = "fetch the model with pop_local.workflows.fetch.fetch_named"
+    hint = "fetch the model with pop_local.workflows.pull.fetch_named"
     return PopError(f"{model} must be fetched first", hint, cause="not-fetched", model=model)
 
 

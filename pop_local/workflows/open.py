@@ -16,7 +16,7 @@ from pop_local.models import model_names as names
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.model_files import ModelFiles
 from pop_local.models.sidecars import is_learned, is_shipped, sidecar_of
-from pop_local.workflows.fetch import fetch_named
+from pop_local.workflows.pull import fetch_named
 
 if TYPE_CHECKING:
     from pop_local.engine.engine_options import EngineOptions

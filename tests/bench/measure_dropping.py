@@ -33,7 +33,7 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import read_sidecar
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
-from pop_local.measure.compared_prompts import mcnemar
+from pop_local.measure.compare import mcnemar
 from pop_local.measure.forced import FULL, Forced, Pruning, forced
 from pop_local.models.sidecars import sidecar_of
 

@@ -31,7 +31,7 @@ from pop_local.measure.forced import Pruning
 from pop_local.measure.lookups import Answers
 from pop_local.measure.quality import QualitySettings, measure_against
 from pop_local.models.model_files import ModelFiles
-from pop_local.ui.views.quality_figures import figures
+from pop_local.ui.views.eval import figures
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.trial_runner import TrialRunner

@@ -18,9 +18,9 @@ from pop_converter.popfile.sidecar import fitted_tensors, read_sidecar, write_si
 from pop_local.measure.budget import BUDGETS, is_inside, keeps_lookups
 from pop_local.measure.quality import QualitySettings
 from pop_local.ui.tables import print_json
-from pop_local.ui.views.quality_figures import evaluation_json
+from pop_local.ui.views.eval import evaluation_json
 from pop_local.ui.watch import stoppable_watch
-from pop_local.workflows.evaluate import EvaluateOptions, Evaluation, evaluate
+from pop_local.workflows.eval import EvaluateOptions, Evaluation, evaluate
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import measured
 

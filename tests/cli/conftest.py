@@ -7,7 +7,7 @@ import pytest
 
 from pop_local.measure import estimate, probes
 from pop_local.measure.lookups import LookupSettings
-from pop_local.workflows import benchmark
+from pop_local.workflows import bench
 from pop_local.workflows.conversion import full_model, named, search
 from support import calibrating
 from support.synthetic import make_gguf
@@ -26,7 +26,7 @@ def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "N_DOCUMENTS", 1)
         monkeypatch.setattr(module, "LookupSettings", few)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
-    monkeypatch.setattr(benchmark, "has_kernels", lambda: False)
+    monkeypatch.setattr(bench, "has_kernels", lambda: False)
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)
     monkeypatch.setattr("psutil.cpu_percent", lambda interval: 0.0)
 

@@ -6,7 +6,7 @@ import pytest
 
 from pop_converter.base.errors import PlanError
 from pop_local.measure.budget import boundaries
-from pop_local.research import layer_analysis
+from pop_local.research import analyze as research
 from support.analyzed import analyze, report
 from support.converted import paired
 from support.synthetic import make_gguf
@@ -44,7 +44,7 @@ def test_a_pipe_gets_one_table_and_the_findings(model):
 
 
 def test_where_copying_is_lost_nothing_else_is_measured(model, monkeypatch):
-    monkeypatch.setattr(layer_analysis, "may_copy", lambda retention: False)
+    monkeypatch.setattr(research, "may_copy", lambda retention: False)
     first, *others = report(model)["boundaries"]
     assert first["quality"] is not None
     assert [(row["projection"], row["quality"]) for row in others] == [(None, None)] * 2

@@ -9,7 +9,7 @@ import pytest
 from pop_local.measure import budget
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.quality import Quality
-from pop_local.research.layer_analysis import DepthCost, deepest_within, worth_measuring
+from pop_local.research.analyze import DepthCost, deepest_within, worth_measuring
 from support.analyzed import analyze, report
 from support.synthetic import make_gguf
 

@@ -23,8 +23,8 @@ from pop_local.measure.speed import (
     run_rounds,
     text_prompt,
 )
-from pop_local.ui.views.speed_table import show_speed
-from pop_local.workflows import benchmark as workflow
+from pop_local.ui.views.bench import show_speed
+from pop_local.workflows import bench as workflow
 from pop_local.workflows.hardware import Hardware
 from support.converted import converted
 from support.program import Done, called

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from pop_local.workflows import demonstrate as workflow
+from pop_local.workflows import demo as workflow
 from support.converted import converted
 from support.program import Done, called, run
 from support.synthetic import make_gguf

@@ -47,7 +47,7 @@ def store(tmp_path, monkeypatch) -> Path:
 
     monkeypatch.setenv(models.MODELS_VARIABLE, str(folder))
     monkeypatch.setattr(models, "load_catalog", lambda: (entry,))
-    monkeypatch.setattr("pop_local.workflows.fetch.fetch", fetch)
+    monkeypatch.setattr("pop_local.workflows.pull.fetch", fetch)
     return folder
 
 
@@ -169,7 +169,7 @@ def test_the_user_confirms_each_large_download(store, monkeypatch):
 
 def test_a_small_download_needs_no_confirmation(store, monkeypatch):
     monkeypatch.setattr("sys.stdin", Mock(isatty=lambda: True))
-    monkeypatch.setattr("pop_local.workflows.fetch._LARGE_BYTES", 10**9)
+    monkeypatch.setattr("pop_local.workflows.pull._LARGE_BYTES", 10**9)
     assert files("smollm2").path == store / "tiny.gguf"
 
 

@@ -22,10 +22,11 @@ from pop_local.measure.speed import ModePair, SpeedRow, Spread
 from pop_local.models.model_names import MODELS_VARIABLE
 from pop_local.ui import tables
 from pop_local.ui.console import THEME
-from pop_local.ui.views import analysis, conversion
-from pop_local.ui.views.comparison import show_comparison
-from pop_local.ui.views.speed_table import show_speed
-from pop_local.workflows.benchmark import Speed
+from pop_local.ui.views import analyze as analyze_view
+from pop_local.ui.views import convert as convert_view
+from pop_local.ui.views.bench import show_speed
+from pop_local.ui.views.compare import show_comparison
+from pop_local.workflows.bench import Speed
 from support import shown_results
 from support.program import called
 from support.synthetic import make_gguf
@@ -108,7 +109,7 @@ def on_screen(monkeypatch, tmp_path) -> Callable[..., str]:
             width=width or None,
             force_terminal=True if width else None,
         )
-        for module in (tables, conversion):
+        for module in (tables, convert_view):
             monkeypatch.setattr(module, "out", console)
         view()
         return stream.getvalue()
@@ -121,14 +122,14 @@ def compare() -> None:
 
 
 def analyze() -> None:
-    analysis.show(shown_results.analysis())
+    analyze_view.show(shown_results.analysis())
 
 
 def convert() -> None:
     """Show a plan and its result. The plan's time and memory depend on the machine."""
     planned = shown_results.conversion(Path("model.gguf"))
-    conversion.show_plan(planned, 754.0)
-    conversion.show_converted(planned, shown_results.converted(planned))
+    convert_view.show_plan(planned, 754.0)
+    convert_view.show_converted(planned, shown_results.converted(planned))
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from pop_local.engine.cache.saved_state import decoded_array, encoded_array
 from pop_local.engine.sessions.session_file import FORMAT, read_session
 from pop_local.measure.budget import boundaries
 from pop_local.workflows.conversion.goals import LEAST_DIVISOR
-from pop_local.workflows.inspect_file import inspect
+from pop_local.workflows.inspect import inspect
 from support import recipes
 from support.architectures import MORE_KEYS
 from support.campaign import CHILD_PATIENCE_S, campaign

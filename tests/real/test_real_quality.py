@@ -16,8 +16,8 @@ from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import Text, shipped_part, shipped_text, tokenize
 from pop_local.measure.lookups import LookupSettings
 from pop_local.measure.quality import QualitySettings, measure_against, read_reference
-from pop_local.research import layer_analysis
-from pop_local.research.layer_analysis import measure_copying, worth_measuring
+from pop_local.research import analyze as research
+from pop_local.research.analyze import measure_copying, worth_measuring
 from pop_local.workflows.conversion import named
 from support.calls import ignore
 from support.conversion_runs import FEW, convert
@@ -67,7 +67,7 @@ def test_real_model_has_the_known_losses(smollm2_q4_0, tmp_path, monkeypatch):
 )
 def test_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, cliff):
     path = request.getfixturevalue(name)
-    monkeypatch.setattr(layer_analysis, "boundaries", lambda shape: tried)
+    monkeypatch.setattr(research, "boundaries", lambda shape: tried)
     opened = PopModel(EngineOptions.of(path, n_ctx=512, n_threads=1))
     tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
     settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from pop_converter.base.errors import PopError
 from pop_local.engine.limited.process import KeptProcess
 from pop_local.engine.llama import logs
-from pop_local.workflows.inspect_file import inspect
+from pop_local.workflows.inspect import inspect
 from support.calls import greedy, opened
 
 TEXT = "The ferry leaves the pier at half past six, with nobody on board. "

@@ -9,11 +9,11 @@ from pop_converter.popfile.rewrite import draft_meta
 from pop_converter.projection import Projection
 from pop_local.calibration.texts import DEFAULT_NAME
 from pop_local.measure.budget import BALANCED
-from pop_local.measure.compared_prompts import Answered, Compared, Comparison, PromptFile
+from pop_local.measure.compare import Answered, Compared, Comparison, PromptFile
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.lookups import Lookups
 from pop_local.measure.quality import Quality
-from pop_local.research.layer_analysis import Analysis, DepthCost
+from pop_local.research.analyze import Analysis, DepthCost
 from pop_local.workflows.conversion.conversion_plan import (
     Conversion,
     Converted,

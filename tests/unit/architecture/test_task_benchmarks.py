@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pop_local.measure.compared_prompts import read_prompts
+from pop_local.measure.compare import read_prompts
 from support.paths import TESTS
 
 sys.path.append(str(TESTS / "bench"))

@@ -27,7 +27,7 @@ from pop_local.models.model_names import (
     resolve,
 )
 from pop_local.ui.hints import hint_of
-from pop_local.workflows.fetch import fetch_named
+from pop_local.workflows.pull import fetch_named
 
 PIECES = (b"GGUF first half, " * 1000, b"second half" * 1000)
 

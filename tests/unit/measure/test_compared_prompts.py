@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_local.measure.compared_prompts import _first_difference, mcnemar, read_prompts
+from pop_local.measure.compare import _first_difference, mcnemar, read_prompts
 
 
 def written(folder: Path, *entries: object) -> Path:

@@ -15,8 +15,8 @@ from pop_local.measure.quality import (
     measure_pruning,
     read_reference,
 )
-from pop_local.research import layer_analysis
-from pop_local.research.layer_analysis import measure_copying
+from pop_local.research import analyze as research
+from pop_local.research.analyze import measure_copying
 from support.calls import ignore
 from support.converted import paired
 from support.synthetic import make_gguf
@@ -59,7 +59,7 @@ def test_figures_equal_those_of_a_separate_measurement(pair, reference, form):
 def test_the_retention_equals_that_of_a_whole_measurement(pair, reference, monkeypatch):
     monkeypatch.setattr(quality, "_LEAST_INDUCTION", -1.0)
     model = PopModel(EngineOptions.of(pair.base, n_ctx=257, n_threads=1))
-    monkeypatch.setattr(layer_analysis, "boundaries", lambda shape: (4, 3))
+    monkeypatch.setattr(research, "boundaries", lambda shape: (4, 3))
     found = measure_copying(model, reference, ignore)
     for each in found:
         whole = measure_against(reference, model, Pruning(each.boundary), ignore)

@@ -16,7 +16,7 @@ from pop_local.measure.budget import FAST, limits_in_words
 from pop_local.measure.verdict import verdict_in_words
 from pop_local.ui.console import note, out
 from pop_local.ui.tables import Column, Fact, fields_of, print_facts, print_sentence, print_table
-from pop_local.ui.views.quality_figures import bare, figures, with_advice
+from pop_local.ui.views.eval import bare, figures, with_advice
 
 if TYPE_CHECKING:
     from pop_converter.architecture.skipping import SkippableLayers

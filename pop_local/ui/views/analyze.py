@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pop_local.ui.tables import Column, fields_of, print_facts, print_sentence, print_table
-from pop_local.ui.views.quality_figures import bare, figures
+from pop_local.ui.views.eval import bare, figures
 
 if TYPE_CHECKING:
     from pop_local.measure.estimate import Estimate
-    from pop_local.research.layer_analysis import Analysis, DepthCost
+    from pop_local.research.analyze import Analysis, DepthCost
 
 
 def as_json(found: Analysis) -> dict[str, Any]:

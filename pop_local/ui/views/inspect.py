@@ -6,8 +6,8 @@ from pop_converter.projection import Projection
 from pop_local.measure.budget import FAST
 from pop_local.models.mmproj_files import ARCHITECTURE
 from pop_local.ui.tables import Fact
-from pop_local.ui.views.conversion import budget_fact, full_fact, measured_facts, skipping_facts
-from pop_local.workflows.inspect_file import Inspection
+from pop_local.ui.views.convert import budget_fact, full_fact, measured_facts, skipping_facts
+from pop_local.workflows.inspect import Inspection
 
 
 def summary_facts(found: Inspection) -> list[Fact]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pop_local.measure.estimate import Estimate
     from pop_local.measure.lookups import Lookups
     from pop_local.measure.quality import Quality
-    from pop_local.workflows.evaluate import Evaluation
+    from pop_local.workflows.eval import Evaluation
 
 
 def with_se(estimate: Estimate | None, spec: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pop_local.ui.tables import Column, print_sentence, print_table
 
 if TYPE_CHECKING:
-    from pop_local.workflows.benchmark import Speed
+    from pop_local.workflows.bench import Speed
 
 
 def show_speed(found: Speed, *, as_markdown: bool = False) -> None:

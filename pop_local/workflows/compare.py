@@ -6,7 +6,7 @@ from pathlib import Path
 from pop_converter.base.progress import Watch, counting
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
-from pop_local.measure.compared_prompts import Comparison, answered, compared, read_prompts
+from pop_local.measure.compare import Comparison, answered, compared, read_prompts
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import not_converted, opened

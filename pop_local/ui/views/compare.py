@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from pop_local.measure.verdict import comparison_in_words
 from pop_local.ui.tables import Column, Fact, fields_of, print_facts, print_sentence, print_table
-from pop_local.ui.views.quality_figures import with_advice
+from pop_local.ui.views.eval import with_advice
 
 if TYPE_CHECKING:
-    from pop_local.measure.compared_prompts import Compared, Comparison
+    from pop_local.measure.compare import Compared, Comparison
 
 _N_SHOWN = 60
 _N_SHARED = 15
