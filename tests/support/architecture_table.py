@@ -1,4 +1,4 @@
-"""Build the tables of docs/architectures-table.md from tiny models of llama.cpp's recipes.
+"""Build the tables of docs/internals/architectures-table.md from tiny models of llama.cpp's recipes.
 
 `make recipes` compiles the recipes. In the folder tests, `python -m support.architecture_table`
 then builds a model of each architecture, and rewrites the tables.
@@ -18,7 +18,7 @@ from support.architectures import MORE_KEYS, WITH_EXPERTS
 from support.paths import ROOT
 from support.shapes import read_shape
 
-DOCUMENT = ROOT / "docs" / "architectures-table.md"
+DOCUMENT = ROOT / "docs" / "internals" / "architectures-table.md"
 _BEGIN, _END = "<!-- table -->\n", "<!-- end -->\n"
 _COLUMNS = "layers that may be skipped | left in a skipped layer | projections | catching up |"
 # Model families that users look for, in the order of the first table, and their architectures.

@@ -1,4 +1,4 @@
-"""Check the tables of docs/architectures-table.md without building the models."""
+"""Check the tables of docs/internals/architectures-table.md without building the models."""
 
 from support.architecture_table import DOCUMENT, FAMILIES, arch_of, tables, written
 
