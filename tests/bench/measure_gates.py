@@ -1,4 +1,4 @@
-"""Measure each layer's importance with virtual gates, for docs/analysis.md. Not a test.
+"""Measure each layer's importance with virtual gates, for docs/how-it-works.md. Not a test.
 
     python tests/bench/measure_gates.py MODEL.gguf [--windows 20 --context 192 --continuation 64]
         [--text FILE] [--threads 1] [--seed 0]
