@@ -27,9 +27,6 @@ for name in list(os.environ):
         del os.environ[name]
 sys.dont_write_bytecode = False
 os.environ["POP_LOCAL_CONFIG"] = str(TESTS / "no-such-config.toml")
-# Any value keeps models from measuring the kernels when they are opened. This one names no kernels,
-# so those of the processor are used.
-os.environ.setdefault("GGML_POP_KERNELS", "fixed")
 
 
 # Collected tests and imported modules are a million objects that live until the end. Searching them

@@ -19,7 +19,7 @@ from pop_converter.base.numbers import size
 from pop_local import __version__
 from pop_local.commands.shared_options import Json
 from pop_local.config import settings
-from pop_local.engine.llama import backend, devices, kernel_choice
+from pop_local.engine.llama import backend, devices
 from pop_local.models.model_names import lookup, models_dir, resolve
 from pop_local.ui.console import out, printable
 from pop_local.ui.hints import hint_of
@@ -64,17 +64,14 @@ class Check:
 
 
 Report = Annotated[bool, typer.Option("--report", help="Print a bug report without folder names.")]
-Measure = Annotated[
-    bool, typer.Option("--measure", help="Measure the CPU's kernels, and use the faster ones.")
-]
 
 
-def doctor(json: Json = False, report: Report = False, measure: Measure = False) -> None:
+def doctor(json: Json = False, report: Report = False) -> None:
     """Check the backend, devices, memory, and default model. Exit with code 1 if a check fails."""
     checks = (
         Check("python", "Python", "ok", f"{platform.python_version()} ({sys.executable})"),
         Check("pop_local", "pop-local", "ok", __version__),
-        *_backend(measure=measure),
+        *_backend(),
         Check("memory", "Memory", "ok", f"{size(psutil.virtual_memory().total)} in total"),
         _model(),
     )
@@ -132,12 +129,11 @@ def _details() -> Iterator[Check]:
         return  # a check reports this error
 
 
-def _backend(*, measure: bool) -> list[Check]:
+def _backend() -> list[Check]:
     try:
         info = devices.describe_backend()
     except PopError as error:
         return [Check("backend", "Backend", "fix", error.message, error.hint)]
-    times = [*_kernel_times()] if measure else []
     variant = f"{info.cpu_variant}: " if info.cpu_variant else ""
     return [
         Check("backend", "Backend", "ok", f"{backend.OURS} {info.version} ({info.library_path})"),
@@ -146,41 +142,19 @@ def _backend(*, measure: bool) -> list[Check]:
         *_gpus(info),
         Check("cpu_features", "CPU features", "ok", f"{variant}{_enabled(info.features)}"),
         _kernels(info.kernels),
-        *times,
         _threads(info.n_threads),
     ]
 
 
 def _kernels(name: str) -> Check:
-    variable = kernel_choice.VARIABLE
-    if (asked := os.environ.get(variable)) is not None:
+    variable = devices.KERNELS_VARIABLE
+    if (value := os.environ.get(variable)) is not None:
         to_do = f"unset {variable} to use the fastest kernels"
-        return Check("kernels", "Kernels", "note", f"{name}: {variable}={asked}", to_do)
+        return Check("kernels", "Kernels", "note", f"{name}: {variable}={value}", to_do)
     found = f"{name}, the fastest kernels in this build for this processor"
     if name == devices.NO_KERNELS:
         found = "this build has no pop-local kernels for this CPU, so it uses llama.cpp's kernels"
-    choice, *times = kernel_choice.measured("", _n_threads())
-    kinds, whose = choice.removeprefix(kernel_choice.ONLY).split(), "llama.cpp's kernels"
-    if choice.startswith(kernel_choice.ONLY):
-        found, whose = f"{whose}, except where pop-local's are faster", "pop-local's"
-    if times:
-        names = ", ".join(kinds) or "none"
-        found += f"; {whose} are faster for {len(kinds)} of {len(times)} measured kinds: {names}"
     return Check("kernels", "Kernels", "ok", found)
-
-
-def _n_threads() -> int:
-    return int(str(settings.get("threads") or devices.default_threads()))
-
-
-def _kernel_times() -> Iterator[Check]:
-    """Measure the kernels for all weight types, and yield each kind's median times."""
-    n_busy = devices.busy_cpus(_n_threads())
-    lines = [] if n_busy else kernel_choice.measured(kernel_choice.ALL, _n_threads())[1:]
-    reason = f"other processes are using {n_busy:.1f} CPUs" if n_busy else "see Kernels"
-    for line in lines or [f"Kernel times: not measured: {reason}"]:
-        kind, _, found = line.partition(": ")
-        yield Check("kernel_times", kind, "ok" if lines else "note", found)
 
 
 def _threads(n_threads: int) -> Check:

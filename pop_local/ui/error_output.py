@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 import typer
 from rich.text import Text
@@ -51,6 +52,7 @@ def guard(*, debug: bool) -> Iterator[None]:
         if isinstance(error, typer.Abort) and isinstance(error.__context__, KeyboardInterrupt):
             raise _stopped() from None
         if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):
+            _explain_removed_option(error)
             # Typer's messages quote the user's arguments.
             if hasattr(error, "message"):
                 error.message = printable(str(error.message), kept="\n")
@@ -59,6 +61,14 @@ def guard(*, debug: bool) -> Iterator[None]:
             sys.stderr.write(printable(traceback.format_exc(), kept="\n"))
         show(as_pop_error(error))
         raise typer.Exit(EXIT_FAILED) from None
+
+
+def _explain_removed_option(error: Any) -> None:
+    """Add the hint for a removed option to Typer's error about an unknown option."""
+    name = getattr(error, "option_name", "")
+    if hint := hints.hints_for("options").get(name):
+        error.message = f"No such option {name}: {hint}"
+        error.possibilities = None
 
 
 def _stopped() -> typer.Exit:

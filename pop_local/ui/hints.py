@@ -28,8 +28,8 @@ BY_ERRNO = {
 
 
 @functools.cache
-def hints_for(kind: Literal["causes", "commands"]) -> dict[str, str]:
-    """Return the hints about the causes of errors, or about other programs' commands."""
+def hints_for(kind: Literal["causes", "commands", "options"]) -> dict[str, str]:
+    """Return the hints about causes of errors, other programs' commands, or removed options."""
     text = Path(__file__).with_suffix(".toml").read_text("utf-8")
     return dict(tomlkit.parse(text).unwrap()[kind])
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from pop_converter.base.errors import PopError
 from pop_local.cli import app
 from pop_local.commands.doctor import _public
-from pop_local.engine.llama import backend, devices, kernel_choice
+from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.devices import BackendInfo, Device
 from pop_local.models import model_names as models
 from pop_local.ui.console import THEME
@@ -178,61 +178,20 @@ def test_the_kernels_are_named(install, monkeypatch, kernels, asked, found, stat
     assert check["status"] == status
 
 
-def test_kernels_of_llama_cpp_that_are_faster_are_listed(install, monkeypatch):
-    monkeypatch.delenv("GGML_POP_KERNELS", raising=False)
-    asked = []
-
-    def measured(kinds: str, n_threads: int) -> list[str]:
-        asked.append((kinds, n_threads))
-        if kinds == kernel_choice.ALL:
-            return ["Q6_K/few", "Q6_K/few: ours 0.55 ms, llama.cpp 0.50 ms (...)", "Q6_K/many: ..."]
-        return ["attention/many Q6_K/few", "Q6_K/few: ...", "attention/many: ...", "Q4_0/few: ..."]
-
-    monkeypatch.setattr(kernel_choice, "measured", measured)
-    monkeypatch.setattr(devices, "has_kernels", lambda: True)
-    monkeypatch.setattr(devices, "busy_cpus", lambda n_threads: 0.0)
-    monkeypatch.setenv("POP_LOCAL_THREADS", "3")
-    install(kernels="avx2")
-    assert checks()["kernels"]["found"].endswith(
-        "processor; llama.cpp's kernels are faster for 2 of 3 measured kinds: attention/many,"
-        " Q6_K/few"
-    )
-    assert asked == [("", 3)]
-    lines = doctor("--measure").stdout.splitlines()
-    assert asked[1:] == [("all", 3), ("", 3)]  # the choice is shown after it was measured
-    assert [line for line in lines if "Q6_K/few  " in line and "llama.cpp 0.50 ms" in line]
-    found = json.loads(doctor("--measure", "--json").stdout)["checks"]
-    titles = [check["title"] for check in found if check["key"] == "kernel_times"]
-    assert titles == ["Q6_K/few", "Q6_K/many"]
-    monkeypatch.setattr(kernel_choice, "measured", lambda kinds, n_threads: [""])
-    assert checks()["kernels"]["found"].endswith("for this processor")
-    monkeypatch.setattr(kernel_choice, "measured", lambda *_: ["only Q4_1/many", "Q4_1/many: ..."])
-    install(kernels="none")
-    assert checks()["kernels"]["found"] == (
-        "llama.cpp's kernels, except where pop-local's are faster; pop-local's are faster for 1 of"
-        " 1 measured kinds: Q4_1/many"
-    )
-    monkeypatch.setattr(kernel_choice, "measured", lambda *_: ["only", "Q4_1/many: ..."])
-    assert checks()["kernels"]["found"].endswith("for 0 of 1 measured kinds: none")
-    monkeypatch.setattr(kernel_choice, "measured", lambda *_: ["only"])
-    assert checks()["kernels"]["found"].endswith("except where pop-local's are faster")
+def test_removed_option_measure_gets_a_hint():
+    result = doctor("--measure")
+    assert result.exit_code == 2
+    words = " ".join(result.output.replace("│", " ").split())
+    assert "No such option --measure: it was removed; pop-local now uses" in words
 
 
-@pytest.mark.parametrize(
-    ("n_busy", "value", "reason"),
-    [(1.5, None, "other processes are using 1.5 CPUs"), (0.0, "avx2", "see Kernels")],
-)
-def test_unreliable_kernel_times_are_not_measured(install, monkeypatch, n_busy, value, reason):
-    monkeypatch.delenv("GGML_POP_KERNELS", raising=False)
-    if value:
-        monkeypatch.setenv("GGML_POP_KERNELS", value)
-    monkeypatch.setattr(kernel_choice, "measured", lambda kinds, n_threads: [kinds])
-    monkeypatch.setattr(devices, "has_kernels", lambda: True)
-    monkeypatch.setattr(devices, "busy_cpus", lambda n_threads: n_busy)
-    install(kernels="avx2")
-    found = json.loads(doctor("--measure", "--json").stdout)["checks"]
-    [times] = [check for check in found if check["key"] == "kernel_times"]
-    assert (times["status"], times["found"]) == ("note", f"not measured: {reason}")
+@pytest.mark.parametrize("name", ["i8mm", "dotprod"])
+def test_names_of_removed_kernels_are_rejected(monkeypatch, name):
+    monkeypatch.setenv("GGML_POP_KERNELS", name)
+    check = checks()["backend"]
+    assert check["status"] == "fix"
+    assert check["found"].startswith(f"GGML_POP_KERNELS={name} selects kernels for ARM64, which")
+    assert check["to_do"].startswith("unset GGML_POP_KERNELS")
 
 
 def test_a_backend_without_kernels_has_none(monkeypatch):

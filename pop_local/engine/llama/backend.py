@@ -90,7 +90,6 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_set_snapshots": ([_POINTER, ctypes.c_bool], _INT32),
     "llama_pop_snapshots_size": ([_POINTER], ctypes.c_size_t),
     "llama_pop_run_deep": ([_POINTER, _INT32, _POINTER, _INT32, ctypes.c_bool], _INT32),
-    "llama_pop_choose_kernels": ([ctypes.c_char_p], _INT32),
     "llama_pop_set_kernels": ([_POINTER, _INT32], _INT32),
     "llama_pop_set_reading": ([_POINTER, _INT32], _INT32),
     "llama_pop_add_tap": ([_POINTER, _INT32, _INT32], _INT32),
@@ -272,11 +271,6 @@ def set_reading(ctx: Any, reading: Reading) -> None:
     kernels only for operations that run faster with them.
     """
     call("llama_pop_set_reading", ctx, reading)
-
-
-def choose_kernels(choice: str) -> int:
-    """Register a choice of kernels and return the choice's number for llama_pop_set_kernels."""
-    return int(require_patched().llama_pop_choose_kernels(choice.encode()))
 
 
 def get_counters(ctx: Any) -> Counters:

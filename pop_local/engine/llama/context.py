@@ -15,7 +15,7 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
-from pop_local.engine.llama import backend, cell_regions, kernel_choice, loading, logs
+from pop_local.engine.llama import backend, cell_regions, loading, logs
 from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import default_threads, devices, has_kernels
 from pop_local.engine.llama.interrupt import Interrupt
@@ -194,12 +194,7 @@ class Context:
             raise PopError(f"{self.files.path} cannot be opened: {logs.first_error()}")
         if options.n_sequences == 1:
             self.n_ctx = int(api.llama_n_ctx(self._ctx))
-        kernels = int(options.kernels)
-        if options.kernels and options.repack is None and not self.on_device:
-            flash_attn = self.settings.flash_attn_type != api.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            choice = kernel_choice.choice_for(files.source, self.n_threads, flash_attn=flash_attn)
-            kernels = backend.choose_kernels(choice)
-        backend.call("llama_pop_set_kernels", self._ctx, kernels)
+        backend.call("llama_pop_set_kernels", self._ctx, int(options.kernels))
 
     @contextmanager
     def extra_context(self, **params: Any) -> Iterator[Any]:

@@ -18,6 +18,9 @@ _POINTER = ctypes.c_void_p
 NO_KERNELS = "none"
 _BUSY_SAMPLE_S = 0.2
 KERNELS_OFF = "off"
+# Selects the instruction set of pop-local's kernels ("0": llama.cpp's kernels).
+KERNELS_VARIABLE = "GGML_POP_KERNELS"
+_REMOVED_KERNELS = ("i8mm", "dotprod")
 # GGML_BACKEND_DEVICE_TYPE_GPU and GGML_BACKEND_DEVICE_TYPE_IGPU.
 _GPU_TYPES = (1, 2)
 
@@ -73,17 +76,18 @@ def cpu_kernels() -> str:
     """Return the name of pop-local's kernels for this CPU (ggml_pop_kernels).
 
     Returns NO_KERNELS if no kernels support the CPU, or KERNELS_OFF if GGML_POP_KERNELS=0 is set.
+    Raises PopError if the variable names removed kernels.
     """
-    return call_cpu("ggml_pop_kernels") or NO_KERNELS
-
-
-def call_cpu(name: str, *values: Any) -> str:
-    """Call a CPU backend function that returns text. Returns "" if the function is missing."""
+    name = os.environ.get(KERNELS_VARIABLE)
+    if name in _REMOVED_KERNELS:
+        raise PopError(
+            f"{KERNELS_VARIABLE}={name} selects kernels for ARM64, which were removed",
+            f"unset {KERNELS_VARIABLE} to use llama.cpp's kernels",
+        )
     cpu = ggml("ggml_backend_reg_by_name", _POINTER, b"CPU")
     get = "ggml_backend_reg_get_proc_address"  # also finds functions of a separate CPU library
-    found = cpu and ggml(get, _POINTER, _POINTER(cpu), name.encode())
-    function = ctypes.CFUNCTYPE(ctypes.c_char_p, *map(type, values))
-    return function(found)(*values).decode(errors="replace") if found else ""
+    address = cpu and ggml(get, _POINTER, _POINTER(cpu), b"ggml_pop_kernels")
+    return ctypes.CFUNCTYPE(ctypes.c_char_p)(address)().decode() if address else NO_KERNELS
 
 
 def has_kernels() -> bool:

@@ -101,24 +101,6 @@ def test_no_operation_uses_disabled_kernels(pop_file):
         assert {mark for _, mark in watched.decoded(1)} == {ALL}
 
 
-def test_chosen_operations_use_llama_cpps_kernels(tmp_path):
-    with Watched(tiny(tmp_path, type=Type.Q8_0), flash_attn_type=1) as watched:
-        chosen = backend.choose_kernels("Q8_0/many attention/few Q4_K/few unknown /")
-        assert backend.choose_kernels("") == 1  # later choices change no context
-        backend.call("llama_pop_set_kernels", watched.ctx, chosen)
-        products, attention = "MUL_MAT", "FLASH_ATTN_EXT"
-        step = watched.decoded(1)
-        assert {(products, FAST), (attention, NONE)} <= step
-        assert not {(products, NONE), (attention, FAST)} & step
-        backend.set_reading(watched.ctx, Reading.SOME)
-        for n in (N_UBATCH, 1):
-            prefill = watched.decoded(n)
-            assert {(products, NONE), (attention, ALL), ("RMS_NORM", ALL)} <= prefill
-            assert not {(products, ALL), (attention, NONE)} & prefill
-        with pytest.raises(PopError):
-            backend.call("llama_pop_set_kernels", watched.ctx, chosen + 100)
-
-
 def test_rereading_the_last_token_uses_the_prompt_kernels(pop_file, monkeypatch):
     model = opened(pop_file, keep_states=True)
     said: list[tuple[int, Reading]] = []
