@@ -137,7 +137,7 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
     async def refuse(request: Request, error: Exception) -> Response:
         path = request.url.path
         if type(error) is HTTPException and error.status_code == 404:  # not an ApiError
-            hint = nearest_hint(path[:_MAX_PATH], shown_paths, "see docs/server-reference.md")
+            hint = nearest_hint(path[:_MAX_PATH], shown_paths, "see docs/server.md")
             error = ApiError(404, f"unknown path {path[:_MAX_PATH]!r}; {hint}")
         return as_api_error(error).response(path)
 

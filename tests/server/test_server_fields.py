@@ -41,7 +41,7 @@ def test_unknown_path_names_a_near_one(client):
     missing = client.post("/v1/chat/completion", json={})
     assert missing.status_code == 404
     assert "did you mean /v1/chat/completions?" in missing.json()["error"]["message"]
-    assert "docs/server-reference.md" in client.get("/zzz").json()["error"]["message"]
+    assert "docs/server.md" in client.get("/zzz").json()["error"]["message"]
     assert len(client.get("/" + "x" * 5000).json()["error"]["message"]) < 400
 
 

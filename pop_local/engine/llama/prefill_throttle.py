@@ -5,7 +5,7 @@ _FIRST_ROWS = 64
 # Maximum time that prompt rows delay an answer's next token. With a shorter time, prompts would be
 # read more slowly.
 _WAIT_S = 0.25
-# 0.52: answers keep half their tokens per second during a prefill (docs/server-reference.md).
+# 0.52: answers keep half their tokens per second during a prefill (docs/server.md).
 _SHARE = 0.52
 _SMOOTHING = 0.3
 
