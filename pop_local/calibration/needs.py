@@ -1,12 +1,9 @@
-"""Estimate a calibration's memory use, running time, and number of passes over the text."""
+"""Estimate a calibration's memory use and number of passes over the text."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 import psutil
 
 from pop_converter.architecture.shape import ModelShape
@@ -22,15 +19,6 @@ from pop_local.calibration.samples import MAX_SEQUENCES
 from pop_local.calibration.texts import N_WINDOW, n_sampled_of
 from pop_local.engine.llama.devices import has_kernels
 
-# Size of the square matrices that are multiplied to measure the machine's speed.
-_N_PRODUCT = 1024
-# Conservative estimate of the kernels' speed relative to numpy's (4 with AMX, less on some CPUs).
-_READING_GAIN = 2
-# Cost of sampling a token relative to reading one (SmolLM2, Zen 4). Each sampling step reads all
-# weights for only a few tokens.
-_SAMPLING_COST = 5
-# Cost of adding rows to the sums, relative to multiplying full square matrices (SmolLM2, Zen 4).
-_ADDING_COST = 0.4
 # Memory of Python with numpy and llama.cpp, before a model is opened.
 _BASE_BYTES = 100 * 10**6
 # If the sums of all boundaries exceed this size, a search fits only a few boundaries.
@@ -172,48 +160,6 @@ def plan_needs(
     repacked = 0 if has_kernels() else int(_REPACKED * source.size_bytes)
     total = _BASE_BYTES + n_stored + repacked + max(fitting, sampling, measuring)
     return FitNeeds(tuple(map(tuple, groups)), n_sums, total, n_inputs, n_sampled)
-
-
-class FitWork(NamedTuple):
-    """The compute costs of sampling and fitting. The unit is one multiply-accumulate in numpy."""
-
-    sampling: float
-    fitting: float
-
-
-def reading_work(plan: Plan, n_tokens: int) -> float:
-    """Return a full prefill's compute cost, in the same unit as FitWork. Raises PopError."""
-    return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
-
-
-def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
-    """Return the compute cost of all fits, excluding measurements.
-
-    Each pass adds the text's rows to the sums. One linear system for each (boundary, layer) pair
-    is solved in float64. Propagates errors from `Plan.macs`.
-    """
-    shape = plans[0].shape
-    n_windows = options.n_tokens(shape.n_embd) // N_WINDOW
-    window = reading_work(plans[0], N_WINDOW)
-    pairs, n_inputs = [pair for group in needs.groups for pair in group], needs.n_inputs
-    n_out = [shape.n_kv(pair.layer) for pair in pairs]
-    n_boundaries = len({pair.boundary for pair in pairs})
-    adding = _ADDING_COST * n_windows * N_WINDOW * n_inputs * (n_boundaries * n_inputs + sum(n_out))
-    solving = 2 * sum(n_inputs**2 * (n_inputs // 3 + n) for n in n_out)
-    reading = n_windows * len(needs.groups) * window
-    return FitWork(needs.n_sampled * _SAMPLING_COST * window, reading + adding + solving)
-
-
-@cache
-def macs_per_s() -> float:
-    """Measure this machine's speed in multiply-accumulates per second. Takes less than a second."""
-    a = np.ones((_N_PRODUCT, _N_PRODUCT), np.float32)
-    times_s = []
-    for _ in range(4):
-        began_s = time.perf_counter()
-        a @ a
-        times_s.append(time.perf_counter() - began_s)
-    return float(_N_PRODUCT**3 / min(times_s))
 
 
 def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:

@@ -28,9 +28,9 @@ from pop_local.workflows.conversion.conversion_plan import (
     plan_conversion,
 )
 from pop_local.workflows.conversion.convert_model import run_conversion
+from pop_local.workflows.conversion.duration import planned_seconds
 from pop_local.workflows.conversion.goals import Boundary, Goal, Within
 from pop_local.workflows.conversion.refusals import OverBudgetError
-from pop_local.workflows.conversion.stages import planned_seconds
 from pop_local.workflows.open import base_file
 
 QualityName = Literal["near-lossless", "balanced", "fast"]

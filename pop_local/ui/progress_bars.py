@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
 
 from rich.progress import (
     BarColumn,
@@ -19,7 +18,6 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from pop_converter.base.numbers import duration
 from pop_converter.base.progress import Unit
 from pop_local.ui.console import err, note, printable
 
@@ -29,27 +27,15 @@ _LONG_TOKENS = 256
 # Drawing takes CPU time from the model.
 _DRAWN_PER_S = 4
 _LINE_EVERY_S = 20.0
-_RATE, _LEFT = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[left]}")
+# The time left is computed from the rate over this period, which exceeds the longest batch.
+_RATE_PERIOD_S = 3600.0
 
 
-@dataclass
-class Pace:
-    """State shared by consecutive bars: when a line was last printed, and the total time left."""
-
-    said_s: float = field(default_factory=lambda: time.monotonic())
-    left_s: float | None = None
-
-    @property
-    def left(self) -> str:
-        """The time left for all stages, or "" if it is unknown."""
-        return "" if self.left_s is None else f"about {duration(self.left_s)} until all stages end"
-
-
-def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[Advance]:
+def stage_progress(what: str, unit: Unit) -> AbstractContextManager[Advance]:
     """Show a stage's progress, measured in `unit`, while the block runs."""
     if unit is Unit.BYTES:
-        return _bar(what, (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()), pace)
-    return _bar(what, (MofNCompleteColumn(), _LEFT), pace)
+        return _bar(what, DownloadColumn(), TransferSpeedColumn())
+    return _bar(what, MofNCompleteColumn())
 
 
 @contextmanager
@@ -60,8 +46,8 @@ def prefill_progress(what: str) -> Iterator[Advance]:
 
         def advance(done: int, total: int) -> None:
             if not bars and total >= _LONG_TOKENS:
-                wide = (MofNCompleteColumn(), _RATE, _LEFT)
-                bars.append(stack.enter_context(_bar(what, wide, Pace())))
+                rate = TextColumn("{task.fields[rate]}")
+                bars.append(stack.enter_context(_bar(what, MofNCompleteColumn(), rate)))
             for bar in bars:
                 bar(done, total)
 
@@ -73,47 +59,45 @@ def _clock(left_s: float) -> str:
     return f"{minutes}:{seconds:02}"
 
 
-def _in_words(what: str, pace: Pace) -> Advance:
+def _in_words(what: str) -> Advance:
     begun: tuple[int, float] | None = None
+    printed_s = time.monotonic()
 
     def advance(done: int, total: int) -> None:
-        nonlocal begun
+        nonlocal begun, printed_s
         now_s = time.monotonic()
         # The rate excludes work that was already done before the first call.
         first_done, first_s = begun = begun or (done, now_s)
-        if now_s - pace.said_s < _LINE_EVERY_S or not first_done < done < total:
+        if now_s - printed_s < _LINE_EVERY_S or not first_done < done < total:
             return
-        pace.said_s = now_s
+        printed_s = now_s
         left_s = (now_s - first_s) * (total - done) / (done - first_done)
-        note(f"{what}: {done / total:.0%}, {pace.left or f'{_clock(left_s)} left'}")
+        note(f"{what}: {done / total:.0%}, {_clock(left_s)} left")
 
     return advance
 
 
 @contextmanager
-def _bar(what: str, wide: tuple[ProgressColumn, ...], pace: Pace) -> Iterator[Advance]:
+def _bar(what: str, *wide: ProgressColumn) -> Iterator[Advance]:
     if not (err.is_interactive and sys.stderr.isatty()):
-        yield _in_words(what, pace)
+        yield _in_words(what)
         return
-    # The last column is the time left.
-    columns = (TaskProgressColumn(), wide[-1]) if err.width < _NARROW_COLUMNS else wide
+    columns = (TaskProgressColumn(),) if err.width < _NARROW_COLUMNS else wide
     label = TextColumn("{task.description}", markup=False)
-    shown = Progress(
-        *(label, BarColumn(bar_width=None), *columns),
+    progress = Progress(
+        *(label, BarColumn(bar_width=None), *columns, TimeRemainingColumn(compact=True)),
         console=err,
         transient=True,
         expand=True,
         refresh_per_second=_DRAWN_PER_S,
+        speed_estimate_period=_RATE_PERIOD_S,
     )
-    with shown:
-        task = shown.add_task(printable(what), total=None, rate="", left="-:--")
-        begun_s = time.monotonic()
+    with progress:
+        task = progress.add_task(printable(what), total=None, rate="")
 
         def advance(done: int, total: int) -> None:
-            taken_s = max(time.monotonic() - begun_s, 1e-6)
-            # rich's own rate is unknown before the second batch.
+            taken_s = max(progress.tasks[0].elapsed or 0.0, 1e-6)
             rate = f"{done / taken_s:,.0f} tokens/s" if done else ""
-            left = pace.left or (_clock(taken_s * (total - done) / done) if done else "-:--")
-            shown.update(task, completed=done, total=total or None, rate=rate, left=left)
+            progress.update(task, completed=done, total=total or None, rate=rate)
 
         yield advance

@@ -12,7 +12,7 @@ from pop_converter.base.progress import Unit, Watch
 from pop_local.ui.console import note, warn
 from pop_local.ui.ctrl_c import CtrlC, deferred_interrupt
 from pop_local.ui.hints import hint_of
-from pop_local.ui.progress_bars import Advance, Pace, stage_progress
+from pop_local.ui.progress_bars import Advance, stage_progress
 
 
 def asked(question: str) -> bool:
@@ -28,10 +28,6 @@ class _Stages:
         self._stack = ExitStack()
         self._stage = ("", Unit.TOKENS)
         self._bar: Advance | None = None
-        self._pace = Pace()
-
-    def left(self, seconds: float) -> None:
-        self._pace.left_s = seconds
 
     def begin(self, name: str, unit: Unit) -> None:
         self.end()
@@ -39,7 +35,7 @@ class _Stages:
 
     def advance(self, done: int, total: int) -> None:
         if self._bar is None:
-            self._bar = self._stack.enter_context(stage_progress(*self._stage, self._pace))
+            self._bar = self._stack.enter_context(stage_progress(*self._stage))
         self._bar(done, total)
 
     def end(self) -> None:
@@ -74,7 +70,6 @@ def terminal_watch(interrupt: CtrlC | None = None) -> Iterator[Watch]:
         yield Watch(
             stages.begin,
             stages.advance,
-            stages.left,
             stages.tell,
             stages.warn,
             may=stages.ask,

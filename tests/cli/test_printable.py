@@ -70,7 +70,7 @@ def test_the_label_of_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(console.err, "_force_terminal", True)
     monkeypatch.setattr(console.err, "is_interactive", True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress_bars.stage_progress(EVIL, Unit.TOKENS, progress_bars.Pace()) as advance:
+    with progress_bars.stage_progress(EVIL, Unit.TOKENS) as advance:
         advance(1, 2)
     shown = capsys.readouterr().err
     assert r"a\x1b]0" in shown

@@ -1,6 +1,6 @@
 """Callbacks that report a task's progress, and a helper that adds up step sizes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -39,10 +39,8 @@ class Watch:
     """Optional callbacks for a task.
 
     `on_stage(name, unit)` is called when a stage starts. `on_progress(done, total)` receives the
-    stage's progress (both numbers are in `unit`). `on_left(seconds)` is called with the estimated
-    remaining time for all stages whenever an estimate is available. `on_expected(stages)` receives
-    the names of the stages that are expected to follow. `on_note(text)` receives a note to show to
-    the user. `on_warning(error)` receives each nonfatal error. Tasks call `should_stop` at each
+    stage's progress (both numbers are in `unit`). `on_note(text)` receives a note to show to the
+    user. `on_warning(error)` receives each nonfatal error. Tasks call `should_stop` at each
     progress report and during llama.cpp's computations. If `should_stop` returns True, the task
     raises StoppedError and leaves no output. `may(question)` returns True if the user allows a
     download from a model hub. `refuses(question)` returns True if a user is present and declines a
@@ -51,13 +49,11 @@ class Watch:
 
     on_stage: Callable[[str, Unit], object] = _ignore
     on_progress: Callable[[int, int], object] = _ignore
-    on_left: Callable[[float], object] = _ignore
     on_note: Callable[[str], object] = _ignore
     on_warning: Callable[[PopError], object] = _ignore
     should_stop: Callable[[], bool] = _ignore
     may: Callable[[str], bool] = _ignore
     refuses: Callable[[str], bool] = _ignore
-    on_expected: Callable[[Sequence[str]], object] = _ignore
 
     def stage(self, name: str, unit: Unit = Unit.TOKENS) -> Progress:
         """Start a stage and return its progress callback, which may raise StoppedError."""

@@ -156,7 +156,7 @@ def _object(
 
 
 def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
-    """Return the fields that all plans share. Memory and time estimates exclude distillation."""
+    """Return the fields that all plans share. The memory estimate excludes distillation."""
     needs = conversion.needs
     return {
         "source": str(conversion.path),
@@ -170,7 +170,6 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
         "source_bytes": conversion.sizes.source_bytes,
         "limit_n_prompt": LIMIT_PROMPT,
         "memory_bytes": needs.total_bytes if needs else None,
-        "fit_seconds": conversion.fit_seconds,
     }
 
 

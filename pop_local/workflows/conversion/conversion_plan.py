@@ -117,18 +117,6 @@ class Conversion:
             return None
         return costs.fit_needs(self._fitted, self.source, self.fit)
 
-    @cached_property
-    def fit_seconds(self) -> float | None:
-        """Return the estimated total time of all fits, in seconds."""
-        return None if self.fit_work is None else sum(self.fit_work) / costs.macs_per_s()
-
-    @property
-    def fit_work(self) -> costs.FitWork | None:
-        """Return the fits' compute cost, or None if there are no fits or the cost is unknown."""
-        if self.fit is None or self.needs is None:
-            return None
-        return costs.fit_work(self._fitted, self.fit, self.needs)
-
     def limit(self, plan: Plan) -> float | None:
         """Return a plan's maximum speedup, or None if the plan's compute cost is unknown."""
         return None if self.not_counted else plan.speedup_limit

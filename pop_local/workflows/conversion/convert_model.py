@@ -19,7 +19,6 @@ from pop_local.workflows.conversion.conversion_plan import (
 )
 from pop_local.workflows.conversion.named import write_named
 from pop_local.workflows.conversion.search import write_within
-from pop_local.workflows.conversion.stages import planned_stages, with_time_left
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.open import base_file
 
@@ -66,7 +65,7 @@ def run_conversion(
                 "do not rely on the measured loss",
             )
         )
-    watched = with_time_left(replace(watch, on_warning=warned), planned_stages(conversion))
+    watched = replace(watch, on_warning=warned)
     runner = TrialRunner(conversion.source, conversion.options.hardware, watched)
     run, budget = ConversionRun(conversion, force, runner), conversion.budget
     try:

@@ -40,13 +40,6 @@ from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.named import require_windows
 from pop_local.workflows.conversion.refusals import OverBudgetError, Trial
-from pop_local.workflows.conversion.stages import (
-    FULL_LOOKUPS,
-    MEASURING,
-    N_RETRIES,
-    RUNNING_LOOKUPS,
-    n_expected,
-)
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
@@ -199,16 +192,13 @@ class Search:
             )
         candidate.is_inside = budgets.is_inside(self.budget, candidate.quality)
 
-    def settle(self, candidate: Candidate, n_after: int) -> bool:
+    def settle(self, candidate: Candidate) -> bool:
         """Measure the candidate on text and look-ups. Return True if the budget is met.
 
-        If the loss on text already exceeds the budget, the look-ups are skipped. `n_after` is the
-        expected number of later candidates.
+        If the loss on text already exceeds the budget, the look-ups are skipped.
         """
-        self._expect([MEASURING, RUNNING_LOOKUPS], n_after)
         self.judge(candidate)
         if candidate.is_inside and candidate.lookups is None:
-            self._expect([RUNNING_LOOKUPS], n_after)
             reference = self.full.lookups
             with self.runner.tried(candidate.plan, candidate.fitted) as model:
                 advance = self.runner.watch.stage(f"Running look-ups at boundary {candidate}")
@@ -220,25 +210,18 @@ class Search:
     def bisect(self) -> None:
         """Find the deepest undistilled candidate within the budget (rule 2)."""
         by_boundary = {each.boundary: each for each in self.plain}
-        n_rules = len(self.plans[0].deep_rows.fewer)
-        n_after = N_RETRIES + n_rules
         while True:
             verdicts = self._verdicts()
             if wanted := budgets.undecided(list(by_boundary), verdicts):
                 candidate = by_boundary[wanted[0]]
                 if not candidate.is_ready:
                     self.fit([by_boundary[each] for each in wanted])
-                n_more = n_expected(wanted)
-                if self._ran_lookups:
-                    self.settle(candidate, n_more + n_rules)
-                else:
-                    texts = [MEASURING] * (1 + n_more)
-                    self._expect([*texts, FULL_LOOKUPS, RUNNING_LOOKUPS], n_after)
-                    self.judge(candidate)
+                measure = self.settle if self._ran_lookups else self.judge
+                measure(candidate)
                 continue
             deepest = min((each for each, passed in verdicts.items() if passed), default=None)
             # The look-ups may reverse the deepest candidate's verdict.
-            if deepest is None or self.settle(by_boundary[deepest], n_after):
+            if deepest is None or self.settle(by_boundary[deepest]):
                 break
         asked = [each for each in self.plain if each.lookups is not None]
         failed = max((each.boundary for each in asked if not each.is_inside), default=0)
@@ -246,11 +229,6 @@ class Search:
             # Candidates that passed on text alone skip more layers than one that failed.
             if candidate.is_inside and candidate.lookups is None and candidate.boundary < failed:
                 candidate.is_inside = False
-
-    def _expect(self, stages: Sequence[str], n_candidates: int) -> None:
-        """Report the expected stages: `stages`, plus two measurements for each later candidate."""
-        more = [MEASURING, RUNNING_LOOKUPS] * n_candidates
-        self.runner.watch.on_expected([*stages, *more])
 
     @property
     def _ran_lookups(self) -> bool:
@@ -284,7 +262,7 @@ class Search:
                 if candidate.fitted is None:
                     assert candidate.start is not None
                     candidate.fitted = self.fitter.distilled(candidate.plan, candidate.start)
-                if not self.settle(candidate, 0):
+                if not self.settle(candidate):
                     return
             except PopError as error:
                 self._note(f"Skipping boundary {candidate}: {error}")
@@ -297,8 +275,7 @@ class Search:
         """
         ready = {it.boundary: it for it in (*self.plain, *self.distilled) if it.is_ready}
         start = min(each.boundary for each in self.inside)
-        rules = self.plans[0].deep_rows.fewer
-        for number, rule in enumerate(rules, 1):
+        for rule in self.plans[0].deep_rows.fewer:
             share = self.full.deep_share(rule)
             for boundary in sorted(each for each in ready if each >= start):
                 base = ready[boundary]
@@ -306,7 +283,7 @@ class Search:
                 if plan.speedup_limit <= self.fastest().plan.speedup_limit:
                     break
                 traded = Candidate(plan, base.fitted)
-                if self.settle(self.traded.setdefault(str(traded), traded), len(rules) - number):
+                if self.settle(self.traded.setdefault(str(traded), traded)):
                     start = boundary
                     break
                 start = boundary + 1

@@ -39,7 +39,7 @@ def searched(tmp_path, monkeypatch):
     def search(least: dict[DeepRows, int]) -> tuple[Search, list[str]]:
         settled: list[str] = []
 
-        def settle(self: Search, candidate: Candidate, n_after: int = 0) -> bool:
+        def settle(self: Search, candidate: Candidate) -> bool:
             settled.append(str(candidate))
             quality: Any = SimpleNamespace(kl_mean=Estimate(0.01, 0.001))
             lookups: Any = SimpleNamespace(lost=0, full=10)
@@ -109,7 +109,7 @@ def test_a_walk_ends_at_the_first_candidate_outside(searched):
 def test_a_walk_that_fails_keeps_the_earlier_results(searched, monkeypatch):
     search, _ = searched({NAMES: 4})
 
-    def fail(self: Search, candidate: Candidate, n_after: int) -> bool:
+    def fail(self: Search, candidate: Candidate) -> bool:
         raise PopError("no memory is left")
 
     notes: list[str] = []
