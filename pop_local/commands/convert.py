@@ -28,7 +28,6 @@ from pop_local.workflows.conversion.conversion_plan import (
     plan_conversion,
 )
 from pop_local.workflows.conversion.convert_model import run_conversion
-from pop_local.workflows.conversion.duration import planned_seconds
 from pop_local.workflows.conversion.goals import Boundary, Goal, Within
 from pop_local.workflows.conversion.refusals import OverBudgetError
 from pop_local.workflows.open import base_file
@@ -180,9 +179,9 @@ def convert(
     check_target(planned.path, planned.target, planned.sizes, force=force)
     if not json:
         warn_if_busy(processors.threads)
-        view.show_plan(planned, planned_seconds(planned))
+        view.show_plan(planned)
     elif how.dry_run:
-        print_json(view.plan_json(planned, planned_seconds(planned)))
+        print_json(view.plan_json(planned))
     if how.dry_run:
         return
     try:

@@ -2,8 +2,14 @@
 
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
+from pop_converter.base.errors import PopError
+from pop_converter.base.numbers import duration
+from pop_converter.gguf.source import read_source
 from pop_local.commands.shared_options import ModelOptions
 from pop_local.config import settings
 from pop_local.engine.cache.disk_store import DiskStore
@@ -14,6 +20,7 @@ from pop_local.engine.llama.devices import busy_cpus, default_threads
 from pop_local.engine.model import PopModel
 from pop_local.ui.console import note, warn
 from pop_local.ui.watch import terminal_watch
+from pop_local.workflows.conversion.duration import sidecar_seconds
 from pop_local.workflows.learning import OnlineCalibration
 from pop_local.workflows.open import best_model, open_model
 
@@ -75,6 +82,9 @@ class Opener:
         if wanted.mmproj:
             opened.engine.prompter.open_vision()  # reports a wrong mmproj at load time
         self._warn(opened)
+        files = opened.engine.context.files
+        if files.meta is None and not options.full:
+            note_conversion(files.path)
         return opened
 
     def _warn(self, opened: PopModel) -> None:
@@ -94,6 +104,17 @@ class Opener:
             warn("--learn has no effect with multiple slots; use --parallel 1")
         if options.image_tokens and engine.vision is None:
             warn("--image-tokens has no effect: this model has no mmproj")
+
+
+@cache
+def note_conversion(path: Path) -> None:
+    """Print once for each model how to make it read faster, unless it cannot be converted."""
+    with suppress(PopError):
+        seconds = sidecar_seconds(read_source(path))
+        note(
+            f"To read prompts faster, run pop-local convert {path} --sidecar once. This takes about"
+            f" {duration(max(60.0, seconds))} on this machine."
+        )
 
 
 def open_prompt_cache(options: ModelOptions, ram_bytes: int = 0) -> PromptCache | None:

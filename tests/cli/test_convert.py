@@ -209,7 +209,8 @@ def test_a_dry_run_refuses_the_same_outputs_as_a_conversion(tiny, tmp_path):
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
     planned = json.loads(command(tiny, "--boundary", 3, "--dry-run", "--json").stdout)
     assert names(tmp_path) == {"tiny.gguf"}
-    assert planned.pop("source_sha256") is None and planned.pop("seconds") > 0
+    assert planned.pop("source_sha256") is None
+    assert planned.pop("seconds") is None
     written = json.loads(command(tiny, "--boundary", 3, "--json").stdout)
     assert written.pop("source_sha256") == hashlib.sha256(tiny.read_bytes()).hexdigest()
     assert planned == written

@@ -128,7 +128,8 @@ def analyze() -> None:
 def convert() -> None:
     """Show a plan and its result. The plan's time and memory depend on the machine."""
     planned = shown_results.conversion(Path("model.gguf"))
-    convert_view.show_plan(planned, 754.0)
+    vars(planned)["seconds"] = 754.0
+    convert_view.show_plan(planned)
     convert_view.show_converted(planned, shown_results.converted(planned))
 
 

@@ -1,4 +1,4 @@
-"""Build the tables of docs/internals/architectures-table.md from tiny models of llama.cpp's recipes.
+"""Build the tables of docs/internals/architectures-table.md from llama.cpp's tiny recipes.
 
 `make recipes` compiles the recipes. In the folder tests, `python -m support.architecture_table`
 then builds a model of each architecture, and rewrites the tables.

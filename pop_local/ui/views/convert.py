@@ -74,11 +74,10 @@ def trial_json(trial: Trial) -> dict[str, Any]:
     }
 
 
-def show_plan(conversion: Conversion, seconds: float | None) -> None:
-    """Show a plan and its estimated duration in seconds (None: unknown)."""
+def show_plan(conversion: Conversion) -> None:
     facts = _planned_facts(conversion)
-    if seconds is not None:
-        facts.append(("Time", f"about {duration(seconds)} on this machine"))
+    if conversion.seconds is not None:
+        facts.append(("Time", f"about {duration(conversion.seconds)} on this machine"))
     print_facts(facts)
 
 
@@ -112,15 +111,12 @@ def show_converted(conversion: Conversion, done: Converted, *, as_markdown: bool
         note(f"The sidecar is not next to the model, so pass it with --sidecar {done.path}.")
 
 
-def plan_json(conversion: Conversion, seconds: float | None) -> dict[str, Any]:
-    """Return a plan, including all boundaries that a search may try, as a JSON object.
-
-    `seconds`: the estimated duration.
-    """
+def plan_json(conversion: Conversion) -> dict[str, Any]:
+    """Return a plan, including all boundaries that a search may try, as a JSON object."""
     plans, limits = conversion.plans, conversion.budget
     distills = conversion.options.distiller is not None
     wished = replace(conversion.deepest, is_distilled=distills)
-    budget = {"seconds": seconds} | ({} if limits is None else {"budget": limits})
+    budget = {"seconds": conversion.seconds} | ({} if limits is None else {"budget": limits})
     if conversion.is_named:
         return _object(conversion, wished, conversion.sizes, None) | budget
     found = _common(conversion, wished) | {"most_output_bytes": conversion.sizes.output_bytes}

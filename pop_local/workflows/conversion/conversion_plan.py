@@ -27,6 +27,7 @@ from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.budget import BALANCED
 from pop_local.models.model_files import ModelFiles
 from pop_local.models.model_names import resolve
+from pop_local.workflows.conversion.duration import sidecar_seconds
 from pop_local.workflows.conversion.fits import MakeDistiller, PlanFitter
 from pop_local.workflows.conversion.goals import Goal, Within, plans_of
 from pop_local.workflows.conversion.kept_fits import KeptFits
@@ -116,6 +117,13 @@ class Conversion:
         if self.fit is None or not self._fitted or self.not_counted:
             return None
         return costs.fit_needs(self._fitted, self.source, self.fit)
+
+    @cached_property
+    def seconds(self) -> float | None:
+        """Return a search's estimated duration (None: no search, or one with distillation)."""
+        if self.is_named or self.fit is None or self.options.distiller:
+            return None
+        return sidecar_seconds(self.source)
 
     def limit(self, plan: Plan) -> float | None:
         """Return a plan's maximum speedup, or None if the plan's compute cost is unknown."""

@@ -7,14 +7,13 @@ import numpy as np
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import Source
 from pop_local.calibration.texts import default_tokens, n_sampled_of
-from pop_local.workflows.conversion.conversion_plan import Conversion
 
 # Size of the square matrices that are multiplied to measure the machine's speed.
 _N_PRODUCT = 384
 # Cost of sampling a token relative to reading one.
 _SAMPLING_COST = 5
 # Number of tokens whose prefill takes as long as fitting and measuring the candidates.
-_N_MEASURED = 100_000
+_N_MEASURED = 200_000
 
 
 def sidecar_seconds(source: Source) -> float:
@@ -26,13 +25,6 @@ def sidecar_seconds(source: Source) -> float:
     n_fitted = default_tokens(source_shape(source).n_embd)
     n_tokens = n_fitted + _SAMPLING_COST * n_sampled_of(n_fitted) + _N_MEASURED
     return n_tokens * _macs_per_token(source) / _macs_per_s()
-
-
-def planned_seconds(planned: Conversion) -> float | None:
-    """Estimate a planned search's duration in seconds (None: no search, or with distillation)."""
-    if planned.is_named or planned.fit is None or planned.options.distiller:
-        return None
-    return sidecar_seconds(planned.source)
 
 
 def _macs_per_token(source: Source) -> float:
