@@ -31,7 +31,7 @@ def commands_in(text: str) -> list[list[str]]:
 
 COMMANDS = commands_in(USE)
 [QUOTED] = re.findall(r'should contain "([^"]+)"', GUIDE)
-OWN_MODEL = commands_in(GUIDE.split("## 6. Use your own model")[1])
+OWN_MODEL = commands_in(GUIDE.split("## 6. Use your own model")[1].split("\n## ")[0])
 # Arguments that keep slow or endless commands short.
 LESS = {
     "chat": [],

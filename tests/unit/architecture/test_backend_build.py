@@ -27,7 +27,7 @@ from pop_build.tree import PORTABLE_VARIABLE, UNPATCHED_VARIABLE, key, prepare, 
 from pop_build.unpatched import build_unpatched
 from pop_local.engine.llama.backend import OTHER, OURS
 
-# CMake reads these environment variables (docs/install.md).
+# CMake reads these environment variables (docs/getting-started.md).
 FLAGS = (
     *("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"),
     *("CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "CUDAFLAGS", "VULKAN_SDK", PORTABLE_VARIABLE),

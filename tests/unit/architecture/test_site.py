@@ -36,13 +36,13 @@ def test_navigation_lists_each_guide_once() -> None:
 
 def test_links_lead_to_pages_or_to_the_repository() -> None:
     text = (
-        "[a](docs/faq.md#questions) ![b](docs/images/ttft.png) [c](CONTRIBUTING.md) [`d`](NOTICE)\n"
-        "[e](https://x.org) [f](#here) [g](patches/README.md)\n\n    [code](docs/faq.md)\n"
+        "[a](docs/models.md#hub) ![b](docs/images/ttft.png) [c](CONTRIBUTING.md) [`d`](NOTICE)\n"
+        "[e](https://x.org) [f](#here) [g](patches/README.md)\n\n    [code](docs/models.md)\n"
     )
     fitted = hooks.fitted(text, "index.md", "")
     assert fitted == (
-        "[a](faq.md#questions) ![b](images/ttft.png) [c](contributing.md) `d`\n"
-        "[e](https://x.org) [f](#here) [g](internals/hooks.md)\n\n    [code](docs/faq.md)\n"
+        "[a](models.md#hub) ![b](images/ttft.png) [c](contributing.md) `d`\n"
+        "[e](https://x.org) [f](#here) [g](internals/hooks.md)\n\n    [code](docs/models.md)\n"
     )
     linked = hooks.fitted("[x](../../patches/tool.py)", "internals/kernels.md", "https://h/o/r/")
     assert linked == "[x](https://h/o/r/blob/main/patches/tool.py)"

@@ -13,7 +13,7 @@ from support.paths import ROOT
 from support.prose import literal_text
 
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FAQ = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
 # A command in a code block or in inline code, up to a comment, a pipe or a semicolon.
 _COMMAND = re.compile(r"(?:^ {4}(?:\$ )?(?:[^|\n#`]*\| )?|`)pop-local ([^`\n|#;]+)", re.M)
 # Options in inline code that have their command next to them: `serve --strict-model`.
@@ -64,7 +64,7 @@ def test_documented_commands_and_options_exist(path: Path) -> None:
 
 def test_quoted_messages_exist() -> None:
     known = messages()
-    quoted = _QUOTED_MESSAGE.findall(FAQ)
+    quoted = _QUOTED_MESSAGE.findall(GUIDE)
     assert len(quoted) >= 10
     for message in quoted:
         pattern = re.compile(".*".join(map(re.escape, message.split("..."))), re.S)
