@@ -23,7 +23,7 @@ from pop_converter.gguf.header import (
 )
 from pop_converter.gguf.source import SPLIT_PREFIX, Source
 
-# Copying with larger chunks took twice as long (docs/notebook).
+# Copying with larger chunks took twice as long (docs/notebook/README.md).
 CHUNK_BYTES = 256 << 10
 _COUNTS = struct.Struct("<IQQ")
 

@@ -11,7 +11,7 @@ from pop_converter.popfile.format import MAX_TOKENS, Budget, DeepRows, PopMeta
 from pop_converter.projection import Projection
 
 # With 32 tokens instead of 16, a prompt takes 0.5% longer to read, but the error at the first
-# answer token drops by a factor of 1.4 (docs/notebook).
+# answer token drops by a factor of 1.4 (docs/notebook/deep-rows-by-token.md).
 TAIL_TOKENS = 32
 
 

@@ -21,7 +21,7 @@ namespace {
 // 16 tiles: merging costs little, and a cache of a few thousand cells still has a chunk for each thread. Other values were not measured.
 constexpr int CHUNK_CELLS = 1024;
 
-// Values of K above this multiple of the median magnitude count as bias, such as Qwen 2.5's (docs/notebook/kernels-exactness.md).
+// Values of K above this multiple of the median magnitude count as bias, such as Qwen 2.5's (docs/notebook/kernels-speed.md).
 // The value is not critical: any centre leaves the softmax unchanged.
 constexpr float LARGE_K = 6.0f;
 

@@ -61,7 +61,7 @@ template <auto QUANTISE, bool HALVES, int FACTOR> void pack_columns(const float 
 }
 
 // Prefetch weights. The hardware prefetcher does not read far enough ahead and stops at page boundaries. The 8 KiB were measured on Zen 4 only
-// (docs/notebook/archive/decoding-details.md).
+// (docs/notebook/kernels-experts-and-decoding.md).
 inline void prefetch_ahead(const void * p, size_t n) {
     for (size_t i = 0; i < n; i += 64) {
         FAST_PREFETCH_L1((const char *) p + 1024 + i);
