@@ -174,12 +174,12 @@ def billions(name: str) -> float:
 
 def hub_table() -> str:
     """Return the hub's models with estimates, smallest first."""
-    titles = ["name", " parameters", " download, about", " RAM, about", "repository"]
+    titles = ["name", " billion parameters", " download, GB", " RAM, GB", "repository"]
     rows = []
     for name, repository in sorted(hub_names().items(), key=lambda item: billions(item[0])):
         size = billions(name) * GB_PER_BILLION
-        cells = [f"`{name}`", f"{billions(name):g} billion", f"{size:.1f} GB"]
-        rows.append([*cells, f"{size + MORE_GB:.1f} GB", repository])
+        cells = [f"`{name}`", f"{billions(name):g}", f"{size:.1f}"]
+        rows.append([*cells, f"{size + MORE_GB:.1f}", repository])
     return f"\n{markdown(titles, rows)}\n"
 
 
