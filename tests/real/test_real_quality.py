@@ -1,7 +1,5 @@
 """Check the small real models' losses by pruning, and statistics of their layers."""
 
-import argparse
-import sys
 from functools import partial
 from itertools import pairwise
 from pydoc_data.topics import topics
@@ -21,7 +19,6 @@ from pop_local.research.analyze import measure_copying, worth_measuring
 from pop_local.workflows.conversion import named
 from support.calls import ignore
 from support.conversion_runs import FEW, convert
-from support.paths import TESTS
 
 pytestmark = pytest.mark.slow
 
@@ -89,19 +86,3 @@ def test_torch_logits_of_a_real_model_equal_the_backends(smollm2):
     tokens = [*model.engine.context.vocabulary.bos, *text][:32]
     expected = backend_logits(model, tokens)
     assert mean_kl(expected, torch_logits(smollm2, tokens)) < 0.01
-
-
-def test_deep_layers_of_a_real_model_matter_in_decode_and_not_in_prefill(smollm2):
-    """Compared with the other layers, SmolLM2's last third has importance 0.2 and 2."""
-    pytest.importorskip("torch")
-    sys.path.append(str(TESTS / "bench"))
-    from measure_gates import measure, read_windows
-
-    options = argparse.Namespace(
-        model=smollm2, text=None, windows=2, context=32, continuation=16, seed=0
-    )
-    options.threads, options.gpu_layers = 1, 0
-    found = measure(options, read_windows(options))
-    assert found.prefill.median_ratio is not None and found.decode.median_ratio is not None
-    assert found.prefill.median_ratio.value < 0.5
-    assert found.decode.median_ratio.value > 1

@@ -5,16 +5,12 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pop_local.measure.compare import read_prompts
 from support.paths import TESTS
 
 sys.path.append(str(TESTS / "bench"))
-import attention_scorer
-import dropping_tasks
-import make_names
 import tasks
 
 HUMANEVAL = {
@@ -94,42 +90,3 @@ def test_programs_answered_in_both_modes_are_counted(tmp_path: Path):
         "n_only_full": 1,
         "n_only_pruned": 0,
     }
-
-
-def test_questions_on_names_need_the_passage_and_hide_their_answers():
-    sentence = "The long road to the harbour was built by Aldous Marrow and later widened."
-    passage = next(make_names.passages(sentence + " In spring it is closed." * 40, len))
-    asked = []
-
-    def write(prompt: str) -> str:
-        asked.append(prompt)
-        return " Who built the road?\nSecond line"
-
-    assert list(make_names.questions(passage, write)) == [("Who built the road?", "Aldous Marrow")]
-    assert "Aldous Marrow" in asked[0]
-    for useless in ("Who was Aldous Marrow?", "Who is in the sentence?", "It was built."):
-        assert not make_names.is_usable(useless, "Aldous Marrow")
-
-
-def test_the_best_chunks_and_both_ends_of_a_document_are_kept():
-    scores = np.zeros(320, np.float32)
-    scores[100], scores[290] = 2.0, 1.0
-    always = np.zeros(320, bool)
-    always[:8] = True
-    chunk = [*range(96, 128)]
-    assert attention_scorer.kept_tokens(scores, 40, always).tolist() == [*range(8), *chunk]
-    assert attention_scorer.kept_tokens(scores, 8, always).tolist() == [*range(8)]
-    assert len(attention_scorer.kept_tokens(scores, 320, always)) == 320
-
-
-def test_tasks_for_dropping_count_exact_lines_and_arguments():
-    quoted = dropping_tasks.quoted(["a = 1", "b = 2", "", "c = 3"])
-    assert quoted("```\na = 1\nb = 2\n\nc = 3\n```") == 1.0
-    assert quoted("a = 1\nb = 3\n\nc = 3") == 0.75
-    solves = dropping_tasks.solves(HUMANEVAL)
-    assert solves("```python\ndef area(r):\n    return math.pi * r * r\n```") == 1.0
-    assert solves("```python\ndef area(r):\n    return r\n```") == 0.0
-    called = dropping_tasks.called({"name": "add", "arguments": {"a": 1, "b": "x"}})
-    assert called('Sure: {"name": "add", "arguments": {"b": "x", "a": 1}}') == 1.0
-    for wrong in ('{"name": "add", "arguments": {"a": "1", "b": "x"}}', "add(1)", "{}"):
-        assert called(wrong) == 0.0

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,23 @@ from pop_local.measure.budget import BALANCED
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions, plan_conversion
 from pop_local.workflows.conversion.goals import Within
 from support.calibrating import words
-from support.paths import TESTS
-from support.synthetic import make_gguf
-
-sys.path.append(str(TESTS / "bench"))
-import make_shaped
+from support.synthetic import Recipe, add_header, make_gguf
 
 pytestmark = pytest.mark.slow
 Q8_0 = GGMLQuantizationType.Q8_0
 # Free memory of a laptop with 16 GB.
 FREE_BYTES = 12 * 10**9
+LLAMA_8B = Recipe(
+    n_layer=32,
+    n_embd=4096,
+    n_head=32,
+    n_head_kv=8,
+    head_dim=128,
+    n_ff=14_336,
+    n_vocab=32_768,
+    n_ctx_train=131_072,
+    rope_base=500_000.0,
+)
 
 # Prints the estimated and the measured memory of two wide fits, without the modules' memory.
 FITTING = """
@@ -61,15 +69,37 @@ print(plan_needs(plans, read_source(path), options).total_bytes - _BASE_BYTES, m
 """
 
 
+def llama_shapes(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Return names and dimensions of a llama model's tensors; the last dimension is the row's."""
+    n_embd, n_ff = recipe.n_embd, recipe.n_ff
+    n_q, n_kv = recipe.n_head * recipe.head_dim, recipe.n_head_kv * recipe.head_dim
+    yield "token_embd.weight", (recipe.n_vocab, n_embd)
+    yield "output.weight", (recipe.n_vocab, n_embd)
+    yield "output_norm.weight", (n_embd,)
+    layer_shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm": (n_embd,),
+        "ffn_norm": (n_embd,),
+        "attn_q": (n_q, n_embd),
+        "attn_k": (n_kv, n_embd),
+        "attn_v": (n_kv, n_embd),
+        "attn_output": (n_embd, n_q),
+        "ffn_gate": (n_ff, n_embd),
+        "ffn_up": (n_ff, n_embd),
+        "ffn_down": (n_embd, n_ff),
+    }
+    for layer in range(recipe.n_layer):
+        for name, shape in layer_shapes.items():
+            yield f"blk.{layer}.{name}.weight", shape
+
+
 @pytest.fixture(scope="module")
 def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the header of an 8B model, followed by a hole instead of weights."""
     path = tmp_path_factory.mktemp("large") / "8b.gguf"
-    recipe = make_shaped.LLAMA_8B
-    writer = GGUFWriter(path, recipe.arch)
-    make_shaped.add_header(writer, recipe)
+    writer = GGUFWriter(path, LLAMA_8B.arch)
+    add_header(writer, LLAMA_8B)
     n_all = 0
-    for name, dims in make_shaped.own_shapes(recipe):
+    for name, dims in llama_shapes(LLAMA_8B):
         kind = GGMLQuantizationType.F32 if len(dims) == 1 else Q8_0
         n_block, n_bytes = GGML_QUANT_SIZES[kind]
         row = dims[-1] // n_block * n_bytes
