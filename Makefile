@@ -1,6 +1,6 @@
 # make demo: builds everything that chat and serve need, then answers one long prompt with and without fast reading
-# make test: prepares everything that the tests need, then runs ruff, mypy and pytest (ARGS="-k name")
-# make check: runs ruff, mypy and the quick tests, which need the backend, but no models and no second library
+# make test: prepares everything that the tests need, then runs ruff, mypy, import-linter and pytest (ARGS="-k name")
+# make check: runs ruff, mypy, import-linter and the quick tests, which need the backend, but no models and no second library
 # make docs: generates the tables in the documents and the README's chart from docs/results
 # make site: writes the documents as a site to build/site, and fails on any warning (POP_LOCAL_REPOSITORY
 #   is the address of the repository that links to source files lead to)
@@ -193,6 +193,7 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=converter $(BIN)/lint-imports
 
 $(VENV)/.ready:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "pop-local needs \
@@ -268,4 +269,4 @@ sidecar-%: $(VENV)/.tools
 	$(SIDECARS)/$$(basename $$model .gguf).pop-sidecar.gguf --sidecar --force $(SIDECAR_$*)
 
 clean:
-	rm -rf $(VENV) $(WHEELS) build pop_local.egg-info $(PACKAGE)/build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(WHEELS) build pop_local.egg-info $(PACKAGE)/build .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
