@@ -23,15 +23,6 @@ def answered(model: PopModel, *turns: Turn) -> Conversation:
     return said.without_last().plus(Turn(turns[-1].question, turns[-1].documents, answer))
 
 
-def follow_up(model: PopModel, said: Conversation) -> tuple[str, int]:
-    """Return an answer, and the number of prompt tokens read for it."""
-    messages = said.plus(Turn("and now?")).messages
-    chunks = list(model.ask(messages, temperature=0.0, max_tokens=8))
-    stats = chunks[-1].stats
-    assert stats is not None
-    return "".join(chunk.text for chunk in chunks), stats.n_pruned + stats.n_full
-
-
 def ask(model: PopModel, *messages: Message, **options) -> tuple[str, TurnStats]:
     """Return the greedy answer to the last message (up to 12 tokens) and its statistics."""
     defaults = {"temperature": 0.0, "max_tokens": 12}

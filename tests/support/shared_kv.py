@@ -70,26 +70,6 @@ DEFAULTS = {
 }
 
 
-# Gemma 4 E2B as published, except for the vocabulary (262,144), which prefill does not need.
-GEMMA4_E2B = SharedKv(
-    replace(
-        DEFAULTS["gemma4"].base,
-        n_layer=35,
-        n_embd=1536,
-        n_head=8,
-        head_dim=512,
-        n_vocab=16_384,
-        n_ctx_train=131_072,
-        swa_window=512,
-    ),
-    n_shared=20,
-    period=5,
-    head_dim_swa=256,
-    n_per_layer=256,
-    n_ff=(6144,) * 15 + (12_288,) * 20,
-)
-
-
 def make_shared(path: Path, arch: str, **overrides: object) -> Path:
     """Write a random model to `path` and return it; `overrides` are fields of SharedKv or Recipe.
 

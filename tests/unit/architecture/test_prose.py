@@ -183,15 +183,6 @@ def test_findings_have_the_line_of_each_kind_of_text(tmp_path: Path) -> None:
     ]
 
 
-def test_banned_phrases_leave_plain_english_alone() -> None:
-    text = (
-        "Of course, one of the slots ends with a newline. It comes from the header, as it is read"
-        " from disk. Where it fails, the caller is notified at least once."
-    )
-    sentence = Sentence(Path("a.md"), 1, "document", text, text, is_first=True)
-    assert list(findings_in(sentence)) == []
-
-
 if __name__ == "__main__":
     roots = [Path(name).resolve() for name in sys.argv[1:]] or everything()
     total = findings_under(roots)
