@@ -114,28 +114,10 @@ def test_names_of_where_to_change_exist() -> None:
     assert unknown_names(where_to_change(), defined_names()) == []
 
 
-def test_unknown_names_are_found() -> None:
-    existing = "`Sampler._chained` `add(...)` `routes(api)` `shift_of` `NAME.routes` `Budget`"
-    ignored = "`gone_a.py` `/gone` `gone b`"
-    missing = "`Sampler.gone_method` `gone_function(body)` `GoneClass`"
-    found = unknown_names(f"{existing} {ignored} {missing}", defined_names())
-    assert found == ["Sampler.gone_method", "gone_function", "GoneClass"]
-
-
 def test_notebook_lists_each_of_its_pages() -> None:
     listed = set(re.findall(r"\]\(([\w./-]+\.md)", (NOTEBOOK / "README.md").read_text("utf-8")))
     pages = {path.relative_to(NOTEBOOK).as_posix() for path in NOTEBOOK.rglob("*.md")}
     assert pages - {"README.md"} <= listed
-
-
-def test_broken_links_and_paths_are_found(tmp_path: Path) -> None:
-    page = tmp_path / "a.md"
-    page.write_text(
-        "# One `b`\n\n[a](#one-b) [b](#two) [c](c.md) [d](https://x.org)\n\n    [e](e.md)\n\n"
-        "`engine/a.py` `server/apis/` `NAME.py` `x.gguf` `a.py`\n"
-    )
-    assert broken_links(page) == ["](#two)", "](c.md)"]
-    assert named_paths(page.read_text()) == ["engine/a.py", "server/apis/", "a.py"]
 
 
 def test_each_benchmark_is_listed() -> None:

@@ -3,7 +3,6 @@
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -53,35 +52,6 @@ def test_budget_table_has_the_limits() -> None:
         assert f"| {budget.max_lost_lookups:.0%} |" in render_docs.kept_table("budgets", None)
 
 
-def test_cells_use_the_format_up_to_their_number_of_values() -> None:
-    layout = "{:.2f}x ({:.2f}-{:.2f})"
-    assert render_docs.cell_text([1.5, 1, 2], layout) == "1.50x (1.00-2.00)"
-    assert render_docs.cell_text(1.5, layout) == "1.50x"
-    assert render_docs.cell_text({"value": [1.5], "note": "*"}, layout) == "1.50x *"
-    assert render_docs.cell_text("not tried", layout) == "not tried"
-    assert render_docs.cell_text(None, layout) == ""
-
-
-def test_repeated_names_are_omitted_and_columns_are_selected() -> None:
-    columns = [{"name": "a", "title": "A"}, {"name": "b", "title": "B", "format": "{:.0%}"}]
-    made = render_docs.table(columns, [{"a": "x", "b": 0.5}, {"a": "x", "b": 1}])
-    assert made == "| A | B |\n|---|---:|\n| x | 50% |\n|  | 100% |\n"
-    text = "<!-- table budgets: quality, kl -->\n<!-- end -->\n"
-    assert "copy" not in render_docs.rendered(text) and "balanced" in render_docs.rendered(text)
-
-
-def test_look_ups_fill_their_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    columns = [{"name": "model", "title": "model"}]
-    found = {"n": 200, "full": 180, "pruned": 177, "lost": 4, "gained": 1, "p": 0.375}
-    kept: Any = {"columns": columns, "rows": [{"model": "M", "lookups": found}, {"model": "N"}]}
-    kept |= {"commands": [], "machine": "here", "date": ""}
-    monkeypatch.setattr(render_docs, "read", lambda _: kept)
-    cells = "| 180 of 200 | 177 of 200 | 4 of 180 | 0.38 |"
-    chosen = "model, lookups_full, lookups_pruned, lookups_lost, lookups_p"
-    shown = render_docs.rendered(f"<!-- table any: {chosen} -->\n<!-- end -->\n")
-    assert f"| M {cells}" in shown and "| N |  |  |  |  |" in shown
-
-
 def test_figures_of_shipped_sidecars_equal_their_files() -> None:
     rows = {row["name"]: row for row in doc_figures.read("shipped")["rows"]}
     for model in load_catalog():
@@ -114,29 +84,12 @@ def test_documents_quote_the_speeds_of_one_machine() -> None:
         assert not re.search(r"\d\.\d+x?( to \d\.\d+)? times|\d\.\d+x", prose)
 
 
-def test_figures_are_computed_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    row: Any = {"llama": 10, "full": 20, "pruned": 30}
-    row |= {"lookups": {"full": 5, "lost": 1}}
-    rows = [row, row | {"full": 40, "pruned": 40}]
-    monkeypatch.setattr(doc_figures, "read", lambda _: {"rows": rows})
-    names = ("kernels", "saved", "lookups")
-    text = "".join(f"<!-- figure {name} -->old<!-- end -->\n" for name in names)
-    shown = re.sub("<!--.*?-->", "", render_docs.rendered(text)).split("\n")[:-1]
-    assert shown == ["2.0 to 4.0", "0 to 33", "8 of 10"]
-
-
 def test_tables_for_users_show_ratios_look_ups_and_limits() -> None:
     [row] = [line for line in doc_figures.summary().splitlines() if "`smollm2`" in line]
     assert re.search(r"\| [\d.]+ s \(\d\.\dx\) \| [\d.]+ s \(\d\.\dx\) \|", row)
     assert row.endswith("| 28 of 200 | 28 of 28 |"), "a small model finds few strings"
     [row] = [line for line in doc_figures.models_table().splitlines() if "`gemma3`" in line]
     assert "| base | `fast` |" in row
-
-
-def test_sizes_of_hub_models_follow_from_their_names() -> None:
-    assert doc_figures.billions("qwen3-30b-a3b") == 30 and doc_figures.billions("phi-4") == 14.7
-    assert all(doc_figures.billions(name) > 0 for name in doc_figures.hub_names())
-    assert doc_figures.PARAMETERS.keys() <= doc_figures.hub_names().keys()
 
 
 def test_chart_is_drawn(tmp_path: Path) -> None:

@@ -73,20 +73,3 @@ def test_shots_precede_each_question_and_are_not_scored(tmp_path: Path):
 )
 def test_programs_run_with_the_tasks_imports(answer, is_right):
     assert tasks.passes(HUMANEVAL, answer) is is_right
-
-
-def test_programs_answered_in_both_modes_are_counted(tmp_path: Path):
-    path, answers = tmp_path / "tasks.jsonl", tmp_path / "answers.jsonl"
-    path.write_text("\n".join([json.dumps(HUMANEVAL)] * 3))
-    right = tasks.humaneval(HUMANEVAL).shown
-    lines = [{}, *({"mode": m, "line": 1, "text": t} for m, t in (("full", right), ("pruned", "")))]
-    lines.append({"mode": "full", "line": 2, "text": right})  # without a pruned answer
-    answers.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"mode": "pru')
-    found = tasks.score(path, 1, answers)
-    assert found == {
-        "n": 1,
-        "full_hits": 1,
-        "pruned_hits": 0,
-        "n_only_full": 1,
-        "n_only_pruned": 0,
-    }
