@@ -23,13 +23,15 @@ from pop_local.ui.tables import print_json
 from pop_local.ui.views import convert as view
 from pop_local.ui.watch import stoppable_watch, terminal_watch
 from pop_local.workflows.conversion.conversion_plan import (
+    Boundary,
     ConvertOptions,
+    Goal,
+    OverBudgetError,
     RowOptions,
+    Within,
     plan_conversion,
 )
 from pop_local.workflows.conversion.convert_model import run_conversion
-from pop_local.workflows.conversion.goals import Boundary, Goal, Within
-from pop_local.workflows.conversion.refusals import OverBudgetError
 from pop_local.workflows.open import base_file
 
 QualityName = Literal["near-lossless", "balanced", "fast"]

@@ -32,10 +32,9 @@ from pop_local.measure.forced import Pruning
 from pop_local.measure.quality import Quality, QualitySettings, measure_against
 from pop_local.models.model_files import ModelFiles
 from pop_local.models.sidecars import LearnedFiles
-from pop_local.workflows.conversion.conversion_plan import RowOptions
+from pop_local.workflows.conversion.conversion_plan import OverBudgetError, RowOptions
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.full_model import FullModel
-from pop_local.workflows.conversion.refusals import OverBudgetError
 from pop_local.workflows.conversion.search import Candidate, Search
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.hardware import Hardware

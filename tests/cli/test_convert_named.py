@@ -18,8 +18,13 @@ from pop_local.cli import app
 from pop_local.measure import budget
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion import named as examining
-from pop_local.workflows.conversion.conversion_plan import ConvertOptions, RowOptions
-from pop_local.workflows.conversion.goals import Boundary, Goal, Within
+from pop_local.workflows.conversion.conversion_plan import (
+    Boundary,
+    ConvertOptions,
+    Goal,
+    RowOptions,
+    Within,
+)
 from pop_local.workflows.hardware import Hardware
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf

@@ -28,8 +28,7 @@ from pop_local.measure.lookups import (
 from pop_local.texts.carriers import LookupQuestion
 from pop_local.workflows.conversion import convert_model, fits, full_model
 from pop_local.workflows.conversion import search as searching
-from pop_local.workflows.conversion.conversion_plan import ConvertOptions
-from pop_local.workflows.conversion.goals import Within
+from pop_local.workflows.conversion.conversion_plan import ConvertOptions, Within
 from pop_local.workflows.hardware import Hardware
 from support.conversion_runs import FEW, LOOSE, convert
 from support.converted import names

@@ -22,7 +22,7 @@ from pop_converter.projection import Projection
 from pop_local.engine.cache.saved_state import decoded_array, encoded_array
 from pop_local.engine.sessions.session_file import FORMAT, read_session
 from pop_local.measure.budget import boundaries
-from pop_local.workflows.conversion.goals import LEAST_DIVISOR
+from pop_local.workflows.conversion.conversion_plan import LEAST_DIVISOR
 from pop_local.workflows.inspect import inspect
 from support import recipes
 from support.architectures import MORE_KEYS

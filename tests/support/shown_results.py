@@ -18,9 +18,9 @@ from pop_local.workflows.conversion.conversion_plan import (
     Conversion,
     Converted,
     ConvertOptions,
+    Trial,
     plan_conversion,
 )
-from pop_local.workflows.conversion.refusals import Trial
 
 CALIBRATION = Calibration(DEFAULT_NAME, "0" * 64, 16_384, 1e-3)
 

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from pop_converter.popfile.format import Budget, PopMeta
     from pop_converter.popfile.pruning_plan import Plan
     from pop_converter.popfile.rewrite import FileSizes
-    from pop_local.workflows.conversion.conversion_plan import Conversion, Converted
-    from pop_local.workflows.conversion.refusals import Trial
+    from pop_local.workflows.conversion.conversion_plan import Conversion, Converted, Trial
 
 
 _COLUMNS = (

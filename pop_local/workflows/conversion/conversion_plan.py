@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pop_converter.architecture.shape import source_shape
+from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Unit, Watch
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Budget, DeepRows, Measured, PopMeta
-from pop_converter.popfile.pruning_plan import TAIL_TOKENS, Plan, require_fit
+from pop_converter.popfile.pruning_plan import TAIL_TOKENS, Plan, make_plan, require_fit
 from pop_converter.popfile.rewrite import Examine, FileSizes, Fitted
 from pop_converter.popfile.rewrite import convert as write_copy
 from pop_converter.popfile.rewrite import measure as measure_copy
@@ -24,16 +24,49 @@ from pop_converter.projection import Projection
 from pop_local.calibration import needs as costs
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
-from pop_local.measure.budget import BALANCED
+from pop_local.measure.budget import BALANCED, boundaries
+from pop_local.measure.lookups import Lookups
+from pop_local.measure.quality import Quality
 from pop_local.models.model_files import ModelFiles
 from pop_local.models.model_names import resolve
 from pop_local.workflows.conversion.duration import sidecar_seconds
-from pop_local.workflows.conversion.fits import MakeDistiller, PlanFitter
-from pop_local.workflows.conversion.goals import Goal, Within, plans_of
-from pop_local.workflows.conversion.kept_fits import KeptFits
-from pop_local.workflows.conversion.refusals import Trial
+from pop_local.workflows.conversion.fits import KeptFits, MakeDistiller, PlanFitter
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.hardware import Hardware
+
+# No measured model can copy from its prompt with fewer than a third of its layers
+# (docs/quality.md).
+LEAST_DIVISOR = 3
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The first layer that context tokens skip."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class Within:
+    """The goal of meeting a budget at boundary `at` (None: at the fastest possible boundary)."""
+
+    budget: Budget
+    at: Boundary | None = None
+
+
+Goal = Boundary | Within
+
+
+def plans_of(goal: Goal, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
+    """Return a goal's plans, sorted by the number of skipped layers.
+
+    `rows`: keyword arguments for make_plan. Raises PlanError.
+    """
+    named = goal.at if isinstance(goal, Within) else goal
+    if named is not None:
+        return (make_plan(shape, boundary=named.layer, **rows),)
+    tried = boundaries(shape, LEAST_DIVISOR)
+    return tuple(make_plan(shape, boundary=each, **rows) for each in tried)
 
 
 @dataclass(frozen=True)
@@ -198,6 +231,36 @@ def plan_conversion(
             deepest = replace(deepest, projection=Projection.WIDE)
         options.distiller(source, fit, options.hardware, Watch()).require(deepest)
     return Conversion(source, target, plans, options)
+
+
+class CopyingBrokenError(PopError):
+    """Error for a model that can no longer copy from its prompt. `found` is the measured loss."""
+
+    def __init__(self, boundary: int, found: str) -> None:
+        hint = "skip fewer layers, or set a budget instead of a boundary"
+        message = f"at boundary {boundary}, the model can no longer copy from its prompt: {found}"
+        super().__init__(message, hint, cause="copying-broken")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A measured candidate.
+
+    `lookups` is None if the loss on held-out text already exceeds the budget.
+    """
+
+    plan: Plan
+    quality: Quality
+    in_budget: bool
+    lookups: Lookups | None = None
+
+
+class OverBudgetError(PopError):
+    """Error for a budget that no candidate meets. `trials` lists the measured candidates."""
+
+    def __init__(self, message: str, trials: tuple[Trial, ...]) -> None:
+        super().__init__(message, "use a larger budget, or choose a boundary", cause="over-budget")
+        self.trials = trials
 
 
 @dataclass(frozen=True)

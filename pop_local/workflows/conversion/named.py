@@ -14,9 +14,12 @@ from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import shipped_text, tokenize
 from pop_local.measure.lookups import LookupSettings
 from pop_local.measure.quality import QualitySettings
-from pop_local.workflows.conversion.conversion_plan import ConversionRun, Converted
+from pop_local.workflows.conversion.conversion_plan import (
+    ConversionRun,
+    Converted,
+    CopyingBrokenError,
+)
 from pop_local.workflows.conversion.full_model import FullModel
-from pop_local.workflows.conversion.refusals import CopyingBrokenError
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 

@@ -35,11 +35,15 @@ from pop_local.measure.forced import Pruning
 from pop_local.measure.lookups import Answers, Lookups
 from pop_local.measure.quality import Quality, QualitySettings, Scores, measure_against
 from pop_local.workflows.conversion import full_model
-from pop_local.workflows.conversion.conversion_plan import ConversionRun, Converted
+from pop_local.workflows.conversion.conversion_plan import (
+    ConversionRun,
+    Converted,
+    OverBudgetError,
+    Trial,
+)
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.named import require_windows
-from pop_local.workflows.conversion.refusals import OverBudgetError, Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 

@@ -12,8 +12,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
 from pop_local.calibration import needs
 from pop_local.measure.budget import BALANCED
-from pop_local.workflows.conversion.conversion_plan import ConvertOptions, plan_conversion
-from pop_local.workflows.conversion.goals import Within
+from pop_local.workflows.conversion.conversion_plan import ConvertOptions, Within, plan_conversion
 from support.calibrating import words
 from support.synthetic import Recipe, add_header, make_gguf
 

@@ -14,9 +14,8 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.ui.views.stats import stats_line
-from pop_local.workflows.conversion.conversion_plan import ConvertOptions, RowOptions
+from pop_local.workflows.conversion.conversion_plan import Boundary, ConvertOptions, RowOptions
 from pop_local.workflows.conversion.convert_model import convert
-from pop_local.workflows.conversion.goals import Boundary
 from pop_local.workflows.hardware import Hardware
 from support.converted import converted
 from support.shapes import read_pop_meta, read_shape

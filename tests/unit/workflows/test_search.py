@@ -12,7 +12,7 @@ from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection
 from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
-from pop_local.workflows.conversion.refusals import OverBudgetError
+from pop_local.workflows.conversion.conversion_plan import OverBudgetError
 from pop_local.workflows.conversion.search import Candidate, Search
 from support.calls import ignore
 from support.shapes import read_shape
