@@ -38,6 +38,5 @@ from pop_local.workflows.eval import EvaluateOptions as EvaluateOptions
 from pop_local.workflows.eval import Evaluation as Evaluation
 from pop_local.workflows.eval import evaluate as evaluate
 from pop_local.workflows.hardware import Hardware as Hardware
-from pop_local.workflows.learning import OnlineCalibration as OnlineCalibration
 
 __version__: str

@@ -40,7 +40,6 @@ COMMANDS = {
     ),
     "analyze": Listed(_SPEED, "Measure how many layers a model can skip.", "model.gguf"),
     "config": Listed(_SETUP, "Show the settings and their sources.", "--json"),
-    "learn": Listed(_SETUP, "Delete the statistics collected from your prompts.", "forget"),
     "cache": Listed(_SETUP, "Remove the stored KV caches of earlier prompts.", "clear"),
     "doctor": Listed(_SETUP, "Check this installation and suggest fixes.", "--report"),
 }

@@ -17,8 +17,8 @@ from pop_local.calibration import texts
 from pop_local.calibration.activations import WindowReader
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.needs import n_choosing, plan_needs
+from pop_local.calibration.sums import Summing, Sums
 from pop_local.calibration.texts import N_WINDOW, CalibrationText, Windows
-from pop_local.engine.learning.sums import Summing, Sums
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.taps import Rows, TapRequest
 

@@ -4,7 +4,7 @@ import socket
 import sys
 import threading
 import webbrowser
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Annotated
 
 import typer
@@ -13,7 +13,6 @@ from pop_local.commands import opening
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import expand_options
 from pop_local.commands.serve import ServerOptions, serve_named
-from pop_local.config.settings import state_dir
 from pop_local.models.model_names import lookup
 from pop_local.ui.chat.dialogue import Dialogue, pruning_state, warn_of_base_model
 from pop_local.ui.chat.repl import talk
@@ -53,7 +52,7 @@ def chat(
     web: Annotated[
         bool, typer.Option("--web", help="Chat in the browser instead of the terminal.")
     ] = False,
-    opened: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
+    opened: opt.ModelOptions = opt.ModelOptions(refill="idle"),
     sampling: opt.SamplingOptions,
 ) -> None:
     """Chat with a model.
@@ -68,7 +67,6 @@ def chat(
     # A pipe delivers its next line immediately, without idle time.
     if not sys.stdin.isatty() and opened.refill == "idle":
         opened = opening.without_refill(opened, "a chat with piped input is never idle", asked)
-        opened = replace(opened, learn="off")
     prompts = opening.open_prompt_cache(opened)
     name = model or opening.default_model()
     open_named = opening.Opener(name, opened, asked, prompt_cache=prompts)
@@ -79,17 +77,11 @@ def chat(
         system=system,
         sampling=sampling.given,
         refill=opened.refill,
-        make_fitter=opening.lessons,
     )
     warn_of_base_model(screen, begun.model)
     if sys.stdin.isatty():
         engine = begun.model.engine
         note(pruning_state(begun.model))
-        if engine.calibrator is not None and not (state_dir() / "history").exists():
-            note(
-                "Learning is on: pop-local stores statistics, but no text, to speed up later"
-                " prompts. Turn learning off with --learn off."
-            )
         if mmproj := engine.options.mmproj:
             note(f"Images are enabled ({mmproj.name}). To attach an image, type /image PATH.")
         known, n_ctx = lookup(name), engine.context.n_ctx
@@ -99,6 +91,6 @@ def chat(
         talk(begun)
     finally:
         opening.store_prompts(begun.model)
-        begun.model.close()  # saves learned statistics
+        begun.model.close()
     if begun.has_failed and not sys.stdin.isatty():
         raise typer.Exit(EXIT_FAILED)

@@ -21,7 +21,6 @@ from pop_local.engine.model import PopModel
 from pop_local.ui.console import note, warn
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.conversion.duration import sidecar_seconds
-from pop_local.workflows.learning import OnlineCalibration
 from pop_local.workflows.open import best_model, open_model
 
 
@@ -67,7 +66,6 @@ class Opener:
             keep_states=options.refill != "off",
             parse_special=options.parse_special,
             full=options.full,
-            learn=options.learn == "on",
             reuse=options.reuse,
             prompt_cache=self.prompt_cache,
             context=ContextOptions(
@@ -96,12 +94,9 @@ class Opener:
                 f"{engine.context.n_threads} threads share this machine's {n_cpus} CPUs, which"
                 " slows down reading. Pass a lower --threads value."
             )
-        refills = engine.refiller.is_on or engine.calibrator  # a calibrator may prune later
-        if options.refill != "off" and "refill" in self.asked and not refills:
+        if options.refill != "off" and "refill" in self.asked and not engine.refiller.is_on:
             why = engine.context.files.no_refill or "this model does not support fast reading"
             warn(f"--refill has no effect: {why}")
-        if options.learn == "on" and "learn" in self.asked and len(engine.sequences) > 1:
-            warn("--learn has no effect with multiple slots; use --parallel 1")
         if options.image_tokens and engine.vision is None:
             warn("--image-tokens has no effect: this model has no mmproj")
 
@@ -133,8 +128,3 @@ def store_prompts(model: PopModel) -> None:
         for sequence in model.engine.sequences:
             sequence.states.store()
         prompts.close()
-
-
-def lessons(model: PopModel) -> OnlineCalibration | None:
-    """Return the model's online calibration, or None if learning is off."""
-    return None if model.engine.calibrator is None else OnlineCalibration(model)

@@ -101,7 +101,7 @@ def run(
             else:
                 _show(screen, chunks)
         except ContextFullError as error:
-            raise too_long(opened, error) from error
+            raise too_long(opened.engine, error) from error
         store_prompts(opened)
     if interrupt.asked:
         raise KeyboardInterrupt

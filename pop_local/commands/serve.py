@@ -9,7 +9,7 @@ import typer
 
 from pop_converter.base.errors import PopError
 from pop_local.commands import shared_options as opt
-from pop_local.commands.opening import Opener, default_model, lessons, open_prompt_cache
+from pop_local.commands.opening import Opener, default_model, open_prompt_cache
 from pop_local.commands.option_expansion import Group, expand_options, expert, option
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.model import PopModel
@@ -64,7 +64,7 @@ class ServerOptions(Group):
     )
     parallel: int | None = option(
         "Number of concurrent answers, each with its own context. The default is 2 if at least"
-        " 8 GB of memory is free, --repeatable is off, and learning is off. Otherwise, it is 1.",
+        " 8 GB of memory is free and --repeatable is off. Otherwise, it is 1.",
         "N",
         min=1,
         max=64,
@@ -87,7 +87,7 @@ def serve(
     model: opt.OptionalModel = None,
     *,
     to: ServerOptions,
-    how: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
+    how: opt.ModelOptions = opt.ModelOptions(refill="idle"),
 ) -> None:
     """Serve a model over the OpenAI, Anthropic, Ollama, and llama-server APIs and on a web page.
 
@@ -171,11 +171,10 @@ def _pool(to: ServerOptions, opener: Opener, prompts: PromptCache | None) -> "Mo
         # Clients probably use the catalog name that the user typed.
         path = opened.engine.context.files.path
         name = to.name or (opener.model if lookup(opener.model) else printable(path.stem))
-        return ModelPool.of_one(ModelFile(name, path), opened, lessons, **options)
+        return ModelPool.of_one(ModelFile(name, path), opened, **options)
     registry = ModelRegistry(
         lambda: models_in(folder),
         lambda path: opener(str(path)),
-        lessons,
         opener.options.ctx,
         can_see=True,
         n_parallel=opener.n_parallel or 2,  # the largest default of a model

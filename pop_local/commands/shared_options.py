@@ -107,9 +107,6 @@ class ModelOptions(OpenOptions):
     refill: Literal["idle", "off"] = expert(
         "Run the skipped layers for cached tokens while the model is idle.", default="off"
     )
-    learn: Literal["on", "off"] = option(
-        "Store statistics about prompts, but no text, to speed up later prompts.", default="off"
-    )
     reuse: Reuse = expert(
         "Which cached tokens a prompt may reuse (default: edited). off: reuse nothing. exact: reuse"
         " a common prefix. edited: also reuse the tokens after an edit, although their cached"

@@ -127,10 +127,6 @@ def sessions_dir() -> Path:
     return state_dir() / "sessions"
 
 
-def learned_dir() -> Path:
-    return state_dir() / "learned"
-
-
 def prompts_dir() -> Path:
     """Return the folder for KV caches from earlier prompts."""
     return state_dir() / "prompts"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
@@ -37,16 +37,8 @@ if TYPE_CHECKING:
     from pop_converter.popfile.format import PopMeta
     from pop_local.engine.decode.sampler import Allowed
     from pop_local.engine.engine_options import EngineOptions
-    from pop_local.engine.learning.online_calibrator import OnlineCalibrator
     from pop_local.engine.prompt.prompt import Prompt
     from pop_local.engine.turn_options import TurnOptions
-
-
-class EngineOwner(Protocol):
-    """A model handle whose engine may be replaced while the model is open."""
-
-    @property
-    def engine(self) -> Engine: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +46,7 @@ class Engine:
     """The parts of an open model.
 
     Pruning is on by default for converted models. `sequences`: one sequence per concurrent prompt.
-    `vision`: the mmproj, if any. `calibrator`: the online calibrator, if learning is on.
+    `vision`: the mmproj, if any.
     """
 
     options: EngineOptions
@@ -63,7 +55,6 @@ class Engine:
     prompter: Prompter
     vision: Mmproj | None
     token_tries: TokenTries
-    calibrator: OnlineCalibrator | None = None
 
     @classmethod
     def open(cls, options: EngineOptions) -> Engine:
@@ -107,8 +98,6 @@ class Engine:
     def close(self) -> None:
         """Stop any read in progress and free the model."""
         self.context.close()
-        if self.calibrator is not None:
-            self.calibrator.detach()
         if self.vision is not None and self.context.is_closed:
             self.vision.close()
 

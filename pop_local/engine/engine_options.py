@@ -23,7 +23,7 @@ class EngineOptions:
     criterion for deep rows (default: the file's criterion). `reuse`: which cached rows a prompt
     may reuse. `keep_states`: whether to keep boundary states for refilling. `parse_special`:
     whether to parse special tokens in messages and documents (if True, documents can inject
-    turns). `full`: whether to start with pruning off. `learn`: see PopModel.learn. `prompt_cache`:
+    turns). `full`: whether to start with pruning off. `prompt_cache`:
     cached states of earlier prompts.
     """
 
@@ -38,7 +38,6 @@ class EngineOptions:
     keep_states: bool = False
     parse_special: bool = False
     full: bool = False
-    learn: bool = False
     prompt_cache: PromptCache | None = None
     context: ContextOptions = field(default_factory=ContextOptions)
 

@@ -80,17 +80,12 @@ class CachedSequence:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Detach the learner. On exit, restore the settings and empty the cache."""
+        """Restore the settings and empty the cache on exit."""
         cache, pruning = self.cache, self.cache.pruning
         mode, boundary, keeps = pruning.mode, pruning.boundary, pruning.keeps_states
-        learner = cache.learner
-        if learner is not None:
-            learner.detach()
         try:
             yield
         finally:
-            if learner is not None:
-                learner.attach(cache)
             self.set_boundary(boundary)
             self.set_mode(mode)
             self.keep_states(keeps)

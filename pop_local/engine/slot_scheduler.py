@@ -2,7 +2,7 @@
 
 import threading
 
-from pop_local.engine.engine import EngineOwner
+from pop_local.engine.engine import Engine
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.sequence import CachedSequence
 
@@ -13,10 +13,10 @@ class SlotScheduler:
     Only `take`, `give_back`, and `n_cached` are thread-safe.
     """
 
-    def __init__(self, model: EngineOwner) -> None:
-        self._model = model
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         # Least recently used first.
-        self._free = list(range(len(model.engine.sequences)))
+        self._free = list(range(len(engine.sequences)))
         self._lock = threading.Lock()
 
     def take(self, prompt: Prompt, scope: str = "") -> int:
@@ -34,7 +34,7 @@ class SlotScheduler:
         with self._lock:
             found = [
                 each.n_reusable(prompt) if index in self._free else each.states.n_same(prompt)
-                for index, each in enumerate(self._model.engine.sequences)
+                for index, each in enumerate(self._engine.sequences)
                 if each.states.scope == scope
             ]
             return max(found, default=0)
@@ -44,12 +44,12 @@ class SlotScheduler:
 
     def clear(self) -> None:
         """Store all cached rows in the prompt cache and empty all sequences."""
-        for sequence in self._model.engine.sequences:
+        for sequence in self._engine.sequences:
             sequence.states.store()
             sequence.cache.clear()
 
     def sequence(self, index: int) -> CachedSequence:
-        return self._model.engine.sequences[index]
+        return self._engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:
         """Share the longest cached prefix of the prompt with sequence `index`.
@@ -57,7 +57,7 @@ class SlotScheduler:
         Does nothing if sequence `index` can already reuse the whole prefix.
         """
         scope = self.sequence(index).states.scope
-        states = [each.states for each in self._model.engine.sequences]
+        states = [each.states for each in self._engine.sequences]
         states = [each for each in states if each.scope == scope]
         if len(states) > 1:
             best = max(states, key=lambda each: each.n_same(prompt))

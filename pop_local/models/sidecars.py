@@ -1,77 +1,25 @@
-"""Find a model's sidecar next to the model, in the folder of learned files, or in this package."""
+"""Find a model's sidecar next to the model or in this package."""
 
-import glob
 import importlib.resources
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from pop_converter.base.errors import FormatError
 from pop_converter.gguf.header import read_header
-from pop_converter.gguf.source import Source, read_source, sampled_sha256
+from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Binding, pop_meta, read_binding
-from pop_converter.popfile.sidecar import SUFFIX, bind, existing_sidecar, pop_of, read_sidecar
-from pop_local.config.settings import learned_dir
+from pop_converter.popfile.sidecar import SUFFIX, bind, existing_sidecar, pop_of
 
-SUMS = ".sums.npz"
 # The shipped sidecars are for the catalog's models (docs/quality.md).
 SHIPPED = Path(str(importlib.resources.files("pop_local") / "data" / "sidecars"))
-
-
-@dataclass(frozen=True)
-class LearnedFiles:
-    """Paths to one model's learned files (`name` includes a hash). The files need not exist yet."""
-
-    name: str
-
-    @classmethod
-    def of(cls, base: Source) -> "LearnedFiles":
-        return cls(f"{Path(base.name).stem}-{sampled_sha256(base)[:16]}")
-
-    @property
-    def sums(self) -> Path:
-        return learned_dir() / f"{self.name}{SUMS}"
-
-    @property
-    def sidecar(self) -> Path:
-        return learned_dir() / f"{self.name}{SUFFIX}"
-
-    def forget(self) -> None:
-        """Remove the model's learned files, including temporary files."""
-        for path in learned_dir().glob(f"{glob.escape(self.name)}.*"):
-            path.unlink(missing_ok=True)
-
-
-def learned_files() -> list[LearnedFiles]:
-    """Return the learned files of every model."""
-    names = {
-        path.name.removesuffix(ending)
-        for ending in (SUMS, SUFFIX)
-        for path in learned_dir().glob(f"*{ending}")
-    }
-    return [LearnedFiles(name) for name in sorted(names)]
 
 
 def sidecar_of(base: Source) -> Path | None:
     """Return a model's sidecar, or None for a converted or unpruned model. Raises FormatError."""
     if pop_meta(base.first) is not None:
         return None
-    return existing_sidecar(base) or _learned(base) or _shipped(base)
-
-
-def _learned(base: Source) -> Path | None:
-    path = LearnedFiles.of(base).sidecar
-    with suppress(FormatError):
-        if path.is_file():
-            read_sidecar(path, base)
-            return path
-    return None
-
-
-def is_learned(sidecar: Path) -> bool:
-    """Return True if online calibration created the sidecar."""
-    return sidecar.parent == learned_dir()
+    return existing_sidecar(base) or _shipped(base)
 
 
 def is_shipped(sidecar: Path) -> bool:

@@ -13,7 +13,6 @@ from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.sidecar import SUFFIX as SIDECAR_SUFFIX
 from pop_converter.popfile.sidecar import pop_of
-from pop_local.config.settings import learned_dir
 from pop_local.engine.images.pictures import has_pillow
 from pop_local.engine.llama.cell_regions import n_cells
 from pop_local.engine.llama.loading import default_ctx, kv_bytes
@@ -76,7 +75,7 @@ class ModelInfo:
     def of_file(cls, file: ModelFile, n_ctx: int | None, n_parallel: int) -> "ModelInfo":
         """Describe a model file. Raises PopError for damaged files."""
         others = (file.path.parent, file.path.with_name(file.path.stem + SIDECAR_SUFFIX))
-        states = (_state(path) for path in (file.path, *others, learned_dir()))
+        states = (_state(path) for path in (file.path, *others))
         return _described(file, n_ctx, n_parallel, tuple(states))
 
     @property

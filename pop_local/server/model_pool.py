@@ -15,7 +15,6 @@ from starlette.concurrency import run_in_threadpool
 from pop_converter.base.errors import PopError
 from pop_converter.base.nearest import nearest_hint
 from pop_converter.base.numbers import size
-from pop_local.engine.learning.online_calibrator import Fitter
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.server.api_errors import ApiError, as_api_error, stopping
@@ -35,9 +34,8 @@ class ModelRegistry:
     """The models that a server can open, with the limits and defaults for serving them.
 
     `files` returns the current files, keyed by model name. `open` opens a file or raises PopError.
-    `make_fitter` returns an open model's fitter, or None if learning is off for the model. `n_ctx`
-    is the context length of each model (None: the model's default). `n_parallel` is the number of
-    sequences per model. `can_see` is true if any model might be able to read images.
+    `n_ctx` is the context length of each model (None: the model's default). `n_parallel` is the
+    number of sequences per model. `can_see` is true if any model might be able to read images.
 
     `max_waiting` is the maximum queue length. `repeatable` is the default value of the request
     field `repeatable`. `ram_bytes` limits the total memory of all open models. A model that needs
@@ -47,7 +45,6 @@ class ModelRegistry:
 
     files: Callable[[], Mapping[str, Path]]
     open: Callable[[Path], PopModel]
-    make_fitter: Callable[[PopModel], Fitter | None]
     n_ctx: int | None
     can_see: bool
     n_parallel: int
@@ -146,7 +143,6 @@ class ModelPool:
         cls,
         file: ModelFile,
         model: PopModel,
-        make_fitter: Callable[[PopModel], Fitter | None],
         **options: Any,
     ) -> "ModelPool":
         """Create a pool with one open model. `options` are optional fields of ModelRegistry."""
@@ -158,9 +154,7 @@ class ModelPool:
             return opened.pop() if opened else PopModel(engine.options)
 
         n_ctx = engine.context.n_ctx
-        registry = ModelRegistry(
-            lambda: files, open_, make_fitter, n_ctx, can_see, n_parallel=n, **options
-        )
+        registry = ModelRegistry(lambda: files, open_, n_ctx, can_see, n_parallel=n, **options)
         pool = cls(registry)
         pool.load(file)
         return pool
@@ -328,8 +322,7 @@ class ModelPool:
         with stopped_by(self._stopping.is_set):
             model = self.registry.open(file.path)
         tasks = TaskFactory(model, repeatable=self.registry.repeatable)
-        fitter = self.registry.make_fitter(model)
-        worker = Worker(model, self.metrics, self.registry.max_waiting, fitter)
+        worker = Worker(model, self.metrics, self.registry.max_waiting)
         needed_bytes = ModelInfo.of_model(file.name, model).needed_bytes
         served = ServedModel(file.name, file.path, model, tasks, worker, needed_bytes)
         self._loaded[file.path] = served

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.chat_messages import Chunk, TurnStats
 from pop_local.engine.embedding import embedding
-from pop_local.engine.learning.online_calibrator import Fitter
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
@@ -148,11 +147,9 @@ class Worker(threading.Thread):
     prompts, but they decode their answers together.
     """
 
-    def __init__(
-        self, model: PopModel, metrics: Metrics, max_waiting: int, fitter: Fitter | None = None
-    ) -> None:
+    def __init__(self, model: PopModel, metrics: Metrics, max_waiting: int) -> None:
         super().__init__(name="pop-local model", daemon=True)
-        self._model, self._fitter, self._slots = model, fitter, SlotScheduler(model)
+        self._engine, self._slots = model.engine, SlotScheduler(model.engine)
         self._metrics, self._max_waiting = metrics, max_waiting
         self._waiting: deque[Job] = deque()
         self._lock = threading.Lock()
@@ -213,7 +210,7 @@ class Worker(threading.Thread):
     def run(self) -> None:
         others = [
             threading.Thread(target=self._serve_all, name=f"{self.name} {number}", daemon=True)
-            for number in range(2, len(self._model.engine.sequences) + 1)
+            for number in range(2, len(self._engine.sequences) + 1)
         ]
         for thread in others:
             thread.start()
@@ -233,16 +230,13 @@ class Worker(threading.Thread):
                     self._serve(job, turn.close)
 
     def _wait(self) -> None:
-        """Wait for a job. While idle, refill cached prompts and compute fitted projections."""
+        """Wait for a job. While idle, refill cached prompts."""
         while not self.stopping.is_set():
             is_free = self._calls.empty() and not self._seen_s
-            index, fitter = self._slots.refillable(), self._fitter
+            index = self._slots.refillable()
             if is_free and index is not None:
                 self._refill(index)
-            elif is_free and fitter is not None and fitter.has_work:
-                self._learn(fitter)
-            can_learn = self._fitter is not None and self._fitter.has_work
-            has_work = not self._seen_s and (index is not None or can_learn)
+            has_work = not self._seen_s and index is not None
             with suppress(queue.Empty):
                 self._calls.get(timeout=0.0 if has_work else None)
                 return
@@ -254,16 +248,7 @@ class Worker(threading.Thread):
             self._metrics.refilled.inc(n_rows)
         except Exception:  # the failure must not stop the worker
             log.exception("catch-up failed and is now disabled")
-            self._model.engine.set_refill(False)
-
-    def _learn(self, fitter: Fitter) -> None:
-        try:
-            if fit := fitter.idle(lambda: not self._calls.empty()):
-                log.info("%s", fit)
-                self._model.swap_sidecar(fit.sidecar)
-        except Exception:
-            log.exception("learning failed and is now disabled")
-            self._fitter = None
+            self._engine.set_refill(False)
 
     def _next(self) -> Job | None:
         with self._lock:
@@ -274,7 +259,7 @@ class Worker(threading.Thread):
         job.queued_s = time.perf_counter() - job.submitted_s
         self._seen_s[job] = time.monotonic()
         self._metrics.queued.observe(job.queued_s)
-        if job.task.alone and len(self._model.engine.sequences) > 1:
+        if job.task.alone and len(self._engine.sequences) > 1:
             self._wait_until_alone(job)
         else:
             end_turn()
@@ -311,7 +296,7 @@ class Worker(threading.Thread):
             # Sent after give_back: a lone client's next request must reuse this slot and its cells.
             if end is not None:
                 job.put(end)
-            if len(self._model.engine.sequences) > 1:
+            if len(self._engine.sequences) > 1:
                 self._calls.put(None)  # wakes the waiting thread, which may refill now
 
     def _is_over(self, job: Job) -> bool:
@@ -362,6 +347,6 @@ class Worker(threading.Thread):
             figures = TurnStats(n_prompt, 0, 0, n_prompt, took_s, took_s, 0, 0.0, "stop")
             yield Chunk("", figures, embedding=tuple(vector.tolist()))
             return
-        for chunk in self._model.engine.answer(task.prompt, options, sequence):
+        for chunk in self._engine.answer(task.prompt, options, sequence):
             self._prefills.end(queued)
             yield chunk

@@ -9,13 +9,12 @@ from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import FormatError, PopError
 from pop_converter.base.progress import Watch
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.calibration.needs import free_bytes
 from pop_local.models import model_names as names
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.model_files import ModelFiles
-from pop_local.models.sidecars import is_learned, is_shipped, sidecar_of
+from pop_local.models.sidecars import is_shipped, sidecar_of
 from pop_local.workflows.pull import fetch_named
 
 if TYPE_CHECKING:
@@ -39,9 +38,9 @@ def best_model() -> names.CatalogModel:
 def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
     """Open a model by name or path (see `model_files`).
 
-    If `options.full` is true, warns about a sidecar for a different model and ignores it. If the
-    model cannot learn, a note states the reason. `options.context.n_parallel` defaults to 2 if
-    memory and the model allow it, and to 1 otherwise. Raises PopError or StoppedError.
+    If `options.full` is true, warns about a sidecar for a different model and ignores it.
+    `options.context.n_parallel` defaults to 2 if memory and the model allow it, and to 1 otherwise.
+    Raises PopError or StoppedError.
     """
     files = _fitting_files(options, watch)
     options = replace(
@@ -54,7 +53,7 @@ def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
 
     def opened_with(n: int) -> PopModel:
         context = replace(options.context, n_parallel=n)
-        return PopModel(replace(options, learn=False, context=context))
+        return PopModel(replace(options, context=context))
 
     n_parallel = options.context.n_parallel
     try:
@@ -65,11 +64,6 @@ def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
         watch.on_note(f"Using one slot: {error.message}.")
         opened = opened_with(1)
     _warn_of_context(opened.engine.context, watch)
-    if options.learn and not options.full and len(opened.engine.sequences) == 1:
-        try:
-            opened.learn()
-        except PopError as error:
-            watch.on_note(f"Learning is off: {error.message}.")
     return opened
 
 
@@ -109,9 +103,7 @@ def _warn_of_context(context: "Context", watch: Watch) -> None:
 def _n_at_once(options: "EngineOptions") -> int:
     """Return the default number of sequences (2 if memory and the model allow it, otherwise 1)."""
     source = read_source(options.path)
-    learns = options.learn and not options.full and options.sidecar is None
-    will_learn = learns and pop_meta(source.first) is None
-    if will_learn or free_bytes() < _MEMORY_FOR_TWO:
+    if free_bytes() < _MEMORY_FOR_TWO:
         return 1
     with suppress(PopError):
         return 1 if any(source_shape(source).windows) else 2
@@ -132,8 +124,6 @@ def model_files(
             if not names_shipped:
                 return files
             named = f"{files.sidecar.name} (shipped with pop-local)"
-        elif is_learned(files.sidecar):
-            named = "the fit that pop-local learned from your prompts"
         watch.on_note(f"Sidecar: {named}.")
     return files
 

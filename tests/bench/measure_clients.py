@@ -130,9 +130,7 @@ def _wait_for(root: str, process: "subprocess.Popen[bytes]") -> None:
 @contextmanager
 def ours(options: argparse.Namespace, n: int, n_ctx: int, *more: str) -> Iterator[Served]:
     with pinned(options.cpu):
-        found = served(
-            Path(options.model), "--ctx", n_ctx, "--parallel", n, "--learn", "off", *more
-        )
+        found = served(Path(options.model), "--ctx", n_ctx, "--parallel", n, *more)
         server = found.__enter__()
     try:
         yield server

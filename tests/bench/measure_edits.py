@@ -252,7 +252,7 @@ def main() -> None:
         options.model, sidecar=options.sidecar, n_ctx=n_ctx, n_threads=options.threads
     ) as model:
         engine = model.engine
-        model._engine = replace(
+        model.engine = replace(
             engine,
             sequences=tuple(
                 replace(each, rule=replace(each.rule, min_prompt=0)) for each in engine.sequences

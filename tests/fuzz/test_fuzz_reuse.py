@@ -1,4 +1,4 @@
-"""Random operations on cached rows, and damaged files of the cache and of learning."""
+"""Random operations on cached rows, and damaged files of the cache."""
 
 import itertools
 import json
@@ -20,18 +20,17 @@ from pop_local.engine.cache.align import MIN_RUN, find_runs, in_order, window_ha
 from pop_local.engine.cache.disk_store import SUFFIX, DiskStore, clear_folder
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth.deep_rows import find_deep_rows
-from pop_local.engine.learning.sums import SumsFile
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import read as read_module
 from pop_local.engine.prompt.prompt import Prompt
 from support import recipes
-from support.calls import NOISE, never, opened, prompt, read, set_rule
+from support.calls import NOISE, opened, prompt, read, set_rule
 from support.campaign import SECONDS, campaign
 from support.converted import tiny
 from support.edit_operations import Operations, randomly_edited
 from support.edited_prompts import OLD, pruned
-from support.mutants import IN_PLACE, mutated_bytes, mutated_json
+from support.mutants import mutated_bytes, mutated_json
 from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.slow
@@ -230,47 +229,3 @@ def test_stored_states(tmp_path, arch):
                 assert cache.slot.cells.end == cache.n_tokens
 
         campaign(attempt)
-
-
-def _learned(folder: Path) -> SumsFile:
-    with opened(make_gguf(folder / "plain.gguf", "llama"), n_batch=512, n_ubatch=512) as model:
-        model.learn(1 << 30)
-        read(model, prompt(512))
-        calibrator = model.engine.calibrator
-        assert calibrator is not None
-        calibrator.work(never)
-        return calibrator.file
-
-
-def test_learned_sums(tmp_path, monkeypatch):
-    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setattr("pop_local.engine.learning.online_calibrator.SAVED_ROWS", 0)
-    file = _learned(tmp_path)
-    with np.load(file.path) as arrays:
-        good: dict[str, Any] = dict(arrays)
-    raw, head = file.path.read_bytes(), json.loads(str(good["head"]))
-    aside = file.path.with_suffix(".damaged")
-
-    def attempt(rng: random.Random) -> None:
-        name, damage = rng.choice(list(good)), rng.random()
-        if damage < 0.2:
-            file.path.write_bytes(mutated_bytes(rng, raw, 0, len(raw)))
-        else:
-            changed = dict(good)
-            if damage < 0.7 or name == "head":
-                changed["head"] = np.array(json.dumps(mutated_json(rng, head)))
-            else:
-                data = mutated_bytes(rng, good[name].tobytes(), 0, good[name].nbytes, IN_PLACE)
-                flat = np.frombuffer(data[: good[name].nbytes], good[name].dtype)
-                changed[name] = flat.reshape(good[name].shape[:: rng.choice((1, 1, 1, -1))])
-            np.savez(file.path, **changed)
-        file.known()
-        found = file.load()
-        if not found.grams:
-            aside.unlink(missing_ok=True)
-            raise PopError("set aside")
-        assert not aside.exists()
-        for gram in found.grams.values():
-            assert np.isfinite(gram.xx).all() and gram.n_rows >= 0
-
-    campaign(attempt)

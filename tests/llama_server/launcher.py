@@ -46,5 +46,5 @@ def main(arguments: list[str], log: str) -> None:
     n_ctx = given.ctx_size if given.kv_unified else given.ctx_size // given.parallel
     sys.argv = ["pop-local", "serve", str(model), "--host", given.host, "--port", given.port]
     sys.argv += ["--name", given.alias, "--api-key", given.api_key, "--ctx", str(n_ctx)]
-    sys.argv += ["--parallel", str(given.parallel), "--threads", "1", "--learn", "off"]
+    sys.argv += ["--parallel", str(given.parallel), "--threads", "1"]
     pop_local()

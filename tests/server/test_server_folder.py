@@ -181,7 +181,7 @@ def test_command_serves_a_folder(folder, expected, monkeypatch):
 
     monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
     monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda _: None)
-    options = ("--models", folder, "--port", 0, "--threads", 1, "--ctx", 1024, "--learn", "off")
+    options = ("--models", folder, "--port", 0, "--threads", 1, "--ctx", 1024)
     done = called("serve", *options)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stderr.split())
@@ -293,7 +293,7 @@ def test_names_that_are_not_utf_8_are_all_served(folder, tmp_path, expected):
 @pytest.mark.skipif(sys.platform == "win32", reason="file names")
 def test_log_escapes_control_characters(tmp_path):
     (tmp_path / "a\x1b[2J\n12:00:00 all is well.gguf").write_bytes(b"GGUF" + bytes(100))
-    with served(f"--models={tmp_path}", "--learn", "off") as server:
+    with served(f"--models={tmp_path}") as server:
         assert httpx2.get(f"{server.api}/models").json()["data"] == []
         wait_for(lambda: "/v1/models" in server.log)
         assert "skipping a\\x1b[2J\\n12:00:00 all is well:" in server.log

@@ -19,7 +19,6 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth.refiller import Refiller
-from pop_local.engine.learning.online_calibrator import LearnedFit
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.server.api_errors import ApiError
 from pop_local.server.app import create_app
@@ -309,31 +308,6 @@ def test_signal_aborts_loading(folder):
         assert waiting.result().status_code == 503
         assert "the server is stopping" in waiting.result().text
         assert "Traceback" not in server.log and "killing the process" not in server.log
-
-
-class Endless:
-    """A fitter that runs until it is stopped."""
-
-    loss = None
-    has_work = True
-
-    def __init__(self) -> None:
-        self.works = threading.Event()
-
-    def idle(self, should_stop) -> LearnedFit | None:
-        self.works.set()
-        while not should_stop():
-            time.sleep(0.001)
-        return None
-
-
-def test_learning_model_can_be_closed(library, expected):
-    library.fitter = fitter = Endless()
-    with asked(library) as client:
-        for name in ("one", "two", "one"):
-            fitter.works.clear()
-            assert text_of(complete(client, model=name)) == expected[name]
-            assert fitter.works.wait(30)
 
 
 def test_refilled_model_can_be_closed(folder, tmp_path, monkeypatch):

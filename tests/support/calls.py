@@ -66,7 +66,7 @@ def set_rule(model: PopModel, **changes: Any) -> None:
     engine = model.engine
     rule = replace(engine.rule, **changes)
     sequences = tuple(replace(each, rule=rule) for each in engine.sequences)
-    model._engine = replace(engine, sequences=sequences)
+    model.engine = replace(engine, sequences=sequences)
 
 
 def keep_prompts(model: PopModel, prompts: PromptCache) -> None:

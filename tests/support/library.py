@@ -10,7 +10,6 @@ from typing import Any
 from starlette.testclient import TestClient
 
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.learning.online_calibrator import Fitter
 from pop_local.engine.model import PopModel
 from pop_local.server.app import create_app
 from pop_local.server.model_listing import models_in
@@ -29,7 +28,6 @@ class Library:
     folder: Path
     models: list[PopModel] = field(default_factory=list)
     prompts: PromptCache | None = None
-    fitter: Fitter | None = None
     may_open: threading.Event = field(default_factory=threading.Event)
     problem: Exception | None = None
     n_tried: int = 0
@@ -60,7 +58,6 @@ class Library:
         return ModelRegistry(
             lambda: models_in(self.folder),
             self.open,
-            lambda model: self.fitter,
             N_CTX,
             can_see=False,
             n_parallel=self.n_parallel,

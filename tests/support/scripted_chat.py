@@ -78,7 +78,6 @@ class ScriptedModel:
             ),
             options=SimpleNamespace(mmproj=None),
             recommended={},
-            calibrator=None,
             set_mode=self._set_mode,
             set_refill=lambda is_on: None,
             answer=self._answer,
@@ -115,7 +114,7 @@ class ScriptedModel:
         return list(range(len(self._words)))
 
     def session(self, system: str = "") -> ChatSession:
-        return ChatSession(cast(Any, self), Conversation(system))
+        return ChatSession(cast(Any, self.engine), Conversation(system))
 
     def close(self) -> None:
         self.is_closed = True

@@ -78,11 +78,9 @@ def _address(process: subprocess.Popen[bytes], log_file: Path) -> str:
     raise AssertionError(log_file.read_text())
 
 
-def app_of(model: PopModel, name: str, *, fitter=None, rules=LOCAL, **how) -> Starlette:
+def app_of(model: PopModel, name: str, *, rules=LOCAL, **how) -> Starlette:
     """Return the application of one model; `how`: options of ModelRegistry."""
-    models = ModelPool.of_one(
-        ModelFile(name, model.engine.context.files.path), model, lambda _: fitter, **how
-    )
+    models = ModelPool.of_one(ModelFile(name, model.engine.context.files.path), model, **how)
     return create_app(models, rules)
 
 

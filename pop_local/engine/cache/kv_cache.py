@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import numpy as np
 
@@ -17,22 +16,6 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.slot import Slot
-
-
-class ReadObserver(Protocol):
-    """An observer that is notified when prompts are read."""
-
-    def attach(self, cache: "KvCache") -> None:
-        """Start observing a cache."""
-
-    def detach(self) -> None:
-        """Stop observing the cache."""
-
-    def read(self, start: int, tokens: Sequence[int]) -> None:
-        """Handle tokens that were prefilled into rows starting at `start`."""
-
-    def computed(self) -> None:
-        """Handle the end of a computation. The handler may read taps (engine/llama/taps.py)."""
 
 
 class KvCache:
@@ -52,7 +35,6 @@ class KvCache:
         self.n_tokens = 0
         self.has_logits = False
         self.epoch = 0
-        self.learner: ReadObserver | None = None
         self._vision = vision
         self._must_place = False
         self._tokens = np.zeros(context.n_ctx, dtype=np.intc)
@@ -200,9 +182,6 @@ class KvCache:
         positions = first + np.arange(len(tokens) + 1, dtype=np.int32)
         self._record(tokens, positions, full, keeps_states=self.pruning.keeps_states)
         self.has_logits = outputs is not Outputs.NONE
-        if self.learner is not None:
-            self.learner.read(self.n_tokens - len(tokens), tokens)
-            self.learner.computed()
 
     def append_image(self, image: ImageChunk, full: np.ndarray) -> float:
         """Encode an image and decode its rows. Returns the encoding time in seconds.

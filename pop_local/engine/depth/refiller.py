@@ -86,8 +86,6 @@ class Refiller:
                 self._decode_again(rows)
             elif cache.slot.run_deep(np.asarray(rows, np.int32)):
                 cache.rows.record_deep_pass(rows)
-            if cache.n_exact > first and cache.learner is not None:
-                cache.learner.computed()
             cache.slot.raise_if_stopped()
         self._adapt(len(rows), time.perf_counter() - started_s)
 

@@ -10,7 +10,6 @@ from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
 from pop_local.engine.llama.graph_macs import GraphMacs
-from pop_local.models.sidecars import is_learned
 
 
 class OpenedFiles:
@@ -33,8 +32,7 @@ class OpenedFiles:
         self.n_positions = dims.get("position_embd.weight", (0,))[-1]
         self.macs = GraphMacs(self.path, sidecar)
         mapped = list(source.paths) if are_mapped else []
-        # A learned sidecar is replaced only by renaming, so the old file's pages stay mapped.
-        if are_mapped and sidecar is not None and not is_learned(sidecar):
+        if are_mapped and sidecar is not None:
             mapped.append(sidecar)
         self._marks = {path: _mark(path) for path in mapped}
 

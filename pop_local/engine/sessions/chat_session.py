@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pop_converter.base.errors import OutputExistsError, PopError
 from pop_local.engine.answer import Answering
 from pop_local.engine.chat_messages import SessionStats, TurnStats
-from pop_local.engine.engine import EngineOwner
+from pop_local.engine.engine import Engine
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, read_session, write_session
@@ -90,10 +90,10 @@ class ChatSession:
     """
 
     def __init__(
-        self, model: EngineOwner, conversation: Conversation | None = None, *, reread: str = ""
+        self, engine: Engine, conversation: Conversation | None = None, *, reread: str = ""
     ) -> None:
         """`reread`: why the KV cache in the session's file cannot be used, or ""."""
-        self.model = model
+        self.engine = engine
         self.reread = reread
         self._conversation = conversation or Conversation()
         self._dropped: Turn | None = None
@@ -146,7 +146,7 @@ class ChatSession:
 
         Arguments and errors are the same as for `stream`.
         """
-        with self.model.engine.context.locked():
+        with self.engine.context.locked():
             stream = self.stream(question, **options)
             for _ in stream:
                 pass
@@ -221,7 +221,7 @@ class ChatSession:
 
         asked = options.get("should_stop")
         options["should_stop"] = lambda: stream.is_closing or (asked is not None and asked())
-        engine, messages = self.model.engine, before.plus(turn).messages
+        engine, messages = self.engine, before.plus(turn).messages
         chosen: dict[str, Any] = {**engine.recommended, **options}
         chunks = engine.answer(
             lambda: engine.prompter.conversation(messages), TurnOptions(**chosen)
@@ -247,11 +247,11 @@ class ChatSession:
         target = _session_path(path)
         if target.exists() and not overwrite:
             raise OutputExistsError(f"{target} exists", "pass overwrite=True to replace the file")
-        write_session(target, self.model.engine, self.conversation)
+        write_session(target, self.engine, self.conversation)
         return target
 
 
-def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSession:
+def load_session(engine: Engine, path: str | os.PathLike[str]) -> ChatSession:
     """Load a saved conversation, and restore its prefill mode if the model can be pruned.
 
     Raises PopError if the file is not a session file.
@@ -260,9 +260,9 @@ def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSessio
     if not target.is_file():
         raise PopError(f"no session {target}", "check the path")
     session = read_session(target)
-    if session.mode is not None and model.engine.pruning.can_switch:
-        model.engine.set_mode(session.mode, keeps_exact=True)
-    return ChatSession(model, session.conversation, reread=session.reread)
+    if session.mode is not None and engine.pruning.can_switch:
+        engine.set_mode(session.mode, keeps_exact=True)
+    return ChatSession(engine, session.conversation, reread=session.reread)
 
 
 def _session_path(path: str | os.PathLike[str]) -> Path:

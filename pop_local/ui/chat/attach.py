@@ -56,7 +56,7 @@ def _room_in(chat: Dialogue) -> int:
 def _has_room(chat: Dialogue, n_tokens: int) -> bool:
     """Return True if an attachment fits in the context. If necessary, offer a larger context."""
     while n_tokens > (room := _room_in(chat)):
-        n_larger = larger_ctx(chat.model, n_tokens - room + chat.model.engine.context.n_ctx)
+        n_larger = larger_ctx(chat.model.engine, n_tokens - room + chat.model.engine.context.n_ctx)
         larger = {"l": f"use a larger context (--ctx {n_larger})"} if n_larger else {}
         question = (
             f"The attachment is {n_tokens - room:,} tokens too long"

@@ -11,7 +11,6 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.answer import ContextFullError
 from pop_local.engine.chat_messages import TurnStats
 from pop_local.engine.images.pictures import Picture
-from pop_local.engine.learning.online_calibrator import LearnedFit
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.chat_session import ChatSession, Stream
@@ -20,7 +19,6 @@ from pop_local.ui.chat.overflow import answer_reserve, ask_for_room
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.ctrl_c import CtrlC, deferred_interrupt
 from pop_local.ui.views.stats import stats_line
-from pop_local.workflows.learning import OnlineCalibration
 
 WARN_SHARE = 0.8
 # Strings that must be exact: four or more characters with a digit, e-mail addresses, paths.
@@ -50,12 +48,9 @@ class Dialogue:
         system: str = "",
         sampling: Mapping[str, Any],
         refill: str = "off",
-        make_fitter: Callable[[PopModel], OnlineCalibration | None] = lambda model: None,
     ) -> None:
         self.model = model
         self.session: ChatSession = model.session(system=system)
-        self._make_fitter = make_fitter
-        self.fitter = make_fitter(model)
         self.screen = screen
         self.refill = refill
         self.sampling = dict(sampling)
@@ -82,8 +77,7 @@ class Dialogue:
         opened = self._open_model(name, n_ctx)
         self._name = name
         before, self.model = self.model, opened
-        self.session.model = opened
-        self.fitter = self._make_fitter(opened)
+        self.session.engine = opened.engine
         # A model that cannot be pruned is always in mode OFF, regardless of the user's choice.
         if before.engine.pruning.can_switch and opened.engine.pruning.can_switch:
             opened.engine.set_mode(before.engine.pruning.mode)
@@ -93,16 +87,6 @@ class Dialogue:
         before.close()
         self.model.engine.set_refill(self.refill != "off")
         self._is_warned = False
-
-    def swap_sidecar(self, fit: LearnedFit) -> None:
-        """Start pruning with a learned fit and notify the user."""
-        try:
-            self.model.swap_sidecar(fit.sidecar)
-        except PopError as error:
-            self.screen.note(f"{fit} The fit takes effect after a restart ({error.message}).")
-            return
-        self.model.engine.set_refill(self.refill != "off")
-        self.screen.note(f"{fit} To read prompts in full, type /full on.")
 
     def enlarge(self, n_ctx: int) -> bool:
         """Reopen the model with a larger context. Return False if the model cannot be reopened."""

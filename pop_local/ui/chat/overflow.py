@@ -2,7 +2,7 @@
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.answer import ContextFullError
-from pop_local.engine.engine import EngineOwner
+from pop_local.engine.engine import Engine
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.ui.chat.screen import Screen
 
@@ -26,7 +26,7 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
     )
     n_turns = len(session.conversation.turns)
     n_drop = next((n for n in range(1, n_turns) if _fits(session, n, error)), 0)
-    n_larger = larger_ctx(session.model, error.n_prompt + error.n_answer) or 0
+    n_larger = larger_ctx(session.engine, error.n_prompt + error.n_answer) or 0
     choices = {}
     if n_drop:
         choices["d"] = "drop the oldest turn" if n_drop == 1 else f"drop the {n_drop} oldest turns"
@@ -40,24 +40,24 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
     return n_dropped, n_larger if chosen == "l" else 0
 
 
-def too_long(model: EngineOwner, error: ContextFullError) -> PopError:
+def too_long(engine: Engine, error: ContextFullError) -> PopError:
     """Return a PopError whose hint suggests a large enough context."""
-    if n_larger := larger_ctx(model, error.n_prompt + error.n_answer):
+    if n_larger := larger_ctx(engine, error.n_prompt + error.n_answer):
         hint = f"use a larger context (--ctx {n_larger}) or shorten the prompt"
     else:
-        hint = model.engine.context.files.untrained_hint
+        hint = engine.context.files.untrained_hint
     return PopError(error.message, hint)
 
 
-def larger_ctx(model: EngineOwner, n_needed: int) -> int | None:
+def larger_ctx(engine: Engine, n_needed: int) -> int | None:
     """Return a context length for `n_needed` tokens, or None if the context cannot be enlarged."""
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
-    n_ctx = min(wanted, model.engine.context.files.n_ctx_train or wanted)
-    return n_ctx if n_ctx >= n_needed and n_ctx > model.engine.context.n_ctx else None
+    n_ctx = min(wanted, engine.context.files.n_ctx_train or wanted)
+    return n_ctx if n_ctx >= n_needed and n_ctx > engine.context.n_ctx else None
 
 
 def _fits(session: ChatSession, n_dropped: int, error: ContextFullError) -> bool:
     shorter = session.conversation.without_oldest(n_dropped)
     asked = [] if session.dropped is None else session.dropped.messages
-    n_prompt = len(session.model.engine.prompter.conversation([*shorter.messages, *asked]))
+    n_prompt = len(session.engine.prompter.conversation([*shorter.messages, *asked]))
     return n_prompt + error.n_answer <= error.n_ctx

@@ -1,40 +1,23 @@
-"""Background work while the user types: refilling the cache and learning."""
+"""Background work while the user types: refilling the cache."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pop_local.engine.learning.online_calibrator import LearnedFit
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.error_output import as_pop_error
 
 
-def _learn(chat: Dialogue, should_stop: Callable[[], bool]) -> LearnedFit | None:
-    """Continue learning. A failure disables learning for the rest of the chat."""
-    try:
-        return chat.fitter.idle(should_stop) if chat.fitter else None
-    except Exception as error:
-        chat.fitter = None
-        chat.screen.warn(f"Learning stopped after an error: {as_pop_error(error).message}.")
-        return None
-
-
 @contextmanager
 def idling(chat: Dialogue) -> Iterator[None]:
-    """Refill the cache and run online calibration in another thread until the block ends."""
+    """Refill the cache in another thread until the block ends."""
     stop = threading.Event()
-    fits: list[LearnedFit] = []
     failures: list[Exception] = []
 
     def work() -> None:
         try:
-            while not stop.is_set() and not fits:
-                if chat.refill != "off" and chat.model.engine.refiller.n_refillable:
-                    chat.model.engine.refiller.refill(stop.is_set)
-                elif chat.fitter is None or not chat.fitter.has_work:
-                    return
-                elif fit := _learn(chat, stop.is_set):
-                    fits.append(fit)
+            if chat.refill != "off" and chat.model.engine.refiller.n_refillable:
+                chat.model.engine.refiller.refill(stop.is_set)
         except Exception as error:  # an error must not end the conversation
             failures.append(error)
 
@@ -49,8 +32,6 @@ def idling(chat: Dialogue) -> Iterator[None]:
             chat.refill = "off"
             chat.model.engine.set_refill(False)
             chat.fail(as_pop_error(error))
-    for fit in fits:
-        chat.swap_sidecar(fit)
 
 
 def _join(thread: threading.Thread) -> None:

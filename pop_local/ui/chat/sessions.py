@@ -60,7 +60,7 @@ def load(chat: Dialogue, name: str) -> None:
             name, {known: known for known in sessions.names()}, "/load lists the sessions"
         )
         raise PopError(f"no session is named {name}", hint)
-    session = load_session(chat.model, path)
+    session = load_session(chat.model.engine, path)
     chat.resume(session, name)
     chat.screen.note(f"Loaded {name}: {_turns(len(session.conversation.turns))}.")
     if session.reread:
@@ -172,7 +172,7 @@ class Unsaved:
         chosen = chat.screen.choose(question, _CHOICES, enter="c")
         if chosen == "c":
             before = chat.model.engine.pruning.mode
-            chat.resume(load_session(chat.model, self._sessions.path(stored.name)), "")
+            chat.resume(load_session(chat.model.engine, self._sessions.path(stored.name)), "")
             self.keep(chat)
             chat.screen.note("The model will read this conversation again before the next answer.")
             if chat.model.engine.pruning.mode is not before:

@@ -15,7 +15,7 @@ from pop_local.ui.chat.dialogue import (
     warn_of_base_model,
     warn_of_hidden_pictures,
 )
-from pop_local.ui.views.stats import learned_lines, session_lines
+from pop_local.ui.views.stats import session_lines
 
 HELP_NOTES = (
     "Ctrl-C stops an answer. Alt-Enter starts a new line.",
@@ -68,8 +68,6 @@ def _stats(chat: Dialogue, argument: str) -> None:
     engine = chat.model.engine
     answers, n_refilled = chat.session.answer_stats, engine.refiller.n_refilled
     lines = [*session_lines(answers, engine.context.n_ctx, n_refilled)]
-    if engine.calibrator is not None:
-        lines += learned_lines(engine.calibrator, chat.fitter)
     for line in filter(None, [*lines, refill.status(chat)]):
         chat.screen.note(line)
 

@@ -1,12 +1,9 @@
-"""Format statistics about answers and learning as lines of text."""
+"""Format statistics about answers as lines of text."""
 
 from collections.abc import Iterator, Sequence
 
 from pop_local.engine.chat_messages import SessionStats, TurnStats
 from pop_local.engine.images.pictures import Picture
-from pop_local.engine.learning.online_calibrator import OnlineCalibrator
-from pop_local.measure.budget import is_inside
-from pop_local.workflows.learning import OnlineCalibration
 
 ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted": " · stopped"}
 
@@ -62,23 +59,3 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int, n_refilled: int) -> 
             f" fast reading, {n_refilled:,} tokens ran through the layers that they had skipped."
         )
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
-
-
-def learned_lines(learned: OnlineCalibrator, fitter: OnlineCalibration | None) -> Iterator[str]:
-    """Yield lines about learning progress and the fit's loss on the latest prompts."""
-    rows = f"{learned.n_rows:,} tokens"
-    if learned.n_rows < learned.n_wanted:
-        rows = f"{learned.n_rows:,} of the first {learned.n_wanted:,} tokens"
-    waiting = f", {learned.n_waiting:,} waiting" if learned.n_waiting else ""
-    yield f"Learned from your prompts: {rows}{waiting}."
-    if learned.n_missed:
-        yield f"Skipped because memory was low: {learned.n_missed:,} tokens."
-    if fitter is None or fitter.quality is None:
-        return
-    quality, kl = fitter.quality, fitter.quality.kl_mean
-    ending = "" if is_inside(fitter.budget, quality) else ", above the budget"
-    yield (
-        f"Loss on your prompts ({quality.n_windows} chunks): KL {kl.value:.3f} ± {kl.se or 0:.3f},"
-        f" perplexity ratio {quality.ppl_ratio.value:.3f},"
-        f" copy ratio {quality.copy_ppl_ratio.value:.3f}{ending}."
-    )

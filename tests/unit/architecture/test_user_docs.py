@@ -17,7 +17,7 @@ GUIDE = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
 # A command in a code block or in inline code, up to a comment, a pipe or a semicolon.
 _COMMAND = re.compile(r"(?:^ {4}(?:\$ )?(?:[^|\n#`]*\| )?|`)pop-local ([^`\n|#;]+)", re.M)
 # Options in inline code that have their command next to them: `serve --strict-model`.
-_SHORT = re.compile(r"`((?:chat|run|serve|convert|bench|eval|inspect|learn|cache|config) [^`]+)`")
+_SHORT = re.compile(r"`((?:chat|run|serve|convert|bench|eval|inspect|cache|config) [^`]+)`")
 _QUOTED_MESSAGE = re.compile(r"^- \*\*`([^`]+)`\*\*", re.M)
 _OPTION = re.compile(r"(?<=\s)(--[a-z][\w-]*|-[a-z])(?=[\s=,)]|$)")
 

@@ -42,7 +42,7 @@ def test_several_sequences_reuse_and_repair_edited_prompts(llama_file):
 
 def test_an_edited_prompt_gets_the_sequence_that_it_can_reuse(llama_file):
     with pruned(llama_file, n_parallel=2) as model:
-        scheduler = SlotScheduler(model)
+        scheduler = SlotScheduler(model.engine)
         for index, tokens in enumerate([OLD, prompt(650, seed=3)]):
             scheduler.sequence(index).read(Prompt(tokens))
         edited = Prompt(NEW[:30] + OLD[10:])
@@ -53,7 +53,7 @@ def test_an_edited_prompt_gets_the_sequence_that_it_can_reuse(llama_file):
 def test_a_short_prefix_of_another_sequence_does_not_replace_an_edited_prompt(llama_file):
     edited = Prompt(NEW[:30] + OLD[10:])
     with pruned(llama_file, n_parallel=2) as model:
-        scheduler = SlotScheduler(model)
+        scheduler = SlotScheduler(model.engine)
         scheduler.sequence(0).read(Prompt(OLD))
         scheduler.sequence(1).read(Prompt(NEW[:20] + prompt(600, seed=3)))
         index = scheduler.take(edited)
@@ -107,7 +107,7 @@ def test_other_answers_continue_while_an_edited_prompt_is_read(llama_file):
 
 def test_other_sequences_share_only_decoded_rows_of_an_edited_prompt(llama_file):
     with pruned(llama_file, n_parallel=2) as model:
-        scheduler = SlotScheduler(model)
+        scheduler = SlotScheduler(model.engine)
         n_shared: list[int] = []
 
         def share(done: int, total: int) -> None:

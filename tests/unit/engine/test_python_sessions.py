@@ -163,7 +163,7 @@ def test_a_conversation_continues_with_another_model(chat_model, model):
     first = session.chat("and now?", **GREEDY).stats
     with opened(chat_model) as other:
         session.undo()
-        session.model = other
+        session.engine = other.engine
         second = session.chat("and now?", **GREEDY).stats
     assert (second.n_prompt, second.n_cached) == (first.n_prompt, 0) != (0, first.n_cached)
 

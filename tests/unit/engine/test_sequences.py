@@ -144,7 +144,7 @@ def test_each_sequence_has_its_mode(model, pop_file):
 def test_another_sequences_prefix_is_shared(model, alone):
     read_in(model, 0, LONG)
     other = LONG[:150] + prompt(20, seed=3)
-    seats = SlotScheduler(model)
+    seats = SlotScheduler(model.engine)
     first = seats.take(Prompt(LONG))
     assert first == 0
     index = seats.take(Prompt(other))
@@ -183,7 +183,7 @@ def test_copied_rows_are_refilled(model, pop_file):
     full.engine.set_mode(Mode.OFF)
     other = LONG[:150] + prompt(100, seed=3)
     read_in(model, 0, LONG)
-    seats = SlotScheduler(model)
+    seats = SlotScheduler(model.engine)
     seats.take(Prompt(LONG))
     index = seats.take(Prompt(other))
     seats.share(index, Prompt(other))
@@ -202,7 +202,7 @@ def test_copied_rows_are_refilled(model, pop_file):
 
 def test_copied_rows_remain_when_their_source_changes(model):
     read_in(model, 0, LONG)
-    seats = SlotScheduler(model)
+    seats = SlotScheduler(model.engine)
     seats.take(Prompt(LONG))
     index = seats.take(Prompt(LONG[:150]))
     seats.share(index, Prompt(LONG[:150]))
@@ -310,7 +310,7 @@ def test_states_of_one_sequence_are_not_tried_on_several(model, pop_file, caplog
     assert "state" not in caplog.text
 
 
-def test_options_that_exclude_several_sequences_are_refused(pop_file, model, tmp_path):
+def test_options_that_exclude_several_sequences_are_refused(pop_file, tmp_path):
     with pytest.raises(PopError, match="sliding windows can read only one prompt at a time"):
         opened(tiny(tmp_path, "gemma3"), n_parallel=2)
     with pytest.raises(PopError, match="n_parallel is 0"):
@@ -320,8 +320,6 @@ def test_options_that_exclude_several_sequences_are_refused(pop_file, model, tmp
     assert MOST_THREADS == settings.MOST_THREADS
     with pytest.raises(PopError, match="batches of 2 tokens are too small"):
         opened(pop_file, n_parallel=2, n_batch=2, n_ubatch=2)
-    with pytest.raises(PopError, match="learning supports only one prompt at a time"):
-        model.learn()
 
 
 def test_each_sequence_has_the_whole_context_length(model):

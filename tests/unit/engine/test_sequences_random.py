@@ -29,7 +29,7 @@ class Work:
     def __init__(self, model: PopModel, full: PopModel, seed: int) -> None:
         self._model, self._full = model, full
         self._rng = random.Random(seed)
-        self._seats = SlotScheduler(model)
+        self._seats = SlotScheduler(model.engine)
         self._busy: list[int] = []
         self.n_checked = 0
 

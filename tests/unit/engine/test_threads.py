@@ -15,7 +15,7 @@ from support.synthetic import TEMPLATE
 
 START = """
 import sys, threading, time
-from pop_local import OnlineCalibration, PopError, PopModel
+from pop_local import PopError, PopModel
 from support.calls import prompt
 from pop_local.engine.prompt.prompt import Prompt
 
@@ -125,18 +125,6 @@ join([chatting])
 assert "is closed" in error.message, error
 """
 
-CLOSE_WHILE_LEARNING = """
-import os, tempfile
-os.environ["POP_LOCAL_STATE_DIR"] = tempfile.mkdtemp()
-model.close()
-model = PopModel.open(sys.argv[2], n_ctx=4096, n_threads=1, learn=True)
-reading = start(read_long)
-assert is_running.wait(60)
-model.close()
-assert model.engine.context.is_closed
-join([reading])
-"""
-
 CLOSE_SEVERAL = """
 model.close()
 model = PopModel.open(sys.argv[1], n_ctx=4096, n_threads=1, n_batch=64, n_ubatch=64, n_parallel=3)
@@ -151,25 +139,6 @@ model.close()
 assert model.engine.context.is_closed
 join(reading)
 assert len(ended) == 3
-"""
-
-# A callback of the thread that reads calls `learn` while another thread waits in `swap_sidecar`.
-LEARN_IN_CALLBACK = """
-from pathlib import Path
-
-def learn(done, total):
-    if not is_running.is_set():
-        is_running.set()
-        time.sleep(1)
-        try:
-            model.learn(2**30)
-        except PopError as error:
-            ended.append(error)
-
-reading = start(lambda: model.read(Prompt(prompt(500)), learn))
-assert is_running.wait(60)
-swapping = start(model.swap_sidecar, Path("missing.gguf"))
-join([reading, swapping])
 """
 
 
@@ -198,14 +167,6 @@ def test_closing_a_model_stops_another_threads_answer(program, chat_file):
 @pytest.mark.parametrize("wait_s", [0, 0.003, 0.01, 0.05])
 def test_closing_a_model_while_another_thread_decodes(wait_s, chat_file):
     run(CLOSE_IN_DECODE, chat_file, wait_s)
-
-
-def test_closing_a_model_that_learns_in_another_thread(chat_file, llama):
-    run(CLOSE_WHILE_LEARNING, chat_file, llama)
-
-
-def test_learning_in_a_callback_while_another_thread_swaps_the_sidecar(chat_file):
-    run(LEARN_IN_CALLBACK, chat_file)
 
 
 def test_closing_a_model_of_several_sequences(chat_file):
