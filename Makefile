@@ -152,7 +152,6 @@ test-arm: $(VENV)/.tools
 
 DISTILL_TESTS := tests/unit/research tests/unit/calibration/test_needs.py tests/cli/test_convert_distill.py \
 	tests/cli/test_convert_fit.py::test_a_named_boundary_is_distilled \
-	tests/unit/workflows/test_time_left.py::test_nothing_is_estimated_with_distillation \
 	tests/real/test_real_quality.py::test_torch_logits_of_a_real_model_equal_the_backends
 test-distill: $(VENV)/.tools | $(SMOLLM2).gguf $(GEMMA).gguf
 	$(BIN)/python -m pip install --quiet --no-compile ".[distill]"
