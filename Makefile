@@ -17,8 +17,6 @@
 # make wheels-aarch64: cross-builds the wheels for Linux on ARM to dist/aarch64 (Debian: g++-aarch64-linux-gnu)
 # make test-aarch64: runs these wheels in qemu, compares them with this machine, and installs them with `uv tool`
 #   in a container of ARM programs (Debian: qemu-user; Linux 6.7 or newer)
-# make test-arm: cross-compiles our kernels for ARM, and runs their tests in qemu
-#   (Debian: g++-aarch64-linux-gnu qemu-user)
 # make test-distill: installs torch, which takes gigabytes on Linux, and runs the tests that need it
 # make test-page: tests the server's page in an installed browser (docs/server.md)
 # make test-llama-server: runs llama-server's own tests against `pop-local serve` (ARGS="unit/test_basic.py")
@@ -54,7 +52,7 @@ FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test check docs site fuzz kills sanitize test-distill test-page test-llama-server test-gpu test-vulkan sidecars wheels \
-	test-wheels test-install wheels-aarch64 test-aarch64 test-arm lint backend \
+	test-wheels test-install wheels-aarch64 test-aarch64 lint backend \
 	unpatched recipes clean
 
 demo: $(VENV)/.app $(SMOLLM2).gguf
@@ -145,10 +143,6 @@ wheels-aarch64: | $(VENV)/.ready
 
 test-aarch64: $(VENV)/.tools | $(SMOLLM2).gguf
 	$(BIN)/python tests/try_aarch64.py $(AARCH64) $(PACKAGE)/build/aarch64 $(SMOLLM2).gguf
-
-# Cross-compiles our kernels, and runs their tests on three of qemu's processors.
-test-arm: $(VENV)/.tools
-	$(FOUND) $(BIN)/python tests/try_arm_kernels.py $(ARGS)
 
 DISTILL_TESTS := tests/unit/research tests/unit/calibration/test_needs.py tests/cli/test_convert_distill.py \
 	tests/cli/test_convert_fit.py::test_a_named_boundary_is_distilled \

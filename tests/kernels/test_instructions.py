@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from support import arm
 from support.ggml import MulMat, MulMatId, Op, Rows, Stored, in_child
 from support.kernels import (
     QUANTISED,
@@ -19,7 +18,7 @@ from support.kernels import (
 )
 
 N_ROWS = (1, 2, 3, 5, 17)
-LESSER = ("dotprod",) if arm.is_requested() else ("avx512vnni", "avxvnni", "avx2")
+LESSER = ("avx512vnni", "avxvnni", "avx2")
 
 
 @pytest.mark.parametrize("name", LESSER)

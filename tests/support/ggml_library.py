@@ -1,6 +1,6 @@
 """Declare ggml in ctypes: tensors, the functions of libggml-base, the CPU device.
 
-The library is the one that llama_cpp loads. With POP_TEST_ARM it is in a program for ARM64.
+The library is the one that llama_cpp loads.
 """
 
 import ctypes
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pop_local.engine.llama.backend import bindings
-from support import arm
 
 
 class Tensor(ctypes.Structure):
@@ -87,21 +86,18 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 }
 
 
-_CPU_FUNCTIONS: arm.Signatures = {
+_CPU_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "ggml_backend_set_n_threads": ([_POINTER, _INT], None),
     "ggml_backend_cpu_set_use_ref": ([_POINTER, ctypes.c_bool], None),
     "ggml_pop_kernels": ([], ctypes.c_char_p),
     "ggml_backend_set_abort_callback": ([_POINTER, AbortCallback, _POINTER], None),
 }
 _WORK_SIZE: tuple[list[Any], Any] = ([_INT, _POINTER], _SIZE)
-_BY_TYPE: tuple[list[Any], Any] = ([_INT], _POINTER)
 
 
 @functools.cache
 def base() -> Any:
     """Return libggml-base with its functions declared."""
-    if arm.is_requested():
-        return arm.Library(arm.server(), _SIGNATURES)
     api = bindings()
     from llama_cpp._ctypes_extensions import load_shared_library
 
@@ -128,20 +124,14 @@ class Cpu:
 def cpu() -> Cpu:
     """Return the device, which is initialised once."""
     library = base()
-    if arm.is_requested():
-        server = arm.server()
-        by_type = library.function(server.find("ggml_backend_dev_by_type"), *_BY_TYPE)
-    else:
-        by_type = bindings()._ggml.ggml_backend_dev_by_type
-        by_type.argtypes, by_type.restype = _BY_TYPE
+    by_type = bindings()._ggml.ggml_backend_dev_by_type
+    by_type.argtypes, by_type.restype = [_INT], _POINTER
     device = by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
     registry = library.ggml_backend_dev_backend_reg(device)
 
     def function(name: str) -> Any:
         address = library.ggml_backend_reg_get_proc_address(registry, name.encode())
         argument_types, result_type = _CPU_FUNCTIONS[name]
-        if address and arm.is_requested():
-            return library.function(address, argument_types, result_type)
         return address and ctypes.CFUNCTYPE(result_type, *argument_types)(address)
 
     return Cpu(
@@ -150,17 +140,13 @@ def cpu() -> Cpu:
         function("ggml_backend_set_n_threads"),
         function("ggml_backend_cpu_set_use_ref"),
         function("ggml_pop_kernels"),
-        arm.server().set_abort_callback
-        if arm.is_requested()
-        else function("ggml_backend_set_abort_callback"),
+        function("ggml_backend_set_abort_callback"),
     )
 
 
 @functools.cache
 def work_size() -> Any:
     """Return ggml_pop_work_size of the loaded CPU library (one of several variants)."""
-    if arm.is_requested():
-        return base().function(arm.server().find("ggml_pop_work_size"), *_WORK_SIZE)
     for path in sorted(Path(bindings()._base_path).glob("*ggml-cpu*")):
         try:
             library = ctypes.CDLL(str(path), mode=getattr(os, "RTLD_NOLOAD", 0))
@@ -173,19 +159,12 @@ def work_size() -> Any:
 
 
 def tensor_at(address: int) -> Tensor:
-    """Return a tensor, which may be a copy."""
-    if arm.is_requested():
-        return Tensor.from_buffer_copy(arm.server().read(address, ctypes.sizeof(Tensor)))
     return Tensor.from_address(address)
 
 
 def set_params(tensor: int, first: int, values: bytes) -> None:
     """Write to a tensor's op_params from 32-bit word `first` on."""
-    address = tensor + Tensor.op_params.offset + 4 * first
-    if arm.is_requested():
-        arm.server().write(address, values)
-    else:
-        ctypes.memmove(address, values, len(values))
+    ctypes.memmove(tensor + Tensor.op_params.offset + 4 * first, values, len(values))
 
 
 def guarded_pages(size: int) -> tuple[int, Any]:
@@ -193,20 +172,9 @@ def guarded_pages(size: int) -> tuple[int, Any]:
 
     `size`: bytes, a multiple of the page size.
     """
-    total = size + mmap.PAGESIZE
-    if arm.is_requested():
-        server = arm.server()
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        access = mmap.PROT_READ | mmap.PROT_WRITE
-        start = server.call(server.find("mmap"), 0, total, access, flags, -1, 0)
-        failed = server.call(server.find("mprotect"), start + size, mmap.PAGESIZE, 0)
-        pages = None
-    else:
-        pages = mmap.mmap(-1, total)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-        protect = ctypes.CDLL(None).mprotect
-        last = ctypes.c_void_p(start + size)
-        failed = protect(last, ctypes.c_size_t(mmap.PAGESIZE), 0)
-    if failed:
+    pages = mmap.mmap(-1, size + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    last = ctypes.c_void_p(start + size)
+    if ctypes.CDLL(None).mprotect(last, ctypes.c_size_t(mmap.PAGESIZE), 0):
         raise OSError("mprotect")
     return start, pages

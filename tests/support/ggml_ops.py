@@ -12,15 +12,11 @@ from gguf import GGMLQuantizationType as Type
 
 
 class Rows(IntEnum):
-    """enum ggml_pop_rows: the fastest kernels, upstream's only, or our same kernel for all rows.
-
-    CHOSEN is ALL plus GGML_POP_ROWS_CHOSEN, for operations that a choice assigns to our kernels.
-    """
+    """enum ggml_pop_rows: the fastest kernels, upstream's only, or our same kernel for all rows."""
 
     FAST = 0
     NONE = 1
     ALL = 2
-    CHOSEN = 6
 
 
 @dataclass(frozen=True)

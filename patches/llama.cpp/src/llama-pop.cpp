@@ -230,7 +230,7 @@ llama_pop_cparams llama_pop_init(const llama_model & model) {
 }
 
 int32_t llama_pop_abi(void) {
-    return 12;
+    return 13;
 }
 
 void llama_pop_report_exceptions(void) {

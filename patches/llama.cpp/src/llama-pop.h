@@ -148,14 +148,8 @@ extern "C" {
     // position. such a batch has rows of one sequence. after a failure its rows are partly overwritten, and none is removed
     LLAMA_API int32_t llama_pop_set_overwrite(struct llama_context * ctx, bool overwrite);
 
-    // register the operations that llama.cpp's kernels compute, although ours (ggml-cpu/fast) support them, and return a number for
-    // llama_pop_set_kernels(). choice: words separated by spaces. "Q4_K/many", "attention/many": with the rows of prompts and deep
-    // passes. "Q4_K/few", "attention/few": in decode. unknown words are ignored. "only": ours compute the named operations, and
-    // llama.cpp's kernels compute all others. returns -1: too many choices
-    LLAMA_API int32_t llama_pop_choose_kernels(const char * choice);
-
-    // allow our CPU kernels. 0: none, 1: all, others: all except those of a choice. default: 1. returns -1: refused
-    LLAMA_API int32_t llama_pop_set_kernels(struct llama_context * ctx, int32_t kernels);
+    // allow our CPU kernels (ggml-cpu/fast). default: true
+    LLAMA_API int32_t llama_pop_set_kernels(struct llama_context * ctx, bool kernels);
 
     // declare which rows of the following llama_decode() calls belong to a prompt (llama_pop_reading). our kernels compute the
     // products and attention of these for any number of rows, so that a row's result does not depend on how the prompt was
@@ -268,7 +262,7 @@ struct llama_pop_cparams {
     bool is_deep_pass = false; // the next graph is a deep pass
     bool snapshots    = false;
 
-    uint8_t kernels = 1; // see llama_pop_set_kernels()
+    bool kernels = true; // see llama_pop_set_kernels()
 
     llama_pop_reading reading = LLAMA_POP_READING_NONE;
 };

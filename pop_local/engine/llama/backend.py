@@ -19,7 +19,7 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_local.engine.llama import logs
 
-ABI = 12
+ABI = 13
 OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = f"run pip install ./patches/llama-cpp-python, or reinstall the {OURS} wheel"
 # Number of times that a libgomp thread spins at a barrier. The default of 300,000 spins takes
@@ -90,7 +90,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_set_snapshots": ([_POINTER, ctypes.c_bool], _INT32),
     "llama_pop_snapshots_size": ([_POINTER], ctypes.c_size_t),
     "llama_pop_run_deep": ([_POINTER, _INT32, _POINTER, _INT32, ctypes.c_bool], _INT32),
-    "llama_pop_set_kernels": ([_POINTER, _INT32], _INT32),
+    "llama_pop_set_kernels": ([_POINTER, ctypes.c_bool], _INT32),
     "llama_pop_set_reading": ([_POINTER, _INT32], _INT32),
     "llama_pop_add_tap": ([_POINTER, _INT32, _INT32], _INT32),
     "llama_pop_remove_taps": ([_POINTER], None),

@@ -194,7 +194,7 @@ class Context:
             raise PopError(f"{self.files.path} cannot be opened: {logs.first_error()}")
         if options.n_sequences == 1:
             self.n_ctx = int(api.llama_n_ctx(self._ctx))
-        backend.call("llama_pop_set_kernels", self._ctx, int(options.kernels))
+        backend.call("llama_pop_set_kernels", self._ctx, options.kernels)
 
     @contextmanager
     def extra_context(self, **params: Any) -> Iterator[Any]:

@@ -23,13 +23,6 @@ namespace fast {
 // kernel selection
 //
 
-#if defined(__aarch64__) || defined(_M_ARM64)
-#    define FAST_ARM
-constexpr bool WERE_TIMED = false; // we never timed the ARM kernels on hardware
-#else
-constexpr bool WERE_TIMED = true;
-#endif
-
 using kernels_by_type = const gemm * (*)(int type);
 
 struct instructions {
@@ -37,15 +30,11 @@ struct instructions {
     kernels_by_type kernels[4]; // in descending order of min_cols
 };
 
-#if !defined(__AVXVNNI__) && !defined(FAST_ARM)
+#ifndef __AVXVNNI__
 static const gemm * not_built(int) { return nullptr; }
 #endif
 
 static const instructions all_instructions[] = {
-#ifdef FAST_ARM
-    { "i8mm",       { gemm_i8mm, gemv_dotprod } },
-    { "dotprod",    { gemm_dotprod, gemv_dotprod } },
-#else
     { "amx",        { gemm_amx, gemm_512, gemv_512 } },
     { "avx512vnni", { gemm_512, gemv_512 } },
 #ifdef __AVXVNNI__
@@ -54,7 +43,6 @@ static const instructions all_instructions[] = {
     { "avxvnni",    { not_built } },
 #endif
     { "avx2",       { gemm_256, gemv_256 } },
-#endif
 };
 
 static std::string requested_kernels() {
@@ -66,19 +54,14 @@ static bool is_off() {
     return requested_kernels() == "0" || requested_kernels() == "off";
 }
 
-// Return the set that GGML_POP_KERNELS names, or the end of all_instructions if it names none.
-static const instructions * find_requested() {
-    const auto is_requested = [](const instructions & i) { return requested_kernels() == i.name; };
-    return std::find_if(std::begin(all_instructions), std::end(all_instructions), is_requested);
-}
-
-// Return the first supported set, starting at the requested one.
+// Return the first supported set, starting at the one that GGML_POP_KERNELS names.
 static const instructions * find_instructions() {
     if (is_off()) {
         return nullptr;
     }
-    const auto computes = [](const instructions & i) { return i.kernels[0](GGML_TYPE_Q8_0) != nullptr; };
-    const auto begin = std::begin(all_instructions), end = std::end(all_instructions), first = find_requested();
+    const auto is_requested = [](const instructions & i) { return requested_kernels() == i.name; };
+    const auto computes     = [](const instructions & i) { return i.kernels[0](GGML_TYPE_Q8_0) != nullptr; };
+    const auto begin = std::begin(all_instructions), end = std::end(all_instructions), first = std::find_if(begin, end, is_requested);
     const auto found = std::find_if(first == end ? begin : first, end, computes);
     return found == end ? nullptr : found;
 }
@@ -88,18 +71,12 @@ static const instructions * instructions_in_use() {
     return found;
 }
 
-static bool must_be_chosen() {
-    static const bool found = !WERE_TIMED && find_requested() == std::end(all_instructions);
-    return found;
-}
-
 static ggml_pop_rows rows_mode(const ggml_tensor * op) {
-    return (ggml_pop_rows) (ggml_get_op_params_i32(op, GGML_POP_OP_PARAM) & ~GGML_POP_ROWS_CHOSEN);
+    return (ggml_pop_rows) ggml_get_op_params_i32(op, GGML_POP_OP_PARAM);
 }
 
 static bool is_enabled_for(const ggml_tensor * op) {
-    const bool is_chosen = ggml_get_op_params_i32(op, GGML_POP_OP_PARAM) & GGML_POP_ROWS_CHOSEN;
-    return instructions_in_use() && rows_mode(op) != GGML_POP_ROWS_NONE && (is_chosen || !must_be_chosen());
+    return instructions_in_use() && rows_mode(op) != GGML_POP_ROWS_NONE;
 }
 
 //
@@ -450,11 +427,6 @@ bool ggml_pop_rms_norm_mul(const ggml_compute_params * params, const ggml_tensor
     return fast::is_enabled_for(norm) && fast::rms_norm_mul(params, norm, mul);
 }
 
-bool ggml_pop_must_be_chosen(void) {
-    return fast::must_be_chosen();
-}
-
 const char * ggml_pop_kernels(void) {
-    const bool is_none = !fast::instructions_in_use() || fast::must_be_chosen();
-    return fast::is_off() ? "off" : is_none ? "none" : fast::instructions_in_use()->name;
+    return fast::is_off() ? "off" : !fast::instructions_in_use() ? "none" : fast::instructions_in_use()->name;
 }

@@ -52,13 +52,10 @@ constexpr int MAX_TILE_COLS = 16;
 const gemm * gemm_amx(int type);
 const gemm * gemm_512(int type);
 const gemm * gemm_256(int type);
-const gemm * gemm_i8mm(int type);
-const gemm * gemm_dotprod(int type);
 const gemm * gemm_float(int type); // as fast as upstream's code, hence only for GGML_POP_ROWS_ALL
 
 // Kernels for few columns, as in decode.
 const gemm * gemv_512(int type);
 const gemm * gemv_256(int type);
-const gemm * gemv_dotprod(int type);
 
 } // namespace fast

@@ -326,7 +326,7 @@ template <int TYPE> const gemm * kernel() {
 const gemm * gemv_512(int type) {
     switch (type) {
 #define FAST_CASE(TYPE) case TYPE: return kernel<TYPE>();
-        FAST_FOR_EACH_TYPE(FAST_CASE)
+        FAST_FOR_EACH_TYPE_BUT_Q2_K(FAST_CASE)
 #undef FAST_CASE
     }
     return nullptr;

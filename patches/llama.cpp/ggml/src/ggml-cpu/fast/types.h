@@ -58,11 +58,12 @@ FAST_TYPE(GGML_TYPE_BF16, block_bf16, 32, 0, false, false)
 
 #undef FAST_TYPE
 
-// Call MACRO(type) for each type with codes.
-#define FAST_FOR_EACH_TYPE(MACRO)                                                                                          \
+// Call MACRO(type) for each type with codes. With AVX-512, llama.cpp decodes Q2_K 5 to 6 % faster than these kernels do.
+#define FAST_FOR_EACH_TYPE(MACRO) FAST_FOR_EACH_TYPE_BUT_Q2_K(MACRO) MACRO(GGML_TYPE_Q2_K)
+#define FAST_FOR_EACH_TYPE_BUT_Q2_K(MACRO)                                                                             \
     MACRO(GGML_TYPE_Q4_0) MACRO(GGML_TYPE_Q4_1) MACRO(GGML_TYPE_Q5_0) MACRO(GGML_TYPE_Q5_1) MACRO(GGML_TYPE_Q8_0)      \
     MACRO(GGML_TYPE_IQ4_NL) MACRO(GGML_TYPE_MXFP4) MACRO(GGML_TYPE_IQ4_XS)                                            \
-    MACRO(GGML_TYPE_Q2_K) MACRO(GGML_TYPE_Q3_K) MACRO(GGML_TYPE_Q4_K) MACRO(GGML_TYPE_Q5_K) MACRO(GGML_TYPE_Q6_K)
+    MACRO(GGML_TYPE_Q3_K) MACRO(GGML_TYPE_Q4_K) MACRO(GGML_TYPE_Q5_K) MACRO(GGML_TYPE_Q6_K)
 
 // Code values with the bias added: IQ4_NL and IQ4_XS plus 128; MXFP4 doubled (its scales are halved) plus 12.
 alignas(16) static const uint8_t iq4_codes[16]   = { 1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241 };

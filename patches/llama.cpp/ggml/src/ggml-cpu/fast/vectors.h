@@ -8,9 +8,6 @@
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #    include "vectors-256.h"
 #    define FAST_VECTORS
-#elif defined(__aarch64__) && defined(__ARM_NEON)
-#    include "vectors-arm.h"
-#    define FAST_VECTORS
 #endif
 
 #ifdef FAST_VECTORS
