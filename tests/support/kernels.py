@@ -10,7 +10,18 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from support.ggml import OAI, Attention, Glu, MulMat, MulMatId, MulRows, Op, RmsNormMul, Stored
+from support.ggml import (
+    OAI,
+    Attention,
+    Glu,
+    MulMat,
+    MulMatId,
+    MulRows,
+    Op,
+    RmsNormMul,
+    Stored,
+    kernels,
+)
 
 # Offsets of a block's float16 values: its scale, and the scale of its minimum.
 SCALES: dict[Type, tuple[int, ...]] = {
@@ -104,6 +115,11 @@ def in_bf16(x: np.ndarray) -> np.ndarray:
 
 def rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
+
+
+def is_decoded_upstream(type_: Type) -> bool:
+    """Return whether llama.cpp's kernels decode the type (see FAST_FOR_EACH_TYPE_BUT_Q2_K)."""
+    return type_ is Type.Q2_K and kernels() in ("amx", "avx512vnni")
 
 
 def check_product(got: np.ndarray, stored: Stored, x: np.ndarray) -> None:
