@@ -1,11 +1,12 @@
 """`pop-local cache`: remove the stored KV caches of earlier prompts."""
 
+import typer
+
 from pop_local.config import settings
 from pop_local.engine.cache.disk_store import clear_folder
 from pop_local.ui.console import note
-from pop_local.ui.lazy import sub_app
 
-cache = sub_app(no_args_is_help=True)
+cache = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 @cache.callback()

@@ -26,7 +26,7 @@ def option(words: str, unit: str = "", *, default: Any = None, flag: str = "", *
     `unit`: the value's placeholder in the help (default: N, X, or TEXT). `flag`: the option's
     names (default: the field's name prefixed with `--`). `how`: more arguments for typer.Option.
     """
-    how |= {"metavar": unit or None, "help": words}
+    how |= {"metavar": unit or None, "help": words, "show_default": "(default" not in words}
     return field(default=default, metadata={"flag": flag, "how": how})
 
 
@@ -51,31 +51,30 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
         if is_dataclass(kind):
             groups[parameter.name] = kind
             defaults = {} if default is parameter.empty else vars(default)
-            options += [_option(each, kind, defaults) for each in fields(kind)]
+            options += [_option(entry, kind, defaults) for entry in fields(kind)]
         else:
-            options.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            options.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
 
-    def called(**given: Any) -> None:
+    def with_groups(**values: Any) -> None:
         for name, kind in groups.items():
-            given[name] = kind(**{each.name: given.pop(each.name) for each in fields(kind)})
-        command(**given)
+            values[name] = kind(**{entry.name: values.pop(entry.name) for entry in fields(kind)})
+        command(**values)
 
     options.sort(key=_is_expert)  # the help shows panels in the order of their first options
-    called.__name__, called.__doc__ = command.__name__, command.__doc__
-    called.__annotations__ = {each.name: each.annotation for each in options}
-    called.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
-    return called
+    with_groups.__name__, with_groups.__doc__ = command.__name__, command.__doc__
+    with_groups.__annotations__ = {parameter.name: parameter.annotation for parameter in options}
+    with_groups.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    return with_groups
 
 
-def _option(one: "Field[Any]", kind: Any, defaults: dict[str, Any]) -> inspect.Parameter:
-    flags = (one.metadata["flag"] or f"--{one.name.replace('_', '-')}").split()
-    how = {"rich_help_panel": kind.panel or None} | one.metadata["how"]
-    kinds = {one.type, *get_args(one.type)}
-    how["metavar"] = how["metavar"] or next((UNITS[each] for each in UNITS if each in kinds), None)
-    found = typer.Option(*flags, **how)
+def _option(entry: "Field[Any]", kind: Any, defaults: dict[str, Any]) -> inspect.Parameter:
+    flags = (entry.metadata["flag"] or f"--{entry.name.replace('_', '-')}").split()
+    how = {"rich_help_panel": kind.panel or None} | entry.metadata["how"]
+    types = {entry.type, *get_args(entry.type)}
+    how["metavar"] = how["metavar"] or next((UNITS[unit] for unit in UNITS if unit in types), None)
     return inspect.Parameter(
-        one.name,
+        entry.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=defaults.get(one.name, one.default),
-        annotation=Annotated[one.type, found],
+        default=defaults.get(entry.name, entry.default),
+        annotation=Annotated[entry.type, typer.Option(*flags, **how)],
     )

@@ -61,7 +61,7 @@ def test_helps():
     check("help-80", shown)
 
 
-@pytest.mark.parametrize("width", [60, 120])
+@pytest.mark.parametrize("width", [70, 120])
 def test_helps_of_other_widths_have_the_same_words(width):
     shown = helps(width)
     assert max(map(len, shown.splitlines())) <= width
