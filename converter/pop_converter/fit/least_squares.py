@@ -95,13 +95,6 @@ class Gram:
             xy += weighted.T @ (y[layer] * root)
         self.n_rows += len(x)
 
-    def merge(self, other: "Gram") -> None:
-        """Add the sums in `other`, which must have the same inputs and layers."""
-        self.xx += other.xx
-        for layer, xy in self.xy.items():
-            xy += other.xy[layer]
-        self.n_rows += other.n_rows
-
     def of_first(self, n_inputs: int) -> "Gram":
         """Return the sums for the first `n_inputs` inputs and the constant input."""
         kept = np.append(np.arange(n_inputs), len(self.xx) - 1)

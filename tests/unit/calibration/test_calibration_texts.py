@@ -27,17 +27,6 @@ def test_default_tokens_grow_with_the_model():
     assert [default_tokens(n) for n in (576, 640, 2048, 4096)] == [16384, 16384, 49152, 98304]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "no text"), (b" \n", "no text"), (b"ab\0cd", "binary"), (b"\xff\xfe\xfa", "not UTF-8")],
-)
-def test_texts_that_are_none_are_refused(llama, content: bytes, message: str, tmp_path: Path):
-    path = tmp_path / "text"
-    path.write_bytes(content)
-    with loaded(llama, n_threads=1) as context, pytest.raises(PopError, match=message):
-        given_text(context, (path,), 4, 128)
-
-
 def test_too_little_text_says_how_much_is_needed(llama: Path, tmp_path: Path):
     path = tmp_path / "short.txt"
     path.write_text("too short " * 20)

@@ -1,6 +1,5 @@
 """Test calibration in one or several passes, its stops, its memory and its tensors."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +8,15 @@ import pytest
 from pop_converter.base.errors import StoppedError
 from pop_converter.base.progress import Watch
 from pop_converter.fit import least_squares as fit
-from pop_converter.fit.least_squares import Gram
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.rewrite import Fitted, convert
-from pop_local.calibration import samples
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.needs import plan_needs
 from pop_local.calibration.texts import N_WINDOW, given_text
 from support.calibrating import (
     BOUNDARY,
-    N_LAYER,
     N_TOKENS,
     WEIGHING,
     fitted,
@@ -32,8 +28,8 @@ from support.calibrating import (
     stopped_at,
     weights,
 )
-from support.shapes import read_pop_meta, read_shape
-from support.synthetic import TEMPLATE, make_gguf
+from support.shapes import read_pop_meta
+from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.slow
 
@@ -117,44 +113,9 @@ def test_a_stop_ends_a_fit_after_a_window_or_a_layer(memory_bytes, stop_after, l
         fitted(llama, settings(letters, memory_bytes=memory_bytes), stopped_at(stop_after))
 
 
-def test_a_stop_ends_sampling(tmp_path, monkeypatch):
-    path = make_gguf(tmp_path / "chat.gguf", "llama", chat_template=TEMPLATE)
-    drawn: list[int] = []
-
-    def counted(logits, chance, real=samples.draw):
-        drawn.append(real(logits, chance))
-        return drawn[-1]
-
-    monkeypatch.setattr(samples, "draw", counted)
-    with pytest.raises(StoppedError):
-        fitted(path, replace(settings(tmp_path), texts=()), stopped_at(99))
-    assert 0 < len(drawn) < 2 * N_WINDOW
-
-
-def _n_kv(path: Path) -> int:
-    return read_shape(path).n_kv(0)
-
-
 def test_a_fitted_file_names_its_text(llama: Path, whole: Fitted, tmp_path: Path):
     target = tmp_path / "pop.gguf"
     meta = convert(planned(llama), llama, target, fitted=whole)
     assert meta == read_pop_meta(target)
     assert meta.calibration is not None
     assert (meta.calibration.name, meta.calibration.n_tokens) == ("words.txt", N_TOKENS)
-
-
-def test_the_sums_of_a_job_stay_within_what_is_announced(llama: Path):
-    plan = planned(llama)
-    needs = plan_needs((plan,), read_source(llama), FitOptions(memory_bytes=1 << 30))
-    widths = dict.fromkeys(plan.fitted_layers, _n_kv(llama))
-    sums = Gram.empty(plan.shape.n_embd, widths)
-    n_bytes = sums.xx.nbytes + sum(xy.nbytes for xy in sums.xy.values())
-    scratch = fit.scratch_bytes(plan.shape.n_embd, _n_kv(llama), N_WINDOW)
-    assert needs.sums_bytes == n_bytes + scratch
-    assert needs.sums_bytes < needs.total_bytes
-    sampling = plan_needs(
-        (plan,), read_source(llama), FitOptions(memory_bytes=1 << 30), n_sampled=64
-    )
-    cache = 64 * N_WINDOW * 2 * N_LAYER * _n_kv(llama)
-    assert sampling.sums_bytes == needs.sums_bytes
-    assert sampling.total_bytes > cache + 2 * llama.stat().st_size

@@ -3,7 +3,6 @@
 import math
 import random
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -15,7 +14,7 @@ from pop_converter.gguf import header as header_module
 from pop_converter.gguf.content import copy_data, read_content
 from pop_converter.gguf.header import MAX_KEPT_ITEMS, read_header
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import Budget, DeepRows, Measured, PopMeta, encode_keys
+from pop_converter.popfile.format import Measured, PopMeta, encode_keys
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.research.hyper import read_hyper
@@ -223,7 +222,8 @@ def test_long_block_numbers_are_ignored(tmp_path):
 
 # --- POP keys
 
-META = PopMeta("FS", source_name="tiny.gguf", source_sha256="0" * 64, tool="test")
+LOOKUPS = Measured(lookups_n=200, lookups_full=180, lookups_lost=2, lookups_logprob_lost=0.25)
+META = PopMeta("FS", source_name="tiny.gguf", source_sha256="0" * 64, tool="test", measured=LOOKUPS)
 
 
 def _as_keys(**changes: object) -> dict[str, int | str]:
@@ -261,40 +261,6 @@ def test_encoded_keys_are_ordinary_gguf(tiny, tmp_path):
 def test_optional_keys_have_defaults(tiny, tmp_path):
     keys = _as_keys(sink_tokens=None, tail_tokens=None, projection=None)
     assert read_pop_meta(add_keys(tiny, tmp_path / "pop.gguf", **keys)) == PopMeta("FS")
-
-
-def test_missing_limits_and_figures_have_defaults(tiny, tmp_path):
-    older = replace(META, budget=Budget("balanced", 0.035, 1.12))
-    raw = encode_keys(replace(older, measured=Measured(kl_mean=0.02)))
-    old = tuple(key for key in raw if b"lookups" not in key and b"ratio_se" not in key)
-    assert len(old) == len(raw) - 8
-    assert not any(b"max_ppl" in key or b"max_lost_lookups" in key for key in raw)
-    content = read_content(read_source(tiny), without="\0")
-    path = tmp_path / "pop.gguf"
-    with path.open("wb") as file:
-        file.write(content.with_keys(old).header)
-        copy_data(content, b"", file.write, lambda n_bytes: None)
-    assert read_pop_meta(path) == replace(older, measured=Measured(kl_mean=0.02))
-
-
-def test_measured_lookups_round_trip(tiny, tmp_path):
-    found = Measured(lookups_n=200, lookups_full=180, lookups_lost=2, lookups_logprob_lost=0.25)
-    keys = encode_keys(replace(META, measured=found))
-    assert sum(b"pop.measured.lookups_" in key for key in keys) == 7
-    content = read_content(read_source(tiny), without="\0")
-    path = tmp_path / "pop.gguf"
-    with path.open("wb") as file:
-        file.write(content.with_keys(keys).header)
-        copy_data(content, b"", file.write, lambda n_bytes: None)
-    assert read_pop_meta(path) == replace(META, measured=found)
-
-
-def test_keys_of_older_files_are_ignored(tiny, tmp_path):
-    keys = _as_keys() | {"pop__select": 0.1, "pop__refilled__n_rows": 8}
-    path = add_keys(tiny, tmp_path / "pop.gguf", **keys)
-    assert read_pop_meta(path) == read_pop_meta(add_keys(tiny, tmp_path / "b.gguf", **_as_keys()))
-    with PopModel(EngineOptions.of(path, n_ctx=64, n_threads=1)) as model:
-        assert (model.engine.pruning.boundary, model.engine.rule.deep_rows) == (1, DeepRows.NONE)
 
 
 def test_schedule_excludes_mtp_layers(tiny, tmp_path):

@@ -1,6 +1,5 @@
 """Test wide fits: their sums, tensors and cost, and when they are chosen."""
 
-from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 
 from pop_converter.architecture.work import LIMIT_PROMPT, fit_macs, speedup_limit, wide_weights
-from pop_converter.base.progress import Watch
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import KvType
 from pop_converter.fit.weights import Weights
@@ -18,17 +16,11 @@ from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert, measure, stored_bytes
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
-from pop_local.calibration import needs
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
-from pop_local.calibration.job import Calibrated
 from pop_local.calibration.needs import MAX_WIDE_COST, fit_cost, fit_kind, fit_needs
 from pop_local.calibration.texts import N_WINDOW, given_text
 from pop_local.engine.llama.graph_macs import GraphMacs
-from pop_local.workflows.conversion import fits
-from pop_local.workflows.conversion.fits import PlanFitter
-from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.hardware import Hardware
 from support.calibrating import (
     BOUNDARY,
     N_TOKENS,
@@ -186,23 +178,6 @@ def test_wide_file_has_the_planned_keys_and_size(llama, tmp_path):
 
 
 # --- choice of the kind of fit
-
-
-def test_the_first_plan_decides_the_kind_of_all_fits(llama, monkeypatch):
-    def calibrate(plans, *_):
-        return Calibrated(tuple(made_up(plan) for plan in plans), None)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(fits, "calibrate", calibrate)
-    monkeypatch.setattr(fits, "loaded", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(fits, "calibration_text", lambda *_: None)
-    cheap, dear = planned(llama, 5), planned(llama, 3)
-    monkeypatch.setattr(needs, "MAX_WIDE_COST", fit_cost(cheap, WIDE))
-    assert fit_cost(dear, WIDE) > needs.MAX_WIDE_COST
-    runner = TrialRunner(read_source(llama), Hardware(n_threads=1), Watch())
-    for first, kind in ((cheap, WIDE), (dear, FITTED)):
-        fitter = PlanFitter(runner, FitOptions())
-        for plan in (first, cheap, dear):
-            assert [each.projection for each in fitter.fit([plan])] == [kind]
 
 
 def test_an_expensive_wide_fit_is_made_on_request_only(llama):

@@ -11,8 +11,6 @@ from pop_local.fetching import resumable_download
 from support.hub_server import COMMIT, Hub, Repo, serving, use_hub
 from support.program import Done, called, run
 
-CHUNK = 1 << 16
-
 
 def content(seed: int, n_bytes: int = 400_000) -> bytes:
     return b"GGUF" + random.Random(seed).randbytes(n_bytes)
@@ -93,20 +91,6 @@ def test_upper_case_suffix_becomes_lower_case(hub, tmp_path):
     assert done.stdout == f"{folder / names[0]}\n"
 
 
-def test_next_run_resumes(hub, tmp_path):
-    folder = tmp_path / "models"
-    hub.drops = [3 * CHUNK, 0, 0, 0]
-    error, hint = failed(pull(folder, "hf:acme/tiny-GGUF"))
-    assert "was interrupted" in error
-    assert "try again (the download will resume)" in hint
-    hub.requests.clear()
-    done = pull(folder, "hf:acme/tiny-GGUF")
-    assert done.returncode == 0, done.stderr
-    assert [request.headers["range"] for request in hub.downloads()] == [f"bytes={3 * CHUNK}-"]
-    assert [file.name for file in folder.iterdir()] == ["tiny-Q4_K_M.gguf"]
-    assert (folder / "tiny-Q4_K_M.gguf").read_bytes() == FILES["tiny-Q4_K_M.gguf"]
-
-
 def test_file_with_another_hash_is_refused(hub, tmp_path, monkeypatch):
     folder = tmp_path / "models"
     wrong = content(9)
@@ -140,12 +124,6 @@ def test_missing_repository_is_explained(hub, tmp_path):
         assert f"the repository {name} does not exist or is private" in error
         assert "HF_TOKEN" in hint
     assert not (tmp_path / "models").exists()
-
-
-def test_ambiguous_name_lists_the_choices(hub, tmp_path):
-    error, hint = failed(pull(tmp_path / "models", "hf:acme/tiny-GGUF:q4_k"))
-    assert "'q4_k' matches 2 files" in error
-    assert "these names: tiny-Q4_K_M, tiny-Q4_K_S" in hint
 
 
 def test_unreachable_hub_is_reported(tmp_path, monkeypatch):

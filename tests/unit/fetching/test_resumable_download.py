@@ -146,15 +146,6 @@ def test_file_is_synced_before_its_renaming(hub, tmp_path, monkeypatch):
     assert synced and "tiny.gguf" not in synced[-1]
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no page cache advice")
-def test_file_is_dropped_from_the_page_cache_after_it_was_synced(hub, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync"))
-    monkeypatch.setattr(os, "posix_fadvise", lambda file, *advice: calls.append(advice))
-    pull(hub, tmp_path)
-    assert calls == ["sync", (0, 0, os.POSIX_FADV_DONTNEED)]
-
-
 def test_empty_file_is_refused(hub, tmp_path):
     with pytest.raises(PopError, match="is empty"):
         pull(hub, tmp_path, size_bytes=0)

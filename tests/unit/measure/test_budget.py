@@ -7,7 +7,6 @@ import pytest
 from pop_converter.popfile.format import Budget
 from pop_local.measure.budget import (
     BALANCED,
-    BUDGETS,
     FAST,
     NEAR_LOSSLESS,
     copies,
@@ -92,15 +91,6 @@ def test_lost_look_ups_are_a_share_of_the_full_models(budget, found, kept):
     assert keeps_lookups(budget, found) is kept
 
 
-def test_budgets_are_ordered_by_their_limits():
-    assert [BUDGETS[name] for name in BUDGETS] == [NEAR_LOSSLESS, BALANCED, FAST]
-    for stricter, looser in ((NEAR_LOSSLESS, BALANCED), (BALANCED, FAST)):
-        assert stricter.max_kl < looser.max_kl
-        assert stricter.max_ppl_ratio < looser.max_ppl_ratio
-        assert stricter.max_copy_ratio < looser.max_copy_ratio
-        assert stricter.max_lost_lookups < looser.max_lost_lookups
-
-
 # --- the search
 
 
@@ -109,16 +99,6 @@ def test_the_deepest_inside_is_found_in_few_steps(deepest):
     found, measured = searched(deepest)
     assert found == (max(deepest, 15) if deepest <= 29 else None)
     assert len(measured) <= (3 if 21 <= deepest <= 24 else 7)
-
-
-def test_undecided_boundaries_are_ordered_by_their_use():
-    assert undecided(range(15, 22), {}) == (18, 17, 19, 16, 20, 15, 21)
-    assert undecided(range(15, 22), {18: True}) == (17, 16, 15)
-    assert undecided(range(15, 22), {18: False}) == (19, 20, 21)
-    assert undecided(range(15, 22), {18: True, 17: True}) == (16, 15)
-    assert undecided(range(10, 22), {18: True, 17: True, 16: True})[0] == 14
-    assert undecided(range(15, 22), {18: True, 16: False}) == (17,)
-    assert undecided(range(15, 22), {18: True, 17: False}) == ()
 
 
 def test_a_later_verdict_may_reverse_an_earlier_one():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_local.measure.compare import _first_difference, mcnemar, read_prompts
+from pop_local.measure.compare import mcnemar, read_prompts
 
 
 def written(folder: Path, *entries: object) -> Path:
@@ -109,10 +109,3 @@ def test_a_line_must_be_json(line, tmp_path):
 )
 def test_mcnemar_is_the_binomial_test_of_discordant_pairs(n_first, n_second, p):
     assert mcnemar(n_first, n_second) == pytest.approx(p)
-
-
-def test_first_difference_counts_the_shared_tokens():
-    assert _first_difference([1, 2, 3], [1, 2, 3]) is None
-    assert _first_difference([1, 2, 3], [1, 5, 3]) == 1
-    assert _first_difference([1, 2, 3], [1, 2]) == 2
-    assert _first_difference([], [1]) == 0

@@ -7,7 +7,6 @@ import pytest
 from pop_converter.base.errors import PopError
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
-from pop_local.measure import quality
 from pop_local.measure.forced import Pruning
 from pop_local.measure.quality import (
     QualitySettings,
@@ -15,7 +14,6 @@ from pop_local.measure.quality import (
     measure_pruning,
     read_reference,
 )
-from pop_local.research import analyze as research
 from pop_local.research.analyze import measure_copying
 from support.calls import ignore
 from support.converted import paired
@@ -54,16 +52,6 @@ def test_figures_equal_those_of_a_separate_measurement(pair, reference, form):
         found = replace(found, **{name: getattr(whole, name)})
     assert found == whole
     assert found.kl_mean.value > 0
-
-
-def test_the_retention_equals_that_of_a_whole_measurement(pair, reference, monkeypatch):
-    monkeypatch.setattr(quality, "_LEAST_INDUCTION", -1.0)
-    model = PopModel(EngineOptions.of(pair.base, n_ctx=257, n_threads=1))
-    monkeypatch.setattr(research, "boundaries", lambda shape: (4, 3))
-    found = measure_copying(model, reference, ignore)
-    for each in found:
-        whole = measure_against(reference, model, Pruning(each.boundary), ignore)
-        assert each.retention == whole.induction_retention is not None
 
 
 def test_progress_ends_at_its_total(pair, reference):

@@ -7,7 +7,6 @@ import pytest
 
 from pop_converter.base.errors import StoppedError
 from pop_local.engine.engine_options import EngineOptions
-from pop_local.engine.llama import backend
 from pop_local.engine.model import PopModel
 from pop_local.measure import lookups
 from pop_local.measure.divergence import likelihood, predictions
@@ -104,26 +103,6 @@ def test_log_probabilities_equal_those_of_one_full_prompt(model, documents) -> N
                 found = predictions(reader.predict(asked.answer))
             nll = likelihood(found, np.asarray(asked.answer)).nll
             assert answer.logprob == pytest.approx(-nll.sum(), rel=1e-3)
-
-
-def test_only_document_rows_are_pruned(model, documents, monkeypatch) -> None:
-    counted: list[int] = []
-    reset = backend.reset_counters
-
-    def counting(ctx: object) -> None:
-        counted.append(model.engine.cache.slot.counters.n_context)
-        reset(ctx)
-
-    monkeypatch.setattr(backend, "reset_counters", counting)
-    pruned = ask(model, documents[:1], Pruning(model.engine.pruning.boundary))
-    n_pruned = (
-        len(documents[0].tokens) - model.engine.rule.sink_tokens - model.engine.rule.tail_tokens
-    )
-    assert max(counted) == n_pruned
-    full = ask(model, documents[:1], FULL)
-    assert [it.logprob for it in pruned[0]] != pytest.approx(
-        [it.logprob for it in full[0]], abs=1e-3
-    )
 
 
 def test_skipping_layers_that_add_nothing_loses_no_look_up(tmp_path) -> None:

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +14,6 @@ from pop_local.engine.llama.cells import Cells
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill.plan import RowRule
-from pop_local.measure import probes
 from pop_local.measure.forced import FULL, Pruning, forced
 from pop_local.measure.probes import pick_passage, random_tokens
 from pop_local.measure.quality import (
@@ -128,13 +125,6 @@ def test_should_stop_aborts_a_measurement_between_graph_nodes(model):
     assert measured(model).n_pruned > 0
 
 
-def test_a_mode_without_effect_is_an_error(model, monkeypatch):
-    monkeypatch.setattr(backend, "set_mode", lambda ctx, mode: None)
-    model.engine.set_mode(Mode.CONTEXT)
-    with pytest.raises(PopError, match="measurement is invalid"):
-        measured(model)
-
-
 @pytest.mark.parametrize(
     ("rule", "n_pruned"),
     [
@@ -179,13 +169,6 @@ def test_boundaries_in_one_run_equal_those_of_single_runs(model):
     assert both[0].kl_mean.value < both[1].kl_mean.value
 
 
-def test_progress_ends_at_its_total(model):
-    seen = []
-    measure_pruning(model, [text()], SHORT, Pruning(2), lambda *now: seen.append(now))
-    assert seen[0][0] == 0
-    assert seen[-1][0] == seen[-1][1] == seen[0][1]
-
-
 def test_passages_are_pruned_tokens(model):
     context = list(range(100))
     rule = model.engine.rule
@@ -195,23 +178,6 @@ def test_passages_are_pruned_tokens(model):
     assert min(min(p) for p in picked) == 1
     assert max(max(p) for p in picked) == 83
     assert all(p == tuple(range(p[0], p[0] + 20)) for p in picked)
-
-
-@pytest.mark.parametrize(
-    ("sink", "tail", "n_bos", "scored"),
-    [
-        (1, 32, 1, (1, 96)),
-        (4, 0, 1, (3, 128)),
-        (4, 0, 0, (4, 128)),
-        (0, 126, 1, (1, 2)),
-        (1, 127, 1, (1, 128)),
-    ],
-)
-def test_random_tokens_are_scored_where_they_are_pruned(sink, tail, n_bos, scored):
-    context = SimpleNamespace(vocabulary=SimpleNamespace(bos=(1,) * n_bos))
-    model = SimpleNamespace(engine=SimpleNamespace(context=context))
-    reader = SimpleNamespace(rule=RowRule(sink, tail), model=model)
-    assert probes._scored(reader) == scored  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tail", [126, 127, 200])

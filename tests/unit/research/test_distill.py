@@ -31,7 +31,7 @@ from pop_local.research.decoder import Decoder  # noqa: E402
 
 torch.set_num_threads(1)
 
-OWN, FITTED, WIDE = Projection
+FITTED, WIDE = Projection.FITTED, Projection.WIDE
 
 N_TOKENS, N_CONTEXT, N_SINK = 96, 64, 2
 
@@ -73,21 +73,6 @@ def backend_kl(path: Path, made: Fitted, windows: np.ndarray, folder: Path) -> n
 def evenly(windows):
     """Windows whose rows all count the same."""
     return DistillText(windows, np.ones(windows.shape, np.float32))
-
-
-def test_rows_count_by_their_weights(letters, tmp_path):
-    path = make_gguf(tmp_path / "m.gguf", "llama")
-    made = fitted(path, settings(letters))
-    windows = np.array([prompt(N_TOKENS, seed) for seed in range(2)], np.int32)
-    weights = np.ones(windows.shape, np.float32)
-    weights[:, -1] = 1e6
-    text = DistillText(windows, weights)
-    decoder = Decoder(read_source(path))
-    reference = distilling.read(decoder, BOUNDARY, text, seed=0, on_progress=nothing)
-    student = distilling._Student(decoder, started(path, made), reference, lambda n: None)
-    with torch.no_grad():
-        kl, loss = student.kl([0, 1], N_CONTEXT), student.loss([0, 1], N_CONTEXT)
-    np.testing.assert_allclose(loss, kl[:, -1].mean(), rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -153,26 +138,7 @@ def test_what_is_not_finite_is_no_fit(letters, tmp_path, monkeypatch):
         distilling.distill(decoder, start, reference, seed=0, on_progress=nothing)
 
 
-def test_a_passage_is_repeated_out_of_the_context():
-    windows = np.arange(6 * 512, dtype=np.int32).reshape(6, 512)
-    made = distilling._repeating(windows, np.random.default_rng(0))
-    assert len(made) == 2
-    for window in made:
-        jump = int(np.flatnonzero(np.diff(window) != 1)[0]) + 1
-        begin, n_passage = int(window[jump] % 512), 512 - jump
-        assert 96 <= n_passage <= 512 // 3
-        assert begin >= 1
-        assert begin + n_passage <= int(0.47 * 512)
-
-
-def test_one_window_is_enough_however_many_sinks_there_are(letters, tmp_path, monkeypatch):
-    seen: list[list[int]] = []
-
-    def kl(self, chosen, n_context, real=distilling._Student.kl):
-        seen.append(chosen)
-        return real(self, chosen, n_context)
-
-    monkeypatch.setattr(distilling._Student, "kl", kl)
+def test_one_window_with_more_sinks_than_rows_is_enough(letters, tmp_path):
     path = make_gguf(tmp_path / "m.gguf", "llama")
     made = fitted(path, settings(letters))
     windows = np.array([prompt(N_TOKENS, 0)], np.int32)
@@ -181,7 +147,6 @@ def test_one_window_is_enough_however_many_sinks_there_are(letters, tmp_path, mo
     reference = distilling.read(decoder, BOUNDARY, evenly(windows), seed=0, on_progress=nothing)
     trained = distilling.distill(decoder, start, reference, seed=0, on_progress=nothing)
     assert set(trained) == set(start.projections)
-    assert seen == [[0], [0]], "it is passed twice"
 
 
 @pytest.mark.parametrize(
