@@ -4,13 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import gguf
-import numpy as np
 import pytest
 from llama_cpp import Llama
 
 from pop_converter.fit.least_squares import KvType
-from pop_converter.gguf.header import read_header
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert
 from support.converted import convert_default, paired
@@ -39,7 +36,6 @@ from support.oracle import (
 from support.raw import Job
 from support.shapes import read_shape
 from support.sidecars import require_same
-from support.synthetic import DEEP_OUTPUTS, zero_deep_copy
 
 pytestmark = pytest.mark.slow
 
@@ -136,22 +132,3 @@ def test_unpatched_library_runs_a_converted_model_like_its_source(smollm2, tmp_p
     target = tmp_path / "out.gguf"
     convert_default(smollm2, target)
     assert_same_logits(smollm2, target, unpatched_lib)
-
-
-def test_zero_deep_copy_clears_deep_outputs_only(tmp_path, smollm2):
-    path = zero_deep_copy(smollm2, tmp_path / "zeroed.gguf", 20)
-    before, after = smollm2.read_bytes(), path.read_bytes()
-    header = read_header(path)
-    assert before[: header.data_start] == after[: header.data_start]
-    for tensor in header.tensors:
-        start = header.data_start + tensor.offset
-        span = slice(start, start + tensor.size_bytes)
-        prefix, *rest = tensor.name.split(".")
-        if prefix == "blk" and int(rest[0]) >= 20 and rest[1] in DEEP_OUTPUTS:
-            new = np.frombuffer(after[span], np.uint8)
-            assert any(before[span]) and not new.any(), tensor.name
-            kind = gguf.GGMLQuantizationType(tensor.type)
-            block = new[: gguf.GGML_QUANT_SIZES[kind][1]]
-            assert not gguf.quants.dequantize(block, kind).any(), tensor.name
-        else:
-            assert before[span] == after[span], tensor.name

@@ -33,7 +33,6 @@ class Replay:
         self, model: Path, monkeypatch: pytest.MonkeyPatch, *, text: int, lookups: int
     ) -> None:
         self.least_text, self.least_lookups = text, lookups
-        self.asked: list[str] = []
         monkeypatch.setattr(searching, "measure_against", self._measure)
         monkeypatch.setattr(budgets, "is_inside", lambda budget, quality: quality.is_inside)
         monkeypatch.setattr(budgets, "keeps_lookups", lambda budget, lookups: lookups.is_inside)
@@ -71,21 +70,8 @@ class Replay:
         return SimpleNamespace(is_inside=is_inside, kl_mean=Estimate(0.01, 0.001))
 
     def _ask(self, plan: Plan, pruning: Any, advance: Progress, answers: list[Any]) -> None:
-        self.asked.append(f"{plan.boundary} {plan.deep_rows}")
         is_named = plan.deep_rows is DeepRows.NAMES
         answers.append(SimpleNamespace(is_inside=is_named and plan.boundary >= self.least_lookups))
-
-
-@pytest.mark.parametrize(
-    ("model", "text", "lookups", "asked"),
-    [("smollm2", 20, 22, [20, 21, 23, 22]), ("gemma", 11, 17, [11, 12, 14, 17, 16])],
-)
-def test_bisection_asks_few_lookups(request, monkeypatch, model, text, lookups, asked):
-    replay = Replay(request.getfixturevalue(model), monkeypatch, text=text, lookups=lookups)
-    replay.search.bisect()
-    assert replay.asked == [f"{boundary} names" for boundary in asked]
-    replay.search.trade_rows()
-    assert replay.search.fastest().boundary == lookups
 
 
 @pytest.mark.parametrize("lookups", range(17, 30))

@@ -122,18 +122,6 @@ def test_openai_errors(client, server):
         list(ask(client, stream=True, extra_body={"grammar": 'root ::= "a" x\nx ::= x "c"'}))
 
 
-def test_openai_completes_lists(client):
-    asked = {"model": "smol", "prompt": ["One and", "Two and"], "max_tokens": 4, "n": 2}
-    whole = client.completions.create(**asked, temperature=0)
-    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
-    texts = [choice.text for choice in whole.choices]
-    assert texts[0] == texts[1] != texts[2] == texts[3]
-    streamed = ["", "", "", ""]
-    for event in client.completions.create(**asked, temperature=0, stream=True):
-        streamed[event.choices[0].index] += event.choices[0].text
-    assert streamed == texts
-
-
 # --- The llm program
 
 

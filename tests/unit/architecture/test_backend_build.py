@@ -22,7 +22,7 @@ from pop_build import fetch as fetching
 from pop_build import missing, tree
 from pop_build.errors import BuildError
 from pop_build.fetch import SOURCE_VARIABLE, Pin, fetch
-from pop_build.hooks import defines, launchers
+from pop_build.hooks import defines
 from pop_build.tree import PORTABLE_VARIABLE, UNPATCHED_VARIABLE, key, prepare, recipe
 from pop_build.unpatched import build_unpatched
 from pop_local.engine.llama.backend import OTHER, OURS
@@ -170,11 +170,6 @@ def test_build_is_specific_to_the_processor_unless_portable(package, monkeypatch
     assert key(recipe(package, {PORTABLE_VARIABLE: "1"})) == portable
 
 
-def test_wheel_contains_its_build_key(package, tmp_path):
-    asked = recipe(package, {SOURCE_VARIABLE: str(make_sdist(tmp_path / "own.tar.gz"))})
-    assert read(prepare(asked) / "src" / "llama_cpp" / tree.KEY_FILE) == key(asked)
-
-
 @pytest.fixture
 def pin(package: Path) -> Pin:
     return recipe(package, {}).pin
@@ -214,16 +209,6 @@ def test_cached_file_is_checked_each_time(package, tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
-def test_without_a_cache_folder_the_file_is_next_to_the_build(package, tmp_path, monkeypatch):
-    digest = hashlib.sha256(b"the release").hexdigest()
-    write(package / "upstream.txt", f"llama-cpp-python==0.3.36 --hash=sha256:{digest}\n")
-    serve(monkeypatch, b"the release")
-    (tmp_path / "home").write_text("no folder")
-    monkeypatch.setattr(fetching, "cache_folder", lambda: tmp_path / "home" / "cache")
-    kept = fetching.fetch_or_keep(recipe(package, {}).pin, tmp_path / "instead")
-    assert kept.parent == tmp_path / "instead"
-
-
 def test_error_of_pip_is_reported(pin, tmp_path, monkeypatch):
     said = "ERROR: Exception:\nTraceback (most recent call last):\nOSError: File name too long\n"
     failed = subprocess.CompletedProcess([], 2, "", said)
@@ -237,17 +222,6 @@ def test_unpatched_library_is_built_once(package, tmp_path):
     wanted = key(recipe(package, {UNPATCHED_VARIABLE: "1"}))
     write(target / "key", wanted)
     assert build_unpatched(package, target) is False
-
-
-def test_ccache_on_the_path_is_used(tmp_path):
-    ccache = write(tmp_path / ("ccache.exe" if sys.platform == "win32" else "ccache"), "")
-    ccache.chmod(0o755)
-    here = {"PATH": str(tmp_path)}
-    assert launchers(here)["CMAKE_CUDA_COMPILER_LAUNCHER"] == str(ccache)
-    assert launchers({"PATH": str(tmp_path / "elsewhere")}) == {"GGML_CCACHE": "OFF"}
-    assert launchers(here | {"CMAKE_ARGS": "-DGGML_CCACHE=OFF"}) == {}
-    assert launchers(here | {"CMAKE_ARGS": "-DCMAKE_C_COMPILER_LAUNCHER=distcc"}) == {}
-    assert launchers(here | {"CMAKE_CXX_COMPILER_LAUNCHER": "distcc"}) == {}
 
 
 def test_portable_build_selects_cpu_code_at_run_time():
@@ -310,13 +284,6 @@ def test_parts_missing_for_cmake_are_named(tmp_path, option, cublas, no_vmm, sai
         missing.explain(cache)
     assert all(word in error.value.message for word in said)
     assert not any(word in error.value.message for word in unsaid)
-
-
-@pytest.mark.parametrize("option", ["GGML_METAL", "GGML_CUDA"])
-def test_complete_toolkits_raise_no_error(tmp_path, option):
-    text = CACHE.format(option=option, cublas="/lib/libcublas.so", no_vmm="ON")
-    missing.explain(write(tmp_path / "cache", text))
-    missing.explain(tmp_path / "none")
 
 
 CUDA = {"CMAKE_ARGS": "-DGGML_VULKAN=on -DGGML_CUDA:BOOL=ON"}

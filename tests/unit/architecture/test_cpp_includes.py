@@ -1,7 +1,7 @@
 """Includes of the C++ files have no cycles."""
 
 import re
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -27,12 +27,3 @@ def test_includes_have_no_cycles(folder):
     graph = includes(LLAMA_CPP / folder)
     assert graph
     TopologicalSorter(graph).prepare()
-
-
-def test_detects_a_cycle(tmp_path):
-    (tmp_path / "a.h").write_text("")
-    (tmp_path / "a.cpp").write_text('#include "b.h"\n')
-    (tmp_path / "b.h").write_text("")
-    (tmp_path / "b.cpp").write_text('#    include "a.h"\n')
-    with pytest.raises(CycleError):
-        TopologicalSorter(includes(tmp_path)).prepare()

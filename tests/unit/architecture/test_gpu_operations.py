@@ -36,14 +36,6 @@ def test_gpus_support_each_node_that_the_hooks_add(found, backend):
     assert lacking == []
 
 
-@pytest.mark.slow
-def test_the_tables_reject_other_nodes(found):
-    rejected = {node.name: node for node in found if node.name.startswith("unsupported")}
-    assert len(rejected) == 2
-    for node in rejected.values():
-        assert (node.cuda, node.metal, node.metal_without_bf16) == (False, False, False)
-
-
 def test_the_list_of_nodes_is_complete():
     """Require an entry in gpu_tables.cpp for each ggml function that a hook calls."""
     hooks = "".join(path.read_text() for path in sorted(HOOKS.glob("*")) if path.is_file())

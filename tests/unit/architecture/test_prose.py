@@ -151,38 +151,6 @@ def test_documents_have_short_sentences(path: Path) -> None:
     assert mean(lengths.values()) <= MEAN_WORDS, "\n".join(longest)
 
 
-def test_findings_have_the_line_of_each_kind_of_text(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text(
-        '"""One thing.\n\nA slot. Whose x is.\n"""\n\n# Fine.\n# Of three\n# four.\nx = 1\n'
-        'raise PopError("the file lies in a folder", hint=f"ask {x} as asked for, nobody else")\n'
-    )
-    (tmp_path / "b.cpp").write_text(
-        'int x; // fine\n/* the cells\n * lie in a row */ "// nobody"\n'
-    )
-    (tmp_path / "c.patch").write_text("+++ b/a.h\n// nobody\n+int y; // nobody is here\n")
-    (tmp_path / "d.md").write_text(
-        "# Of a heading\n\n`code\nof two lines`.\nWhat [a\nlink](x.md) is.\n\n    nobody\n\n"
-        "| nobody |\n\n- **Label.** Five.\n- Of x. What is it?\n\n```\nnobody\n```\nGo on.\n"
-    )
-    shown = [
-        (finding.sentence.path.name, finding.sentence.line, finding.found)
-        for finding in findings_under([tmp_path])
-    ]
-    assert shown == [
-        ("a.py", 1, "One"),
-        ("a.py", 3, "Whose"),
-        ("a.py", 7, "Of"),
-        ("a.py", 10, "lies in"),
-        ("a.py", 10, "as asked for"),
-        ("a.py", 10, "nobody"),
-        ("b.cpp", 2, "lie in"),
-        ("c.patch", 3, "nobody"),
-        ("d.md", 5, "What"),
-        ("d.md", 13, "Of"),
-        ("d.md", 18, "Go on"),
-    ]
-
-
 if __name__ == "__main__":
     roots = [Path(name).resolve() for name in sys.argv[1:]] or everything()
     total = findings_under(roots)

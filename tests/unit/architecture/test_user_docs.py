@@ -77,12 +77,3 @@ def test_readme_is_short_and_the_verdict_needs_no_glossary() -> None:
     verdict = quality.read_text(encoding="utf-8").split("\n## ")[0]
     terms = r"KL|PPL|[Pp]erplexity|[Ss]idecar|[Pp]rojection|[Bb]oundary|[Pp]run|[Pp]refill|TTFT"
     assert not re.search(rf"\b(?:{terms})", verdict)
-
-
-def test_unknown_commands_and_options_are_found() -> None:
-    text = (
-        "    pop-local fly\n    a | pop-local run m --gone\n`pop-local cache gone`\n"
-        '`serve --gone`\n    pop-local run m -f a.txt --full "--not an option"  # --gone\n'
-    )
-    found = [part for command in commands_in(text) for part in unknown_parts(command)]
-    assert found == ["fly", "--gone", "gone", "--gone"]
