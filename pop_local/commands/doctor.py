@@ -121,7 +121,10 @@ def _details() -> Iterator[Check]:
     yield Check("variables", "Variables", "ok", ", ".join(variables))
     try:
         # Texts such as the system prompt are private.
-        changed = (f"{k}={'...' if isinstance(v, str) else v}" for k, v in settings.given().items())
+        changed = (
+            f"{key}={value if isinstance(value, int | float) else '...'}"
+            for key, value in settings.given().items()
+        )
         yield Check("changed", "Settings", "ok", ", ".join(changed) or "defaults")
         processors = ", ".join(device.description for device in devices.devices())
         yield Check("devices", "Devices", "ok", processors)
