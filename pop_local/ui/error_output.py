@@ -1,5 +1,6 @@
 """Turn exceptions into an exit code and two lines on stderr: an error and a hint."""
 
+import errno
 import functools
 import logging
 import os
@@ -17,8 +18,8 @@ from rich.text import Text
 
 from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.llama import logs
-from pop_local.ui import hints
 from pop_local.ui.console import err, printable
+from pop_local.ui.hints import hint_of, hints_for
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -66,7 +67,7 @@ def guard(*, debug: bool) -> Iterator[None]:
 def _explain_removed_option(error: Any) -> None:
     """Add the hint for a removed option to Typer's error about an unknown option."""
     name = getattr(error, "option_name", "")
-    if hint := hints.hints_for("options").get(name):
+    if hint := hints_for("options").get(name):
         error.message = f"No such option {name}: {hint}"
         error.possibilities = None
 
@@ -81,19 +82,19 @@ def as_pop_error(error: Exception) -> PopError:
     if isinstance(error, PopError):
         return error
     if isinstance(error, MemoryError):
-        return PopError("not enough memory", hints.MEMORY)
+        return PopError("not enough memory", hints_for("errno")["ENOMEM"])
+    unexpected = hints_for("failures")["unexpected"]
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return PopError(
-            f"{where}{error.strerror}", hints.BY_ERRNO.get(error.errno or 0, hints.TRACE)
-        )
-    return PopError(f"unexpected {type(error).__name__}: {error}", hints.TRACE)
+        symbol = errno.errorcode.get(error.errno or 0, "")
+        return PopError(f"{where}{error.strerror}", hints_for("errno").get(symbol, unexpected))
+    return PopError(f"unexpected {type(error).__name__}: {error}", unexpected)
 
 
 def show(error: PopError) -> None:
     """Print the error and its hint to stderr. In a terminal, lines wrap between words."""
     _labelled("error", error.message)
-    if hint := hints.hint_of(error):
+    if hint := hint_of(error):
         _labelled("hint", hint)
 
 
@@ -109,8 +110,9 @@ def _last_words() -> Callable[[str], None]:
     stderr = os.dup(2)
 
     def say(reason: str) -> None:
-        words = f"error: llama.cpp aborted: {printable(reason)}\nhint: {hints.GAVE_UP}\n"
-        os.write(stderr, words.encode(errors="replace"))
+        lines = f"error: llama.cpp aborted: {printable(reason)}\n"
+        lines += f"hint: {hints_for('failures')['aborted']}\n"
+        os.write(stderr, lines.encode(errors="replace"))
         os._exit(EXIT_FAILED)
 
     return say

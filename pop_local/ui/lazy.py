@@ -113,8 +113,8 @@ def lazy_group(package: str, commands: Mapping[str, Listed]) -> type[TyperGroup]
             if args == ["help"]:
                 self.get_help(ctx)
                 ctx.exit()
-            hint = hints_for("commands").get(args[0])
-            if hint and not ctx.resilient_parsing:
+            is_unknown = args[0] not in commands and not ctx.resilient_parsing
+            if is_unknown and (hint := hints_for("commands").get(args[0])):
                 ctx.fail(f"No such command {args[0]!r}: {hint}")
             name, placeholder, arguments = super().resolve_command(ctx, args)
             if name is None:
