@@ -1,6 +1,8 @@
 """`pop-local launch AGENT [MODEL]`: start a server and a coding agent that uses it."""
 
+import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -28,6 +30,8 @@ from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.open import model_files
 
 _PRINTED_PORT = 8080  # the default of `serve`
+_PRINTED_KEY = "none"  # for a server that requires no key
+_KEY = "POP_LOCAL_API_KEY"  # the variable that `serve` reads
 _POLL_S = 0.1
 _SERVING = re.compile(r"APIs at (http://\S+/v1)")
 
@@ -51,8 +55,8 @@ def launch(
     """Start a coding agent that uses a local model.
 
     The command starts a server on a free port and stops it when the agent exits. The agent receives
-    the server's address in its arguments and environment variables. The agent's settings files stay
-    unchanged.
+    the server's address and a random API key in its arguments and environment variables. The
+    agent's settings files stay unchanged.
     """
     if model and model.startswith("-"):
         raise typer.BadParameter("pass a model before the agent's arguments", param_hint="MODEL")
@@ -68,19 +72,24 @@ def launch(
     command = partial(chosen.command, arguments or (), model=name, n_ctx=n_ctx)
     if prints:
         say(shlex.join(["pop-local", *serving, f"--port={_PRINTED_PORT}"]))
-        say(shlex.join(command(url=f"http://127.0.0.1:{_PRINTED_PORT}/v1")))
+        url = f"http://127.0.0.1:{_PRINTED_PORT}/v1"
+        say(shlex.join(command(url=url, key=_PRINTED_KEY)))
+        if os.environ.get(_KEY):
+            note(f"{_KEY} is set, so replace the key {_PRINTED_KEY!r} with its value.")
         return
     with terminal_watch() as watch:
         model_files(model, how.sidecar, watch)  # downloads a missing model, with a progress bar
-    with _server(serving) as url:
+    environment = {**os.environ, _KEY: secrets.token_urlsafe()}
+    with _server(serving, environment) as url:
         # Ctrl-C is for the agent, which does not inherit a handler (unlike SIG_IGN).
         signal.signal(signal.SIGINT, lambda *_: None)
-        status = subprocess.run(command(url=url), check=False).returncode
+        words = command(url=url, key=environment.pop(_KEY))
+        status = subprocess.run(words, env=environment, check=False).returncode
     raise typer.Exit(status if status >= 0 else 128 - status)
 
 
 @contextmanager
-def _server(arguments: list[str]) -> Iterator[str]:
+def _server(arguments: list[str], environment: dict[str, str]) -> Iterator[str]:
     """Run a server on a free port, and yield its URL once clients can connect.
 
     If the server exits before clients can connect, print its log and raise typer.Exit.
@@ -91,7 +100,11 @@ def _server(arguments: list[str]) -> Iterator[str]:
         with log.open("wb") as stderr:
             # In a new session, the server does not receive the terminal's Ctrl-C.
             server = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
             )
         try:
             note(f"Starting the server. The log file is {log}.")

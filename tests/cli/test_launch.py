@@ -26,10 +26,13 @@ from pathlib import Path
 def stop(*_):
     sys.exit(7)
 signal.signal(signal.SIGINT, stop)
-given = " ".join([*sys.argv, *os.environ.values()])
+given = " ".join([*sys.argv, *(name + "=" + value for name, value in os.environ.items())])
+key = re.search('(?:apiKey": "|_KEY=|--openai-api-key )([A-Za-z0-9_-]{{43}})', given)[1]
 url = re.search(r"http://127[.]0[.]0[.]1:[0-9]+/v1", given)[0]
-models = json.load(urllib.request.urlopen(url + "/models"))["data"]
+asking = urllib.request.Request(url + "/models", headers={{"Authorization": "Bearer " + key}})
+models = json.load(urllib.request.urlopen(asking))["data"]
 report = {{"arguments": sys.argv[1:], "url": url, "models": models, "pid": os.getpid()}}
+report["key"] = os.environ.get("POP_LOCAL_API_KEY")
 part = Path("report.part")
 part.write_text(json.dumps(report))
 part.rename("report")
@@ -76,11 +79,13 @@ def assert_ended(report: Any) -> None:
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_agent_reaches_a_server_that_ends_with_it(name, agent, tiny):
+def test_agent_reaches_a_server_that_ends_with_it(name, agent, tiny, monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_API_KEY", "the user's key")
     done = called("launch", name, tiny, "--ctx", 4096, "--threads", 1, "--", "do", "--it well")
     assert done.returncode == 3, done.stderr
     report = report_of(agent)
     assert report["arguments"][-2:] == ["do", "--it well"]
+    assert report["key"] is None
     [model] = report["models"]
     assert model["id"] == "tiny"
     assert_ended(report)
@@ -134,19 +139,21 @@ def test_print_shows_commands_for_a_shell_and_starts_nothing(name, tmp_path):
     assert server[:6] == ["pop-local", "serve", str(model), *named]
     assert server[6:] == ["--gpu-layers=-1", "--port=8080"]
     assert AGENTS[name].program in shown and shown[-1] == "two words"
+    assert not re.search(r"[\w-]{43}", done.stdout)
     assert "http://127.0.0.1:8080/v1" in done.stdout and "odd-name-x" in shlex.join(shown)
 
 
 def test_opencode_settings_are_json():
-    words = AGENTS["opencode"].command((), url="http://h/v1", model="m", n_ctx=4096)
+    words = AGENTS["opencode"].command((), url="http://h/v1", key="k", model="m", n_ctx=4096)
     settings = json.loads(words[1].removeprefix("OPENCODE_CONFIG_CONTENT="))
     assert settings["model"] == "pop-local/m"
+    assert settings["provider"]["pop-local"]["options"]["apiKey"] == "k"
     assert settings["provider"]["pop-local"]["models"]["m"]["limit"]["context"] == 4096
 
 
 @pytest.mark.parametrize("name", ["codex", "qwen-code"])
 def test_an_agent_with_an_idle_limit_waits_an_hour_for_an_event(name):
-    words = AGENTS[name].command((), url="http://h/v1", model="m", n_ctx=4096)
+    words = AGENTS[name].command((), url="http://h/v1", key="k", model="m", n_ctx=4096)
     assert re.search(r"(?i)idle_timeout_ms=3600000\b", " ".join(words))
 
 
