@@ -108,7 +108,7 @@ def note_conversion(path: Path) -> None:
         seconds = sidecar_seconds(read_source(path))
         note(
             f"To read prompts faster, run pop-local convert {path} --sidecar once. This takes about"
-            f" {duration(max(60.0, seconds))} on this machine."
+            f" {duration(seconds)} on this machine."
         )
 
 

@@ -12,8 +12,7 @@ def size(n_bytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format an estimated duration to about two significant digits: 40 s, 12 min, 3 h."""
-    if seconds < 90:
-        return f"{max(1, round(seconds)):d} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.0f} h"
+    """Format an estimated duration in minutes or hours: 1 minute, 12 minutes, 3 hours."""
+    minutes = max(1, round(seconds / 60))
+    count, unit = (minutes, "minute") if minutes < 90 else (round(minutes / 60), "hour")
+    return f"{count} {unit}{'s' * (count > 1)}"

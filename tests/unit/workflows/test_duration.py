@@ -3,6 +3,7 @@
 import pytest
 
 from pop_converter.base.errors import PopError
+from pop_converter.base.numbers import duration as in_words
 from pop_converter.gguf.source import read_source
 from pop_local.commands.opening import note_conversion
 from pop_local.workflows.conversion import duration
@@ -10,13 +11,39 @@ from pop_local.workflows.conversion.duration import sidecar_seconds
 from support.synthetic import make_gguf
 
 
+def seconds_of(path, **overrides):
+    return sidecar_seconds(read_source(make_gguf(path, "llama", **overrides)))
+
+
 def test_estimate_is_proportional_to_work(tmp_path, monkeypatch):
     monkeypatch.setattr(duration, "_macs_per_s", lambda: 1e9)
-    sources = [read_source(make_gguf(tmp_path / f"{n}.gguf", "llama", n_layer=n)) for n in (4, 8)]
-    few, many = map(sidecar_seconds, sources)
-    assert many == pytest.approx(2 * few)
+    few, more, most = (seconds_of(tmp_path / f"{n}.gguf", n_layer=n) for n in (4, 8, 12))
+    assert 0 < few < more and most - more == pytest.approx(more - few)
     monkeypatch.setattr(duration, "_macs_per_s", lambda: 2e9)
-    assert sidecar_seconds(sources[0]) == pytest.approx(few / 2)
+    assert seconds_of(tmp_path / "4.gguf", n_layer=4) == pytest.approx(few / 2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_the_output_head(tmp_path, monkeypatch, tied):
+    monkeypatch.setattr(duration, "_macs_per_s", lambda: 1e9)
+    few, more, most = (
+        seconds_of(tmp_path / f"{n}.gguf", n_vocab=n, tied_output=tied) for n in (384, 768, 1152)
+    )
+    assert few < more and most - more == pytest.approx(more - few)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (3, "1 minute"),
+        (89, "1 minute"),
+        (490, "8 minutes"),
+        (5000, "83 minutes"),
+        (7000, "2 hours"),
+    ],
+)
+def test_duration_in_minutes_or_hours(seconds, words):
+    assert in_words(seconds) == words
 
 
 def test_counts_only_the_experts_in_use(tmp_path, monkeypatch):
@@ -37,7 +64,7 @@ def test_note_names_the_command_once(tmp_path, capsys):
     assert printed.out == ""
     text = " ".join(printed.err.split())
     assert text.count("convert") == 1 and "model.gguf --sidecar" in text
-    assert "about 60 s on this machine" in text
+    assert "about 1 minute on this machine" in text
 
 
 def test_no_note_if_the_model_cannot_be_converted(monkeypatch, tmp_path, capsys):
