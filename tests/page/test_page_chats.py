@@ -279,8 +279,3 @@ def test_export_leaves_out_damaged_chats(fed, tmp_path):
     fed.wait_for_selector("#transferred:text('Exported 1 chat. 1 damaged chat left out.')")
     assert [chat["title"] for chat in content["chats"]] == ["One"]
     assert imported(fed, path) == "Imported 0 chats. 1 was already here."
-
-
-def test_export_without_chats(fed):
-    fed.click("#export")
-    fed.wait_for_selector("#transferred:text('No chats are stored in this browser yet.')")

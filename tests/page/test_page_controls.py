@@ -22,7 +22,6 @@ from support.browser import (
 pytestmark = pytest.mark.slow
 
 SIZES = [(360, 740), (900, 700), (1440, 900)]
-OPACITY = "(one) => getComputedStyle(one).opacity"
 # Controls without a name that a screen reader could read.
 UNNAMED = """() => [...document.querySelectorAll("button, a, input, select, textarea, progress")]
   .filter((one) => !(one.ariaLabel || one.labels?.length || one.textContent.trim()
@@ -191,25 +190,6 @@ def test_hints_on_hover_and_focus(fed):
     assert fed.get_attribute("#attach", "aria-describedby") is None
 
 
-def test_actions_appear_on_hover_and_focus(fed):
-    ask(fed, "One")
-    answer(fed, "1")
-    actions = fed.locator(".user .actions")
-    fed.hover("#question")
-    assert actions.evaluate(OPACITY) == "0"
-    assert fed.locator(".assistant .actions").evaluate(OPACITY) == "1"  # the latest message
-    fed.hover(".user .body")
-    assert actions.evaluate(OPACITY) == "1"
-    fed.hover("#question")
-    actions.locator("button").first.focus()
-    assert actions.evaluate(OPACITY) == "1"
-    new_chat(fed, "Two", "2")
-    other = fed.locator("#list li", has_text="One")
-    assert other.locator("button").first.is_hidden()
-    other.locator("a").focus()
-    assert other.locator("button").first.is_visible()
-
-
 def test_examples_fill_the_question(page):
     page.click("text=Ask about a sample story")
     page.wait_for_selector("#files :text('lighthouse.md')")
@@ -221,12 +201,6 @@ def test_examples_fill_the_question(page):
         page.click("text=Summarize a document")
     assert page.input_value("#question").startswith("Summarize")
     assert page.evaluate("document.activeElement.id") == "question"
-
-
-def test_page_has_an_icon_and_a_name(page):
-    assert page.text_content(".brand") == "pop-local" == page.title()
-    assert page.locator(".brand img").evaluate("(image) => image.naturalWidth") > 0
-    assert page.get_attribute("link[rel=icon]", "href") == "page/icon.svg"
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -1,8 +1,7 @@
-"""JSON schemas of typical programs, random schemas, and answers sampled under them."""
+"""JSON schemas of typical programs, and answers sampled under them."""
 
 import json
 from enum import Enum
-from random import Random
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -182,65 +181,6 @@ REALISTIC: dict[str, Any] = {
         d={**INTEGER, "exclusiveMinimum": 3},
     ),
 }
-
-
-def random_schema(random: Random, depth: int = 3) -> Any:
-    """Return a random schema that allows a value and has only enforced keywords."""
-    kinds = ["string", "integer", "number", "enum", "null", "boolean", "format", "any"]
-    kinds += ["object", "object", "object", "array", "tuple", "anyOf", "types"] if depth else []
-    match random.choice(kinds):
-        case "string":
-            least, most = sorted((random.randrange(4), random.randrange(8)))
-            return {**STRING, **_some(random, {"minLength": least, "maxLength": most})}
-        case "integer" | "number" as kind:
-            least, most = sorted((random.randrange(-50, 50), random.randrange(-50, 200)))
-            limits = {"minimum": least - 0.5, "maximum": most + 1, "exclusiveMaximum": most + 2.5}
-            return {"type": kind, **_some(random, limits)}
-        case "enum":
-            several = ["a", "b c", "", 5, -1.25, None, False, [1, "x"], {"a": 1}, "é"]
-            return {"enum": random.sample(several, random.randrange(1, 4))}
-        case "format":
-            return {**STRING, "format": random.choice(FORMATS)}
-        case "any":
-            return random.choice([{}, True, {"description": "anything"}])
-        case "object":
-            return _random_object(random, depth - 1)
-        case "array":
-            least, most = sorted((random.randrange(3), random.randrange(1, 4)))
-            items = {"type": "array", "items": random_schema(random, depth - 1)}
-            return items | _some(random, {"minItems": least, "maxItems": most})
-        case "tuple":
-            first = [random_schema(random, depth - 1) for _ in range(random.randrange(1, 3))]
-            limits = {"minItems": random.randrange(3), "maxItems": random.randrange(2, 5)}
-            rest = _some(random, {**limits, "items": random_schema(random, depth - 1)})
-            return {"type": "array", "prefixItems": first, **rest}
-        case "types":
-            kinds = random.sample(["string", "integer", "null", "array"], 2)
-            return {"type": kinds, "maxLength": 3, "minimum": 2, "maxItems": 1}
-        case "anyOf":
-            return {"anyOf": [random_schema(random, depth - 1) for _ in range(2)]}
-        case kind:
-            return {"type": kind}
-
-
-def _random_object(random: Random, depth: int) -> Json:
-    names = random.sample(["a", "ab", "b", "", "$ref", "type", "é", "n_1"], random.randrange(4))
-    found: Json = {"type": "object"}
-    if names:
-        found["properties"] = {name: random_schema(random, depth) for name in names}
-        found["required"] = [name for name in names if random.random() < 0.5]
-    other = random.choice([None, True, False, random_schema(random, depth)])
-    if other is not None:
-        found["additionalProperties"] = other
-    if random.random() < 0.2:
-        found["patternProperties"] = {"^n_": random_schema(random, depth)}
-    if not names and other is not False and random.random() < 0.3:
-        found["maxProperties"] = random.randrange(1, 3)
-    return found
-
-
-def _some(random: Random, limits: Json) -> Json:
-    return {name: value for name, value in limits.items() if random.random() < 0.5}
 
 
 class Answers:

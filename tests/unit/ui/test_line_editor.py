@@ -3,14 +3,12 @@
 import errno
 import io
 import sys
-from types import SimpleNamespace
 
 import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
 from pop_converter.base.errors import PopError
-from pop_local.ui.chat import line
 from pop_local.ui.chat.line import _Completer, piped_line
 from pop_local.ui.chat.repl import converse
 from support.scripted_chat import STATS, ScriptedModel, Transcript, scripted_chat
@@ -51,18 +49,6 @@ def test_words_and_paths_are_both_completed(tmp_path):
     completer = _Completer({"/model": lambda: (f"{tmp_path}/smol", "other")})
     found = completer.get_completions(Document(f"/model {tmp_path}/sm"), CompleteEvent())
     assert [each.text for each in found] == [f"{tmp_path}/smol", "all.gguf"]
-
-
-def test_a_key_that_is_no_choice_is_named_and_asked_again(monkeypatch):
-    typed, asked = iter(["x", "D"]), []
-
-    def prompt(question: str) -> str:
-        asked.append(question)
-        return next(typed)
-
-    monkeypatch.setattr(line, "_session", lambda: SimpleNamespace(prompt=prompt))
-    assert line.chosen_key(["c", "d"], "c") == "d"
-    assert asked == ["c/d (Enter: c)? ", "Invalid choice. Type c/d (Enter: c)? "]
 
 
 def test_a_pipe_that_cannot_be_read_ends_the_chat():
