@@ -18,6 +18,7 @@ from pop_local.engine.llama.backend import bindings
 from pop_local.fetching.wheel_download import fetch
 from support.converted import converted, tiny
 from support.paths import MODELS, PACKAGE, TESTS
+from support.raw_jobs import Job
 
 # The user's settings must not affect tests or child processes. Importing readline, as pytest does,
 # exports the terminal's size to children. PYTHONDONTWRITEBYTECODE would make each child compile all
@@ -160,3 +161,9 @@ def unpatched_lib() -> Path:
     folder = PACKAGE / "build" / "unpatched"
     subprocess.run([sys.executable, PACKAGE / "tool.py", "unpatched", folder], check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def job(unpatched_lib: Path) -> Job:
+    """Return a job without a model and steps for the unpatched library."""
+    return Job(model="", steps=(), lib=str(unpatched_lib))

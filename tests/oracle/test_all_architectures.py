@@ -141,8 +141,8 @@ class Subject:
 
 
 @pytest.fixture(scope="module")
-def job(unpatched_lib: Path) -> Job:
-    return Job("", (), lib=str(unpatched_lib), n_ctx=256, n_batch=256, n_ubatch=N_UBATCH)
+def job(job: Job) -> Job:
+    return replace(job, n_ctx=256, n_batch=256, n_ubatch=N_UBATCH)
 
 
 @pytest.fixture(scope="module")

@@ -62,8 +62,8 @@ def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Trio:
 
 
 @pytest.fixture
-def job(unpatched_lib: Path) -> Job:
-    return Job(model="", steps=(), lib=str(unpatched_lib), n_ubatch=N_UBATCH)
+def job(job: Job) -> Job:
+    return replace(job, n_ubatch=N_UBATCH)
 
 
 def deepened(start: int, end: int, seq: int = 0) -> list[Step]:
@@ -79,6 +79,16 @@ def read_in_full(job: Job, trio: Trio, steps: Sequence[Step]) -> dict[str, np.nd
 def read_pruned(job: Job, trio: Trio, steps: Sequence[Step]) -> dict[str, np.ndarray]:
     counted = (KEEP, *steps, Step("deep", "n_deep"), Step("counters", "counters"))
     return run(replace(job, model=str(trio.pruned), steps=counted, lib=None))
+
+
+def check_same_cache(
+    job: Job, trio: Trio, folder: Path, ours: Sequence[Step], theirs: Sequence[Step], seq: int = 0
+) -> None:
+    """Compare a sequence's cache after `ours` on the pruned model and `theirs` on the full one."""
+    mine, other = (Step("save", seq=seq, path=str(folder / name)) for name in ("ours", "theirs"))
+    read_pruned(job, trio, [*ours, mine])
+    read_in_full(job, trio, [*theirs, other])
+    assert Path(mine.path).read_bytes() == Path(other.path).read_bytes()
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -123,14 +133,9 @@ def test_refilling_in_order_equals_the_full_model(
 def test_answer_rows_are_refilled_one_by_one(llama: Trio, tmp_path: Path, job: Job) -> None:
     tokens, answer = random_tokens(200, N_VOCAB), random_tokens(6, N_VOCAB, seed=1)
     steps = [Step("decode", tokens=(token,), pos=200 + i) for i, token in enumerate(answer)]
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     again = [Step("run_deep", tokens=(200 + i,)) for i in range(6)]
-    prompt = Step("decode", tokens=tokens)
-    read_pruned(
-        job, llama, [prompt, *steps, *deepened(0, 200), *again, Step("save", path=str(ours))]
-    )
-    read_in_full(job, llama, [prompt, *steps, Step("save", path=str(theirs))])
-    assert ours.read_bytes() == theirs.read_bytes()
+    read = [Step("decode", tokens=tokens), *steps]
+    check_same_cache(job, llama, tmp_path, [*read, *deepened(0, 200), *again], read)
 
 
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream", "a stream each"])
@@ -141,10 +146,7 @@ def test_refilling_works_next_to_another_sequence(
     job = replace(job, n_seq_max=2, kv_unified=kv_unified)
     first, second = random_tokens(150, N_VOCAB, seed=1), random_tokens(200, N_VOCAB, seed=2)
     both = [Step("decode", tokens=first), Step("decode", tokens=second, seq=1)]
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    read_pruned(job, gemma3, [*both, *deepened(0, 200, seq=1), Step("save", seq=1, path=str(ours))])
-    read_in_full(job, gemma3, [*both, Step("save", seq=1, path=str(theirs))])
-    assert ours.read_bytes() == theirs.read_bytes()
+    check_same_cache(job, gemma3, tmp_path, [*both, *deepened(0, 200, seq=1)], both, seq=1)
 
 
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream", "a stream each"])
@@ -157,48 +159,30 @@ def test_two_sequences_are_refilled_in_turn(
         Step("decode", tokens=random_tokens(N_UBATCH, N_VOCAB, seed=1 + seq), seq=seq)
         for seq in (0, 1)
     ]
-    ours, theirs = [
-        [Step("save", seq=seq, path=str(tmp_path / f"{who}{seq}")) for seq in (0, 1)]
-        for who in ("ours", "theirs")
-    ]
     deep = [*deepened(0, N_UBATCH), *deepened(0, N_UBATCH, seq=1)]
-    read_pruned(job, llama, [*both, *deep, *ours])
-    read_in_full(job, llama, [*both, *theirs])
-    for mine, other in zip(ours, theirs, strict=True):
-        assert Path(mine.path).read_bytes() == Path(other.path).read_bytes()
+    for seq in (0, 1):
+        check_same_cache(job, llama, tmp_path, [*both, *deep], both, seq)
 
 
 def test_rows_that_reuse_cells_have_new_states(llama: Trio, tmp_path: Path, job: Job) -> None:
     tokens, others = random_tokens(200, N_VOCAB), random_tokens(80, N_VOCAB, seed=1)
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     prompt = Step("decode", tokens=tokens[:128])
     other = Step("decode", tokens=others, pos=128)
     first = [prompt, Step("decode", tokens=tokens[128:], pos=128), Step("remove", pos=128)]
-    deep = [*deepened(0, 128), *deepened(128, 208), Step("save", path=str(ours))]
-    read_pruned(job, llama, [*first, other, *deep])
-    read_in_full(job, llama, [prompt, other, Step("save", path=str(theirs))])
-    assert ours.read_bytes() == theirs.read_bytes()
+    deep = [*deepened(0, 128), *deepened(128, 208)]
+    check_same_cache(job, llama, tmp_path, [*first, other, *deep], [prompt, other])
 
 
 def test_copied_sequence_shares_its_states(llama: Trio, tmp_path: Path, job: Job) -> None:
     job = replace(job, n_seq_max=2, kv_unified=True)
-    prompt = Step("decode", tokens=random_tokens(200, N_VOCAB))
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    copied = Step("copy", value=1)
-    saved = Step("save", seq=1, path=str(ours))
-    read_pruned(job, llama, [prompt, copied, *deepened(0, 200, seq=1), saved])
-    read_in_full(job, llama, [prompt, copied, Step("save", seq=1, path=str(theirs))])
-    assert ours.read_bytes() == theirs.read_bytes()
+    steps = [Step("decode", tokens=random_tokens(200, N_VOCAB)), Step("copy", value=1)]
+    check_same_cache(job, llama, tmp_path, [*steps, *deepened(0, 200, seq=1)], steps, seq=1)
 
 
 def test_deep_pass_applies_a_lora_adapter(llama: Trio, tmp_path: Path, job: Job) -> None:
-    lora = make_lora(tmp_path / "lora.gguf", "llama", OF_KV)
-    job = replace(job, lora=str(lora))
+    job = replace(job, lora=str(make_lora(tmp_path / "lora.gguf", "llama", OF_KV)))
     prompt = Step("decode", tokens=random_tokens(200, N_VOCAB))
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    read_pruned(job, llama, [prompt, *deepened(0, 200), Step("save", path=str(ours))])
-    read_in_full(job, llama, [prompt, Step("save", path=str(theirs))])
-    assert ours.read_bytes() == theirs.read_bytes()
+    check_same_cache(job, llama, tmp_path, [prompt, *deepened(0, 200)], [prompt])
 
 
 def test_deep_pass_without_logits_leaves_the_last_logits(llama: Trio, job: Job) -> None:

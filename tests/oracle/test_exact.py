@@ -46,8 +46,8 @@ def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def job(unpatched_lib: Path) -> Job:
-    return Job(model="", steps=(), lib=str(unpatched_lib), repacked=not has_amx())
+def job(job: Job) -> Job:
+    return replace(job, repacked=not has_amx())
 
 
 def counted(job: Job, model: Path, steps: tuple[Step, ...]) -> dict:

@@ -52,11 +52,6 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_trio(model, folder, BOUNDARY)
 
 
-@pytest.fixture
-def job(unpatched_lib: Path) -> Job:
-    return Job(model="", steps=(), lib=str(unpatched_lib))
-
-
 def arch_of(trio: Trio) -> str:
     return read_shape(trio.original).arch
 

@@ -58,11 +58,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Trio:
     return make_trio(model, folder, boundary=5)
 
 
-@pytest.fixture
-def job(unpatched_lib: Path) -> Job:
-    return Job(model="", steps=(), lib=str(unpatched_lib))
-
-
 @pytest.mark.parametrize("options", EXACT.values(), ids=EXACT)
 def test_tiny_models_equal_the_oracle(tiny: Trio, options: dict, tmp_path: Path, job: Job) -> None:
     check_exact(tiny, 257, N_VOCAB, tmp_path, replace(job, **{"n_ubatch": 256} | options))

@@ -56,8 +56,8 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def job(unpatched_lib: Path) -> Job:
-    return Job(model="", steps=(), lib=str(unpatched_lib), n_ctx=256, n_batch=256)
+def job(job: Job) -> Job:
+    return replace(job, n_ctx=256, n_batch=256)
 
 
 @pytest.mark.parametrize(("projection", "cache"), [(OWN, F32), (FITTED, F16), (WIDE, F32)])

@@ -58,8 +58,8 @@ def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def job(unpatched_lib: Path) -> Job:
-    return Job(model="", steps=(), lib=str(unpatched_lib), n_ctx=512, n_batch=256)
+def job(job: Job) -> Job:
+    return replace(job, n_ctx=512, n_batch=256)
 
 
 def edges(parts: Parts, seq: int) -> list[int]:

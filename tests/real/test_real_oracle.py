@@ -40,11 +40,6 @@ from support.sidecars import require_same
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def job(unpatched_lib: Path) -> Job:
-    return Job(model="", steps=(), lib=str(unpatched_lib))
-
-
 @pytest.fixture(scope="module", params=["smollm2", "gemma"])
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trio:
     name = request.param
