@@ -77,8 +77,11 @@ def read_document(path: str | os.PathLike[str]) -> Document:
         raise PopError(
             f"reading {path} requires {library}, which is not installed", EXTRA_HINT
         ) from error
+    except MemoryError as error:
+        raise PopError(f"reading {path} needs too much memory", _PLAIN_HINT) from error
     except Exception as error:  # the libraries raise many types for broken files
-        raise PopError(f"{path} cannot be read as {kind}: {error}", _PLAIN_HINT) from error
+        reason = str(error) or type(error).__name__
+        raise PopError(f"{path} cannot be read as {kind}: {reason}", _PLAIN_HINT) from error
     if not text.strip():
         raise PopError(
             f"{path} contains no text", "pass a file that contains text, or run OCR on it first"

@@ -53,6 +53,25 @@ def test_undecodable_file_name(tmp_path):
     assert read_document(path).name == f"{tmp_path}/\ufffd.txt"
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "reading {} needs too much memory"),
+        (KeyError(), "{} cannot be read as DOCX: KeyError"),
+    ],
+)
+def test_error_without_text_gets_a_reason(tmp_path, monkeypatch, error, words):
+    def fail(_file):
+        raise error
+
+    monkeypatch.setattr(document_readers.zipfile, "ZipFile", fail)
+    path = tmp_path / "a.docx"
+    path.write_bytes(b"PK")
+    with pytest.raises(PopError) as refused:
+        read_document(path)
+    assert refused.value.message == words.format(path)
+
+
 def test_pdf_text(tmp_path):
     path = tmp_path / "paper.PDF"
     path.write_bytes(pdf(b"BT /F1 12 Tf 20 100 Td (Hello from page one) Tj ET"))
