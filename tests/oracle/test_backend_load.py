@@ -1,5 +1,7 @@
 """Files that the patched library loads or refuses, with the refusals' reasons."""
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,21 +80,25 @@ def test_fitted_tensors_change_the_logits(llama: Path, tmp_path: Path) -> None:
     assert not np.array_equal(own["last"], moved["last"])
 
 
-def test_fitted_tensors_of_a_wrong_shape_are_refused(llama: Path, tmp_path: Path) -> None:
-    tensors = own_as_fitted(llama, 5, 8)
-    weight, kind = tensors["blk.6.pop_attn_k.weight"]
-    tensors["blk.6.pop_attn_k.weight"] = (weight[:-1], kind)
-    model = add_to(llama, tmp_path / "wrong.gguf", FITTED, tensors)
-    with pytest.raises(RuntimeError, match=r"blk\.6\.pop_attn_k\.weight.*wrong shape"):
-        run(Job(str(model), steps=()))
+WRONG_TENSORS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = {
+    "shape": ("blk.6.pop_attn_k.weight", lambda values: values[:-1], "wrong shape"),
+    "not finite": (
+        "blk.7.pop_attn_k.bias",
+        lambda values: values * np.float32(np.inf),
+        "not finite",
+    ),
+    "type": ("blk.7.pop_attn_k.bias", lambda values: values.astype(np.float16), "type f16"),
+}
 
 
-def test_non_finite_fitted_tensors_are_refused(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_wrong_fitted_tensors_are_refused(case: str, llama: Path, tmp_path: Path) -> None:
+    name, change, reason = WRONG_TENSORS[case]
     tensors = own_as_fitted(llama, 5, 8)
-    bias, kind = tensors["blk.7.pop_attn_k.bias"]
-    tensors["blk.7.pop_attn_k.bias"] = (np.where(np.arange(bias.size) == 3, np.nan, bias), kind)
+    values, kind = tensors[name]
+    tensors[name] = (change(values), Type.F16 if case == "type" else kind)
     model = add_to(llama, tmp_path / "wrong.gguf", FITTED, tensors)
-    with pytest.raises(RuntimeError, match=r"blk\.7\.pop_attn_k\.bias.*not finite"):
+    with pytest.raises(RuntimeError, match=f"{re.escape(name)}.*{reason}"):
         run(Job(str(model), steps=()))
 
 
@@ -108,15 +114,6 @@ def test_non_finite_weights_are_refused_although_repacked(tmp_path: Path) -> Non
     wrong = add_to(base, tmp_path / "wrong.gguf", FITTED, tensors)
     with pytest.raises(RuntimeError, match=r"blk\.6\.pop_attn_v\.weight.*not finite"):
         run(Job(str(wrong), steps=()))
-
-
-def test_fitted_biases_are_f32(llama: Path, tmp_path: Path) -> None:
-    tensors = own_as_fitted(llama, 5, 8)
-    bias, _ = tensors["blk.7.pop_attn_k.bias"]
-    tensors["blk.7.pop_attn_k.bias"] = (bias.astype(np.float16), Type.F16)
-    model = add_to(llama, tmp_path / "wrong.gguf", FITTED, tensors)
-    with pytest.raises(RuntimeError, match=r"blk\.7\.pop_attn_k\.bias.*type f16"):
-        run(Job(str(model), steps=()))
 
 
 @pytest.mark.parametrize("keys", [OWN, {**FITTED, "pop.schedule": "FFFFFFSS"}, {}])
