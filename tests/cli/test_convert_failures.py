@@ -16,7 +16,6 @@ from pop_converter.base.progress import Ran
 from pop_converter.gguf.content import Content
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile import rewrite
-from pop_converter.popfile.rewrite import FileSizes, check_target
 from support.converted import convert_default, names
 from support.shapes import read_pop_meta
 from support.synthetic import add_keys, make_gguf, make_split
@@ -68,33 +67,15 @@ def test_an_output_that_appears_during_the_copy_stays(tiny, tmp_path):
     assert names(tmp_path) == {"tiny.gguf", "out.gguf"}
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="needs /proc, where even root cannot create files"
-)
-def test_a_folder_without_write_access_is_refused_before_the_copy(tiny):
-    with pytest.raises(WriteError, match="cannot write /proc/out"):
-        check_target(tiny, Path("/proc/out.gguf"), FileSizes(1, 1), force=False)
-
-
-@pytest.mark.parametrize("how", ["same", "symlink", "hardlink"])
-def test_the_input_is_refused_as_output(tiny, tmp_path, how):
-    dst = tmp_path / "link.gguf"
-    if how == "same":
-        dst = tiny
-    elif how == "symlink":
-        dst.symlink_to(tiny)
-    else:
-        dst.hardlink_to(tiny)
-    before = tiny.read_bytes()
-    with pytest.raises(WriteError, match="input file"):
-        convert_default(tiny, dst, force=True)
-    assert tiny.read_bytes() == before
-
-
-def test_a_part_of_the_input_is_refused_as_output(tmp_path):
+def test_rejects_the_input_as_output(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=40)
-    with pytest.raises(WriteError, match="input file"):
-        convert_default(parts[0], parts[1], force=True)
+    (tmp_path / "symlink.gguf").symlink_to(parts[0])
+    (tmp_path / "hardlink.gguf").hardlink_to(parts[0])
+    before = [part.read_bytes() for part in parts]
+    for target in (*parts[:2], tmp_path / "symlink.gguf", tmp_path / "hardlink.gguf"):
+        with pytest.raises(WriteError, match="input file"):
+            convert_default(parts[0], target, force=True)
+    assert [part.read_bytes() for part in parts] == before
 
 
 def test_a_converted_file_is_refused_as_input(tiny, tmp_path):
@@ -153,7 +134,7 @@ def test_a_damaged_output_is_detected(tiny, tmp_path, monkeypatch, at):
 
 @pytest.fixture
 def mount(tmp_path) -> Iterator[Callable[[str], Path]]:
-    """Return a function that mounts a tmpfs with the given options, or skips the test."""
+    """Return a function that mounts a tmpfs, or skips the test."""
     folder: Path = tmp_path / "mounted"
     folder.mkdir()
 
@@ -174,30 +155,16 @@ def unknown_usage(folder: Path, real=shutil.disk_usage):
 
 
 @pytest.mark.parametrize("room_is_checked", [True, False])
-def test_a_full_disk_leaves_no_file(tiny, mount, monkeypatch, room_is_checked):
-    folder = mount("size=1m")
-    if not room_is_checked:
-        monkeypatch.setattr(shutil, "disk_usage", unknown_usage)
-    with pytest.raises(WriteError, match=r"1,048,576 are free|No space left") as raised:
-        convert_default(tiny, folder / "out.gguf")
-    assert "space" in raised.value.hint
-    assert not names(folder)
-
-
-def test_a_full_disk_keeps_the_output_to_replace(tiny, mount, monkeypatch):
+def test_a_full_disk_keeps_the_old_output(tiny, mount, monkeypatch, room_is_checked):
     folder = mount("size=1m")
     (folder / "out.gguf").write_text("mine")
-    monkeypatch.setattr(shutil, "disk_usage", unknown_usage)
-    with pytest.raises(WriteError):
+    if not room_is_checked:
+        monkeypatch.setattr(shutil, "disk_usage", unknown_usage)
+    with pytest.raises(WriteError, match=r"1,04\d,\d+ are free|No space left") as raised:
         convert_default(tiny, folder / "out.gguf", force=True)
+    assert "space" in raised.value.hint
     assert names(folder) == {"out.gguf"}
     assert (folder / "out.gguf").read_text() == "mine"
-
-
-def test_a_read_only_disk_is_refused(tiny, mount):
-    folder = mount("ro,size=9m")
-    with pytest.raises(WriteError, match="Read-only file system"):
-        convert_default(tiny, folder / "out.gguf")
 
 
 @pytest.fixture
@@ -221,17 +188,6 @@ def test_a_folder_without_permission_is_refused(unprivileged):
         convert_default(source, locked / "out.gguf")
     assert "permissions" in raised.value.hint
     assert not names(locked)
-
-
-def test_a_file_size_limit_leaves_no_file(tiny, tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
-    try:
-        with pytest.raises(WriteError, match="File too large"):
-            convert_default(tiny, tmp_path / "out.gguf")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert names(tmp_path) == {"tiny.gguf"}
 
 
 def test_a_source_that_shrinks_during_the_copy_is_refused(tiny, tmp_path, monkeypatch):

@@ -1,10 +1,6 @@
 """Test `pop-local convert` at a named boundary: fits, measurements, refusals, stops."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,7 +13,6 @@ import pop_local
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
 from pop_converter.base.errors import PopError
 from pop_converter.projection import Projection
-from pop_local.calibration import fit_options, texts
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.cli import app
 from pop_local.engine.llama.graph_macs import GraphMacs
@@ -32,22 +27,6 @@ pytestmark = pytest.mark.slow
 
 THIRD = ("--boundary", "5")
 FEW = ("--tokens", "2048", "--threads", "1")
-# Runs the command, which waits for a line from its parent after each window.
-WAITING = """
-import sys
-from pop_local.calibration import activations
-
-def window(self, tokens, real=activations.WindowReader.window):
-    found = real(self, tokens)
-    print("read", flush=True)
-    sys.stdin.readline()
-    return found
-
-activations.WindowReader.window = window
-from pop_local.cli import main
-sys.argv = ["pop-local", *sys.argv[1:]]
-main()
-"""
 
 
 def convert(*arguments: object):
@@ -79,24 +58,6 @@ def test_the_shown_figures_are_those_stored(tiny, tmp_path, words, monkeypatch):
     right = f"the top prediction is correct for {meta.measured.copy_top1:.1%} of tokens"
     assert f"perplexity ratio {meta.measured.copy_ppl_ratio:.3f}; {right}" in shown
     assert shown.count("only pop-local can open") == 1
-
-
-def test_a_named_boundary_is_distilled(tiny, tmp_path, words, short_examination, monkeypatch):
-    pytest.importorskip("torch")
-    monkeypatch.setattr(fit_options, "N_DISTILLED", 6)
-    fit = ("--projection", "fitted-wide", "--text", words, "--distill")
-    done = convert(tiny, *fit, "--sidecar", "--json")
-    assert done.exit_code == 0, done.output
-    report = json.loads(done.stdout)
-    assert report["calibration"]["n_distilled"] == 6 * texts.N_WINDOW
-    meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
-    assert meta is not None and meta.calibration is not None
-    assert (meta.projection, meta.calibration.n_distilled) == (
-        Projection.WIDE,
-        6 * texts.N_WINDOW,
-    )
-    shown = CliRunner().invoke(app, ["inspect", str(tiny)])
-    assert "fitted-wide, distilled" in shown.stdout
 
 
 def test_the_cost_of_a_wide_fit_is_in_each_limit(tiny, tmp_path, words, short_examination):
@@ -181,11 +142,6 @@ def test_unusable_texts_are_refused(tiny, tmp_path, tmp_path_factory, content, r
     assert_refused(convert(tiny, "--text", path), tmp_path, reason)
 
 
-def test_too_few_tokens_are_refused(tiny, tmp_path):
-    done = CliRunner().invoke(app, ["convert", str(tiny), *THIRD, "--tokens", "100"])
-    assert_refused(done, tmp_path, "this model needs 2,048")
-
-
 def test_a_singular_gram_matrix_is_refused(tmp_path, words):
     """Fit N inputs to fewer than N tokens, since a window's first token does not count."""
     wide = make_gguf(tmp_path / "wide.gguf", "llama", n_embd=2048, n_layer=3, n_ff=64)
@@ -206,40 +162,3 @@ def test_activations_that_are_not_finite_are_refused(tiny, tmp_path, words, own_
 
 def test_fit_options_with_own_projections_are_wrong_usage(tiny):
     assert convert(tiny, "--projection", "own").exit_code == 2  # because of --tokens
-
-
-# --- Ctrl-C
-
-
-def stopped(folder: Path, *arguments: object) -> str:
-    """Press Ctrl-C during the second window, and return stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, *map(str, arguments), *FEW],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"TMPDIR": str(folder)},
-    )
-    assert process.stdin is not None and process.stdout is not None
-    n_read = 0
-    for line in process.stdout:
-        if line == "read\n":
-            n_read += 1
-            if n_read == 2:
-                process.send_signal(signal.SIGINT)
-            process.stdin.write("\n")
-            process.stdin.flush()
-    _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, n_read) == (130, 2)
-    assert "Traceback" not in stderr
-    return stderr
-
-
-posix = pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-
-
-@posix
-def test_ctrl_c_leaves_no_file(tiny, tmp_path, words):
-    stopped(tmp_path, "convert", tiny, "--text", words, *THIRD)
-    assert names(tmp_path) == {"tiny.gguf"}

@@ -21,7 +21,6 @@ from pop_local.workflows.conversion import named as examining
 from pop_local.workflows.conversion.conversion_plan import (
     Boundary,
     ConvertOptions,
-    Goal,
     RowOptions,
     Within,
 )
@@ -35,12 +34,6 @@ ANYTHING = replace(budget.BALANCED, max_kl=50.0, max_ppl_ratio=1000.0, max_copy_
 
 
 UNMEASURABLE = r"the fit could not be measured: a context of \d+ tokens is too short"
-
-
-def options_without_context(goal: Goal, words: Path) -> ConvertOptions:
-    """Return options for a file whose full rows leave no context rows in a window."""
-    rows = RowOptions(tail_tokens=600)
-    return ConvertOptions(goal, FitOptions(2048, (words,)), rows, hardware=Hardware(1))
 
 
 def convert(*arguments: object) -> Result:
@@ -81,20 +74,18 @@ def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, words, tmp_pat
     assert (tmp_path / "tiny.pop.gguf").exists()
 
 
-def test_a_fit_that_cannot_be_measured_is_not_started(tiny, words, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "goal", [Boundary(5), Within(budget.FAST), Within(budget.FAST, Boundary(5))]
+)
+def test_rejects_an_unmeasurable_fit_before_fitting(tiny, words, tmp_path, monkeypatch, goal):
+    """The file's full rows leave no context rows in a window."""
     monkeypatch.setattr(fits, "calibrate", None)
+    rows = RowOptions(tail_tokens=600)
+    options = ConvertOptions(goal, FitOptions(2048, (words,)), rows, hardware=Hardware(1))
     with pytest.raises(PopError, match=UNMEASURABLE) as failure:
-        pop_local.convert(tiny, options=options_without_context(Boundary(5), words))
+        pop_local.convert(tiny, options=options)
     assert "lower sink_tokens and tail_tokens" in failure.value.hint
     assert not (tmp_path / "tiny.pop.gguf").exists()
-
-
-@pytest.mark.parametrize("at", [None, Boundary(5)])
-def test_a_search_that_cannot_measure_is_not_started(tiny, words, monkeypatch, at):
-    monkeypatch.setattr(fits, "calibrate", None)
-    with pytest.raises(PopError, match=UNMEASURABLE):
-        options = options_without_context(Within(budget.FAST, at), words)
-        pop_local.convert(tiny, options=options)
 
 
 def test_a_trained_context_shorter_than_a_window_is_a_warning(tmp_path):

@@ -13,9 +13,8 @@ import pytest
 
 from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.base.progress import Progress, Unit, Watch
-from pop_converter.popfile import rewrite
 from pop_converter.popfile.format import DeepRows
-from pop_local.calibration import texts
+from pop_local.calibration import needs
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.measure import budget
 from pop_local.measure.budget import BALANCED
@@ -115,20 +114,6 @@ def test_each_stage_ends_at_100_percent(tiny, tmp_path):
     last = dict(ends)
     assert [name for name, (done, total) in last.items() if done != total] == []
     assert {"Sampling text", "Fitting", "Writing and verifying"} < last.keys()
-
-
-def test_trials_do_not_hash_the_model(tiny, letters, monkeypatch):
-    hashed: list[object] = []
-
-    def copy_data(content, *rest, real=rewrite.copy_data):
-        hashed.append(content)
-        return real(content, *rest)
-
-    monkeypatch.setattr(rewrite, "copy_data", copy_data)
-    done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
-    assert done.exit_code == 0, done.stderr
-    assert len(json.loads(done.stdout)["tried"]) > 1
-    assert len(hashed) == 1, "only the written sidecar's model is hashed"
 
 
 def test_a_strict_budget_skips_one_layer(tiny, tmp_path):
@@ -310,24 +295,17 @@ def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-def test_text_is_sampled_once_for_several_fits(tmp_path, monkeypatch):
-    tiny = make_gguf(tmp_path / "tiny.gguf", "llama", n_layer=4)
-    sampled, fitted = [], []
-
-    def sample(*arguments, real=texts.sample_windows, **how):
-        sampled.append(arguments)
-        return real(*arguments, **how)
-
-    def fit(self, plans, real=fits.PlanFitter.fit):
-        fitted.append([plan.boundary for plan in plans])
-        return real(self, plans)
-
-    monkeypatch.setattr(texts, "sample_windows", sample)
-    monkeypatch.setattr(fits.PlanFitter, "fit", fit)
-    done = convert(tiny, *FEW, *LOOSE, "--memory", 0)
+def test_fits_few_boundaries_with_little_memory(tiny, letters, monkeypatch):
+    """Limit the sums to two of the boundaries 2 to 6."""
+    monkeypatch.setattr(needs, "MOST_SUMS_BYTES", 4_200_000)
+    planned = convert(tiny, "--text", letters, *FEW, *LOOSE, "--dry-run")
+    assert "Boundaries 7, 5, 3" in " ".join(planned.stdout.split())
+    done = convert(tiny, "--text", letters, *FEW, *LOOSE, "--json")
     assert done.exit_code == 0, done.stderr
-    assert fitted == [[2], [1]]
-    assert len(sampled) == 1
+    report = json.loads(done.stdout)
+    tried = [(trial["boundary"], trial["projection"]) for trial in report["tried"]]
+    assert tried == [(5, "fitted"), (3, "fitted")]
+    assert (report["boundary"], report["projection"]) == (3, "fitted")
 
 
 def test_a_stop_leaves_no_file(tiny, letters, tmp_path):
