@@ -1,6 +1,5 @@
 """Test `pop-local bench`: JSON, table, refusals, and that no cached prefix is timed."""
 
-import functools
 import json
 import re
 from dataclasses import replace
@@ -8,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Watch
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
@@ -18,14 +16,12 @@ from pop_local.measure import speed
 from pop_local.measure.speed import (
     Run,
     Spread,
-    measure_speed,
     require_rows,
     run_rounds,
     text_prompt,
 )
 from pop_local.ui.views.bench import show_speed
 from pop_local.workflows import bench as workflow
-from pop_local.workflows.hardware import Hardware
 from support.converted import converted
 from support.program import Done, called
 from support.shared_kv import make_shared
@@ -164,13 +160,6 @@ def model(pop_file):
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
-def test_each_run_reads_the_whole_prompt(model, mode):
-    tokens = text_prompt(model, 100)
-    counters = {speed.run(model, mode, tokens).read.counters for _ in range(3)}
-    assert counters == {Counters(0, 100) if mode is Mode.OFF else Counters(83, 17)}
-
-
-@pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_a_cached_prefix_is_never_reported(model, mode, monkeypatch):
     tokens = text_prompt(model, 100)
     speed.run(model, mode, tokens)
@@ -197,12 +186,6 @@ def test_rounds_change_their_order_and_the_first_one_is_not_counted():
     assert full == [order[2], order[5]] and pop == [order[3], order[4]]
 
 
-def test_each_round_advances(model):
-    steps: list[tuple[int, int]] = []
-    measure_speed(model, (100,), 2, lambda *step: steps.append(step))
-    assert steps == [(200 * n, 600) for n in range(4)], "each round has a fast and a full run"
-
-
 def test_each_row_but_the_last_is_shown_once_it_is_measured(pop_file):
     done = bench(pop_file, "--prompt", "100,200,300", "--repeat", 2)
     shown = re.findall(r"pop-local reads a prompt of (\d+) tokens in [\d.]+ s", done.stderr)
@@ -215,15 +198,6 @@ def test_a_long_measurement_states_its_duration_first(pop_file):
     first, *_ = done.stderr.split(". ")
     assert first.startswith("With a catalog model, bench usually takes 4 to 15 minutes")
     assert "usually takes" not in bench(pop_file, "--prompt", "512", "--repeat", 1).stderr
-
-
-def test_upstream_is_measured_next_to_our_kernels(model):
-    with PopModel(
-        EngineOptions.of(model.engine.context.files.path, n_ctx=512, n_threads=1, kernels=False)
-    ) as other:
-        theirs = functools.partial(speed.run, other, Mode.OFF)
-        [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=theirs)
-    assert row.upstream_ttft_s is not None and row.upstream_ttft_s.median > 0
 
 
 def test_bench_measures_upstream_where_our_kernels_compute(pop_file, monkeypatch):
@@ -242,12 +216,3 @@ def test_a_model_that_rows_leave_exactly_needs_no_conversion(tmp_path):
     assert (row["n_pruned"], row["n_skipped_exact"]) == (0, 99)
     table = bench(model, "--prompt", "100", "--repeat", 1).stdout
     assert "skip layers 4 to 7 of 8, exactly" in " ".join(table.split())
-
-
-def test_llama_cpps_settings_are_tried_in_a_stage_of_their_own(pop_file, monkeypatch):
-    started: list[str] = []
-    watch = Watch(on_stage=lambda name, unit: started.append(name))
-    options = workflow.BenchOptions((32,), 1, None, Hardware(n_threads=1, n_gpu_layers=0))
-    monkeypatch.setattr(workflow, "has_kernels", lambda: True)
-    workflow.bench(str(pop_file), None, options, watch)
-    assert started == ["Trying llama.cpp's settings", "Measuring"]

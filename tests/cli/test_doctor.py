@@ -1,6 +1,5 @@
 """Test `pop-local doctor` with complete, unpatched and missing backends."""
 
-import io
 import json
 import os
 import platform
@@ -11,7 +10,6 @@ from pathlib import Path
 import llama_cpp
 import numpy
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from pop_converter.base.errors import PopError
@@ -20,7 +18,6 @@ from pop_local.commands.doctor import _public
 from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.devices import BackendInfo, Device
 from pop_local.models import model_names as models
-from pop_local.ui.console import THEME
 from pop_local.workflows.open import best_model
 
 FEATURES = "CUDA : ARCHS = 900 | CPU : SSE3 = 1 | AVX = 1 | AVX512 = 0 | OPENMP = 1 | REPACK = 1 | "
@@ -75,44 +72,16 @@ def test_all_is_well(install):
     assert "FIX" not in done.stdout
 
 
-def test_a_narrow_terminal_breaks_lines_between_words(install, monkeypatch):
-    install(abi=None)
-    stream = io.StringIO()
-    narrow = Console(file=stream, theme=THEME, width=60, force_terminal=True, color_system=None)
-    monkeypatch.setattr("pop_local.commands.doctor.out", narrow)
-    assert doctor().exit_code == 1
-    shown = stream.getvalue()
-    assert max(map(len, shown.splitlines())) <= 60
-    found = [f"{check['found']} {check['to_do']}" for check in checks().values()]
-    words = {word for word in " ".join(found).split() if len(word) < 60}
-    assert words <= {*shown.split()}
-
-
 def test_unpatched_backend_must_be_fixed(install):
     install(abi=None)
     done = doctor()
     assert done.exit_code == 1
     assert "this build of llama.cpp lacks pop-local's patches" in done.stdout
     assert "pip install ./patches/llama-cpp-python" in done.stdout
-    found = json.loads(doctor("--json").stdout)
-    assert found["ok"] is False
-
-
-def test_other_abi_must_be_fixed(install):
+    assert json.loads(doctor("--json").stdout)["ok"] is False
     install(abi=backend.ABI + 1)
     assert doctor().exit_code == 1
     assert checks()["pop_abi"]["status"] == "fix"
-
-
-def test_missing_backend_must_be_fixed(install, monkeypatch):
-    install()
-
-    def missing() -> BackendInfo:
-        raise PopError("it cannot be imported", backend.INSTALL_HINT)
-
-    monkeypatch.setattr("pop_local.engine.llama.devices.describe_backend", missing)
-    assert doctor().exit_code == 1
-    assert checks()["backend"]["to_do"] == backend.INSTALL_HINT
 
 
 @pytest.mark.parametrize("is_ours", [True, False])
@@ -192,12 +161,6 @@ def test_names_of_removed_kernels_are_rejected(monkeypatch, name):
     assert check["status"] == "fix"
     assert check["found"].startswith(f"GGML_POP_KERNELS={name} selects kernels for ARM64, which")
     assert check["to_do"].startswith("unset GGML_POP_KERNELS")
-
-
-def test_a_backend_without_kernels_has_none(monkeypatch):
-    monkeypatch.setattr(devices, "ggml", lambda *_: None)
-    assert devices.cpu_kernels() == devices.NO_KERNELS
-    assert not devices.has_kernels()
 
 
 def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
@@ -334,17 +297,13 @@ def test_a_report_hides_folders_and_secrets(install, monkeypatch, tmp_path, is_i
         ("~anna/x/y.gguf", "...y.gguf"),
         ("/home/annasmith/m", "..."),
         ("http://anna:secret@host/x", "http://...@host/x"),
+        ("see https://example.org/a/b/c, 3/4/5 GB", "see https://example.org/a/b/c, 3/4/5 GB"),
     ],
 )
 def test_a_report_hides_names_of_folders(monkeypatch, text, shown):
     monkeypatch.setenv("HOME", "/home/anna")
     monkeypatch.delenv("USERPROFILE", raising=False)
     assert _public(text) == shown
-
-
-def test_a_report_keeps_addresses_and_fractions():
-    text = "see https://example.org/a/b/c, 3/4/5 GB"
-    assert _public(text) == text
 
 
 def test_a_report_of_invalid_settings_names_the_error_once(install, monkeypatch):

@@ -102,12 +102,6 @@ def test_contradictions_and_nonsense_are_wrong_usage(pop_file, options):
     assert evaluate(pop_file, *options).exit_code == 2
 
 
-def test_the_setting_of_the_context_is_for_conversations(pop_file, text, monkeypatch):
-    monkeypatch.setenv("POP_LOCAL_CTX", "64")
-    done = evaluate(pop_file, "--text", text, *SHORT, "--lookups", 0)
-    assert done.exit_code == 0, done.stderr
-
-
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -5,13 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from prompt_toolkit.completion import CompleteEvent
-from prompt_toolkit.document import Document
 
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.chat.line import _Completer
 from pop_local.ui.chat.repl import converse
 from support.hub_server import Hub, Repo, serving
 from support.program import called, run
@@ -86,12 +83,6 @@ def test_chat_attaches_pictures(path):
     assert "images 96 tokens encoded in" in shown
 
 
-def test_chat_shows_the_time_for_encoding_pictures(path):
-    a = path.parent / "a.png"
-    shown = chatted(path, f"/image {a}", "what?", "/stats", "/retry")
-    assert shown.count("images 48 tokens") >= 2
-
-
 def test_chat_refuses_files_that_are_no_pictures(path):
     folder = path.parent
     shown = chatted(path, f"/image {folder / 'no.png'}", f"/image {folder / 'absent.png'}", "a")
@@ -127,13 +118,6 @@ def test_a_model_that_cannot_see_what_was_shown(path):
     assert shown.endswith("# Dropped: what?\n")
     shown = chatted(path, "/load shown", "/load", mmproj=None)
     assert blind in shown and "# shown: 1 turn" in shown
-
-
-def test_paths_of_pictures_are_completed(path, monkeypatch):
-    monkeypatch.chdir(path.parent)
-    completer = _Completer({"/image": tuple})
-    found = completer.get_completions(Document("/image a.p"), CompleteEvent())
-    assert [one.text for one in found] == ["ng"]
 
 
 def test_compare_prompts_with_pictures(path, tmp_path):

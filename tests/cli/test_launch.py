@@ -93,19 +93,17 @@ def test_agent_reaches_a_server_that_ends_with_it(name, agent, tiny, monkeypatch
     assert [path for path in settings if "pop-local" not in str(path)] == []
 
 
-def test_ctrl_c_is_left_to_the_agent(agent, tiny):
+@pytest.mark.parametrize(
+    ("send", "number", "status"),
+    [(os.killpg, signal.SIGINT, 7), (os.kill, signal.SIGTERM, 128 + signal.SIGTERM)],
+    ids=["ctrl-c", "termination"],
+)
+def test_a_signal_ends_the_agent_and_the_server(agent, tiny, send, number, status):
+    """Ctrl-C in a terminal reaches both processes, and the agent handles it."""
     process = launching(tiny, "wait")
     report = report_of(agent, process)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 7
-    assert_ended(report)
-
-
-def test_termination_ends_the_agent_and_the_server(agent, tiny):
-    process = launching(tiny, "wait")
-    report = report_of(agent, process)
-    process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
+    send(process.pid, number)
+    assert process.wait(60) == status
     assert_ended(report)
 
 

@@ -2,21 +2,18 @@
 
 import json
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pexpect
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import sidecar_path
 from pop_local.cli import app
-from pop_local.commands.list import list as list_models
 from pop_local.models import model_names as models
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.model_files import (
@@ -28,7 +25,6 @@ from pop_local.models.model_files import (
     stock,
 )
 from pop_local.models.model_names import resolve
-from pop_local.ui.console import THEME
 from support.converted import converted, paired
 from support.synthetic import make_gguf, make_split
 from support.vision_models import MMPROJS, make_mmproj
@@ -105,15 +101,11 @@ def test_the_catalogs_models_are_shown_that_are_not_here(store):
     body = [row for row in rows(pop_local("list", "--markdown").stdout) if "not downloaded" in row]
     assert [row[0] for row in body] == absent
     assert body[0][2] == "98.4 MB"
+    names = [row[0] for row in rows(pop_local("list", "--markdown").stdout)]
+    assert "gemma-3-270m.Q4_K_M" in names
     found = json.loads(pop_local("list", "--json").stdout)["not_fetched"]
     assert [model["name"] for model in found] == absent
     assert found[0]["size_bytes"] == models.find("smollm2").size_bytes
-
-
-def test_the_catalogs_models_have_short_names(store):
-    (store / models.find("gemma3").file).touch()
-    (row,) = (row for row in rows(pop_local("list", "--markdown").stdout) if "gemma3" in row)
-    assert row[0] == "gemma-3-270m.Q4_K_M"
 
 
 def test_the_folder_is_shown_if_two_models_are_alike(tmp_path, monkeypatch):
@@ -139,16 +131,6 @@ def test_a_model_of_the_user_is_listed_and_removed_in_a_clone(store, monkeypatch
     assert (
         "models contains no model named 'Tiny.Q8_0'" in pop_local("rm", "--yes", "Tiny.Q8_0").stderr
     )
-
-
-def test_names_stay_whole_in_a_narrow_terminal(store, monkeypatch, capsys):
-    narrow = Console(theme=THEME, width=60, force_terminal=True, color_system=None)
-    monkeypatch.setattr("pop_local.ui.tables.out", narrow)
-    list_models(json=False)
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 60
-    first_cells = "".join(line.split(" ")[0] for line in lines)
-    assert "Tiny.Q8_0.pop" in first_cells
 
 
 def test_json_has_files_and_sizes(store):
@@ -222,10 +204,6 @@ def test_names_shown_are_taken_by_the_commands(store, name, file):
     assert resolve(name) == store / file
     done = pop_local("inspect", name, "--json")
     assert json.loads(done.stdout)["file"] == str(store / file)
-
-
-def test_a_split_model_is_named_as_one(store):
-    assert json.loads(pop_local("inspect", "parted", "--json").stdout)["n_files"] > 1
 
 
 @pytest.mark.parametrize(
@@ -336,14 +314,6 @@ def test_rm_leaves_the_mmproj_that_another_quantisation_has(store):
     assert find_mmproj(store / "See-Q8_0.gguf") == named
 
 
-def test_rm_takes_the_mmprojs_of_all_quantisations(store):
-    for name in ("See-Q4_K_M", "See-Q8_0"):
-        make_gguf(store / f"{name}.gguf", "llama")
-        make_mmproj(store / f"mmproj-{name}.gguf", MMPROJS["llama"])
-    assert pop_local("rm", "See-Q4_K_M", "See-Q8_0", "--yes").exit_code == 0
-    assert [*store.glob("mmproj-See*")] == []
-
-
 def test_rm_takes_nothing_when_one_name_is_unknown(store):
     before = set(store.iterdir())
     done = pop_local("rm", "Tiny.Q8_0", "partet", "--yes")
@@ -363,24 +333,14 @@ def test_rm_refuses_files_elsewhere(store, name):
     assert outside.exists()
 
 
-def test_rm_takes_a_path_into_the_folder(store):
-    assert removable(store, "store/Tiny.Q8_0.gguf") == (store / "Tiny.Q8_0.gguf",)
-
-
 def test_rm_removes_a_link_and_not_what_it_points_to(store):
     real = (store / "Tiny.Q8_0.gguf").rename(store.parent / "real.gguf")
     (store / "Tiny.Q8_0.gguf").symlink_to(real)
+    assert the("Tiny.Q8_0", store).size_bytes == real.stat().st_size
     done = pop_local("rm", "Tiny.Q8_0", "--yes", "--json")
     assert json.loads(done.stdout)["freed_bytes"] < real.stat().st_size
     assert real.exists()
     assert not (store / "Tiny.Q8_0.gguf").is_symlink()
-
-
-def test_a_link_is_as_large_as_what_it_leads_to(store):
-    real = (store / "Tiny.Q8_0.gguf").rename(store.parent / "real.gguf")
-    (store / "Tiny.Q8_0.gguf").symlink_to(real)
-    found = {model.name: model.size_bytes for model in stock(store)}
-    assert found["Tiny.Q8_0"] == real.stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -398,14 +358,8 @@ def test_rm_refuses_files_that_are_no_models(store):
 
 
 def test_rm_without_a_terminal_wants_yes(store):
-    done = subprocess.run(
-        [sys.executable, "-m", "pop_local", "rm", "Tiny.Q8_0"],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-    )
-    assert (done.returncode, done.stdout) == (1, "")
+    done = pop_local("rm", "Tiny.Q8_0")
+    assert (done.exit_code, done.stdout) == (1, "")
     assert "--yes" in done.stderr
     assert (store / "Tiny.Q8_0.gguf").exists()
 

@@ -5,27 +5,20 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from pop_converter.base.errors import PopError
-from pop_converter.gguf.header import read_header
-from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import Measured
 from pop_converter.popfile.pruning_plan import TAIL_TOKENS, make_plan
-from pop_converter.popfile.sidecar import existing_sidecar, write_sidecar
-from pop_converter.projection import Projection
+from pop_converter.popfile.sidecar import write_sidecar
 from pop_local.cli import app
-from pop_local.engine.model import PopModel
 from pop_local.models import model_names as models
 from pop_local.models.model_files import ModelFiles
 from pop_local.models.model_names import DEFAULT_MODEL, find
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
-from pop_local.workflows.conversion.fits import PlanFitter
-from support.converted import Pair, made_up, names, paired
+from support.converted import Pair, names, paired
 from support.shapes import read_shape
 from support.synthetic import make_gguf, make_split
 
@@ -79,23 +72,6 @@ def test_the_sidecar_is_next_to_the_unchanged_model(base):
     assert written.stat().st_size < 2048
 
 
-def test_a_dry_run_writes_nothing(base):
-    done = convert(base, "--dry-run")
-    assert done.exit_code == 0
-    assert "sidecar" in done.stdout
-    assert names(base.parent) == {base.name}
-
-
-def test_an_existing_output_is_replaced_only_by_force(base, sidecar):
-    before = sidecar.read_bytes()
-    done = convert(base, "--boundary", 5)
-    assert done.exit_code == 1
-    assert "exists" in done.stderr
-    assert sidecar.read_bytes() == before
-    assert convert(base, "--boundary", 5, "--force").exit_code == 0
-    assert read_header(sidecar).get("pop.schedule") == "FFFFFSSS"
-
-
 def test_elsewhere_it_has_to_be_named(base, tmp_path):
     done = convert(base, tmp_path / "other.gguf")
     assert done.exit_code == 0
@@ -103,48 +79,11 @@ def test_elsewhere_it_has_to_be_named(base, tmp_path):
     assert "--sidecar" not in convert(base).stderr
 
 
-def test_the_model_itself_is_never_the_output(base):
-    assert "is also the input file" in convert(base, base, "--force").stderr
-
-
 def test_parts_have_one_sidecar(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
     assert convert(parts[0]).exit_code == 0
     written = tmp_path / "model.pop-sidecar.gguf"
     assert model_files(str(parts[0])) == ModelFiles(parts[0], written)
-
-
-def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
-    """Check the files that are opened; other tests cover fits and measurements."""
-    base = make_gguf(tmp_path / "tiny.gguf", "llama")
-    seen = []
-
-    def measure(model: PopModel, *_: object) -> SimpleNamespace:
-        seen.append(
-            (
-                Path(model.engine.context.files.path),
-                model.engine.context.files.meta and model.engine.context.files.meta.projection,
-            )
-        )
-        assert existing_sidecar(read_source(base)) is None, "the sidecar is written later"
-        return SimpleNamespace(boundary=4)
-
-    monkeypatch.setattr("pop_local.measure.quality.measure_pruning", measure)
-    monkeypatch.setattr("pop_local.measure.budget.copies", lambda *_: True)
-    for name, made in {
-        "measure.lookups.measure_lookups": None,
-        "measure.budget.is_inside": True,
-        "measure.budget.keeps_lookups": True,
-        "measure.budget.figures_in_words": "",
-        "workflows.conversion.named.measured": Measured(kl_mean=0.25),
-    }.items():
-        monkeypatch.setattr(f"pop_local.{name}", lambda *_, made=made: made)
-    plan = make_plan(read_shape(base), projection=Projection.FITTED, boundary=4)
-    monkeypatch.setattr(PlanFitter, "fit", lambda *_: (made_up(plan),))
-    done = command("convert", "--sidecar", "--projection", "fitted", "--boundary", 4, base)
-    assert done.exit_code == 0, done.stderr
-    assert seen == [(base, "fitted")]
-    assert read_header(tmp_path / "tiny.pop-sidecar.gguf").get("pop.measured.kl_mean") == 0.25
 
 
 # --- finding it
@@ -198,12 +137,6 @@ def test_run(base, sidecar):
     elsewhere = sidecar.rename(base.with_name("other.gguf"))
     assert json.loads(command(*arguments).stdout)["boundary"] == 0
     assert json.loads(command(*arguments, "--sidecar", elsewhere).stdout)["boundary"] == 4
-
-
-def test_chat(base, sidecar):
-    done = command("chat", base, "--max-tokens", 2, text="word " * 40 + "\n")
-    assert done.exit_code == 0
-    assert "with fast reading" in done.stderr
 
 
 def test_a_stale_sidecar_does_not_matter_in_full(base, sidecar):
