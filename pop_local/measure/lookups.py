@@ -119,11 +119,9 @@ def measure_lookups(
     `on_progress` is called after each question. Raises PopError if a prompt is too long or was not
     pruned as planned.
     """
-    reference = LookupReference(settings, make_documents(model, settings), [])
-    pruned: Answers = []
-    reference.ask(model, FULL, lambda done, n: on_progress(done, 2 * n), reference.full)
-    reference.ask(model, pruning, lambda done, n: on_progress(n + done, 2 * n), pruned)
-    return reference.compare(pruned)
+    reference = LookupReference.read(model, settings, lambda done, n: on_progress(done, 2 * n))
+    answers = reference.ask(model, pruning, lambda done, n: on_progress(n + done, 2 * n))
+    return reference.compare(answers)
 
 
 @dataclass(frozen=True)
@@ -136,24 +134,21 @@ class LookupReference:
 
     @classmethod
     def read(
-        cls, model: PopModel, settings: LookupSettings, on_progress: Progress, known: Answers
+        cls, model: PopModel, settings: LookupSettings, on_progress: Progress
     ) -> "LookupReference":
-        """Answer each document's questions without pruning, unless `known` contains the answers.
+        """Answer each document's questions without pruning. Raises PopError."""
+        reference = cls(settings, make_documents(model, settings), [])
+        return replace(reference, full=reference.ask(model, FULL, on_progress))
 
-        Appends new answers to `known`, so that an interrupted run keeps them. Raises PopError.
-        """
-        found = cls(settings, make_documents(model, settings), known)
-        found.ask(model, FULL, on_progress, known)
-        return replace(found, full=known[: len(found.documents)])
-
-    def ask(self, model: PopModel, pruning: Pruning, on_progress: Progress, known: Answers) -> None:
-        """Answer the questions that `known` does not cover, and append the answers to `known`."""
-        new = self.documents[len(known) :]
-        ran = counting(sum(len(each.questions) for each in new), on_progress)
+    def ask(self, model: PopModel, pruning: Pruning, on_progress: Progress) -> Answers:
+        """Answer each document's questions. Raises PopError."""
+        ran = counting(sum(len(it.questions) for it in self.documents), on_progress)
+        answers: Answers = []
         with forced(model) as reader:
-            for document in new:
+            for document in self.documents:
                 reader.read(document.tokens, pruning)
-                known.append(answer_questions(reader, document.questions, ran))
+                answers.append(answer_questions(reader, document.questions, ran))
+        return answers
 
     def compare(self, answers: Answers) -> Lookups:
         """Compare all answers with the full model's answers."""

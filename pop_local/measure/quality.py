@@ -8,7 +8,6 @@ context's last token predicts the continuation's first token.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 import numpy as np
 
@@ -164,22 +163,21 @@ def read_reference(
     text_tokens: TextTokens,
     settings: QualitySettings,
     on_progress: Progress,
-    known: list[FullScores] | None = None,
 ) -> QualityReference:
     """Run the full model on windows of text and on sequences of random tokens.
 
-    `known` contains earlier scores. This function appends the remaining scores to `known`, so a
-    later call can resume an interrupted run. `on_progress` is called after each window and each
-    draw. Raises PopError if the text is too short, or if no token would be pruned.
+    `on_progress` is called after each window and each draw. Raises PopError if the text is too
+    short, or if no token would be pruned.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
         ran = counting(len(windows) + settings.n_draws, on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
-        known = [] if known is None else known
-        for full in _read_full(reader, windows[len(known) :], ran):
-            known.append(replace(full, predicted=halved(full.predicted)))
-        return QualityReference(settings, windows, tuple(known), repeated)
+        full = [
+            replace(scores, predicted=halved(scores.predicted))
+            for scores in _read_full(reader, windows, ran)
+        ]
+        return QualityReference(settings, windows, full, repeated)
 
 
 def measure_against(
@@ -187,38 +185,38 @@ def measure_against(
     model: PopModel,
     pruning: Pruning,
     on_progress: Progress,
-    known: list[Scores] | None = None,
+    scores: list[Scores] | None = None,
 ) -> Quality:
     """Measure the loss from pruning an open model, relative to the full model's scores.
 
-    `known` contains earlier scores, as in `read_reference`. Progress is reported in windows
-    and random draws. Raises the same errors as `measure_pruning`.
+    Appends each window's scores to `scores`. Progress is reported in windows and random draws.
+    Raises the same errors as `measure_pruning`.
     """
-    known = [] if known is None else known
     with forced(model) as reader:
-        n_steps = len(reference.windows) - len(known) + reference.settings.n_draws
-        return _measure(reader, reference, pruning, counting(n_steps, on_progress), known)
+        n_steps = len(reference.windows) + reference.settings.n_draws
+        ran = counting(n_steps, on_progress)
+        return _measure(reader, reference, pruning, ran, [] if scores is None else scores)
 
 
 def _measure(
-    reader: Forced, reference: QualityReference, pruning: Pruning, ran: Ran, known: list[Scores]
+    reader: Forced, reference: QualityReference, pruning: Pruning, ran: Ran, scores: list[Scores]
 ) -> Quality:
-    full = islice(reference.full, len(known), None)
-    for window, of_full in zip(reference.windows[len(known) :], full, strict=True):
+    for window, full in zip(reference.windows, reference.full, strict=True):
         reader.read(window.context, pruning)
         predicted = predictions(reader.predict(window.continuation))
-        scores = Scores(
-            divergence=divergence(of_full.predicted, predicted),
-            full=of_full.continuation,
-            pruned=likelihood(predicted, np.asarray(window.continuation)),
-            copy_full=of_full.passage,
-            copy_pruned=copied(reader, window.passage),
-            n_pruned=reader.n_pruned,
+        scores.append(
+            Scores(
+                divergence=divergence(full.predicted, predicted),
+                full=full.continuation,
+                pruned=likelihood(predicted, np.asarray(window.continuation)),
+                copy_full=full.passage,
+                copy_pruned=copied(reader, window.passage),
+                n_pruned=reader.n_pruned,
+            )
         )
-        known.append(scores)
         ran(1)
     nll = measure_induction(reader, reference.repeated, pruning, ran)
-    return _summarize(pruning, reference, known, nll)
+    return _summarize(pruning, reference, scores, nll)
 
 
 def _read_full(reader: Forced, windows: Sequence[Window], ran: Ran) -> Iterator[FullScores]:

@@ -37,7 +37,7 @@ from pop_local.fetching import wheel_download
 from pop_local.measure import probes
 from pop_local.models.model_names import WheelPart, load_catalog, record_fetched
 from pop_local.ui.chat.line import _History
-from pop_local.workflows.conversion import named
+from pop_local.workflows.conversion import convert_model
 from support.calibrating import words
 from support.calls import opened
 from support.converted import names
@@ -143,7 +143,7 @@ def works(folder: Path) -> dict[str, Work]:
     FORKS.Process(target=serve, args=(content, urls), daemon=True).start()
     # The client reads the variable once, in each child.
     os.environ["HF_ENDPOINT"] = urls.get()
-    named.N_WINDOWS = named.N_DOCUMENTS = probes.N_DRAWS = 1
+    convert_model.N_WINDOWS = convert_model.N_DOCUMENTS = probes.N_DRAWS = 1
     fit = ["--boundary", 4, "--text", words(folder), "--tokens", 2048, "--threads", 1]
 
     def to(*words: object) -> Work:

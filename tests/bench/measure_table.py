@@ -28,13 +28,12 @@ from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.job import calibrate
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.forced import Pruning
-from pop_local.measure.lookups import Answers
-from pop_local.measure.quality import QualitySettings, measure_against
+from pop_local.measure.quality import measure_against
 from pop_local.models.model_files import ModelFiles
 from pop_local.ui.views.eval import figures
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.conversion.full_model import FullModel
-from pop_local.workflows.conversion.trial_runner import TrialRunner
+from pop_local.workflows.conversion import trial_runner
+from pop_local.workflows.conversion.trial_runner import FullModel, TrialRunner
 from pop_local.workflows.hardware import Hardware
 
 POP_LOCAL = (sys.executable, "-m", "pop_local")
@@ -67,7 +66,8 @@ def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
     with terminal_watch() as watch:
         some_plan = next(iter(plans.values()))
         bench = TrialRunner(read_source(model), ONE_THREAD, watch)
-        full = FullModel(bench, some_plan, QualitySettings(n_windows))
+        trial_runner.N_WINDOWS = n_windows
+        full = FullModel(bench, some_plan)
         for sidecar, plan in plans.items():
             kept = sidecar.with_suffix(".quality.json")
             if not kept.exists():
@@ -82,8 +82,7 @@ def measure_one(full: FullModel, plan: Plan, sidecar: Path) -> dict[str, Any]:
     with runner.opened(plan, ModelFiles(runner.path, sidecar)) as model:
         advance = runner.watch.stage(f"Measuring boundary {plan.boundary}")
         quality = measure_against(reference, model, pruning, advance)
-        answers: Answers = []
-        asked.ask(model, pruning, runner.watch.stage("Running look-ups"), answers)
+        answers = asked.ask(model, pruning, runner.watch.stage("Running look-ups"))
     return {
         "n_skipped": plan.n_skipped,
         "speedup_limit": plan.speedup_limit,

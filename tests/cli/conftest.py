@@ -8,7 +8,7 @@ import pytest
 from pop_local.measure import estimate, probes
 from pop_local.measure.lookups import LookupSettings
 from pop_local.workflows import bench
-from pop_local.workflows.conversion import full_model, named, search
+from pop_local.workflows.conversion import convert_model, search, trial_runner
 from support import calibrating
 from support.synthetic import make_gguf
 
@@ -22,7 +22,7 @@ def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     `bench` skips the unpatched library, which needs three more processes; test_bench.py runs it.
     """
     few = partial(LookupSettings, n_per_document=1, n_tokens=256)
-    for module in (named, full_model):
+    for module in (convert_model, trial_runner):
         monkeypatch.setattr(module, "N_DOCUMENTS", 1)
         monkeypatch.setattr(module, "LookupSettings", few)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
@@ -45,11 +45,11 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def short_examination(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(named, "N_WINDOWS", 1)
+    monkeypatch.setattr(convert_model, "N_WINDOWS", 1)
 
 
 @pytest.fixture
 def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure few windows, and try no rules with fewer deep rows."""
     monkeypatch.setattr(search.Search, "trade_rows", lambda _: None)
-    monkeypatch.setattr(full_model, "N_WINDOWS", 2)
+    monkeypatch.setattr(trial_runner, "N_WINDOWS", 2)

@@ -17,7 +17,7 @@ from pop_local.calibration.fit_options import FitOptions
 from pop_local.cli import app
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure import budget
-from pop_local.workflows.conversion import named as examining
+from pop_local.workflows.conversion import convert_model as examining
 from pop_local.workflows.conversion.conversion_plan import Boundary, ConvertOptions
 from support.converted import names
 from support.shapes import read_pop_meta

@@ -16,8 +16,8 @@ from pop_converter.fit import weights
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.cli import app
 from pop_local.measure import budget
+from pop_local.workflows.conversion import convert_model as examining
 from pop_local.workflows.conversion import fits
-from pop_local.workflows.conversion import named as examining
 from pop_local.workflows.conversion.conversion_plan import (
     Boundary,
     ConvertOptions,
@@ -53,7 +53,7 @@ def shown(model: Path) -> str:
 
 def test_own_projections_are_measured_if_a_quality_is_given(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as unmeasured:
-        unmeasured.setattr(examining.quality, "measure_pruning", None)
+        unmeasured.setattr(examining, "measure_pruning", None)
         done = convert(tiny, "--projection", "own", "--boundary", 5)
     assert done.exit_code == 0, done.stderr
     assert "The loss was not measured, because" in " ".join(done.stderr.split())

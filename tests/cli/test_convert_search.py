@@ -25,7 +25,7 @@ from pop_local.measure.lookups import (
     TokenizedQuestion,
 )
 from pop_local.texts.carriers import LookupQuestion
-from pop_local.workflows.conversion import convert_model, fits, full_model
+from pop_local.workflows.conversion import convert_model, fits, trial_runner
 from pop_local.workflows.conversion import search as searching
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions, Within
 from pop_local.workflows.hardware import Hardware
@@ -163,18 +163,18 @@ def test_lost_look_ups_put_a_boundary_outside(tiny, letters, tmp_path, monkeypat
     def answers(n_wrong: int) -> tuple[LookupAnswer, ...]:
         return tuple(LookupAnswer(number >= n_wrong, -1.0, "") for number in range(20))
 
-    def ask(self, model, pruning, on_progress, known):
+    def ask(self, model, pruning, on_progress):
         on_progress(1, 1)
-        new = range(len(known), len(self.documents))
-        asked.append((pruning.boundary, len(new)))
-        known += [answers(lost[pruning.boundary].get(number, 0)) for number in new]
+        asked.append((pruning.boundary, len(self.documents)))
+        wrong = lost[pruning.boundary]
+        return [answers(wrong.get(number, 0)) for number in range(len(self.documents))]
 
-    def read(model, settings, on_progress, known):
+    def read(model, settings, on_progress):
         on_progress(1, 1)
         n = settings.n_documents
         return LookupReference(settings, (document,) * n, [answers(0)] * n)
 
-    monkeypatch.setattr(full_model, "N_DOCUMENTS", 10)
+    monkeypatch.setattr(trial_runner, "N_DOCUMENTS", 10)
     monkeypatch.setattr(LookupReference, "ask", ask)
     monkeypatch.setattr(LookupReference, "read", read)
     done = convert(tiny, "--markdown", "--text", letters, *FEW, *LOOSE)
@@ -222,7 +222,7 @@ def test_contradictions_are_wrong_usage(tiny, tmp_path, options):
 
 
 def test_an_existing_output_is_refused_before_measuring(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(searching, "Search", None)
+    monkeypatch.setattr(convert_model, "Search", None)
     (tmp_path / "tiny.pop.gguf").touch()
     refused = convert(tiny)
     assert refused.exit_code == 1
@@ -242,7 +242,7 @@ def test_an_existing_output_is_refused_before_measuring(tiny, tmp_path, monkeypa
     ],
 )
 def test_unusable_texts_are_refused_before_measuring(tiny, tmp_path, monkeypatch, options, reason):
-    monkeypatch.setattr(searching, "Search", None)
+    monkeypatch.setattr(convert_model, "Search", None)
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("ten bytes.")
     for dry_run in ((), ("--dry-run",)):
@@ -271,7 +271,7 @@ def test_a_model_with_a_shipped_sidecar_is_converted_without_a_terminal(smollm2,
 
 
 def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(searching, "Search", None)
+    monkeypatch.setattr(convert_model, "Search", None)
     done = convert(tiny, "--dry-run", "--quality", "near-lossless")
     assert done.exit_code == 0
     assert "from 7 down to 2" in done.stdout

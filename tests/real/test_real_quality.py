@@ -16,7 +16,7 @@ from pop_local.measure.lookups import LookupSettings
 from pop_local.measure.quality import QualitySettings, measure_against, read_reference
 from pop_local.research import analyze as research
 from pop_local.research.analyze import measure_copying, worth_measuring
-from pop_local.workflows.conversion import named
+from pop_local.workflows.conversion import convert_model
 from support.calls import ignore
 from support.conversion_runs import FEW, convert
 
@@ -28,12 +28,12 @@ def test_real_model_has_the_known_losses(smollm2_q4_0, tmp_path, monkeypatch):
 
     At 20, a fit on eight windows recovers most of the loss.
     """
-    monkeypatch.setattr(named, "N_WINDOWS", 1)
-    monkeypatch.setattr(named, "N_DOCUMENTS", 1)
+    monkeypatch.setattr(convert_model, "N_WINDOWS", 1)
+    monkeypatch.setattr(convert_model, "N_DOCUMENTS", 1)
     few = partial(LookupSettings, n_per_document=4, n_tokens=256)
-    monkeypatch.setattr(named, "LookupSettings", few)
+    monkeypatch.setattr(convert_model, "LookupSettings", few)
     short = partial(QualitySettings, n_context=256, n_continuation=64)
-    monkeypatch.setattr(named, "QualitySettings", short)
+    monkeypatch.setattr(convert_model, "QualitySettings", short)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     model = PopModel(EngineOptions.of(smollm2_q4_0, n_ctx=512, n_threads=1))
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))

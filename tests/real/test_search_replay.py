@@ -69,9 +69,9 @@ class Replay:
         is_inside = plan.boundary >= self.least_text
         return SimpleNamespace(is_inside=is_inside, kl_mean=Estimate(0.01, 0.001))
 
-    def _ask(self, plan: Plan, pruning: Any, advance: Progress, answers: list[Any]) -> None:
+    def _ask(self, plan: Plan, pruning: Any, advance: Progress) -> list[Any]:
         is_named = plan.deep_rows is DeepRows.NAMES
-        answers.append(SimpleNamespace(is_inside=is_named and plan.boundary >= self.least_lookups))
+        return [SimpleNamespace(is_inside=is_named and plan.boundary >= self.least_lookups)]
 
 
 @pytest.mark.parametrize("lookups", range(17, 30))

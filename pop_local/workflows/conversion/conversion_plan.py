@@ -1,4 +1,4 @@
-"""Plan and run conversions."""
+"""Plan conversions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from typing import Any, Literal
 
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Unit, Watch
+from pop_converter.base.progress import Watch
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import Source, read_source
-from pop_converter.popfile.format import Budget, DeepRows, Measured, PopMeta
+from pop_converter.popfile.format import Budget, DeepRows, PopMeta
 from pop_converter.popfile.pruning_plan import TAIL_TOKENS, Plan, make_plan, require_fit
-from pop_converter.popfile.rewrite import Examine, FileSizes, Fitted
-from pop_converter.popfile.rewrite import convert as write_copy
+from pop_converter.popfile.rewrite import FileSizes
 from pop_converter.popfile.rewrite import measure as measure_copy
-from pop_converter.popfile.sidecar import measure_sidecar, sidecar_path, write_sidecar
+from pop_converter.popfile.sidecar import measure_sidecar, sidecar_path
 from pop_converter.projection import Projection
 from pop_local.calibration import needs as costs
 from pop_local.calibration.fit_options import FitOptions
@@ -30,8 +29,7 @@ from pop_local.measure.quality import Quality
 from pop_local.models.model_files import ModelFiles
 from pop_local.models.model_names import resolve
 from pop_local.workflows.conversion.duration import sidecar_seconds
-from pop_local.workflows.conversion.fits import KeptFits, MakeDistiller, PlanFitter
-from pop_local.workflows.conversion.trial_runner import TrialRunner
+from pop_local.workflows.conversion.fits import MakeDistiller
 from pop_local.workflows.hardware import Hardware
 
 # No measured model can copy from its prompt with fewer than a third of its layers
@@ -273,56 +271,3 @@ class Converted:
     sizes: FileSizes
     trials: tuple[Trial, ...]
     warnings: tuple[PopError, ...] = ()
-
-
-@dataclass(frozen=True)
-class ConversionRun:
-    """A running conversion.
-
-    `force`: overwrite an existing output, and accept a model that can no longer copy.
-    """
-
-    conversion: Conversion
-    force: bool
-    runner: TrialRunner
-
-    @cached_property
-    def fitter(self) -> PlanFitter:
-        """The fitter for this conversion's plans."""
-        runner, fit = self.runner, self.conversion.fit or FitOptions()
-        make = self.conversion.options.distiller
-        distiller = make and make(runner.source, fit, runner.hardware, runner.watch)
-        folder = self.conversion.target.with_name(f"{self.conversion.target.name}.fits")
-        kept = KeptFits(folder, runner, fit)
-        return PlanFitter(runner, fit, distiller=distiller, kept=kept)
-
-    def write(
-        self,
-        plan: Plan,
-        fitted: Fitted | None,
-        examine: Examine | None,
-        trials: tuple[Trial, ...] = (),
-    ) -> Converted:
-        """Write the plan's output file, including any fit. Raises PopError or StoppedError."""
-        planned, watch = self.conversion, self.runner.watch
-        write = write_sidecar if planned.is_sidecar else write_copy
-        advance = watch.stage(planned.writing_stage, Unit.BYTES)
-
-        def examined(written: Path) -> Measured:
-            assert examine is not None
-            found = examine(written)
-            watch.on_stage(planned.writing_stage, Unit.BYTES)
-            return found
-
-        meta = write(
-            plan,
-            planned.path,
-            planned.target,
-            fitted=fitted,
-            examine=examine and examined,
-            progress=advance,
-            force=self.force,
-        )
-        is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
-        plan = replace(plan, projection=meta.projection, is_distilled=is_distilled)
-        return Converted(planned.target, plan, meta, planned.sizes_of(plan), trials)

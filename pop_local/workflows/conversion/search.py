@@ -32,20 +32,11 @@ from pop_local.calibration.needs import fit_needs
 from pop_local.measure import budget as budgets
 from pop_local.measure.estimate import mean
 from pop_local.measure.forced import Pruning
-from pop_local.measure.lookups import Answers, Lookups
-from pop_local.measure.quality import Quality, QualitySettings, Scores, measure_against
-from pop_local.workflows.conversion import full_model
-from pop_local.workflows.conversion.conversion_plan import (
-    ConversionRun,
-    Converted,
-    OverBudgetError,
-    Trial,
-)
+from pop_local.measure.lookups import Lookups
+from pop_local.measure.quality import Quality, Scores, measure_against
+from pop_local.workflows.conversion.conversion_plan import OverBudgetError, Trial
 from pop_local.workflows.conversion.fits import PlanFitter
-from pop_local.workflows.conversion.full_model import FullModel
-from pop_local.workflows.conversion.named import require_windows
-from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.measuring import measured
+from pop_local.workflows.conversion.trial_runner import FullModel, TrialRunner
 
 
 @dataclass(eq=False)
@@ -54,7 +45,7 @@ class Candidate:
 
     `fitted` is None before fitting, and always None for `Projection.OWN`. `start` is the fit to
     distill, if any. `is_inside` is true if all results so far are within the budget (None if there
-    are no results yet). A stopped search resumes from `scores` and `answers`.
+    are no results yet). `scores` are the windows' scores on the held-out text.
     """
 
     plan: Plan
@@ -64,7 +55,6 @@ class Candidate:
     measured: Quality | None = None
     is_inside: bool | None = None
     lookups: Lookups | None = None
-    answers: Answers = field(default_factory=list)
 
     @property
     def boundary(self) -> int:
@@ -86,27 +76,12 @@ class Candidate:
         return f"{self.boundary}{own}{distilled}{rows}"
 
 
-def write_within(run: ConversionRun, budget: Budget) -> Converted:
-    """Find the fastest plan within the budget, and write the converted file.
-
-    Raises OverBudgetError, PopError, or StoppedError.
-    """
-    planned = run.conversion
-    if any(plan.projection != Projection.OWN for plan in planned.plans):
-        require_windows(run.runner, planned.deepest)
-    full = FullModel(run.runner, planned.plans[0], QualitySettings(full_model.N_WINDOWS))
-    search = Search(run.runner, budget, run.fitter, full, planned.tried)
-    chosen = search.run()
-    found = measured(chosen.quality, chosen.lookups)
-    return run.write(chosen.plan, chosen.fitted, lambda _: found, search.trials)
-
-
 @dataclass
 class Search:
     """A search over plans sorted by the number of skipped layers.
 
     `plain` and `distilled` contain candidates in the same order as `plans`. `traded` contains the
-    candidates with fewer deep rows than in `plans`. To resume a stopped search, call `run` again.
+    candidates with fewer deep rows than in `plans`.
     """
 
     runner: TrialRunner
@@ -139,12 +114,11 @@ class Search:
 
         Raises OverBudgetError, PopError, or StoppedError.
         """
-        if not self.plain:
-            share = self.full.deep_share(self.plans[0].deep_rows)
-            self.plain = [Candidate(replace(plan, deep_share=share)) for plan in self.plans]
+        share = self.full.deep_share(self.plans[0].deep_rows)
+        self.plain = [Candidate(replace(plan, deep_share=share)) for plan in self.plans]
         self.bisect()
         if self.fitter.distiller is not None:
-            self.distilled = self.distilled or self._to_distill()
+            self.distilled = self._to_distill()
             self.distill()
         if not self.inside:
             raise self._over()
@@ -206,8 +180,8 @@ class Search:
             reference = self.full.lookups
             with self.runner.tried(candidate.plan, candidate.fitted) as model:
                 advance = self.runner.watch.stage(f"Running look-ups at boundary {candidate}")
-                reference.ask(model, Pruning(candidate.boundary), advance, candidate.answers)
-            candidate.lookups = reference.compare(candidate.answers)
+                answers = reference.ask(model, Pruning(candidate.boundary), advance)
+            candidate.lookups = reference.compare(answers)
             candidate.is_inside = budgets.keeps_lookups(self.budget, candidate.lookups)
         return bool(candidate.is_inside)
 
@@ -263,9 +237,8 @@ class Search:
         """Distill the candidates in order until one exceeds the budget (rule 4)."""
         for candidate in self.distilled:
             try:
-                if candidate.fitted is None:
-                    assert candidate.start is not None
-                    candidate.fitted = self.fitter.distilled(candidate.plan, candidate.start)
+                if candidate.start is not None:
+                    candidate.fitted = self.fitter.distill(candidate.plan, candidate.start)
                 if not self.settle(candidate):
                     return
             except PopError as error:

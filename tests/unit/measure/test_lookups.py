@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import StoppedError
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure import lookups
@@ -42,9 +41,7 @@ def documents(model) -> tuple[LookupDocument, ...]:
 
 
 def ask(model: PopModel, documents, pruning: Pruning) -> lookups.Answers:
-    answers: lookups.Answers = []
-    LookupReference(SETTINGS, tuple(documents), []).ask(model, pruning, ignored, answers)
-    return answers
+    return LookupReference(SETTINGS, tuple(documents), []).ask(model, pruning, ignored)
 
 
 @pytest.mark.parametrize(
@@ -130,24 +127,9 @@ def test_the_text_is_greedy_where_the_right_answer_differs(model, documents) -> 
     assert changed.text.startswith(text)
 
 
-def test_a_stopped_reference_continues_after_whole_documents(model, documents) -> None:
-    known: lookups.Answers = []
-
-    def stop(done: int, _total: int) -> None:
-        if done == 3:
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        LookupReference.read(model, SETTINGS, stop, known)
-    assert len(known) == 1
-    found = LookupReference.read(model, SETTINGS, ignored, known)
-    assert found.full == ask(model, documents, FULL)
-
-
 def test_a_reference_gives_the_same_figures_as_one_measurement(model) -> None:
-    reference = LookupReference.read(model, SETTINGS, ignored, [])
-    pruned: lookups.Answers = []
-    reference.ask(model, Pruning(5), ignored, pruned)
+    reference = LookupReference.read(model, SETTINGS, ignored)
+    pruned = reference.ask(model, Pruning(5), ignored)
     at_once = measure_lookups(model, SETTINGS, Pruning(5), ignored)
     assert reference.compare(pruned) == at_once
     assert at_once.logprob_lost.value != 0

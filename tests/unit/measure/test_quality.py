@@ -19,7 +19,6 @@ from pop_local.measure.probes import pick_passage, random_tokens
 from pop_local.measure.quality import (
     Quality,
     QualitySettings,
-    Scores,
     measure_against,
     measure_pruning,
     read_reference,
@@ -195,21 +194,6 @@ def test_random_tokens_exclude_control_tokens(model):
     vocab = model.engine.context.vocabulary.pointer
     attribute = backend.bindings().llama_vocab_get_attr
     assert {attribute(vocab, token) & 8 for token in tokens} == {0}  # LLAMA_TOKEN_ATTR_CONTROL
-
-
-def test_a_stopped_measurement_continues_with_the_remaining_windows(model):
-    reference = read_reference(model, [text()], SHORT, ignore)
-    known: list[Scores] = []
-
-    def stop(done: int, total: int) -> None:
-        if done:
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        measure_against(reference, model, Pruning(5), stop, known)
-    assert len(known) < len(reference.windows)
-    found = measure_against(reference, model, Pruning(5), ignore, known)
-    assert found == measure_against(reference, model, Pruning(5), ignore)
 
 
 def test_a_reference_takes_half_the_memory_with_the_same_figures(model):
