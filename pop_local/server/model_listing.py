@@ -14,7 +14,6 @@ from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.sidecar import SUFFIX as SIDECAR_SUFFIX
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.engine.images.pictures import has_pillow
-from pop_local.engine.llama.cell_regions import n_cells
 from pop_local.engine.llama.loading import default_ctx, kv_bytes
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.infill import can_infill
@@ -86,7 +85,7 @@ class ModelInfo:
     @property
     def needed_bytes(self) -> int:
         """The open model's estimated memory in bytes: file, F16 K/V, and F32 boundary states."""
-        n_bytes, n = self.source.size_bytes, n_cells(self.n_ctx, self.n_parallel)
+        n_bytes, n = self.source.size_bytes, self.n_ctx * self.n_parallel
         with suppress(PopError):
             shape = source_shape(self.source)
             n_bytes += kv_bytes(shape, n)

@@ -137,7 +137,6 @@ def test_the_memory_of_a_move_does_not_depend_on_the_other_rows(
     model = make_gguf(tmp_path / "model.gguf", arch)
     job = Job(str(model), (), n_ctx=N_CELLS, n_ubatch=N_UBATCH, **CACHES[cache])
     n_rows = N_KEPT + N_MOVED
-    # Rows without data occupy cells, as in pop-local's regions.
     fill = Step("move", tokens=(0,) * n_rows, rows=(-1,) * n_rows)
     rows = tuple(range(N_KEPT + 1, n_rows))
     move = Step("move", tokens=(0,) * len(rows), rows=rows, pos=N_KEPT)

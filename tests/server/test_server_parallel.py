@@ -285,12 +285,12 @@ def test_lone_client_always_gets_the_same_slot(path, monkeypatch):
 
 
 @pytest.mark.skipif(not has_kernels(), reason="no kernels for this processor")
-def test_lone_client_gets_the_same_probabilities_in_every_slot(path):
-    """There are more prompts than slots, so the prompts move between slots."""
+def test_repeatable_answers_have_the_same_probabilities(path):
+    """There are more prompts than slots, so slots would keep rows of other prompts."""
     prompts = [f"number {number}, {LONG[: 40 * number]}" for number in range(6)]
     found: list[set[str]] = [set() for _ in prompts]
     order = random.Random(1)
-    sent = {"max_tokens": 4, "logprobs": True, "top_logprobs": 2, "pop": False}
+    sent = {"max_tokens": 4, "logprobs": True, "top_logprobs": 2, "repeatable": True}
     with opened(path, n_ctx=N_CTX, n_parallel=3) as model, asking(app_of(model, NAME)) as client:
         for _ in range(40):
             number = order.randrange(len(prompts))

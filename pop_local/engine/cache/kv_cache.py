@@ -132,7 +132,7 @@ class KvCache:
         self.clear()
         n = state.n_tokens
         end = int(state.positions[n - 1]) + 1 if n else 0
-        if not self.slot.cells.restore(state.cells, end) or self.slot.cells.end != end:
+        if not self.slot.cells.restore(state.cells) or self.slot.cells.end != end:
             self.clear()
             raise PopError(
                 "the saved state does not match this model and context", "submit the prompt again"
@@ -192,8 +192,7 @@ class KvCache:
         start, n = self.n_tokens, image.n_rows
         self.has_logits = False
         first = int(self.rows.positions[self.n_tokens])
-        cells = self.slot.cells.placing(first, n)
-        with self.slot.exclusive(), cells, self._placed([NO_TOKEN] * n):
+        with self.slot.exclusive(), self._placed([NO_TOKEN] * n):
             encode_s = self._vision.decode(self.slot, image, first)
         positions = first + np.arange(n + 1, dtype=np.int32)
         if self.context.is_mrope:

@@ -16,7 +16,6 @@ from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Counters, Mode, Reading
 from pop_local.engine.llama.batch import Outputs
-from pop_local.engine.llama.cell_regions import CellRegions
 from pop_local.engine.llama.cells import SequenceCells
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.interrupt import current_should_stop
@@ -66,7 +65,6 @@ class Batcher:
         self._n_working = 0
         self._queue: list[_Request] = []
         self._throttle = PrefillThrottle(context.n_batch)
-        self.regions = CellRegions(context, context.options.n_sequences)
         self.holder = 0
 
     @contextmanager
@@ -136,7 +134,7 @@ class Batcher:
             if of_steps:
                 self._run(of_steps)
             with Slot.overwriting(prompts[0].slot):
-                self._run(of_prompts, are_placed=True)
+                self._run(of_prompts)
         else:
             self._run(of_steps + of_prompts)
         n_read = sum(n for _, n in of_prompts)
@@ -146,11 +144,8 @@ class Batcher:
         for one in prompts:
             one.slot._add_counters(before)
 
-    def _run(self, parts: list[tuple[_Request, int]], *, are_placed: bool = False) -> None:
-        """Decode each request's next `n` rows and copy the logits of completed requests.
-
-        `are_placed`: whether the rows already have cells.
-        """
+    def _run(self, parts: list[tuple[_Request, int]]) -> None:
+        """Decode each request's next `n` rows and copy the logits of completed requests."""
 
         def should_stop(_: object = None) -> bool:
             return all(one.should_stop() for one, _ in parts)
@@ -168,18 +163,13 @@ class Batcher:
         # The callback waits for the GIL at each node, so short batches of answers run without it.
         has_prompt = len(tokens) > len(parts)
         callback = api.ggml_abort_callback(should_stop if has_prompt else 0)
-        rows = [(one.slot.sequence, one.position, n) for one, n in parts]
-        with nullcontext() if are_placed else self.regions.placing(rows) as placed:
-            order = np.arange(len(tokens)) if placed is None else placed
-            arrays = [np.asarray(each)[order] for each in (tokens, positions, sequences, wanted)]
-            api.llama_set_abort_callback(ctx, callback, None)
-            try:
-                code = self._context.batch.run(ctx, *arrays)
-            finally:
-                api.llama_set_abort_callback(ctx, api.ggml_abort_callback(0), None)
-            if code != 0:
-                raise StoppedError if should_stop() else logs.not_decoded(code)
-        ends = np.argsort(order)[ends]
+        api.llama_set_abort_callback(ctx, callback, None)
+        try:
+            code = self._context.batch.run(ctx, tokens, positions, sequences, wanted)
+        finally:
+            api.llama_set_abort_callback(ctx, api.ggml_abort_callback(0), None)
+        if code != 0:
+            raise StoppedError if should_stop() else logs.not_decoded(code)
         n_vocab = self._context.vocabulary.n_tokens
         for (one, n), end in zip(parts, ends.tolist(), strict=True):
             one.n_done += n
@@ -207,7 +197,7 @@ class BatchedSlot(Slot):
 
     def __init__(self, batcher: Batcher, context: Context, sequence: int) -> None:
         super().__init__(context, sequence)
-        self.cells = SequenceCells(context, sequence, batcher.locked, batcher.regions)
+        self.cells = SequenceCells(context, sequence, batcher.locked)
         self._batcher = batcher
         self._mode = backend.get_mode(context.ctx)
         self._is_prefilling = False
@@ -287,12 +277,8 @@ class BatchedSlot(Slot):
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         if self._batcher.holder == threading.get_ident():
-            if self._is_overwriting:
-                with super().overwriting():
-                    super().decode(tokens, first_position, outputs)
-            else:
-                with self.cells.placing(first_position, len(tokens)):
-                    super().decode(tokens, first_position, outputs)
+            with super().overwriting() if self._is_overwriting else nullcontext():
+                super().decode(tokens, first_position, outputs)
             if outputs is not Outputs.NONE:
                 self._logits = super().logits.copy()
             return

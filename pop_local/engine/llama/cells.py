@@ -2,14 +2,13 @@
 
 import ctypes
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.llama import backend
-from pop_local.engine.llama.cell_regions import CellRegions
 from pop_local.engine.llama.context import Context
 
 Lock = Callable[[], AbstractContextManager[None]]
@@ -62,18 +61,21 @@ class Cells:
         if memory := self._memory:
             self._api.llama_memory_clear(memory, True)
 
-    def placing(self, first: int, n: int) -> AbstractContextManager[Any]:
-        """Context manager that provides cells for `n` rows, starting at position `first`."""
-        return nullcontext()
-
     def share(self, other: "Cells", n_positions: int, tokens: np.ndarray) -> bool:
-        """Add the first rows of another sequence to this empty sequence. `tokens`: int32 [n_rows].
+        """Copy another sequence's first rows to this empty sequence. `tokens`: int32 [n_rows].
 
-        Returns True if the rows were copied, or False if the sequences share cells.
+        Returns False if llama.cpp cannot copy rows, so the sequences share cells.
         """
-        copy = self._api.llama_memory_seq_cp
-        copy(self._memory, other._sequence, self._sequence, 0, n_positions)
-        return False
+        with self._locked():
+            copy = self._api.llama_memory_seq_cp
+            copy(self._memory, other._sequence, self._sequence, 0, n_positions)
+            if self._context.is_mrope:
+                return False
+            try:
+                self.move(0, np.arange(n_positions, dtype=np.int32), tokens)
+            except PopError:
+                return False
+            return True
 
     def move(self, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
         """Replace the cells from `start` onward with an edited prompt's cells (see move_rows)."""
@@ -92,8 +94,8 @@ class Cells:
             n_read = self._state("get_data", _address(buffer), buffer.size)
             return buffer[:n_read].tobytes()
 
-    def restore(self, state: bytes, n_positions: int) -> bool:
-        """Restore `n_positions` cells from a saved state. Returns False on failure.
+    def restore(self, state: bytes) -> bool:
+        """Restore the cells from a saved state. Returns False on failure.
 
         After a failure, the cells' contents are undefined. Rejects states that are empty or shorter
         than their declared size.
@@ -144,42 +146,8 @@ class SequenceCells(Cells):
 
     _starts_with_size = False
 
-    def __init__(self, context: Context, sequence: int, locked: Lock, regions: CellRegions) -> None:
-        super().__init__(context, sequence, locked)
-        self._regions = regions
-
-    def placing(self, first: int, n: int) -> AbstractContextManager[Any]:
-        return self._regions.placing([(self._sequence, first, n)])
-
-    def truncate(self, position: int) -> bool:
-        with self._locked():
-            return self.end <= position or self._regions.truncate(self._sequence, position)
-
     def clear(self) -> None:
         self.truncate(0)
-
-    def share(self, other: Cells, n_positions: int, tokens: np.ndarray) -> bool:
-        if not self._regions.is_on:
-            return super().share(other, n_positions, tokens)
-        with self._locked(), self.placing(0, n_positions):
-            super().share(other, n_positions, tokens)
-            sources = np.arange(n_positions, dtype=np.int32)
-            backend.move_rows(self._ctx, self._sequence, 0, sources, tokens)
-        return True
-
-    def move(self, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
-        with self._locked():
-            end, new_end = self.end, start + len(sources)
-            self._regions.reserve(self._sequence, new_end)
-            with self.placing(end, new_end - end) if new_end > end else nullcontext():
-                super().move(start, sources, tokens)
-
-    def restore(self, state: bytes, n_positions: int) -> bool:
-        with self._locked(), suppress(PopError), self.placing(0, n_positions):
-            if not super().restore(state, n_positions):
-                raise PopError("the saved state does not fit in the context")
-            return True
-        return False
 
     def _state(self, action: str, *values: Any) -> int:
         call = getattr(self._api, f"llama_state_seq_{action}")

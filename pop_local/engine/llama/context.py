@@ -15,7 +15,7 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
-from pop_local.engine.llama import backend, cell_regions, loading, logs
+from pop_local.engine.llama import backend, loading, logs
 from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import default_threads, devices, has_kernels
 from pop_local.engine.llama.interrupt import Interrupt
@@ -150,8 +150,8 @@ class Context:
         default = loading.default_ctx(self.files.source, options.n_sequences, free_bytes)
         n_ctx, n = options.n_ctx or default, options.n_sequences
         self.n_ctx = -(-n_ctx // _ROUNDED_TO) * _ROUNDED_TO
-        params.n_ctx = min(cell_regions.n_cells(self.n_ctx, n), 2**32 - 1)  # prevents an overflow
-        params.n_seq_max, params.kv_unified = cell_regions.n_all_sequences(n), True
+        params.n_ctx = min(n * self.n_ctx, 2**32 - 1)  # prevents an overflow
+        params.n_seq_max, params.kv_unified = n, True
         params.n_batch = min(n_ctx, options.n_batch)
         if params.n_batch < params.n_seq_max:  # llama.cpp would abort
             raise PopError(

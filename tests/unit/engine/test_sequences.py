@@ -212,7 +212,7 @@ def test_copied_rows_remain_when_their_source_changes(model):
     expected = logits(model, index).copy()
     model.engine.sequences[2].cache.clear()
     read_in(model, 2, LONG)
-    np.testing.assert_array_equal(logits(model, 2), expected)
+    np.testing.assert_allclose(logits(model, 2), expected, atol=NOISE)
 
 
 def test_a_refilled_sequence_equals_the_full_models_next_to_others(model, pop_file):
@@ -319,7 +319,7 @@ def test_options_that_exclude_several_sequences_are_refused(pop_file, tmp_path):
         opened(pop_file, n_threads=MOST_THREADS + 1)
     assert MOST_THREADS == settings.MOST_THREADS
     with pytest.raises(PopError, match="batches of 2 tokens are too small"):
-        opened(pop_file, n_parallel=2, n_batch=2, n_ubatch=2)
+        opened(pop_file, n_parallel=3, n_batch=2, n_ubatch=2)
 
 
 def test_each_sequence_has_the_whole_context_length(model):
