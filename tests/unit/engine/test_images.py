@@ -1,8 +1,8 @@
 """Pictures in prompts on tiny models of each kind: prefill, reuse, stops, errors."""
 
 import ctypes
+import gc
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,6 @@ import pytest
 from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.answer import ContextFullError
 from pop_local.engine.chat_messages import Message
-from pop_local.engine.images import mmproj
 from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.llama import backend
@@ -43,30 +42,30 @@ from support.vision_models import (
 def test_a_cached_picture_is_reused_and_another_one_is_read(vision_model):
     with vision_model.opened() as model, vision_model.opened() as fresh:
         # A longer tail than the text after the picture.
-        for each in (model, fresh):
-            set_rule(each, tail_tokens=32)
+        set_rule(model, tail_tokens=32)
+        set_rule(fresh, tail_tokens=32)
         first = prompt(model, LONG, 3)
-        said, n_read = answered(model, first)
+        answer, n_read = answered(model, first)
         assert n_read == len(first)
-        assert answered(model, first) == (said, 1)
+        assert answered(model, first) == (answer, 1)
 
         other = prompt(model, LONG, 4)
         start = image_start(first)
         assert other.tokens[:start] == first.tokens[:start]
-        said_of_other, n_read = answered(model, other)
+        other_answer, n_read = answered(model, other)
         assert n_read == len(other) - start
-        assert said_of_other == answered(fresh, prompt(fresh, LONG, 4))[0]
-        assert answered(model, first)[0] == said
+        assert other_answer == answered(fresh, prompt(fresh, LONG, 4))[0]
+        assert answered(model, first)[0] == answer
 
         # Only text is in the tail, so no row of the picture is read again.
         short = prompt(model, "a b", 3)
-        said_shortly, n_read = answered(model, short)
+        short_answer, n_read = answered(model, short)
         assert n_read <= len(short) - image_end(short)
         fresh.engine.cache.clear()
-        assert said_shortly == answered(fresh, prompt(fresh, "a b", 3))[0]
+        assert short_answer == answered(fresh, prompt(fresh, "a b", 3))[0]
 
 
-def test_two_pictures_in_a_conversation(vision_model):
+def test_conversation_reuses_pictures(vision_model):
     with vision_model.opened() as model:
         session = model.session()
         options = {"temperature": 0.0, "max_tokens": 3}
@@ -79,43 +78,35 @@ def test_two_pictures_in_a_conversation(vision_model):
         assert second.n_prompt == second.n_cached + second.n_pruned + second.n_full
         third = session.chat("g", **options).stats
         assert third.n_image == second.n_image and third.encode_s == 0
-        assert (
-            model.engine.cache.rows.positions[model.engine.cache.n_tokens]
-            <= model.engine.cache.n_tokens
-        )
-        assert (
-            model.engine.cache.rows.positions[model.engine.cache.n_tokens]
-            < model.engine.cache.n_tokens
-        ) == model.engine.context.is_mrope
 
 
 def test_an_image_has_libmtmds_rows(vision_model):
     with vision_model.opened() as model:
         tokens = prompt(model, "a b c d", 3)
         append(model, tokens)
-        want = logits(model)
+        expected = logits(model)
         read_raw(model, tokens)
-        np.testing.assert_array_equal(logits(model), want)
+        np.testing.assert_array_equal(logits(model), expected)
 
 
 def logits(model: PopModel) -> np.ndarray:
     return model.engine.context.logits().copy()
 
 
-def read_raw(model: PopModel, made: Prompt) -> None:
+def read_raw(model: PopModel, tokens: Prompt) -> None:
     """Decode a prompt like the engine, but its images like libmtmd."""
     context = model.engine.context
-    plan = plan_prefill(0, len(made), model.engine.rule, context.n_batch, made.spans)
+    plan = plan_prefill(0, len(tokens), model.engine.rule, context.n_batch, tokens.spans)
     model.engine.cache.slot.cells.clear()
     batch = TokenBatch(context.n_batch)
     pos = 0
     backend.set_reading(context.ctx, backend.Reading.SOME)
     for start, end in plan.chunks:
-        if start in made.images:
-            pos += decode_raw(model, made.images[start], pos)
+        if start in tokens.images:
+            pos += decode_raw(model, tokens.images[start], pos)
             continue
-        outputs = Outputs.LAST if end == len(made) else Outputs.NONE
-        assert batch.decode(context.ctx, made.tokens[start:end], pos, outputs) == 0
+        outputs = Outputs.LAST if end == len(tokens) else Outputs.NONE
+        assert batch.decode(context.ctx, tokens.tokens[start:end], pos, outputs) == 0
         pos += end - start
     batch.close()
 
@@ -139,25 +130,22 @@ def test_reading_a_picture_can_be_stopped(vision_model):
     """A stop during encoding or decoding leaves the model unchanged."""
     with vision_model.opened() as model:
         tokens = prompt(model, LONG, 3)
-        want = answered(model, tokens)
-        for n_asked in (1, 3, 6, 12):
+        expected = answered(model, tokens)
+        for n_calls in (1, 3, 6, 12):
             model.engine.cache.clear()
-            left = iter([False] * n_asked)
-            with (
-                stopped_by(partial(next, left, True)),
-                pytest.raises(StoppedError),
-            ):
+            left = iter([False] * n_calls)
+            with stopped_by(partial(next, left, True)), pytest.raises(StoppedError):
                 append(model, tokens)
             at = model.engine.cache.n_tokens
             assert not any(begin < at < end for begin, end in tokens.spans), "half an image"
-            assert answered(model, tokens)[0] == want[0]
+            assert answered(model, tokens)[0] == expected[0]
 
 
 @pytest.mark.parametrize("how", ["a signal", "an exception"])
-def test_ctrl_c_while_a_picture_is_encoded(smol, how):
+def test_ctrl_c_stops_encoding(smol, how):
     with smol.opened() as model:
         tokens = prompt(model, LONG, 3)
-        want = answered(model, tokens)[0]
+        expected = answered(model, tokens)[0]
         model.engine.cache.clear()
 
         def pressed() -> bool:
@@ -170,29 +158,7 @@ def test_ctrl_c_while_a_picture_is_encoded(smol, how):
         with stopped_by(pressed), pytest.raises(KeyboardInterrupt):
             append(model, tokens)
         assert model.engine.cache.n_tokens == image_start(tokens)
-        assert answered(model, tokens)[0] == want
-
-
-def test_one_stop_request_suffices(smol):
-    with smol.opened() as model:
-        tokens = prompt(model, "a b", 3)
-        want = answered(model, tokens)[0]
-        n_nodes = model.engine.vision._n_nodes
-        n_stopped = 0
-        for when in range(20):
-            model.engine.cache.clear()
-            left, before = iter([False] * when + [True]), model.engine.vision._n_nodes
-
-            def once(left: Iterator[bool] = left) -> bool:
-                return model.engine.cache.n_tokens > 0 and next(left, False)
-
-            try:
-                with stopped_by(once):
-                    append(model, tokens)
-            except StoppedError:
-                n_stopped += 0 < model.engine.vision._n_nodes - before < n_nodes
-            assert answered(model, tokens)[0] == want
-        assert n_stopped > 1, "encoding was interrupted"
+        assert answered(model, tokens)[0] == expected
 
 
 def test_an_incomplete_encoding_is_not_reused(smol):
@@ -211,32 +177,17 @@ def test_rows_of_a_stopped_picture_are_not_saved(smol):
         for when in range(0, 400, 10):
             model.engine.cache.clear()
             left = iter([False] * when)
-            with (
-                stopped_by(partial(next, left, True)),
-                pytest.raises(StoppedError),
-            ):
+            with stopped_by(partial(next, left, True)), pytest.raises(StoppedError):
                 append(model, tokens)
-            n_left += (
-                model.engine.cache.slot.cells.end
-                > model.engine.cache.rows.positions[model.engine.cache.n_tokens]
-            )
+            cache = model.engine.cache
+            n_left += cache.slot.cells.end > cache.rows.positions[cache.n_tokens]
             model.engine.states.restore(model.engine.states.save())
         assert n_left, "the stop came between two ubatches"
 
 
-def test_chunks_of_unused_pictures_are_dropped(smol, monkeypatch):
-    monkeypatch.setattr(mmproj, "_KNOWN_ROWS", 100)
-    with smol.opened() as model:
-        first = prompt(model, "a", 3)
-        for seed in (4, 5):
-            prompt(model, "a", seed)
-        assert len(model.engine.vision._known) == 1
-        assert answered(model, first)[1] == len(first)
-
-
-def test_picture_chunks_are_freed(smol):
+def test_frees_picture_chunks_and_mmproj(smol):
     """Chunks take megabytes each, so the model keeps only one, despite prompts with its ids."""
-    n_held = 0
+    n_held, n_freed = 0, 0
 
     class Counting:
         def __getattr__(self, name: str) -> Any:
@@ -252,15 +203,22 @@ def test_picture_chunks_are_freed(smol):
             n_held -= 1
             real.mtmd_input_chunks_free(chunks)
 
-    with smol.opened() as model:
-        real = model.engine.prompter.open_vision()._mtmd
-        model.engine.vision._mtmd = Counting()
-        tokens = prompt(model, "a b", 3, 4, 5)
-        assert n_held == 1
-        want = answered(model, tokens)[0]
-        model.engine.cache.clear()
-        assert answered(model, tokens)[0] == want and n_held == 1
-    assert n_held == 0
+        def mtmd_free(self, ctx: Any) -> None:
+            nonlocal n_freed
+            n_freed += 1
+            real.mtmd_free(ctx)
+
+    model = smol.opened()
+    real = model.engine.prompter.open_vision()._mtmd
+    model.engine.vision._mtmd = Counting()
+    tokens = prompt(model, "a b", 3, 4, 5)
+    assert n_held == 1
+    answer = answered(model, tokens)[0]
+    model.engine.cache.clear()
+    assert answered(model, tokens)[0] == answer and n_held == 1
+    del model
+    gc.collect()
+    assert (n_held, n_freed) == (0, 1)
 
 
 def test_a_closed_model_refuses_pictures(smol):
@@ -278,11 +236,10 @@ def test_a_closed_model_refuses_pictures(smol):
 def test_rows_of_another_mmproj_are_not_reused(smol, tmp_path):
     other = make_mmproj(tmp_path / "mmproj.gguf", replace(MMPROJS["llama"], seed=2))
     with smol.opened() as model, smol.opened(mmproj=other) as another:
-        one, same = prompt(model, "a", 3), prompt(another, "a", 3)
-        assert one.tokens == same.tokens
-        assert not {each.key for each in one.images.values()} & {
-            each.key for each in same.images.values()
-        }
+        first, same = prompt(model, "a", 3), prompt(another, "a", 3)
+        assert first.tokens == same.tokens
+        keys = [{image.key for image in tokens.images.values()} for tokens in (first, same)]
+        assert not keys[0] & keys[1]
 
 
 def test_a_picture_that_exceeds_the_context_is_refused(vision_model):
@@ -303,7 +260,7 @@ def test_pruning_off_reads_pictures_in_full(vision_model):
         assert not np.array_equal(logits(model), pruned)
 
 
-def test_refilling_with_pictures(vision_model):
+def test_refills_causal_pictures(vision_model):
     """Refilled rows equal the full model's. Non-causal and multi-position rows are not refilled."""
     if vision_model.arch.startswith("qwen"):
         with vision_model.opened(keep_states=True) as model:
@@ -325,28 +282,11 @@ def test_a_picture_is_never_split(smol):
     """Rereading only the last token of a prompt would split a picture at its end."""
     with smol.opened() as model:
         tokens = prompt(model, LONG, 3)
-        want = answered(model, tokens)[0]
+        expected = answered(model, tokens)[0]
         with pytest.raises(PopError, match="ends with an image"):
             answered(model, replace(tokens, tokens=tokens.tokens[: image_end(tokens)]))
         assert model.engine.cache.n_tokens in tokens.images
-        assert answered(model, tokens)[0] == want
-
-
-def test_an_exception_of_should_stop_leaves_the_encoder(smol):
-    """Fits encode pictures without reading a prompt."""
-    with smol.opened() as model:
-        tokens = prompt(model, "a b", 3)
-        image = next(iter(tokens.images.values()))
-        calls = iter([False])
-
-        def pressed() -> bool:
-            for call in calls:
-                return call
-            raise KeyboardInterrupt
-
-        model.engine.vision._should_stop = pressed
-        with pytest.raises(KeyboardInterrupt):
-            model.engine.vision.embedded(image)
+        assert answered(model, tokens)[0] == expected
 
 
 def test_a_prompt_with_a_picture_is_not_short(smol):
@@ -357,7 +297,7 @@ def test_a_prompt_with_a_picture_is_not_short(smol):
         assert model.chat("a b", max_tokens=1).stats.is_short
 
 
-def test_an_image_larger_than_a_ubatch_whose_rows_see_each_other(tmp_path):
+def test_rejects_mutual_image_larger_than_ubatch(tmp_path):
     vision_model = VisionModel("gemma3", make_vision_model(tmp_path, "gemma3"))
     with vision_model.opened(n_ubatch=32) as model:
         with pytest.raises(PopError, match="64 tokens must fit in one ubatch"):
@@ -369,48 +309,42 @@ def test_an_image_larger_than_a_ubatch_whose_rows_see_each_other(tmp_path):
 # Templates and image markers in messages
 
 
-def test_templates_with_parts_or_strings(smol, tmp_path):
+def test_templates_take_parts_or_strings(smol, tmp_path):
     parts = VisionModel("llama", make_vision_model(tmp_path, "llama", template=PARTS_TEMPLATE))
-    with smol.opened() as one, parts.opened() as other:
-        assert prompt(one, "a b", 3, 4) == prompt(other, "a b", 3, 4)
-        assert prompt(one, "a b") == prompt(other, "a b")
+    with smol.opened() as model, parts.opened() as other:
+        assert prompt(model, "a b", 3, 4) == prompt(other, "a b", 3, 4)
+        assert prompt(model, "a b") == prompt(other, "a b")
 
 
 @pytest.mark.parametrize("text", ["<__media__>", "\U000f0000", "<|vision_start|>", "<|im_end|>"])
-def test_what_a_message_spells_out_is_text(smol, text):
+def test_special_token_in_message_is_text(smol, text):
     with smol.opened() as model:
-        made, plain = prompt(model, f"a {text} b", 3), prompt(model, "a b", 3)
-        assert [*made.images.values()] == [*plain.images.values()]
+        tokens, plain = prompt(model, f"a {text} b", 3), prompt(model, "a b", 3)
+        assert [*tokens.images.values()] == [*plain.images.values()]
+        vocabulary = model.engine.context.vocabulary
         is_special = model.engine.prompter._special._is_special
-        special = [
-            token for token in range(model.engine.context.vocabulary.n_tokens) if is_special(token)
-        ]
-        counted = [[each.tokens.count(one) for one in special] for each in (made, plain)]
-        assert counted[0] == counted[1]
-        said = model.engine.context.vocabulary.detokenize(
-            [token for token in made.tokens if token >= 0]
-        )
-        assert text in said
+        special = filter(is_special, range(vocabulary.n_tokens))
+        assert all(tokens.tokens.count(token) == plain.tokens.count(token) for token in special)
+        assert text in vocabulary.detokenize([token for token in tokens.tokens if token >= 0])
 
 
 def test_pictures_keep_their_positions_in_the_message(smol):
     with smol.opened() as model:
         picture = picture_of(png(3), "3.png")
-        made = model.engine.prompter.conversation([Message("user", "abcd", ((2, picture),))])
-        before, after = made.tokens[: image_start(made)], made.tokens[image_end(made) :]
-        assert "ab" in model.engine.context.vocabulary.detokenize(
-            before
-        ) and "cd" in model.engine.context.vocabulary.detokenize(after)
-        assert "cd" not in model.engine.context.vocabulary.detokenize(before)
+        tokens = model.engine.prompter.conversation([Message("user", "abcd", ((2, picture),))])
+        text_of = model.engine.context.vocabulary.detokenize
+        before = text_of(tokens.tokens[: image_start(tokens)])
+        after = text_of(tokens.tokens[image_end(tokens) :])
+        assert "ab" in before and "cd" in after and "cd" not in before
 
 
-def test_a_template_that_drops_a_picture(tmp_path):
+def test_rejects_template_that_drops_pictures(tmp_path):
     template = "{{ messages[-1]['content'] }}"
     vision_model = VisionModel("llama", make_vision_model(tmp_path, "llama", template=template))
     with vision_model.opened() as model:
-        shown = ((0, picture_of(png(3), "a")),)
+        messages = [Message("user", "a", ((0, picture_of(png(3), "a")),)), Message("user", "b")]
         with pytest.raises(PopError, match="omits images"):
-            model.engine.prompter.conversation([Message("user", "a", shown), Message("user", "b")])
+            model.engine.prompter.conversation(messages)
 
 
 # Plans

@@ -1,6 +1,5 @@
 """Mmprojs: choice, validation and decoding of pictures."""
 
-import gc
 import os
 import threading
 from dataclasses import replace
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.llama import logs
 from pop_local.models.mmproj_files import find_mmproj
@@ -24,7 +22,7 @@ from support.vision_models import (
 )
 
 
-def test_images_of_a_question(smol, tmp_path):
+def test_reads_images_of_a_question(smol, tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(png(3))
     with smol.opened() as model:
@@ -38,7 +36,7 @@ def test_images_of_a_question(smol, tmp_path):
         model.chat("a", images=[path])
 
 
-def test_an_invalid_mmproj_is_refused(smol, tmp_path):
+def test_rejects_invalid_mmproj(smol, tmp_path):
     with pytest.raises(PopError, match="not an mmproj"):
         smol.opened(mmproj=smol.path)
     with pytest.raises(PopError, match="does not exist"):
@@ -82,8 +80,8 @@ def test_the_only_mmproj_of_a_folder_needs_a_matching_name(smol, tmp_path, name,
     (tmp_path / name).write_bytes((smol.path.parent / "mmproj.gguf").read_bytes())
     for model in models:
         (tmp_path / model).touch()
-    found = [find_mmproj(tmp_path / model) is not None for model in models]
-    assert found == [number in matching for number in range(len(models))]
+    has_mmproj = [find_mmproj(tmp_path / model) is not None for model in models]
+    assert has_mmproj == [number in matching for number in range(len(models))]
 
 
 def test_image_tokens_are_limited(tmp_path):
@@ -99,7 +97,7 @@ def test_image_tokens_are_limited(tmp_path):
         prompt(none, "a", 3)
 
 
-def test_pictures_of_odd_sizes(vision_model):
+def test_reads_pictures_of_odd_sizes(vision_model):
     with vision_model.opened() as model:
         for size in ((1, 1), (100, 1), (1, 100), (31, 333)):
             picture = picture_of(png(3, *size), "odd")
@@ -119,8 +117,8 @@ def test_decoding_a_picture_does_not_block_others(smol, monkeypatch):
     monkeypatch.setattr(Picture, "rgb", slow)
     with smol.opened() as model:
         threads = [
-            threading.Thread(target=model.engine.prompter.count_picture, args=(each,))
-            for each in (large, small)
+            threading.Thread(target=model.engine.prompter.count_picture, args=(picture,))
+            for picture in (large, small)
         ]
         threads[0].start()
         assert is_begun.wait(20)
@@ -147,13 +145,7 @@ def test_an_mmproj_path_may_be_invalid_utf8(smol, tmp_path):
         assert model.engine.prompter.count_picture(picture_of(png(3), "a")) > 0
 
 
-def test_the_library_is_not_loaded_for_text(smol):
-    with smol.opened() as model:
-        model.chat("a b", max_tokens=1)
-        assert model.engine.vision is not None and model.engine.vision._ctx is None
-
-
-def test_another_thread_does_not_clear_the_reason(smol, tmp_path):
+def test_threads_keep_their_own_error(smol, tmp_path):
     with smol.opened():  # redirects llama.cpp's log
         logs.forget_errors()
         logs._on_log(4, b"f: a reason", None)
@@ -164,86 +156,36 @@ def test_another_thread_does_not_clear_the_reason(smol, tmp_path):
         logs.forget_errors()
 
 
-def test_an_unreferenced_models_mmproj_is_freed(smol):
-    model = smol.opened()
-    mtmd, freed = model.engine.prompter.open_vision()._mtmd, []
-
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(mtmd, name)
-
-        def mtmd_free(self, ctx: Any) -> None:
-            freed.append(ctx)
-            mtmd.mtmd_free(ctx)
-
-    model.engine.vision._mtmd = Counting()
-    del model
-    gc.collect()
-    assert len(freed) == 1
-
-
 @pytest.fixture
 def decoded(monkeypatch) -> list[tuple[str, int, int]]:
     """Record the name, width and height of each decoded picture."""
-    found: list[tuple[str, int, int]] = []
+    pictures: list[tuple[str, int, int]] = []
 
     def noted(picture: Picture, *most: int, real: Any = Picture.rgb) -> Any:
         width, height, pixels = real(picture, *most)
-        found.append((picture.name, width, height))
+        pictures.append((picture.name, width, height))
         return width, height, pixels
 
     monkeypatch.setattr(Picture, "rgb", noted)
-    return found
-
-
-def asked(model: Any, images: list[Picture]) -> None:
-    for image in images:
-        model.engine.prompter.count_picture(image)
-    model.chat("a", images=images, max_tokens=1)
+    return pictures
 
 
 def test_a_picture_is_decoded_once_for_tokens_and_rows(smol, decoded):
     images = [picture_of(png(seed), str(seed)) for seed in range(4)]
     with smol.opened() as model:
-        asked(model, images)
-        assert [name for name, *_ in decoded] == ["0", "1", "2", "3"]
-        assert not model.engine.vision._kept, "no caller needs the pixels"
-
-
-def test_a_new_picture_does_not_affect_one_that_is_encoded(tmp_path, decoded, monkeypatch):
-    """qwen2vl rows have multiple positions, which also need the picture's chunks."""
-    first, other = (picture_of(png(seed), str(seed)) for seed in (3, 4))
-    with VisionModel("qwen2vl", make_vision_model(tmp_path, "qwen2vl")).opened() as model:
-        vision = model.engine.prompter.open_vision()
-
-        def embedded(image: ImageChunk, real: Any = vision.embedded) -> Any:
-            rows = real(image)
-            vision.see(other)
-            return rows
-
-        monkeypatch.setattr(vision, "embedded", embedded)
-        model.chat("a", images=[first], max_tokens=1)
-    assert [name for name, *_ in decoded] == ["3", "4"]
-
-
-def test_cached_pixels_have_a_limit(smol, decoded, monkeypatch):
-    images = [picture_of(png(seed, 100, 100), str(seed)) for seed in range(4)]
-    monkeypatch.setattr("pop_local.engine.images.mmproj._KEPT_BYTES", 2 * 3 * 100 * 100)
-    with smol.opened() as model:
         for image in images:
             model.engine.prompter.count_picture(image)
-        assert len(model.engine.vision._kept) == 2
         model.chat("a", images=images, max_tokens=1)
-    assert len(decoded) > 4
+        assert [name for name, *_ in decoded] == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(
-    ("size", "shown"),
+    ("size", "decoded_size"),
     [((1000, 500), (512, 256)), ((256, 2000), (256, 2000)), ((100, 90), (100, 90))],
 )
-def test_a_picture_is_decoded_at_the_encoders_size(tmp_path, decoded, size, shown):
+def test_a_picture_is_decoded_at_the_encoders_size(tmp_path, decoded, size, decoded_size):
     """The shorter side becomes twice the encoder's 128 pixels."""
     vision_model = VisionModel("gemma3", make_vision_model(tmp_path, "gemma3"))
     with vision_model.opened() as model:
         model.engine.prompter.count_picture(picture_of(png(3, *size), "a"))
-    assert decoded == [("a", *shown)]
+    assert decoded == [("a", *decoded_size)]
