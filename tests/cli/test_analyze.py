@@ -1,12 +1,18 @@
 """Test `pop-local analyze`: options, output, refusals, and the real models' figures."""
 
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from pop_converter.base.errors import PlanError
+from pop_local.measure import budget
 from pop_local.measure.budget import boundaries
+from pop_local.measure.estimate import Estimate
+from pop_local.measure.quality import Quality
 from pop_local.research import analyze as research
+from pop_local.research.analyze import DepthCost, deepest_within, worth_measuring
 from support.analyzed import analyze, report
 from support.converted import paired
 from support.synthetic import make_gguf
@@ -22,15 +28,12 @@ def model(tmp_path_factory):
 
 def test_json_has_all_boundaries(model):
     found = report(model)
+    assert found == report(model)
     assert [row["boundary"] for row in found["boundaries"]] == [5, 4, 3]
     last = found["boundaries"][0]
     assert last["quality"]["kl_mean"] == pytest.approx(0, abs=1e-6)
     assert last["projection"] == "own"
     assert {"speedup_limit", "induction_retention"} <= set(last)
-
-
-def test_the_figures_are_the_same_again(model):
-    assert report(model) == report(model)
 
 
 def test_a_pipe_gets_one_table_and_the_findings(model):
@@ -57,10 +60,9 @@ def test_where_copying_is_lost_nothing_else_is_measured(model, monkeypatch):
 # --- refusals
 
 
-@pytest.mark.parametrize("projection", ["own", "fitted"])
-def test_a_converted_file_is_refused(tmp_path, projection):
+def test_a_converted_file_is_refused(tmp_path):
     base = make_gguf(tmp_path / "base.gguf", "llama", n_layer=6)
-    done = analyze(paired(base, tmp_path, projection, boundary=3).single)
+    done = analyze(paired(base, tmp_path, "fitted", boundary=3).single)
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
     assert "is already converted" in message
@@ -79,3 +81,90 @@ def test_the_deeper_half_is_probed(n_layer, deepest):
 def test_a_single_layer_has_nothing_to_skip():
     with pytest.raises(PlanError):
         boundaries(SimpleNamespace(n_layer=1))  # type: ignore[arg-type]
+
+
+# --- fits
+
+
+@pytest.fixture
+def balanced(monkeypatch):
+    """Raise the perplexity limit, which random weights exceed by chance."""
+    monkeypatch.setattr(budget, "BALANCED", replace(budget.BALANCED, max_ppl_ratio=2.0))
+
+
+@pytest.mark.usefixtures("balanced")
+def test_each_boundary_is_fitted_and_one_is_chosen(model):
+    found = report(model)
+    deepest = found["boundaries"][-1]
+    assert [row["projection"] for row in found["boundaries"]] == ["own", "fitted", "fitted"]
+    assert deepest["quality"]["n_pruned"] > 0
+    assert found["calibration"]["n_tokens"] == 4096
+    # Random weights lose little, so the deepest boundary is within the budget.
+    assert found["chosen"]["boundary"] == deepest["boundary"] == 3
+    assert found["chosen"]["projection"] == "fitted"
+    assert found["chosen"]["budget"]["quality"] == "balanced"
+
+
+@pytest.mark.usefixtures("balanced")
+def test_the_choice_is_named_an_estimate(model):
+    done = analyze(model, "--markdown")
+    assert done.exit_code == 0, done.output
+    [row] = [
+        line for line in done.stdout.splitlines() if line.startswith("|") and "balanced" in line
+    ]
+    assert row.split("|")[1].strip() == "3"
+    assert "4,096 tokens" in done.stdout
+    assert "The balanced budget allows skipping layers 3 and up" in done.stdout
+    assert "The loss was measured on 3 windows." in done.stdout
+
+
+@pytest.mark.usefixtures("balanced")
+def test_no_boundary_is_chosen_outside_the_budget(model, monkeypatch):
+    monkeypatch.setattr(budget, "BALANCED", replace(budget.BALANCED, max_kl=-1.0))
+    assert report(model)["chosen"]["boundary"] is None
+    done = analyze(model)
+    assert "The balanced budget does not allow any of the measured boundaries." in done.stdout
+
+
+def _boundaries(depths: list[DepthCost]) -> list[int]:
+    return [each.boundary for each in worth_measuring(depths)]
+
+
+def test_prose_is_measured_down_to_one_boundary_past_hope():
+    retentions = (1, 0.99, 0.95, 0.9, 0.3, 0.1)
+    depths = [made(9 - n, retention=kept) for n, kept in enumerate(retentions)]
+    # Boundary 6 is the deepest within the balanced budget. Boundary 5 ends the measurements.
+    assert _boundaries(depths) == [9, 8, 7, 6, 5]
+    assert set(_boundaries(depths[:3])) == {9, 8, 7}
+    # Boundary 9 saves too little work.
+    assert set(_boundaries([replace(depths[0], speedup_limit=1.04), *depths[1:3]])) == {8, 7}
+    # A model that does not copy is measured at every boundary.
+    assert _boundaries([replace(d, retention=None) for d in depths]) == [9, 8, 7, 6, 5, 4]
+
+
+def test_the_deepest_within_is_among_those_measured_on_prose():
+    depths = [made(9), made(8), made(7), made(6)]
+    assert deepest_within(budget.BALANCED, depths) is None
+    kls = {9: 0.0, 8: 0.03, 7: 0.1}
+    measured = [
+        replace(depth, quality=cost(depth.boundary, kls[depth.boundary])) for depth in depths[:3]
+    ]
+    assert getattr(deepest_within(budget.BALANCED, [*measured, depths[3]]), "boundary", None) == 8
+    assert deepest_within(replace(budget.BALANCED, max_kl=-1.0), measured) is None
+
+
+def made(boundary: int, retention: float = 1.0) -> DepthCost:
+    """Return the cost of a boundary in a model of ten layers."""
+    return DepthCost(boundary, 10 - boundary, 1.5, Estimate(retention, 0.0))
+
+
+def cost(boundary: int, kl: float) -> Quality:
+    """Return a quality with the figures that a budget limits."""
+    quality = SimpleNamespace(
+        boundary=boundary,
+        kl_mean=Estimate(kl, 0.0),
+        ppl_ratio=Estimate(1.0, 0.0),
+        copy_ppl_ratio=Estimate(1.0, 0.0),
+        induction_retention=Estimate(1.0, 0.0),
+    )
+    return cast("Quality", quality)

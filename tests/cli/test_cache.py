@@ -51,11 +51,6 @@ def test_clear_removes_files_of_another_version():
     assert list(settings.prompts_dir().iterdir()) == []
 
 
-def test_clearing_creates_no_folder():
-    assert "Removed 0 stored prompts" in called("cache", "clear").stderr
-    assert not settings.prompts_dir().parent.exists()
-
-
 def test_nothing_is_stored_without_the_option(model):
     ask(model, TEXT)
     assert not settings.prompts_dir().exists()

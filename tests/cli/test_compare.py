@@ -78,15 +78,6 @@ def test_a_table_shows_what_differs(pop_file, mine):
     assert len(rows) == 2 + 3 - found["n_same"]
 
 
-def test_without_a_pruned_prompt_no_speedup_is_shown(pop_file, mine):
-    mine.write_text(json.dumps({"prompt": "Hm"}))
-    shown = " ".join(answered(pop_file, mine).stdout.split())
-    assert "mine.jsonl: 1 prompt, greedy decoding" in shown
-    assert "Speedup not measured, because no prompt used fast reading" in shown
-    assert "Fast reading changed 0 of 1 answers." in shown
-    assert not re.search(r"\dx|Time to first token", shown)
-
-
 def test_prompts_that_do_not_fit_are_named(pop_file, mine):
     mine.write_text(json.dumps({"prompt": SHARED * 10}))
     refused = answered(pop_file, mine)

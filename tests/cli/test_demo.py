@@ -68,18 +68,6 @@ def test_the_speed_up_is_of_several_pairs(tiny_file, short):
     assert done.stdout.count(" s (median):") == 2
 
 
-def test_a_busy_machine_is_reported(tiny_file, short, monkeypatch):
-    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 100.0)
-    done = demo(tiny_file, *WIDE, "--pairs", 1)
-    assert re.match(r"Other programs are using [\d.]+ CPUs, so the times are", done.stderr)
-
-
-def test_an_unconverted_model_is_refused(tmp_path):
-    done = demo(make_gguf(tmp_path / "plain.gguf", "llama"))
-    assert done.returncode == 1
-    assert "pop-local convert" in done.stderr
-
-
 def test_a_context_too_small_for_the_document_is_reported(tiny_file):
     done = demo(tiny_file, "--ctx", 512)
     assert done.returncode == 1

@@ -70,24 +70,6 @@ def fields(words: str) -> set[str]:
     return {name for _, name, _, _ in Formatter().parse(words) if name}
 
 
-@pytest.mark.parametrize(
-    ("text", "is_refused"),
-    [
-        ("--force", True),
-        ("replace it (--force)", True),
-        ("--", True),
-        ("no-force, a -- b, a---b", False),
-        ("run `pop-local pull X`", True),
-        ("use a newer pop-local, or another model", False),
-        ("/load lists them", True),
-        ("/sys/devices/system", False),
-        ("pop_local/models", False),
-    ],
-)
-def test_the_words_of_the_command_line_are_known(text, is_refused):
-    assert in_command_line_words(text) == is_refused
-
-
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: "/".join(path.parts[-2:]))
 def test_the_library_names_no_option_and_no_command(path):
     texts = [

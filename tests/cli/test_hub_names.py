@@ -87,9 +87,3 @@ def test_an_unknown_name_gets_the_nearest_name():
     error, _ = done.stderr.splitlines()
     assert error.startswith("error: the catalog contains no model named 'qwen3-8c'")
     assert "qwen3-8b" in done.stderr
-
-
-def test_pull_without_a_name_shows_them():
-    done = called("pull")
-    assert done.returncode == 0
-    assert "smollm2" in done.stdout and "qwen3-8b" in done.stdout

@@ -203,14 +203,10 @@ def test_every_model_of_the_catalog_has_one():
 
 
 def test_the_unconverted_file_of_a_name(store, tmp_path):
-    assert base("smollm2") == store / "tiny.gguf"
-    assert base(str(tmp_path / "tiny.gguf")) == tmp_path / "tiny.gguf"
-
-
-def test_a_path_is_used_unchanged(store, tmp_path, capsys):
     path = tmp_path / "tiny.gguf"
+    assert base("smollm2") == store / "tiny.gguf"
+    assert base(str(path)) == path
     assert files(str(path)) == ModelFiles(path)
-    assert capsys.readouterr().err == ""
 
 
 def test_stored_models_precede_the_catalog(store, capsys):

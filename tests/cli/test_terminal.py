@@ -101,23 +101,6 @@ def test_second_turn_reuses_the_first(model):
     assert COLOURS.search(chat.raw)
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(model):
-    chat = terminal("chat", str(model), *ANSWER_OPTIONS)
-    chat.expect_prompt()
-    chat.line("hello there")
-    chat.expect(r"hello there\n+\S")
-    chat.interrupt()
-    chat.expect("· stopped")
-    chat.expect_prompt()
-    chat.interrupt()
-    chat.expect("To quit, type /bye or press Ctrl-D")
-    chat.line("/stats")
-    chat.expect("Answers: 1")
-    chat.expect_prompt()
-    chat.end_of_input()
-    assert chat.expect_end() == 0
-
-
 def test_ctrl_c_in_run_is_exit_130(model):
     run = terminal("run", str(model), "hello there", *ANSWER_OPTIONS)
     run.expect(r"\S{3}")
@@ -145,18 +128,6 @@ def test_a_prompt_longer_than_the_context_offers_choices(model, tmp_path):
     assert chat.group(1) > 256
     chat.line("/exit")
     assert chat.expect_end() == 0
-
-
-def test_no_color_in_a_narrow_terminal(model):
-    arguments = ("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS)
-    chat = terminal(*arguments, width=40, NO_COLOR="1")
-    chat.expect_prompt()
-    chat.line("hello")
-    chat.expect("TTFT")
-    chat.expect_prompt()
-    chat.end_of_input()
-    assert chat.expect_end() == 0
-    assert not COLOURS.search(chat.raw)
 
 
 def test_progress_and_facts_fit_a_narrow_terminal(tmp_path):
@@ -219,12 +190,6 @@ def test_a_context_beyond_the_trained_one_is_warned_of(model):
     assert "Warning" not in called(*arguments, "--ctx", 4096).stderr
 
 
-def test_run_without_a_question_is_wrong_usage(model):
-    done = called("run", str(model))
-    assert done.returncode == 2
-    assert "pass a question" in done.stderr
-
-
 def test_run_without_a_template_continues_the_text(tmp_path):
     base = make_gguf(tmp_path / "base.gguf", "llama")
     done = json.loads(
@@ -237,20 +202,17 @@ def test_run_without_a_template_continues_the_text(tmp_path):
     assert after["stats"]["n_prompt"] > done["stats"]["n_prompt"]
 
 
-@pytest.mark.parametrize("command", ["chat", "run"])
-def test_bad_models_are_one_error(command, tmp_path, model):
+def test_rejects_unreadable_models(tmp_path, model):
     text = tmp_path / "notes.gguf"
     text.write_text("not a model")
     short = tmp_path / "short.gguf"
     short.write_bytes(model.read_bytes()[:-1000])
-    other = make_gguf(tmp_path / "other.gguf", "llama", n_layer=8)
-    for path, reason in ((text, "is not a GGUF file"), (short, "is truncated")):
-        done = called(command, str(path), text="hi")
-        assert (done.returncode, done.stdout) == (1, "")
-        assert reason in done.stderr
-        assert len(done.stderr.splitlines()) == 2
-    done = called(command, str(other), "--max-tokens", "2", *ANSWER_OPTIONS, text="hi")
-    assert done.returncode == 0
+    for command in ("chat", "run"):
+        for path, reason in ((text, "is not a GGUF file"), (short, "is truncated")):
+            done = called(command, str(path), text="hi")
+            assert (done.returncode, done.stdout) == (1, "")
+            assert reason in done.stderr
+            assert len(done.stderr.splitlines()) == 2
 
 
 def test_run_refuses_binary_input(model, tmp_path):

@@ -1,7 +1,6 @@
 """Test typing at the prompt: history, several lines, paste, completion, Ctrl-C, resizing."""
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,14 +195,6 @@ def test_keys_typed_during_an_answer_wait_for_the_prompt(terminal):
     terminal.expect_prompt()
 
 
-def test_without_colours_answers_stay_as_they_were_written(history):
-    terminal = chat(history, NO_COLOR="1")
-    terminal.line("hi")
-    terminal.expect("2 characters in 1 lines: hi")
-    leave(terminal)
-    assert not re.search(r"\x1b\[(?:[1-9][0-9;]*)m", terminal.raw)
-
-
 def test_a_dumb_terminal_gets_no_escape_sequences(history):
     terminal = chat(history, TERM="dumb")
     terminal.line("hi")
@@ -212,11 +203,3 @@ def test_a_dumb_terminal_gets_no_escape_sequences(history):
     terminal.line("/exit")
     assert terminal.expect_end() == 0
     assert "\x1b" not in terminal.raw
-
-
-def test_a_history_that_cannot_be_written_is_done_without(tmp_path):
-    (tmp_path / "file").write_text("")
-    terminal = chat(tmp_path / "file" / "history")
-    terminal.line("hi")
-    terminal.expect("2 characters")
-    leave(terminal)
