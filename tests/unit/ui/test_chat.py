@@ -114,6 +114,7 @@ def test_stats_add_up():
 
 def test_help_lists_every_command():
     shown = talk(ScriptedModel(), "/help")
+    assert talk(ScriptedModel(), "?")[1:] == talk(ScriptedModel(), "/?")[1:] == shown[1:]
     assert [line.split()[1] for line in shown[1 : 1 + len(COMMANDS)]] == list(COMMANDS)
     assert shown[1 + len(COMMANDS) :] == [f"# {line}" for line in HELP_NOTES]
 
@@ -121,16 +122,6 @@ def test_help_lists_every_command():
 @pytest.mark.parametrize("word", ["/exit", "/bye", "/quit", "exit", "Quit "])
 def test_exit_leaves(word):
     assert talk(ScriptedModel(), word, "never read") == [f"> {word}"]
-
-
-@pytest.mark.parametrize("word", ["?", "/?"])
-def test_a_question_mark_shows_the_help(word):
-    assert talk(ScriptedModel(), word)[1:] == talk(ScriptedModel(), "/help")[1:]
-
-
-def test_a_word_with_a_leading_space_is_a_question():
-    model = ScriptedModel(["Bye.", STATS])
-    assert "Bye." in talk(model, " exit")
 
 
 @pytest.mark.parametrize(
@@ -145,26 +136,26 @@ def test_unknown_command_suggests_the_nearest(line, answer):
     assert talk(ScriptedModel(), line) == [f"> {line}", f"# {answer}"]
 
 
-def test_a_space_before_a_slash_makes_it_text():
+@pytest.mark.parametrize("line", ["/etc/hosts, what is it?", "exit"])
+def test_leading_space_makes_a_command_a_question(line):
     model = ScriptedModel(["Fine.", STATS])
-    talk(model, " /etc/hosts, what is it?")
-    assert model.asked[0] == [Message("user", "/etc/hosts, what is it?")]
+    talk(model, f" {line}")
+    assert model.asked[0] == [Message("user", line)]
 
 
-def test_interrupt_in_the_answer_keeps_its_text():
-    model = ScriptedModel(["Once upon", KeyboardInterrupt()], ["a time.", STATS])
-    assert talk(model, "tell", "go on")[2:5] == ["Once upon", "# Stopped.", "> go on"]
-    assert model.asked[1][1] == Message("assistant", "Once upon")
-
-
-def test_interrupt_before_the_answer_drops_the_turn():
-    model = ScriptedModel([KeyboardInterrupt()], ["Yes.", STATS])
-    assert talk(model, "tell", "again")[2:5] == [
-        "# Stopped.",
-        DROPPED,
-        "> again",
-    ]
-    assert model.asked[1] == [Message("user", "again")]
+@pytest.mark.parametrize(
+    ("answer", "lines", "n_messages"),
+    [
+        (["Once upon", KeyboardInterrupt()], ["Once upon", "# Stopped."], 3),
+        ([KeyboardInterrupt()], ["# Stopped.", DROPPED], 1),
+        ([PopError("too long", "/clear")], ["! too long; /clear", DROPPED], 1),
+    ],
+    ids=["in the answer", "before the answer", "failure"],
+)
+def test_only_a_turn_with_an_answer_is_kept(answer, lines, n_messages):
+    model = ScriptedModel(answer, ["Yes.", STATS])
+    assert talk(model, "tell", "again")[2:5] == [*lines, "> again"]
+    assert len(model.asked[1]) == n_messages
 
 
 def test_an_answer_that_the_engine_stopped_has_its_figures():
@@ -225,17 +216,6 @@ def test_a_refused_line_counts_as_a_failure(line):
 
 def test_interrupt_at_the_prompt_explains_how_to_quit():
     assert talk(ScriptedModel(), KeyboardInterrupt(), "/exit") == [f"# {LEAVE_HINT}", "> /exit"]
-
-
-def test_too_long_a_prompt_is_dropped_and_the_chat_continues():
-    too_long = PopError("the prompt has 5000 tokens, the context holds 4096", "/clear, or --ctx")
-    model = ScriptedModel([too_long], ["Yes.", STATS])
-    assert talk(model, "long", "short")[2:5] == [
-        "! the prompt has 5000 tokens, the context holds 4096; /clear, or --ctx",
-        DROPPED,
-        "> short",
-    ]
-    assert model.asked[1] == [Message("user", "short")]
 
 
 @pytest.mark.parametrize(

@@ -54,23 +54,6 @@ def test_narrow_bar_shows_percentage_and_time_left(shown):
     assert "tokens/s" not in text
 
 
-def test_short_prompt_has_no_bar(shown):
-    assert shown(100, (0, 255), (255, 255)) == ""
-
-
-def test_each_stage_has_a_bar(monkeypatch):
-    file = io.StringIO()
-    console = Console(file=file, force_terminal=True, width=100, theme=THEME)
-    monkeypatch.setattr(progress_bars, "err", console)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with terminal_watch() as watch:
-        watch.stage("Sampling text")(512, 512)
-        watch.stage("Fitting")(512, 2048)
-    text = file.getvalue()
-    assert text.index("Sampling text") < text.rindex("512/512") < text.index("Fitting")
-    assert "Sampling text" not in text[text.index("Fitting") :]
-
-
 def test_log_has_a_line_every_20_seconds(monkeypatch, capsys):
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr(progress_bars, "time", SimpleNamespace(monotonic=lambda: clock.now_s))

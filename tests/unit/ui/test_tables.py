@@ -26,23 +26,6 @@ def test_markdown_is_aligned_and_escaped():
     ]
 
 
-def test_a_table_is_markdown_on_request(capsys):
-    tables.print_table(*SPEEDS, as_markdown=True)
-    assert capsys.readouterr().out == markdown(*SPEEDS) + "\n"
-
-
-def test_a_table_in_a_pipe_is_not_wrapped(capsys):
-    tables.print_table((Column("Name", itemgetter(0)),), (("x" * 500,),))
-    assert capsys.readouterr().out.splitlines()[2] == "x" * 500
-
-
-def test_rich_table_shows_the_same_cells(monkeypatch, capsys):
-    console.out.print(tables.rich_table(*SPEEDS))
-    shown = capsys.readouterr().out
-    assert "a|b" in shown
-    assert "12.00x" in shown
-
-
 def test_json_takes_dataclasses_and_paths(capsys):
     @dataclass(frozen=True)
     class Inner:
@@ -63,7 +46,9 @@ def test_json_refuses_what_no_json_reader_takes():
         print_json({"ratio": float("nan")})
 
 
-def test_facts_in_a_pipe_are_not_wrapped(capsys):
+def test_does_not_wrap_in_a_pipe(capsys):
+    tables.print_table((Column("Name", itemgetter(0)),), (("x" * 500,),))
+    assert capsys.readouterr().out.splitlines()[2] == "x" * 500
     print_facts([("A", "x" * 200), ("Longer", "y")])
     assert capsys.readouterr().out.splitlines() == ["A       " + "x" * 200, "Longer  y"]
 

@@ -94,11 +94,6 @@ def test_its_folders_are_the_owners(model, tmp_path):
     assert [path.stat().st_mode & 0o077 for path in made] == [0] * 4
 
 
-def test_a_chat_that_is_left_leaves_nothing(model, tmp_path):
-    talked(model, tmp_path, "my question", "/exit")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_piped_lines_that_ctrl_c_ended_leave_nothing(model, tmp_path, monkeypatch):
     monkeypatch.setattr(Transcript, "is_typed", False)
     with pytest.raises(KeyboardInterrupt):
@@ -113,12 +108,6 @@ def test_a_living_chat_is_not_offered(model, tmp_path):
         converse(chat, transcript.read_line, unsaved.keep)
         assert talked(model, tmp_path) == []
         assert len(list(tmp_path.glob("*.popsession"))) == 1
-
-
-def test_files_that_are_no_transcripts_are_not_offered(model, tmp_path):
-    (tmp_path / "bad.popsession").write_text("x")
-    assert talked(model, tmp_path, "hello")[0] == "> hello"
-    assert (tmp_path / "bad.popsession").exists()
 
 
 def test_a_transcript_that_cannot_be_saved_is_reported_once(model, tmp_path):
