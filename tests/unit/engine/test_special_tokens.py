@@ -1,7 +1,4 @@
-"""Special tokens come from templates, never from messages.
-
-The templates are the message parts of public models' templates.
-"""
+"""Special tokens come from templates, never from messages."""
 
 import pytest
 
@@ -9,68 +6,21 @@ from pop_local.engine.chat_messages import Message
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.prompt.templates import Template
 from support.calls import opened, text_of
+from support.chat_tools import TEMPLATES
 from support.converted import tiny
 from support.synthetic import make_gguf
 
-TURNS = "{% for m in messages %}"
-END = "{% endfor %}"
-ROLES = "<|{{ m.role }}|>\n{{ m.content }}"
-TEMPLATES = {
-    "qwen": TURNS
-    + "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
-    + END
-    + "<|im_start|>assistant\n",
-    "qwen3": TURNS
-    + "{% set said = m.content %}{% if '</think>' in said %}"
-    + "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    + "<|im_start|>{{ m.role }}\n{{ said }}<|im_end|>\n"
-    + END
-    + "<|im_start|>assistant\n<think>\n\n</think>\n\n",
-    "llama 2": "{% if messages[0].role == 'system' %}"
-    + "{% set head = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
-    + "{% set messages = messages[1:] %}{% else %}{% set head = '' %}{% endif %}"
-    + TURNS
-    + "{% if m.role == 'user' %}{{ bos_token }}[INST] "
-    + "{{ (head if loop.first else '') + m.content | trim }} [/INST]"
-    + "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}"
-    + END,
-    "llama 3": "{{ bos_token }}"
-    + TURNS
-    + "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-    + END
-    + "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "mistral": "{{ bos_token }}"
-    + TURNS
-    + "{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
-    + "{% else %}[INST] {{ m.content }}[/INST]{% endif %}"
-    + END,
-    "gemma": "{{ bos_token }}"
-    + TURNS
-    + "<start_of_turn>{{ 'model' if m.role == 'assistant' else 'user' }}\n"
-    + "{{ m.content | trim }}<end_of_turn>\n"
-    + END
-    + "<start_of_turn>model\n",
-    "phi 3": TURNS + ROLES + "<|end|>\n" + END + "<|assistant|>\n",
-    "zephyr": TURNS + ROLES + "{{ eos_token }}\n" + END + "<|assistant|>\n",
-    "deepseek": "{{ bos_token }}"
-    + TURNS
-    + "{% if m.role == 'user' %}<\uff5cUser\uff5c>{{ m.content }}"
-    + "{% elif m.role == 'assistant' %}<\uff5cAssistant\uff5c>{{ m.content }}"
-    + "<\uff5cend▁of▁sentence\uff5c>{% else %}{{ m.content }}{% endif %}"
-    + END
-    + "<\uff5cAssistant\uff5c><think>\n",
-    "command r": "{{ bos_token }}"
-    + TURNS
-    + "<|START_OF_TURN_TOKEN|><|{{ m.role | upper }}_TOKEN|>{{ m.content.strip() }}"
-    + "<|END_OF_TURN_TOKEN|>"
-    + END
-    + "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
-    "glm 4": "[gMASK]<sop>" + TURNS + ROLES + END + "<|assistant|>",
-    "granite": TURNS
-    + "<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}<|end_of_text|>\n"
-    + END
-    + "<|start_of_role|>assistant<|end_of_role|>",
-}
+FAMILIES = (
+    "Qwen-Qwen2.5-7B-Instruct",
+    "Qwen-Qwen3-0.6B",
+    "meta-llama-Llama-3.2-3B-Instruct",
+    "mistralai-Mistral-Nemo-Instruct-2407",
+    "microsoft-Phi-3.5-mini-instruct",
+    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
+    "Cohere2MoE",
+    "GLM-4.6",
+    "ibm-granite-granite-3.3-2B-Instruct",
+)
 CONTROL = (
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|system|>", "<|user|>"),
@@ -103,18 +53,17 @@ def model(tmp_path_factory):
         yield model
 
 
-@pytest.fixture(params=TEMPLATES)
+@pytest.fixture(params=FAMILIES)
 def family(request, model):
     """Return the model with a family's template."""
     return with_template(model, request.param)
 
 
 def with_template(model, name: str):
-    vars(model.engine.prompter).clear()
-    model.engine.prompter.__init__(model.engine.context)
-    model.engine.prompter.template = Template(
-        TEMPLATES[name], model.engine.context.vocabulary.pointer
-    )
+    prompter, vocabulary = model.engine.prompter, model.engine.context.vocabulary
+    vars(prompter).clear()
+    prompter.__init__(model.engine.context)
+    prompter.template = Template(TEMPLATES[name].read_text(), vocabulary.pointer)
     return model
 
 
@@ -136,13 +85,9 @@ def as_before(model, messages) -> list[int]:
 
 
 def special(model, tokens) -> list[int]:
-    api = bindings()
+    api, pointer = bindings(), model.engine.context.vocabulary.pointer
     control = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_UNKNOWN
-    return [
-        token
-        for token in tokens
-        if api.llama_vocab_get_attr(model.engine.context.vocabulary.pointer, token) & control
-    ]
+    return [token for token in tokens if api.llama_vocab_get_attr(pointer, token) & control]
 
 
 def require_as_before(model) -> None:
@@ -163,10 +108,9 @@ def test_ordinary_text_with_space_stripping_special_tokens(tmp_path):
     path = make_gguf(tmp_path / "phi.gguf", "llama", n_vocab=512, control=CONTROL)
     path.write_bytes(path.read_bytes().replace(b"tiny random model", b"tiny phi-3, named"))
     with opened(path, n_ctx=64) as model:
-        assert model.engine.context.vocabulary.tokenize(
-            "<|end|>\na", special=True
-        ) == model.engine.context.vocabulary.tokenize("<|end|>a", special=True)
-        require_as_before(with_template(model, "phi 3"))
+        tokenize = model.engine.context.vocabulary.tokenize
+        assert tokenize("<|end|>\na", special=True) == tokenize("<|end|>a", special=True)
+        require_as_before(with_template(model, "microsoft-Phi-3.5-mini-instruct"))
 
 
 @pytest.mark.slow
@@ -174,18 +118,16 @@ def test_ordinary_text_with_space_stripping_special_tokens(tmp_path):
 def test_ordinary_text_in_real_vocabularies(real, request):
     with opened(request.getfixturevalue(real), n_ctx=64) as model:
         own = bindings().llama_vocab_get_text(model.engine.context.vocabulary.pointer, 2).decode()
-        for name in TEMPLATES:
+        for name in FAMILIES:
             require_as_before(with_template(model, name))
-            tokens = model.engine.prompter.conversation(
-                talk("Be brief.", f"a {own}\n{own}b")
-            ).tokens
-            assert special(model, tokens) == special(
-                model, model.engine.prompter.conversation(talk("Be brief.", "ab")).tokens
-            )
+            conversation = model.engine.prompter.conversation
+            tokens = conversation(talk("Be brief.", f"a {own}\n{own}b")).tokens
+            plain = conversation(talk("Be brief.", "ab")).tokens
+            assert special(model, tokens) == special(model, plain)
 
 
 @pytest.mark.parametrize("place", range(3))
-def test_what_a_message_spells_out_is_text(family, place):
+def test_special_token_in_message_is_text(family, place):
     neutral = ["Be brief.", "hello there", "yes", "go on"]
     expected = special(family, family.engine.prompter.conversation(talk(*neutral)).tokens)
     for spelled in SPELLED:
@@ -200,14 +142,11 @@ def test_what_a_message_spells_out_is_text(family, place):
 
 
 def test_parse_special_parses_special_tokens(family):
-    messages = talk("Be brief.", "a <|im_end|> b")
-    before = family.engine.prompter.conversation(messages).tokens
-    family.engine.prompter.parse_special = True
+    messages, prompter = talk("Be brief.", "a <|im_end|> b"), family.engine.prompter
+    before = prompter.conversation(messages).tokens
+    prompter.parse_special = True
     try:
-        assert (
-            family.engine.prompter.conversation(messages).tokens
-            == as_before(family, messages)
-            != before
-        )
+        tokens = prompter.conversation(messages).tokens
+        assert tokens == as_before(family, messages) != before
     finally:
-        family.engine.prompter.parse_special = False
+        prompter.parse_special = False
