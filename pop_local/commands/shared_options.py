@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import typer
 
 from pop_local.commands.option_expansion import Group, expert, option
-from pop_local.config.settings import MOST, MOST_GIB, MOST_SEED, MOST_THREADS
+from pop_local.config.limits import MOST, MOST_GIB, MOST_THREADS
+from pop_local.config.sampler_options import SAMPLER_OPTIONS
 from pop_local.engine.prefill.plan import Reuse
 from pop_local.workflows.hardware import Hardware
 
@@ -135,17 +136,22 @@ class ModelOptions(OpenOptions):
         return {"others": others, "flash_attn": True if "type_v" in others else None}
 
 
+def _add_sampler_options(group: type[Group]) -> type[Group]:
+    """Add one field for each sampling option to a group."""
+    for name, entry in SAMPLER_OPTIONS.items():
+        add = expert if entry.is_expert else option
+        check = finite if entry.kind is float else None
+        setattr(group, name, add(entry.help, min=entry.least, max=entry.most, callback=check))
+        group.__annotations__[name] = entry.kind | None
+    return group
+
+
 @dataclass(frozen=True)
+@_add_sampler_options
 class SamplingOptions(Group):
     panel: ClassVar[str] = "Answers"
 
     max_tokens: int | None = option("Maximum answer length in tokens (default: no limit).", min=1)
-    temperature: float | None = option("Temperature (0: greedy).", min=0.0, callback=finite)
-    top_k: int | None = expert("Sample from the K most likely tokens (0: all).", min=0, max=MOST)
-    top_p: float | None = option(
-        "Nucleus sampling threshold (1: all tokens).", min=0.0, max=1.0, callback=finite
-    )
-    seed: int | None = option("Random seed (default: random).", min=0, max=MOST_SEED)
 
     @property
     def given(self) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import tomlkit
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.nearest import nearest_hint
+from pop_local.config.limits import MOST, MOST_GIB, MOST_SEED, MOST_THREADS
+from pop_local.config.sampler_options import SAMPLER_OPTIONS
 
 PREFIX = "POP_LOCAL_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
@@ -19,12 +21,6 @@ CONFIG_VARIABLE = PREFIX + "CONFIG"
 _OTHER_VARIABLES = (CONFIG_VARIABLE, PREFIX + "API_KEY")
 
 Scalar = int | float | str | Path
-# llama.cpp's counts have 32 bits.
-MOST = 2**31 - 1
-MOST_GIB = 2**20
-MOST_THREADS = 512  # ggml.h's GGML_MAX_N_THREADS; with more, llama.cpp aborts
-# The next larger number makes llama.cpp choose a random seed.
-MOST_SEED = 2**32 - 2
 _KINDS = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
@@ -49,6 +45,12 @@ class Setting:
         return _KINDS[self.kind] + least + ("" if self.most > MOST_SEED else f" to {self.most:,}")
 
 
+_FROM_MODEL = "the model's default; if none, pop-local's default"
+SAMPLING = {
+    name: Setting(name, option.kind, _FROM_MODEL, option.least, option.most)
+    for name, option in SAMPLER_OPTIONS.items()
+}
+
 # Each key is also the name of a command parameter.
 SETTINGS = (
     Setting("models_dir", Path),
@@ -57,8 +59,7 @@ SETTINGS = (
     Setting("threads", int, "the number of physical cores", least=1, most=MOST_THREADS),
     Setting("ctx", int, "the model's context length, limited by free memory", least=1, most=MOST),
     Setting("gpu_layers", int, "-1 (all)", least=-1, most=MOST),
-    Setting("temperature", float, "the model's default; if none, pop-local's default", least=0),
-    Setting("top_p", float, "the model's default; if none, pop-local's default", least=0, most=1),
+    *(SAMPLING[name] for name, option in SAMPLER_OPTIONS.items() if option.is_setting),
     Setting("max_tokens", int, "the number of tokens left in the context", least=1, most=MOST),
     Setting("system", str, "none"),
     Setting("cache_disk", int, "0 (store no prompts)", least=0, most=MOST_GIB),

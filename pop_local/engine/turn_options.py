@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
 
+from pop_local.config.sampler_options import SamplerOptions
 from pop_local.engine.decode.grammar import Grammar
-from pop_local.engine.decode.sampler import SamplerOptions
 from pop_local.engine.tools.call_form import CallForm
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
@@ -19,10 +20,12 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    create_model,
     model_validator,
 )
 
-from pop_local.config.settings import MOST
+from pop_local.config.limits import MOST, MOST_SEED
+from pop_local.config.sampler_options import SAMPLER_OPTIONS, SamplerOption
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
@@ -225,21 +228,35 @@ LogitBias = Annotated[
 Limit = Annotated[int | None, replace(-1, MOST)]  # -1 is llama.cpp's "no limit"
 
 
-class SamplingFields(LenientBody):
-    temperature: float | None = Field(None, ge=0, le=10)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: Annotated[int | None, replace(-1, 0)] = Field(None, ge=0)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repeat_penalty: float | None = Field(None, gt=0, le=10)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
+def _sampling_field(option: SamplerOption) -> Any:
+    """Return the annotation and default of a request field for a sampling option."""
+    field = Field(
+        None,
+        ge=option.least,
+        le=option.most,
+        validation_alias=AliasChoices(option.name, *option.aliases),
+    )
+    kind: Any = option.kind | None
+    return kind if option.off is None else Annotated[kind, replace(option.off, 0)], field
 
 
-class GenerationBody(ModelRequest, SamplingFields):
+def _wrap_seed(seed: int | None) -> int | None:
+    """Replace -1, llama.cpp's random seed, with None, and reduce other seeds to 32 bits."""
+    return None if seed in (None, -1) else seed % (MOST_SEED + 1)
+
+
+SamplingFields = create_model(
+    "SamplingFields",
+    __base__=LenientBody,
+    **{name: _sampling_field(option) for name, option in SAMPLER_OPTIONS.items()},
+)
+
+
+class GenerationBody(ModelRequest, SamplingFields):  # type: ignore[misc, valid-type]
     """The fields that chats and text completions share (None: the server's default).
 
     llama.cpp's name for `max_tokens` is `n_predict`, and OpenAI's newer name is
-    `max_completion_tokens`. mlx-lm's name for `repeat_penalty` is `repetition_penalty`.
+    `max_completion_tokens`.
     """
 
     unsupported: ClassVar[tuple[str, ...]] = tuple(chain(*_FIELDS["unsupported"].values()))
@@ -248,9 +265,8 @@ class GenerationBody(ModelRequest, SamplingFields):
     max_tokens: Limit = Field(None, ge=0)
     max_completion_tokens: Limit = Field(None, ge=1)
     n_predict: Limit = Field(None, ge=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
     n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
-    seed: int | None = None
+    seed: Annotated[int | None, AfterValidator(_wrap_seed)] = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None,
         Field(max_length=MAX_STOPS),
@@ -296,8 +312,6 @@ class GenerationBody(ModelRequest, SamplingFields):
                 )
         if extra.get("reasoning_effort") == "none":
             raise ValueError("reasoning_effort must not be none: reasoning cannot be disabled")
-        if self.repeat_penalty is None:
-            self.repeat_penalty = self.repetition_penalty
         if self.grammar is not None and self.answer_schema is not None:
             raise ValueError("send grammar or response_format, not both")
         return self

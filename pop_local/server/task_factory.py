@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pop_local.config.settings import MOST_SEED
+from pop_local.config.limits import MOST_SEED
+from pop_local.config.sampler_options import SAMPLER_OPTIONS
 from pop_local.engine.chat_messages import Message, ToolCall
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.decode.grammar_mask import Constraint
@@ -27,8 +28,6 @@ from pop_local.server.worker import Task
 COMPLETION_TOKENS = 16
 # The logit bias of a forbidden token. An infinite one could leave no finite logit.
 _NEVER = -1e9
-# Sampling is greedy below this temperature, because scaled logits would overflow.
-_MIN_TEMPERATURE = 0.01
 
 
 class TaskFactory:
@@ -176,11 +175,7 @@ class TaskFactory:
         self, body: bodies.GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
         """Return a request's options. Omitted options keep the model's or the engine's defaults."""
-        given = body.model_dump(include=set(bodies.SamplingFields.model_fields), exclude_none=True)
-        if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
-            given["temperature"] = 0.0
-        if body.seed is not None and body.seed != -1:
-            given["seed"] = body.seed % (MOST_SEED + 1)
+        sampling = body.model_dump(include=set(SAMPLER_OPTIONS), exclude_none=True)
         return TurnOptions(
             max_tokens=max_tokens,
             stops=tuple(body.stop or ()),
@@ -188,7 +183,7 @@ class TaskFactory:
             logit_bias=self._logit_bias(body),
             n_top_logprobs=n_top_logprobs,
             repeatable=self._how(body)["alone"] or body.cache_prompt is False,
-            **{**self.model.engine.recommended, **given},
+            **{**self.model.engine.recommended, **sampling},
         )
 
     def _how(self, body: bodies.GenerationBody) -> dict[str, Any]:

@@ -62,7 +62,6 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"n_cmpl": 2}, "n_cmpl must be 1"),
         (HELLO | {"reasoning_effort": "none"}, "reasoning cannot be disabled"),
         (HELLO | {"reasoning_budget_tokens": 0}, "reasoning_budget_tokens must be -1"),
-        (HELLO | {"top_n_sigma": 1.5}, "top_n_sigma must be -1"),
         (HELLO | {"repeat_last_n": 0}, "repeat_last_n must be 64"),
         (HELLO | {"adaptive_target": 0.5}, "adaptive_target must be -1"),
         (HELLO | {"t_max_predict_ms": 500}, "t_max_predict_ms must be -1"),

@@ -5,55 +5,30 @@ choose the same token but would first fill an array with {id, logit, p} for the 
 """
 
 import ctypes
-import math
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from pop_converter.gguf.header import Header
+from pop_local.config.sampler_options import SAMPLER_OPTIONS, SamplerOptions
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import require_finite
 from pop_local.engine.llama.slot import Slot
 
 _N_PENALISED = 64  # number of recent tokens that penalties apply to
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-# GGUF keys of recommended options (llama.cpp's src/llama-arch.cpp), which older files lack.
-_RECOMMENDED = {
-    "general.sampling.temp": ("temperature", float),
-    "general.sampling.top_k": ("top_k", int),
-    "general.sampling.top_p": ("top_p", float),
-    "general.sampling.min_p": ("min_p", float),
-    "general.sampling.penalty_repeat": ("repeat_penalty", float),
-}
-
-
-@dataclass(frozen=True)
-class SamplerOptions:
-    """Sampling parameters. Temperature 0 means greedy sampling. `seed`: None means a random seed.
-
-    `logit_bias`: (token, bias) pairs. Each bias is added to the token's logit.
-    """
-
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    seed: int | None = None
-    logit_bias: tuple[tuple[int, float], ...] = ()
+# Sampling is greedy below this temperature, because scaled logits would overflow.
+_MIN_TEMPERATURE = 0.01
 
 
 def recommended(header: Header) -> dict[str, float]:
-    """Return the publisher's recommended options, except negative and non-finite values."""
-    found: dict[str, float] = {}
-    for key, (option, kind) in _RECOMMENDED.items():
-        value = header.get(key)
-        if isinstance(value, int | float) and math.isfinite(value) and value >= 0:
-            found[option] = kind(value)
-    return found
+    """Return the publisher's recommended options, except invalid values and unknown keys."""
+    values: dict[str, float] = {}
+    for name, option in SAMPLER_OPTIONS.items():
+        value = header.get(f"general.sampling.{option.gguf_key}")
+        if isinstance(value, int | float) and option.least <= value <= option.most:
+            values[name] = option.kind(value)
+    return values
 
 
 class Allowed(Protocol):
@@ -78,7 +53,8 @@ class Sampler:
         self._biased = np.array([token for token, _ in options.logit_bias], np.intp)
         self._biases = np.array([bias for _, bias in options.logit_bias], np.float32)
         penalties = (options.repeat_penalty, options.frequency_penalty, options.presence_penalty)
-        if options.temperature != 0 or penalties != (1.0, 0.0, 0.0):
+        self._is_greedy = options.temperature < _MIN_TEMPERATURE
+        if not self._is_greedy or penalties != (1.0, 0.0, 0.0):
             self._chain = self._chained(options, penalties)
             self._ids = np.arange(slot.context.vocabulary.n_tokens, dtype=np.int32)
             self._candidates = np.zeros(len(self._ids), _CANDIDATE)
@@ -87,18 +63,18 @@ class Sampler:
         api = self._api
         n_vocab = self._slot.context.vocabulary.n_tokens
         samplers = [api.llama_sampler_init_penalties(n_vocab, _N_PENALISED, *penalties)]
-        if options.temperature > 0:
-            samplers += [
-                api.llama_sampler_init_top_k(options.top_k),
-                api.llama_sampler_init_top_p(options.top_p, 1),
-                api.llama_sampler_init_min_p(options.min_p, 1),
-                api.llama_sampler_init_temp(options.temperature),
-            ]
-        if options.temperature == 0:
+        if self._is_greedy:
             samplers.append(api.llama_sampler_init_greedy())
         else:
+            for name, option in SAMPLER_OPTIONS.items():
+                if option.sampler:
+                    create = getattr(api, f"llama_sampler_init_{option.sampler}")
+                    samplers.append(create(getattr(options, name), *option.arguments))
             seed = api.LLAMA_DEFAULT_SEED if options.seed is None else options.seed
-            samplers.append(api.llama_sampler_init_dist(seed))
+            samplers += [
+                api.llama_sampler_init_temp(options.temperature),
+                api.llama_sampler_init_dist(seed),
+            ]
         chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         for sampler in samplers:
             api.llama_sampler_chain_add(chain, sampler)

@@ -15,6 +15,7 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
+from pop_local.config.limits import MOST_THREADS
 from pop_local.engine.llama import backend, loading, logs
 from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import default_threads, devices, has_kernels
@@ -23,7 +24,6 @@ from pop_local.engine.llama.opened_files import OpenedFiles
 from pop_local.engine.llama.vocabulary import Vocabulary
 
 _N_BATCH = 512
-MOST_THREADS = 512  # ggml.h's GGML_MAX_N_THREADS; with more, llama.cpp aborts
 _ROUNDED_TO = 256  # llama.cpp rounds context lengths up to a multiple
 # With several sequences, a short prompt need not wait long for a long prompt's chunk to be read.
 # With 256 rows, SmolLM2 reads 7,000 tokens as fast as with 512. With 128, it reads 3% slower.

@@ -10,7 +10,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pop_local import __version__
-from pop_local.config.settings import MOST
+from pop_local.config.limits import MOST
+from pop_local.config.sampler_options import SAMPLER_OPTIONS
 from pop_local.engine.chat_messages import TokenLogprob
 from pop_local.engine.decode.sampler import recommended
 from pop_local.engine.prompt.infill import infilling
@@ -232,7 +233,7 @@ def _infilling(tasks: TaskFactory, body: InfillBody) -> list[Task]:
 def _settings(options: TurnOptions) -> Json:
     return {
         "n_predict": -1 if options.max_tokens in (None, MOST) else options.max_tokens,
-        "seed": -1 if options.seed is None else options.seed,
         "stop": list(options.stops),
-        **{name: getattr(options, name) for name in bodies.SamplingFields.model_fields},
+        **{name: getattr(options, name) for name in SAMPLER_OPTIONS},
+        "seed": -1 if options.seed is None else options.seed,
     }

@@ -19,6 +19,7 @@ from starlette.routing import Route
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source, sampled_sha256
 from pop_local import __version__
+from pop_local.config.sampler_options import SAMPLER_OPTIONS
 from pop_local.engine.chat_messages import TokenLogprob
 from pop_local.engine.decode.sampler import recommended
 from pop_local.engine.prompt.prompt import PLAIN_TEMPLATE
@@ -36,10 +37,7 @@ from pop_local.server.task_factory import TaskFactory
 # The version of Ollama's API that this module implements. Clients adapt to this version.
 _VERSION = "0.6.4"
 # Options that have the same name in GenerationBody. All other options are ignored.
-_OPTIONS = (
-    *("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop", "mirostat"),
-    *("repeat_penalty", "repeat_last_n", "frequency_penalty", "presence_penalty"),
-)
+_OPTIONS = (*SAMPLER_OPTIONS, "typical_p", "stop", "mirostat", "repeat_last_n")
 _QUIET_S = 3.0
 _NEVER = "2999-12-31T23:59:59Z"
 _MAX_VALUE = 1000  # characters; /api/show omits longer header values

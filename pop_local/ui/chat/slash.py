@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.nearest import nearest_hint
-from pop_local.config.settings import MOST, MOST_SEED, Setting, find, parse
+from pop_local.config.settings import SAMPLING, find, parse
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.ui.chat import attach, refill, sessions
@@ -29,16 +29,7 @@ ALIASES = {
 }
 _FULL = {"on": Mode.OFF, "off": Mode.CONTEXT}
 # The parameters that /set accepts, which are fields of TurnOptions.
-_ALL_PARAMS = (
-    find("temperature"),
-    Setting("top_k", int, least=0, most=MOST),
-    find("top_p"),
-    Setting("min_p", float, least=0, most=1),
-    Setting("repeat_penalty", float, least=0.1),
-    find("max_tokens"),
-    Setting("seed", int, least=0, most=MOST_SEED),
-)
-_PARAMS = {param.key: param for param in _ALL_PARAMS}
+_PARAMS = {**SAMPLING, "max_tokens": find("max_tokens")}
 _DEFAULT = "default"
 _DEFAULTS = TurnOptions()
 

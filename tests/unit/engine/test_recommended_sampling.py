@@ -22,7 +22,7 @@ def test_the_keys_of_newer_files_become_options(tmp_path):
     assert found == {"temperature": 0.5, "top_k": 20, "repeat_penalty": 1.25}
 
 
-@pytest.mark.parametrize("value", [math.nan, -1.0, math.inf, "warm"])
+@pytest.mark.parametrize("value", [math.nan, -1.0, 10.5, math.inf, "warm"])
 def test_an_invalid_number_is_ignored(tmp_path, value):
     plain = make_gguf(tmp_path / "plain.gguf", "llama")
     path = add_to(plain, tmp_path / "keyed.gguf", {"general.sampling.temp": value})
@@ -39,6 +39,7 @@ def test_the_model_answers_as_its_file_recommends(tmp_path):
         return "".join(chunk.text for chunk in model.ask(question, max_tokens=8, **options))
 
     greedy = answer(temperature=0.0)
+    assert answer(seed=1, temperature=0.001) == greedy
     assert answer(seed=1) != greedy
     vars(model.engine)["recommended"] = {"temperature": 0.0}
     assert answer(seed=1) == greedy

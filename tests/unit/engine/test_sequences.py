@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError, StoppedError
-from pop_local.config import settings
+from pop_local.config.limits import MOST_THREADS
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs
-from pop_local.engine.llama.context import MOST_THREADS
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.llama.prefill_throttle import PrefillThrottle
 from pop_local.engine.prefill.read import read as read_prompt
@@ -317,7 +316,6 @@ def test_options_that_exclude_several_sequences_are_refused(pop_file, tmp_path):
         opened(pop_file, n_parallel=0)
     with pytest.raises(PopError, match="n_threads is 513"):
         opened(pop_file, n_threads=MOST_THREADS + 1)
-    assert MOST_THREADS == settings.MOST_THREADS
     with pytest.raises(PopError, match="batches of 2 tokens are too small"):
         opened(pop_file, n_parallel=3, n_batch=2, n_ubatch=2)
 

@@ -58,7 +58,7 @@ def test_set_shows_and_changes_how_answers_are_sampled():
     model = ScriptedModel(["Hm.", STATS])
     model.engine.recommended = {"top_k": 20}
     lines = ("/set top_p 0.5", "/set temperature 0.2", "/set top_p default", "/set", "hi")
-    assert talk(model, *lines)[:14] == [
+    assert talk(model, *lines)[:16] == [
         "> /set top_p 0.5",
         "# top_p is 0.5.",
         "> /set temperature 0.2",
@@ -71,8 +71,10 @@ def test_set_shows_and_changes_how_answers_are_sampled():
         "# top_p is 0.95 (default).",
         "# min_p is 0.05 (default).",
         "# repeat_penalty is 1 (default).",
-        "# max_tokens is unlimited (default).",
+        "# frequency_penalty is 0 (default).",
+        "# presence_penalty is 0 (default).",
         "# seed is 123456789.",
+        "# max_tokens is unlimited (default).",
     ]
     assert (model.options.temperature, model.options.seed) == (0.2, 123456789)
     assert model.options.top_p == TurnOptions.top_p
@@ -87,7 +89,7 @@ def test_set_shows_and_changes_how_answers_are_sampled():
             "/set max_tokens 0",
             "max_tokens: 0 is not a whole number from 1 to 2,147,483,647 or 'default'.",
         ),
-        ("/set temperature nan", "temperature: nan is not a number from 0 or 'default'."),
+        ("/set temperature nan", "temperature: nan is not a number from 0 to 10 or 'default'."),
         (
             "/set temprature 1",
             "Unknown parameter temprature: did you mean temperature? (/set lists all parameters.)",
