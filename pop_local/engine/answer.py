@@ -186,7 +186,7 @@ class _Turn:
             n_exact=found.n_exact,
             n_stale=found.n_stale,
             n_skipped_exact=counters.n_exact,
-            exact_layer=self._sequence.cache.pruning.exact,
+            exact_layer=self._sequence.cache.settings.exact,
             n_full=counters.n_full,
             ttft_s=self._ttft_s,
             prefill_s=self._prefill_s,

@@ -13,7 +13,7 @@ from pop_local.engine.answer import Answering, answer
 from pop_local.engine.cache.cache_keys import CacheKeys
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.cache.pruning_settings import PruningSettings
+from pop_local.engine.cache.sequence_settings import SequenceSettings
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.decode.grammar_mask import Constraint, TokenTries
 from pop_local.engine.decode.sampler import Sampler, recommended
@@ -64,9 +64,12 @@ class Engine:
         if "tokenizer.chat_template" in source.first.keys:
             templates.renderer.start()  # in parallel with loading the model
         meta = pop_of(source, options.sidecar)
-        holds_states = meta is not None and options.keep_states
         context = Context(
-            source, meta, options.context, sidecar=options.sidecar, holds_states=holds_states
+            source,
+            meta,
+            options.context,
+            sidecar=options.sidecar,
+            keeps_states=meta is not None and options.keep_states,
         )
         vision = None
         if options.mmproj is not None:
@@ -84,7 +87,7 @@ class Engine:
         slots: Sequence[Slot] = batched_slots(context, n) if n > 1 else [Slot(context)]
         for slot in slots:
             cache = KvCache(slot, vision)
-            keys = CacheKeys(context, cache.pruning, vision)
+            keys = CacheKeys(cache, vision)
             states = CacheStates(cache, keys, options.prompt_cache)
             sequences.append(CachedSequence(states, Refiller(cache), rule))
         engine = cls(
@@ -108,8 +111,8 @@ class Engine:
         return self.sequences[0].cache
 
     @property
-    def pruning(self) -> PruningSettings:
-        return self.cache.pruning
+    def pruning(self) -> SequenceSettings:
+        return self.cache.settings
 
     @property
     def states(self) -> CacheStates:
@@ -138,9 +141,8 @@ class Engine:
         with self.context.locked():
             self.context.interrupt.require_idle()
             for sequence in self.sequences:
-                can_refill = bool(sequence.cache.pruning.boundary)
-                sequence.refiller.is_on = is_on and can_refill and not self.context.files.no_refill
-                sequence.keep_states(sequence.refiller.is_on)
+                can_refill = sequence.cache.settings.boundary and not self.context.files.no_refill
+                sequence.keep_states(is_on and bool(can_refill))
 
     # Answering
 

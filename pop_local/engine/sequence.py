@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.decode.sampler import Sampler
 from pop_local.engine.depth.refiller import Refiller
+from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import DisplacedError
@@ -45,51 +46,53 @@ class CachedSequence:
 
         Raises PopError if the model cannot be pruned and cannot skip layers without loss.
         """
-        cache, pruning = self.cache, self.cache.pruning
+        cache, settings = self.cache, self.cache.settings
         with cache.context.locked():
             cache.slot.require_idle()
-            if mode is pruning.mode:
+            if mode is settings.mode:
                 return
-            if mode is not Mode.OFF and not pruning.can_switch:
+            if mode is not Mode.OFF and not settings.can_switch:
                 raise PopError(
                     f"{cache.context.files.path} has no pruning keys",
                     "convert it first",
                     cause="not-converted",
                     model=str(cache.context.files.path),
                 )
-            if not pruning.exact:
+            if not settings.exact:
                 self.states.store()
             # By default, full rows are dropped before pruning, so that callers can compare modes.
             is_reusable = (mode is Mode.OFF or keeps_exact) and cache.n_exact == cache.n_tokens
-            pruning.set_mode(mode)
-            if not (is_reusable or pruning.exact):
+            cache.settings = settings.with_mode(cache.slot, mode)
+            if not (is_reusable or settings.exact):
                 cache.clear()
 
     def set_boundary(self, layer: int) -> None:
         """Set the boundary layer and empty the cache (see backend.set_boundary)."""
-        with self.cache.context.locked():
-            self.cache.slot.require_idle()
-            self.cache.pruning.set_boundary(layer)
-            self.cache.clear()
+        cache = self.cache
+        with cache.context.locked():
+            cache.slot.require_idle()
+            cache.settings = cache.settings.with_boundary(cache.slot, layer)
+            cache.clear()
 
     def keep_states(self, keep: bool) -> None:
         """Start storing new rows' boundary states, or drop all states if `keep` is False."""
-        self.cache.pruning.keep_states(keep)
+        cache = self.cache
+        backend.call("llama_pop_set_snapshots", cache.context.ctx, keep)
+        cache.settings = replace(cache.settings, keeps_states=keep)
         if not keep:
-            self.cache.rows.has_state[:] = False
+            cache.rows.has_state[:] = False
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Restore the settings and empty the cache on exit."""
-        cache, pruning = self.cache, self.cache.pruning
-        mode, boundary, keeps = pruning.mode, pruning.boundary, pruning.keeps_states
+        settings = self.cache.settings
         try:
             yield
         finally:
-            self.set_boundary(boundary)
-            self.set_mode(mode)
-            self.keep_states(keeps)
-            cache.clear()
+            self.set_boundary(settings.boundary)
+            self.set_mode(settings.mode)
+            self.keep_states(settings.keeps_states)
+            self.cache.clear()
 
     # Reading and answering
 

@@ -131,7 +131,7 @@ class Forced:
                     cache.slot.raise_if_stopped()
                 yield start, start + len(piece)
         finally:
-            cache.slot.set_mode(cache.pruning.mode)
+            cache.slot.set_mode(cache.settings.mode)
         self._require("continuation", len(tokens), 0)
 
     def _forget(self, n_context: int, state: SavedState | None) -> None:

@@ -9,13 +9,12 @@ from pop_converter.gguf.header import Header, read_header
 from pop_converter.gguf.source import SAMPLED_BYTES, Source
 from pop_converter.popfile.format import PopMeta, encode_keys
 from pop_converter.projection import TENSOR_MARK, Projection
-from pop_local.engine.cache.pruning_settings import PruningSettings
+from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.saved_state import FULL
 from pop_local.engine.images.mmproj import Mmproj
 from pop_local.engine.llama.backend import Mode, bindings
 from pop_local.engine.llama.context import Context
 
-# Key of rows whose K/V are identical to the full model's (see CacheStates.key).
-FULL = "mode OFF"
 # Fields of llama_context_params that affect K/V. Flash attention determines V's layout.
 _FIELDS = (
     *("flash_attn_type", "rope_freq_base", "rope_freq_scale", "rope_scaling_type"),
@@ -25,13 +24,11 @@ _FIELDS = (
 
 
 class CacheKeys:
-    """Keys for the rows that a context computes with its current settings."""
+    """Keys for the rows that a sequence computes with its current settings."""
 
-    def __init__(
-        self, context: Context, pruning: PruningSettings, vision: Mmproj | None = None
-    ) -> None:
-        self._context, self._pruning, self._vision = context, pruning, vision
-        files = context.files
+    def __init__(self, cache: KvCache, vision: Mmproj | None = None) -> None:
+        self._cache, self._vision = cache, vision
+        files = cache.context.files
         self._conversion = conversion(files.meta, files.source, files.sidecar)
         # Both hashes are computed now, because the files may be deleted later. A model and its
         # conversion share a model hash, which distinguishes models of the same shape.
@@ -41,15 +38,15 @@ class CacheKeys:
     def model(self) -> str:
         """Key for the model, its options, and its vision encoder, regardless of mode."""
         images = self._vision.key if self._vision else ""
-        return f"model {self._model_hash}{opened_with(self._context)}, images {images}"
+        return f"model {self._model_hash}{opened_with(self._cache.context)}, images {images}"
 
     @property
     def mode(self) -> str:
         """Key for rows prefilled in the current mode."""
-        pruning = self._pruning
-        if pruning.mode is Mode.OFF or pruning.exact:
+        settings = self._cache.settings
+        if settings.mode is Mode.OFF or settings.exact:
             return FULL
-        return f"mode {pruning.mode.name}, boundary {pruning.boundary}, {self._conversion}"
+        return f"mode {settings.mode.name}, boundary {settings.boundary}, {self._conversion}"
 
     def accepts(self, key: str) -> bool:
         """Return whether a prompt can extend rows cached under the given key."""

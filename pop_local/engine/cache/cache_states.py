@@ -6,10 +6,10 @@ from contextlib import suppress
 import numpy as np
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.cache.cache_keys import FULL, CacheKeys
+from pop_local.engine.cache.cache_keys import CacheKeys
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.cache.saved_state import CountReusable, SavedState
+from pop_local.engine.cache.saved_state import FULL, CountReusable, SavedState
 from pop_local.engine.prompt.prompt import Prompt
 
 # If a prompt would drop at least this many trailing rows, they are stored in case another

@@ -6,11 +6,10 @@ from contextlib import contextmanager
 import numpy as np
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.cache.checkpoints import Checkpoints
-from pop_local.engine.cache.pruning_settings import PruningSettings
 from pop_local.engine.cache.rows import CachedRows, n_leading
-from pop_local.engine.cache.saved_state import SavedState
+from pop_local.engine.cache.saved_state import FULL, SavedState
+from pop_local.engine.cache.sequence_settings import SequenceSettings
 from pop_local.engine.images.mmproj import NO_TOKEN, ImageChunk, Mmproj
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -28,7 +27,7 @@ class KvCache:
     def __init__(self, slot: Slot, vision: Mmproj | None = None) -> None:
         context = slot.context
         self.context, self.slot = context, slot
-        self.pruning = PruningSettings(slot)
+        self.settings = SequenceSettings.of(slot)
         self.rows = CachedRows(context.n_ctx)
         self.checkpoints = Checkpoints(context, slot.cells)
         self.images: dict[int, str] = {}
@@ -47,7 +46,7 @@ class KvCache:
     @property
     def n_exact(self) -> int:
         """Number of leading rows that are identical to the full model's."""
-        return self.n_tokens if self.pruning.exact else min(self.rows.n_exact, self.n_tokens)
+        return self.n_tokens if self.settings.exact else min(self.rows.n_exact, self.n_tokens)
 
     # Forgetting
 
@@ -180,7 +179,7 @@ class KvCache:
         with self._placed(tokens):
             self.slot.decode(tokens, first, outputs)
         positions = first + np.arange(len(tokens) + 1, dtype=np.int32)
-        self._record(tokens, positions, full, keeps_states=self.pruning.keeps_states)
+        self._record(tokens, positions, full, keeps_states=self.settings.keeps_states)
         self.has_logits = outputs is not Outputs.NONE
 
     def append_image(self, image: ImageChunk, full: np.ndarray) -> float:
@@ -199,7 +198,7 @@ class KvCache:
             positions[1:-1] = first
         positions[-1] = first + image.n_pos
         # A deep pass is causal, so it cannot redo rows that attend to later rows.
-        has_states = self.pruning.keeps_states and not image.is_mutual
+        has_states = self.settings.keeps_states and not image.is_mutual
         self._record([NO_TOKEN] * n, positions, full, keeps_states=has_states)
         self.images[start] = image.key
         return encode_s
@@ -222,8 +221,8 @@ class KvCache:
     def _record(
         self, tokens: Sequence[int], positions: np.ndarray, full: np.ndarray, *, keeps_states: bool
     ) -> None:
-        if self.pruning.exact or self.pruning.mode is not Mode.CONTEXT:
-            full = np.full(len(tokens), self.pruning.mode is not Mode.ALWAYS)
+        if self.settings.exact or self.settings.mode is not Mode.CONTEXT:
+            full = np.full(len(tokens), self.settings.mode is not Mode.ALWAYS)
         start, end = self.n_tokens, self.n_tokens + len(tokens)
         self._tokens[start:end] = tokens
         self.rows.read(start, full, keeps_states=keeps_states, positions=positions)
@@ -267,5 +266,5 @@ def decode_again(
     """
     cache.has_logits = False
     cache.slot.decode(tokens.tolist(), int(cache.rows.positions[start]), outputs)
-    cache.rows.record_redone(start, full, keeps_states=cache.pruning.keeps_states)
+    cache.rows.record_redone(start, full, keeps_states=cache.settings.keeps_states)
     cache.has_logits = outputs is not Outputs.NONE

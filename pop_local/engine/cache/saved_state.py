@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.cache.rows import NO_STALE
 from pop_local.engine.images.mmproj import NO_TOKEN
 
+# Key of rows whose K/V are identical to the full model's (see CacheStates.key).
+FULL = "mode OFF"
 # Errors raised for a damaged or foreign archive. RuntimeError covers encrypted archives and deeply
 # nested JSON, and OverflowError an infinite number.
 DAMAGES = (zipfile.BadZipFile, EOFError, KeyError, OverflowError, RuntimeError, ValueError)

@@ -26,13 +26,16 @@ class Refiller:
         self._cache = cache
         self._chunk_s = CHUNK_ON_DEVICE_S if cache.context.on_device else CHUNK_S
         self._chunk = min(_FIRST_CHUNK, cache.context.n_ubatch)
-        self.is_on = False
         self.n_refilled = 0
 
     def take_refilled(self) -> int:
         """Return the number of rows refilled since the last call, and reset `n_refilled`."""
         n, self.n_refilled = self.n_refilled, 0
         return n
+
+    @property
+    def is_on(self) -> bool:
+        return self._cache.settings.keeps_states
 
     @property
     def n_refillable(self) -> int:

@@ -95,11 +95,11 @@ class Context:
         options: ContextOptions,
         *,
         sidecar: Path | None = None,
-        holds_states: bool = False,
+        keeps_states: bool = False,
     ) -> None:
         """Open a model. `meta`: the POP keys from the model's file or sidecar.
 
-        `holds_states`: whether the memory check includes boundary states. Raises PopError with
+        `keeps_states`: whether the memory check includes boundary states. Raises PopError with
         llama.cpp's reason if the file cannot be opened.
         """
         self._ctx: Any = None
@@ -122,7 +122,7 @@ class Context:
             self.settings.n_ctx,
             is_windowed=is_windowed,
             holds_kv=not self.on_device and not {"type_k", "type_v"} & options.others.keys(),
-            holds_states=holds_states,
+            keeps_states=keeps_states,
         )
         self.interrupt = Interrupt()
         params = self._model_params()

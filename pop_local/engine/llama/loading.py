@@ -102,13 +102,13 @@ def kv_bytes(shape: ModelShape, n_ctx: int, *, is_windowed: bool = False) -> int
 
 
 def require_room(
-    source: Source, n_ctx: int, *, is_windowed: bool, holds_kv: bool, holds_states: bool
+    source: Source, n_ctx: int, *, is_windowed: bool, holds_kv: bool, keeps_states: bool
 ) -> None:
     """Raise PopError if a context needs more memory than is free.
 
     Without this check, the system could kill the process when llama.cpp zeroes the cache.
     `is_windowed`: whether sliding-window layers keep only the rows in the window. `holds_kv`:
-    whether K/V are stored as F16 in main memory. `holds_states`: whether each row's boundary state
+    whether K/V are stored as F16 in main memory. `keeps_states`: whether each row's boundary state
     is stored as F32 in main memory. The check ignores all other buffers.
     """
     needed_bytes, free_bytes = 0, psutil.virtual_memory().available + psutil.swap_memory().free
@@ -116,7 +116,7 @@ def require_room(
         shape = source_shape(source)
         if holds_kv:
             needed_bytes = kv_bytes(shape, n_ctx, is_windowed=is_windowed)
-        if holds_states:
+        if keeps_states:
             needed_bytes += 4 * n_ctx * shape.n_embd
     if needed_bytes > free_bytes:
         n_fits = max(256, n_ctx * free_bytes // needed_bytes // 256 * 256)

@@ -36,7 +36,7 @@ class ReusableRows:
 
     def __init__(self, cache: KvCache, prompt: Prompt, rule: RowRule) -> None:
         self._prompt, self._rule = prompt, rule
-        self._can_edit = rule.reuse is Reuse.EDITED and cache.pruning.is_pruning
+        self._can_edit = rule.reuse is Reuse.EDITED and cache.settings.is_pruning
         self._context = cache.context
         self._tokens = np.asarray(prompt.tokens, np.int32)
         self._found: dict[bytes, NDArray[np.int32]] = {}

@@ -60,7 +60,7 @@ def read(
             Counters(0, 0),
             n_exact=cache.n_exact,
             n_stale=cache.rows.n_stale(len(prompt)),
-            is_short=cache.pruning.is_pruning,
+            is_short=cache.settings.is_pruning,
         )
     # Logits need a decoded token, so the last token is read again if all tokens are cached.
     n_kept = prompt.whole(min(n_usable, len(prompt) - 1))
@@ -95,7 +95,7 @@ def append(
         tokens = np.concatenate([cache.tokens, prompt.tokens])
         deep = _deep_rows(cache, tokens, rule)[cache.n_tokens :]
     # With exact skipping, the rows of the sink and tail need not be full.
-    rule = NO_FULL_ROWS if cache.pruning.exact else rule
+    rule = NO_FULL_ROWS if cache.settings.exact else rule
     return _PlannedReading(cache, prompt, rule, deep, on_prefill).complete()
 
 
@@ -117,7 +117,7 @@ def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int
 
 def _deep_rows(cache: KvCache, tokens: np.ndarray, rule: RowRule) -> NDArray[np.bool_]:
     """Return a mask of a prompt's deep rows, bool [n_tokens] (all False without pruning)."""
-    criterion = rule.deep_rows if cache.pruning.is_pruning else DeepRows.NONE
+    criterion = rule.deep_rows if cache.settings.is_pruning else DeepRows.NONE
     return find_deep_rows(cache.context, tokens, criterion)
 
 
@@ -158,7 +158,7 @@ class _PlannedReading(PromptReading):
             encode_s=self._encode_s,
             n_exact=cache.n_exact,
             n_stale=cache.rows.n_stale(self._n_cached),
-            is_short=cache.pruning.is_pruning and self._plan.n_pruned == 0,
+            is_short=cache.settings.is_pruning and self._plan.n_pruned == 0,
         )
 
     def run(self) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.cache.saved_state import FULL
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.measure.forced import forced

@@ -11,7 +11,7 @@ from pop_converter.base.errors import PopError, UnsupportedArchitectureError
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection
 from pop_local.cli import app
-from pop_local.engine.cache.cache_keys import FULL
+from pop_local.engine.cache.saved_state import FULL
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.server.request_bodies import CompletionBody

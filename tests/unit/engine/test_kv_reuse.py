@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.cache.saved_state import SavedState
+from pop_local.engine.cache.saved_state import FULL, SavedState
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prompt.prompt import Prompt

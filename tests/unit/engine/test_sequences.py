@@ -135,7 +135,7 @@ def test_each_sequence_has_its_mode(model, pop_file):
     assert (counters.n_context, counters.n_full) == (0, 200)
     np.testing.assert_allclose(logits(model, 1), logits_of(full, LONG), atol=NOISE)
     assert model.engine.sequences[1].cache.n_exact == 200
-    assert model.engine.sequences[0].cache.pruning.mode is Mode.CONTEXT
+    assert model.engine.sequences[0].cache.settings.mode is Mode.CONTEXT
     with pytest.raises(PopError, match="ALWAYS"):
         model.engine.sequences[0].set_mode(Mode.ALWAYS)
 
@@ -189,7 +189,6 @@ def test_copied_rows_are_refilled(model, pop_file):
     found = read_in(model, index, other)
     assert (found.n_cached, found.n_exact < 150, found.n_stale) == (150, True, 0)
     sequence = model.engine.sequences[index]
-    sequence.refiller.is_on = True
     seats.give_back(index)
     assert seats.refillable() == index
     assert sequence.refiller.refill() == 250 - found.n_exact

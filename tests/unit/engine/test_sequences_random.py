@@ -56,7 +56,7 @@ class Work:
         read(sequence.states, asked, rule)
         assert cache.tokens.tolist() == asked.tokens
         assert cache.slot.cells.end == len(asked)
-        if cache.pruning.mode is Mode.OFF:
+        if cache.settings.mode is Mode.OFF:
             self._check(cache)
 
     def _step(self) -> None:
