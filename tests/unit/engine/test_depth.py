@@ -13,49 +13,28 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.measure.forced import forced
 from support.calls import NOISE, append, greedy, kv_bytes, opened, prompt, read, set_rule
 
-N_BATCH = 64
-
 
 def kept(pop_file, **options):
     return opened(pop_file, keep_states=True, **options)
 
 
-def test_refilling_in_the_prompts_batches_reproduces_the_full_models_cache(pop_file, monkeypatch):
+def test_refilling_reproduces_the_full_models_cache(pop_file):
     tokens = prompt(200)
     full = opened(pop_file)
     full.engine.set_mode(Mode.OFF)
     append(full, tokens)
     model = kept(pop_file)
     append(model, tokens)
-    assert (
-        model.engine.cache.n_exact,
-        model.engine.refiller.n_refillable,
-        model.engine.states.key == FULL,
-    ) == (
-        0,
-        200,
-        False,
-    )
-    # Chunks as large as a batch, regardless of time.
-    monkeypatch.setattr(model.engine.refiller, "_adapt", lambda n_rows, took_s: None)
-    monkeypatch.setattr(model.engine.refiller, "_chunk", N_BATCH)
-    said = []
-    assert (
-        model.engine.refiller.refill(on_progress=lambda done, total: said.append((done, total)))
-        == 200
-    )
-    assert said == [(64, 200), (128, 200), (192, 200), (200, 200)]
-    assert (
-        model.engine.cache.n_exact,
-        model.engine.refiller.n_refillable,
-        model.engine.states.key,
-    ) == (200, 0, FULL)
-    assert (
-        model.engine.cache.slot.cells.state()[-1000:]
-        == full.engine.cache.slot.cells.state()[-1000:]
-    )
+    cache, refiller = model.engine.cache, model.engine.refiller
+    assert (cache.n_exact, refiller.n_refillable) == (0, 200)
+    assert model.engine.states.key != FULL
+    progress: list[tuple[int, int]] = []
+    assert refiller.refill(on_progress=lambda *counts: progress.append(counts)) == 200
+    assert progress == sorted(set(progress)) and progress[-1] == (200, 200)
+    assert (cache.n_exact, refiller.n_refillable) == (200, 0)
+    assert model.engine.states.key == FULL
     assert kv_bytes(model) == kv_bytes(full)
-    assert model.engine.refiller.refill() == 0
+    assert refiller.refill() == 0
 
 
 def test_turns_after_refilling_equal_the_full_models(pop_file):
@@ -88,13 +67,6 @@ def test_stopped_refilling_continues_later(pop_file):
     full.engine.set_mode(Mode.OFF)
     answer = greedy(full, prompt(200))
     assert greedy(model, prompt(200)) == answer
-
-
-def test_an_answer_is_refilled_with_its_prompt(pop_file):
-    model = kept(pop_file)
-    tokens = prompt(200)
-    answer = greedy(model, tokens)
-    assert model.engine.refiller.refill() == model.engine.cache.n_tokens == 200 + len(answer) - 1
 
 
 def test_without_states_nothing_is_refilled(pop_file):

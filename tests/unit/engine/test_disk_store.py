@@ -29,11 +29,6 @@ OLD, OTHER = prompt(600), prompt(500, seed=5)
 ROOM = 2**26
 
 
-@pytest.fixture(scope="module")
-def pop_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("store"))
-
-
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "states"

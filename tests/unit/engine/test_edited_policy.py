@@ -13,19 +13,14 @@ from support.converted import tiny
 from support.edited_prompts import EDITS, NEW, OLD, Tokens, pruned
 
 
-@pytest.fixture(scope="module")
-def llama_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("llama"))
-
-
 @pytest.mark.parametrize(
     ("options", "rule"),
     [({"full": True}, {}), ({}, {"reuse": Reuse.EXACT}), ({}, {"reuse": Reuse.OFF})],
     ids=["full", "exact", "off"],
 )
-def test_full_mode_and_the_options_prevent_stale_rows(llama_file, options, rule):
+def test_full_mode_and_the_options_prevent_stale_rows(pop_file, options, rule):
     tokens = EDITS["a changed line"]
-    with pruned(llama_file, **options) as model:
+    with pruned(pop_file, **options) as model:
         set_rule(model, **rule)
         read(model, OLD)
         found = model.read(Prompt(tokens))
@@ -50,8 +45,8 @@ def fresh_read(model: PopModel, tokens: Tokens) -> np.ndarray:
     ],
     ids=["a prefix", "few rows", "less than half", "another order", "less than two thirds"],
 )
-def test_edits_that_save_little_are_read_normally(llama_file, tokens):
-    with pruned(llama_file) as model:
+def test_edits_that_save_little_are_read_normally(pop_file, tokens):
+    with pruned(pop_file) as model:
         read(model, OLD)
         assert model.read(Prompt(tokens)).n_stale == 0
 
@@ -65,13 +60,13 @@ def test_a_prompt_whose_rows_cannot_move_stays_in_the_prompt_cache(tmp_path):
 
 
 @pytest.mark.parametrize("reuse", [Reuse.EXACT, Reuse.EDITED])
-def test_a_new_conversation_does_not_replace_the_last_rows_of_another(llama_file, reuse):
+def test_a_new_conversation_does_not_replace_the_last_rows_of_another(pop_file, reuse):
     """The new prompts reuse more than half of the rows, but not the other conversation's end."""
     new_line = NEW[:20] if reuse is Reuse.EDITED else OLD[:20]
     first = OLD + prompt(300, seed=2)
     second = new_line + OLD[20:] + prompt(290, seed=3)
     prompts = PromptCache(2**24)
-    with pruned(llama_file, prompt_cache=prompts) as model:
+    with pruned(pop_file, prompt_cache=prompts) as model:
         set_rule(model, reuse=reuse)
         read(model, first)
         assert model.read(Prompt(second)).n_cached > len(first) / 2
@@ -80,9 +75,9 @@ def test_a_new_conversation_does_not_replace_the_last_rows_of_another(llama_file
         assert prompts.size_bytes <= prompts.capacity_bytes
 
 
-def test_a_conversation_that_continues_after_an_edit_is_not_stored(llama_file):
+def test_a_conversation_that_continues_after_an_edit_is_not_stored(pop_file):
     prompts = PromptCache(2**24)
-    with pruned(llama_file, prompt_cache=prompts) as model:
+    with pruned(pop_file, prompt_cache=prompts) as model:
         read(model, OLD)
         for name in ("a changed line", "a removed passage", "an inserted passage"):
             read(model, EDITS[name])

@@ -7,17 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pop_local.engine.cache import align
 from pop_local.engine.cache.kv_cache import move_rows
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.cache.rows import NO_STALE
-from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.shifting import can_shift
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import edit
-from pop_local.engine.prefill import read as prefill
 from pop_local.engine.prefill.edit import MIN_REUSED
 from pop_local.engine.prefill.reading import PrefillStoppedError
 from pop_local.engine.prompt.prompt import Prompt
@@ -30,13 +26,8 @@ N_OPERATIONS = int(os.environ.get("EDIT_OPERATIONS", "80"))
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3", "qwen2"])
-def pop_file(request, tmp_path_factory):
+def arch_file(request, tmp_path_factory):
     return tiny(tmp_path_factory.mktemp(request.param), request.param)
-
-
-@pytest.fixture(scope="module")
-def llama_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("llama"))
 
 
 def fresh(path, tokens: Tokens, **options: Any) -> tuple[bytes, np.ndarray]:
@@ -60,10 +51,10 @@ def repaired(model: PopModel) -> tuple[bytes, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_decodes_only_new_rows_and_a_refill_makes_the_cache_exact(pop_file, name):
+def test_an_edit_decodes_only_new_rows_and_a_refill_makes_the_cache_exact(arch_file, name):
     tokens = EDITS[name]
-    state, logits = fresh(pop_file, tokens)
-    with pruned(pop_file) as model:
+    state, logits = fresh(arch_file, tokens)
+    with pruned(arch_file) as model:
         read(model, OLD)
         found = model.read(Prompt(tokens))
         cache = model.engine.cache
@@ -87,49 +78,28 @@ def test_an_edit_decodes_only_new_rows_and_a_refill_makes_the_cache_exact(pop_fi
         ("the oldest quarter removed", 520 // 4),
     ],
 )
-def test_as_many_last_rows_are_decoded_again_as_tokens_changed(llama_file, name, n_rows):
-    with pruned(llama_file) as model:
+def test_as_many_last_rows_are_decoded_again_as_tokens_changed(pop_file, name, n_rows):
+    with pruned(pop_file) as model:
         read(model, OLD)
         assert model.read(Prompt(EDITS[name])).counters.n_rows == n_rows
 
 
-def test_a_state_is_chosen_only_if_its_edit_pays(llama_file):
+def test_a_state_is_chosen_only_if_its_edit_pays(pop_file):
     """Reject a state that matches more rows if only its first 10 rows could be reused."""
     base = prompt(340, seed=3)
     tokens = base[:10] + prompt(170, seed=4) + base[10:]
-    with pruned(llama_file, prompt_cache=PromptCache(2**26)) as model:
+    with pruned(pop_file, prompt_cache=PromptCache(2**26)) as model:
         read(model, base)
         read(model, tokens[:100] + NEW)
         assert model.read(Prompt(tokens)).n_cached == 100
 
 
-def test_a_prompt_may_repeat_its_beginning(llama_file):
+def test_a_prompt_may_repeat_its_beginning(pop_file):
     tokens = OLD[:150] + OLD
-    with pruned(llama_file) as model:
+    with pruned(pop_file) as model:
         read(model, OLD)
         assert model.read(Prompt(tokens)).counters.n_rows == 150
-        assert repaired(model)[0] == fresh(llama_file, tokens)[0]
-
-
-def test_a_read_searches_each_cached_prompt_once(llama_file, monkeypatch):
-    searched, n_deep = [], []
-
-    def counted(cached, prompt, hashes):
-        searched.append(cached.tobytes())
-        return align.find_runs(cached, prompt, hashes)
-
-    def counted_deep(*arguments):
-        n_deep.append(arguments)
-        return find_deep_rows(*arguments)
-
-    with pruned(llama_file, prompt_cache=PromptCache(2**24)) as model:
-        read(model, OLD)
-        read(model, prompt(600, seed=7))
-        monkeypatch.setattr(edit, "find_runs", counted)
-        monkeypatch.setattr(prefill, "find_deep_rows", counted_deep)
-        assert model.read(Prompt(EDITS["a changed line"])).n_stale > MIN_REUSED
-    assert len(searched) == len(set(searched)) == 2
-    assert len(n_deep) == 1
+        assert repaired(model)[0] == fresh(pop_file, tokens)[0]
 
 
 @pytest.mark.parametrize(
@@ -137,10 +107,10 @@ def test_a_read_searches_each_cached_prompt_once(llama_file, monkeypatch):
     [{"flash_attn": False}, {"type_k": 8, "type_v": 8}],
     ids=["without flash attention", "q8_0"],
 )
-def test_both_cache_types_are_repaired(llama_file, options):
+def test_both_cache_types_are_repaired(pop_file, options):
     tokens = EDITS["a longer first line"]
-    expected = fresh(llama_file, tokens, **options)
-    with pruned(llama_file, **options) as model:
+    expected = fresh(pop_file, tokens, **options)
+    with pruned(pop_file, **options) as model:
         read(model, OLD)
         read(model, tokens)
         found = repaired(model)
@@ -166,18 +136,18 @@ def aborted_moves(monkeypatch):
     return lambda: monkeypatch.setattr(backend, "move_rows", move_and_abort), n_moves
 
 
-def test_rows_with_invalid_k_are_neither_used_nor_stored(llama_file, aborted_moves):
+def test_rows_with_invalid_k_are_neither_used_nor_stored(pop_file, aborted_moves):
     abort, n_moves = aborted_moves
     tokens = EDITS["an inserted passage"]
-    with pruned(llama_file, prompt_cache=PromptCache(2**24)) as model:
+    with pruned(pop_file, prompt_cache=PromptCache(2**24)) as model:
         read(model, OLD)
         assert can_shift(model.engine.context)
         abort()
         assert model.read(Prompt(tokens)).n_stale == 0
         assert len(n_moves) == 1
-        assert repaired(model)[0] == fresh(llama_file, tokens)[0]
+        assert repaired(model)[0] == fresh(pop_file, tokens)[0]
         read(model, OLD)
-        assert repaired(model)[0] == fresh(llama_file, OLD)[0]
+        assert repaired(model)[0] == fresh(pop_file, OLD)[0]
 
 
 def test_all_rows_are_dropped_if_invalid_ones_cannot_be_removed(tmp_path, aborted_moves):
@@ -196,10 +166,10 @@ def test_all_rows_are_dropped_if_invalid_ones_cannot_be_removed(tmp_path, aborte
         assert cache.n_tokens == cache.slot.cells.end == 0
 
 
-def test_small_changes_of_the_logits_show_that_stale_rows_are_used(llama_file):
+def test_small_changes_of_the_logits_show_that_stale_rows_are_used(pop_file):
     """Stale rows are approximate: other logits than a fresh pruned reading's, but close ones."""
     tokens = EDITS["a changed line"]
-    with pruned(llama_file) as model:
+    with pruned(pop_file) as model:
         read(model, OLD)
         edited = read(model, tokens)
         model.engine.cache.clear()
@@ -219,9 +189,9 @@ def test_random_operations_are_repaired(tmp_path, arch, seed):
         assert operations.n_equal > 0
 
 
-def test_a_repair_that_stops_at_every_chunk_completes_later(llama_file):
+def test_a_repair_that_stops_at_every_chunk_completes_later(pop_file):
     tokens = EDITS["an inserted passage"]
-    with pruned(llama_file) as model:
+    with pruned(pop_file) as model:
         read(model, OLD)
         read(model, tokens)
         refiller, cache = model.engine.refiller, model.engine.cache
@@ -231,13 +201,13 @@ def test_a_repair_that_stops_at_every_chunk_completes_later(llama_file):
             n_stops += 1
             assert n_stops < 1000
         assert n_stops > 3
-        assert kv_bytes(model) == fresh(llama_file, tokens)[0]
+        assert kv_bytes(model) == fresh(pop_file, tokens)[0]
 
 
 @pytest.mark.parametrize("after", [0, 20, 60, 100, 150])
-def test_a_stopped_read_keeps_the_rows_after_its_gap(llama_file, after):
+def test_a_stopped_read_keeps_the_rows_after_its_gap(pop_file, after):
     tokens = OLD[:200] + NEW[:150] + OLD[200:]
-    with pruned(llama_file) as model:
+    with pruned(pop_file) as model:
         read(model, OLD)
         with pytest.raises(PrefillStoppedError) as stopped:
             model.engine.sequences[0].read(Prompt(tokens), stopping(after))
@@ -249,18 +219,18 @@ def test_a_stopped_read_keeps_the_rows_after_its_gap(llama_file, after):
         found = model.read(Prompt(tokens))
         assert found.counters.n_rows == 150 - n_decoded + 125
         assert found.n_stale == 500 - 125 == stopped.value.read.n_stale
-        assert repaired(model)[0] == fresh(llama_file, tokens)[0]
+        assert repaired(model)[0] == fresh(pop_file, tokens)[0]
 
 
-def test_twenty_edits_in_a_row_are_repaired(pop_file):
+def test_twenty_edits_in_a_row_are_repaired(arch_file):
     rng, tokens, n_edited = random.Random(0), OLD, 0
-    with pruned(pop_file) as model:
+    with pruned(arch_file) as model:
         read(model, tokens)
         for _ in range(20):
             tokens = randomly_edited(rng, tokens)
             n_edited += model.read(Prompt(tokens)).n_stale > 0
         assert n_edited > 10
-        assert repaired(model)[0] == fresh(pop_file, tokens)[0]
+        assert repaired(model)[0] == fresh(arch_file, tokens)[0]
 
 
 def test_rows_that_have_left_a_window_are_not_reused(tmp_path):
@@ -280,9 +250,9 @@ def test_rows_do_not_move_if_every_layer_has_a_window(tmp_path):
         assert model.read(Prompt(EDITS["a longer first line"])).n_stale == 0
 
 
-def test_answers_continue_after_stale_rows(llama_file):
+def test_answers_continue_after_stale_rows(pop_file):
     tokens = EDITS["a removed passage"]
-    with pruned(llama_file) as model:
+    with pruned(pop_file) as model:
         read(model, OLD)
         read(model, tokens)
         for token in NEW[:5]:
@@ -291,26 +261,13 @@ def test_answers_continue_after_stale_rows(llama_file):
         found = model.read(Prompt(longer))
         assert found.n_cached == len(tokens) + 5
         assert found.n_stale > 0
-        assert repaired(model)[0] == fresh(llama_file, longer)[0]
+        assert repaired(model)[0] == fresh(pop_file, longer)[0]
 
 
-def test_saved_states_know_their_stale_rows(llama_file):
-    tokens = EDITS["a changed line"]
-    with pruned(llama_file) as model:
-        read(model, OLD)
-        read(model, tokens)
-        states, cache = model.engine.states, model.engine.cache
-        saved = states.save()
-        cache.clear()
-        states.restore(saved)
-        assert cache.n_exact == cache.rows.first_stale == saved.n_exact
-        assert saved.first_stale < NO_STALE
-
-
-def test_the_prompt_cache_finds_the_state_that_an_edit_can_reuse(llama_file):
+def test_the_prompt_cache_finds_the_state_that_an_edit_can_reuse(pop_file):
     other = prompt(600, seed=7)
     tokens = EDITS["a shorter first line"]
-    with pruned(llama_file, prompt_cache=PromptCache(2**24)) as model:
+    with pruned(pop_file, prompt_cache=PromptCache(2**24)) as model:
         read(model, OLD)
         read(model, other)
         found = model.read(Prompt(tokens))
@@ -318,9 +275,9 @@ def test_the_prompt_cache_finds_the_state_that_an_edit_can_reuse(llama_file):
         assert found.counters.n_rows == 5 + 45
 
 
-def test_a_restored_state_catches_up_from_its_exact_rows(llama_file, tmp_path):
+def test_a_restored_state_catches_up_from_its_exact_rows(pop_file, tmp_path):
     tokens = EDITS["an inserted passage"]
-    with pruned(llama_file) as model:
+    with pruned(pop_file) as model:
         read(model, OLD)
         model.engine.refiller.refill()
         read(model, tokens)
@@ -332,15 +289,15 @@ def test_a_restored_state_catches_up_from_its_exact_rows(llama_file, tmp_path):
         states.restore(saved)
         assert cache.n_exact == n_exact
         model.engine.refiller.refill()
-        assert kv_bytes(model) == fresh(llama_file, tokens)[0]
+        assert kv_bytes(model) == fresh(pop_file, tokens)[0]
 
 
 @pytest.mark.parametrize(("name", "redone"), [("a longer first line", 8), ("a changed line", 0)])
-def test_full_rows_that_move_close_to_a_change_are_decoded_again(llama_file, name, redone):
+def test_full_rows_that_move_close_to_a_change_are_decoded_again(pop_file, name, redone):
     tokens = EDITS[name]
     must_be_full = np.zeros(len(tokens), bool)
     must_be_full[[100, 105, 200, 541, 542]] = True
-    with pruned(llama_file) as model:
+    with pruned(pop_file) as model:
         read(model, OLD)
         cache, rule = model.engine.cache, model.engine.rule
         cache.rows.is_full[:] = True

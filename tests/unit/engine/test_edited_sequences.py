@@ -10,19 +10,13 @@ from pop_local.engine.prefill.edit import MIN_REUSED
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.slot_scheduler import SlotScheduler
 from support.calls import opened, prompt, read
-from support.converted import tiny
 from support.edited_prompts import NEW, OLD, pruned
 
 LONG_EDIT = OLD[:60] + NEW[:250] + OLD[60:]
 
 
-@pytest.fixture(scope="module")
-def llama_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("llama"))
-
-
-def test_several_sequences_reuse_and_repair_edited_prompts(llama_file):
-    with pruned(llama_file, n_parallel=3) as model, pruned(llama_file, full=True) as full:
+def test_several_sequences_reuse_and_repair_edited_prompts(pop_file):
+    with pruned(pop_file, n_parallel=3) as model, pruned(pop_file, full=True) as full:
         engine = model.engine
         for index, sequence in enumerate(engine.sequences):
             sequence.read(Prompt(prompt(650, seed=index)))
@@ -40,8 +34,8 @@ def test_several_sequences_reuse_and_repair_edited_prompts(llama_file):
             np.testing.assert_allclose(sequence.cache.slot.logits, expected, atol=0.03, rtol=0)
 
 
-def test_an_edited_prompt_gets_the_sequence_that_it_can_reuse(llama_file):
-    with pruned(llama_file, n_parallel=2) as model:
+def test_an_edited_prompt_gets_the_sequence_that_it_can_reuse(pop_file):
+    with pruned(pop_file, n_parallel=2) as model:
         scheduler = SlotScheduler(model.engine)
         for index, tokens in enumerate([OLD, prompt(650, seed=3)]):
             scheduler.sequence(index).read(Prompt(tokens))
@@ -50,9 +44,9 @@ def test_an_edited_prompt_gets_the_sequence_that_it_can_reuse(llama_file):
         assert scheduler.take(edited) == 1
 
 
-def test_a_short_prefix_of_another_sequence_does_not_replace_an_edited_prompt(llama_file):
+def test_a_short_prefix_of_another_sequence_does_not_replace_an_edited_prompt(pop_file):
     edited = Prompt(NEW[:30] + OLD[10:])
-    with pruned(llama_file, n_parallel=2) as model:
+    with pruned(pop_file, n_parallel=2) as model:
         scheduler = SlotScheduler(model.engine)
         scheduler.sequence(0).read(Prompt(OLD))
         scheduler.sequence(1).read(Prompt(NEW[:20] + prompt(600, seed=3)))
@@ -63,9 +57,9 @@ def test_a_short_prefix_of_another_sequence_does_not_replace_an_edited_prompt(ll
 
 
 @pytest.mark.parametrize("n_parallel", [1, 2])
-def test_an_edited_prompt_must_fit_the_context(llama_file, n_parallel):
+def test_an_edited_prompt_must_fit_the_context(pop_file, n_parallel):
     old = prompt(1000)
-    with opened(llama_file, keep_states=True, n_parallel=n_parallel) as model:
+    with opened(pop_file, keep_states=True, n_parallel=n_parallel) as model:
         sequence = model.engine.sequences[0]
         sequence.read(Prompt(old))
         with pytest.raises(PopError, match="too small for 1,090 tokens"):
@@ -73,8 +67,8 @@ def test_an_edited_prompt_must_fit_the_context(llama_file, n_parallel):
         assert sequence.read(Prompt(old)).n_cached >= 1000 - 16
 
 
-def test_other_answers_continue_while_an_edited_prompt_is_read(llama_file):
-    with pruned(llama_file, n_parallel=2) as model:
+def test_other_answers_continue_while_an_edited_prompt_is_read(pop_file):
+    with pruned(pop_file, n_parallel=2) as model:
         first, second = model.engine.sequences
         first.read(Prompt(OLD))
         second.read(Prompt(NEW[:50]))
@@ -99,14 +93,14 @@ def test_other_answers_continue_while_an_edited_prompt_is_read(llama_file):
         first.refiller.refill()
         assert first.cache.n_exact == len(LONG_EDIT)
         first.step(7)
-        with pruned(llama_file, full=True) as full:
+        with pruned(pop_file, full=True) as full:
             expected = read(full, [*LONG_EDIT, 7])
         np.testing.assert_allclose(first.cache.slot.logits, expected, atol=0.03, rtol=0)
         assert second.cache.tokens.tolist() == NEW[:50] + steps
 
 
-def test_other_sequences_share_only_decoded_rows_of_an_edited_prompt(llama_file):
-    with pruned(llama_file, n_parallel=2) as model:
+def test_other_sequences_share_only_decoded_rows_of_an_edited_prompt(pop_file):
+    with pruned(pop_file, n_parallel=2) as model:
         scheduler = SlotScheduler(model.engine)
         n_shared: list[int] = []
 
@@ -119,8 +113,8 @@ def test_other_sequences_share_only_decoded_rows_of_an_edited_prompt(llama_file)
         assert n_shared == [60, 124, 188, 252, 790, 854, 918, 950]
 
 
-def test_a_model_can_be_closed_while_an_edited_prompt_is_read(llama_file):
-    with pruned(llama_file) as model:
+def test_a_model_can_be_closed_while_an_edited_prompt_is_read(pop_file):
+    with pruned(pop_file) as model:
 
         def close(done: int, total: int) -> None:
             if done >= 64:

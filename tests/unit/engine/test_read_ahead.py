@@ -16,15 +16,9 @@ from pop_converter.base.output_file import WRITE_BYTES, replacing
 from pop_converter.gguf.source import read_source, sampled_sha256
 from pop_local.engine.llama import loading
 from support.calls import opened
-from support.converted import tiny
 
 Memory = namedtuple("Memory", "available")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such advice")
-
-
-@pytest.fixture(scope="module")
-def pop_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture
