@@ -26,7 +26,6 @@ resource = pytest.importorskip("resource", reason="signals and limits of POSIX")
 STOPPED = """
 import sys, time
 from pop_converter.gguf import content
-from pop_local.workflows.conversion import convert_model
 
 def read(stretch, free_buffer, real=content._read):
     for chunk in real(stretch, free_buffer):
