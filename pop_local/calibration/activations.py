@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import pop_meta
 from pop_local.calibration.texts import N_WINDOW

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.texts.carrier_values import Use

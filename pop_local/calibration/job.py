@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pop_converter.base.progress import Watch
+from pop_base.progress import Watch
 from pop_converter.fit.wide import WideInput, encode_input
 from pop_converter.gguf.content import NewTensor
 from pop_converter.gguf.source import Source

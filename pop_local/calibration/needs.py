@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import psutil
 
+from pop_base.errors import PopError
+from pop_base.numbers import size
 from pop_converter.architecture.shape import ModelShape
-from pop_converter.base.errors import PopError
-from pop_converter.base.numbers import size
 from pop_converter.fit import least_squares as fit
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.pruning_plan import Plan

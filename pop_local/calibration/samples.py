@@ -6,8 +6,8 @@ from contextlib import closing
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Progress
+from pop_base.errors import PopError
+from pop_base.progress import Progress
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import TokenBatch

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.files import read_file
-from pop_converter.base.progress import Progress
+from pop_base.errors import PopError
+from pop_base.files import read_file
+from pop_base.progress import Progress
 from pop_local.calibration.carrier_windows import SHARE, carrier_windows
 from pop_local.calibration.samples import sample_windows
 from pop_local.engine.llama.backend import bindings

@@ -14,8 +14,8 @@ import psutil
 import typer
 from rich.text import Text
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.numbers import size
+from pop_base.errors import PopError
+from pop_base.numbers import size
 from pop_local import __version__
 from pop_local.commands.shared_options import Json
 from pop_local.config import settings

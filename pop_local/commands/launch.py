@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.commands import shared_options as opt
 from pop_local.commands.agents import AGENTS
 from pop_local.commands.opening import default_model

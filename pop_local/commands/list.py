@@ -1,6 +1,6 @@
 """`pop-local list`: list the local models."""
 
-from pop_converter.base.numbers import size
+from pop_base.numbers import size
 from pop_local.commands.shared_options import Json, Markdown
 from pop_local.models.model_files import StoredModel, stock
 from pop_local.models.model_names import load_catalog, models_dirs, not_fetched

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.numbers import duration
+from pop_base.errors import PopError
+from pop_base.numbers import duration
 from pop_converter.gguf.source import read_source
 from pop_local.commands.shared_options import ModelOptions
 from pop_local.config import settings

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pop_converter.base.numbers import size
+from pop_base.numbers import size
 from pop_local.commands.shared_options import Markdown
 from pop_local.models.model_names import CatalogModel, hub_names, load_catalog, models_dir
 from pop_local.models.sidecars import SHIPPED, SUFFIX

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.numbers import size
+from pop_base.errors import PopError
+from pop_base.numbers import size
 from pop_local.commands.shared_options import Json
 from pop_local.models.mmproj_files import orphans
 from pop_local.models.model_files import parts_folder, removable, total_bytes

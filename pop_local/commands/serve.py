@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.commands import shared_options as opt
 from pop_local.commands.opening import Opener, default_model, open_prompt_cache
 from pop_local.commands.option_expansion import Group, expand_options, expert, option

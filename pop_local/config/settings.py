@@ -10,8 +10,8 @@ from typing import Any, Literal
 import platformdirs
 import tomlkit
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.nearest import nearest_hint
+from pop_base.errors import PopError
+from pop_base.nearest import nearest_hint
 from pop_local.config.limits import MOST, MOST_GIB, MOST_SEED, MOST_THREADS
 from pop_local.config.sampler_options import SAMPLER_OPTIONS
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.popfile.format import PopMeta
 from pop_local.engine.chat_messages import Chunk, FinishReason, TurnStats
 from pop_local.engine.decode.logprobs import Logprobs

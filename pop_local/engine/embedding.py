@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.context import require_finite

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.decode.sampler import Sampler

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Progress
+from pop_base.errors import PopError
+from pop_base.progress import Progress
 from pop_local.fetching.quants import choose, choose_mmproj, usual_ending
 from pop_local.fetching.resumable_download import RemoteFile, download, reason_of
 from pop_local.fetching.target import is_fetched, require_space, safe_name

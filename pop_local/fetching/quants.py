@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.gguf.source import part_names, part_of
 from pop_local.models.mmproj_files import n_shared
 from pop_local.models.model_files import SUFFIX

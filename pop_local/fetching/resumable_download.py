@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Progress
+from pop_base.errors import PopError
+from pop_base.progress import Progress
 from pop_local.fetching.target import download_lock, file_sha256
 from pop_local.models.model_files import PARTIAL_SUFFIX
 

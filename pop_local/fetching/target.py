@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pop_converter.base.errors import OutputExistsError, PopError
+from pop_base.errors import OutputExistsError, PopError
 from pop_local.models.model_names import MODELS_VARIABLE
 
 _CHUNK_BYTES = 1 << 20

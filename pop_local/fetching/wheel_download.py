@@ -16,9 +16,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.output_file import replacing
-from pop_converter.base.progress import Progress
+from pop_base.errors import PopError
+from pop_base.output_file import replacing
+from pop_base.progress import Progress
 from pop_local.fetching.target import download_lock, file_sha256, is_fetched, require_space
 from pop_local.models.model_files import parts_folder
 from pop_local.models.model_names import CatalogModel, WheelPart, find, models_dir

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from pop_converter.base.errors import PlanError
+from pop_base.errors import PlanError
 from pop_converter.popfile.format import NO_LIMIT, Budget
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.answer import ContextFullError
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.images.pictures import read_picture

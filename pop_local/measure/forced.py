@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.cache.saved_state import SavedState
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama import backend

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.texts.document_readers import read_text
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pop_converter.base.progress import Progress, counting
+from pop_base.progress import Progress, counting
 from pop_local.engine.model import PopModel
 from pop_local.measure.compare import mcnemar
 from pop_local.measure.divergence import likelihood, predictions

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Ran
+from pop_base.errors import PopError
+from pop_base.progress import Ran
 from pop_local.engine.llama import backend
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule

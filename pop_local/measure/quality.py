@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pop_converter.base.progress import Progress, Ran, counting
+from pop_base.progress import Progress, Ran, counting
 from pop_local.engine.model import PopModel
 from pop_local.measure import probes
 from pop_local.measure.divergence import (

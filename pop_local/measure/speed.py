@@ -17,8 +17,8 @@ from itertools import cycle, islice
 
 import numpy as np
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Progress, Ran, counting
+from pop_base.errors import PopError
+from pop_base.progress import Progress, Ran, counting
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from itertools import takewhile
 from pathlib import Path
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.gguf.source import part_of, read_source
 
 ARCHITECTURE = "clip"

@@ -6,8 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.nearest import nearest_hint
+from pop_base.errors import PopError
+from pop_base.nearest import nearest_hint
 from pop_converter.gguf.source import part_names, part_of, read_source
 from pop_converter.popfile.sidecar import SUFFIX as SIDECAR_SUFFIX
 from pop_converter.popfile.sidecar import pop_of

@@ -14,9 +14,9 @@ from urllib.parse import unquote
 import platformdirs
 import tomlkit
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.nearest import nearest_hint
-from pop_converter.base.output_file import replacing
+from pop_base.errors import PopError
+from pop_base.nearest import nearest_hint
+from pop_base.output_file import replacing
 from pop_converter.gguf.header import TO_GGUF
 from pop_local.config import settings
 from pop_local.models.model_files import known_name, models_by_name

@@ -5,7 +5,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from pop_converter.base.errors import FormatError
+from pop_base.errors import FormatError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Binding, pop_meta, read_binding

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from pop_base.errors import PopError
+from pop_base.progress import Progress, Watch, counting
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Progress, Watch, counting
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Budget, Calibration
 from pop_converter.popfile.pruning_plan import Plan, make_plan

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from pop_converter.base.progress import Progress, Ran, counting
+from pop_base.progress import Progress, Ran, counting
 from pop_converter.fit.least_squares import FitError, normalised
 from pop_converter.fit.weights import KvProjection
 from pop_converter.fit.wide import WideInput

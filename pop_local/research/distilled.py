@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pop_base.errors import PopError, UnsupportedArchitectureError
+from pop_base.progress import Watch
 from pop_converter.architecture.shape import source_shape
-from pop_converter.base.errors import PopError, UnsupportedArchitectureError
-from pop_converter.base.progress import Watch
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.weights import Weights
 from pop_converter.fit.wide import decode_input

@@ -6,8 +6,8 @@ Key names and defaults follow llama.cpp (llama-model.cpp, models/ARCH.cpp).
 from dataclasses import dataclass
 from math import sqrt
 
+from pop_base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.architecture.shape import ModelShape, source_shape
-from pop_converter.base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
 

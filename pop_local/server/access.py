@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.server.api_errors import CLIENT_GONE, ApiError, stopping
 from pop_local.server.metrics import Metrics
 from pop_local.server.page.page_routes import is_public

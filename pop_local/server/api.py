@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pop_converter.base.errors import StoppedError
+from pop_base.errors import StoppedError
 from pop_local.engine.decode.grammar import N_COMPILING
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.server.api_errors import ApiError, client_gone

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.limited.process import NoChildError
 

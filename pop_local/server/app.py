@@ -21,8 +21,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.nearest import nearest_hint
+from pop_base.errors import PopError
+from pop_base.nearest import nearest_hint
 from pop_local.server.access import LOCAL_ORIGIN, AccessMiddleware, AccessRules
 from pop_local.server.api import Api
 from pop_local.server.api_errors import ApiError, as_api_error

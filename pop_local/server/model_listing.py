@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from pop_base.errors import PopError
 from pop_converter.architecture.shape import source_shape
-from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.sidecar import SUFFIX as SIDECAR_SUFFIX
 from pop_converter.popfile.sidecar import pop_of

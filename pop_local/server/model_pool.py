@@ -12,9 +12,9 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.nearest import nearest_hint
-from pop_converter.base.numbers import size
+from pop_base.errors import PopError
+from pop_base.nearest import nearest_hint
+from pop_base.numbers import size
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.server.api_errors import ApiError, as_api_error, stopping

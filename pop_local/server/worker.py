@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
-from pop_converter.base.errors import PopError, StoppedError
+from pop_base.errors import PopError, StoppedError
 from pop_local.engine.chat_messages import Chunk, TurnStats
 from pop_local.engine.embedding import embedding
 from pop_local.engine.llama.backend import Mode

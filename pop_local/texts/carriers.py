@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.texts.carrier_layouts import LAYOUTS, Block
 from pop_local.texts.carrier_values import KINDS, Use, value, words
 

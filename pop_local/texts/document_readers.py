@@ -16,8 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.files import read_file
+from pop_base.errors import PopError
+from pop_base.files import read_file
 
 MAX_BYTES = 100_000_000
 # The maximum growth of a DOCX when unpacked, since parsed XML takes twelve times as much memory.

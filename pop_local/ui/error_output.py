@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from rich.text import Text
 
-from pop_converter.base.errors import PopError, StoppedError
+from pop_base.errors import PopError, StoppedError
 from pop_local.engine.llama import logs
 from pop_local.ui.console import err, printable
 from pop_local.ui.hints import hint_of, hints_for

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tomlkit
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from pop_converter.base.progress import Unit
+from pop_base.progress import Unit
 from pop_local.ui.console import err, note, printable
 
 Advance = Callable[[int, int], None]

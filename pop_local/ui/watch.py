@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import typer
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Unit, Watch
+from pop_base.errors import PopError
+from pop_base.progress import Unit, Watch
 from pop_local.ui.console import note, warn
 from pop_local.ui.ctrl_c import CtrlC, deferred_interrupt
 from pop_local.ui.hints import hint_of

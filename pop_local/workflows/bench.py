@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from pop_base.errors import PopError
+from pop_base.progress import Watch, counting
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Watch, counting
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.sidecar import pop_of

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from pop_converter.base.progress import Watch, counting
+from pop_base.progress import Watch, counting
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.measure.compare import Comparison, answered, compared, read_prompts

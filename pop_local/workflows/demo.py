@@ -4,9 +4,9 @@ import importlib.resources
 from dataclasses import dataclass, replace
 from statistics import median
 
+from pop_base.errors import PopError
+from pop_base.progress import Watch
 from pop_converter.architecture.work import speedup_limit
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Watch
 from pop_converter.popfile.pruning_plan import require_prunable
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.llama.backend import Mode

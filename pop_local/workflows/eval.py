@@ -4,11 +4,11 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pop_base.errors import PopError
+from pop_base.progress import Watch
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Watch
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.pruning_plan import require_prunable

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pop_base.errors import FormatError, PopError
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.skipping import SkippableLayers, skipping_of
-from pop_converter.base.errors import FormatError, PopError
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.sidecar import pop_of

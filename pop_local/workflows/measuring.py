@@ -7,8 +7,8 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Watch
+from pop_base.errors import PopError
+from pop_base.progress import Watch
 from pop_converter.popfile.format import Measured
 from pop_converter.popfile.pruning_plan import Plan
 from pop_local.engine.engine_options import EngineOptions

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pop_base.errors import FormatError, PopError
+from pop_base.progress import Watch
 from pop_converter.architecture.shape import source_shape
-from pop_converter.base.errors import FormatError, PopError
-from pop_converter.base.progress import Watch
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.calibration.needs import free_bytes

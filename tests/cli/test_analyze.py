@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from pop_converter.base.errors import PlanError
+from pop_base.errors import PlanError
 from pop_local.measure import budget
 from pop_local.measure.budget import boundaries
 from pop_local.measure.estimate import Estimate

@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from pop_converter.base.errors import PopError, StoppedError
+from pop_base.errors import PopError, StoppedError
 from pop_local import __version__
 from pop_local.cli import COMMANDS, app
 from pop_local.commands.shared_options import finite, positive

@@ -8,7 +8,7 @@ import gguf
 import pytest
 from typer.testing import CliRunner
 
-from pop_converter.base.errors import FormatError, PlanError, UnsupportedArchitectureError
+from pop_base.errors import FormatError, PlanError, UnsupportedArchitectureError
 from pop_converter.gguf import content
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile.format import PopMeta

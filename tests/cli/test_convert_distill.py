@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import pop_local
+from pop_base.errors import PopError
 from pop_converter.architecture.shape import source_shape
-from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pop_converter.base.errors import FormatError, OutputExistsError, WriteError
-from pop_converter.base.progress import Ran
+from pop_base.errors import FormatError, OutputExistsError, WriteError
+from pop_base.progress import Ran
 from pop_converter.gguf.content import Content
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile import rewrite

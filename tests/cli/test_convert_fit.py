@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 import pop_local
+from pop_base.errors import PopError
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
-from pop_converter.base.errors import PopError
 from pop_converter.projection import Projection
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.cli import app

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import pop_local
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.fit import weights
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.cli import app

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pop_converter.base.errors import PopError, StoppedError
-from pop_converter.base.progress import Progress, Unit, Watch
+from pop_base.errors import PopError, StoppedError
+from pop_base.progress import Progress, Unit, Watch
 from pop_converter.popfile.format import DeepRows
 from pop_local.calibration import needs
 from pop_local.calibration.fit_options import FitOptions

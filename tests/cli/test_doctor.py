@@ -12,7 +12,7 @@ import numpy
 import pytest
 from typer.testing import CliRunner
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.cli import app
 from pop_local.commands.doctor import _public
 from pop_local.engine.llama import backend, devices

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import read_session, write_session
 from pop_local.fetching import resumable_download

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import pop_converter
 import pop_local
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.cli import COMMANDS
 from pop_local.ui import error_output
 from pop_local.ui.chat.slash import COMMANDS as SLASH_COMMANDS

@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from pop_converter.base.progress import Watch
+from pop_base.progress import Watch
 from pop_local.models import model_names
 from pop_local.models.model_names import hub_name, hub_names, load_catalog, resolve
 from pop_local.workflows.open import base_file

@@ -10,7 +10,7 @@ import pexpect
 import pytest
 from typer.testing import CliRunner, Result
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import sidecar_path
 from pop_local.cli import app

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Watch
+from pop_base.errors import PopError
+from pop_base.progress import Watch
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile.format import Measured, read_binding
 from pop_converter.popfile.pruning_plan import make_plan

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Unit
+from pop_base.errors import PopError
+from pop_base.progress import Unit
 from pop_local.cli import app
 from pop_local.ui import console, error_output, progress_bars
 from pop_local.ui.console import printable

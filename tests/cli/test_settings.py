@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.cli import app
 from pop_local.config import settings
 from pop_local.config.settings import SettingValue, config_path, given, load

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.popfile.pruning_plan import TAIL_TOKENS, make_plan
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_local.cli import app

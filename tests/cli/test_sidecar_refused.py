@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFValueType
 from typer.testing import CliRunner
 
-from pop_converter.base.errors import FormatError, PopError
+from pop_base.errors import FormatError, PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import read_sidecar
 from pop_local.cli import app

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pop_base.errors import PopError
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.skipping import skipping_of
-from pop_converter.base.errors import PopError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.pruning_plan import make_plan

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from support.calls import opened
 from support.campaign import campaign
 from support.chat_tools import DOUBLE, QWEN, TEMPLATES, WEATHER

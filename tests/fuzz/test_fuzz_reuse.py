@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError, StoppedError
+from pop_base.errors import PopError, StoppedError
 from pop_converter.popfile.format import DeepRows
 from pop_local.engine.cache import checkpoints as checkpoints_module
 from pop_local.engine.cache.align import MIN_RUN, find_runs, in_order, window_hashes

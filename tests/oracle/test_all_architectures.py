@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pop_base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.architecture.arch_keys import require_loadable
 from pop_converter.architecture.arch_names import REFUSED
-from pop_converter.base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.gguf.header import read_header
 from support import recipes
 from support.architecture_table import DOCUMENT, make, row, written

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError, WriteError
+from pop_base.errors import PopError, WriteError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import Measured, PopMeta, pop_meta

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pop_converter.base.progress import Progress, Watch
+from pop_base.progress import Progress, Watch
 from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.pruning_plan import Plan
 from pop_local.measure import budget as budgets

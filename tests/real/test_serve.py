@@ -12,7 +12,7 @@ import httpx2
 import openai
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.server.app import bind
 from support.calls import wait_for
 from support.converted import tiny

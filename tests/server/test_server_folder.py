@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.gguf.source import Source
 from pop_local.server import model_listing
 from pop_local.server.app import create_app

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.chat_messages import Chunk
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth.refiller import Refiller

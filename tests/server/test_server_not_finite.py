@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.gguf.header import read_header
 from support.calls import opened
 from support.filling import make_filler

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from pop_base.errors import UnsupportedArchitectureError
 from pop_converter.architecture.arch_names import REFUSED
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.architecture.skipping import skipping_of
-from pop_converter.base.errors import UnsupportedArchitectureError
 from support import recipes
 from support.architectures import MORE_KEYS, WITH_EXPERTS
 from support.paths import ROOT

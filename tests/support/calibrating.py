@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pop_converter.base.progress import Watch
+from pop_base.progress import Watch
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.source import read_source

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0.4"))
 N_FILES = int(os.environ.get("FUZZ_FILES", "0"))

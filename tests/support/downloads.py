@@ -4,7 +4,7 @@ import hashlib
 import random
 from pathlib import Path
 
-from pop_converter.base.progress import Progress
+from pop_base.progress import Progress
 from pop_local.fetching import resumable_download
 from pop_local.fetching.resumable_download import RemoteFile, download
 from support.calls import ignore

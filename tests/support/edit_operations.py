@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pop_converter.base.errors import StoppedError
+from pop_base.errors import StoppedError
 from pop_local.engine.cache.saved_state import SavedState
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.reading import PrefillStoppedError

@@ -5,7 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.limited.process import KeptProcess
 from pop_local.engine.llama import logs
 from pop_local.workflows.inspect import inspect

@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.answer import ContextFullError
 from pop_local.engine.chat_messages import Chunk, Message, TurnStats
 from pop_local.engine.llama.backend import Mode

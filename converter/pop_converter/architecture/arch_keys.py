@@ -1,5 +1,6 @@
 """Read a GGUF file's architecture keys and check them against llama.cpp's requirements."""
 
+from pop_base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.architecture.arch_names import (
     DOUBLE_INNER,
     HEADS_OF_STATES,
@@ -11,7 +12,6 @@ from pop_converter.architecture.arch_names import (
     WINDOWS,
     refusal,
 )
-from pop_converter.base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.gguf.header import Header
 
 # llama.cpp stores dimensions and counts in 32 bits.

@@ -2,7 +2,7 @@
 
 import re
 
-from pop_converter.base.errors import FormatError
+from pop_base.errors import FormatError
 from pop_converter.gguf.header import TensorInfo
 from pop_converter.gguf.source import Source
 from pop_converter.projection import TENSOR_MARK

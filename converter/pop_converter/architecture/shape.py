@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from pop_base.errors import FormatError
 from pop_converter.architecture.arch_keys import MAX_LAYERS, ArchKeys
 from pop_converter.architecture.arch_names import GEMMA3N_KV_LAYERS, REPEATED, UNFITTED
 from pop_converter.architecture.layers import read_layers
-from pop_converter.base.errors import FormatError
 from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
 

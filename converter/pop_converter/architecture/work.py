@@ -12,8 +12,8 @@ layer after the boundary multiplies the extra inputs by its weights.
 from collections.abc import Callable
 from itertools import compress
 
+from pop_base.errors import PopError
 from pop_converter.architecture.shape import ModelShape
-from pop_converter.base.errors import PopError
 from pop_converter.projection import Projection
 
 # The typical length of a document with a question. At this length, full rows hardly matter.

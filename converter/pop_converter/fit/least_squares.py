@@ -24,7 +24,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.fit.weights import Floats, KvProjection
 from pop_converter.gguf.content import NewTensor
 

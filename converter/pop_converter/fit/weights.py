@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from pop_converter.base.errors import FormatError
+from pop_base.errors import FormatError
 from pop_converter.gguf.source import Source
 
 Floats = NDArray[np.float32]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pop_converter.base.errors import FormatError
-from pop_converter.base.progress import Ran
+from pop_base.errors import FormatError
+from pop_base.progress import Ran
 from pop_converter.gguf.header import (
     DEFAULT_ALIGNMENT,
     MAGIC,

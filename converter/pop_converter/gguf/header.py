@@ -17,8 +17,8 @@ from typing import Any, cast
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from pop_converter.base.errors import FormatError, TruncatedError
-from pop_converter.base.files import mapped
+from pop_base.errors import FormatError, TruncatedError
+from pop_base.files import mapped
 
 TO_GGUF = "pass the model's GGUF file, or create it with llama.cpp's convert_hf_to_gguf.py"
 MAGIC = b"GGUF"

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from gguf import GGUFValueType
 
-from pop_converter.base.errors import FormatError
+from pop_base.errors import FormatError
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import SIDECAR_ARCH, Source
 from pop_converter.projection import Projection

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pop_base.errors import PlanError, UnsupportedArchitectureError
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.architecture.skipping import skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT, Macs, fit_macs, speedup_limit, uncounted
-from pop_converter.base.errors import PlanError, UnsupportedArchitectureError
 from pop_converter.popfile.format import MAX_TOKENS, Budget, DeepRows, PopMeta
 from pop_converter.projection import Projection
 

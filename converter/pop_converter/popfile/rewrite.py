@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pop_base.errors import FormatError, PlanError, WriteError
+from pop_base.output_file import check_output, replacing
+from pop_base.progress import Progress, counting
 from pop_converter import __version__
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.work import wide_weights
-from pop_converter.base.errors import FormatError, PlanError, WriteError
-from pop_converter.base.output_file import check_output, replacing
-from pop_converter.base.progress import Progress, counting
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.content import (
     Content,

@@ -7,8 +7,8 @@ hash of its headers are checked. Hashing the whole model (`pop.source.sha256`) w
 from pathlib import Path
 from typing import Any
 
-from pop_converter.base.errors import FormatError
-from pop_converter.base.output_file import replacing
+from pop_base.errors import FormatError
+from pop_base.output_file import replacing
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.content import Content, NewTensor, with_tensors
 from pop_converter.gguf.header import Header, read_header

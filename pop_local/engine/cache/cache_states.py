@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.cache.cache_keys import CacheKeys
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.prompt_cache import PromptCache

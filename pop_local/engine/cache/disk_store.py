@@ -19,8 +19,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.output_file import make_private, remove_leftovers, replacing
+from pop_base.errors import PopError
+from pop_base.output_file import make_private, remove_leftovers, replacing
 from pop_local.engine.cache.saved_state import (
     DAMAGES,
     CountReusable,

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.cache.checkpoints import Checkpoints
 from pop_local.engine.cache.rows import CachedRows, n_leading
 from pop_local.engine.cache.saved_state import FULL, SavedState

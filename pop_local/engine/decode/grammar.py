@@ -9,7 +9,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.decode import grammar_child
 from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess, RefusedError
 

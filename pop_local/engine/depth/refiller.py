@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from pop_converter.base.errors import StoppedError
+from pop_base.errors import StoppedError
 from pop_local.engine.cache.kv_cache import KvCache, decode_again
 from pop_local.engine.cache.rows import n_leading
 from pop_local.engine.llama.batch import Outputs

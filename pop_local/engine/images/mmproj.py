@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pop_converter.base.errors import PopError, StoppedError
+from pop_base.errors import PopError, StoppedError
 from pop_converter.gguf.source import read_source, sampled_sha256
 from pop_local.engine.images.pictures import MAX_SHOWN, Picture, require_pillow
 from pop_local.engine.llama import logs

@@ -19,8 +19,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.files import read_file
+from pop_base.errors import PopError
+from pop_base.files import read_file
 from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess
 
 if TYPE_CHECKING:

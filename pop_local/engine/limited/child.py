@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 
 
 def main(module: str, worker: str, limit_s: float, limit_bytes: int) -> None:

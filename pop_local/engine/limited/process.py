@@ -15,7 +15,7 @@ from contextlib import suppress
 from multiprocessing.spawn import get_executable
 from typing import Any
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 
 _START = (
     "import sys; sys.path[:] = sys.argv[2:]; import json;"

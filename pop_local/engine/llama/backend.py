@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.llama import logs
 
 ABI = 13

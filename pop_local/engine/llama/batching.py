@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
-from pop_converter.base.errors import PopError, StoppedError
+from pop_base.errors import PopError, StoppedError
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Counters, Mode, Reading
 from pop_local.engine.llama.batch import Outputs

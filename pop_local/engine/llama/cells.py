@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.context import Context
 

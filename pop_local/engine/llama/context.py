@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
 from pop_local.config.limits import MOST_THREADS

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.llama import backend
 
 _POINTER = ctypes.c_void_p

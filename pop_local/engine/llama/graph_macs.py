@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.engine.llama import backend, loading, logs

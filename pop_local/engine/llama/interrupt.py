@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
-from pop_converter.base.errors import PopError, StoppedError
+from pop_base.errors import PopError, StoppedError
 from pop_local.engine.llama.backend import bindings
 
 # A context variable, because each thread has a different caller.

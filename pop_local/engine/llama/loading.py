@@ -10,10 +10,10 @@ from typing import Any
 
 import psutil
 
+from pop_base.errors import PopError
+from pop_base.files import mapped
 from pop_converter.architecture.arch_keys import require_loadable, trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
-from pop_converter.base.errors import PopError
-from pop_converter.base.files import mapped
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
 from pop_local.engine.llama import backend, logs

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 
 logger = logging.getLogger("pop_local.llama_cpp")
 logger.addHandler(logging.NullHandler())

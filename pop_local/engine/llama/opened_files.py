@@ -4,9 +4,9 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
+from pop_base.errors import PopError
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
-from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
 from pop_local.engine.llama.graph_macs import GraphMacs

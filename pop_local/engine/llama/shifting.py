@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.context import Context

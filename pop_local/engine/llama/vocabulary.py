@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Container, Iterable
 from typing import Any
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.interrupt import Interrupt
 

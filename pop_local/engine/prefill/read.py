@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.popfile.format import DeepRows
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.checkpoints import END_ROWS, EVERY

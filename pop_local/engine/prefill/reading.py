@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_converter.base.errors import StoppedError
+from pop_base.errors import StoppedError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.llama.backend import Counters
 from pop_local.engine.llama.batch import Outputs

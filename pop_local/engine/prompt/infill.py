@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
 

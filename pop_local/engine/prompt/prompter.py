@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.images.mmproj import ImageChunk, Mmproj, TokenizedPicture
 from pop_local.engine.images.pictures import Picture, has_pillow

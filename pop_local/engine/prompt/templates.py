@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.limited.process import KeptProcess
 from pop_local.engine.llama import backend
 from pop_local.engine.prompt import template_child

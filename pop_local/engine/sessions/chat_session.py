@@ -9,7 +9,7 @@ from inspect import GEN_RUNNING, getgeneratorstate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pop_converter.base.errors import OutputExistsError, PopError
+from pop_base.errors import OutputExistsError, PopError
 from pop_local.engine.answer import Answering
 from pop_local.engine.chat_messages import SessionStats, TurnStats
 from pop_local.engine.engine import Engine

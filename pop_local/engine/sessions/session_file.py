@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.output_file import make_private, replacing
+from pop_base.errors import PopError
+from pop_base.output_file import make_private, replacing
 from pop_local.engine.cache.saved_state import DAMAGES, read_member
 from pop_local.engine.engine import Engine
 from pop_local.engine.images.pictures import picture_of

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.decode.grammar import Grammar, JsonRule, json_rule, unchecked
 from pop_local.engine.llama.vocabulary import Pieces

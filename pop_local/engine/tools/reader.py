@@ -5,7 +5,7 @@ import string
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.chat_messages import ToolCall
 from pop_local.engine.tools import native, text_form
 from pop_local.engine.tools.call_form import CallForm

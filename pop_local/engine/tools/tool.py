@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 
 # Schemas with these keywords may define properties elsewhere.
 _COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "dependentSchemas"}

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.gguf.source import read_source, sampled_sha256
 from pop_local import __version__
 from pop_local.config.sampler_options import SAMPLER_OPTIONS

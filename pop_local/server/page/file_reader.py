@@ -2,7 +2,7 @@
 
 import base64
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.limited.process import KeptProcess
 from pop_local.texts.document_readers import read_document

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.answer import ContextFullError
 from pop_local.engine.chat_messages import TurnStats
 from pop_local.engine.images.pictures import Picture

@@ -19,8 +19,8 @@ from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.styles import Style
 from prompt_toolkit.utils import is_dumb_terminal
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.output_file import make_private
+from pop_base.errors import PopError
+from pop_base.output_file import make_private
 
 PROMPT = "> "
 CONTINUATION = ". "

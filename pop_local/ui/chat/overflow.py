@@ -1,6 +1,6 @@
 """Make room for prompts that do not fit in the context."""
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.answer import ContextFullError
 from pop_local.engine.engine import Engine
 from pop_local.engine.sessions.chat_session import ChatSession

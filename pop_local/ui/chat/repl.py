@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.config.settings import state_dir
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader, line_reader

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TextIO
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.ui import error_output
 from pop_local.ui.console import note, warn
 from pop_local.ui.progress_bars import Advance, prefill_progress

@@ -11,10 +11,10 @@ from secrets import token_hex
 
 from filelock import FileLock, Timeout
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.nearest import nearest_hint
-from pop_converter.base.numbers import size
-from pop_converter.base.output_file import make_private
+from pop_base.errors import PopError
+from pop_base.nearest import nearest_hint
+from pop_base.numbers import size
+from pop_base.output_file import make_private
 from pop_local.config.settings import sessions_dir
 from pop_local.engine.sessions.chat_session import load_session
 from pop_local.engine.sessions.conversation import Conversation

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.nearest import nearest_hint
+from pop_base.errors import PopError
+from pop_base.nearest import nearest_hint
 from pop_local.config.settings import SAMPLING, find, parse
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn_options import TurnOptions

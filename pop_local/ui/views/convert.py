@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pop_base.numbers import duration, size
 from pop_converter.architecture.skipping import skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT
-from pop_converter.base.numbers import duration, size
 from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.sidecar import sidecar_path
 from pop_converter.projection import Projection

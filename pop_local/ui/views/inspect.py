@@ -1,6 +1,6 @@
 """The output of `inspect` for models and sidecars."""
 
-from pop_converter.base.numbers import size
+from pop_base.numbers import size
 from pop_converter.popfile.format import PopMeta
 from pop_converter.projection import Projection
 from pop_local.measure.budget import FAST

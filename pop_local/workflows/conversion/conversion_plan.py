@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from pop_base.errors import PopError
+from pop_base.progress import Watch
 from pop_converter.architecture.shape import ModelShape, source_shape
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Watch
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Budget, DeepRows, PopMeta

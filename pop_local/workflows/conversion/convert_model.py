@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from pop_base.errors import PopError, StoppedError
+from pop_base.progress import Unit, Watch
 from pop_converter.architecture.arch_keys import trained_ctx
-from pop_converter.base.errors import PopError, StoppedError
-from pop_converter.base.progress import Unit, Watch
 from pop_converter.popfile.format import Budget, Measured
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Examine, Fitted, check_target

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from pop_converter.base.errors import FormatError, PopError
-from pop_converter.base.progress import Watch
+from pop_base.errors import FormatError, PopError
+from pop_base.progress import Watch
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import Calibration
 from pop_converter.popfile.pruning_plan import Plan

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.popfile.format import Budget, DeepRows
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted

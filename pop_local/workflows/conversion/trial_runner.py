@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Watch
+from pop_base.errors import PopError
+from pop_base.progress import Watch
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import Binding, DeepRows

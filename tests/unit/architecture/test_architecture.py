@@ -8,7 +8,11 @@ from pathlib import Path
 
 from support.paths import ROOT
 
-PACKAGES = (ROOT / "converter" / "pop_converter", ROOT / "pop_local")
+PACKAGES = (
+    ROOT / "converter" / "pop_base",
+    ROOT / "converter" / "pop_converter",
+    ROOT / "pop_local",
+)
 FILES = {
     ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for package in PACKAGES

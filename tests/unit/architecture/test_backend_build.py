@@ -254,7 +254,7 @@ def test_app_depends_on_the_built_version():
 
 
 def test_every_module_is_in_a_package_that_setup_finds():
-    for folder in ("pop_local", "converter/pop_converter"):
+    for folder in ("pop_local", "converter/pop_base", "converter/pop_converter"):
         for module in (ROOT / folder).rglob("*.py"):
             assert (module.parent / "__init__.py").is_file()
 

@@ -10,7 +10,7 @@ MAX_MEMBERS = 20
 MAX_MEMBERS_OF = {"PopModel": 15}
 TREES = {
     path: ast.parse(path.read_text(encoding="utf-8"))
-    for folder in ("converter/pop_converter", "pop_local")
+    for folder in ("converter/pop_base", "converter/pop_converter", "pop_local")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 CLASSES = [

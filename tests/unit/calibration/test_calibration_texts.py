@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Watch
+from pop_base.errors import PopError
+from pop_base.progress import Watch
 from pop_local.calibration import texts
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import StoppedError
-from pop_converter.base.progress import Watch
+from pop_base.errors import StoppedError
+from pop_base.progress import Watch
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import read_source

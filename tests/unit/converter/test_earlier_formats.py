@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pop_converter.base.errors import FormatError
+from pop_base.errors import FormatError
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile.format import (
     Budget,

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import FormatError, UnsupportedArchitectureError
+from pop_base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.gguf import header as header_module
 from pop_converter.gguf.content import copy_data, read_content
 from pop_converter.gguf.header import MAX_KEPT_ITEMS, read_header

@@ -6,8 +6,8 @@ from dataclasses import replace
 import gguf
 import pytest
 
+from pop_base.errors import FormatError, PlanError, UnsupportedArchitectureError
 from pop_converter.architecture.arch_keys import require_loadable
-from pop_converter.base.errors import FormatError, PlanError, UnsupportedArchitectureError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.pruning_plan import make_plan, require_fit

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pop_base.errors import PopError
 from pop_converter.architecture.work import speedup_limit
-from pop_converter.base.errors import PopError
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_local.engine.llama import graph_macs as module
 from pop_local.engine.llama.graph_macs import GraphMacs

@@ -37,8 +37,8 @@ print(meta.schedule, meta.projection)
 """
 
 
-def project(folder: Path) -> dict:
-    return tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]
+def settings(folder: Path) -> dict:
+    return tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))
 
 
 def test_the_converter_works_without_pop_local(tmp_path):
@@ -58,4 +58,14 @@ def test_the_converter_works_without_pop_local(tmp_path):
 
 def test_both_packages_have_the_same_version_and_requirements():
     assert pop_converter.__version__ == pop_local.__version__
-    assert {*project(ROOT / "converter")["dependencies"]} <= {*project(ROOT)["dependencies"]}
+    ours, converters = (settings(folder)["project"] for folder in (ROOT, ROOT / "converter"))
+    assert {*converters["dependencies"]} <= {*ours["dependencies"]}
+
+
+def test_both_wheels_contain_all_packages_of_the_converter():
+    packages = {path.parent.name for path in (ROOT / "converter").glob("*/__init__.py")}
+    assert packages == {"pop_base", "pop_converter"}
+    for folder in (ROOT, ROOT / "converter"):
+        tools = settings(folder)["tool"]["setuptools"]
+        assert {f"{package}*" for package in packages} <= {*tools["packages"]["find"]["include"]}
+        assert all("py.typed" in tools["package-data"][package] for package in packages)

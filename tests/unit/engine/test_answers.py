@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pop_converter.base.errors import PopError, StoppedError
+from pop_base.errors import PopError, StoppedError
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.backend import Mode

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import StoppedError
+from pop_base.errors import StoppedError
 from pop_local.engine.cache import checkpoints as checkpoints_module
 from pop_local.engine.cache.checkpoints import Checkpoints
 from pop_local.engine.cache.prompt_cache import PromptCache

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError, StoppedError
+from pop_base.errors import PopError, StoppedError
 from pop_local.engine.limited.process import KeptProcess, NoChildError
 from pop_local.engine.llama import backend, context, logs
 from pop_local.engine.llama.backend import Mode

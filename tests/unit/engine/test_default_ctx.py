@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from pop_base.progress import Watch
 from pop_converter.architecture.shape import source_shape
-from pop_converter.base.progress import Watch
 from pop_converter.gguf.source import read_source
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import loading

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pop_converter.base import output_file
-from pop_converter.base.errors import PopError, WriteError
+from pop_base import output_file
+from pop_base.errors import PopError, WriteError
 from pop_local.engine.cache import disk_store
 from pop_local.engine.cache.disk_store import SUFFIX, DiskStore, clear_folder
 from pop_local.engine.cache.prompt_cache import PromptCache

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError, StoppedError
+from pop_base.errors import PopError, StoppedError
 from pop_local.engine.prefill.edit import MIN_REUSED
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.slot_scheduler import SlotScheduler

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.embedding import embedding
 from support.calls import greedy, opened, prompt
 from support.converted import tiny

@@ -7,7 +7,7 @@ import pytest
 from gguf import GGMLQuantizationType
 from typer.testing import CliRunner
 
-from pop_converter.base.errors import PopError, UnsupportedArchitectureError
+from pop_base.errors import PopError, UnsupportedArchitectureError
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection
 from pop_local.cli import app

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from support.vision_models import LONG, image_start, png, prompt
 
 

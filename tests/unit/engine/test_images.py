@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError, StoppedError
+from pop_base.errors import PopError, StoppedError
 from pop_local.engine.answer import ContextFullError
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.images.mmproj import ImageChunk

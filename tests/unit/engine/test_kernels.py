@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.calibration.activations import loaded
 from pop_local.engine.llama import backend, context
 from pop_local.engine.llama.backend import Mode, Reading

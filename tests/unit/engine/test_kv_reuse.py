@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.cache.saved_state import FULL, SavedState
 from pop_local.engine.llama import backend

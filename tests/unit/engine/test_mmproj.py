@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.llama import logs
 from pop_local.models.mmproj_files import find_mmproj

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.images import pictures
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from support.mutants import mutated_bytes

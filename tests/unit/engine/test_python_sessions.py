@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pop_converter.base.errors import OutputExistsError
+from pop_base.errors import OutputExistsError
 from pop_local import ChatSession, ContextFullError, Document, PopError, Turn
 from support.programs import GREEDY, QUESTION, opened
 

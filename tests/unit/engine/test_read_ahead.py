@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pop_converter.base.files import mapped
-from pop_converter.base.output_file import WRITE_BYTES, replacing
+from pop_base.files import mapped
+from pop_base.output_file import WRITE_BYTES, replacing
 from pop_converter.gguf.source import read_source, sampled_sha256
 from pop_local.engine.llama import loading
 from support.calls import opened

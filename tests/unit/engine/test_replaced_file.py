@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.config import settings
 from support.calls import greedy, opened, prompt
 from support.converted import paired

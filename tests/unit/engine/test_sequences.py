@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError, StoppedError
+from pop_base.errors import PopError, StoppedError
 from pop_local.config.limits import MOST_THREADS
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama import backend

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.config.settings import sessions_dir
 from pop_local.engine.cache.disk_store import DiskStore
 from pop_local.engine.cache.prompt_cache import PromptCache

@@ -9,7 +9,7 @@ import threading
 import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.calibration.activations import loaded
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.engine_options import EngineOptions

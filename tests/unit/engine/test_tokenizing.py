@@ -10,7 +10,7 @@ import time
 import gguf
 import pytest
 
-from pop_converter.base.errors import StoppedError
+from pop_base.errors import StoppedError
 from pop_local.engine.llama.interrupt import stopped_by
 from support.calls import opened, text_of
 from support.synthetic import make_gguf

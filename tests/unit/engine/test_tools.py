@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.chat_messages import Message, ToolCall
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.llama.vocabulary import Pieces

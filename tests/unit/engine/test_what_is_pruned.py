@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prompt.prompt import Prompt

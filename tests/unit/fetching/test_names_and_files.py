@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Watch
+from pop_base.errors import PopError
+from pop_base.progress import Watch
 from pop_local.engine.model import PopModel
 from pop_local.fetching import wheel_download
 from pop_local.fetching.wheel_download import fetch

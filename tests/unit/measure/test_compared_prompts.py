@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.measure.compare import mcnemar, read_prompts
 
 

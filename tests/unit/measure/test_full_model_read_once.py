@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning

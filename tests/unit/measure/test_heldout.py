@@ -2,7 +2,7 @@
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.measure.heldout import given_text, spread_windows
 
 

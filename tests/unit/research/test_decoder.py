@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from pop_converter.base.errors import UnsupportedArchitectureError
+from pop_base.errors import UnsupportedArchitectureError
 from pop_converter.gguf.source import read_source
 from pop_local.research.hyper import Hyper, Rope, read_hyper
 from support.calls import opened, prompt

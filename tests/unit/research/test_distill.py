@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Watch
+from pop_base.errors import PopError
+from pop_base.progress import Watch
 from pop_converter.fit import least_squares as fit
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.pruning_plan import Plan

@@ -6,7 +6,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.measure.heldout import shipped_part
 from pop_local.texts.carrier_layouts import LAYOUTS
 from pop_local.texts.carrier_values import KINDS, Use, words

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pop_converter.base import files
-from pop_converter.base.errors import PopError
+from pop_base import files
+from pop_base.errors import PopError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.texts import document_readers
 from pop_local.texts.document_readers import EXTRA_HINT, MAX_BYTES, read_document

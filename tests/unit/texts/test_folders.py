@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.texts.document_readers import read_kinds
 
 MAIL = b"""From: a@example.org

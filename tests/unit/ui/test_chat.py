@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.popfile.format import Measured, PopMeta
 from pop_local.engine.chat_messages import Message, TurnStats
 from pop_local.engine.llama.backend import Mode

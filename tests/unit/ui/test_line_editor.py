@@ -8,7 +8,7 @@ import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_local.ui.chat.line import _Completer, piped_line
 from pop_local.ui.chat.repl import converse
 from support.scripted_chat import STATS, ScriptedModel, Transcript, scripted_chat

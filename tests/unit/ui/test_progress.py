@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from pop_converter.base.errors import PopError, StoppedError
-from pop_converter.base.progress import Unit, Watch
+from pop_base.errors import PopError, StoppedError
+from pop_base.progress import Unit, Watch
 from pop_local.ui import progress_bars
 from pop_local.ui.console import THEME
 from pop_local.ui.watch import terminal_watch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_converter.base.numbers import size
+from pop_base.numbers import size
 from pop_local.ui import console, tables
 from pop_local.ui.tables import Column, markdown, print_facts, print_json
 

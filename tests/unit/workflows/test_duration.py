@@ -2,8 +2,8 @@
 
 import pytest
 
-from pop_converter.base.errors import PopError
-from pop_converter.base.numbers import duration as in_words
+from pop_base.errors import PopError
+from pop_base.numbers import duration as in_words
 from pop_converter.gguf.source import read_source
 from pop_local.commands.opening import note_conversion
 from pop_local.workflows.conversion import duration

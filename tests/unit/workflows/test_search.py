@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection

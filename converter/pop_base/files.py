@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pop_converter.base.errors import PopError
+from pop_base.errors import PopError
 
 # Maximum time to wait for a pipe's writer.
 _PATIENCE_S = 5.0

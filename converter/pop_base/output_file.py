@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from pop_converter.base.errors import OutputExistsError, WriteError
+from pop_base.errors import OutputExistsError, WriteError
 
 _SUFFIX = ".partial"
 WRITE_BYTES = 1 << 21

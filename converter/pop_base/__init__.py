@@ -1,0 +1,1 @@
+"""Helpers of the converter and the application: errors, progress, files, and numbers."""

@@ -1,1 +1,0 @@
-"""Helpers shared by both packages: errors, progress, files, and numbers."""
