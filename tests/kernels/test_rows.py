@@ -149,9 +149,9 @@ def test_rows_times_factors_have_upstreams_bits(
     shape: tuple[int, ...], rng: np.random.Generator
 ) -> None:
     op = mul_rows(rng, *shape)
-    for each in (op, replace(op, stride=shape[-1] + 5)):
+    for rows_op in (op, replace(op, stride=shape[-1] + 5)):
         for rows, n_threads in ((Rows.ALL, 1), (Rows.FAST, 3), (Rows.NONE, 1)):
-            np.testing.assert_array_equal(compute(each, rows, n_threads), op.x * op.factors)
+            np.testing.assert_array_equal(compute(rows_op, rows, n_threads), op.x * op.factors)
 
 
 def test_broadcast_factors_are_left_to_upstream(rng: np.random.Generator) -> None:

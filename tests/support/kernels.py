@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import gguf
 import numpy as np
+import pytest
 from gguf import GGMLQuantizationType as Type
 
 from support.ggml import (
@@ -20,6 +21,7 @@ from support.ggml import (
     Op,
     RmsNormMul,
     Stored,
+    is_covered,
     kernels,
 )
 
@@ -281,6 +283,12 @@ def causal(n_rows: int, n_kv: int, window: int = 0) -> np.ndarray:
 def seen(cells: np.ndarray) -> np.ndarray:
     """Return the mask, float16 [1, 1, n_rows, n_kv], of the visible cells."""
     return np.where(cells, 0.0, -np.inf).astype(np.float16)[None, None]
+
+
+def require_covered(op: Op) -> None:
+    """Skip the test if upstream's kernels compute the operation."""
+    if not is_covered(op):
+        pytest.skip("these kernels leave it to upstream's")
 
 
 def first_rows(op: Op, n_rows: int) -> Op:
