@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 
@@ -15,12 +14,10 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure import speed
 from pop_local.measure.speed import (
     Run,
-    Spread,
     require_rows,
     run_rounds,
     text_prompt,
 )
-from pop_local.ui.views.bench import show_speed
 from pop_local.workflows import bench as workflow
 from support.converted import converted
 from support.program import Done, called
@@ -63,46 +60,10 @@ def test_json_is_one_object_of_the_agreed_shape(pop_file):
         assert len(row) == 9
 
 
-def test_upstream_has_its_own_columns(capsys):
-    some, ratio, pair = Spread(1.0, 1.0, 1.0), Spread(1.5, 1.4, 1.6), speed.ModePair(1, 1)
-    row = speed.SpeedRow(
-        *(512, 495, 0, 0, some, some, ratio, pair),
-        upstream_ttft_s=some,
-    )
-    found = workflow.Speed("m.gguf", None, "CPU", "ours", 4, False, 8, 0, None, (row,))
-    show_speed(replace(found, rows=(replace(row, upstream_ttft_s=None),)))
-    shown = capsys.readouterr().out
-    assert "ours" not in shown
-    assert (
-        "\npop-local reads a prompt of 512 tokens in 1 s with fast reading and 1 s without it.\n"
-        in shown
-    )
-    full = replace(found, upstream="without flash attention")
-    show_speed(full, as_markdown=True)
-    shown = capsys.readouterr().out
-    assert "ours, compared with llama.cpp's (without flash attention)" in shown
-    assert "| llama.cpp |" in shown
-    show_speed(full)
-    shown = capsys.readouterr().out
-    assert "1 s with fast reading and 1 s without it. llama.cpp takes 1 s.\n" in shown
-
-
 def test_a_busy_machine_is_reported(pop_file, monkeypatch):
     monkeypatch.setattr("psutil.cpu_percent", lambda interval: 100.0)
     done = bench(pop_file, "--prompt", "100", "--repeat", 2)
     assert re.match(r"Other programs are using [\d.]+ CPUs, so the times are", done.stderr)
-
-
-def test_table_is_markdown_on_request(pop_file):
-    assert "|" not in bench(pop_file, "--prompt", "100", "--repeat", 2).stdout
-    done = bench(pop_file, "--prompt", "100", "--repeat", 1, "--markdown")
-    lines = done.stdout.splitlines()
-    assert lines[0] == f"{pop_file}: prompt tokens skip layers 4 to 7 of 8"
-    _, rule, row = (line for line in lines if line.startswith("|"))
-    assert set(rule) <= set("|-: ")
-    assert row.split("|")[1].strip() == "100"
-    assert done.stderr == ONE_PAIR
-    assert bench(pop_file, "--prompt", "100", "--repeat", 2).stderr == ""
 
 
 def test_a_prompt_may_be_too_short_to_be_pruned(tmp_path):

@@ -149,41 +149,30 @@ def test_the_default_name_of_a_split_model_has_no_number(tmp_path):
     assert (tmp_path / "model.pop.gguf").is_file()
 
 
-def test_missing_parts_are_named(tmp_path):
+def test_rejects_wrong_parts(tmp_path):
+    (tmp_path / "other").mkdir()
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
+    others = make_split(tmp_path / "other" / "model.gguf", "qwen2", max_tensors=35)
+    assert len(parts) == len(others)
+    with pytest.raises(FormatError, match="not the first part") as raised:
+        read_shape(parts[1])
+    assert str(parts[0]) in raised.value.hint
+    renamed = shutil.copy(parts[0], tmp_path / "renamed.gguf")
+    with pytest.raises(FormatError, match="its name is not in the required format"):
+        read_shape(renamed)
+    content = parts[1].read_bytes()
+    shutil.copy(others[1], parts[1])
+    with pytest.raises(FormatError, match="parts belong to different models"):
+        read_shape(parts[0])
+    parts[1].write_bytes(content)
+    shutil.copy(parts[1], parts[2])
+    with pytest.raises(FormatError, match="is not part 3"):
+        read_shape(parts[0])
     for part in parts[1:]:
         part.unlink()
     with pytest.raises(FormatError) as raised:
         read_shape(parts[0])
     assert all(part.name in raised.value.message for part in parts[1:])
-
-
-def test_a_later_part_names_the_first(tmp_path):
-    parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
-    with pytest.raises(FormatError, match="not the first part") as raised:
-        read_shape(parts[1])
-    assert str(parts[0]) in raised.value.hint
-
-
-def test_wrong_parts_are_refused(tmp_path):
-    parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
-    renamed = tmp_path / "renamed.gguf"
-    shutil.copy(parts[0], renamed)
-    with pytest.raises(FormatError, match="its name is not in the required format"):
-        read_shape(renamed)
-    shutil.copy(parts[1], parts[2])
-    with pytest.raises(FormatError, match="is not part 3"):
-        read_shape(parts[0])
-
-
-def test_parts_of_another_model_are_refused(tmp_path):
-    (tmp_path / "other").mkdir()
-    parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
-    others = make_split(tmp_path / "other" / "model.gguf", "qwen2", max_tensors=35)
-    assert len(parts) == len(others)
-    shutil.copy(others[1], parts[1])
-    with pytest.raises(FormatError, match="parts belong to different models"):
-        read_shape(parts[0])
 
 
 # --- the command

@@ -18,14 +18,7 @@ from pop_local.calibration import needs
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.measure import budget
 from pop_local.measure.budget import BALANCED
-from pop_local.measure.lookups import (
-    LookupAnswer,
-    LookupDocument,
-    LookupReference,
-    TokenizedQuestion,
-)
-from pop_local.texts.carriers import LookupQuestion
-from pop_local.workflows.conversion import convert_model, fits, trial_runner
+from pop_local.workflows.conversion import convert_model, fits
 from pop_local.workflows.conversion import search as searching
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions, Within
 from pop_local.workflows.hardware import Hardware
@@ -149,49 +142,6 @@ def test_a_named_boundary_must_be_within_a_given_budget(tiny, letters, tmp_path)
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
     assert (meta.boundary, meta.budget.tried) == (4, "4 (names) inside")
-
-
-QUESTION = LookupQuestion("What?", "x", "hex", "log", "It is")
-
-
-def test_lost_look_ups_put_a_boundary_outside(tiny, letters, tmp_path, monkeypatch):
-    """Lose 5, 5 and 4 of 200 questions, of which a budget allows 4 (2 %)."""
-    lost = {2: {0: 5}, 3: {1: 2, 7: 3}, 4: {1: 2, 9: 2}}
-    asked: list[tuple[int, int]] = []
-    document = LookupDocument((), (TokenizedQuestion(QUESTION, (), ()),) * 20)
-
-    def answers(n_wrong: int) -> tuple[LookupAnswer, ...]:
-        return tuple(LookupAnswer(number >= n_wrong, -1.0, "") for number in range(20))
-
-    def ask(self, model, pruning, on_progress):
-        on_progress(1, 1)
-        asked.append((pruning.boundary, len(self.documents)))
-        wrong = lost[pruning.boundary]
-        return [answers(wrong.get(number, 0)) for number in range(len(self.documents))]
-
-    def read(model, settings, on_progress):
-        on_progress(1, 1)
-        n = settings.n_documents
-        return LookupReference(settings, (document,) * n, [answers(0)] * n)
-
-    monkeypatch.setattr(trial_runner, "N_DOCUMENTS", 10)
-    monkeypatch.setattr(LookupReference, "ask", ask)
-    monkeypatch.setattr(LookupReference, "read", read)
-    done = convert(tiny, "--markdown", "--text", letters, *FEW, *LOOSE)
-    assert done.exit_code == 0, done.stderr
-    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
-    assert meta is not None and meta.budget is not None and meta.measured is not None
-    assert asked == [(2, 10), (3, 10), (4, 10)]
-    found = meta.measured
-    assert (meta.boundary, found.lookups_n, found.lookups_lost) == (4, 200, 4)
-    assert meta.budget.tried == (
-        "5 (names) inside, 4 (names) inside, 3 (names) outside, 2 (names) outside"
-    )
-    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert rows[-1].split("|")[-3].strip() == "5 of 200"
-    assert "Exact strings: 4 of 200 lost. Use --full to avoid any loss." in " ".join(
-        done.stdout.split()
-    )
 
 
 def test_own_projections_need_no_fit(tiny, tmp_path, monkeypatch):
@@ -388,8 +338,11 @@ def test_another_models_fits_are_not_used(tiny, tmp_path, monkeypatch):
     assert started[:2] == ["Sampling text", "Fitting"]
 
 
-def test_a_search_without_a_candidate_inside_leaves_no_file(tiny, letters, tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "is_inside", lambda *_: False)
+@pytest.mark.parametrize("limit", ["is_inside", "keeps_lookups"])
+def test_a_search_without_a_candidate_inside_leaves_no_file(
+    tiny, letters, tmp_path, monkeypatch, limit
+):
+    monkeypatch.setattr(budget, limit, lambda *_: False)
     done = convert(tiny, "--text", letters, *FEW, *LOOSE)
     assert done.exit_code == 1
     assert "Fitting the projections for boundary 2, 3, 4, 5, 6" in done.stderr

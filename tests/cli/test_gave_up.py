@@ -53,11 +53,7 @@ def test_a_damaged_vocabulary_is_an_error(tmp_path, name, reason):
 
 @pytest.mark.parametrize(
     "command",
-    [
-        ("run",),
-        ("serve", "--port", 0),
-        ("convert", "--boundary", 5),
-    ],
+    [("run",), ("serve", "--port", 0)],
     ids=lambda command: "-".join(map(str, command)),
 )
 def test_every_command_reports_the_reason(tmp_path, path, command):

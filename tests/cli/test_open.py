@@ -159,12 +159,6 @@ def test_the_user_confirms_each_large_download(store, monkeypatch):
     assert asked.call_count == 3
 
 
-def test_a_small_download_needs_no_confirmation(store, monkeypatch):
-    monkeypatch.setattr("sys.stdin", Mock(isatty=lambda: True))
-    monkeypatch.setattr("pop_local.workflows.pull._LARGE_BYTES", 10**9)
-    assert files("smollm2").path == store / "tiny.gguf"
-
-
 def test_a_copy_of_any_name_is_known_by_its_hash(shipped, tmp_path):
     copy, other = tmp_path / "copy.gguf", tmp_path / "other.gguf"
     shutil.copy(tmp_path / "tiny.gguf", copy)

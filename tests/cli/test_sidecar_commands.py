@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pop_base.errors import PopError
-from pop_converter.popfile.pruning_plan import TAIL_TOKENS, make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_local.cli import app
 from pop_local.models import model_names as models
@@ -149,13 +149,6 @@ def test_a_stale_sidecar_does_not_matter_in_full(base, sidecar):
     assert command(*ask, "--full", "--sidecar", sidecar).exit_code == 1
 
 
-def test_bench(base, sidecar):
-    arguments = ("bench", base, "--prompt", 100, "--repeat", 1, "--json", "--threads", 1)
-    found = json.loads(command(*arguments).stdout)
-    assert (found["model"], found["sidecar"]) == (str(base), str(sidecar))
-    assert found["rows"][0]["n_pruned"] == 100 - 1 - TAIL_TOKENS
-
-
 def test_eval(fitted, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abc wow def " * 200)
@@ -175,12 +168,3 @@ def test_inspect_of_the_model(base, sidecar):
     lines = command("inspect", base).stdout.splitlines()
     assert any(line.startswith("Sidecar") and str(sidecar) in line for line in lines)
     assert any(line.endswith("opens this file") for line in lines)
-
-
-def test_inspect_of_a_sidecar_in_another_folder(base, sidecar, tmp_path):
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    alone = Path(shutil.move(sidecar, folder))
-    found = json.loads(command("inspect", base, "--sidecar", alone, "--json").stdout)
-    assert found["sidecar"] == str(alone)
-    assert found["pop"]["source_sha256"] == hashlib.sha256(base.read_bytes()).hexdigest()

@@ -82,16 +82,6 @@ def test_only_the_owner_may_read_what_was_typed(tmp_path, umask):
     assert modes == [0o700, 0o700, 0o600]
 
 
-def test_a_history_that_others_could_read_is_closed_to_them(history):
-    history.parent.mkdir()
-    history.touch()
-    history.parent.chmod(0o755)
-    history.chmod(0o644)
-    _History(history)
-    assert history.stat().st_mode & 0o777 == 0o600
-    assert history.parent.stat().st_mode & 0o777 == 0o755
-
-
 def test_several_lines(terminal):
     terminal.send("one" + ALT_ENTER + "two")
     terminal.line("")

@@ -47,13 +47,6 @@ def test_bar_shows_speed_and_time_left(shown):
     assert "00:04" in text
 
 
-def test_narrow_bar_shows_percentage_and_time_left(shown):
-    text = shown(40, (0, 2000), (500, 2000), (1000, 2000))
-    assert "50%" in text
-    assert "00:04" in text
-    assert "tokens/s" not in text
-
-
 def test_log_has_a_line_every_20_seconds(monkeypatch, capsys):
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr(progress_bars, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
