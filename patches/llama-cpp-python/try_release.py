@@ -21,8 +21,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent
 sys.path.insert(0, str(PACKAGE))
 
-from pop_build.apply import apply_patch  # noqa: E402
-from pop_build.diff import FileDiff, Hunk, parse  # noqa: E402
+from pop_build.apply import fit_hunks, read_patch  # noqa: E402
 from pop_build.errors import BuildError  # noqa: E402
 from pop_build.fetch import Pin, fetch_or_keep, read_pin  # noqa: E402
 from pop_build.tree import Recipe, extract, find_hooks, hook_files  # noqa: E402
@@ -37,7 +36,6 @@ _POINT = re.compile(r"^ +- (.+?)(?=^ +- |^\d|^#|\Z)", re.MULTILINE | re.DOTALL)
 _NAME = re.compile(r"`([\w.:/*-]+)(?:\(\))?`")
 _FILE = re.compile(r"^(?:---|\+\+\+) (?:old|new)/(.+?)\s*$")
 _HUNK = re.compile(r"^@@ -\d+(?:,\d+)? \+(\d+)(?:,\d+)? @@ ?(.*)$")
-_FAILED = re.compile(r"hunk (\d+) of \d+")
 _SHOWN = 8
 # Words such as `root` are too common to be found in a diff.
 _SPECIFIC = re.compile(r".*(?:_\w|::).*")
@@ -66,56 +64,26 @@ class Point:
 
 
 def misfits(hooks: Path, package: Path, tree: Path) -> tuple[int, list[str]]:
-    """Apply all hunks that fit, and return the number of hunks and a message for each that fails.
+    """Apply the hunks that fit, and return the number of hunks and an error for each other hunk.
 
-    The tree is changed. Our own files are copied into it as in a build.
+    Names of our own files that upstream already uses are returned as errors, too.
     """
-    found: list[str] = []
+    errors: list[str] = []
     n_hunks = 0
     llama_cpp = tree / LLAMA_CPP
     for file in hook_files(hooks):
         target = llama_cpp / file.relative_to(hooks)
         if file.parent != hooks and target.exists():
-            found.append(f"{target.relative_to(tree)} exists upstream: rename our file")
-    roots = {**dict.fromkeys(package.glob("*.patch"), tree)}
-    roots |= dict.fromkeys(hooks.glob("*.patch"), llama_cpp)
-    for patch in sorted(roots):
-        for diff in parse(patch.read_text(encoding="utf-8"), patch.name):
-            n_hunks += len(diff.hunks)
-            found += _try(patch.name, diff, roots[patch])
-    return n_hunks, found
-
-
-def _try(name: str, diff: FileDiff, root: Path) -> list[str]:
-    """Apply a file's hunks without those that fail, and return the reason of each failure."""
-    found: list[str] = []
-    left = list(enumerate(diff.hunks, 1))
-    with tempfile.TemporaryDirectory() as scratch:
-        patch = Path(scratch, name)
-        while left:
-            text = _text(diff, [hunk for _, hunk in left])
-            patch.write_text(text, encoding="utf-8", newline="\n")
-            try:
-                apply_patch(patch, root)
-                break
-            except BuildError as error:
-                failed = _FAILED.search(error.message)
-                if failed is None:
-                    return [*found, *(f"hunk {i}: {error.message}" for i, _ in left)]
-                number, _ = left.pop(int(failed[1]) - 1)
-                actual = f"hunk {number} of {len(diff.hunks)}"
-                found.append(error.message.replace(failed[0], actual))
-    return found
-
-
-def _text(diff: FileDiff, hunks: list[Hunk]) -> str:
-    """Return a diff with some hunks of a file."""
-    lines = [f"--- {'/dev/null' if diff.creates else f'a/{diff.path}'}", f"+++ b/{diff.path}"]
-    for hunk in hunks:
-        lines += [hunk.header, *(f"-{line}" for line in hunk.before)]
-        lines += [f"+{line}" for line in hunk.after]
-        lines += ["\\ No newline at end of file"] * hunk.after_open
-    return "\n".join(lines) + "\n"
+            errors.append(f"{target.relative_to(tree)} exists upstream: rename our file")
+    for folder, root in ((package, tree), (hooks, llama_cpp)):
+        for patch in sorted(folder.glob("*.patch")):
+            patch_set = read_patch(patch)
+            for diff in patch_set.items:
+                n_hunks += len(diff.hunks)
+                errors += [f"{patch.name}: {error}" for error in fit_hunks(diff, root)]
+            patch_set.items = [diff for diff in patch_set.items if diff.hunks]
+            patch_set.apply(root=root)
+    return n_hunks, errors
 
 
 def points(readme: str) -> list[Point]:

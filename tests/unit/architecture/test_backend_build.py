@@ -141,7 +141,7 @@ def test_prepare_removes_the_tree_after_a_failing_hunk(package, tmp_path):
     write(package.parent / "llama.cpp" / "0001-hook.patch", DIFF.replace("line 16", "line XVI"))
     env = {SOURCE_VARIABLE: str(make_sdist(tmp_path / "own.tar.gz"))}
     for _ in range(2):
-        with pytest.raises(BuildError, match=r"does not apply to src/a.cpp"):
+        with pytest.raises(BuildError, match=r"src/a.cpp, hunk 2 of 2"):
             prepare(recipe(package, env))
     (folder,) = (package / "build").iterdir()
     assert not any(folder.iterdir())
