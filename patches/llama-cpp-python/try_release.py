@@ -1,7 +1,7 @@
 """Try our hooks on another llama-cpp-python release, and list the code to read again.
 
 python try_release.py          try the newest release in pip's package index
-python try_release.py VERSION  try a given release, such as 0.3.37
+python try_release.py VERSION  try a release, such as 0.3.37
 python try_release.py PATH     try a source archive or an extracted tree
 
 The command changes no file of the clone. It prints each hunk that does not apply. Then it prints
@@ -36,7 +36,7 @@ _POINT = re.compile(r"^ +- (.+?)(?=^ +- |^\d|^#|\Z)", re.MULTILINE | re.DOTALL)
 _NAME = re.compile(r"`([\w.:/*-]+)(?:\(\))?`")
 _FILE = re.compile(r"^(?:---|\+\+\+) (?:old|new)/(.+?)\s*$")
 _HUNK = re.compile(r"^@@ -\d+(?:,\d+)? \+(\d+)(?:,\d+)? @@ ?(.*)$")
-_SHOWN = 8
+_MAX_PLACES = 8
 # Words such as `root` are too common to be found in a diff.
 _SPECIFIC = re.compile(r".*(?:_\w|::).*")
 _OURS = ("llama_pop", "pop_", "llama-pop")
@@ -90,11 +90,11 @@ def points(readme: str) -> list[Point]:
     """Return the points of the checklist in patches/README.md that name code."""
     section = readme.partition(f"{CHECKLIST}\n")[2]
     texts = [" ".join(text.split()) for text in _POINT.findall(section)]
-    found = []
+    checklist = []
     for text in texts:
         names = (name for name in _NAME.findall(text) if not name.startswith(_OURS))
-        found.append(Point(text, tuple(dict.fromkeys(names))))
-    return [point for point in found if point.names]
+        checklist.append(Point(text, tuple(dict.fromkeys(names))))
+    return [point for point in checklist if point.names]
 
 
 def changes(old: Path, new: Path) -> list[Change]:
@@ -116,16 +116,16 @@ def changes(old: Path, new: Path) -> list[Change]:
             raise BuildError(
                 "Git cannot compare the releases.", run.stderr.decode(errors="replace")
             )
-    found = _changes(run.stdout.decode(errors="replace"))
-    return [each for each in found if each.path.startswith(COMPILED)]
+    differences = _changes(run.stdout.decode(errors="replace"))
+    return [change for change in differences if change.path.startswith(COMPILED)]
 
 
 def _changes(diff: str) -> Iterator[Change]:
     path, line, text = "", 0, ""
-    for each in diff.splitlines():
-        file, hunk = _FILE.match(each), _HUNK.match(each)
-        if not (file or hunk or each.startswith("diff ")):
-            text += f"{each[1:]}\n" if text else ""
+    for row in diff.splitlines():
+        file, hunk = _FILE.match(row), _HUNK.match(row)
+        if not (file or hunk or row.startswith("diff ")):
+            text += f"{row[1:]}\n" if text else ""
             continue
         if text:
             yield Change(path, line, text)
@@ -135,16 +135,16 @@ def _changes(diff: str) -> Iterator[Change]:
         yield Change(path, line, text)
 
 
-def concerned(point: Point, found: list[Change]) -> list[Change]:
+def matches(point: Point, differences: list[Change]) -> list[Change]:
     """Return the changes in the functions and files that a point names."""
     files = tuple(f"/{name}" for name in point.names if "." in name)
     names = (name for name in point.names if "." not in name and _SPECIFIC.fullmatch(name))
     words = "|".join(re.escape(name).replace(r"\*", r"\w*") for name in names)
     pattern = re.compile(rf"\b(?:{words})\b") if words else None
     return [
-        each
-        for each in found
-        if (files and each.path.endswith(files)) or (pattern and pattern.search(each.text))
+        change
+        for change in differences
+        if (files and change.path.endswith(files)) or (pattern and pattern.search(change.text))
     ]
 
 
@@ -152,21 +152,26 @@ def report(n_hunks: int, failed: list[str], point_changes: list[tuple[Point, lis
     """Return the text that the command prints."""
     lines = [
         f"{n_hunks - len(failed)} of {n_hunks} hunks apply.",
-        *(f"\n{each}" for each in failed),
+        *(f"\n{error}" for error in failed),
     ]
-    again = [(point, found) for point, found in point_changes if found]
+    again = [(point, differences) for point, differences in point_changes if differences]
     lines += ["", f'Read again {len(again)} of {len(point_changes)} points of "{CHECKLIST[3:]}":']
-    for point, found in again:
-        where = [f"{each.path}:{each.line}" for each in found[:_SHOWN]]
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        lines += ["", f"- {point.text}", f"    {len(found)} changes: {', '.join(where)}{more}"]
+    for point, differences in again:
+        places = [f"{change.path}:{change.line}" for change in differences[:_MAX_PLACES]]
+        n_more = len(differences) - _MAX_PLACES
+        more = f" and {n_more} more" if n_more > 0 else ""
+        lines += [
+            "",
+            f"- {point.text}",
+            f"    {len(differences)} changes: {', '.join(places)}{more}",
+        ]
     return "\n".join(lines)
 
 
 def newest(pin: Pin) -> str:
     """Return the version of the newest release on pip's index. Raises BuildError."""
-    shown = _pip("index", "versions", pin.name)
-    match = re.search(r"\((\S+)\)", shown)
+    output = _pip("index", "versions", pin.name)
+    match = re.search(r"\((\S+)\)", output)
     if match is None:
         raise BuildError(f"pip names no version of {pin.name}.", "Pass a version or a path.")
     return match[1]
@@ -206,10 +211,10 @@ def compare(pin: Pin, source: Path) -> bool:
             Path(scratch, name).mkdir()
             trees[name] = extract(Recipe(PACKAGE, hooks, archive, ()), Path(scratch, name))
         differences = changes(trees["old"], trees["new"])
-        listed = points((hooks.parent / "README.md").read_text(encoding="utf-8"))
-        concerns = [(point, concerned(point, differences)) for point in listed]
+        checklist = points((hooks.parent / "README.md").read_text(encoding="utf-8"))
+        point_changes = [(point, matches(point, differences)) for point in checklist]
         n_hunks, failed = misfits(hooks, PACKAGE, trees["new"])
-    print(report(n_hunks, failed, concerns))
+    print(report(n_hunks, failed, point_changes))
     return not failed
 
 
@@ -219,16 +224,15 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         pin = read_pin(PACKAGE / "upstream.txt")
-        given = arguments[0] if arguments else newest(pin)
-        if given == pin.version and not arguments:
+        release = arguments[0] if arguments else newest(pin)
+        if release == pin.version and not arguments:
             print(f"The pinned release {pin.version} is the newest on pip's index.")
-        if Path(given).exists():
-            return 0 if compare(pin, Path(given).resolve()) else 1
+        if Path(release).exists():
+            return 0 if compare(pin, Path(release).resolve()) else 1
         with tempfile.TemporaryDirectory() as scratch:
-            same = given == pin.version
-            source = (
-                fetch_or_keep(pin, Path(scratch)) if same else download(pin, given, Path(scratch))
-            )
+            folder = Path(scratch)
+            is_pinned = release == pin.version
+            source = fetch_or_keep(pin, folder) if is_pinned else download(pin, release, folder)
             return 0 if compare(pin, source) else 1
     except BuildError as error:
         print(error, file=sys.stderr)

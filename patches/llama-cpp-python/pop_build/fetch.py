@@ -60,29 +60,29 @@ def fetch_or_keep(pin: Pin, fallback: Path) -> Path:
 
 def fetch(pin: Pin, folder: Path) -> Path:
     """Download the source distribution to `folder` if necessary, and return its path."""
-    kept = folder / pin.sdist
-    if kept.is_file() and _sha256(kept) == pin.sha256:
-        return kept
+    cached = folder / pin.sdist
+    if cached.is_file() and _sha256(cached) == pin.sha256:
+        return cached
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         _download(pin, Path(scratch))
-        arrived = Path(scratch) / pin.sdist
-        check(pin, arrived)
-        return arrived.replace(kept)
+        download = Path(scratch) / pin.sdist
+        check(pin, download)
+        return download.replace(cached)
 
 
 def check(pin: Pin, sdist: Path) -> None:
     if not sdist.is_file():
         raise BuildError(f"pip succeeded but did not download {pin.sdist}.", _hint())
-    found = _sha256(sdist)
-    if found != pin.sha256:
-        raise _other_file(pin, f"The downloaded file's sha256 is {found}.")
+    digest = _sha256(sdist)
+    if digest != pin.sha256:
+        raise _mismatch(pin, f"The downloaded file's sha256 is {digest}.")
 
 
-def _other_file(pin: Pin, found: str) -> BuildError:
+def _mismatch(pin: Pin, detail: str) -> BuildError:
     return BuildError(
         f"The package index's copy of {pin.sdist} differs from the pinned file."
-        f" {found} The pinned sha256 is {pin.sha256}.",
+        f" {detail} The pinned sha256 is {pin.sha256}.",
         f"Set {SOURCE_VARIABLE} to a trusted copy of the pinned file.",
     )
 
@@ -96,12 +96,11 @@ def _download(pin: Pin, folder: Path) -> None:
     command += ["--progress-bar", "off", "-d", str(folder), "-r", str(pin.requirement)]
     run = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
     if run.returncode != 0 and "DO NOT MATCH THE HASHES" in run.stderr:
-        raise _other_file(pin, "pip reported a hash mismatch.")
+        raise _mismatch(pin, "pip reported a hash mismatch.")
     if run.returncode != 0:
         lines = [line for line in run.stderr.splitlines() if line.strip()]
         # After an unexpected error, the reason is in the last line of a traceback.
-        found = [line for line in lines if re.match("ERROR: (?!Exception:)", line)]
-        errors = found or lines[-5:]
+        errors = [line for line in lines if re.match("ERROR: (?!Exception:)", line)] or lines[-5:]
         reason = "\n     ".join(errors)
         raise BuildError(
             f"pip could not download {pin.name} {pin.version}:\n     {reason}", _hint()

@@ -111,11 +111,11 @@ def _prepared(config_settings: Settings) -> Iterator[Settings]:
     """
     with _short_errors():
         missing.check_architecture(os.environ)
-        wanted = recipe(PACKAGE, os.environ)
+        build_recipe = recipe(PACKAGE, os.environ)
     (PACKAGE / "build").mkdir(exist_ok=True)
-    with FileLock(PACKAGE / "build" / f"{key(wanted)}.lock"):
+    with FileLock(PACKAGE / "build" / f"{key(build_recipe)}.lock"):
         with _short_errors():
-            folder = prepare(wanted)
+            folder = prepare(build_recipe)
         with _configured(folder, config_settings) as settings:
             yield settings
 
@@ -153,8 +153,8 @@ def launchers(env: Mapping[str, str]) -> dict[str, str]:
         return {}
     if any(name.endswith("_COMPILER_LAUNCHER") for name in env):
         return {}
-    found = [shutil.which(name, path=env.get("PATH")) for name in ("ccache", "sccache")]
-    tool = next(filter(None, found), None)
+    tools = (shutil.which(name, path=env.get("PATH")) for name in ("ccache", "sccache"))
+    tool = next(filter(None, tools), None)
     if tool is None:
         return {"GGML_CCACHE": "OFF"}
     return {f"CMAKE_{language}_COMPILER_LAUNCHER": tool for language in _CACHED_LANGUAGES}

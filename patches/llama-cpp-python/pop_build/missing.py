@@ -39,15 +39,15 @@ def explain(cache: Path) -> None:
         return entries.get(option, "").lower() in _ON
 
     for option, required in _REQUIRED.items():
-        lacks = [
+        packages = [
             package
             for name, package in required.items()
             if entries.get(name, "").endswith("NOTFOUND")
             and not (name == "CUDA_cuda_driver_LIBRARY" and is_on("GGML_CUDA_NO_VMM"))
         ]
-        if is_on(option) and lacks:
+        if is_on(option) and packages:
             raise BuildError(
-                f"CMake did not find these dependencies of {option}: {'; '.join(lacks)}.",
+                f"CMake did not find these dependencies of {option}: {'; '.join(packages)}.",
                 "Install the dependencies (Debian and NVIDIA package names are in parentheses)"
                 " and build again. To build for the CPU, unset CMAKE_ARGS.",
             )
@@ -59,10 +59,14 @@ def check_architecture(env: Mapping[str, str]) -> None:
     If no target is set, nvcc compiles for the oldest architecture that it supports. nvcc prints a
     warning, but pip hides it.
     """
-    given = {name: value.lower() for name, value in _DEFINE.findall(env.get("CMAKE_ARGS", ""))}
+    definitions = {
+        name: value.lower() for name, value in _DEFINE.findall(env.get("CMAKE_ARGS", ""))
+    }
     # A portable build covers every architecture.
-    is_named = bool({"CUDAARCHS", PORTABLE_VARIABLE} & env.keys() or given.keys() & _ARCHITECTURES)
-    if given.get("GGML_CUDA") in _ON and not is_named and not _sees_gpu():
+    is_named = bool(
+        {"CUDAARCHS", PORTABLE_VARIABLE} & env.keys() or definitions.keys() & _ARCHITECTURES
+    )
+    if definitions.get("GGML_CUDA") in _ON and not is_named and not _sees_gpu():
         raise BuildError(
             "No NVIDIA GPU is visible, so the target GPU of the CUDA build is unknown.",
             "Set CUDAARCHS to 80 (A100), 86 (RTX 30), 89 (RTX 40), 90 (H100), or 120 (RTX 50)."

@@ -102,8 +102,8 @@ def find_hooks(package: Path) -> Path:
 
 def hook_files(hooks: Path) -> tuple[Path, ...]:
     """Return the patches and the source files to add to llama.cpp, sorted by path."""
-    found = (path for path in hooks.rglob("*") if path.suffix in _HOOK_SUFFIXES)
-    return tuple(sorted(path for path in found if path.is_file()))
+    paths = (path for path in hooks.rglob("*") if path.suffix in _HOOK_SUFFIXES)
+    return tuple(sorted(path for path in paths if path.is_file()))
 
 
 def package_files(package: Path) -> tuple[Path, ...]:
@@ -235,13 +235,13 @@ def _fingerprint(source: Path) -> str:
 def _files(source: Path) -> Iterable[Path]:
     if not source.is_dir():
         return (source,)
-    found: list[Path] = []
+    paths: list[Path] = []
     for folder, folders, names in os.walk(source):
         folders[:] = [name for name in folders if name not in _NOT_SOURCE]
-        found += [Path(folder, name) for name in names]
+        paths += [Path(folder, name) for name in names]
     # Upstream's build installs its libraries into the source tree.
-    built = source / "llama_cpp" / "lib"
-    return sorted(path for path in found if path.parent != built)
+    libraries = source / "llama_cpp" / "lib"
+    return sorted(path for path in paths if path.parent != libraries)
 
 
 def _delete_old_trees(builds: Path, current: Path) -> None:

@@ -23,9 +23,9 @@ def build_unpatched(package: Path, target: Path) -> bool:
     If LLAMA_CPP_LIB_PATH is set to `target`, the llama_cpp package loads these libraries.
     """
     env = os.environ | {UNPATCHED_VARIABLE: "1"}
-    wanted = key(recipe(package, env))
+    build_key = key(recipe(package, env))
     stamp = target / "key"
-    if stamp.is_file() and stamp.read_text() == wanted:
+    if stamp.is_file() and stamp.read_text() == build_key:
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -36,7 +36,7 @@ def build_unpatched(package: Path, target: Path) -> bool:
             for member in archive.infolist():
                 if member.filename.startswith(_IN_WHEEL) and not member.is_dir():
                     (fresh / Path(member.filename).name).write_bytes(archive.read(member))
-        (fresh / "key").write_text(wanted)
+        (fresh / "key").write_text(build_key)
         shutil.rmtree(target, ignore_errors=True)
         fresh.replace(target)
     return True

@@ -66,19 +66,19 @@ def test_key_changes_with_the_inputs(package, tmp_path):
     plain = key(recipe(package, {}))
     assert plain.startswith("0.3.36-")
     assert key(recipe(package, {"HOME": "/elsewhere"})) == plain
-    seen = {
+    keys = {
         plain,
         key(recipe(package, {"CMAKE_ARGS": "-DGGML_CUDA=on"})),
-        *(key(recipe(package, {name: "given"})) for name in FLAGS),
+        *(key(recipe(package, {name: "value"})) for name in FLAGS),
         key(recipe(package, {UNPATCHED_VARIABLE: "1"})),
         key(recipe(package, {SOURCE_VARIABLE: str(make_sdist(tmp_path / "own.tar.gz"))})),
     }
-    assert len(seen) == 4 + len(FLAGS)
+    assert len(keys) == 4 + len(FLAGS)
     for path in (hooks / "0001-hook.patch", hooks / "src/llama-pop.cpp", package / "upstream.txt"):
         write(path, read(path) + "\n")
         changed = key(recipe(package, {}))
-        assert changed not in seen
-        seen.add(changed)
+        assert changed not in keys
+        keys.add(changed)
 
 
 def test_unpatched_key_does_not_depend_on_the_hooks(package):
@@ -158,14 +158,14 @@ def test_missing_hooks_and_missing_source_are_refused(package, tmp_path):
 def test_relative_source_path_is_refused(package, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_sdist(tmp_path / "own.tar.gz")
-    with pytest.raises(BuildError, match="pip builds in another folder") as refused:
+    with pytest.raises(BuildError, match="pip builds in another folder") as error:
         recipe(package, {SOURCE_VARIABLE: "own.tar.gz"})
-    assert "absolute" in refused.value.hint
+    assert "absolute" in error.value.hint
 
 
 def test_build_is_specific_to_the_processor_unless_portable(package, monkeypatch):
     here, portable = key(recipe(package, {})), key(recipe(package, {PORTABLE_VARIABLE: "1"}))
-    monkeypatch.setattr(tree, "cpu", lambda: "another one")
+    monkeypatch.setattr(tree, "cpu", lambda: "another CPU")
     assert key(recipe(package, {})) != here
     assert key(recipe(package, {PORTABLE_VARIABLE: "1"})) == portable
 
@@ -189,10 +189,10 @@ def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[Path]:
 
 def test_file_other_than_the_pinned_one_is_refused(pin, tmp_path, monkeypatch):
     serve(monkeypatch, b"not the release")
-    with pytest.raises(BuildError, match="copy of llama_cpp_python") as caught:
+    with pytest.raises(BuildError, match="copy of llama_cpp_python") as error:
         fetch(pin, tmp_path / "cache")
-    assert hashlib.sha256(b"not the release").hexdigest() in caught.value.message
-    assert SOURCE_VARIABLE in caught.value.hint
+    assert hashlib.sha256(b"not the release").hexdigest() in error.value.message
+    assert SOURCE_VARIABLE in error.value.hint
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -201,17 +201,17 @@ def test_cached_file_is_checked_each_time(package, tmp_path, monkeypatch):
     write(package / "upstream.txt", f"llama-cpp-python==0.3.36 --hash=sha256:{digest}\n")
     pin = recipe(package, {}).pin
     calls = serve(monkeypatch, b"the release")
-    kept = fetch(pin, tmp_path / "cache")
-    assert fetch(pin, tmp_path / "cache") == kept
+    cached = fetch(pin, tmp_path / "cache")
+    assert fetch(pin, tmp_path / "cache") == cached
     assert len(calls) == 1
-    kept.write_bytes(b"damaged")
+    cached.write_bytes(b"damaged")
     assert fetch(pin, tmp_path / "cache").read_bytes() == b"the release"
     assert len(calls) == 2
 
 
 def test_error_of_pip_is_reported(pin, tmp_path, monkeypatch):
-    said = "ERROR: Exception:\nTraceback (most recent call last):\nOSError: File name too long\n"
-    failed = subprocess.CompletedProcess([], 2, "", said)
+    output = "ERROR: Exception:\nTraceback (most recent call last):\nOSError: File name too long\n"
+    failed = subprocess.CompletedProcess([], 2, "", output)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(BuildError, match="File name too long"):
         fetch(pin, tmp_path)
@@ -219,8 +219,8 @@ def test_error_of_pip_is_reported(pin, tmp_path, monkeypatch):
 
 def test_unpatched_library_is_built_once(package, tmp_path):
     target = tmp_path / "unpatched"
-    wanted = key(recipe(package, {UNPATCHED_VARIABLE: "1"}))
-    write(target / "key", wanted)
+    build_key = key(recipe(package, {UNPATCHED_VARIABLE: "1"}))
+    write(target / "key", build_key)
     assert build_unpatched(package, target) is False
 
 
@@ -270,7 +270,7 @@ GGML_CUDA_NO_VMM:BOOL={no_vmm}
 
 
 @pytest.mark.parametrize(
-    ("option", "cublas", "no_vmm", "said", "unsaid"),
+    ("option", "cublas", "no_vmm", "present", "absent"),
     [
         ("GGML_CUDA", "CUDA_cublas_LIBRARY-NOTFOUND", "OFF", ("cuBLAS", "stub"), ("nvcc", "glslc")),
         ("GGML_CUDA", "CUDA_cublas_LIBRARY-NOTFOUND", "ON", ("cuBLAS",), ("stub",)),
@@ -278,12 +278,12 @@ GGML_CUDA_NO_VMM:BOOL={no_vmm}
         ("GGML_VULKAN", "", "OFF", ("glslc",), ("cuBLAS", "libvulkan-dev")),
     ],
 )
-def test_parts_missing_for_cmake_are_named(tmp_path, option, cublas, no_vmm, said, unsaid):
+def test_parts_missing_for_cmake_are_named(tmp_path, option, cublas, no_vmm, present, absent):
     cache = write(tmp_path / "cache", CACHE.format(option=option, cublas=cublas, no_vmm=no_vmm))
     with pytest.raises(BuildError) as error:
         missing.explain(cache)
-    assert all(word in error.value.message for word in said)
-    assert not any(word in error.value.message for word in unsaid)
+    assert all(word in error.value.message for word in present)
+    assert not any(word in error.value.message for word in absent)
 
 
 CUDA = {"CMAKE_ARGS": "-DGGML_VULKAN=on -DGGML_CUDA:BOOL=ON"}

@@ -49,7 +49,7 @@ def release(folder: Path, lines: list[str], graph: str = OLD) -> Path:
     return folder
 
 
-def test_a_hunk_that_fails_does_not_stop_the_others(tmp_path):
+def test_failing_hunk_does_not_stop_the_others(tmp_path):
     tree = release(tmp_path / "new", ["first", *LINES[:4], "line V", *LINES[5:]])
     n_hunks, [message] = misfits(hooks_of(tmp_path), tmp_path, tree)
     assert n_hunks == 2
@@ -57,13 +57,13 @@ def test_a_hunk_that_fails_does_not_stop_the_others(tmp_path):
     assert "hook();" in read(tree / "vendor/llama.cpp/src/a.cpp")
 
 
-def test_the_real_checklist_names_code():
-    listed = points(read(Path(try_release.__file__).parents[1] / "README.md"))
-    assert len(listed) > 20
-    assert {"build_cvec", "get_n_kv"} <= {name for point in listed for name in point.names}
+def test_checklist_names_code():
+    checklist = points(read(Path(try_release.__file__).parents[1] / "README.md"))
+    assert len(checklist) > 20
+    assert {"build_cvec", "get_n_kv"} <= {name for point in checklist for name in point.names}
 
 
-def test_a_comparison_prints_what_to_do(tmp_path, monkeypatch, capsys):
+def test_comparison_prints_hunks_and_checklist(tmp_path, monkeypatch, capsys):
     hooks = hooks_of(tmp_path)
     old = release(tmp_path / "old", LINES)
     new = release(tmp_path / "new", ["other", *LINES[:4], "V", *LINES[5:]], OLD.replace("x;", "y;"))
@@ -72,10 +72,10 @@ def test_a_comparison_prints_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(try_release, "fetch_or_keep", lambda pin, folder: old)
     pin = Pin("llama-cpp-python", "1.0", "", tmp_path)
     assert not compare(pin, new)
-    shown = capsys.readouterr().out
-    assert shown.startswith("1 of 2 hunks apply.")
-    assert 'Read again 1 of 4 points of "The next llama.cpp":' in shown
-    assert "1 changes: vendor/llama.cpp/src/graph.cpp:9" in shown
+    output = capsys.readouterr().out
+    assert output.startswith("1 of 2 hunks apply.")
+    assert 'Read again 1 of 4 points of "The next llama.cpp":' in output
+    assert "1 changes: vendor/llama.cpp/src/graph.cpp:9" in output
     assert compare(pin, old)
     assert "Read again 0 of 4 points" in capsys.readouterr().out
     assert "hook();" not in read(old / "vendor/llama.cpp/src/a.cpp")
