@@ -9,7 +9,8 @@ which also ends at `<!-- end -->`. doc_figures.py defines the figures and the us
 A result is a JSON file: columns with a title and a format, rows, and the machine. A cell is null, a
 string, a list of numbers for the format or its first part, or an object with such a `value` and
 its own `note` or `format`. A row's `lookups`, as `pop-local eval --json` prints them, fill the
-columns of LOOKUPS, which a result need not list. A `source` replaces the sentence about commands,
+columns of LOOKUPS, which a result need not list. A `commit` names the version that contains the
+program of the commands, if it was removed since. A `source` replaces the sentence about commands,
 machine, and date.
 """
 
@@ -77,10 +78,11 @@ def kept_table(name: str, chosen: str | None) -> str:
     if chosen:
         by_name = {column["name"]: column for column in [*LOOKUPS, *columns]}
         columns = [by_name[column] for column in chosen.split(", ")]
+    commit = f" (at commit {kept['commit']})" if "commit" in kept else ""
     commands = [f"`{command}`" for command in kept["commands"]]
     separator = ", and " if len(commands) > 2 else " and "
     listed = separator.join(filter(None, (", ".join(commands[:-1]), *commands[-1:])))
-    ran = f"On {kept['date']}, we ran {listed} on {kept['machine']}."
+    ran = f"On {kept['date']}, we ran {listed}{commit} on {kept['machine']}."
     source = kept.get("source", ran)
     notes = f" {kept['notes']}." if "notes" in kept else ""
     return f"\n{table(columns, [*map(with_lookups, kept['rows'])])}\n{source}{notes}\n"
