@@ -169,7 +169,7 @@ test-gpu: $(VENV)/.tools
 # on the cores that lavapipe needs. With two, they would deadlock: one submission waits for the other's event.
 VULKAN := $(CURDIR)/$(PACKAGE)/build/vulkan
 VULKAN_DEVICE ?= 0
-STORED_KV := tests/oracle/test_wide.py::test_the_previous_row_is_of_the_same_sequence_and_ubatch[llama-unified]
+STORED_KV := tests/oracle/test_wide.py::test_previous_row_is_of_the_same_sequence_and_ubatch[llama-unified]
 VULKAN_TESTS := GALLIVM_PERF=nopt MESA_SHADER_CACHE_DIR="$(VULKAN)-shaders" \
 	LLAMA_CPP_LIB_PATH="$(VULKAN)/llama_cpp/lib"
 test-vulkan: $(VENV)/.tools

@@ -83,7 +83,7 @@ def test_recorded_session_is_answered(server, file):
     assert n_reused or file.stem == "aider"
 
 
-def test_codex_is_told_which_tools_are_omitted(server):
+def test_codex_receives_the_omitted_tools(server):
     path, body = requests_of(next(file for file in SESSIONS if file.stem == "codex"), MOST)[0]
     omitted = [tool.get("name", tool["type"]) for tool in body["tools"] if "parameters" not in tool]
     assert omitted

@@ -31,8 +31,8 @@ def test_tool_call_and_stream(tmp_path):
         command = ["node", str(script), server.api, parameters]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["input"]["n"] in range(10) and found["output"] == 2 * found["input"]["n"]
-    assert found["reason"] == "tool-calls"
-    assert found["streamed"] == found["whole"] != ""
-    assert found["usage"]["outputTokens"] == 8 and found["usage"]["inputTokens"] > 0
+    result = json.loads(done.stdout)
+    assert result["input"]["n"] in range(10) and result["output"] == 2 * result["input"]["n"]
+    assert result["reason"] == "tool-calls"
+    assert result["streamed"] == result["whole"] != ""
+    assert result["usage"]["outputTokens"] == 8 and result["usage"]["inputTokens"] > 0

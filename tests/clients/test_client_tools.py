@@ -63,11 +63,11 @@ def test_openai_response_tool_turn(client):
 def test_anthropic_message_tool_turn(server):
     import anthropic  # here, since the import takes seconds
 
-    asked: dict[str, Any] = {"model": "tiny", "tools": [TOOL], "extra_body": {"temperature": 0}}
+    request: dict[str, Any] = {"model": "tiny", "tools": [TOOL], "extra_body": {"temperature": 0}}
     choice: Any = {"type": "any", "disable_parallel_tool_use": True}
     with anthropic.Anthropic(base_url=server.root, api_key="none", max_retries=0) as client:
         with client.messages.stream(
-            **asked, messages=ASKED, tool_choice=choice, max_tokens=600
+            **request, messages=ASKED, tool_choice=choice, max_tokens=600
         ) as stream:
             said = stream.get_final_message()
         [use] = said.content
@@ -79,11 +79,11 @@ def test_anthropic_message_tool_turn(server):
             {"role": "assistant", "content": said.content},
             {"role": "user", "content": [result]},
         ]
-        answer = client.messages.create(**asked, messages=turn, max_tokens=4)
+        answer = client.messages.create(**request, messages=turn, max_tokens=4)
         assert answer.content[0].type == "text" and answer.usage.cache_read_input_tokens
         counted = client.messages.count_tokens(model="tiny", messages=turn, tools=[TOOL])
         n_read = answer.usage.input_tokens + answer.usage.cache_read_input_tokens
         assert counted.input_tokens == n_read
         robot: Any = [{"role": "robot", "content": "a"}]
         with pytest.raises(anthropic.BadRequestError, match="role"):
-            client.messages.create(**asked, messages=robot, max_tokens=4)
+            client.messages.create(**request, messages=robot, max_tokens=4)

@@ -35,7 +35,7 @@ def test_instructor_gets_an_object(server):
     instructor = pytest.importorskip("instructor", reason="pip install '.[clients]'")
     with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0) as plain:
         client = instructor.from_openai(plain, mode=instructor.Mode.TOOLS)
-        found = client.chat.completions.create(
+        result = client.chat.completions.create(
             model="tiny",
             messages=ASKED,
             response_model=Doubled,
@@ -43,7 +43,7 @@ def test_instructor_gets_an_object(server):
             max_tokens=600,
             max_retries=1,
         )
-    assert found.n in range(10)
+    assert result.n in range(10)
 
 
 def test_llama_index_chats_and_calls(server):

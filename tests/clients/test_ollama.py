@@ -61,10 +61,10 @@ def test_lists_and_shows(client):
     assert int(model.size) > 0
     (running,) = client.ps().models
     assert running.context_length == 1024
-    shown = client.show(model.model)
-    assert shown.modelinfo["llama.context_length"] == 1024
-    assert "completion" in shown.capabilities
-    assert shown.modified_at == model.modified_at
+    details = client.show(model.model)
+    assert details.modelinfo["llama.context_length"] == 1024
+    assert "completion" in details.capabilities
+    assert details.modified_at == model.modified_at
 
 
 def test_log_probabilities(client):

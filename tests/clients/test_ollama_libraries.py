@@ -24,19 +24,19 @@ def root(tmp_path_factory):
 
 @pytest.mark.parametrize("provider", ["ollama_chat", "ollama"])
 def test_litellm(root, provider):
-    asked = {"api_base": root, "messages": SAID, "max_tokens": 8, "temperature": 0}
-    whole = litellm.completion(model=f"{provider}/any", **asked)
+    request = {"api_base": root, "messages": SAID, "max_tokens": 8, "temperature": 0}
+    whole = litellm.completion(model=f"{provider}/any", **request)
     assert whole.usage.completion_tokens == 8
-    streamed = litellm.completion(model=f"{provider}/any", **asked, stream=True)
+    streamed = litellm.completion(model=f"{provider}/any", **request, stream=True)
     texts = [chunk.choices[0].delta.content or "" for chunk in streamed]
     assert "".join(texts) == whole.choices[0].message.content != ""
 
 
 def test_langchain(root):
-    asked = {"model": "any", "base_url": root, "num_predict": 8, "temperature": 0}
-    model = langchain_ollama.ChatOllama(**asked)
+    request = {"model": "any", "base_url": root, "num_predict": 8, "temperature": 0}
+    model = langchain_ollama.ChatOllama(**request)
     whole = model.invoke("the quick brown fox")
     assert whole.usage_metadata["output_tokens"] == 8
     assert whole.response_metadata["done_reason"] == "length"
     assert "".join(chunk.content for chunk in model.stream("the quick brown fox")) == whole.content
-    assert langchain_ollama.OllamaLLM(**asked).invoke("the quick brown fox")
+    assert langchain_ollama.OllamaLLM(**request).invoke("the quick brown fox")

@@ -48,9 +48,10 @@ OTHERS = (
 
 def others(folder: Path) -> list[Path]:
     """Models of other architectures, from llama.cpp's recipes if these are built."""
-    made = [name for name in recipes.names() if str(name) in OTHERS]
+    chosen_names = [name for name in recipes.names() if str(name) in OTHERS]
     return [
-        recipes.make(name, folder / f"{name}.gguf", MORE_KEYS.get(name.arch, ())) for name in made
+        recipes.make(name, folder / f"{name}.gguf", MORE_KEYS.get(name.arch, ()))
+        for name in chosen_names
     ]
 
 
@@ -88,9 +89,9 @@ def test_headers_and_pop_keys(tmp_path):
 
 def test_sidecars(tmp_path):
     base = make_gguf(tmp_path / "llama.gguf", "llama")
-    made = paired(base, tmp_path, "fitted-wide", boundary=5)
-    source, content = read_source(base), made.sidecar.read_bytes()
-    end = read_header(made.sidecar).tensors_end
+    pair = paired(base, tmp_path, "fitted-wide", boundary=5)
+    source, content = read_source(base), pair.sidecar.read_bytes()
+    end = read_header(pair.sidecar).tensors_end
     target = tmp_path / "llama.pop-sidecar.gguf"
 
     def attempt(rng: random.Random) -> None:

@@ -55,16 +55,16 @@ def test_alignment():
     def attempt(rng: random.Random) -> None:
         n_distinct = rng.choice((2, 9, 999))
         cached = [rng.randrange(n_distinct) for _ in range(400)]
-        wanted = cached
+        expected = cached
         for _ in range(rng.choice((0, 1, 3, 30))):
-            wanted = randomly_edited(rng, wanted)
+            expected = randomly_edited(rng, expected)
         if rng.random() < 0.3:
-            at = rng.randrange(len(wanted))
-            wanted = wanted[at:] + wanted[:at]
-        ours, theirs = np.asarray(cached, np.int32), np.asarray(wanted, np.int32)
+            at = rng.randrange(len(expected))
+            expected = expected[at:] + expected[:at]
+        ours, theirs = np.asarray(cached, np.int32), np.asarray(expected, np.int32)
         runs = find_runs(ours, theirs, window_hashes(theirs, MIN_RUN))
-        chosen = in_order(runs)
-        assert set(chosen) <= set(runs) and bool(chosen) == bool(runs)
+        ordered = in_order(runs)
+        assert set(ordered) <= set(runs) and bool(ordered) == bool(runs)
         for run in runs:
             assert run.n >= MIN_RUN
             assert np.array_equal(
@@ -72,7 +72,7 @@ def test_alignment():
             )
         for first, second in itertools.pairwise(runs):
             assert first.prompt + first.n <= second.prompt
-        for first, second in itertools.pairwise(chosen):
+        for first, second in itertools.pairwise(ordered):
             assert first.cached + first.n <= second.cached
         if not runs:
             raise PopError("no common run")
@@ -106,12 +106,12 @@ def test_deep_rows(tmp_path):
         def attempt(rng: random.Random) -> None:
             tokens = [rng.randrange(-1, n_vocab) for _ in range(rng.randrange(300))]
             criterion = rng.choice(list(DeepRows))
-            found = find_deep_rows(context, np.asarray(tokens), criterion)
-            assert found.dtype == bool and len(found) == len(tokens)
-            assert not found[np.asarray(tokens, int) < 0].any()
+            deep = find_deep_rows(context, np.asarray(tokens), criterion)
+            assert deep.dtype == bool and len(deep) == len(tokens)
+            assert not deep[np.asarray(tokens, int) < 0].any()
             longer = np.asarray([*tokens, *line, *prompt(20, rng.randrange(99))])
-            assert np.array_equal(find_deep_rows(context, longer, criterion)[: len(tokens)], found)
-            if not found.any():
+            assert np.array_equal(find_deep_rows(context, longer, criterion)[: len(tokens)], deep)
+            if not deep.any():
                 raise PopError("no deep rows")
 
         campaign(attempt)
@@ -129,10 +129,10 @@ def _turns(rng: random.Random, model: PopModel, fresh: PopModel, n_vocab: int) -
             with suppress(StoppedError), stopped_by(partial(_has_read, model, n_rows)):
                 model.read(Prompt(tokens))
             n_stopped += model.engine.cache.n_tokens < len(tokens)
-        found = _logits_after(model, tokens)
+        logits = _logits_after(model, tokens)
         fresh.engine.cache.clear()
         expected = _logits_after(fresh, tokens)
-        assert np.abs(found - expected).max() < NOISE * expected.std()
+        assert np.abs(logits - expected).max() < NOISE * expected.std()
         assert model.engine.cache.slot.cells.end == len(tokens)
     return n_stopped
 
@@ -156,8 +156,8 @@ def test_checkpoints(tmp_path, monkeypatch, name):
     options: dict[str, Any] = {}
     if name == "gemma3":
         path, options["swa_full"] = make_gguf(tmp_path / "model.gguf", name, **ARCHS[name]), False
-    elif name in (made := {str(each): each for each in recipes.names()}):
-        path = recipes.make(made[name], tmp_path / "model.gguf", ())
+    elif name in (recipe_of := {str(name): name for name in recipes.names()}):
+        path = recipes.make(recipe_of[name], tmp_path / "model.gguf", ())
     else:
         pytest.skip("the recipes are not built")
     with opened(path, **options) as model, opened(path, **options) as fresh:
@@ -215,13 +215,13 @@ def test_stored_states(tmp_path, arch):
             store = DiskStore(folder, 2**24)
             target = folder / f"damaged{SUFFIX}"
             _damaged(rng, rng.choice(contents), target, tmp_path / "scratch")
-            found = [store._load(each) for each in store.stored()]
-            assert bool(found and found[0]) == target.exists()
+            results = [store._load(entry) for entry in store.stored()]
+            assert bool(results and results[0]) == target.exists()
             clear_folder(folder)
-            if not found or found[0] is None:
+            if not results or results[0] is None:
                 raise PopError("removed")
             try:
-                model.engine.states.restore(found[0])
+                model.engine.states.restore(results[0])
                 model.engine.refiller.refill()
             finally:
                 model.read(Prompt(OLD[: rng.randrange(1, 700)]))

@@ -108,7 +108,7 @@ def test_rows_may_have_gaps(make: Make, rng: np.random.Generator) -> None:
 
 
 @each
-def test_nan_spreads_only_where_it_must(make: Make, rng: np.random.Generator) -> None:
+def test_nan_spreads_only_in_its_row(make: Make, rng: np.random.Generator) -> None:
     op = make(rng, 9, 64)
     x = op.x.copy()
     x[4, 37] = np.nan

@@ -34,17 +34,17 @@ def main(arguments: list[str], log: str) -> None:
     parser.add_argument("--temp", type=float, default=0.8)
     parser.add_argument("--chat-template")
     parser.add_argument("--chat-template-file", type=Path)
-    given, _ = parser.parse_known_args(arguments)
-    template = given.chat_template
-    if given.chat_template_file is not None:
-        template = given.chat_template_file.read_text(encoding="utf-8")
-    model = stand_in(Path(os.environ["POP_STAND_INS"]), template, given.temp)
-    if given.batch_size:  # `serve` has no option for it
-        n_batch = {"n_batch": given.batch_size, "n_ubatch": given.batch_size}
+    options, _ = parser.parse_known_args(arguments)
+    template = options.chat_template
+    if options.chat_template_file is not None:
+        template = options.chat_template_file.read_text(encoding="utf-8")
+    model = stand_in(Path(os.environ["POP_STAND_INS"]), template, options.temp)
+    if options.batch_size:  # `serve` has no option for it
+        n_batch = {"n_batch": options.batch_size, "n_ubatch": options.batch_size}
         opening.ContextOptions = partial(ContextOptions, **n_batch)  # type: ignore[misc,assignment]
     # llama-server divides its context among the slots.
-    n_ctx = given.ctx_size if given.kv_unified else given.ctx_size // given.parallel
-    sys.argv = ["pop-local", "serve", str(model), "--host", given.host, "--port", given.port]
-    sys.argv += ["--name", given.alias, "--api-key", given.api_key, "--ctx", str(n_ctx)]
-    sys.argv += ["--parallel", str(given.parallel), "--threads", "1"]
+    n_ctx = options.ctx_size if options.kv_unified else options.ctx_size // options.parallel
+    sys.argv = ["pop-local", "serve", str(model), "--host", options.host, "--port", options.port]
+    sys.argv += ["--name", options.alias, "--api-key", options.api_key, "--ctx", str(n_ctx)]
+    sys.argv += ["--parallel", str(options.parallel), "--threads", "1"]
     pop_local()

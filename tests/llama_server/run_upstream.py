@@ -33,13 +33,15 @@ def extract(folder: Path) -> Path:
             for member in archive:
                 _, *inside = Path(member.name).parts
                 path = Path(*inside)
-                wanted = any(path.is_relative_to(f"vendor/llama.cpp/{each}") for each in _FOLDERS)
-                if wanted and member.isfile() and ".." not in inside:
+                is_selected = any(
+                    path.is_relative_to(f"vendor/llama.cpp/{folder}") for folder in _FOLDERS
+                )
+                if is_selected and member.isfile() and ".." not in inside:
                     target = source / path
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    found = archive.extractfile(member)
-                    assert found is not None
-                    target.write_bytes(found.read())
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    target.write_bytes(file.read())
         done.touch()
     return source / "vendor" / "llama.cpp" / "tools" / "server" / "tests"
 
@@ -71,9 +73,9 @@ def main(arguments: list[str]) -> int:
         "no:cacheprovider",
     ]
     command += ["-q", "-m", "not slow", *(arguments or ["unit"])]
-    found = subprocess.run(command, cwd=tests, env=os.environ | changes)
+    process = subprocess.run(command, cwd=tests, env=os.environ | changes)
     # No test is left if the arguments select only tests that the list excludes.
-    return 0 if found.returncode == pytest.ExitCode.NO_TESTS_COLLECTED else found.returncode
+    return 0 if process.returncode == pytest.ExitCode.NO_TESTS_COLLECTED else process.returncode
 
 
 if __name__ == "__main__":

@@ -186,9 +186,9 @@ def test_architecture_table_matches_headers(subject: Subject) -> None:
         *((name, "attention.key_length") for name in ("deepseek2", "kimi-linear", "mistral4")),
     ],
 )
-def test_numbers_that_end_the_process_are_named_before(name: str, key: str, tmp_path: Path) -> None:
-    found = next(each for each in NAMES if each.arch == name)
-    path = make(found, tmp_path / "model.gguf")
+def test_numbers_that_abort_llama_cpp_are_refused(name: str, key: str, tmp_path: Path) -> None:
+    recipe_name = next(recipe for recipe in NAMES if recipe.arch == name)
+    path = make(recipe_name, tmp_path / "model.gguf")
     end, data = read_header(path).keys[f"{name}.{key}"].end, path.read_bytes()
     path.write_bytes(data[: end - 4] + struct.pack("<I", 32) + data[end:])
     with pytest.raises(FormatError, match=rf"the key {name}.{key} has an invalid value \(32\)"):

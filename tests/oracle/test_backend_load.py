@@ -84,7 +84,7 @@ WRONG_TENSORS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = 
     "shape": ("blk.6.pop_attn_k.weight", lambda values: values[:-1], "wrong shape"),
     "not finite": (
         "blk.7.pop_attn_k.bias",
-        lambda values: values * np.float32(np.inf),
+        lambda values: np.full_like(values, np.nan),
         "not finite",
     ),
     "type": ("blk.7.pop_attn_k.bias", lambda values: values.astype(np.float16), "type f16"),

@@ -27,7 +27,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("decodes", [False, True], ids=["prefills", "prefills and decodes"])
 @pytest.mark.parametrize("swa", [{}, {"swa_pattern": [True, False] * 4}], ids=["period", "flags"])
-def test_settings_that_alternate_never_run_the_graph_of_others(
+def test_alternating_settings_never_reuse_a_wrong_graph(
     swa: dict, decodes: bool, tmp_path: Path
 ) -> None:
     """Each prefill, and the decode after it, equals that of a fresh context bit for bit.

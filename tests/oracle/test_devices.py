@@ -103,21 +103,21 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def trios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trio]:
-    made = {}
+    by_name = {}
     for name in ARCHS:
         folder = tmp_path_factory.mktemp(name)
         arch, _, kind = name.partition("-")
         experts = {"n_expert": 4} if kind == "moe" else {}
         model = make_gguf(folder / "model.gguf", arch, type=Type.Q8_0, **experts)
-        made[name] = make_trio(model, folder, boundary=BOUNDARY)
+        by_name[name] = make_trio(model, folder, boundary=BOUNDARY)
     for name, fit in FITS:
-        path = made[name].pruned.with_name(f"{fit}.gguf")
-        fit_at_random(made[name], path, KvType.Q8_0, fit, AS_OWN[fit])
-        made[f"{name}-{fit}"] = replace(made[name], pruned=path)
+        path = by_name[name].pruned.with_name(f"{fit}.gguf")
+        fit_at_random(by_name[name], path, KvType.Q8_0, fit, AS_OWN[fit])
+        by_name[f"{name}-{fit}"] = replace(by_name[name], pruned=path)
     for name in SHARED_KV:
         model = make_shared(tmp_path_factory.mktemp(name) / "model.gguf", name)
-        made[name] = Trio(model, model, model, boundary=0, n_sink=0)
-    return made
+        by_name[name] = Trio(model, model, model, boundary=0, n_sink=0)
+    return by_name
 
 
 def in_turn(mode: int, *, deep: bool) -> list[Step]:

@@ -118,15 +118,15 @@ def assert_repaired(
         with pytest.raises(RuntimeError, match=obstacle):
             run(replace(job, steps=steps))
         return
-    found = run(replace(job, steps=steps))
+    results = run(replace(job, steps=steps))
     steps = (*decoded(tokens), Step("save", path=str(fresh)))
     expected = run(replace(job, lib=str(unpatched_lib), steps=steps))
-    assert (found["last"] == expected["last"]).all()
+    assert (results["last"] == expected["last"]).all()
     assert repaired.read_bytes() == fresh.read_bytes()
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edited_prompt_equals_a_fresh_one_after_repair(
+def test_repaired_prompt_equals_fresh_prompt(
     cached: tuple[Job, str, tuple[Step, ...]],
     model: Path,
     edit: str,
@@ -138,7 +138,7 @@ def test_an_edited_prompt_equals_a_fresh_one_after_repair(
     assert_repaired(job, edit, tmp_path, unpatched_lib, old, obstacle)
 
 
-def test_an_edited_prompt_with_a_lora_adapter_equals_a_fresh_one_after_repair(
+def test_repaired_prompt_with_lora_adapter_equals_fresh_prompt(
     tmp_path: Path, unpatched_lib: Path
 ) -> None:
     model = make_gguf(tmp_path / "llama.gguf", "llama")

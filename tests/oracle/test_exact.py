@@ -108,7 +108,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("model", "options"), CASES, indirect=["model"])
-def test_one_token_more_than_whole_ubatches_is_the_same_bit_for_bit(
+def test_one_token_more_than_whole_ubatches_is_exact(
     options: dict, model: Path, tmp_path: Path, job: Job
 ) -> None:
     job = replace(job, **{"n_ubatch": 64} | options)
@@ -135,8 +135,8 @@ def check_noise(got: dict, want: dict, job: Job, *steps: Step) -> None:
     others = [run(replace(job, steps=steps, n_ubatch=n_ubatch)) for n_ubatch in (41, 7)]
     for name in (step.name for step in steps):
         noise = [distance(*pair) for o in others for pair in zip(o[name], want[name], strict=True)]
-        found = [distance(*pair) for pair in zip(got[name], want[name], strict=True)]
-        assert max(found) <= max(noise), name
+        distances = [distance(*pair) for pair in zip(got[name], want[name], strict=True)]
+        assert max(distances) <= max(noise), name
 
 
 # Fused weights compute the same products, row by row.
@@ -270,11 +270,11 @@ def test_either_library_restores_the_others_state(
 def test_lora_adapter_equals_the_unpatched_library(plain: Path, tmp_path: Path, job: Job) -> None:
     """The adapters include layers without K/V, and the per-layer projections."""
     arch = "gemma3n" if "gemma3n" in str(plain) else "gemma4"
-    wanted = ("attn_q", "attn_k", "attn_v", "ffn_gate", "inp_gate", "proj")
+    parts = ("attn_q", "attn_k", "attn_v", "ffn_gate", "inp_gate", "proj")
     dims = {
         name: each
         for name, each in shapes(DEFAULTS[arch])
-        if name.startswith("blk.") and name.split(".")[2] in wanted
+        if name.startswith("blk.") and name.split(".")[2] in parts
     }
     lora = make_lora(tmp_path / "lora.gguf", arch, dims)
     tokens = random_tokens(257, N_VOCAB)

@@ -188,8 +188,8 @@ def test_image_rows_use_own_projections_after_a_fit_on_text(tmp_path: Path, job:
     own = pruned(trio, [image, asking(text)], full_from, job)["logits"]
 
     def logits(**more: int) -> np.ndarray:
-        given = keys | {name.replace("__", "."): value for name, value in more.items()}
-        path = add_to(model, tmp_path / "fitted.gguf", given, tensors)
+        fit_keys = keys | {name.replace("__", "."): value for name, value in more.items()}
+        path = add_to(model, tmp_path / "fitted.gguf", fit_keys, tensors)
         return pruned(replace(trio, pruned=path), [image, asking(text)], full_from, job)["logits"]
 
     np.testing.assert_array_equal(logits(), own)

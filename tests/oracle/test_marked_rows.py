@@ -41,8 +41,8 @@ def state(
     tokens = tuple(random_tokens(N_TOKENS, N_VOCAB))
     steps = [*before, Step("decode", tokens=tokens, logits="none"), *after]
     steps += [Step("save", path=str(path)), Step("marked", "marked"), Step("counters", "rows")]
-    found = run(replace(Job(str(trio.pruned), steps=tuple(steps), n_ubatch=N_UBATCH), **options))
-    return path.read_bytes(), np.concatenate([found["rows"], found["marked"]])
+    results = run(replace(Job(str(trio.pruned), steps=tuple(steps), n_ubatch=N_UBATCH), **options))
+    return path.read_bytes(), np.concatenate([results["rows"], results["marked"]])
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])

@@ -60,9 +60,9 @@ def assert_equals_a_shift(
     # llama.cpp rotates shifted rows before it decodes the next token.
     end = len(OLD) - 2 * N_REMOVED
     then = (Step("decode", tokens=OLD[:1], pos=end), Step("remove", pos=end))
-    found = state_after(job, tmp_path / "moved", (*steps, moved(start), *then))
+    state = state_after(job, tmp_path / "moved", (*steps, moved(start), *then))
     job = replace(job, lib=str(unpatched_lib))
-    assert found == state_after(job, tmp_path / "shifted", (*steps, *shifts, *then))
+    assert state == state_after(job, tmp_path / "shifted", (*steps, *shifts, *then))
 
 
 @pytest.fixture(params=(*SYNTHETIC, *RECIPES))
@@ -77,7 +77,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_moved_rows_equal_those_that_the_unpatched_library_shifts(
+def test_moved_rows_equal_rows_shifted_by_the_unpatched_library(
     model: Path, cache: str, tmp_path: Path, unpatched_lib: Path
 ) -> None:
     if cache != "F16" and model.stem in UNSHIFTED:
@@ -111,9 +111,7 @@ def test_rows_move_among_another_sequences_rows(
 @pytest.mark.parametrize(
     ("arch", "cache"), [("llama", "F16"), ("gemma3", "F16"), ("qwen3", "q4_0")]
 )
-def test_a_move_changes_no_other_row(
-    arch: str, cache: str, kv_unified: bool, tmp_path: Path
-) -> None:
+def test_move_changes_no_other_row(arch: str, cache: str, kv_unified: bool, tmp_path: Path) -> None:
     """With YaRN, llama.cpp's rotation scales K even if the angle is 0."""
     scaling = {"rope_scaling": RopeScalingType.YARN, "rope_divisor": 4.0}
     model = make_gguf(tmp_path / "model.gguf", arch, **scaling)
@@ -131,7 +129,7 @@ def test_a_move_changes_no_other_row(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak memory")
 @pytest.mark.parametrize(("arch", "cache"), [("llama", "F16"), ("gemma3", "q8_0")])
-def test_the_memory_of_a_move_does_not_depend_on_the_other_rows(
+def test_memory_of_a_move_does_not_depend_on_the_other_rows(
     arch: str, cache: str, tmp_path: Path
 ) -> None:
     model = make_gguf(tmp_path / "model.gguf", arch)
@@ -141,5 +139,5 @@ def test_the_memory_of_a_move_does_not_depend_on_the_other_rows(
     rows = tuple(range(N_KEPT + 1, n_rows))
     move = Step("move", tokens=(0,) * len(rows), rows=rows, pos=N_KEPT)
     peaks = (Step("peak"), Step("peak", "before"), move, Step("peak", "after"))
-    found = run(replace(job, steps=(Step("decode", tokens=OLD), fill, *peaks)))
-    assert found["after"] - found["before"] < MAX_GROWTH
+    results = run(replace(job, steps=(Step("decode", tokens=OLD), fill, *peaks)))
+    assert results["after"] - results["before"] < MAX_GROWTH

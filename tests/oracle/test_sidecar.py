@@ -52,8 +52,8 @@ def fitted(tmp_path_factory) -> Pair:
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_sliding_windows_equal_the_single_file(projection, mmap, tmp_path):
     base = make_gguf(tmp_path / "gemma.gguf", "gemma3")
-    made = paired(base, tmp_path, projection, boundary=4)
-    require_same(made, tmp_path, random_tokens(200, 380), mmap=mmap)
+    forms = paired(base, tmp_path, projection, boundary=4)
+    require_same(forms, tmp_path, random_tokens(200, 380), mmap=mmap)
 
 
 def test_fitted_tensors_change_the_result(fitted, tmp_path):
@@ -72,13 +72,13 @@ def test_split_model_equals_the_single_file(projection, tmp_path):
     whole = make_gguf(tmp_path / "model.gguf", "llama")
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
     assert len(parts) > 1
-    made = paired(whole, tmp_path, projection, boundary=4)
+    forms = paired(whole, tmp_path, projection, boundary=4)
     sidecar = tmp_path / "parts.pop-sidecar.gguf"
     plan = make_plan(read_shape(parts[0]), projection=projection, boundary=4, tail_tokens=16)
     made_fit = None if projection == "own" else made_up(plan)
     write_sidecar(plan, parts[0], sidecar, fitted=made_fit)
     model = PopModel(EngineOptions.of(parts[0], sidecar=sidecar, n_ctx=512, n_threads=1))
-    want = read(opened(made.single, n_ctx=512, n_batch=512, n_ubatch=512), prompt(100))
+    want = read(opened(forms.single, n_ctx=512, n_batch=512, n_ubatch=512), prompt(100))
     np.testing.assert_array_equal(read(model, prompt(100)), want)
 
 
@@ -135,8 +135,8 @@ def test_search_results_do_not_change_the_conversion_key(fitted):
     source = read_source(fitted.single)
     meta = pop_meta(source.first)
     assert meta is not None
-    found = replace(Measured(), lookups_n=200)
-    decided = replace(meta, budget=replace(BALANCED, tried="4 inside"), measured=found)
+    figures = replace(Measured(), lookups_n=200)
+    decided = replace(meta, budget=replace(BALANCED, tried="4 inside"), measured=figures)
     assert conversion(decided, source, None) == conversion(meta, source, None)
     assert conversion(replace(meta, schedule="FFFFFSSS"), source, None) != conversion(
         meta, source, None

@@ -65,20 +65,20 @@ def test_stored_context_rows_equal_the_reference(
     tiny: Trio, projection: Projection, cache: int, tmp_path: Path, job: Job
 ) -> None:
     if projection != OWN:
-        made = fit_at_random(tiny, tmp_path / "fitted.gguf", KvType.F32, projection)
-        tiny = replace(tiny, pruned=made)
+        path = fit_at_random(tiny, tmp_path / "fitted.gguf", KvType.F32, projection)
+        tiny = replace(tiny, pruned=path)
     tokens = random_tokens(64, N_VOCAB)
     job = replace(job, type_k=cache, type_v=cache)
     stored = prefilled(tiny, tokens, tmp_path, job)
     reference = Reference(tiny.pruned, normalised_states(tiny, tokens, job))
     windows = read_shape(tiny.original).windows
     for layer in range(tiny.boundary, len(windows)):
-        found, wanted = context_rows(
+        rows, expected = context_rows(
             stored[layer], reference.layer(layer, swa=windows[layer] > 0), len(tokens)
         )
         # Windows of 16 tokens retain only the last rows.
-        assert len(found.pos) == (15 if windows[layer] else 63)
-        for ours, theirs in ((found.k, wanted.k), (found.v, wanted.v)):
+        assert len(rows.pos) == (15 if windows[layer] else 63)
+        for ours, theirs in ((rows.k, expected.k), (rows.v, expected.v)):
             # F16 has 11 significant bits.
             rounding = np.abs(theirs) * 2.0**-11 if cache == F16 else 0
             assert (np.abs(ours - theirs) <= CLOSE + rounding).all(), f"layer {layer}"

@@ -66,7 +66,7 @@ def edges(parts: Parts, seq: int) -> list[int]:
     """Return a sequence's positions that start a ubatch, if ubatches are cut in order."""
     rows = [(s, pos + i) for s, pos, tokens in parts for i in range(len(tokens))]
     ubatches = [rows[i : i + N_UBATCH] for i in range(0, len(rows), N_UBATCH)]
-    first = (next((pos for s, pos in each if s == seq), None) for each in ubatches)
+    first = (next((pos for s, pos in ubatch if s == seq), None) for ubatch in ubatches)
     return [pos for pos in first if pos is not None]
 
 
@@ -85,15 +85,15 @@ def stored_kv(trio: Trio, parts: Parts, folder: Path, job: Job) -> list[dict[int
     return [parse_state((folder / f"state{seq}").read_bytes(), windows) for seq in (0, 1)]
 
 
-def off(found: Stored, wanted: Expected) -> np.ndarray:
+def off(stored: Stored, expected: Expected) -> np.ndarray:
     """Return the largest distance of K and V from the reference, by position."""
-    distance = np.zeros(len(found.pos))
-    pairs = ((found.k, wanted.k[found.pos]), (found.v, wanted.v[found.pos]))
+    distance = np.zeros(len(stored.pos))
+    pairs = ((stored.k, expected.k[stored.pos]), (stored.v, expected.v[stored.pos]))
     for ours, theirs in pairs:
         step = np.maximum(np.abs(ours - theirs) - np.abs(theirs) * 2.0**-11, 0).max(-1)
         distance = np.maximum(distance, step)
-    by_pos = np.zeros(len(found.pos))
-    by_pos[found.pos] = distance
+    by_pos = np.zeros(len(stored.pos))
+    by_pos[stored.pos] = distance
     return by_pos
 
 
@@ -102,10 +102,10 @@ def off(found: Stored, wanted: Expected) -> np.ndarray:
     [{"kv_unified": True}, {"kv_unified": True, "flash_attn": True}, {}],
     ids=["unified", "flash", "streams"],
 )
-def test_the_previous_row_is_of_the_same_sequence_and_ubatch(
+def test_previous_row_is_of_the_same_sequence_and_ubatch(
     options: dict[str, bool], wide: Trio, tmp_path: Path, job: Job
 ) -> None:
-    found = stored_kv(wide, IN_TURN, tmp_path, replace(job, **options))  # type: ignore[arg-type]
+    stored = stored_kv(wide, IN_TURN, tmp_path, replace(job, **options))  # type: ignore[arg-type]
     close = ROUNDED if "flash_attn" in options else CLOSE
     # With separate streams, each ubatch has one sequence.
     alone = [[part for part in IN_TURN if part[0] == seq] for seq in (0, 1)]
@@ -118,24 +118,24 @@ def test_the_previous_row_is_of_the_same_sequence_and_ubatch(
         itself = Reference(wide.pruned, states, range(len(tokens)))
         for layer in range(BOUNDARY + 1, 8):
             swa = read_shape(wide.original).windows[layer] > 0
-            assert (off(found[seq][layer], reference.layer(layer, swa=swa)) < close).all()
+            assert (off(stored[seq][layer], reference.layer(layer, swa=swa)) < close).all()
             # The reference must be sensitive to the previous row.
-            assert (off(found[seq][layer], uncut.layer(layer, swa=swa))[cut[1:]] > WRONG).all()
-            wrong = off(found[seq][layer], itself.layer(layer, swa=swa))
+            assert (off(stored[seq][layer], uncut.layer(layer, swa=swa))[cut[1:]] > WRONG).all()
+            wrong = off(stored[seq][layer], itself.layer(layer, swa=swa))
             assert (np.delete(wrong, cut) > WRONG).all()
 
 
 def test_quantised_cache_equals_the_reference(wide: Trio, tmp_path: Path, job: Job) -> None:
     """The cache rotates K before rounding, but not V."""
     job = replace(job, kv_unified=True, type_k=Q8_0, type_v=F16)
-    found = stored_kv(wide, IN_TURN, tmp_path, job)
+    stored = stored_kv(wide, IN_TURN, tmp_path, job)
     windows = read_shape(wide.original).windows
     reference = Reference(wide.pruned, normalised_states(wide, FIRST, job), edges(IN_TURN, 0))
     for layer in range(BOUNDARY + 1, 8):
-        wanted, got = reference.layer(layer, swa=windows[layer] > 0), found[0][layer]
-        v = np.abs(got.v - wanted.v[got.pos]) - np.abs(wanted.v[got.pos]) * 2.0**-11
+        expected, got = reference.layer(layer, swa=windows[layer] > 0), stored[0][layer]
+        v = np.abs(got.v - expected.v[got.pos]) - np.abs(expected.v[got.pos]) * 2.0**-11
         assert (v < ROUNDED).all()
-        ours, theirs = (np.linalg.norm(k, axis=-1) for k in (got.k, wanted.k[got.pos]))
+        ours, theirs = (np.linalg.norm(k, axis=-1) for k in (got.k, expected.k[got.pos]))
         np.testing.assert_allclose(ours, theirs, rtol=0.02)
 
 
@@ -152,12 +152,12 @@ def test_shared_row_is_the_previous_one_of_both_sequences(
     run(replace(job, model=str(wide.pruned), steps=steps, lib=None, n_seq_max=2, kv_unified=True))
     windows = read_shape(wide.original).windows
     for seq in (0, 1):
-        found = parse_state((tmp_path / f"state{seq}").read_bytes(), windows)
+        stored = parse_state((tmp_path / f"state{seq}").read_bytes(), windows)
         states = normalised_states(wide, (*shared, *own[seq]), job)
         reference = Reference(wide.pruned, states, (0, 12))
         for layer in range(BOUNDARY + 1, 8):
-            wanted = reference.layer(layer, swa=windows[layer] > 0)
-            assert (off(found[layer], wanted) < CLOSE).all()
+            expected = reference.layer(layer, swa=windows[layer] > 0)
+            assert (off(stored[layer], expected) < CLOSE).all()
 
 
 def test_image_rows_have_previous_rows(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_image_rows_have_previous_rows(tmp_path: Path) -> None:
     n, base = 40, make_gguf(tmp_path / "base.gguf", "llama", type=Type.F32)
     states = np.random.default_rng(0).standard_normal((n, 128), np.float32)  # equals Step's images
     header = read_header(base)
-    [table] = [each for each in header.tensors if each.name == "token_embd.weight"]
+    [table] = [tensor for tensor in header.tensors if tensor.name == "token_embd.weight"]
     with base.open("r+b") as file:
         file.seek(header.data_start + table.offset)
         file.write(states.tobytes())
@@ -205,8 +205,8 @@ def damaged(
         elif (values := changed[tensor.name]) is not None:
             values = np.ascontiguousarray(values, np.float32)
             tensors.append(replace(tensor, dims=values.shape[::-1], data=values.tobytes()))
-    made = Fitted(fit.calibration, tuple(tensors), projection=projection)
-    convert(plan, base, folder / "damaged.gguf", fitted=made)
+    result = Fitted(fit.calibration, tuple(tensors), projection=projection)
+    convert(plan, base, folder / "damaged.gguf", fitted=result)
     return Job(str(folder / "damaged.gguf"), steps=())
 
 

@@ -35,12 +35,14 @@ def server(browser: Any, smollm2: Path) -> Iterator[Served]:
 @pytest.fixture
 def context(browser: Any, server: Served) -> Iterator[Any]:
     """A browser profile that fails the test on errors, foreign requests and policy violations."""
-    found: list[str] = []
+    events: list[str] = []
 
     def watch(page: Any) -> None:
-        page.on("request", lambda one: found.append(one.url))
-        page.on("pageerror", lambda error: found.append(str(error)))
-        page.on("console", lambda one: found.append(one.text) if one.type == "error" else None)
+        page.on("request", lambda event: events.append(event.url))
+        page.on("pageerror", lambda error: events.append(str(error)))
+        page.on(
+            "console", lambda event: events.append(event.text) if event.type == "error" else None
+        )
 
     context = browser.new_context(viewport={"width": 1200, "height": 800}, base_url=server.root)
     context.on("page", watch)
@@ -48,7 +50,7 @@ def context(browser: Any, server: Served) -> Iterator[Any]:
     yield context
     context.close()
     own = (server.root, "data:", "Failed to load resource: the server responded")
-    assert [one for one in found if not one.startswith(own)] == []
+    assert [event for event in events if not event.startswith(own)] == []
 
 
 @pytest.fixture

@@ -34,8 +34,8 @@ FILLED = """async () => {
 
 
 def stored(page: Any) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = page.evaluate(FILLED)
-    return found
+    chats: list[dict[str, Any]] = page.evaluate(FILLED)
+    return chats
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def exported(page: Any, path: Path) -> dict[str, Any]:
         page.click("#export")
     download.value.save_as(path)
     assert download.value.suggested_filename.startswith("pop-local-chats-20")
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content
 
 
 def imported(page: Any, path: Path) -> str:

@@ -41,8 +41,8 @@ def set_up(page: Any, **settings: str) -> None:
 
 
 def asked(page: Any) -> dict[str, Any]:
-    found: dict[str, Any] = page.evaluate("asked.at(-1)")
-    return found
+    request: dict[str, Any] = page.evaluate("asked.at(-1)")
+    return request
 
 
 def test_settings_reach_the_server_and_stay_with_the_chat(fed):
@@ -75,7 +75,7 @@ def test_settings_reach_the_server_and_stay_with_the_chat(fed):
     shot(fed, "settings")
 
 
-def test_settings_refuse_nonsense_and_escape_closes_them(fed):
+def test_settings_refuse_invalid_values_and_escape_closes_them(fed):
     fed.click("#settings")
     fed.wait_for_selector("#temperature[placeholder='Default: 0.8']")
     fed.fill("#temperature", "11")
@@ -131,7 +131,7 @@ def test_context_meter(fed, server):
     assert not fed.is_visible("#notice")
 
 
-def test_reading_estimate_is_in_the_place_of_the_answer(fed):
+def test_reading_estimate_precedes_the_answer(fed):
     ask(fed, "One")
     feed(fed, progress(0, 0))
     label = fed.locator("article.assistant .reading span")

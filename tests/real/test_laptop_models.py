@@ -27,10 +27,10 @@ def test_shipped_sidecar_has_its_measured_quality(name):
         assert meta is not None and meta.measured is not None
         pruning, settings = Pruning(meta.boundary), QualitySettings(4)
         text = tokenize(model, shipped_text())
-        found = measure_pruning(model, text, settings, pruning, lambda *_: None)
+        quality = measure_pruning(model, text, settings, pruning, lambda *_: None)
         lookups = measure_lookups(model, LookupSettings(2), pruning, lambda *_: None)
-    assert found.n_pruned > 1500
+    assert quality.n_pruned > 1500
     # The sidecar was measured on sixteen windows; this test uses four.
-    assert abs(found.kl_mean.value - meta.measured.kl_mean) < 3 * (found.kl_mean.se or 0)
-    assert abs(found.ppl_ratio.value - meta.measured.ppl_ratio) < 3 * (found.ppl_ratio.se or 0)
+    assert abs(quality.kl_mean.value - meta.measured.kl_mean) < 3 * (quality.kl_mean.se or 0)
+    assert abs(quality.ppl_ratio.value - meta.measured.ppl_ratio) < 3 * (quality.ppl_ratio.se or 0)
     assert lookups.full >= 0.9 * lookups.n and lookups.pruned > lookups.n / 2

@@ -27,11 +27,11 @@ def test_logprobs_of_a_sampled_token_equal_the_logits(model):
     expected = log_softmax(read(model, tokens))
     options = TurnOptions(temperature=0.0, max_tokens=1, n_top_logprobs=3)
     (chunk,) = model.engine.answer(Prompt(tokens), options)
-    (found,) = chunk.logprobs
+    (token,) = chunk.logprobs
     best = np.sort(expected)[::-1]
-    assert found.logprob == pytest.approx(best[0], abs=1e-3)
-    assert [likely.logprob for likely in found.top] == pytest.approx(best[:3], abs=1e-3)
-    assert found.top[0].text == found.text
+    assert token.logprob == pytest.approx(best[0], abs=1e-3)
+    assert [likely.logprob for likely in token.top] == pytest.approx(best[:3], abs=1e-3)
+    assert token.top[0].text == token.text
 
 
 def test_logprobs_are_absent_by_default(model):
@@ -41,9 +41,9 @@ def test_logprobs_are_absent_by_default(model):
 
 def test_logprobs_match_the_text_without_a_stop_string(chatty):
     def parts(**options):
-        asked = [Message("user", "Count from one to ten in words.")]
+        messages = [Message("user", "Count from one to ten in words.")]
         fixed = {"temperature": 0.0, "max_tokens": 24, "n_top_logprobs": 0}
-        return list(chatty.ask(asked, **fixed | options))
+        return list(chatty.ask(messages, **fixed | options))
 
     whole = parts()
     text = "".join(chunk.text for chunk in whole)
@@ -53,6 +53,6 @@ def test_logprobs_match_the_text_without_a_stop_string(chatty):
     stop = text[len(text) // 2 :][:6]
     cut = parts(stops=(stop,))
     kept = b"".join(token.text for chunk in cut for token in chunk.logprobs).decode()
-    shown = "".join(chunk.text for chunk in cut)
-    assert shown == text[: text.index(stop)]
-    assert kept.startswith(shown) and stop not in kept
+    words = "".join(chunk.text for chunk in cut)
+    assert words == text[: text.index(stop)]
+    assert kept.startswith(words) and stop not in kept

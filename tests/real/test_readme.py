@@ -64,8 +64,8 @@ def run(*words: str, typed: str = "") -> str:
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_command_runs(words, smollm2):
-    given = [str(smollm2) if word == "MODEL.gguf" else word for word in words]
-    run(*given, *LESS[words[0]])
+    arguments = [str(smollm2) if word == "MODEL.gguf" else word for word in words]
+    run(*arguments, *LESS[words[0]])
 
 
 def test_python_example_runs():

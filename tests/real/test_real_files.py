@@ -33,8 +33,8 @@ def test_shortest_pruned_prompt_saves_about_half(smollm2):
 def test_speedup_limit_of_a_real_model_matches_the_design(smollm2):
     # With one full row; the prototype reached 97 to 103% of this, 1.42 to 1.455.
     macs = GraphMacs(smollm2)
-    found = [speedup_limit(macs, n, 20, 1) for n in (512, 4096)]
-    assert found == pytest.approx([1.42, 1.45], abs=0.005)
+    results = [speedup_limit(macs, n, 20, 1) for n in (512, 4096)]
+    assert results == pytest.approx([1.42, 1.45], abs=0.005)
 
 
 @pytest.mark.parametrize(

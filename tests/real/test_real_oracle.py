@@ -70,11 +70,11 @@ def test_sink_and_tail_are_within_the_unpatched_noise(sunk: Trio, tmp_path: Path
     [tokens] = prompts = prose(sunk.original, n_prompts=1, n_tokens=72)
     want = expected(sunk, prompts, 16, tmp_path, job)
     noise = unpatched_noise(want, sunk, prompts, 16, tmp_path, job)
-    for each in (job, replace(job, n_ubatch=48)):
-        logits, counters = pruned(sunk, prompts, 16, each)
+    for variant in (job, replace(job, n_ubatch=48)):
+        logits, counters = pruned(sunk, prompts, 16, variant)
         assert counters == (len(tokens) - 17, 17)
-        wanted = want if each is job else expected(sunk, prompts, 16, tmp_path, each)
-        assert mean_distance(logits, wanted) <= noise
+        reference = want if variant is job else expected(sunk, prompts, 16, tmp_path, variant)
+        assert mean_distance(logits, reference) <= noise
 
 
 def prose(model: Path, n_prompts: int, n_tokens: int) -> list[Tokens]:
@@ -109,11 +109,14 @@ def test_stored_kv_of_a_real_model_differs_only_by_rounding(
     reference = Reference(trio.pruned, normalised_states(trio, tokens, job))
     windows = read_shape(trio.original).windows
     for layer in range(trio.boundary, len(windows)):
-        found, wanted = context_rows(
+        rows, reference_rows = context_rows(
             stored[layer], reference.layer(layer, swa=windows[layer] > 0), len(tokens)
         )
-        assert len(found.pos) == 63
-        parts = ((found.k, wanted.k, wanted.k_noise), (found.v, wanted.v, wanted.v_noise))
+        assert len(rows.pos) == 63
+        parts = (
+            (rows.k, reference_rows.k, reference_rows.k_noise),
+            (rows.v, reference_rows.v, reference_rows.v_noise),
+        )
         for ours, theirs, noise in parts:
             assert rms(ours - theirs) <= 1.3 * rms(noise), f"layer {layer}"
             assert rms(noise) < 0.05 * rms(theirs)

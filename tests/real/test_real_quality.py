@@ -69,12 +69,12 @@ def test_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, clif
     tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
     settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=1)
     reference = read_reference(opened, tokens, settings, ignore)
-    found = measure_copying(opened, reference, ignore)
-    kept = {each.boundary: each.retention.value for each in found if each.retention}
+    copying = measure_copying(opened, reference, ignore)
+    kept = {result.boundary: result.retention.value for result in copying if result.retention}
     assert {deep for shallow, deep in pairwise(kept) if kept[shallow] - kept[deep] > 0.4} == cliff
     assert kept[tried[-1]] < 0.3
     # Down to the cliff's layer.
-    assert min(each.boundary for each in worth_measuring(found)) == min(cliff)
+    assert min(entry.boundary for entry in worth_measuring(copying)) == min(cliff)
 
 
 def test_torch_logits_of_a_real_model_equal_the_backends(smollm2):

@@ -84,11 +84,11 @@ def test_openai_chat(client):
 
 def test_openai_completions(client):
     fixed = {"model": "smol", "temperature": 0, "max_tokens": 12}
-    asked = fixed | {"prompt": "A, B, C, D, E,", "stop": " H"}
-    (choice,) = client.completions.create(logprobs=2, **asked).choices
+    request = fixed | {"prompt": "A, B, C, D, E,", "stop": " H"}
+    (choice,) = client.completions.create(logprobs=2, **request).choices
     assert (choice.text, choice.finish_reason) == (" F, G,", "stop")
     assert choice.logprobs.tokens == [" F", ",", " G", ","]
-    pieces = client.completions.create(stream=True, **asked)
+    pieces = client.completions.create(stream=True, **request)
     assert "".join(piece.choices[0].text for piece in pieces) == choice.text
 
 
@@ -104,8 +104,8 @@ def test_openai_logprobs_and_schemas(client):
         "required": ["seller", "asleep"],
         "additionalProperties": False,
     }
-    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    answer = ask(client, response_format=wanted, max_tokens=60).choices[0].message.content
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = ask(client, response_format=form, max_tokens=60).choices[0].message.content
     assert sorted(json.loads(answer)) == ["asleep", "seller"]
 
 
@@ -125,14 +125,14 @@ def test_openai_errors(client, server):
 # --- The llm program
 
 
-def test_the_llm_program(server, client, tmp_path):
-    known = f"""
+def test_llm_program(server, client, tmp_path):
+    config = f"""
 - model_id: pop
   model_name: smol
   api_base: {server.api}
   api_key_name: pop
 """
-    (tmp_path / "extra-openai-models.yaml").write_text(known)
+    (tmp_path / "extra-openai-models.yaml").write_text(config)
     (tmp_path / "keys.json").write_text('{"pop": "secret"}')
     options = ("-o", "temperature", "0", "-o", "max_tokens", "12")
     done = subprocess.run(
@@ -153,30 +153,30 @@ def test_the_llm_program(server, client, tmp_path):
 def test_eight_concurrent_clients_get_their_answers(free):
     def answers_of(client: int) -> list[str]:
         own = f"client {client}"
-        given = []
+        answers = []
         for turn in range(2):
             body = {
                 "messages": [{"role": "user", "content": f"{own}, turn {turn}"}],
                 "grammar": f'root ::= "{own}, turn {turn}"',
                 "pop": client != 3,
             }
-            given.append(free.post("chat/completions", **body).json())
-        return [answer["choices"][0]["message"]["content"] for answer in given]
+            answers.append(free.post("chat/completions", **body).json())
+        return [answer["choices"][0]["message"]["content"] for answer in answers]
 
     with ThreadPoolExecutor(8) as clients:
-        found = list(clients.map(answers_of, range(8)))
-    assert found == [[f"client {i}, turn {turn}" for turn in range(2)] for i in range(8)]
+        results = list(clients.map(answers_of, range(8)))
+    assert results == [[f"client {i}, turn {turn}" for turn in range(2)] for i in range(8)]
     assert free.metrics()["pop_queue_length"] == 0
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnect_stops_the_prefill(free, stream):
     before = free.metrics()
-    asked = {"role": "user", "content": f"{stream}. " + STORY * 45}
+    request = {"role": "user", "content": f"{stream}. " + STORY * 45}
     impatient = httpx2.Timeout(60, read=0.2)
     with pytest.raises(httpx2.ReadTimeout):
         # A stream's first event is immediate; the next one follows the prefill.
-        free.post("chat/completions", timeout=impatient, messages=[asked], stream=stream)
+        free.post("chat/completions", timeout=impatient, messages=[request], stream=stream)
     answer = free.post("chat/completions", messages=[QUESTION], max_tokens=2).json()
     after = free.metrics()
     assert answer["usage"]["completion_tokens"] == 2

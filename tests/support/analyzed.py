@@ -9,8 +9,8 @@ from pop_local.cli import app
 
 
 def analyze(*arguments: object) -> Any:
-    given = ("--threads", 1, "--gpu-layers", 0)
-    return CliRunner().invoke(app, ["analyze", *map(str, (*arguments, *given))])
+    options = ("--threads", 1, "--gpu-layers", 0)
+    return CliRunner().invoke(app, ["analyze", *map(str, (*arguments, *options))])
 
 
 def report(*arguments: object) -> Any:

@@ -62,16 +62,16 @@ def make(name: recipes.Name, path: Path, seed: int = 1) -> Path:
 
 def row(shape: ModelShape) -> str:
     """Return an architecture's row, which leaves out what varies between its models."""
-    found = skipping_of(shape)
-    layers = "all but the first" + (f" {found.first}" if found.first > 1 else "")
-    if found.exact:
+    skipping = skipping_of(shape)
+    layers = "all but the first" + (f" {skipping.first}" if skipping.first > 1 else "")
+    if skipping.exact:
         layers += "; those that share K/V exactly"
-    kinds = "fitted or own" if found.fits_from is not None else f"own: {found.no_fit}"
-    if found.fits_from is not None and found.fits_from > found.first:
+    kinds = "fitted or own" if skipping.fits_from is not None else f"own: {skipping.no_fit}"
+    if skipping.fits_from is not None and skipping.fits_from > skipping.first:
         kinds = "fitted in the last layers, own elsewhere"
-    refill = f"no: {found.no_refill}" if found.no_refill else "yes"
-    measured = "**" if found.is_measured else ""
-    left = ", ".join(found.left) or "nothing"
+    refill = f"no: {skipping.no_refill}" if skipping.no_refill else "yes"
+    measured = "**" if skipping.is_measured else ""
+    left = ", ".join(skipping.left) or "nothing"
     return f"| {measured}{shape.arch}{measured} | {layers} | {left} | {kinds} | {refill} |\n"
 
 
@@ -83,12 +83,14 @@ def arch_of(line: str) -> str:
 def tables(rows: Iterable[str]) -> str:
     """Return three tables: well-known families, all other architectures, and refused ones."""
     by_arch = {arch_of(line): line for line in sorted(rows, key=arch_of)}
-    known = "".join(f"| {FAMILIES[arch]} {by_arch[arch]}" for arch in FAMILIES if arch in by_arch)
+    families = "".join(
+        f"| {FAMILIES[arch]} {by_arch[arch]}" for arch in FAMILIES if arch in by_arch
+    )
     others = "".join(line for arch, line in by_arch.items() if arch not in FAMILIES)
     refused = "".join(f"| {name} | {why} |\n" for name, why in sorted(REFUSED.items()))
     return (
         f"\n## Well-known models\n\n| models | architecture | {_COLUMNS}\n"
-        f"|---|---|---|---|---|---|\n{known}"
+        f"|---|---|---|---|---|---|\n{families}"
         f"\n## Other architectures\n\n| architecture | {_COLUMNS}\n|---|---|---|---|---|\n{others}"
         f"\n## Refused architectures\n\n| refused | because |\n|---|---|\n{refused}\n"
     )

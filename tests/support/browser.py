@@ -95,8 +95,8 @@ def new_chat(page: Any, question: str, text: str) -> None:
 
 
 def titles(page: Any) -> list[str]:
-    found: list[str] = page.locator("#list a").all_text_contents()
-    return found
+    texts: list[str] = page.locator("#list a").all_text_contents()
+    return texts
 
 
 def shot(page: Any, name: str) -> None:

@@ -34,20 +34,20 @@ ARCHS = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"]
 
 def stopped_at(n: int) -> Watch:
     """Return callbacks that request a stop at the n-th check."""
-    asked = count(1)
-    return Watch(should_stop=lambda: next(asked) == n)
+    checks = count(1)
+    return Watch(should_stop=lambda: next(checks) == n)
 
 
 def attention(path: Path, tokens: Sequence[int], layers: Sequence[int]) -> list[np.ndarray]:
     """Return the full model's attention weights of some layers: each [n_head, n_rows, n_rows]."""
-    found: dict[bytes, np.ndarray] = {}
+    scores: dict[bytes, np.ndarray] = {}
 
     def see(address: int, is_asked: bool, _: object) -> bool:
         tensor = Tensor.from_address(address)
         if tensor.name in names and not is_asked:
             shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
             raw = (ctypes.c_uint8 * (tensor.nb[3] * tensor.ne[3])).from_address(tensor.data)
-            found[tensor.name] = np.ndarray(shape, np.float32, raw, strides=strides)[0].copy()
+            scores[tensor.name] = np.ndarray(shape, np.float32, raw, strides=strides)[0].copy()
         return True
 
     n, names = len(tokens), [b"kq_soft_max-%d" % layer for layer in layers]
@@ -59,12 +59,12 @@ def attention(path: Path, tokens: Sequence[int], layers: Sequence[int]) -> list[
         closing(TokenBatch(n)) as batch,
     ):
         assert batch.decode(ctx, tokens, 0, Outputs.NONE) == 0
-    return [found[name][:, :n, :n].astype(np.float64) for name in names]
+    return [scores[name][:, :n, :n].astype(np.float64) for name in names]
 
 
 def settings(text: Path, **others: object) -> FitOptions:
-    made = FitOptions(N_TOKENS, (text,), kv_type=KvType.F32, memory_bytes=1 << 30)
-    return replace(made, **others)  # type: ignore[arg-type]
+    options = FitOptions(N_TOKENS, (text,), kv_type=KvType.F32, memory_bytes=1 << 30)
+    return replace(options, **others)  # type: ignore[arg-type]
 
 
 def planned(path: Path, boundary: int = BOUNDARY, projection: Projection = FITTED):
@@ -80,8 +80,8 @@ def planned(path: Path, boundary: int = BOUNDARY, projection: Projection = FITTE
 def fitted(
     path: Path, options: FitOptions, watch: Watch = Watch(), projection: Projection = FITTED
 ):
-    [found] = fitted_at((BOUNDARY,), path, options, watch, (projection,))
-    return found
+    [result] = fitted_at((BOUNDARY,), path, options, watch, (projection,))
+    return result
 
 
 def fitted_at(
@@ -91,26 +91,28 @@ def fitted_at(
     watch: Watch = Watch(),
     projections=(FITTED,),
 ):
-    plans = [planned(path, boundary, each) for boundary in boundaries for each in projections]
+    plans = [
+        planned(path, boundary, projection) for boundary in boundaries for projection in projections
+    ]
     with loaded(path, n_threads=1) as context:
         return calibrate(plans, context, read_source(path), options, watch).fitted
 
 
 def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7)) -> list[Tapped]:
-    wanted = TapRequest(boundaries, layers, WEIGHING)
+    request = TapRequest(boundaries, layers, WEIGHING)
     with loaded(path, n_threads=1) as context:
-        reading = WindowReader(context, wanted)
+        reading = WindowReader(context, request)
         return [reading.window(window) for window in windows]
 
 
-def kv(shown: Sequence[Tapped], layer: int) -> np.ndarray:
+def kv(taps: Sequence[Tapped], layer: int) -> np.ndarray:
     """Return a layer's K and V, [n, n_k + n_v], without each window's first row."""
-    return np.concatenate([np.hstack([each.k[layer], each.v[layer]])[1:] for each in shown])
+    return np.concatenate([np.hstack([tap.k[layer], tap.v[layer]])[1:] for tap in taps])
 
 
-def weights(shown: Sequence[Tapped], layer: int) -> np.ndarray:
+def weights(taps: Sequence[Tapped], layer: int) -> np.ndarray:
     """Return a layer's token weights, without each window's first token."""
-    return np.concatenate([fit.token_weights(each.mass[layer][1:]) for each in shown])
+    return np.concatenate([fit.token_weights(tap.mass[layer][1:]) for tap in taps])
 
 
 def words(folder: Path) -> Path:

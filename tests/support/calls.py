@@ -65,7 +65,7 @@ def set_rule(model: PopModel, **changes: Any) -> None:
     """Change which rows of a prompt are full, in every sequence."""
     engine = model.engine
     rule = replace(engine.rule, **changes)
-    sequences = tuple(replace(each, rule=rule) for each in engine.sequences)
+    sequences = tuple(replace(sequence, rule=rule) for sequence in engine.sequences)
     model.engine = replace(engine, sequences=sequences)
 
 
@@ -129,5 +129,5 @@ def text_of(model: PopModel, tokens: Iterable[int]) -> str:
 
 def completed(model: PopModel, tokens: list[int], **options: Any) -> str:
     """Return the greedy continuation's text."""
-    chosen = TurnOptions(temperature=0.0, **options)
-    return "".join(chunk.text for chunk in model.engine.answer(Prompt(tokens), chosen))
+    selection = TurnOptions(temperature=0.0, **options)
+    return "".join(chunk.text for chunk in model.engine.answer(Prompt(tokens), selection))

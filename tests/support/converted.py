@@ -54,11 +54,13 @@ class Pair:
 
 
 def paired(base: Path, folder: Path, projection: str, seed: int = 0, **plan: Any) -> Pair:
-    made = make_plan(read_shape(base), projection=Projection(projection), **{**DEFAULTS, **plan})
-    fitted = None if projection == "own" else made_up(made, seed)
+    full_plan = make_plan(
+        read_shape(base), projection=Projection(projection), **{**DEFAULTS, **plan}
+    )
+    fitted = None if projection == "own" else made_up(full_plan, seed)
     pair = Pair(base, folder / "single.gguf", folder / f"{base.stem}.pop-sidecar.gguf")
-    convert(made, base, pair.single, fitted=fitted)
-    write_sidecar(made, base, pair.sidecar, fitted=fitted)
+    convert(full_plan, base, pair.single, fitted=fitted)
+    write_sidecar(full_plan, base, pair.sidecar, fitted=fitted)
     return pair
 
 
@@ -79,8 +81,8 @@ def made_up(plan: Plan, seed: int = 0, kind: KvType = KvType.Q8_0, scale: float 
         gate, up = random(n_neurons, n_embd), random(n_neurons, n_embd)
         # Clamped neurons are also covered.
         neurons = Neurons(gain, gate, 6 * up, False) if n_neurons else None
-        made = WideInput(random(n_prev, n_embd), neurons)
-        tensors += encode_input(plan.boundary, made, kind)
+        wide_input = WideInput(random(n_prev, n_embd), neurons)
+        tensors += encode_input(plan.boundary, wide_input, kind)
     for layer in plan.fitted_layers:
         n_kv = plan.shape.n_kv(layer)
         weight, bias = random(n_kv, n_embd) * times, rng.standard_normal(n_kv, np.float32) * times

@@ -73,7 +73,7 @@ class Operations:
         sequence = self._model.engine.sequences[0]
         try:
             after = self._rng.choice([0, 1, 40, 10**6, 10**6, 10**6])
-            found = sequence.read(Prompt(tokens), stopping(after))
+            read_result = sequence.read(Prompt(tokens), stopping(after))
         except PrefillStoppedError as error:
             assert error.read.n_prompt == len(tokens)
             assert is_subsequence(sequence.cache.tokens.tolist(), tokens)
@@ -81,7 +81,7 @@ class Operations:
             return
         assert sequence.cache.tokens.tolist() == tokens
         assert np.isfinite(last_logits(self._model)).all()
-        self.n_edited += found.n_stale > 0
+        self.n_edited += read_result.n_stale > 0
 
     def _replace(self) -> None:
         self._saved.clear()
@@ -110,8 +110,8 @@ class Operations:
         if self._has_answers:
             for model in (self._model, self._full):
                 model.engine.sequences[0].step(5)
-            found, expected = last_logits(self._model), last_logits(self._full)
-            np.testing.assert_allclose(found, expected, rtol=0, atol=NOISE)
+            result, expected = last_logits(self._model), last_logits(self._full)
+            np.testing.assert_allclose(result, expected, rtol=0, atol=NOISE)
         else:
             assert kv_bytes(self._model) == kv_bytes(self._full)
             self.n_equal += 1

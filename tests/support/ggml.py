@@ -79,8 +79,8 @@ def compute(
     [..., n_rows, n_out], for MulMatId [n_tokens, n_used, n_out], for Attention [n_streams, n_rows,
     n_heads, n_dims], for others [..., n_rows, n].
     """
-    [found] = compute_all([op], rows, n_threads, guarded=guarded, reference=reference)
-    return found
+    [outputs] = compute_all([op], rows, n_threads, guarded=guarded, reference=reference)
+    return outputs
 
 
 def compute_all(
@@ -102,8 +102,8 @@ def compute_all(
         for op in ops:
             results.append(graph.build(op, rows))
             nodes += [results[-1], *(graph.build_between(between, results[-1], op))]
-        found = graph.compute(nodes, results, n_threads, reference)
-        return [_of_dims(each, op) for each, op in zip(found, ops, strict=True)]
+        values = graph.compute(nodes, results, n_threads, reference)
+        return [_of_dims(values, op) for values, op in zip(values, ops, strict=True)]
     finally:
         graph.close()
 
@@ -113,17 +113,17 @@ def compute_with_rows_lost(ops: Sequence[Op], rows: Rows = Rows.ALL) -> list[np.
     graph = Graph()
     try:
         results = [graph.build(op, rows) for op in ops]
-        found = graph.compute(results, results, 1, False, graph.lose_rows)
-        return [_of_dims(each, op) for each, op in zip(found, ops, strict=True)]
+        values = graph.compute(results, results, 1, False, graph.lose_rows)
+        return [_of_dims(values, op) for values, op in zip(values, ops, strict=True)]
     finally:
         graph.close()
 
 
-def _of_dims(found: np.ndarray, op: Op) -> np.ndarray:
+def _of_dims(values: np.ndarray, op: Op) -> np.ndarray:
     if isinstance(op, Attention):
-        return found
+        return values
     n_dims = max(op.x.ndim, op.weights.data.ndim) if isinstance(op, MulMat) else op.x.ndim
-    return found[(0,) * (_N_DIMS - n_dims)]
+    return values[(0,) * (_N_DIMS - n_dims)]
 
 
 def is_covered(op: Op, rows: Rows = Rows.ALL) -> bool:
@@ -160,8 +160,8 @@ def in_child(ops: Sequence[Op], lib: Path | None = None, env: Any = None, **how:
         stdout=subprocess.PIPE,
         check=True,
     )
-    given: Answer = pickle.loads(done.stdout)
-    return given
+    reply: Answer = pickle.loads(done.stdout)
+    return reply
 
 
 def answer() -> None:
@@ -232,36 +232,36 @@ class Graph:
             self._base.ggml_backend_tensor_memset(tensor, 0, 0, n_bytes)
 
     def build_between(self, between: Between | None, result: int, op: Op) -> list[int]:
-        base, ctx, made = self._base, self._ctx, 0
+        base, ctx, node = self._base, self._ctx, 0
         if between is Between.ADD:
-            made = base.ggml_add(ctx, result, result)
+            node = base.ggml_add(ctx, result, result)
         elif between is Between.ROPE:
             n_values, n_rows = tensor_at(result).ne[:2]
             heads = base.ggml_reshape_4d(ctx, result, n_values // 2, 2, n_rows, 1)
             base.ggml_backend_view_init(heads)
-            made = base.ggml_rope(ctx, heads, self._array(np.arange(n_rows, dtype=np.int32)), 16, 0)
+            node = base.ggml_rope(ctx, heads, self._array(np.arange(n_rows, dtype=np.int32)), 16, 0)
         elif between is Between.OVERWRITE:
             assert isinstance(op, MulMat)
             x = self._rows(op.x, op.stride)
-            made = base.ggml_add_inplace(ctx, x, x)
+            node = base.ggml_add_inplace(ctx, x, x)
         if between is Between.OVERWRITE:
-            base.ggml_backend_view_init(made)
-        elif made:
-            self._place(made)
-        return [made] if made else []
+            base.ggml_backend_view_init(node)
+        elif node:
+            self._place(node)
+        return [node] if node else []
 
     def compute(
         self,
         nodes: Sequence[int],
-        results: Sequence[int],
+        outputs: Sequence[int],
         n_threads: int,
         reference: bool,
         after_node: Callable[[], None] | None = None,
     ) -> list[np.ndarray]:
         base, device = self._base, cpu()
-        shapes = [tuple(tensor_at(each).ne)[::-1] for each in results]
+        shapes = [tuple(tensor_at(result).ne)[::-1] for result in outputs]
         found = [np.empty(shape, np.float32) for shape in shapes]
-        for result, array in zip(results, found, strict=True):
+        for result, array in zip(outputs, found, strict=True):
             # Elements that no kernel writes stay NaN.
             base.ggml_backend_tensor_memset(result, 255, 0, array.nbytes)
         graph = base.ggml_new_graph_custom(self._ctx, _N_TENSORS, False)
@@ -282,7 +282,7 @@ class Graph:
                 raise RuntimeError(f"ggml_backend_graph_compute returned {status}")
         finally:
             device.set_abort_callback(device.backend, AbortCallback(0), None)
-        for result, array in zip(results, found, strict=True):
+        for result, array in zip(outputs, found, strict=True):
             base.ggml_backend_tensor_get(result, array.ctypes.data, 0, array.nbytes)
         return found
 

@@ -58,7 +58,12 @@ def nodes(folder: Path) -> tuple[Node, ...]:
     (folder / "tables.cpp").write_text(text, encoding="utf-8")
     library = Path(bindings()._lib._name).parent
     command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-w", "-o", "tables"]
-    command += [*(f"-I{each}" for each in _HEADERS), "tables.cpp", f"-L{library}", "-lggml-base"]
+    command += [
+        *(f"-I{folder}" for folder in _HEADERS),
+        "tables.cpp",
+        f"-L{library}",
+        "-lggml-base",
+    ]
     command += [f"-Wl,-rpath,{library}"]
     subprocess.run(command, cwd=folder, check=True)
     run = subprocess.run([folder / "tables"], capture_output=True, text=True, check=True)
@@ -68,13 +73,13 @@ def nodes(folder: Path) -> tuple[Node, ...]:
 def function(source: str, name: str) -> str:
     """Return a C function's text up to the brace in the first column."""
     pattern = rf"^(?:static )?bool {name}\(.*?^}}$"
-    found = re.search(pattern, source, re.MULTILINE | re.DOTALL)
-    if found is None:
+    match = re.search(pattern, source, re.MULTILINE | re.DOTALL)
+    if match is None:
         raise AssertionError(f"upstream has no function {name}: update tests/support/gpu_tables.py")
-    return found[0]
+    return match[0]
 
 
 def _node(fields: list[str]) -> Node:
     name, operation, *answers = fields
-    cuda, metal, metal_without_bf16 = (each == "1" for each in answers)
+    cuda, metal, metal_without_bf16 = (answer == "1" for answer in answers)
     return Node(name, operation, cuda, metal, metal_without_bf16)

@@ -223,11 +223,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(206 if start else 200, content[start:], headers)
 
     def _start(self, etag: str) -> int:
-        wanted = self.headers.get("Range", "")
+        byte_range = self.headers.get("Range", "")
         fits = self.headers.get("If-Range", etag) == etag
-        if not wanted or not fits or self.hub.ignores_ranges:
+        if not byte_range or not fits or self.hub.ignores_ranges:
             return 0
-        return int(wanted.removeprefix("bytes=").removesuffix("-"))
+        return int(byte_range.removeprefix("bytes=").removesuffix("-"))
 
     def _send(self, code: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(code)

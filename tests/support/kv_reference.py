@@ -208,8 +208,8 @@ class _Reader:
 def _parse_cache(reader: _Reader, layers: list[int]) -> dict[int, Stored]:
     """Parse a cache of multiple streams; only the sequence's stream has cells."""
     [n_streams] = reader.take("I")
-    found = [_parse_stream(reader, layers) for _ in range(n_streams)]
-    [stored] = [stream for stream in found if stream]
+    results = [_parse_stream(reader, layers) for _ in range(n_streams)]
+    [stored] = [stream for stream in results if stream]
     return stored
 
 

@@ -49,11 +49,11 @@ class Work:
         logs.on_abort = tell
 
     def read(self, path: str, sidecar: str | None) -> str:
-        given = None if sidecar is None else Path(sidecar)
+        sidecar_path = None if sidecar is None else Path(sidecar)
         with suppress(PopError):  # inspect relies on llama.cpp's graph
-            inspect(path, given)
+            inspect(path, sidecar_path)
         try:
-            with opened(Path(path), sidecar=given, n_ctx=64) as model:
+            with opened(Path(path), sidecar=sidecar_path, n_ctx=64) as model:
                 tokens = model.engine.context.vocabulary.tokenize(TEXT, special=True)[:48]
                 model.engine.context.vocabulary.detokenize(greedy(model, tokens, 1))
         except PopError as error:

@@ -47,14 +47,14 @@ def sentences_of(path: Path) -> list[Sentence]:
     """Return a file's sentences: of Python, C++ (and patches to it) or Markdown."""
     source = path.read_text(encoding="utf-8").replace("\r", "")
     if path.suffix == ".py":
-        found = _python_texts(source)
+        texts = _python_texts(source)
     elif path.suffix == ".md":
-        found = iter([(1, "document", _NO_PROSE.sub("", source))])
+        texts = iter([(1, "document", _NO_PROSE.sub("", source))])
     else:
-        found = _cpp_texts(_added(source) if path.suffix == ".patch" else source)
+        texts = _cpp_texts(_added(source) if path.suffix == ".patch" else source)
     return [
         Sentence(path, first_line + offset, kind, text, prose, number == 0)
-        for first_line, kind, whole in found
+        for first_line, kind, whole in texts
         for number, (offset, text, prose) in enumerate(_split(whole))
     ]
 
@@ -72,8 +72,8 @@ def _split(text: str) -> Iterator[tuple[int, str, str]]:
         for offset, sentence in _pieces(block[item.end() if item else 0 :], _SENTENCE_END):
             if sentence.strip():
                 start = block_start + offset + len(sentence) - len(sentence.lstrip())
-                shown = text[start : block_start + offset + len(sentence)]
-                yield text.count("\n", 0, start), _joined(shown), _joined(sentence)
+                original = text[start : block_start + offset + len(sentence)]
+                yield text.count("\n", 0, start), _joined(original), _joined(sentence)
 
 
 def _joined(lines: str) -> str:

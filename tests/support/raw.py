@@ -391,10 +391,10 @@ def image_positions(step: Step) -> np.ndarray:
 def results(job: Job, models: Models) -> dict[str, np.ndarray | None]:
     session = Session(job, models.get(job))
     try:
-        made = [(step.name, session.step(step)) for step in job.steps]
+        outputs = [(step.name, session.step(step)) for step in job.steps]
     finally:
         session.close()
-    return {name: array for name, array in made if name}
+    return {name: array for name, array in outputs if name}
 
 
 def serve(jobs: IO[bytes], answers: IO[bytes]) -> None:

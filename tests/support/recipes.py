@@ -70,17 +70,17 @@ def make(name: Name, path: Path, more: Sequence[str] = (), seed: int = 1) -> Pat
     for n_layers in (N_LAYERS, 2):
         arguments = [name.arch, kind, str(n_layers), str(seed), str(path), *more]
         command = [str(FOLDER / "recipes"), "make", *arguments]
-        made = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if made.returncode == 0:
+        process = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if process.returncode == 0:
             return path
-    raise NoModelError(made.stderr)
+    raise NoModelError(process.stderr)
 
 
 def build() -> None:
     """Compile the program into FOLDER if it is missing, against the library in UNPATCHED."""
-    wanted = recipe(PACKAGE, os.environ | {UNPATCHED_VARIABLE: "1"})
+    backend = recipe(PACKAGE, os.environ | {UNPATCHED_VARIABLE: "1"})
     program = hashlib.sha256(_PROGRAM.read_bytes() + Path(__file__).read_bytes()).hexdigest()
-    stamp = f"{key(wanted)} {program}"
+    stamp = f"{key(backend)} {program}"
     FOLDER.parent.mkdir(exist_ok=True)
     with FileLock(f"{FOLDER}.lock"):
         kept = FOLDER / "key"
@@ -89,7 +89,7 @@ def build() -> None:
         with tempfile.TemporaryDirectory(dir=FOLDER.parent) as scratch:
             tree, fresh = Path(scratch, "tree"), Path(scratch, "recipes")
             fresh.mkdir()
-            _extract(wanted, tree)
+            _extract(backend, tree)
             _compile(tree, fresh / "recipes")
             listed = subprocess.run([fresh / "recipes", "list"], check=True, capture_output=True)
             (fresh / "names.txt").write_bytes(listed.stdout)
@@ -98,9 +98,9 @@ def build() -> None:
             fresh.replace(FOLDER)
 
 
-def _extract(wanted: Recipe, tree: Path) -> None:
+def _extract(backend: Recipe, tree: Path) -> None:
     """Extract the test and its headers, and make the number of layers configurable."""
-    for inside, content in llama_cpp_files(wanted):
+    for inside, content in llama_cpp_files(backend):
         is_header = inside.suffix == ".h" and str(inside.parent) in _HEADERS
         if is_header or str(inside) == _TEST:
             path = tree / inside
@@ -116,9 +116,9 @@ def _extract(wanted: Recipe, tree: Path) -> None:
     test.write_text(text.replace(_UPSTREAM_LAYERS, _OUR_LAYERS), encoding="utf-8")
 
 
-def llama_cpp_files(wanted: Recipe) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
+def llama_cpp_files(backend: Recipe) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
     """Yield each file of llama.cpp and a function that reads it."""
-    source = wanted.source or fetch_or_keep(wanted.pin, PACKAGE / "build" / "source")
+    source = backend.source or fetch_or_keep(backend.pin, PACKAGE / "build" / "source")
     if source.is_dir():
         root = source / "vendor" / "llama.cpp"
         for folder in (*_HEADERS, "tests"):
@@ -139,9 +139,9 @@ def _compile(tree: Path, program: Path) -> None:
     flags = [f"-I{tree / folder}" for folder in (*_HEADERS, "tests")]
     libs = [f"-L{UNPATCHED}", f"-Wl,-rpath,{UNPATCHED}", "-lllama", "-lggml", "-lggml-base"]
     command = [*compiler, "-std=c++17", "-O1", *flags, str(_PROGRAM), "-o", str(program), *libs]
-    made = subprocess.run(command, capture_output=True, text=True)
-    if made.returncode != 0:
-        raise BuildError("llama.cpp's recipes were not compiled.", made.stderr[-3000:])
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode != 0:
+        raise BuildError("llama.cpp's recipes were not compiled.", process.stderr[-3000:])
 
 
 if __name__ == "__main__":

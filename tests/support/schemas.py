@@ -192,8 +192,8 @@ class Answers:
         pieces = [trie.decode_bytes([token]) for token in range(trie.vocab_size)]
         self._wish = np.zeros(trie.vocab_size)
         for rank, ending in enumerate(_ENDING):
-            found = [token for token, piece in enumerate(pieces) if piece in ending]
-            self._wish[found] = 50 - 20 * rank
+            tokens = [token for token, piece in enumerate(pieces) if piece in ending]
+            self._wish[tokens] = 50 - 20 * rank
         self._wish[trie.eos_tokens] = 99
 
     def sample(self, grammar: Grammar) -> str:
@@ -201,11 +201,11 @@ class Answers:
         constraint = Constraint(self._trie, grammar)
         tokens: list[int] = []
         while True:
-            ids = constraint.allowed()
-            logits = self._rng.gumbel(size=len(ids))
+            allowed = constraint.allowed()
+            logits = self._rng.gumbel(size=len(allowed))
             if len(tokens) > _LONG:
-                logits += self._wish[ids]
-            token = int(ids[logits.argmax()])
+                logits += self._wish[allowed]
+            token = int(allowed[logits.argmax()])
             if token in self._trie.eos_tokens:
                 return bytes(self._trie.decode_bytes(tokens)).decode()
             tokens.append(token)

@@ -187,10 +187,10 @@ def scripted_chat(
     """Return a chat; `others` are further models that it can open, by name or by context."""
 
     def open_model(name: str | None, n_ctx: int | None) -> Any:
-        found = (others or {}).get(name or n_ctx or 0)
-        if found is None:
+        result = (others or {}).get(name or n_ctx or 0)
+        if result is None:
             raise PopError(f"there is no model {name or n_ctx}")
-        return found
+        return result
 
     return Dialogue(
         cast(Any, model),

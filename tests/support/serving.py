@@ -72,8 +72,8 @@ def served(model: Path | str, *arguments: object, changed: str = "") -> Iterator
 
 def _address(process: subprocess.Popen[bytes], log_file: Path) -> str:
     while process.poll() is None:
-        if found := re.search(r"APIs at (http://\S+)/v1", log_file.read_text()):
-            return found[1]
+        if match := re.search(r"APIs at (http://\S+)/v1", log_file.read_text()):
+            return match[1]
         time.sleep(0.05)
     raise AssertionError(log_file.read_text())
 

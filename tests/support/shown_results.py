@@ -28,18 +28,18 @@ CALIBRATION = Calibration(DEFAULT_NAME, "0" * 64, 16_384, 1e-3)
 def quality(boundary: int, kl: float) -> Quality:
     """Return a loss of `kl` nats; the other figures follow from it."""
     ratios = ("ppl_ratio", "copy_ppl_ratio", "copy_top1", "top1_agreement")
-    given: dict[str, Any] = {
+    overrides: dict[str, Any] = {
         "boundary": boundary,
         "n_windows": 16,
         "n_context": 512,
         "n_continuation": 128,
     }
     values: dict[str, Any] = {
-        each.name: Estimate(1 + kl if each.name in ratios else kl, kl / 10)
-        for each in fields(Quality)
-        if each.name not in given
+        field.name: Estimate(1 + kl if field.name in ratios else kl, kl / 10)
+        for field in fields(Quality)
+        if field.name not in overrides
     }
-    return Quality(**(values | given | {"n_pruned": 7_000}))
+    return Quality(**(values | overrides | {"n_pruned": 7_000}))
 
 
 def comparison() -> Comparison:
@@ -70,7 +70,7 @@ def conversion(model: Path) -> Conversion:
 def converted(planned: Conversion) -> Converted:
     middle = planned.plans[3]
     plan = replace(middle, projection=Projection.FITTED, deep_share=0.12)
-    kinds = {each.name: 0.031 for each in fields(Measured) if each.type in (float, "float")}
+    kinds = {field.name: 0.031 for field in fields(Measured) if field.type in (float, "float")}
     shares = {"top1_agreement": 0.953, "copy_top1": 0.981, "ppl_ratio": 1.012}
     counts = {"lookups_n": 200, "lookups_full": 171, "lookups_pruned": 170}
     figures = kinds | shares | counts | {"copy_ppl_ratio": 1.034, "lookups_lost": 2}

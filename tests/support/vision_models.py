@@ -203,14 +203,14 @@ class VisionModel:
     path: Path
 
     def opened(self, **options: Any) -> PopModel:
-        chosen: dict[str, Any] = {"n_ctx": 1024, "mmproj": self.path.parent / "mmproj.gguf"}
-        return PopModel(EngineOptions.of(self.path, n_threads=1, **chosen | options))
+        defaults: dict[str, Any] = {"n_ctx": 1024, "mmproj": self.path.parent / "mmproj.gguf"}
+        return PopModel(EngineOptions.of(self.path, n_threads=1, **defaults | options))
 
 
 def prompt(model: PopModel, question: str, *seeds: int) -> Prompt:
     """Return a prompt with a question about noise images."""
-    shown = tuple((0, picture_of(png(seed), f"{seed}.png")) for seed in seeds)
-    return model.engine.prompter.conversation([Message("user", question, shown)])
+    pictures = tuple((0, picture_of(png(seed), f"{seed}.png")) for seed in seeds)
+    return model.engine.prompter.conversation([Message("user", question, pictures)])
 
 
 def append(model: PopModel, made: Prompt) -> Read:

@@ -7,8 +7,8 @@ TEXT = written(DOCUMENT.read_text(encoding="utf-8"))
 
 def rows() -> set[str]:
     """Return the document's rows of architectures, without the families."""
-    known, others, _ = TEXT.split("\n## ")[1:]
-    first = [line.partition(" | ")[2] for line in known.splitlines() if " | " in line]
+    existing, others, _ = TEXT.split("\n## ")[1:]
+    first = [line.partition(" | ")[2] for line in existing.splitlines() if " | " in line]
     rest = [line.removeprefix("| ") for line in others.splitlines() if " | " in line]
     return {f"| {line}\n" for line in [*first, *rest] if not line.startswith("architecture")}
 

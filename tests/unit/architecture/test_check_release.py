@@ -40,7 +40,7 @@ def found(root: Path, tag: str = "v0.2.0") -> list[str]:
     return list(problems(root, tag, root / "dist"))
 
 
-def test_a_complete_release_has_no_problem(root):
+def test_complete_release_has_no_problem(root):
     assert found(root) == []
 
 
@@ -61,7 +61,7 @@ def test_each_missing_wheel_is_found(root, number):
 )
 def test_other_files_are_found(root, name, message):
     write(root / "dist" / name, "")
-    assert any(message in each for each in found(root))
+    assert any(message in problem for problem in found(root))
 
 
 def test_no_link_of_the_readme_stays_relative():
@@ -70,7 +70,7 @@ def test_no_link_of_the_readme_stays_relative():
     assert relative_links(absolute(text, "https://github.com/a/b", "v1")) == []
 
 
-def test_the_versions_of_this_tree_are_found():
+def test_versions_of_this_tree_are_found():
     app, backend, required = versions(ROOT)
     assert app.count(".") == 2
     assert backend == required

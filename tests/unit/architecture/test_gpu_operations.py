@@ -36,7 +36,7 @@ def test_gpus_support_each_node_that_the_hooks_add(found, backend):
     assert lacking == []
 
 
-def test_the_list_of_nodes_is_complete():
+def test_list_of_nodes_is_complete():
     """Require an entry in gpu_tables.cpp for each ggml function that a hook calls."""
     hooks = "".join(path.read_text() for path in sorted(HOOKS.glob("*")) if path.is_file())
     listed = set(CALL.findall(Path(gpu_tables.__file__).with_suffix(".cpp").read_text()))

@@ -63,8 +63,8 @@ def broken_links(document: Path) -> list[str]:
 
 def named_paths(text: str) -> list[str]:
     """Return the paths in inline code; those with a NAME in capitals are patterns."""
-    found = _PATH.findall(_CODE.sub("", text))
-    return [path for path in found if not re.search(r"[A-Z]{3,}(?!\.md)", path)]
+    paths = _PATH.findall(_CODE.sub("", text))
+    return [path for path in paths if not re.search(r"[A-Z]{3,}(?!\.md)", path)]
 
 
 def where_to_change() -> str:
@@ -75,14 +75,14 @@ def where_to_change() -> str:
 
 def defined_names() -> set[str]:
     """Return the names that Python files define, and all words of the backend's sources."""
-    found: set[str] = set()
+    result: set[str] = set()
     for path in (path for folder in SOURCES for path in folder.rglob("*.*")):
         if path.suffix == ".py":
             text = path.read_text(encoding="utf-8")
-            found |= {name for names in _DEFINED.findall(text) for name in names}
+            result |= {name for names in _DEFINED.findall(text) for name in names}
         elif path.suffix in (".h", ".cpp", ".patch") and path.is_file():
-            found |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
-    return found
+            result |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+    return result
 
 
 def unknown_names(text: str, known: set[str]) -> list[str]:

@@ -140,8 +140,8 @@ def documents() -> list[Path]:
 
 
 def test_prose_has_no_banned_words() -> None:
-    found = findings_under(everything())
-    assert not found, "\n" + "\n".join(map(str, found))
+    findings = findings_under(everything())
+    assert not findings, "\n" + "\n".join(map(str, findings))
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -29,11 +29,11 @@ def test_tables_are_rendered(path: Path) -> None:
 
 
 def test_each_result_is_shown_with_its_origin() -> None:
-    shown = "".join(path.read_text(encoding="utf-8") for path in render_docs.DOCUMENTS)
+    text = "".join(path.read_text(encoding="utf-8") for path in render_docs.DOCUMENTS)
     for path in doc_figures.RESULTS.glob("*.json"):
         kept = render_docs.read(path.stem)
         assert kept["commands"] and kept["machine"] and kept["versions"] and kept["date"]
-        assert f"<!-- table {path.stem}" in shown
+        assert f"<!-- table {path.stem}" in text
         names = {column["name"] for column in kept["columns"]}
         assert all(names.issuperset(row.keys() - {"lookups"}) for row in kept["rows"])
 

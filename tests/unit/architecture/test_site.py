@@ -24,7 +24,7 @@ hooks = load_hooks()
 def test_navigation_lists_each_guide_once() -> None:
     pages = re.findall(r"^ +- (?:Home: )?([\w./-]+\.md)$", CONFIG.split("\nnav:\n")[1], re.M)
     folders = (ROOT / "docs", ROOT / "docs" / "internals")
-    guides = [path.relative_to(ROOT / "docs") for each in folders for path in each.glob("*.md")]
+    guides = [path.relative_to(ROOT / "docs") for folder in folders for path in folder.glob("*.md")]
     expected = {path.as_posix() for path in guides} | hooks.OUTSIDE.keys() | {"notebook/README.md"}
     assert sorted(pages) == sorted(expected)
 

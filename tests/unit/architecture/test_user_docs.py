@@ -34,10 +34,10 @@ def unknown_parts(command: str) -> list[str]:
     while hasattr(group, "resolve_command") and words and words[0].islower():
         if words[0].startswith("-"):
             break
-        _, found, _ = group.resolve_command(context, words)
-        if found is None:
+        _, subcommand, _ = group.resolve_command(context, words)
+        if subcommand is None:
             return [words[0]]
-        group, words = found, words[1:]
+        group, words = subcommand, words[1:]
     allowed = {option for parameter in group.get_params(context) for option in parameter.opts}
     return [option for option in _OPTION.findall(" " + " ".join(words)) if option not in allowed]
 
@@ -63,12 +63,12 @@ def test_documented_commands_and_options_exist(path: Path) -> None:
 
 
 def test_quoted_messages_exist() -> None:
-    known = messages()
+    texts = messages()
     quoted = _QUOTED_MESSAGE.findall(GUIDE)
     assert len(quoted) >= 10
     for message in quoted:
         pattern = re.compile(".*".join(map(re.escape, message.split("..."))), re.S)
-        assert any(pattern.search(text) for text in known), message
+        assert any(pattern.search(text) for text in texts), message
 
 
 def test_readme_is_short_and_the_verdict_needs_no_glossary() -> None:

@@ -20,33 +20,33 @@ STRIDE = 16  # LLAMA_POP_TAP_STRIDE
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_taps_show_what_the_layer_computes(arch: str, tmp_path: Path):
+def test_taps_contain_the_layers_inputs_and_outputs(arch: str, tmp_path: Path):
     """Expect layer l's K and V to be its projections of the preceding state."""
     path = make_gguf(tmp_path / "model.gguf", arch)
     tokens = prompt(N_WINDOW)
-    [shown] = recorded(path, [tokens], boundaries=(5, 6), layers=(5, 6))
+    [taps] = recorded(path, [tokens], boundaries=(5, 6), layers=(5, 6))
     weights = Weights(read_source(path))
     for layer, heads in zip((5, 6), attention(path, tokens, (5, 6)), strict=True):
-        given = kv([shown], layer)
-        own = weights.own_projection(layer, shown.k[layer].shape[1], shown.v[layer].shape[1])
-        x = fit.with_bias(fit.normalised(shown.states[layer], 1e-6)).astype(np.float64)[1:]
-        wanted = (x[:, :-1] * own.gain) @ own.weight.T + own.bias
-        np.testing.assert_allclose(given, wanted, atol=0.02)
+        stored = kv([taps], layer)
+        own = weights.own_projection(layer, taps.k[layer].shape[1], taps.v[layer].shape[1])
+        x = fit.with_bias(fit.normalised(taps.states[layer], 1e-6)).astype(np.float64)[1:]
+        expected = (x[:, :-1] * own.gain) @ own.weight.T + own.bias
+        np.testing.assert_allclose(stored, expected, atol=0.02)
         earlier = np.tril(heads.sum(0), -1)[::STRIDE].sum(0)
         np.testing.assert_allclose(
-            shown.mass[layer], earlier, rtol=0.02, atol=0.05
+            taps.mass[layer], earlier, rtol=0.02, atol=0.05
         )  # the router may choose another expert
 
 
 def test_windows_do_not_see_each_other(llama: Path):
     one, other = prompt(N_WINDOW, 1), prompt(N_WINDOW, 2)
-    shown = recorded(llama, [one, other, one])
-    first, second, third = (each.states[BOUNDARY] for each in shown)
+    taps = recorded(llama, [one, other, one])
+    first, second, third = (tap.states[BOUNDARY] for tap in taps)
     np.testing.assert_array_equal(first, third)
     assert not np.array_equal(first, second)
 
 
-def test_what_a_signal_raises_comes_out(llama: Path):
+def test_exception_of_a_signal_handler_is_raised(llama: Path):
     def leave(number, frame) -> None:
         raise SystemExit(128 + number)
 

@@ -27,7 +27,7 @@ def test_default_tokens_grow_with_the_model():
     assert [default_tokens(n) for n in (576, 640, 2048, 4096)] == [16384, 16384, 49152, 98304]
 
 
-def test_too_little_text_says_how_much_is_needed(llama: Path, tmp_path: Path):
+def test_short_text_is_refused_with_the_required_length(llama: Path, tmp_path: Path):
     path = tmp_path / "short.txt"
     path.write_text("too short " * 20)
     with pytest.raises(PopError, match="needs at least 2,048"):
@@ -36,14 +36,14 @@ def test_too_little_text_says_how_much_is_needed(llama: Path, tmp_path: Path):
         FitOptions(tokens=100).n_tokens(128)
 
 
-def test_one_phrase_over_and_over_is_refused(llama: Path, tmp_path: Path):
+def test_repetitive_text_is_refused(llama: Path, tmp_path: Path):
     path = tmp_path / "same.txt"
     path.write_text("a" * 20_000)
     with pytest.raises(PopError, match="distinct tokens"):
         fitted(llama, settings(path))
 
 
-def test_no_folder_drowns_another(llama: Path, tmp_path: Path):
+def test_folders_have_equal_shares(llama: Path, tmp_path: Path):
     """Expect equal shares for all paths, and for all kinds of files in a folder."""
     code, notes = tmp_path / "code", tmp_path / "notes.md"
     for folder, n in (("large", 400), ("small", 2)):
@@ -55,16 +55,16 @@ def test_no_folder_drowns_another(llama: Path, tmp_path: Path):
     with loaded(llama, n_threads=1) as context:
         text = given_text(context, (code, notes), 12, 128)
         marks = {name: context.vocabulary.tokenize(name) for name in ("large", "small", "note")}
-        shown = ["".join(map(chr, row)) for row in text.windows.tolist()]
+        windows = ["".join(map(chr, row)) for row in text.windows.tolist()]
         counts = {
-            name: sum("".join(map(chr, mark)) in row for row in shown)
+            name: sum("".join(map(chr, mark)) in row for row in windows)
             for name, mark in marks.items()
         }
     assert text.name == "code, notes.md" and len(text.windows) == 12
     assert counts == {"large": 3, "small": 3, "note": 6}
 
 
-def test_what_is_distilled_on_are_different_windows(llama: Path, tmp_path: Path):
+def test_distilling_text_has_distinct_windows(llama: Path, tmp_path: Path):
     path = tmp_path / "words.txt"
     path.write_text(" ".join(f"w{number}" for number in range(3000)))
     with loaded(llama, n_threads=1) as context:
@@ -76,12 +76,12 @@ def test_what_is_distilled_on_are_different_windows(llama: Path, tmp_path: Path)
     assert few[:4].tolist() == text.windows.tolist() and len(few) == 6
 
 
-def test_how_much_is_distilled_on():
+def test_number_of_distilled_windows():
     assert FitOptions().n_distilled(576) == 128
     assert FitOptions(tokens=200 * 512).n_distilled(576) == 200
 
 
-def test_samples_are_repeatable_and_begin_as_told(llama: Path):
+def test_samples_are_repeatable_and_keep_their_prefix(llama: Path):
     starts, silent = [[1], [5, 6, 7], [9]], Watch().on_progress
     with loaded(llama, n_threads=1) as context:
         first, again, other = (
@@ -94,7 +94,7 @@ def test_samples_are_repeatable_and_begin_as_told(llama: Path):
 
 
 @pytest.mark.parametrize("template", ["<s>user: {{ messages[0]['content'] }}\nassistant:", ""])
-def test_the_default_text_is_documentation_code_and_samples_alone_and_in_chat(template, tmp_path):
+def test_default_text_contains_documentation_code_and_samples(template, tmp_path):
     path = make_gguf(tmp_path / "chat.gguf", "llama", chat_template=template)
     with loaded(path, n_threads=1) as context:
         before = context.vocabulary.tokenize("<s>user: ", special=True)
@@ -113,7 +113,7 @@ def test_the_default_text_is_documentation_code_and_samples_alone_and_in_chat(te
 @pytest.mark.parametrize(
     "template", ["{{ raise_exception('no') }}", "{{ 1/0 }}", "{{ 'a' | center(2000000000) }}"]
 )
-def test_a_template_that_renders_no_question_gives_no_chat(template, tmp_path):
+def test_template_that_renders_no_question_gives_no_chat(template, tmp_path):
     path = make_gguf(tmp_path / "odd.gguf", "llama", chat_template=template)
     with loaded(path, n_threads=1) as context:
         assert Prompter(context).before_question() == ""
@@ -123,5 +123,5 @@ def test_draws_follow_the_probabilities():
     logits = np.log(np.arange(1, 1001, dtype=np.float32))
     chances = (np.arange(20_000) + 0.5) / 20_000
     drawn = np.bincount([draw(logits, chance) for chance in chances], minlength=1000)
-    wanted = 20_000 * np.arange(1, 1001) / np.arange(1, 1001).sum()
-    assert np.abs(drawn - wanted).max() <= 1.5
+    expected = 20_000 * np.arange(1, 1001) / np.arange(1, 1001).sum()
+    assert np.abs(drawn - expected).max() <= 1.5

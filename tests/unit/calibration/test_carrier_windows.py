@@ -22,9 +22,9 @@ def spelled(context, tokens):
 
 
 def test_answers_are_strings_of_the_document(context):
-    found = carrier_windows(context, 3, N_WINDOW, shipped_part("prose"), seed=0)
-    assert found.windows.shape == found.answers.shape == (3, N_WINDOW)
-    for window, answers in zip(found.windows, found.answers, strict=True):
+    carriers = carrier_windows(context, 3, N_WINDOW, shipped_part("prose"), seed=0)
+    assert carriers.windows.shape == carriers.answers.shape == (3, N_WINDOW)
+    for window, answers in zip(carriers.windows, carriers.answers, strict=True):
         text = spelled(context, window)
         edges = np.flatnonzero(np.diff(answers.astype(int), prepend=0, append=0))
         values = [spelled(context, window[a:b]).strip() for a, b in edges.reshape(-1, 2)]
@@ -32,14 +32,14 @@ def test_answers_are_strings_of_the_document(context):
         assert all(text.count(value) == 2 for value in values)
 
 
-def test_the_same_seed_writes_the_same_windows(context):
+def test_same_seed_writes_the_same_windows(context):
     prose = shipped_part("prose")
     first, again, other = (carrier_windows(context, 1, N_WINDOW, prose, seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first.windows, again.windows)
     assert (first.windows != other.windows).any()
 
 
-def test_a_quarter_of_the_windows_are_look_ups_and_answers_count_more(context, tmp_path):
+def test_quarter_of_the_windows_are_look_ups_and_answers_count_more(context, tmp_path):
     path = tmp_path / "prose.txt"
     path.write_text(shipped_part("prose"))
     text = given_text(context, (path,), 16, 576)
@@ -52,6 +52,6 @@ def test_a_quarter_of_the_windows_are_look_ups_and_answers_count_more(context, t
     assert 0.05 < (distilled.weights[heavier] > 1).mean() < 0.5
 
 
-def test_a_vocabulary_of_single_bytes_has_no_room_for_a_document(pop_file):
+def test_vocabulary_of_single_bytes_has_no_room_for_a_document(pop_file):
     with loaded(pop_file, n_threads=1) as tiny:
         assert not len(carrier_windows(tiny, 2, 128, shipped_part("prose"), seed=0).windows)

@@ -47,17 +47,17 @@ def apart(llama: Path, letters: Path) -> list[Fitted]:
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
-def test_the_fit_equals_direct_least_squares(arch, letters, tmp_path):
+def test_fit_equals_direct_least_squares(arch, letters, tmp_path):
     path = make_gguf(tmp_path / "model.gguf", arch)
     tensors = {t.name: t for t in fitted(path, settings(letters)).tensors}
     with loaded(path, n_threads=1) as context:
         windows = given_text(context, (letters,), N_TOKENS // N_WINDOW, 128).windows
-    shown = recorded(path, windows.tolist())
+    taps = recorded(path, windows.tolist())
     x = np.concatenate(
-        [fit.with_bias(fit.normalised(each.states[BOUNDARY][1:], 1e-6)) for each in shown]
+        [fit.with_bias(fit.normalised(tap.states[BOUNDARY][1:], 1e-6)) for tap in taps]
     )
-    y = kv(shown, 6)
-    d = np.mean([weights(shown, layer) for layer in WEIGHING], axis=0)
+    y = kv(taps, 6)
+    d = np.mean([weights(taps, layer) for layer in WEIGHING], axis=0)
     own = Weights(read_source(path)).own_projection(6, *[y.shape[1] // 2] * 2)
     root = np.sqrt(d.astype(np.float64))[:, None]
     weighted = x.astype(np.float64) * root
@@ -66,12 +66,12 @@ def test_the_fit_equals_direct_least_squares(arch, letters, tmp_path):
     # The ridge acts like additional rows of the least-squares problem.
     rows = np.vstack([weighted, np.diag(np.sqrt(power))])
     rest = np.vstack([(y - x @ start) * root, np.zeros((129, y.shape[1]))])
-    wanted = start + np.linalg.lstsq(rows, rest, rcond=None)[0]
-    found = _stored(tensors, 6)
+    expected = start + np.linalg.lstsq(rows, rest, rcond=None)[0]
+    result = _stored(tensors, 6)
     # Compare predictions instead of weights, since qwen2's biases make the inputs nearly collinear
     # with the column of ones.
-    predicted = (x[:, :-1] * own.gain) @ found[0].T + found[1]
-    np.testing.assert_allclose(predicted, x @ wanted, atol=2e-3)
+    predicted = (x[:, :-1] * own.gain) @ result[0].T + result[1]
+    np.testing.assert_allclose(predicted, x @ expected, atol=2e-3)
 
 
 def _stored(tensors, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,12 +108,12 @@ def test_several_depths_are_fitted_in_one_pass(memory_bytes, llama, letters, apa
 
 
 @pytest.mark.parametrize(("memory_bytes", "stop_after"), [(1 << 30, 3), (1 << 30, 6), (1, 7)])
-def test_a_stop_ends_a_fit_after_a_window_or_a_layer(memory_bytes, stop_after, llama, letters):
+def test_stop_ends_a_fit_after_a_window_or_a_layer(memory_bytes, stop_after, llama, letters):
     with pytest.raises(StoppedError):
         fitted(llama, settings(letters, memory_bytes=memory_bytes), stopped_at(stop_after))
 
 
-def test_a_fitted_file_names_its_text(llama: Path, whole: Fitted, tmp_path: Path):
+def test_fitted_file_names_its_text(llama: Path, whole: Fitted, tmp_path: Path):
     target = tmp_path / "pop.gguf"
     meta = convert(planned(llama), llama, target, fitted=whole)
     assert meta == read_pop_meta(target)

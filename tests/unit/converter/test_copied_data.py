@@ -40,7 +40,7 @@ def test_odd_headers_and_ends(tmp_path, alignment, n_odd):
     assert parts_of(copy) == parts_of(odd)
 
 
-def test_the_parts_of_a_split_model_are_joined(tmp_path):
+def test_parts_of_a_split_model_are_joined(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "gemma2", max_tensors=50)
     copy, whole = tmp_path / "pop.gguf", make_gguf(tmp_path / "whole.gguf", "gemma2")
     meta = convert(make_plan(read_shape(parts[0])), parts[0], copy)

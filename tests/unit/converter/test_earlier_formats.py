@@ -47,7 +47,7 @@ def name_of(entry: dict[str, Any]) -> str:
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     folder = tmp_path_factory.mktemp("pairs")
     base = make_gguf(folder / "llama.gguf", "llama")
-    projections = {each["keys"]["pop.projection"] for each in OPENED}
+    projections = {entry["keys"]["pop.projection"] for entry in OPENED}
     pairs = {}
     for projection in sorted(projections):
         (folder / projection).mkdir()
@@ -82,7 +82,7 @@ def test_files_of_every_earlier_format_open(pairs, tmp_path, entry, form):
 
 
 @pytest.mark.parametrize("entry", REFUSED, ids=name_of)
-def test_a_removed_projection_is_refused_with_a_hint(pairs, tmp_path, entry):
+def test_removed_projection_is_refused_with_a_hint(pairs, tmp_path, entry):
     path = written(entry, pairs["own"].single, tmp_path / "old.gguf")
     with pytest.raises(
         FormatError, match=f"pop.projection has an unknown value: '{REMOVED}'"
@@ -91,8 +91,8 @@ def test_a_removed_projection_is_refused_with_a_hint(pairs, tmp_path, entry):
     assert it.value.hint == "update pop-local, or convert the model again"
 
 
-def test_the_entries_differ_from_each_other():
-    sets = [(each["keys"]["pop.projection"], *sorted(each["keys"])) for each in FORMATS]
+def test_entries_differ_from_each_other():
+    sets = [(entry["keys"]["pop.projection"], *sorted(entry["keys"])) for entry in FORMATS]
     assert len(set(sets)) == len(FORMATS) == 12
 
 
@@ -104,4 +104,4 @@ def test_each_key_of_this_version_has_an_entry():
     meta = replace(meta, calibration=calibration, measured=measured, budget=budget)
     written_now = {re.findall(rb"pop\.[a-z0-9_.]+", key)[0].decode() for key in encode_keys(meta)}
     assert len(written_now) == 40
-    assert written_now in [set(each["keys"]) for each in FORMATS]
+    assert written_now in [set(entry["keys"]) for entry in FORMATS]

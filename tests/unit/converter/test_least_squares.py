@@ -46,10 +46,10 @@ def test_fit_equals_direct_weighted_least_squares():
     power = (x64.T @ d @ x64).diagonal()
     penalty = np.diag(power * np.append(np.full(N, fit.RIDGE), fit.BIAS_RIDGE))
     step = np.linalg.solve(x64.T @ d @ x64 + penalty, x64.T @ d @ (y - x64 @ start))
-    wanted = start + step
+    expected = start + step
     weight, bias = joined(fit.fit_layer(1, summed(x, y, weights), own))
-    np.testing.assert_allclose(weight.T * own.gain[:, None], wanted[:-1], atol=2e-5)
-    np.testing.assert_allclose(bias, wanted[-1], atol=2e-5)
+    np.testing.assert_allclose(weight.T * own.gain[:, None], expected[:-1], atol=2e-5)
+    np.testing.assert_allclose(bias, expected[-1], atol=2e-5)
 
 
 def test_exact_own_projections_are_kept_at_any_ridge():
@@ -121,10 +121,10 @@ def test_own_projections_equal_the_files_tensors(arch: str, tmp_path: Path):
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     own = Weights(read_source(path)).own_projection(3, 64, 64)
     if arch == "phi3":
-        wanted = tensors["blk.3.attn_qkv.weight"][-128:]
+        expected = tensors["blk.3.attn_qkv.weight"][-128:]
     else:
-        wanted = np.concatenate([tensors[f"blk.3.attn_{part}.weight"] for part in "kv"])
-    np.testing.assert_array_equal(own.weight, wanted.astype(np.float32))
+        expected = np.concatenate([tensors[f"blk.3.attn_{part}.weight"] for part in "kv"])
+    np.testing.assert_array_equal(own.weight, expected.astype(np.float32))
     assert own.n_k == 64
     if arch == "qwen2":
         biases = [tensors[f"blk.3.attn_{part}.bias"] for part in "kv"]
@@ -137,6 +137,6 @@ def test_scale_tensor_multiplies_a_projection(tmp_path: Path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     plain = Weights(read_source(path)).own_projection(3, 64, 64).weight
     scaled = add_tensor(path, tmp_path / "scaled.gguf", "blk.3.attn_k.scale", np.array([0.25]))
-    found = Weights(read_source(scaled)).own_projection(3, 64, 64).weight
-    np.testing.assert_array_equal(found[:64], plain[:64] / 4)
-    np.testing.assert_array_equal(found[64:], plain[64:])
+    weight = Weights(read_source(scaled)).own_projection(3, 64, 64).weight
+    np.testing.assert_array_equal(weight[:64], plain[:64] / 4)
+    np.testing.assert_array_equal(weight[64:], plain[64:])

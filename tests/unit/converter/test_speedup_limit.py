@@ -51,8 +51,8 @@ def test_macs_equal_a_row_by_row_count(arch, tmp_path):
         assert macs(n_prompt, None, 1) == counted(path, n_prompt, None, 1)
         for boundary in (1, 4, 7):
             for n_full in {1, 3, 17} & set(range(1, n_prompt)):
-                found = macs(n_prompt, boundary, n_full)
-                assert found == counted(path, n_prompt, boundary, n_full)
+                n_macs = macs(n_prompt, boundary, n_full)
+                assert n_macs == counted(path, n_prompt, boundary, n_full)
 
 
 def test_exact_skipping_saves_later_layers(tmp_path):
@@ -65,8 +65,8 @@ def test_exact_skipping_saves_later_layers(tmp_path):
         saved += (n - 1) * (shape.n_weights[layer] - shape.n_embd * shape.n_kv(layer))
         saved += seen * (shape.n_q[layer] + shape.n_heads_out[layer])
     assert macs(n, 2, 1) < macs(n, shape.exact, 1)
-    found = macs(n, None, 1) - macs(n, shape.exact, 1)
-    assert found == pytest.approx(saved, rel=0.01)
+    n_saved = macs(n, None, 1) - macs(n, shape.exact, 1)
+    assert n_saved == pytest.approx(saved, rel=0.01)
 
 
 def test_more_full_rows_and_fewer_skipped_layers_lower_the_limit(tmp_path):
@@ -80,11 +80,11 @@ def test_more_full_rows_and_fewer_skipped_layers_lower_the_limit(tmp_path):
 
 def test_long_prompts_are_extrapolated_from_cached_counts(tmp_path, monkeypatch):
     path = make_gguf(tmp_path / "model.gguf", "gemma3")
-    asked = [(400, boundary, 3) for boundary in (None, 4)]
-    counted = [GraphMacs(path)(*each) for each in asked]
+    requests = [(400, boundary, 3) for boundary in (None, 4)]
+    counted = [GraphMacs(path)(*count) for count in requests]
     monkeypatch.setattr(module, "_N_CTX", 64)
     macs = GraphMacs(path)
-    assert [macs(*each) for each in asked] == counted
+    assert [macs(*count) for count in requests] == counted
     # 60 full rows exceed the first context, so a larger context is counted.
     assert macs(400, 4, 60) > counted[1]
     first = macs(40, 4, 1)

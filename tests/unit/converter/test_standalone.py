@@ -41,15 +41,15 @@ def settings(folder: Path) -> dict:
     return tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))
 
 
-def test_the_converter_works_without_pop_local(tmp_path):
+def test_converter_works_without_pop_local(tmp_path):
     model = make_gguf(tmp_path / "model.gguf", "llama")
     converted = tmp_path / "model.pop.gguf"
     command = [sys.executable, "-c", PROGRAM, model, converted]
     env = os.environ | {"PYTHONPATH": str(ROOT / "converter")}
-    shown = subprocess.run(
+    process = subprocess.run(
         command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True
     )
-    assert shown.stdout.split() == ["FFFFFSSS", "own"]
+    assert process.stdout.split() == ["FFFFFSSS", "own"]
     before, after = (
         {t.name: t.data.tobytes() for t in GGUFReader(p).tensors} for p in (model, converted)
     )

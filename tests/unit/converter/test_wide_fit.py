@@ -42,20 +42,20 @@ OWN, FITTED, WIDE = Projection
 N_PREV, N_NEURONS = 32, 64
 
 
-def matrices(made) -> dict[str, np.ndarray]:
+def matrices(fit_result) -> dict[str, np.ndarray]:
     """Return F32 tensors by name, in float64."""
     return {
-        each.name: np.frombuffer(each.data, np.float32).reshape(each.dims[::-1]).astype(float)
-        for each in made.tensors
+        tensor.name: np.frombuffer(tensor.data, np.float32).reshape(tensor.dims[::-1]).astype(float)
+        for tensor in fit_result.tensors
     }
 
 
-def inputs(path: Path, tensors, shown) -> np.ndarray:
+def inputs(path: Path, tensors, taps) -> np.ndarray:
     """Return [x, z, 1] of all rows except each window's first, in float64 and row by row."""
     gain = Weights(read_source(path))[f"blk.{BOUNDARY}.ffn_norm.weight"].astype(float)
     name, rows = f"blk.{BOUNDARY}.pop_", []
-    for each in shown:
-        window = each.states[BOUNDARY]
+    for tap in taps:
+        window = tap.states[BOUNDARY]
         x = window / np.sqrt(np.mean(window.astype(float) ** 2, 1, keepdims=True) + 1e-6)
         for i in range(1, len(x)):
             parts = [x[i], tensors[f"{name}prev.weight"] @ x[i - 1]]
@@ -80,26 +80,26 @@ def test_wide_fit_equals_direct_least_squares(arch, letters, tmp_path):
     tensors = matrices(fitted(path, options, projection=WIDE))
     with loaded(path, n_threads=1) as context:
         windows = given_text(context, (letters,), N_TOKENS // N_WINDOW, 128).windows
-    shown = recorded(path, windows.tolist())
-    x = inputs(path, tensors, shown)
+    taps = recorded(path, windows.tolist())
+    x = inputs(path, tensors, taps)
     n_neurons = 0 if arch == "qwen3moe" else N_NEURONS
     assert x.shape[1] == 128 + N_PREV + n_neurons + 1
-    y = kv(shown, 6)
+    y = kv(taps, 6)
     own = Weights(read_source(path)).own_projection(6, *[y.shape[1] // 2] * 2)
     zeros = np.zeros((x.shape[1] - 129, y.shape[1]))
     start = np.vstack([own.gain[:, None] * own.weight.T, zeros, own.bias])
     ridge = np.append(np.full(x.shape[1] - 1, fit.RIDGE), fit.BIAS_RIDGE)
-    root = np.sqrt(np.mean([weights(shown, layer) for layer in WEIGHING], axis=0))[:, None]
+    root = np.sqrt(np.mean([weights(taps, layer) for layer in WEIGHING], axis=0))[:, None]
     rows = np.vstack([root * x, np.diag(np.sqrt(np.square(root * x).sum(0) * ridge))])
     rest = np.vstack([root * (y - x @ start), np.zeros((x.shape[1], y.shape[1]))])
-    wanted = x @ (start + np.linalg.lstsq(rows, rest, rcond=None)[0])
+    expected = x @ (start + np.linalg.lstsq(rows, rest, rcond=None)[0])
 
     def stored(part: str) -> np.ndarray:
         return np.concatenate([tensors[f"blk.6.pop_attn_{kv}{part}"] for kv in "kv"])
 
-    found = (x[:, :128] * own.gain) @ stored(".weight").T + stored(".bias")
+    result = (x[:, :128] * own.gain) @ stored(".weight").T + stored(".bias")
     wide = x[:, 128:-1] @ stored("_wide.weight").T
-    np.testing.assert_allclose(found + wide, wanted, atol=2e-3)
+    np.testing.assert_allclose(result + wide, expected, atol=2e-3)
     assert np.abs(wide).mean() > 0.01
 
 
@@ -121,42 +121,44 @@ def test_strongest_neurons_are_chosen_and_scaled(tmp_path):
     shape, weights = read_shape(path), Weights(read_source(path))
     rng = np.random.default_rng(0)
     windows = [rng.standard_normal((200, 128), np.float32) for _ in range(2)]
-    made = wide_input(shape, weights, BOUNDARY, windows)
-    assert made.neurons is not None
-    z = made(windows[0])
+    wide = wide_input(shape, weights, BOUNDARY, windows)
+    assert wide.neurons is not None
+    z = wide(windows[0])
     assert z.shape == (200, N_PREV + N_NEURONS)
     assert np.abs(z[:, N_PREV:]).max() <= _MOST_NEURON
-    together = np.concatenate([made.neurons(window) for window in windows])
+    together = np.concatenate([wide.neurons(window) for window in windows])
     np.testing.assert_allclose(together.std(axis=0), 1, atol=1e-3)
     # p is the projected previous row. The first row is its own predecessor.
-    np.testing.assert_allclose(z[1:, :N_PREV], windows[0][:-1] @ made.previous.T, atol=1e-5)
-    np.testing.assert_allclose(z[0, :N_PREV], windows[0][0] @ made.previous.T, atol=1e-5)
+    np.testing.assert_allclose(z[1:, :N_PREV], windows[0][:-1] @ wide.previous.T, atol=1e-5)
+    np.testing.assert_allclose(z[0, :N_PREV], windows[0][0] @ wide.previous.T, atol=1e-5)
     name = f"blk.{BOUNDARY}.ffn_"
     gate, up, down = (weights[f"{name}{part}.weight"] for part in ("gate", "up", "down"))
-    chosen = np.any([(gate == row).all(1) for row in made.neurons.gate], axis=0)
+    selection = np.any([(gate == row).all(1) for row in wide.neurons.gate], axis=0)
     inner = np.concatenate(windows) * weights[f"{name}norm.weight"]
     value = inner @ gate.T / (1 + np.exp(-inner @ gate.T)) * (inner @ up.T)
     power = value.std(0) * np.linalg.norm(down, axis=0)
-    assert chosen.sum() == N_NEURONS and power[chosen].min() >= power[~chosen].max() * 0.9999
+    assert (
+        selection.sum() == N_NEURONS and power[selection].min() >= power[~selection].max() * 0.9999
+    )
 
 
 def test_work_of_a_wide_fit_equals_its_weights(llama):
     shape, plan = read_shape(llama), planned(llama, projection=WIDE)
-    made = made_up(plan)
+    result = made_up(plan)
     n_wide = sum(
-        each.dims[0] * each.dims[1]
-        for each in made.tensors
-        if "attn" not in each.name or "_wide" in each.name
+        tensor.dims[0] * tensor.dims[1]
+        for tensor in result.tensors
+        if "attn" not in tensor.name or "_wide" in tensor.name
     )
     assert wide_weights(shape, BOUNDARY, WIDE) == n_wide
     assert fit_macs(shape, BOUNDARY, FITTED, 300) == fit_macs(shape, BOUNDARY, OWN, 300) == 0
     assert fit_macs(shape, BOUNDARY, WIDE, 300) == 300 * n_wide
     assert plan.speedup_limit < planned(llama).speedup_limit
     sidecar = llama.with_name("wide.gguf")
-    write_sidecar(plan, llama, sidecar, fitted=made, force=True)
+    write_sidecar(plan, llama, sidecar, fitted=result, force=True)
     of_file = speedup_limit(GraphMacs(llama, sidecar), LIMIT_PROMPT, BOUNDARY, 32)
     assert of_file == pytest.approx(plan.speedup_limit, rel=1e-3)
-    assert stored_bytes(plan, KvType.Q8_0) == sum(len(each.data) for each in made.tensors)
+    assert stored_bytes(plan, KvType.Q8_0) == sum(len(tensor.data) for tensor in result.tensors)
 
 
 @pytest.mark.parametrize("kind", [FITTED, WIDE])
@@ -180,14 +182,14 @@ def test_wide_file_has_the_planned_keys_and_size(llama, tmp_path):
 # --- choice of the kind of fit
 
 
-def test_an_expensive_wide_fit_is_made_on_request_only(llama):
+def test_expensive_wide_fit_is_made_on_request_only(llama):
     plan = planned(llama)
     assert fit_cost(plan, WIDE) > MAX_WIDE_COST
     assert fit_kind(plan, FitOptions()) == FITTED
     assert fit_kind(plan, FitOptions(projection=WIDE)) == WIDE
 
 
-def test_a_cheap_wide_fit_is_the_default(tmp_path):
+def test_cheap_wide_fit_is_the_default(tmp_path):
     """Use a model with few K/V heads and a wide FFN."""
     path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=1, n_ff=2048)
     plan = make_plan(read_shape(path), boundary=6, projection=FITTED, macs=GraphMacs(path))

@@ -21,7 +21,7 @@ REPO = (
 
 
 @pytest.mark.parametrize(
-    ("wanted", "files"),
+    ("name", "files"),
     [
         ("", ["model-Q4_K_M.gguf"]),
         ("Q4_K_M", ["model-Q4_K_M.gguf"]),
@@ -38,8 +38,8 @@ REPO = (
         ("mmproj-model-f16.gguf", ["mmproj-model-f16.gguf"]),
     ],
 )
-def test_file_for_a_name(wanted, files):
-    assert list(choose("a/b", REPO, wanted).files) == files
+def test_file_for_a_name(name, files):
+    assert list(choose("a/b", REPO, name).files) == files
 
 
 def test_upper_case_suffix_is_part_of_the_same_model():
@@ -49,7 +49,7 @@ def test_upper_case_suffix_is_part_of_the_same_model():
 
 
 @pytest.mark.parametrize(
-    ("files", "found"),
+    ("files", "name"),
     [
         (["x-Q8_0.gguf", "x-Q5_K_M.gguf", "x-F16.gguf"], "x-Q5_K_M"),
         (["x-Q8_0.gguf", "x-F16.gguf"], "x-Q8_0"),
@@ -59,12 +59,12 @@ def test_upper_case_suffix_is_part_of_the_same_model():
         (["x.q4_k_m.GGUF", "x.q8_0.GGUF"], "x.q4_k_m"),
     ],
 )
-def test_default_file(files, found):
-    assert choose("a/b", files, "").name == found
+def test_default_file(files, name):
+    assert choose("a/b", files, "").name == name
 
 
 @pytest.mark.parametrize(
-    ("files", "wanted", "message", "listed"),
+    ("files", "name", "message", "listed"),
     [
         (REPO, "Q4_K", "matches 2 files", "model-Q4_K_M, model-Q4_K_S"),
         (REPO, "Q6_K", "no file named 'Q6_K'", "model-BF16, model-F16, model-IQ4_XS"),
@@ -77,14 +77,14 @@ def test_default_file(files, found):
         ([BF16[0], "a.gguf", "b.gguf"], "", "multiple models", "names: a, b"),
     ],
 )
-def test_ambiguous_names_list_the_choices(files, wanted, message, listed):
+def test_ambiguous_names_list_the_choices(files, name, message, listed):
     with pytest.raises(PopError, match=message) as failure:
-        choose("a/b", files, wanted)
+        choose("a/b", files, name)
     assert listed in failure.value.hint
 
 
 @pytest.mark.parametrize(
-    ("files", "wanted", "found"),
+    ("files", "name", "expected"),
     [
         (["x-Q4_K_M-00001-of-00002.gguf", "x-Q8_0.gguf", "x-F16.gguf"], "", "x-Q8_0"),
         (["x-Q4_K_M-00001-of-00002.gguf", "x-F16.gguf"], "", "x-F16"),
@@ -93,8 +93,8 @@ def test_ambiguous_names_list_the_choices(files, wanted, message, listed):
         (["x-Q8_0-00001-of-00002.gguf", "x-Q8_0.gguf", "x-F16.gguf"], "q8_0", "x-Q8_0"),
     ],
 )
-def test_incomplete_split_model_does_not_hide_others(files, wanted, found):
-    assert choose("a/b", files, wanted) == QuantFile(found, (f"{found}.gguf",))
+def test_incomplete_split_model_does_not_hide_others(files, name, expected):
+    assert choose("a/b", files, name) == QuantFile(expected, (f"{expected}.gguf",))
 
 
 def test_long_list_is_shortened():
@@ -105,7 +105,7 @@ def test_long_list_is_shortened():
 
 
 @pytest.mark.parametrize(
-    ("mmprojs", "model", "chosen"),
+    ("mmprojs", "model", "expected"),
     [
         ([], "x-7B-Q4_K_M.gguf", None),
         (["mmproj-F16.gguf", "mmproj-BF16.gguf", "mmproj.gguf"], "x-Q8_0.gguf", "mmproj-F16.gguf"),
@@ -117,5 +117,5 @@ def test_long_list_is_shortened():
         (["mmproj-Q8_0.gguf", "7B/mmproj-F32.gguf"], "7B/x-Q4_K_M.gguf", "7B/mmproj-F32.gguf"),
     ],
 )
-def test_mmproj_for_a_model(mmprojs, model, chosen):
-    assert choose_mmproj([*mmprojs, model, "README.md"], model) == chosen
+def test_mmproj_for_a_model(mmprojs, model, expected):
+    assert choose_mmproj([*mmprojs, model, "README.md"], model) == expected

@@ -69,9 +69,9 @@ def test_complete_partial_file_is_not_requested_again(hub, tmp_path):
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("kept", [OTHER[:HALF], OTHER])
-def test_partial_of_another_file_is_deleted(hub, tmp_path, kept):
-    (tmp_path / PARTIAL).write_bytes(kept)
+@pytest.mark.parametrize("content", [OTHER[:HALF], OTHER])
+def test_partial_of_another_file_is_deleted(hub, tmp_path, content):
+    (tmp_path / PARTIAL).write_bytes(content)
     with pytest.raises(PopError, match=f"damaged .* but {SHA256} was"):
         pull(hub, tmp_path)
     assert names(tmp_path) == []

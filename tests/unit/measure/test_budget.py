@@ -35,9 +35,9 @@ def lookups(n_lost, n_full=200):
 def searched(deepest: int) -> tuple[int | None, list[int]]:
     """Return the boundary found among 15 to 29, if all from `deepest` on are inside; the tried."""
     verdicts: dict[int, bool] = {}
-    while wanted := undecided(range(15, 30), verdicts):
-        assert wanted[0] not in verdicts
-        verdicts[wanted[0]] = wanted[0] >= deepest
+    while candidates := undecided(range(15, 30), verdicts):
+        assert candidates[0] not in verdicts
+        verdicts[candidates[0]] = candidates[0] >= deepest
     inside = (boundary for boundary, passed in verdicts.items() if passed)
     return min(inside, default=None), list(verdicts)
 
@@ -71,12 +71,12 @@ def test_every_figure_must_be_inside(figures, inside):
         ({"kl": 1.0, "ppl": 2.0}, True),
     ],
 )
-def test_a_model_copies_by_both_probes(figures, copied):
+def test_model_copies_by_both_probes(figures, copied):
     assert copies(quality(**figures)) is copied
 
 
 @pytest.mark.parametrize(
-    ("budget", "found", "kept"),
+    ("budget", "counts", "is_inside_budget"),
     [
         (NEAR_LOSSLESS, lookups(0), True),
         (NEAR_LOSSLESS, lookups(1), False),
@@ -87,21 +87,21 @@ def test_a_model_copies_by_both_probes(figures, copied):
         (FAST, lookups(21), False),
     ],
 )
-def test_lost_look_ups_are_a_share_of_the_full_models(budget, found, kept):
-    assert keeps_lookups(budget, found) is kept
+def test_lost_look_ups_are_a_share_of_the_full_models(budget, counts, is_inside_budget):
+    assert keeps_lookups(budget, counts) is is_inside_budget
 
 
 # --- the search
 
 
 @pytest.mark.parametrize("deepest", range(14, 31))
-def test_the_deepest_inside_is_found_in_few_steps(deepest):
-    found, measured = searched(deepest)
-    assert found == (max(deepest, 15) if deepest <= 29 else None)
+def test_deepest_inside_is_found_in_few_steps(deepest):
+    boundary, measured = searched(deepest)
+    assert boundary == (max(deepest, 15) if deepest <= 29 else None)
     assert len(measured) <= (3 if 21 <= deepest <= 24 else 7)
 
 
-def test_a_later_verdict_may_reverse_an_earlier_one():
+def test_later_verdict_may_reverse_an_earlier_one():
     assert undecided(range(15, 22), {18: True, 16: False, 17: False}) == ()
     assert undecided(range(15, 22), {18: False, 20: True, 16: False, 17: False}) == (19,)
 

@@ -32,7 +32,9 @@ def test_conversations_stay_unchanged_and_lines_count_from_one(tmp_path):
         written(tmp_path, {"prompt": "a"}, {"messages": conversation})
     ).prompts
     assert (first.line, second.line) == (1, 3)
-    assert [message.role for message in second.messages] == [each["role"] for each in conversation]
+    assert [message.role for message in second.messages] == [
+        message["role"] for message in conversation
+    ]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def test_conversations_stay_unchanged_and_lines_count_from_one(tmp_path):
         ({"regex": r"^\s*[Yy]es\b"}, "Oh yes.", False),
     ],
 )
-def test_a_right_answer_contains_a_text_or_matches_a_regex(expected, answer, is_right, tmp_path):
+def test_right_answer_contains_a_text_or_matches_a_regex(expected, answer, is_right, tmp_path):
     [prompt] = read_prompts(written(tmp_path, {"prompt": "?", "answer": expected})).prompts
     assert prompt.is_right(answer) is is_right
 
@@ -88,7 +90,7 @@ def test_unicode_line_separators_do_not_end_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{'prompt': 'a'}", "[" * 100_000])
-def test_a_line_must_be_json(line, tmp_path):
+def test_line_must_be_json(line, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(line)
     with pytest.raises(PopError, match="line 1: the line is not valid JSON"):

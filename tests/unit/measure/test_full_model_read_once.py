@@ -44,14 +44,14 @@ def test_figures_equal_those_of_a_separate_measurement(pair, reference, form):
         "sidecar": (pair.base, pair.sidecar),
     }[form]
     model = PopModel(EngineOptions.of(path, sidecar=sidecar, n_ctx=257, n_threads=1))
-    found = measure_against(reference, model, Pruning(3), ignore)
+    quality = measure_against(reference, model, Pruning(3), ignore)
     whole = measure_pruning(model, TEXT, SETTINGS, Pruning(3), ignore)
     # A reference keeps its predictions in half precision.
     for name in ("kl_mean", "kl_median", "kl_p99", "kl_first"):
-        assert getattr(found, name).value == pytest.approx(getattr(whole, name).value, rel=1e-3)
-        found = replace(found, **{name: getattr(whole, name)})
-    assert found == whole
-    assert found.kl_mean.value > 0
+        assert getattr(quality, name).value == pytest.approx(getattr(whole, name).value, rel=1e-3)
+        quality = replace(quality, **{name: getattr(whole, name)})
+    assert quality == whole
+    assert quality.kl_mean.value > 0
 
 
 def test_progress_ends_at_its_total(pair, reference):
@@ -68,7 +68,7 @@ def test_progress_ends_at_its_total(pair, reference):
     assert seen[-1][0] == seen[-1][1]
 
 
-def test_a_text_that_is_too_short_is_refused(pair):
+def test_text_that_is_too_short_is_refused(pair):
     model = PopModel(EngineOptions.of(pair.base, n_ctx=257, n_threads=1))
     with pytest.raises(PopError, match="too short for 2 windows"):
         read_reference(model, [[1, 2, 3]], SETTINGS, ignore)

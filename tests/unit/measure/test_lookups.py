@@ -49,8 +49,8 @@ def ask(model: PopModel, documents, pruning: Pruning) -> lookups.Answers:
     [(1, 1, 1), (20, 1, 20), (30, 2, 15), (100, 5, 20), (200, 10, 20)],
 )
 def test_questions_are_spread_evenly(n: int, n_documents: int, n_each: int) -> None:
-    found = LookupSettings.of_questions(n)
-    assert (found.n_documents, found.n_per_document) == (n_documents, n_each)
+    settings = LookupSettings.of_questions(n)
+    assert (settings.n_documents, settings.n_per_document) == (n_documents, n_each)
 
 
 # --- the verdict on an answer
@@ -60,7 +60,7 @@ def test_questions_are_spread_evenly(n: int, n_documents: int, n_each: int) -> N
     "text",
     [" 12.50", ' "12.50".', " `12.50`\n99", " the value 12.50, as stated", " 12.50."],
 )
-def test_an_exact_string_among_other_words_is_right(text: str) -> None:
+def test_exact_string_among_other_words_is_right(text: str) -> None:
     assert is_right(text, "12.50")
 
 
@@ -86,48 +86,52 @@ def test_parts_later_lines_and_longer_values_are_wrong(text: str) -> None:
 
 
 def test_more_documents_follow_the_same_first_ones(model, documents) -> None:
-    assert [len(each.questions) for each in documents] == [2, 2]
+    assert [len(document.questions) for document in documents] == [2, 2]
     assert make_documents(model, replace(SETTINGS, n_documents=3))[:2] == documents
-    assert all(each.tokens[0] == model.engine.context.vocabulary.bos[0] for each in documents)
+    assert all(
+        document.tokens[0] == model.engine.context.vocabulary.bos[0] for document in documents
+    )
 
 
 def test_log_probabilities_equal_those_of_one_full_prompt(model, documents) -> None:
     answers = ask(model, documents, FULL)
     for document, of_document in zip(documents, answers, strict=True):
-        for asked, answer in zip(document.questions, of_document, strict=True):
+        for question, answer in zip(document.questions, of_document, strict=True):
             with forced(model) as reader:
-                reader.read([*document.tokens, *asked.tokens], FULL)
-                found = predictions(reader.predict(asked.answer))
-            nll = likelihood(found, np.asarray(asked.answer)).nll
+                reader.read([*document.tokens, *question.tokens], FULL)
+                predicted = predictions(reader.predict(question.answer))
+            nll = likelihood(predicted, np.asarray(question.answer)).nll
             assert answer.logprob == pytest.approx(-nll.sum(), rel=1e-3)
 
 
 def test_skipping_layers_that_add_nothing_loses_no_look_up(tmp_path) -> None:
     with PopModel(EngineOptions.of(tiny(tmp_path, zero_deep=4), n_ctx=1200, n_threads=1)) as idle:
-        found = measure_lookups(idle, SETTINGS, Pruning(4), ignored)
-    assert (found.n, found.lost, found.gained) == (4, 0, 0)
-    assert found.logprob_lost.value == pytest.approx(0, abs=1e-3)
+        comparison = measure_lookups(idle, SETTINGS, Pruning(4), ignored)
+    assert (comparison.n, comparison.lost, comparison.gained) == (4, 0, 0)
+    assert comparison.logprob_lost.value == pytest.approx(0, abs=1e-3)
 
 
-def test_the_text_is_greedy_where_the_right_answer_differs(model, documents) -> None:
+def test_text_is_greedy_if_the_right_answer_differs(model, documents) -> None:
     document = documents[0]
-    asked = document.questions[0]
+    question = document.questions[0]
     with forced(model) as reader:
-        reader.read([*document.tokens, *asked.tokens], FULL)
+        reader.read([*document.tokens, *question.tokens], FULL)
         greedy = []
         for _ in range(8):
             greedy.append(reader.next_token)
             reader.extend(greedy[-1:])
     text = model.engine.context.vocabulary.detokenize(greedy)
-    given = TokenizedQuestion(replace(asked.question, answer=text), asked.tokens, tuple(greedy))
-    [[again]] = ask(model, [replace(document, questions=(given,))], FULL)
+    greedy_question = TokenizedQuestion(
+        replace(question.question, answer=text), question.tokens, tuple(greedy)
+    )
+    [[again]] = ask(model, [replace(document, questions=(greedy_question,))], FULL)
     assert again.text.startswith(text)
-    other = replace(given, answer=(*greedy[:3], (greedy[3] + 1) % 300, *greedy[4:]))
+    other = replace(greedy_question, answer=(*greedy[:3], (greedy[3] + 1) % 300, *greedy[4:]))
     [[changed]] = ask(model, [replace(document, questions=(other,))], FULL)
     assert changed.text.startswith(text)
 
 
-def test_a_reference_gives_the_same_figures_as_one_measurement(model) -> None:
+def test_reference_gives_the_same_figures_as_one_measurement(model) -> None:
     reference = LookupReference.read(model, SETTINGS, ignored)
     pruned = reference.ask(model, Pruning(5), ignored)
     at_once = measure_lookups(model, SETTINGS, Pruning(5), ignored)
@@ -145,13 +149,19 @@ def answers(*rights: bool, logprob: float = -1.0) -> tuple[LookupAnswer, ...]:
 def test_lost_and_gained_answers_are_counted() -> None:
     full = [answers(True, True), answers(True, False)]
     pruned = [answers(False, True, logprob=-2), answers(True, True, logprob=-4)]
-    found = LookupReference(SETTINGS, (), full).compare(pruned)
-    assert (found.n, found.full, found.pruned, found.lost, found.gained) == (4, 3, 3, 1, 1)
-    assert found.p == 1.0
-    assert found.logprob_lost.value == pytest.approx(2)
-    assert found.logprob_lost.se == pytest.approx(1)
+    comparison = LookupReference(SETTINGS, (), full).compare(pruned)
+    assert (
+        comparison.n,
+        comparison.full,
+        comparison.pruned,
+        comparison.lost,
+        comparison.gained,
+    ) == (4, 3, 3, 1, 1)
+    assert comparison.p == 1.0
+    assert comparison.logprob_lost.value == pytest.approx(2)
+    assert comparison.logprob_lost.se == pytest.approx(1)
 
 
-def test_a_model_without_right_answers_loses_none() -> None:
-    found = LookupReference(SETTINGS, (), [answers(False)]).compare([answers(False)])
-    assert (found.lost, found.p, found.logprob_lost.se) == (0, 1.0, None)
+def test_model_without_right_answers_loses_none() -> None:
+    comparison = LookupReference(SETTINGS, (), [answers(False)]).compare([answers(False)])
+    assert (comparison.lost, comparison.p, comparison.logprob_lost.se) == (0, 1.0, None)

@@ -92,7 +92,7 @@ def test_rows_pruned_against_the_plan_are_an_error(model, monkeypatch):
         reader.read(text(60), Pruning(4, Mode.CONTEXT))
 
 
-def test_a_continuation_with_pruned_rows_is_an_error(model, monkeypatch):
+def test_continuation_with_pruned_rows_is_an_error(model, monkeypatch):
     real = backend.set_mode
     with forced(model) as reader:
         reader.read(text(60), Pruning(4))
@@ -101,7 +101,7 @@ def test_a_continuation_with_pruned_rows_is_an_error(model, monkeypatch):
             reader.predict(text(20))
 
 
-def test_a_recurrent_state_that_cannot_be_restored_is_an_error(model, monkeypatch):
+def test_recurrent_state_that_cannot_be_restored_is_an_error(model, monkeypatch):
     monkeypatch.setattr(Context, "is_recurrent", property(lambda _: True))
     monkeypatch.setattr(Cells, "restore", lambda *_: False)
     with forced(model) as reader, pytest.raises(PopError, match="the saved state does not match"):
@@ -133,12 +133,12 @@ def test_should_stop_aborts_a_measurement_between_graph_nodes(model):
         ({"min_prompt": 1000}, 60 - 17),
     ],
 )
-def test_the_rule_decides_which_tokens_are_pruned(model, rule, n_pruned):
+def test_rule_decides_which_tokens_are_pruned(model, rule, n_pruned):
     set_rule(model, **rule)
     assert measured(model).n_pruned == 3 * n_pruned
 
 
-def test_a_context_of_full_tokens_only_is_an_error(model):
+def test_context_of_full_tokens_only_is_an_error(model):
     with pytest.raises(PopError, match="tokens is too short"):
         measured(model, replace(SHORT, n_context=17))
 
@@ -182,11 +182,11 @@ def test_passages_are_pruned_tokens(model):
 @pytest.mark.parametrize("tail", [126, 127, 200])
 def test_random_tokens_are_scored_even_if_all_are_full(model, tail):
     set_rule(model, tail_tokens=tail)
-    found = measured(model, replace(SHORT, n_windows=1, n_context=260))
-    assert found.n_pruned > 0
-    assert np.isfinite(found.induction_delta_nll.value)
+    quality = measured(model, replace(SHORT, n_windows=1, n_context=260))
+    assert quality.n_pruned > 0
+    assert np.isfinite(quality.induction_delta_nll.value)
     if tail > 127:
-        assert found.induction_delta_nll.value == pytest.approx(0, abs=1e-5)
+        assert quality.induction_delta_nll.value == pytest.approx(0, abs=1e-5)
 
 
 def test_random_tokens_exclude_control_tokens(model):
@@ -196,9 +196,9 @@ def test_random_tokens_exclude_control_tokens(model):
     assert {attribute(vocab, token) & 8 for token in tokens} == {0}  # LLAMA_TOKEN_ATTR_CONTROL
 
 
-def test_a_reference_takes_half_the_memory_with_the_same_figures(model):
+def test_reference_takes_half_the_memory_with_the_same_figures(model):
     reference = read_reference(model, [text()], SHORT, ignore)
     assert {full.predicted.logits.dtype for full in reference.full} == {np.dtype(np.float16)}
-    found = measure_against(reference, model, FULL, ignore)
-    assert found.kl_p99.value < 1e-5
-    assert found.ppl_ratio.value == found.top1_agreement.value == 1
+    quality = measure_against(reference, model, FULL, ignore)
+    assert quality.kl_p99.value < 1e-5
+    assert quality.ppl_ratio.value == quality.top1_agreement.value == 1

@@ -47,7 +47,7 @@ def test_bootstrap_agrees_with_the_known_error_of_a_median():
     assert quantile(values, 0.5).se == pytest.approx(np.sqrt(np.pi / 800), rel=0.3)
 
 
-def test_a_ratio_of_proportional_figures_has_no_error():
+def test_ratio_of_proportional_figures_has_no_error():
     lower = np.array([1.0, 2.0, 4.0])
     assert ratio(0.5 * lower, lower).value == pytest.approx(0.5)
     assert ratio(0.5 * lower, lower).se == pytest.approx(0)

@@ -20,8 +20,8 @@ from pop_local.measure.verdict import comparison_in_words, verdict_in_words
     ],
 )
 def test_prose_is_judged_by_perplexity_and_its_error(ratio, error, expected) -> None:
-    found = verdict_in_words(Measured(ppl_ratio=ratio, ppl_ratio_se=error))
-    assert found == f"Prose: {expected}. Exact strings: not measured."
+    verdict = verdict_in_words(Measured(ppl_ratio=ratio, ppl_ratio_se=error))
+    assert verdict == f"Prose: {expected}. Exact strings: not measured."
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ def test_prose_is_judged_by_perplexity_and_its_error(ratio, error, expected) -> 
     ],
 )
 def test_lost_strings_are_counted_among_those_answered_in_full(n, full, lost, expected) -> None:
-    found = Measured(ppl_ratio=1.0, lookups_n=n, lookups_full=full, lookups_lost=lost)
-    assert verdict_in_words(found).endswith(f" Exact strings: {expected}.")
+    figures = Measured(ppl_ratio=1.0, lookups_n=n, lookups_full=full, lookups_lost=lost)
+    assert verdict_in_words(figures).endswith(f" Exact strings: {expected}.")
 
 
 FEW = "makes 3 of 18 correct answers wrong"
@@ -48,8 +48,8 @@ FEW = "makes 3 of 18 correct answers wrong"
         (9, 0, 0.004, "makes 9 of 18 correct answers wrong, which is unlikely to be due to chance"),
     ],
 )
-def test_a_comparison_counts_lost_right_answers(only_full, only_pruned, p, expected) -> None:
-    found: Any = SimpleNamespace(
+def test_comparison_counts_lost_right_answers(only_full, only_pruned, p, expected) -> None:
+    comparison: Any = SimpleNamespace(
         answers=[None] * 20,
         n_judged=20,
         full_hits=18,
@@ -57,10 +57,10 @@ def test_a_comparison_counts_lost_right_answers(only_full, only_pruned, p, expec
         n_only_pruned=only_pruned,
         p_value=p,
     )
-    assert comparison_in_words(found) == f"Fast reading {expected}."
+    assert comparison_in_words(comparison) == f"Fast reading {expected}."
 
 
 def test_without_expected_answers_only_differences_count() -> None:
-    found: Any = SimpleNamespace(answers=[None] * 5, n_judged=0, different=[None])
-    shown = "Fast reading changed 1 of 5 answers. No expected answers were given."
-    assert comparison_in_words(found) == shown
+    comparison: Any = SimpleNamespace(answers=[None] * 5, n_judged=0, different=[None])
+    sentence = "Fast reading changed 1 of 5 answers. No expected answers were given."
+    assert comparison_in_words(comparison) == sentence

@@ -34,7 +34,7 @@ def tiny(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_logits_are_those_of_the_backend(tmp_path, name):
+def test_logits_equal_the_backends(tmp_path, name):
     path, tokens = tiny(tmp_path, name), prompt(48)
     expected = backend_logits(opened(path), tokens)
     assert mean_kl(expected, torch_logits(path, tokens)) < NOISE
@@ -57,14 +57,14 @@ def halved(hyper: Hyper) -> tuple[Rope, ...]:
         ("gemma3", lambda h: {"embedding_scale": 1.0}),
     ],
 )
-def test_what_is_computed_otherwise_shows_in_the_logits(tmp_path, name, wrong):
+def test_wrong_settings_change_the_logits(tmp_path, name, wrong):
     path, tokens = tiny(tmp_path, name), prompt(48)
     change = wrong(read_hyper(read_source(path)))
     changed = torch_logits(path, tokens, **change)
     assert mean_kl(torch_logits(path, tokens), changed) > 10 * NOISE
 
 
-def test_a_split_model_is_read_from_all_its_parts(tmp_path):
+def test_split_model_is_read_from_all_its_parts(tmp_path):
     whole = make_gguf(tmp_path / "whole.gguf", "llama")
     parts = make_split(tmp_path / "split.gguf", "llama", max_tensors=20)
     tokens = prompt(8)
@@ -83,13 +83,13 @@ def test_a_split_model_is_read_from_all_its_parts(tmp_path):
         ("llama", {"rope_divisor": 2.0, "rope_scaling": gguf.RopeScalingType.YARN}, "'yarn'"),
     ],
 )
-def test_what_it_does_not_compute_is_refused_by_name(tmp_path, arch, recipe, reason):
+def test_unsupported_models_are_refused_by_name(tmp_path, arch, recipe, reason):
     path = make_gguf(tmp_path / "other.gguf", arch, **recipe)
     with pytest.raises(UnsupportedArchitectureError, match=reason):
         read_hyper(read_source(path))
 
 
-def test_a_bias_of_the_head_is_refused(tmp_path):
+def test_bias_of_the_head_is_refused(tmp_path):
     path = make_gguf(tmp_path / "plain.gguf", "qwen2")
     biased = add_tensor(path, tmp_path / "biased.gguf", "output.bias", np.zeros(8, np.float32))
     with pytest.raises(UnsupportedArchitectureError, match=r"the tensor output\.bias"):

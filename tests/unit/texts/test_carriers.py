@@ -29,8 +29,8 @@ def _carriers(use: Use, n: int = 5, n_tokens: int = 1024) -> list[Carrier]:
 @pytest.mark.parametrize("use", Use)
 def test_answers_and_subjects_are_unique(use: Use) -> None:
     for carrier in _carriers(use):
-        assert len({each.question for each in carrier.questions}) == 20
-        assert all(carrier.text.count(each.answer) == 1 for each in carrier.questions)
+        assert len({question.question for question in carrier.questions}) == 20
+        assert all(carrier.text.count(question.answer) == 1 for question in carrier.questions)
 
 
 @pytest.mark.parametrize("use", Use)
@@ -47,11 +47,11 @@ def test_documents_have_the_requested_size_and_half_prose(use: Use) -> None:
 
 @pytest.mark.parametrize("use", Use)
 def test_questions_cover_all_kinds_and_layouts(use: Use) -> None:
-    questions = [each for carrier in _carriers(use, 10) for each in carrier.questions]
-    kinds = Counter(each.kind for each in questions)
+    questions = [question for carrier in _carriers(use, 10) for question in carrier.questions]
+    kinds = Counter(question.kind for question in questions)
     assert set(kinds) == set(KINDS)
     assert min(kinds.values()) > 8
-    assert {each.layout for each in questions} == set(LAYOUTS[use])
+    assert {question.layout for question in questions} == set(LAYOUTS[use])
 
 
 def test_fitting_and_measuring_share_no_layout_word_or_value() -> None:
@@ -64,7 +64,8 @@ def test_fitting_and_measuring_share_no_layout_word_or_value() -> None:
             second = [each for key in second for each in second[key]]
         assert not set(first) & set(second) if isinstance(first, tuple | list) else first != second
     answers = [
-        {each.answer for carrier in _carriers(use) for each in carrier.questions} for use in Use
+        {question.answer for carrier in _carriers(use) for question in carrier.questions}
+        for use in Use
     ]
     assert not answers[0] & answers[1]
 
@@ -78,8 +79,8 @@ def test_answers_for_training_are_located_by_character() -> None:
     carrier = _carriers(Use.FITTING, 1)[0]
     text, spans = with_answers(carrier)
     assert text.startswith(carrier.text)
-    found = [text[start:end] for start, end in spans]
-    assert found == [each.answer for each in carrier.questions]
+    texts = [text[start:end] for start, end in spans]
+    assert texts == [question.answer for question in carrier.questions]
     assert all(text[start - 1] == " " for start, _ in spans)
 
 

@@ -12,7 +12,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_model_cannot_move_the_cursor():
+def test_model_cannot_move_the_cursor():
     escapes = "a\x1b[2Jb\x07\x9b1m\tc\n"
     for stream, written in ((Terminal(), "a[2Jb1m\tc\n"), (io.StringIO(), escapes)):
         answer = AnswerWriter(stream)

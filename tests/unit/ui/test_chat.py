@@ -67,7 +67,7 @@ def test_pop_is_switched_and_shown():
     assert model.engine.pruning.mode is Mode.CONTEXT
 
 
-def test_pop_on_a_model_that_is_not_converted():
+def test_full_is_refused_without_a_conversion():
     model = ScriptedModel()
     model.convert(boundary=0)
     assert talk(model, "/full", "/full off") == [
@@ -80,16 +80,16 @@ def test_pop_on_a_model_that_is_not_converted():
 
 def test_clear_forgets_the_turns_but_not_the_system_prompt():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS])
-    shown = talk(model, "a", "/clear", "/stats", "b", system="Be brief.")
-    assert "# Conversation cleared." in shown
-    assert "# No answers yet." in shown
+    transcript = talk(model, "a", "/clear", "/stats", "b", system="Be brief.")
+    assert "# Conversation cleared." in transcript
+    assert "# No answers yet." in transcript
     assert model.asked[1] == [Message("system", "Be brief."), Message("user", "b")]
 
 
 def test_system_is_set_and_shown():
     model = ScriptedModel(["Aye.", STATS])
-    shown = talk(model, "/system", "/system Talk like a sailor.", "/system", "hi")
-    assert shown[:6] == [
+    transcript = talk(model, "/system", "/system Talk like a sailor.", "/system", "hi")
+    assert transcript[:6] == [
         "> /system",
         "# No system prompt.",
         "> /system Talk like a sailor.",
@@ -113,10 +113,10 @@ def test_stats_add_up():
 
 
 def test_help_lists_every_command():
-    shown = talk(ScriptedModel(), "/help")
-    assert talk(ScriptedModel(), "?")[1:] == talk(ScriptedModel(), "/?")[1:] == shown[1:]
-    assert [line.split()[1] for line in shown[1 : 1 + len(COMMANDS)]] == list(COMMANDS)
-    assert shown[1 + len(COMMANDS) :] == [f"# {line}" for line in HELP_NOTES]
+    transcript = talk(ScriptedModel(), "/help")
+    assert talk(ScriptedModel(), "?")[1:] == talk(ScriptedModel(), "/?")[1:] == transcript[1:]
+    assert [line.split()[1] for line in transcript[1 : 1 + len(COMMANDS)]] == list(COMMANDS)
+    assert transcript[1 + len(COMMANDS) :] == [f"# {line}" for line in HELP_NOTES]
 
 
 @pytest.mark.parametrize("word", ["/exit", "/bye", "/quit", "exit", "Quit "])
@@ -158,14 +158,14 @@ def test_only_a_turn_with_an_answer_is_kept(answer, lines, n_messages):
     assert len(model.asked[1]) == n_messages
 
 
-def test_an_answer_that_the_engine_stopped_has_its_figures():
+def test_answer_that_the_engine_stopped_has_its_figures():
     stopped = TurnStats(100, 0, 83, 17, 0.5, 0.25, 3, 0.5, "interrupted")
-    shown = talk(ScriptedModel(["Once", stopped]), "tell")
-    assert shown[-2:] == ["Once", f"# {stats_line(stopped)}"]
-    assert shown[-1].endswith("· stopped")
+    transcript = talk(ScriptedModel(["Once", stopped]), "tell")
+    assert transcript[-2:] == ["Once", f"# {stats_line(stopped)}"]
+    assert transcript[-1].endswith("· stopped")
 
 
-def test_an_answer_that_was_stopped_before_it_began():
+def test_stop_during_the_prefill_drops_the_question():
     unread = TurnStats(1000, 100, 412, 0, 0.5, 0.25, 0, 0.0, "interrupted")
     assert talk(ScriptedModel([unread]), "tell", "/stats")[2:] == [
         "# Reading stopped after 512 of 1,000 prompt tokens.",
@@ -208,7 +208,7 @@ def test_interrupt_ends_piped_lines(answer, monkeypatch):
         *("/full maybe", "/set top_p 2", "/set nothing"),
     ],
 )
-def test_a_refused_line_counts_as_a_failure(line):
+def test_refused_line_counts_as_a_failure(line):
     begun = scripted_chat(ScriptedModel(), Transcript())
     run_command(begun, line)
     assert begun.has_failed
@@ -236,19 +236,19 @@ def test_full_is_offered_once_after_an_exact_string(answer, n_exact, lookups, is
     stats = replace(STATS, n_exact=n_exact)
     model = ScriptedModel([answer, stats], [answer, stats])
     if lookups:
-        found = Measured(lookups_n=lookups[0], lookups_lost=lookups[1])
-        model.engine.context.files.meta = PopMeta("FS", measured=found)
+        figures = Measured(lookups_n=lookups[0], lookups_lost=lookups[1])
+        model.engine.context.files.meta = PopMeta("FS", measured=figures)
     offers = [line for line in talk(model, "which?", "again?") if "/full on" in line]
     assert len(offers) == is_offered
     assert all("may alter numbers" in line for line in offers)
 
 
-def test_a_full_context_is_reported_once():
+def test_full_context_is_reported_once():
     filling = TurnStats(3200, 0, 3183, 17, 0.5, 0.25, 96, 0.5, "length")
-    shown = talk(ScriptedModel(["And so", filling], ["on", filling]), "tell", "more")
-    assert shown[3].endswith("· cut off at the token limit")
-    assert shown[4] == (
+    transcript = talk(ScriptedModel(["And so", filling], ["on", filling]), "tell", "more")
+    assert transcript[3].endswith("· cut off at the token limit")
+    assert transcript[4] == (
         "* The context is 80% full (3,296 of 4,096 tokens)."
         " Type /clear or /undo, or restart with a larger context (--ctx N)."
     )
-    assert sum(line.startswith("* ") for line in shown) == 1
+    assert sum(line.startswith("* ") for line in transcript) == 1

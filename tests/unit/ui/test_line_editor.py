@@ -18,7 +18,7 @@ def piped(monkeypatch, content: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
-def test_a_line_that_is_not_utf8_is_left_out(monkeypatch):
+def test_line_that_is_not_utf8_is_skipped(monkeypatch):
     piped(monkeypatch, b"one\n\xff\xfe\ntwo\r\nGr\xc3\xbc\xc3\x9fe")
     model = ScriptedModel(["One.", STATS], ["Two.", STATS], ["Three.", STATS])
     screen = Transcript()
@@ -29,7 +29,7 @@ def test_a_line_that_is_not_utf8_is_left_out(monkeypatch):
     assert chat.has_failed
 
 
-def test_a_mark_of_the_encoding_is_not_sent(monkeypatch):
+def test_byte_order_mark_is_not_sent(monkeypatch):
     piped(monkeypatch, "one\n".encode("utf-8-sig") * 2)
     assert [piped_line(), piped_line()] == ["one", "one"]
 
@@ -47,11 +47,11 @@ def test_utf16_is_refused(monkeypatch, encoding):
 def test_words_and_paths_are_both_completed(tmp_path):
     (tmp_path / "small.gguf").touch()
     completer = _Completer({"/model": lambda: (f"{tmp_path}/smol", "other")})
-    found = completer.get_completions(Document(f"/model {tmp_path}/sm"), CompleteEvent())
-    assert [each.text for each in found] == [f"{tmp_path}/smol", "all.gguf"]
+    completions = completer.get_completions(Document(f"/model {tmp_path}/sm"), CompleteEvent())
+    assert [completion.text for completion in completions] == [f"{tmp_path}/smol", "all.gguf"]
 
 
-def test_a_pipe_that_cannot_be_read_ends_the_chat():
+def test_pipe_that_cannot_be_read_ends_the_chat():
     """Fail every read, as under nohup, which closes stdin."""
 
     def unreadable() -> str:

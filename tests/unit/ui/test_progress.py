@@ -100,8 +100,8 @@ def test_prints_notes_and_warnings_between_bars(capsys):
 
 
 def test_progress_raises_when_stopped():
-    asked = iter([False, True])
-    advance = Watch(should_stop=lambda: next(asked)).stage("Reading")
+    answers = iter([False, True])
+    advance = Watch(should_stop=lambda: next(answers)).stage("Reading")
     advance(1, 3)
     with pytest.raises(StoppedError):
         advance(2, 3)

@@ -34,18 +34,18 @@ def test_retry_asks_the_last_question_again():
     assert [message.content for message in model.asked[2]] == ["hi", "Two.", "and?"]
 
 
-def test_a_question_survives_an_unexpected_error():
+def test_question_survives_an_unexpected_error():
     model = ScriptedModel(["One.", STATS], [RuntimeError("lost the GPU")], ["Two.", STATS])
-    shown = talk(model, "hi", "/retry", "/retry")
-    assert any("lost the GPU" in line for line in shown)
+    transcript = talk(model, "hi", "/retry", "/retry")
+    assert any("lost the GPU" in line for line in transcript)
     assert model.asked[2] == model.asked[1]
-    assert "Two." in shown
+    assert "Two." in transcript
 
 
 def test_undo_drops_one_turn_after_the_other():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS], ["Three.", STATS])
-    shown = talk(model, "a", "b", "/undo", "c", "/undo", "/undo", "/undo")
-    assert [line for line in shown if line.startswith(("# Dropped", "# There are no"))] == [
+    transcript = talk(model, "a", "b", "/undo", "c", "/undo", "/undo", "/undo")
+    assert [line for line in transcript if line.startswith(("# Dropped", "# There are no"))] == [
         "# Dropped: b",
         "# Dropped: c",
         "# Dropped: a",
@@ -54,7 +54,7 @@ def test_undo_drops_one_turn_after_the_other():
     assert [message.content for message in model.asked[2]] == ["a", "One.", "c"]
 
 
-def test_set_shows_and_changes_how_answers_are_sampled():
+def test_set_shows_and_changes_sampling():
     model = ScriptedModel(["Hm.", STATS])
     model.engine.recommended = {"top_k": 20}
     lines = ("/set top_p 0.5", "/set temperature 0.2", "/set top_p default", "/set", "hi")
@@ -96,15 +96,15 @@ def test_set_shows_and_changes_how_answers_are_sampled():
         ),
     ],
 )
-def test_set_refuses_nonsense(line, answer):
+def test_set_refuses_invalid_values(line, answer):
     assert talk(ScriptedModel(), line) == [f"> {line}", f"# {answer}"]
 
 
 def test_model_is_shown_and_changed_in_mid_conversation():
     model, other = ScriptedModel(["One.", STATS]), ScriptedModel(["Two.", STATS], n_ctx=2048)
     other.engine.context.files.path = "other.gguf"
-    shown = talk(model, "hi", "/full on", "/model other", "go on", others={"other": other})
-    assert shown[6:10] == [
+    transcript = talk(model, "hi", "/full on", "/model other", "go on", others={"other": other})
+    assert transcript[6:10] == [
         "> /model other",
         "# other.gguf (Scripted, llama)",
         "# Context: 2,048 tokens.",
@@ -114,27 +114,27 @@ def test_model_is_shown_and_changed_in_mid_conversation():
     assert [message.content for message in other.asked[0]] == ["hi", "One.", "go on"]
 
 
-def test_a_model_may_be_given_as_a_file_may(tmp_path, monkeypatch):
+def test_model_accepts_quoted_paths_and_home(tmp_path, monkeypatch):
     for home in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(home, str(tmp_path))
     file = tmp_path / "my model.gguf"
     file.touch()
     for given in ("~/my model.gguf", f"'{file}'"):
-        shown = talk(ScriptedModel(), f"/model {given}", others={str(file): ScriptedModel()})
-        assert shown[1] == "# model.gguf (Scripted, llama)"
+        transcript = talk(ScriptedModel(), f"/model {given}", others={str(file): ScriptedModel()})
+        assert transcript[1] == "# model.gguf (Scripted, llama)"
 
 
-def test_a_model_that_cannot_be_pruned_switches_nothing_off():
+def test_model_that_cannot_be_pruned_switches_nothing_off():
     plain, other = ScriptedModel(), ScriptedModel()
     plain.convert(boundary=0)
     talk(plain, "/model other", others={"other": other})
     assert other.engine.pruning.mode is Mode.CONTEXT
 
 
-def test_a_model_that_is_not_there_leaves_the_one_that_is():
+def test_missing_model_keeps_the_open_model():
     model = ScriptedModel(["One.", STATS])
-    shown = talk(model, "/model nowhere", "hi")
-    assert shown[1] == "! there is no model nowhere; "
+    transcript = talk(model, "/model nowhere", "hi")
+    assert transcript[1] == "! there is no model nowhere; "
     assert not model.is_closed and len(model.asked) == 1
 
 
@@ -148,43 +148,44 @@ def report(tmp_path):
     return path
 
 
-def test_a_file_goes_with_the_next_question_alone(report):
+def test_file_goes_with_the_next_question_alone(report):
     model = ScriptedModel(["A report.", STATS], ["Yes.", STATS])
-    shown = talk(model, f"/file '{report}'", "/file", "what is it?", "sure?")
-    assert shown[1:5] == [
+    transcript = talk(model, f"/file '{report}'", "/file", "what is it?", "sure?")
+    assert transcript[1:5] == [
         f"# {report}: 50 tokens, 1% of the context.",
         "# Your next question will include the attachment.",
         "> /file",
         "# /file needs a path.",
     ]
-    (asked,) = model.asked[0]
-    assert asked.content == f"{report.read_text()}\n\nwhat is it?"
+    (message,) = model.asked[0]
+    assert message.content == f"{report.read_text()}\n\nwhat is it?"
     assert model.asked[1][-1] == Message("user", "sure?")
 
 
-def test_a_file_that_is_too_large_is_not_attached(report):
+def test_file_that_is_too_large_is_not_attached(report):
     # The answer gets 20 tokens (an eighth of the context), the question 64.
     model = ScriptedModel(["Hm.", STATS], n_ctx=98)
     model.engine.context.files.n_ctx_train = 98
-    shown = talk(model, f"/file {report}", "s", "what is it?", sampling={})
+    transcript = talk(model, f"/file {report}", "s", "what is it?", sampling={})
     assert (
-        shown[2] == "? The attachment is 28 tokens too long (the context has room for 22 tokens)."
+        transcript[2]
+        == "? The attachment is 28 tokens too long (the context has room for 22 tokens)."
     )
-    assert "# Nothing was attached." in shown
+    assert "# Nothing was attached." in transcript
     assert model.asked[0][0].content == "what is it?"
 
 
-def test_a_larger_context_makes_room_for_a_file(report):
+def test_larger_context_makes_room_for_a_file(report):
     model, larger = ScriptedModel(n_ctx=98), ScriptedModel(["Hm.", STATS])
-    shown = talk(model, f"/file {report}", "l", "what?", sampling={}, others={1024: larger})
-    assert "?   l  use a larger context (--ctx 1024)" in shown
-    assert "# The context length is now 4,096 tokens." in shown
+    transcript = talk(model, f"/file {report}", "l", "what?", sampling={}, others={1024: larger})
+    assert "?   l  use a larger context (--ctx 1024)" in transcript
+    assert "# The context length is now 4,096 tokens." in transcript
     assert len(larger.asked[0][0].content.split()) == 51
 
 
 @pytest.mark.skipif(os.sep != "/", reason="there a backslash is between folders")
 @pytest.mark.parametrize("name", ["my report.txt", "what's (new).txt", "a\\ b.txt"])
-def test_a_file_may_be_dropped_on_the_terminal(tmp_path, name):
+def test_file_may_be_dropped_on_the_terminal(tmp_path, name):
     (tmp_path / name).write_text("Words.")
     plain, escaped = f"{tmp_path}/{name}", f"{tmp_path}/" + re.sub(r"([\\ '()])", r"\\\1", name)
     for given in (plain, f"'{plain}'", escaped):
@@ -202,11 +203,11 @@ def conversation(*keys: str, n_ctx: int = 40) -> tuple[ScriptedModel, list[str]]
     return model, talk(model, *questions, *keys, sampling={})
 
 
-def test_a_question_that_does_not_fit_offers_choices():
-    model, shown = conversation()
+def test_question_that_does_not_fit_offers_choices():
+    model, transcript = conversation()
     assert len(model.asked) == 2
-    at = next(i for i, line in enumerate(shown) if line.startswith("? "))
-    assert shown[at:] == [
+    at = next(i for i, line in enumerate(transcript) if line.startswith("? "))
+    assert transcript[at:] == [
         "? The context is 2 tokens too small: the prompt has 37 tokens, an answer needs 5 or more,"
         " and the context has 40.",
         "?   d  drop the oldest turn",
@@ -223,10 +224,10 @@ def test_dropping_turns_makes_room(key, n_messages):
 
 
 @pytest.mark.parametrize(("switch", "mode"), [("on", Mode.OFF), ("off", Mode.CONTEXT)])
-def test_a_switch_is_kept_by_a_larger_context(switch, mode):
+def test_switch_is_kept_by_a_larger_context(switch, mode):
     """Open the larger context in the other mode, as --full does, and keep the mode."""
     model, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
     larger.engine.pruning.mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT
-    shown = talk(model, f"/full {switch}", "a " * 13, "l", sampling={}, others={1024: larger})
+    transcript = talk(model, f"/full {switch}", "a " * 13, "l", sampling={}, others={1024: larger})
     assert larger.engine.pruning.mode is mode
-    assert shown[-2:] == ["z", STATS_LINE]
+    assert transcript[-2:] == ["z", STATS_LINE]

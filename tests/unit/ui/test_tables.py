@@ -41,7 +41,7 @@ def test_json_takes_dataclasses_and_paths(capsys):
     assert "ü" in printed
 
 
-def test_json_refuses_what_no_json_reader_takes():
+def test_json_refuses_nan_and_infinity():
     with pytest.raises(ValueError, match="not JSON compliant"):
         print_json({"ratio": float("nan")})
 
@@ -54,7 +54,7 @@ def test_does_not_wrap_in_a_pipe(capsys):
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
-def test_a_pipe_gets_plain_text_in_any_environment(monkeypatch, capsys, variable):
+def test_pipe_gets_plain_text_in_any_environment(monkeypatch, capsys, variable):
     monkeypatch.setenv(variable, "1")
     for stream, stderr in (("out", False), ("err", True)):
         monkeypatch.setattr(console, stream, console._console(stderr=stderr))
@@ -72,7 +72,7 @@ NASTY = "\x1b]0;owned\x07a\nb\u202e\udcff é語"
 HARMLESS = r"\x1b]0;owned\x07a\nb\u202e\udcff é語"
 
 
-def test_what_would_steer_a_terminal_is_escaped(monkeypatch, capsys):
+def test_terminal_control_characters_are_escaped(monkeypatch, capsys):
     table = ((Column("Name", itemgetter(0)),), ((NASTY,),))
     assert HARMLESS in markdown(*table)
     for is_terminal in (False, True):

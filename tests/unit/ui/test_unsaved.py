@@ -36,28 +36,28 @@ def talked(model: PopModel, folder: Path, *lines: str | BaseException) -> list[s
     return transcript.shown.splitlines()
 
 
-def test_a_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
+def test_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
     talked(model, tmp_path, "my question", "and more?", SystemExit(143))
     (file,) = tmp_path.glob("*.popsession")
     assert file.stat().st_mode & 0o077 == 0
-    shown = talked(model, tmp_path, "k", "/undo")
+    transcript = talked(model, tmp_path, "k", "/undo")
     assert re.fullmatch(
         r"\? A chat with .+\.gguf ended unexpectedly on 20.+ \(2 turns\)\."
         r" The first question was: my question",
-        shown[0],
+        transcript[0],
     )
-    assert shown[-1] == "# There are no turns to remove."
-    shown = talked(model, tmp_path, "", SystemExit(143))  # Enter continues the chat
-    assert "# The model will read this conversation again before the next answer." in shown
+    assert transcript[-1] == "# There are no turns to remove."
+    transcript = talked(model, tmp_path, "", SystemExit(143))  # Enter continues the chat
+    assert "# The model will read this conversation again before the next answer." in transcript
     talked(model, tmp_path, "c", "third", SystemExit(143))
-    shown = talked(model, tmp_path, "d")
-    assert "(3 turns). The first question was: my question" in shown[0]
+    transcript = talked(model, tmp_path, "d")
+    assert "(3 turns). The first question was: my question" in transcript[0]
     assert talked(model, tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["/clear", "/undo"])
-def test_a_crashed_chat_without_turns_is_not_offered(model, tmp_path, command):
+def test_crashed_chat_without_turns_is_not_offered(model, tmp_path, command):
     talked(model, tmp_path, "my question", command, SystemExit(143))
     assert talked(model, tmp_path) == []
     assert list(tmp_path.glob("*.popsession")) == []
@@ -68,19 +68,21 @@ def test_no_answer_to_one_offer_skips_the_next(model, tmp_path):
         talked(model, tmp_path, *["k"] * (question == "two"), question, SystemExit(143))
     assert len(list(tmp_path.glob("*.popsession"))) == 2
     for lines, n_asked in (((), 1), (("k", "k", "/exit"), 2)):
-        shown = talked(model, tmp_path, *lines)
-        assert sum(line.startswith("? A chat with") for line in shown) == n_asked
-        assert sum(line.startswith("1 older chat also ended") for line in shown) == 1
+        transcript = talked(model, tmp_path, *lines)
+        assert sum(line.startswith("? A chat with") for line in transcript) == n_asked
+        assert sum(line.startswith("1 older chat also ended") for line in transcript) == 1
 
 
-def test_a_mode_restored_with_a_conversation_is_reported(model, tmp_path):
+def test_mode_restored_with_a_conversation_is_reported(model, tmp_path):
     talked(model, tmp_path, "my question", SystemExit(143))
     model.engine.set_mode(Mode.OFF)
     try:
-        shown = talked(model, tmp_path, "c", "/exit")
+        transcript = talked(model, tmp_path, "c", "/exit")
     finally:
         model.engine.set_mode(Mode.CONTEXT)
-    assert any(line.startswith("# Fast reading is on: it skips 3 of 8 layers") for line in shown)
+    assert any(
+        line.startswith("# Fast reading is on: it skips 3 of 8 layers") for line in transcript
+    )
 
 
 def test_its_folders_are_the_owners(model, tmp_path):
@@ -90,8 +92,8 @@ def test_its_folders_are_the_owners(model, tmp_path):
         talked(model, folder, "my question", SystemExit(143))
     finally:
         os.umask(before)
-    made = [folder.parent, folder, *folder.iterdir()]
-    assert [path.stat().st_mode & 0o077 for path in made] == [0] * 4
+    results = [folder.parent, folder, *folder.iterdir()]
+    assert [path.stat().st_mode & 0o077 for path in results] == [0] * 4
 
 
 def test_piped_lines_that_ctrl_c_ended_leave_nothing(model, tmp_path, monkeypatch):
@@ -101,7 +103,7 @@ def test_piped_lines_that_ctrl_c_ended_leave_nothing(model, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_living_chat_is_not_offered(model, tmp_path):
+def test_living_chat_is_not_offered(model, tmp_path):
     transcript = Transcript("my question")
     chat = Dialogue(model, lambda *_: model, transcript, sampling={"max_tokens": 4})
     with Unsaved(tmp_path) as unsaved:
@@ -110,10 +112,10 @@ def test_a_living_chat_is_not_offered(model, tmp_path):
         assert len(list(tmp_path.glob("*.popsession"))) == 1
 
 
-def test_a_transcript_that_cannot_be_saved_is_reported_once(model, tmp_path):
+def test_transcript_that_cannot_be_saved_is_reported_once(model, tmp_path):
     (tmp_path / "file").write_text("")
-    shown = talked(model, tmp_path / "file" / "unsaved", "one", "two")
-    assert [line[:41] for line in shown if line.startswith("* ")] == [
+    transcript = talked(model, tmp_path / "file" / "unsaved", "one", "two")
+    assert [line[:41] for line in transcript if line.startswith("* ")] == [
         "* This chat cannot be saved automatically"
     ]
-    assert sum(line.startswith("# prompt ") for line in shown) == 2
+    assert sum(line.startswith("# prompt ") for line in transcript) == 2

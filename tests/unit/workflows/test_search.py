@@ -58,19 +58,19 @@ def searched(tmp_path, monkeypatch):
         full: Any = SimpleNamespace(deep_share=SHARES.get)
         runner: Any = SimpleNamespace(watch=watch)
         fitter: Any = SimpleNamespace(distiller=None)
-        found = Search(runner, BALANCED, fitter, full, plans)
+        search_result = Search(runner, BALANCED, fitter, full, plans)
         fits: Any = "fitted"
-        found.plain = [Candidate(plan, fits) for plan in plans]
-        for candidate in found.plain:
-            settle(found, candidate)
+        search_result.plain = [Candidate(plan, fits) for plan in plans]
+        for candidate in search_result.plain:
+            settle(search_result, candidate)
         settled.clear()
-        return found, settled
+        return search_result, settled
 
     return search
 
 
 @pytest.mark.parametrize(
-    ("least", "settled", "chosen"),
+    ("least", "settled", "fastest"),
     [
         ({NAMES: 4}, ["4 (spelling)", "5 (spelling)"], "4 (names)"),
         ({NAMES: 4, SPELLING: 4}, ["4 (spelling)", "4"], "4 (spelling)"),
@@ -78,16 +78,16 @@ def searched(tmp_path, monkeypatch):
         ({NAMES: 4, SPELLING: 4, NONE: 4}, ["4 (spelling)", "4"], "4"),
     ],
 )
-def test_rows_are_traded_for_layers_while_that_is_faster(searched, least, settled, chosen):
-    search, asked = searched(least)
+def test_rows_are_traded_for_layers_while_that_is_faster(searched, least, settled, fastest):
+    search, candidates = searched(least)
     before = search.fastest().plan.speedup_limit
     search.trade_rows()
-    assert str(search.fastest()) == chosen
-    assert asked == settled
+    assert str(search.fastest()) == fastest
+    assert candidates == settled
     assert all(each.plan.speedup_limit > before for each in search.traded.values())
 
 
-def test_the_share_of_deep_rows_counts_in_the_speedup_limit(searched):
+def test_share_of_deep_rows_counts_in_the_speedup_limit(searched):
     search, _ = searched({NAMES: 4})
     plan = search.plans[0]
     limits = [replace(plan, deep_share=share).speedup_limit for share in SHARES.values()]
@@ -99,14 +99,14 @@ def test_rules_with_fewer_rows_end_at_none():
     assert NONE.fewer == ()
 
 
-def test_a_walk_ends_at_the_first_candidate_outside(searched):
-    search, asked = searched({NAMES: 4})
+def test_walk_ends_at_the_first_candidate_outside(searched):
+    search, candidates = searched({NAMES: 4})
     search.distilled = [Candidate(it.plan, it.fitted) for it in search.plain]
     search.distill()
-    assert asked == ["7 own (names)", *(f"{boundary} (names)" for boundary in (6, 5, 4, 3))]
+    assert candidates == ["7 own (names)", *(f"{boundary} (names)" for boundary in (6, 5, 4, 3))]
 
 
-def test_a_walk_that_fails_keeps_the_earlier_results(searched, monkeypatch):
+def test_walk_that_fails_keeps_the_earlier_results(searched, monkeypatch):
     search, _ = searched({NAMES: 4})
 
     def fail(self: Search, candidate: Candidate) -> bool:
@@ -121,7 +121,7 @@ def test_a_walk_that_fails_keeps_the_earlier_results(searched, monkeypatch):
     assert str(search.fastest()) == "4 (names)"
 
 
-def test_a_search_without_a_candidate_inside_is_over_budget(searched):
+def test_search_without_a_candidate_inside_is_over_budget(searched):
     search, _ = searched({})
     for candidate in search.judged:
         figures: Any = candidate.quality
