@@ -16,7 +16,7 @@ import pytest
 
 from pop_base.errors import PopError, StoppedError
 from pop_local.engine.limited.process import KeptProcess, NoChildError
-from pop_local.engine.llama import backend, context, logs
+from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.prompt import template_child
@@ -48,15 +48,6 @@ def test_ctrl_c_interrupts_opening_a_model(pop_file):
     assert presses
 
 
-def test_an_error_after_loading_the_weights_is_reported(pop_file, monkeypatch):
-    def fail(n_batch: int) -> None:
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(context, "TokenBatch", fail)
-    with pytest.raises(MemoryError, match="no room"):
-        opened(pop_file)
-
-
 def test_closing_a_model_during_prefill_stops_it_first(pop_file):
     """A SIGTERM handler closes the model between two nodes of llama.cpp's graph."""
     model = opened(pop_file)
@@ -81,19 +72,6 @@ def test_closing_a_model_during_prefill_stops_it_first(pop_file):
         append(model, prompt(10))
 
 
-def test_closing_a_model_in_its_callback_stops_prefill_first(pop_file):
-    model = opened(pop_file)
-
-    def close(done: int, total: int) -> None:
-        if 0 < done < total:
-            model.close()
-
-    with pytest.raises(StoppedError):
-        append(model, prompt(300), close)
-    with pytest.raises(PopError, match="is closed"):
-        append(model, prompt(10))
-
-
 @pytest.mark.parametrize("when", [0, 512, 968])
 @pytest.mark.parametrize("should_stop", [None, lambda: False])
 def test_closing_a_model_during_an_answers_prefill_is_an_error(pop_file, when, should_stop):
@@ -110,7 +88,13 @@ def test_closing_a_model_during_an_answers_prefill_is_an_error(pop_file, when, s
 
 
 @pytest.mark.parametrize(
-    "use", [lambda model: model.engine.cache.clear(), lambda model: append(model, [3])]
+    "use",
+    [
+        lambda model: model.engine.cache.clear(),
+        lambda model: append(model, [3]),
+        lambda model: model.engine.set_mode(Mode.OFF),
+    ],
+    ids=["clear", "append", "set_mode"],
 )
 def test_a_computing_model_refuses_other_calls(pop_file, use):
     model = opened(pop_file)
@@ -119,6 +103,7 @@ def test_a_computing_model_refuses_other_calls(pop_file, use):
     should_stop = partial(use, model)
     with stopped_by(should_stop), pytest.raises(PopError, match="from a callback during a batch"):
         append(model, prompt(300))
+    assert model.engine.pruning.mode is backend.get_mode(model.engine.context.ctx) is Mode.CONTEXT
     np.testing.assert_allclose(read(model, prompt(300)), expected, atol=NOISE)
 
 
@@ -154,14 +139,6 @@ def test_a_model_closed_between_two_chunks_of_refilling_stops_first(pop_file):
         append(model, prompt(10))
 
 
-def test_a_mode_is_not_switched_while_a_batch_is_computed(pop_file):
-    model = opened(pop_file)
-    should_stop: Any = partial(model.engine.set_mode, Mode.OFF)
-    with stopped_by(should_stop), pytest.raises(PopError, match="from a callback during a batch"):
-        append(model, prompt(300))
-    assert model.engine.pruning.mode is backend.get_mode(model.engine.context.ctx) is Mode.CONTEXT
-
-
 def test_a_state_is_saved_after_the_model_file_was_deleted(tmp_path):
     model = opened(tiny(tmp_path))
     read(model, prompt(50))
@@ -173,10 +150,10 @@ def test_a_state_is_saved_after_the_model_file_was_deleted(tmp_path):
 def test_an_unreferenced_model_is_freed_immediately(pop_file):
     model = opened(pop_file)
     model.chat("a b", max_tokens=2)
-    known = weakref.ref(model)
+    reference = weakref.ref(model)
     gc.disable()
     try:
         del model
-        assert known() is None
+        assert reference() is None
     finally:
         gc.enable()

@@ -40,38 +40,19 @@ def test_chunks_cover_the_prompt_and_keep_the_tail_together(n_tokens, tail_token
         assert start <= plan.full_from - 7
 
 
-def shown(pieces: list[bytes], stops: tuple[str, ...] = ()) -> tuple[list[str], str, str]:
+@pytest.mark.parametrize(
+    ("pieces", "stops", "expected"),
+    [
+        ([b"5 ", b"\xe2", b"\x82", b"\xac", b"!"], (), (["5 ", "", "", "€", "!"], "", "")),
+        ([b"a", b"\xe2\x82"], (), (["a", ""], "", "")),
+        ([b"fine\nUs", b"er", b": no"], ("\nUser:",), (["fine", "", ""], "", "\nUser:")),
+        ([b"fine\nUs", b"ual"], ("\nUser:",), (["fine", "\nUsual"], "", "")),
+        ([b"fine\nUs"], ("\nUser:",), (["fine"], "\nUs", "")),
+        ([b"one two three"], ("three", "two"), (["one "], "", "two")),
+    ],
+    ids=["split", "half at the end", "stop string", "its prefix", "at the end", "earliest"],
+)
+def test_text_stream_holds_back_characters_and_stop_strings(pieces, stops, expected):
     stream = TextStream(stops)
     texts = [stream.push(piece) for piece in pieces]
-    return texts, stream.flush(), stream.stop
-
-
-def test_half_a_character_is_held_back():
-    euro = "€".encode()
-    texts, rest, _ = shown([b"5 ", euro[:1], euro[1:2], euro[2:], b"!"])
-    assert texts == ["5 ", "", "", "€", "!"]
-    assert rest == ""
-
-
-def test_half_a_character_at_the_end_is_left_out():
-    texts, rest, _ = shown([b"a", "€".encode()[:2]])
-    assert (texts, rest) == (["a", ""], "")
-
-
-def test_a_stop_string_and_what_follows_is_never_shown():
-    texts, rest, stop = shown([b"fine\nUs", b"er", b": no"], ("\nUser:",))
-    assert "".join(texts) + rest == "fine"
-    assert texts[0] == "fine"
-    assert stop == "\nUser:"
-
-
-def test_a_mere_prefix_of_a_stop_string_is_shown():
-    texts, rest, stop = shown([b"fine\nUs", b"ual"], ("\nUser:",))
-    assert texts == ["fine", "\nUsual"]
-    assert (rest, stop) == ("", "")
-    assert shown([b"fine\nUs"], ("\nUser:",))[1] == "\nUs"
-
-
-def test_the_earliest_of_several_stop_strings_counts():
-    texts, _, stop = shown([b"one two three"], ("three", "two"))
-    assert (texts, stop) == (["one "], "two")
+    assert (texts, stream.flush(), stream.stop) == expected

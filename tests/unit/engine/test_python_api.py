@@ -101,7 +101,7 @@ def test_every_exported_name_exists(name):
     assert getattr(pop_local, name) is not None
 
 
-def test_the_options_are_those_of_a_turn():
+def test_answers_have_the_options_of_a_turn():
     theirs = get_type_hints(TurnOptions)
     # Answer has no fields for log probabilities and calls.
     del theirs["n_top_logprobs"], theirs["has_end_logprob"], theirs["calls"]
@@ -116,15 +116,8 @@ def test_a_model_is_opened_by_name_with_its_sidecar(tmp_path, monkeypatch):
     base = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=TEMPLATE)
     pair = paired(base, tmp_path, "fitted", boundary=4)
     with opened("tiny") as model:
-        assert (
-            model.engine.pruning.boundary,
-            model.engine.context.files.sidecar,
-            model.pruning,
-        ) == (
-            4,
-            pair.sidecar,
-            True,
-        )
+        assert (model.engine.pruning.boundary, model.pruning) == (4, True)
+        assert model.engine.context.files.sidecar == pair.sidecar
     with opened(pair.single) as model:
         assert (model.engine.pruning.boundary, model.engine.context.files.sidecar) == (4, None)
     elsewhere = pair.sidecar.rename(tmp_path / "moved.gguf")
@@ -143,11 +136,8 @@ def test_a_model_is_opened_by_name_with_its_sidecar(tmp_path, monkeypatch):
 
 def test_the_constructor_takes_a_path(chat_model):
     with PopModel(EngineOptions.of(str(chat_model), n_ctx=256)) as model:
-        assert (model.engine.context.n_ctx, model.engine.pruning.boundary, model.pruning) == (
-            256,
-            5,
-            True,
-        )
+        assert model.engine.context.n_ctx == 256
+        assert (model.engine.pruning.boundary, model.pruning) == (5, True)
 
 
 def test_a_closed_model_is_an_error(chat_model, tmp_path):
@@ -225,12 +215,14 @@ def test_pruning_off_reads_in_full(model):
     assert model.chat(QUESTION, **GREEDY).stats.reading == "pruned"
 
 
-def test_questions_that_are_refused(model):
+def test_rejects_invalid_questions(model):
     session = model.session()
     with pytest.raises(PopError, match="empty"):
         session.chat(" ")
     with pytest.raises(PopError, match="documents must be a list"):
         session.chat(QUESTION, documents="not a list")
+    with pytest.raises(PopError, match="stops must be a tuple"):
+        session.chat(QUESTION, stops="END")
     with pytest.raises(PopError, match="the minimum is 1"):
         session.chat(QUESTION, max_tokens=0)
     with pytest.raises(ContextFullError) as caught:

@@ -21,9 +21,9 @@ def test_leaving_a_stream_keeps_its_text(model):
         break
     assert [turn.answer for turn in session.conversation.turns] == seen
     stream = session.stream("more", **GREEDY)
-    said = next(stream)
+    piece = next(stream)
     answer = session.chat("again", **GREEDY)
-    assert [turn.answer for turn in session.conversation.turns] == [*seen, said, answer.text]
+    assert [turn.answer for turn in session.conversation.turns] == [*seen, piece, answer.text]
     assert list(stream) == []
     assert session.stats.n_answers == 1
 
@@ -45,13 +45,6 @@ def press_at(pieces: list[str], n: int) -> bool:
     if len(pieces) == n:
         os.kill(os.getpid(), signal.SIGINT)
     return False
-
-
-def test_should_stop_ends_an_answer_with_stats(model):
-    session = model.session()
-    answer = session.chat(QUESTION, should_stop=lambda: True, **GREEDY)
-    assert (answer.text, answer.stats.finish_reason) == ("", "interrupted")
-    assert session.conversation.turns == ()
 
 
 @pytest.mark.parametrize("callback", ["on_prefill", "should_stop"])
@@ -110,7 +103,7 @@ def test_a_prompt_displaced_while_it_is_read_is_refused(model, displace):
 # --- retry, edit and undo
 
 
-def asked(session: ChatSession) -> list[str]:
+def questions(session: ChatSession) -> list[str]:
     return [turn.question for turn in session.conversation.turns]
 
 
@@ -119,7 +112,7 @@ def test_the_last_question_is_asked_again_or_in_other_words(model):
     first = session.chat(QUESTION, documents=["i j k"], **GREEDY)
     session.chat("and now?", **GREEDY)
     assert "".join(session.edit("and then?", **GREEDY)) != ""
-    assert asked(session) == [QUESTION, "and then?"]
+    assert questions(session) == [QUESTION, "and then?"]
     undone = session.undo()
     assert undone is not None and undone.question == "and then?"
     again = session.retry(**GREEDY)
@@ -135,15 +128,15 @@ def test_a_question_without_an_answer_is_dropped_until_it_gets_one(model):
     with pytest.raises(ContextFullError):
         session.chat("more", documents=["i j k"], min_answer=5000)
     assert session.dropped == session.last_asked == Turn("more", (Document("a text", "i j k"),))
-    assert asked(session) == [QUESTION]
+    assert questions(session) == [QUESTION]
     stream = session.edit("much more", **GREEDY)
     assert session.dropped is not None, "the answer ended before its first token"
     stream = session.retry(**GREEDY)
     assert next(stream)
     assert session.dropped is None
-    assert asked(session) == [QUESTION, "much more"]
+    assert questions(session) == [QUESTION, "much more"]
     session.forget_oldest(1)
-    assert asked(session) == ["much more"]
+    assert questions(session) == ["much more"]
 
 
 def test_a_forgotten_conversation_leaves_the_system_prompt(model):
@@ -151,7 +144,7 @@ def test_a_forgotten_conversation_leaves_the_system_prompt(model):
     session.system = "Be brief."
     session.chat(QUESTION, **GREEDY)
     session.forget()
-    assert (session.system, asked(session)) == ("Be brief.", [])
+    assert (session.system, questions(session)) == ("Be brief.", [])
     assert (session.undo(), session.answer_stats) == (None, ())
     with pytest.raises(PopError, match="no question to answer again"):
         session.retry()
@@ -184,7 +177,7 @@ def test_a_saved_session_continues(chat_model, model, tmp_path):
         assert resumed.chat("and now?", **GREEDY).text == first.text
 
 
-def test_files_that_cannot_be_saved_or_loaded(model, tmp_path):
+def test_rejects_paths_that_cannot_be_saved_or_loaded(model, tmp_path):
     session = model.session()
     session.chat(QUESTION, **GREEDY)
     path = session.save(tmp_path / "talk.popsession")
@@ -197,9 +190,6 @@ def test_files_that_cannot_be_saved_or_loaded(model, tmp_path):
     assert len(model.load_session(path).conversation.turns) == 2
     with pytest.raises(PopError, match=r"no session .*missing"):
         model.load_session(tmp_path / "missing")
-    path.write_bytes(before[:100])
-    with pytest.raises(PopError, match="damaged"):
-        model.load_session(path)
     with pytest.raises(PopError, match="cannot create"):
         session.save(path / "below" / "talk")
 
@@ -211,8 +201,3 @@ def test_saving_while_an_answer_streams_ends_it(model, tmp_path):
     saved = model.load_session(session.save(tmp_path / "talk"))
     assert [turn.answer for turn in saved.conversation.turns] == [piece]
     assert list(stream) == []
-
-
-def test_a_string_as_stops_is_refused(model):
-    with pytest.raises(PopError, match="stops must be a tuple"):
-        model.chat(QUESTION, stops="END", **GREEDY)

@@ -1,6 +1,5 @@
 """Test that models are written and read in large pieces, which Linux caches in large pages."""
 
-import os
 import random
 import re
 import sys
@@ -8,12 +7,11 @@ from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pop_base.files import mapped
 from pop_base.output_file import WRITE_BYTES, replacing
-from pop_converter.gguf.source import read_source, sampled_sha256
+from pop_converter.gguf.source import read_source
 from pop_local.engine.llama import loading
 from support.calls import opened
 
@@ -24,7 +22,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems hav
 @pytest.fixture
 def read_ahead(monkeypatch):
     """Return a list that collects the (path, start, size) of each piece read ahead."""
-    found = []
+    pieces = []
 
     @contextmanager
     def counted(path):
@@ -33,12 +31,12 @@ def read_ahead(monkeypatch):
                 return path.stat().st_size
 
             def madvise(self, advice, start, size):
-                found.append((path, start, size))
+                pieces.append((path, start, size))
 
         yield View()
 
     monkeypatch.setattr(loading, "mapped", counted)
-    return found
+    return pieces
 
 
 @on_linux
@@ -85,30 +83,3 @@ def test_pieces_end_at_multiples_of_their_size(tmp_path, n_before):
     assert {end % WRITE_BYTES for end in ends} == {0}
     assert max(ends) == 7 * WRITE_BYTES
     assert path.read_bytes() == data
-
-
-def test_a_header_can_be_written_again(tmp_path):
-    path = tmp_path / "model.gguf"
-    with replacing(path, force=False) as file:
-        file.write(bytes(WRITE_BYTES + 10))
-        file.seek(0)
-        assert file.write(np.arange(3, dtype=np.int32).data) == 12
-    assert path.read_bytes() == np.arange(3, dtype=np.int32).tobytes().ljust(
-        WRITE_BYTES + 10, b"\0"
-    )
-
-
-@on_linux
-def test_samples_are_dropped_from_the_page_cache(pop_file, monkeypatch):
-    dropped = []
-
-    def advised(file, start, size, advice):
-        if advice == os.POSIX_FADV_DONTNEED:
-            dropped.append((start, start + size))
-
-    monkeypatch.setattr(os, "posix_fadvise", advised)
-    source = read_source(pop_file)
-    sampled_sha256(source)
-    for tensor, (start, end) in zip(source.tensors, dropped, strict=True):
-        first = source.first.data_start + tensor.offset
-        assert start <= first and first + min(tensor.size_bytes, 4096) <= end

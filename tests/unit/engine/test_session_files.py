@@ -135,13 +135,6 @@ def test_a_file_name_with_lone_surrogates_is_saved(model, path):
     assert read_session(path).conversation.turns[0].documents == (Document("?.txt", "Words."),)
 
 
-def test_a_session_is_on_the_disk_before_it_has_its_name(model, path, monkeypatch):
-    synced: list[bool] = []
-    monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.exists()))
-    write_session(path, model.engine, TALK)
-    assert synced == [False]
-
-
 def test_a_failed_save_leaves_the_old_session(model, path, monkeypatch):
     write_session(path, model.engine, TALK)
 

@@ -37,6 +37,7 @@ FAIR = [
 ]
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 WILD = {
+    ENDLESS: "more than 1 s",
     "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
     "{% endfor %}{{ ns.a }}": "more than",
     "{{ '%2000000000d' % 1 }}": "MemoryError",
@@ -88,16 +89,14 @@ def test_without_a_system_role_the_user_message_has_the_system_prompt(tmp_path, 
     )
     path = make_gguf(tmp_path / "plain.gguf", "llama", chat_template=template)
     with PopModel(EngineOptions.of(path, n_threads=1, n_ctx=256)) as model:
-        for given, meant in (
+        conversation = model.engine.prompter.conversation
+        for lines, equivalent in (
             (["system A", "user B", "assistant C"], ["user A\nB", "assistant C"]),
             (["system A", "assistant B", "system C", "user D"], ["assistant B", "user A\nC\nD"]),
             (["system A"], ["user A"]),
         ):
-            one, other = ([message(line) for line in lines] for lines in (given, meant))
-            assert (
-                model.engine.prompter.conversation(one).tokens
-                == model.engine.prompter.conversation(other).tokens
-            )
+            messages, expected = ([*map(message, texts)] for texts in (lines, equivalent))
+            assert conversation(messages).tokens == conversation(expected).tokens
 
 
 def message(line: str) -> Message:
@@ -111,22 +110,6 @@ def test_pictures_move_with_the_text_after_the_system_prompt():
     [joined] = _without_system(said)
     assert joined.content == "ab\ncd"
     assert [offset for offset, _ in joined.pictures] == [3, 5]
-
-
-def test_a_template_beyond_its_limits_is_tried_once(in_a_hurry, tmp_path, monkeypatch):
-    """The engine does not retry with other forms of a message's content."""
-    rendered: list[object] = []
-    call = templates.renderer.call
-
-    def counted(name: str, template: str, arguments: object) -> str:
-        rendered.append(arguments)
-        return str(call(name, template, arguments))
-
-    monkeypatch.setattr(templates.renderer, "call", counted)
-    path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=ENDLESS)
-    with pytest.raises(PopError, match="more than 1 s"):
-        PopModel(EngineOptions.of(path, n_threads=1, n_ctx=128)).chat("hello")
-    assert len([each for each in rendered if each is not None]) == 1
 
 
 def test_a_template_beyond_its_limits_is_an_error_of_a_fit(in_a_hurry, tmp_path):
