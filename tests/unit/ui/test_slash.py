@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from pop_local.config.sampler_options import SAMPLER_OPTIONS
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn_options import TurnOptions
@@ -58,7 +59,8 @@ def test_set_shows_and_changes_sampling():
     model = ScriptedModel(["Hm.", STATS])
     model.engine.recommended = {"top_k": 20}
     lines = ("/set top_p 0.5", "/set temperature 0.2", "/set top_p default", "/set", "hi")
-    assert talk(model, *lines)[:16] == [
+    screen = talk(model, *lines)
+    assert screen[:7] == [
         "> /set top_p 0.5",
         "# top_p is 0.5.",
         "> /set temperature 0.2",
@@ -66,16 +68,16 @@ def test_set_shows_and_changes_sampling():
         "> /set top_p default",
         "# top_p is 0.95 (default).",
         "> /set",
+    ]
+    parameters = screen[7 : screen.index("> hi")]
+    assert [line.split()[1] for line in parameters] == [*SAMPLER_OPTIONS, "max_tokens"]
+    assert set(parameters) > {
         "# temperature is 0.2.",
         "# top_k is 20 (recommended for this model).",
-        "# top_p is 0.95 (default).",
-        "# min_p is 0.05 (default).",
         "# repeat_penalty is 1 (default).",
-        "# frequency_penalty is 0 (default).",
-        "# presence_penalty is 0 (default).",
         "# seed is 123456789.",
         "# max_tokens is unlimited (default).",
-    ]
+    }
     assert (model.options.temperature, model.options.seed) == (0.2, 123456789)
     assert model.options.top_p == TurnOptions.top_p
 
