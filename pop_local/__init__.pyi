@@ -3,6 +3,7 @@ from pop_base.errors import PopError as PopError
 from pop_base.errors import StoppedError as StoppedError
 from pop_base.progress import Watch as Watch
 from pop_local.calibration.fit_options import FitOptions as FitOptions
+from pop_local.config.sampler_options import SamplerOptions as SamplerOptions
 from pop_local.engine.answer import ContextFullError as ContextFullError
 from pop_local.engine.cache.prompt_cache import PromptCache as PromptCache
 from pop_local.engine.chat_messages import SessionStats as SessionStats

@@ -22,7 +22,7 @@ from pop_local.engine.sessions.chat_session import (
     load_session,
 )
 from pop_local.engine.sessions.conversation import Conversation
-from pop_local.engine.turn_options import TurnOptions
+from pop_local.engine.turn_options import turn_options
 from pop_local.models import model_names
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.sidecars import sidecar_of
@@ -118,14 +118,12 @@ class PopModel:
         """Generate the answer to the last message and yield it in chunks.
 
         If there is neither a chat template nor an image, the model continues the text of the
-        messages. `options`: fields of TurnOptions (defaults: the file's recommended values).
+        messages. `options`: AnswerOptions, or other fields of TurnOptions.
         Raises PopError if the template rejects the conversation or the prompt cannot be read.
         """
         prompter = self.engine.prompter
-        chosen: dict[str, Any] = self.engine.recommended | options
+        turn = turn_options(self.engine.recommended, options)
         if prompter.has_template or any(message.pictures for message in messages):
-            return self.engine.answer(
-                lambda: prompter.conversation(messages), TurnOptions(**chosen)
-            )
+            return self.engine.answer(lambda: prompter.conversation(messages), turn)
         text = "\n\n".join(each.content for each in messages)
-        return self.engine.answer(lambda: prompter.text(text), TurnOptions(**chosen))
+        return self.engine.answer(lambda: prompter.text(text), turn)

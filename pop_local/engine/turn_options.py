@@ -1,8 +1,8 @@
 """Options for one answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from pop_local.config.sampler_options import SamplerOptions
 from pop_local.engine.decode.grammar import Grammar
@@ -42,22 +42,29 @@ class TurnOptions(SamplerOptions):
 
 
 class AnswerOptions(TypedDict, total=False):
-    """The fields of TurnOptions that callers may set (defaults: the file's recommended values)."""
+    """The keyword arguments for one answer (defaults: the file's recommended values).
 
+    `sampling`: all sampling options. Its unset fields have the defaults of SamplerOptions instead
+    of the file's recommended values. The other arguments override it.
+    """
+
+    sampling: SamplerOptions
+    temperature: float
+    top_p: float
+    seed: int | None
     max_tokens: int | None
     min_answer: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repeat_penalty: float
-    frequency_penalty: float
-    presence_penalty: float
-    seed: int | None
-    logit_bias: tuple[tuple[int, float], ...]
     stops: tuple[str, ...]
     grammar: str | Grammar | None
     repeatable: bool
     ends_repeats: bool
     on_prefill: Callable[[int, int], None] | None
     should_stop: Callable[[], bool] | None
+
+
+def turn_options(recommended: Mapping[str, float], options: Mapping[str, Any]) -> TurnOptions:
+    """Return the options for an answer. `options`: AnswerOptions, or fields of TurnOptions."""
+    others = dict(options)
+    sampling = others.pop("sampling", None)
+    base = recommended if sampling is None else vars(sampling)
+    return TurnOptions(**{**base, **others})

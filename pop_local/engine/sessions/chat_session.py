@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from inspect import GEN_RUNNING, getgeneratorstate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pop_base.errors import OutputExistsError, PopError
 from pop_local.engine.answer import Answering
@@ -16,7 +16,7 @@ from pop_local.engine.engine import Engine
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, read_session, write_session
-from pop_local.engine.turn_options import AnswerOptions, TurnOptions
+from pop_local.engine.turn_options import AnswerOptions, turn_options
 from pop_local.texts.document_readers import Document
 
 if TYPE_CHECKING:
@@ -222,9 +222,9 @@ class ChatSession:
         asked = options.get("should_stop")
         options["should_stop"] = lambda: stream.is_closing or (asked is not None and asked())
         engine, messages = self.engine, before.plus(turn).messages
-        chosen: dict[str, Any] = {**engine.recommended, **options}
         chunks = engine.answer(
-            lambda: engine.prompter.conversation(messages), TurnOptions(**chosen)
+            lambda: engine.prompter.conversation(messages),
+            turn_options(engine.recommended, options),
         )
         self._stream = stream = Stream(chunks, keep)
         self._conversation, self._dropped = before, turn

@@ -10,9 +10,10 @@ import pytest
 
 import pop_local
 from pop_local import ContextFullError, Document, PopError, PopModel, TurnStats
+from pop_local.config.sampler_options import SAMPLER_OPTIONS, SamplerOptions
 from pop_local.engine.chat_messages import SessionStats
 from pop_local.engine.engine_options import EngineOptions
-from pop_local.engine.turn_options import AnswerOptions, TurnOptions
+from pop_local.engine.turn_options import AnswerOptions, TurnOptions, turn_options
 from support.converted import paired
 from support.import_blocker import BLOCKER
 from support.paths import ROOT
@@ -102,10 +103,28 @@ def test_every_exported_name_exists(name):
 
 
 def test_answers_have_the_options_of_a_turn():
-    theirs = get_type_hints(TurnOptions)
+    arguments = get_type_hints(AnswerOptions)
+    assert arguments.pop("sampling") is SamplerOptions
+    fields = get_type_hints(TurnOptions)
     # Answer has no fields for log probabilities and calls.
-    del theirs["n_top_logprobs"], theirs["has_end_logprob"], theirs["calls"]
-    assert get_type_hints(AnswerOptions) == theirs
+    assert fields.keys() - SAMPLER_OPTIONS.keys() - arguments.keys() == {
+        *("n_top_logprobs", "has_end_logprob", "calls", "logit_bias")
+    }
+    assert arguments == {name: fields[name] for name in arguments}
+
+
+def test_sampling_replaces_recommended_options():
+    sampling = SamplerOptions(top_k=5, seed=3)
+    options = turn_options({"top_p": 0.5}, {"sampling": sampling, "seed": 4, "max_tokens": 8})
+    assert options == TurnOptions(top_k=5, seed=4, max_tokens=8)
+    assert turn_options({"top_p": 0.5}, {"top_k": 5}) == TurnOptions(top_p=0.5, top_k=5)
+
+
+def test_session_accepts_sampling(chat_model):
+    with PopModel.open(chat_model, n_ctx=512, n_threads=1) as model:
+        greedy = model.chat("hello", max_tokens=8, temperature=0.0).text
+        likeliest = SamplerOptions(temperature=10.0, top_k=1)
+        assert model.chat("hello", max_tokens=8, sampling=likeliest).text == greedy
 
 
 # --- opening
