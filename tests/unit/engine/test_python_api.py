@@ -39,8 +39,8 @@ def documented() -> str:
 
 EXAMINES_LITTLE = """
 from pop_local.measure import probes
-from pop_local.workflows.conversion import named
-named.N_WINDOWS = named.N_DOCUMENTS = probes.N_DRAWS = 1
+from pop_local.workflows.conversion import convert_model
+convert_model.N_WINDOWS = convert_model.N_DOCUMENTS = probes.N_DRAWS = 1
 """
 
 
