@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -139,7 +140,13 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
         if type(error) is HTTPException and error.status_code == 404:  # not an ApiError
             hint = nearest_hint(path[:_MAX_PATH], shown_paths, "see docs/server.md")
             error = ApiError(404, f"unknown path {path[:_MAX_PATH]!r}; {hint}")
-        return as_api_error(error).response(path)
+        response = as_api_error(error).response(path)
+        if response.status_code == 413 and "expect" not in request.headers:
+            # Closing a socket with unread data resets the connection before the client reads this.
+            with suppress(RuntimeError, ClientDisconnect):  # the body has been read
+                async for _ in request.stream():
+                    pass
+        return response
 
     app = Starlette(
         routes=routes, lifespan=api.lifespan, exception_handlers=dict.fromkeys(handled, refuse)
@@ -177,6 +184,7 @@ class _Server(uvicorn.Server):
             os._exit(128 + sig)
 
         self.models.stop()
+        page_routes.reader.close()
         if self.end is None:
             self.end = threading.Timer(_KILL_S, end)
             self.end.daemon = True

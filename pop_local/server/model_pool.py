@@ -133,7 +133,7 @@ class ModelPool:
         self._problem = ""  # why the last attempt to open a model failed
         self._change: threading.Thread | None = None
         self._closing: Sequence[ServedModel] = ()  # models that are being closed
-        self._stopping = threading.Event()
+        self.stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.metrics.open.set_function(lambda: len(self._loaded))
         self.metrics.queue.set_function(self.n_waiting)
@@ -245,7 +245,7 @@ class ModelPool:
             needed_bytes = (await self.info(file)).needed_bytes
         except (PopError, OSError) as error:
             raise self._failed(file, error) from error
-        if self._stopping.is_set():
+        if self.stopping.is_set():
             raise stopping()
         future = asyncio.get_running_loop().create_future()
         lease = Lease(file, needed_bytes, self._ended, future)
@@ -281,7 +281,7 @@ class ModelPool:
 
     def _advance(self) -> None:
         """Grant the pending leases in order, and open a model if the next lease requires it."""
-        while self._change is None and not self._stopping.is_set():
+        while self._change is None and not self.stopping.is_set():
             self._waiting = self._still_waiting()
             if not self._waiting:
                 return
@@ -319,7 +319,7 @@ class ModelPool:
 
     def load(self, file: ModelFile) -> ServedModel:
         """Open a model without starting its worker. Raises PopError or StoppedError."""
-        with stopped_by(self._stopping.is_set):
+        with stopped_by(self.stopping.is_set):
             model = self.registry.open(file.path)
         tasks = TaskFactory(model, repeatable=self.registry.repeatable)
         worker = Worker(model, self.metrics, self.registry.max_waiting)
@@ -341,7 +341,7 @@ class ModelPool:
                     served.close()
                     log.info("closed %s", served.name)
                 worker = self.load(lease.file).worker
-                if self._stopping.is_set():
+                if self.stopping.is_set():
                     worker.stop()
                 worker.start()
             except Exception as caught:
@@ -367,7 +367,7 @@ class ModelPool:
         self._advance()
 
     def _failed(self, file: ModelFile, error: Exception) -> ApiError:
-        if self._stopping.is_set():
+        if self.stopping.is_set():
             return stopping()
         is_expected = isinstance(error, PopError | OSError)
         reason = as_api_error(error).detail
@@ -386,7 +386,7 @@ class ModelPool:
 
     def stop(self) -> None:
         """Abort answers and model loads. Refuse waiting requests. May be called from any thread."""
-        self._stopping.set()
+        self.stopping.set()
         for served in self.loaded:
             served.worker.stop()
         if self._loop is not None:

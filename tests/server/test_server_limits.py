@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 
 import httpx2
@@ -152,6 +153,47 @@ def test_incomplete_request_does_not_block_shutdown(path):
             assert connection.recv(100).startswith(b"HTTP/1.1 503")
         _, log = server.communicate(timeout=30)
         assert "Traceback" not in log
+
+
+def test_oversized_body_gets_413_rather_than_a_reset(path):
+    head = "POST {} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 120000000\r\n\r\n"
+    with running(path, "") as (_, port):
+        for route in ("/page/file?name=a.txt", "/v1/completions"):
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+                connection.sendall(head.format(route).encode())
+                for _ in range(120):
+                    connection.sendall(b"x" * 1_000_000)
+                assert connection.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_signal_stops_reading_of_files(path, tmp_path):
+    (tmp_path / "slow_reader.py").write_text("""
+import time
+class SlowReader:
+    def text(self, path):
+        open(path + ".started", "w").close()
+        time.sleep(600)
+""")
+    changed = f"""
+import tempfile
+sys.path.append({str(tmp_path)!r})
+import slow_reader
+from pop_local.server.page import page_routes
+from pop_local.engine.limited.process import KeptProcess
+tempfile.tempdir = {str(tmp_path)!r}
+page_routes.reader = KeptProcess(
+    slow_reader.SlowReader, limit_s=60.0, limit_bytes=2**30
+)
+"""
+    with running(path, changed) as (server, port), ThreadPoolExecutor() as threads:
+        url = f"http://127.0.0.1:{port}/page/file"
+        uploads = [threads.submit(httpx2.post, url, content=b"x", timeout=60) for _ in range(2)]
+        wait_for(lambda: any(tmp_path.rglob("*.started")))
+        server.send_signal(signal.SIGTERM)
+        assert [upload.result().status_code for upload in uploads] == [503, 503]
+        server.communicate(timeout=30)
+        assert server.returncode != -signal.SIGALRM
+    assert {file.name for file in tmp_path.iterdir()} <= {"slow_reader.py", "__pycache__"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

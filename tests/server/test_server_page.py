@@ -187,7 +187,7 @@ def test_oversized_upload_is_refused_unread(client):
         read.append(1)
         yield b""
 
-    headers = {"Content-Length": "500000000"}
+    headers = {"Content-Length": "500000000", "Expect": "100-continue"}
     words = refusal(sent(client, body(), "huge.pdf", **headers), 413)
     assert words == "huge.pdf is too large: the limit is 100,000,000 bytes"
     headers |= {"Content-Type": "image/png", "Content-Length": str(MAX_PICTURE_BYTES + 1)}

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from anyio import CapacityLimiter
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -17,8 +18,9 @@ from starlette.types import Scope
 
 from pop_local.engine.images.pictures import MAX_BYTES as MAX_IMAGE_BYTES
 from pop_local.engine.limited.process import BeyondLimitsError, RefusedError
-from pop_local.server.api_errors import ApiError
+from pop_local.server.api_errors import ApiError, stopping
 from pop_local.server.client_limits import ClientLimiter
+from pop_local.server.model_pool import ModelPool
 from pop_local.server.page.file_reader import reader
 from pop_local.texts.document_readers import MAX_BYTES as MAX_DOCUMENT_BYTES
 
@@ -61,7 +63,7 @@ def routes() -> list[Route]:
     limiter = ClientLimiter(_MAX_UPLOADS, _MAX_CLIENT_UPLOADS, _MAX_WAITING_UPLOADS)
     return [
         Route("/", _root),
-        Route("/page/file", partial(_file, limiter), methods=["POST"]),
+        Route("/page/file", partial(_file, limiter, CapacityLimiter(1)), methods=["POST"]),
         Route("/page/{name:path}", _static),
     ]
 
@@ -88,7 +90,8 @@ def _shown(name: str) -> Response:
     return FileResponse(path, media_type=kind, headers=HEADERS)
 
 
-async def _file(limiter: ClientLimiter, request: Request) -> Response:
+async def _file(limiter: ClientLimiter, turn: CapacityLimiter, request: Request) -> Response:
+    models: ModelPool = request.app.state.models
     name = request.query_params.get("name", "")[-_MAX_NAME:] or "the file"
     image = _IMAGE.match(request.headers.get("content-type", ""))
     async with limiter.turn(request.state.client):
@@ -99,11 +102,16 @@ async def _file(limiter: ClientLimiter, request: Request) -> Response:
             await _receive(request, path, max_bytes, name)
             kind = "picture" if image else "text"
             try:
-                found = await run_in_threadpool(reader.call, kind, str(path))
+                async with turn:  # a thread that waits for the reader could not be stopped
+                    if models.stopping.is_set():
+                        raise stopping()
+                    found = await run_in_threadpool(reader.call, kind, str(path))
             except RefusedError as error:
                 message = f"{error.message.replace(str(path), name)}; {error.hint or _HINT}"
                 raise ApiError(400, message, code="unreadable") from error
             except BeyondLimitsError as error:
+                if models.stopping.is_set():
+                    raise stopping() from error
                 message = f"{name} needs too much time or memory ({reader.limits}); {_HINT}"
                 raise ApiError(400, message, code="unreadable") from error
     shown = {"url": f"data:{image[0]};base64,{found}"} if image else {"text": found}
