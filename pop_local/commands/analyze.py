@@ -19,5 +19,5 @@ def analyze(
     from pop_local.research import analyze as workflow
 
     with stoppable_watch() as watch:
-        found = workflow.analyze(model, hardware=processors.hardware, watch=watch)
-    print_json(as_json(found)) if json else show(found, as_markdown=markdown)
+        analysis = workflow.analyze(model, hardware=processors.hardware, watch=watch)
+    print_json(as_json(analysis)) if json else show(analysis, as_markdown=markdown)

@@ -59,9 +59,9 @@ def bench(
 
 def _lengths(text: str) -> tuple[int, ...]:
     with suppress(ValueError):
-        found = tuple(int(part) for part in text.split(","))
-        if min(found) >= 1:
-            return found
+        lengths = tuple(int(part) for part in text.split(","))
+        if min(lengths) >= 1:
+            return lengths
     raise typer.BadParameter(
         f"{text!r} is not a list of positive integers such as 512,2048", param_hint="--prompt"
     )

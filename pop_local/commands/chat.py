@@ -25,7 +25,7 @@ _PORT = 8081
 
 
 def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) -> None:
-    no_effect = asked & {"system", *(each.name for each in fields(opt.SamplingOptions))}
+    no_effect = asked & {"system", *(field.name for field in fields(opt.SamplingOptions))}
     if no_effect:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(no_effect))
         raise typer.BadParameter(f"the web page does not support {flags}", param_hint="--web")
@@ -84,8 +84,8 @@ def chat(
         note(pruning_state(begun.model))
         if mmproj := engine.options.mmproj:
             note(f"Images are enabled ({mmproj.name}). To attach an image, type /image PATH.")
-        known, n_ctx = lookup(name), engine.context.n_ctx
-        title = known.short_name if known else engine.context.files.path.stem
+        entry, n_ctx = lookup(name), engine.context.n_ctx
+        title = entry.short_name if entry else engine.context.files.path.stem
         note(f"Ask {title} a question, or type /help. The context length is {n_ctx:,} tokens.")
     try:
         talk(begun)

@@ -49,7 +49,7 @@ def compare(
     from pop_local.workflows.compare import compare_answers
 
     with stoppable_watch() as watch:
-        found = compare_answers(
+        comparison = compare_answers(
             model,
             prompts,
             max_tokens=how.longest,
@@ -59,4 +59,6 @@ def compare(
             hardware=measured.hardware,
             watch=watch,
         )
-    print_json(comparison_json(found)) if json else show_comparison(found, as_markdown=how.markdown)
+    print_json(comparison_json(comparison)) if json else show_comparison(
+        comparison, as_markdown=how.markdown
+    )

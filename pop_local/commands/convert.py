@@ -108,12 +108,12 @@ class FittingOptions(Group):
 
     def fit(self, texts: Sequence[Path]) -> FitOptions | None:
         """Return the options for a fit on `texts`, or None if no option is set."""
-        found = opt.given(
+        options = opt.given(
             tokens=self.tokens,
             texts=tuple(texts) or None,
             memory_bytes=None if self.memory is None else int(self.memory * 10**9),
         )
-        return FitOptions(**found) if found else None
+        return FitOptions(**options) if options else None
 
 
 @expand_options
@@ -168,9 +168,10 @@ def convert(
     with terminal_watch() as watch:
         base = base_file(model, watch)
     planned = plan_conversion(base, output, options)
-    if (found := sidecar_of(planned.source)) and is_shipped(found):
+    if (sidecar := sidecar_of(planned.source)) and is_shipped(sidecar):
         note(
-            f"Fast reading already works with this model: pop-local ships the sidecar {found.name}."
+            "Fast reading already works with this model: pop-local ships the sidecar"
+            f" {sidecar.name}."
         )
         if not how.dry_run and not sys.stdin.isatty():
             note("Converting the model with the given options.")

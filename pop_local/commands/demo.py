@@ -29,25 +29,27 @@ def demo(
     warn_if_busy(how.threads)
     opened = Opener(model, opt.ModelOptions(**vars(how)))()
     with terminal_watch() as watch:
-        found = demonstrate(opened, pairs, watch)
-    print_json(found) if json else show_demonstration(found)
+        demonstration = demonstrate(opened, pairs, watch)
+    print_json(demonstration) if json else show_demonstration(demonstration)
 
 
-def show_demonstration(found: Demonstration) -> None:
-    full, pop, speedup = found.full, found.pop, found.speedup
-    say(f"Model: {found.model}")
-    say(f"Prompt: a document and a question, {found.n_prompt:,} tokens in total")
-    say(f"Question: {found.question}")
+def show_demonstration(demonstration: Demonstration) -> None:
+    full, pop, speedup = demonstration.full, demonstration.pop, demonstration.speedup
+    say(f"Model: {demonstration.model}")
+    say(f"Prompt: a document and a question, {demonstration.n_prompt:,} tokens in total")
+    say(f"Question: {demonstration.question}")
     say(f"Answers: up to {MAX_TOKENS} tokens, with greedy decoding\n")
-    median = " (median)" if found.n_pairs > 1 else ""
+    median = " (median)" if demonstration.n_pairs > 1 else ""
     say(f"With full reading, the first token took {full.ttft_s:.2f} s{median}:\n  {full.text}\n")
     say(f"With fast reading, the first token took {pop.ttft_s:.2f} s{median}:\n  {pop.text}\n")
     if full.text != pop.text:
         say("The answers differ. `pop-local eval` measures the quality loss.\n")
     pairs = ""
-    if found.n_pairs > 1:
-        pairs = f" (median of {found.n_pairs}, range {speedup.min:.2f}-{speedup.max:.2f})"
-    predicted = f"The operation count predicts a speedup of {found.limit:.2f}x."
+    if demonstration.n_pairs > 1:
+        pairs = f" (median of {demonstration.n_pairs}, range {speedup.min:.2f}-{speedup.max:.2f})"
+    predicted = f"The operation count predicts a speedup of {demonstration.limit:.2f}x."
     say(f"Speedup: {speedup.median:.2f}x{pairs}. {predicted}")
-    skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
-    say(f"Fast reading skipped {skipped} for {pop.n_pruned:,} of {found.n_prompt:,} tokens.")
+    skipped = f"{demonstration.n_layer - demonstration.boundary} of {demonstration.n_layer} layers"
+    say(
+        f"Fast reading skipped {skipped} for {pop.n_pruned:,} of {demonstration.n_prompt:,} tokens."
+    )

@@ -38,7 +38,7 @@ def eval(  # noqa: A001
         n_ctx=measured.n_ctx,
     )
     with stoppable_watch() as watch:
-        found = evaluate(
+        evaluation = evaluate(
             model, options, sidecar=measured.sidecar, hardware=measured.hardware, watch=watch
         )
-    print_json(evaluation_json(found)) if json else show_evaluation(found)
+    print_json(evaluation_json(evaluation)) if json else show_evaluation(evaluation)

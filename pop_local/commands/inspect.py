@@ -18,10 +18,10 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show a model's architecture, layers, boundary, sizes, and origin."""
-    found = workflow.inspect(model, sidecar)
+    inspection = workflow.inspect(model, sidecar)
     if json:
-        print_json(found)
+        print_json(inspection)
         return
-    print_facts(summary_facts(found))
+    print_facts(summary_facts(inspection))
     print_sentence("")
-    print_facts(inspection_facts(found))
+    print_facts(inspection_facts(inspection))

@@ -60,16 +60,16 @@ def launch(
     """
     if model and model.startswith("-"):
         raise typer.BadParameter("pass a model before the agent's arguments", param_hint="MODEL")
-    chosen = AGENTS[agent]
-    if not prints and shutil.which(chosen.program) is None:
-        raise PopError(f"{agent} is not installed", f"install it with: {chosen.install}")
+    entry = AGENTS[agent]
+    if not prints and shutil.which(entry.program) is None:
+        raise PopError(f"{agent} is not installed", f"install it with: {entry.install}")
     model = model or default_model()
     name = model if lookup(model) else re.sub(r"[^\w.-]+", "-", Path(model).stem)
-    n_ctx = how.n_ctx or chosen.n_ctx
-    given = opt.given(name=name, ctx=n_ctx, sidecar=how.sidecar, threads=how.threads)
-    given |= {"gpu-layers": how.gpu_layers}
-    serving = ["serve", model, *(f"--{flag}={value}" for flag, value in given.items())]
-    command = partial(chosen.command, arguments or (), model=name, n_ctx=n_ctx)
+    n_ctx = how.n_ctx or entry.n_ctx
+    options = opt.given(name=name, ctx=n_ctx, sidecar=how.sidecar, threads=how.threads)
+    options |= {"gpu-layers": how.gpu_layers}
+    serving = ["serve", model, *(f"--{flag}={value}" for flag, value in options.items())]
+    command = partial(entry.command, arguments or (), model=name, n_ctx=n_ctx)
     if prints:
         say(shlex.join(["pop-local", *serving, f"--port={_PRINTED_PORT}"]))
         url = f"http://127.0.0.1:{_PRINTED_PORT}/v1"
@@ -108,12 +108,12 @@ def _server(arguments: list[str], environment: dict[str, str]) -> Iterator[str]:
             )
         try:
             note(f"Starting the server. The log file is {log}.")
-            while (found := _SERVING.search(log.read_text("utf-8", "replace"))) is None:
+            while (match := _SERVING.search(log.read_text("utf-8", "replace"))) is None:
                 if server.poll() is not None:
                     sys.stderr.write(log.read_text("utf-8", "replace"))
                     raise typer.Exit(EXIT_FAILED)
                 time.sleep(_POLL_S)
-            yield found[1]
+            yield match[1]
         finally:
             server.terminate()  # a server that hangs kills its own process after seconds
             server.wait()

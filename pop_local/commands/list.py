@@ -19,7 +19,7 @@ _FOLDER = Column("Folder", lambda model: model.files[0].parent if model.files el
 
 def _short_name(model: StoredModel) -> str | None:
     file = model.files[0].name if model.files else ""
-    return next((each.short_name for each in load_catalog() if each.file == file), None)
+    return next((entry.short_name for entry in load_catalog() if entry.file == file), None)
 
 
 def list(json: Json = False, markdown: Markdown = False) -> None:  # noqa: A001
@@ -30,19 +30,19 @@ def list(json: Json = False, markdown: Markdown = False) -> None:  # noqa: A001
     folders, catalog = models_dirs(), not_fetched()
     models = tuple(model for folder in folders for model in stock(folder))
     absent = tuple(
-        StoredModel(each.short_name, (), size_bytes=each.size_bytes, problem="not downloaded")
-        for each in catalog
+        StoredModel(entry.short_name, (), size_bytes=entry.size_bytes, problem="not downloaded")
+        for entry in catalog
     )
     if json:
-        fetchable = [{"name": each.name, "size_bytes": each.size_bytes} for each in absent]
+        fetchable = [{"name": entry.name, "size_bytes": entry.size_bytes} for entry in absent]
         print_json({"folder": folders[0], "models": models, "not_fetched": fetchable})
         return
     where = " and ".join(map(str, folders))
     note(f"In {where}:" if models else f"There are no models in {where} yet.")
-    shown = models + absent
-    columns = [each for each in _COLUMNS if {*map(each.cell, shown)} - {None, ""}]
+    rows = models + absent
+    columns = [column for column in _COLUMNS if {*map(column.cell, rows)} - {None, ""}]
     if len({model.name for model in models}) < len(models):
         columns.insert(1, _FOLDER)
-    print_table(columns, shown, as_markdown=markdown)
+    print_table(columns, rows, as_markdown=markdown)
     if absent:
         note(f"To download a model, pass its name, for example: pop-local pull {absent[0].name}")

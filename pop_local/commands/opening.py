@@ -58,7 +58,7 @@ class Opener:
 
     def __call__(self, name: str | None = None, n_ctx: int | None = None) -> PopModel:
         options = self.options
-        wanted = EngineOptions(
+        engine_options = EngineOptions(
             model=name or self.model,
             sidecar=None if name else options.sidecar,
             mmproj=None if name else options.mmproj,
@@ -76,8 +76,8 @@ class Opener:
             ),
         )
         with terminal_watch() as watch:
-            opened = open_model(wanted, watch)
-        if wanted.mmproj:
+            opened = open_model(engine_options, watch)
+        if engine_options.mmproj:
             opened.engine.prompter.open_vision()  # reports a wrong mmproj at load time
         self._warn(opened)
         files = opened.engine.context.files

@@ -70,11 +70,11 @@ def _files(folder: Path, name: str) -> tuple[Path, ...]:
     except PopError:
         if (entry := lookup(name)) is None:
             raise
-        known = (entry.file, entry.pop_file, parts_folder(folder / entry.file).name)
-        here = [file for file in known if os.path.lexists(folder / file)]
+        fetched = (entry.file, entry.pop_file, parts_folder(folder / entry.file).name)
+        here = [file for file in fetched if os.path.lexists(folder / file)]
         if not here:
             raise
-    return tuple(file for each in here for file in removable(folder, each))
+    return tuple(file for stored in here for file in removable(folder, stored))
 
 
 def _ask(files: tuple[Path, ...], freed_bytes: int) -> None:

@@ -48,7 +48,9 @@ def _room_in(chat: Dialogue) -> int:
     messages = chat.session.conversation.messages
     n_messages = len(prompter.conversation(messages)) if messages else 0
     n_attached = sum(map(prompter.count_picture, chat.pictures))
-    n_attached += sum(len(context.vocabulary.tokenize(each.text)) for each in chat.documents)
+    n_attached += sum(
+        len(context.vocabulary.tokenize(attached.text)) for attached in chat.documents
+    )
     n_answer = answer_reserve(chat.sampling.get("max_tokens"), context.n_ctx)
     return context.n_ctx - n_messages - n_attached - n_answer - _QUESTION_TOKENS
 
@@ -62,9 +64,9 @@ def _has_room(chat: Dialogue, n_tokens: int) -> bool:
             f"The attachment is {n_tokens - room:,} tokens too long"
             f" (the context has room for {max(0, room):,} tokens)."
         )
-        chosen = chat.screen.choose(question, {**larger, "s": "skip it"})
-        if chosen != "l" or not n_larger or not chat.enlarge(n_larger):
-            chat.has_failed |= chosen is None
+        choice = chat.screen.choose(question, {**larger, "s": "skip it"})
+        if choice != "l" or not n_larger or not chat.enlarge(n_larger):
+            chat.has_failed |= choice is None
             chat.screen.note("Nothing was attached.")
             return False
     return True

@@ -180,8 +180,8 @@ class Dialogue:
     def _offer_full(self, answer: str, stats: TurnStats) -> None:
         """Suggest /full the first time that pruning may have changed exact strings in an answer."""
         meta = self.model.engine.context.files.meta
-        found = meta and meta.measured
-        is_lossless = bool(found and found.lookups_n and not found.lookups_lost)
+        measured = meta and meta.measured
+        is_lossless = bool(measured and measured.lookups_n and not measured.lookups_lost)
         is_exact = not self.model.engine.pruning.boundary or stats.n_exact >= stats.n_prompt
         if not (is_exact or is_lossless or self._is_offered) and _EXACT_STRING.search(answer):
             self._is_offered = True

@@ -191,10 +191,12 @@ class _Completer(Completer):
         with suppress(Exception):  # prompt_toolkit would print a traceback
             yield from _matching(self._commands[name](), argument)
             paths = self._paths.get_completions(Document(argument), event)
-            for found in paths if name in PATH_COMMANDS else ():
+            for completion in paths if name in PATH_COMMANDS else ():
                 # prompt_toolkit shows the slash after a folder, but does not insert it.
-                slash = "/" if found.display_text.endswith("/") else ""
-                yield Completion(found.text + slash, found.start_position, display=found.display)
+                slash = "/" if completion.display_text.endswith("/") else ""
+                yield Completion(
+                    completion.text + slash, completion.start_position, display=completion.display
+                )
 
 
 def _matching(words: Iterable[str], begun: str, end: str = "") -> Iterator[Completion]:

@@ -35,9 +35,9 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
     if n_larger:
         choices["l"] = f"use a larger context (--ctx {n_larger})"
     choices["x"] = "drop this question"
-    chosen = screen.choose(message, choices)
-    n_dropped = {"d": n_drop, "n": n_turns}.get(chosen or "", 0)
-    return n_dropped, n_larger if chosen == "l" else 0
+    choice = screen.choose(message, choices)
+    n_dropped = {"d": n_drop, "n": n_turns}.get(choice or "", 0)
+    return n_dropped, n_larger if choice == "l" else 0
 
 
 def too_long(engine: Engine, error: ContextFullError) -> PopError:
@@ -51,13 +51,13 @@ def too_long(engine: Engine, error: ContextFullError) -> PopError:
 
 def larger_ctx(engine: Engine, n_needed: int) -> int | None:
     """Return a context length for `n_needed` tokens, or None if the context cannot be enlarged."""
-    wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
-    n_ctx = min(wanted, engine.context.files.n_ctx_train or wanted)
+    n_wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
+    n_ctx = min(n_wanted, engine.context.files.n_ctx_train or n_wanted)
     return n_ctx if n_ctx >= n_needed and n_ctx > engine.context.n_ctx else None
 
 
 def _fits(session: ChatSession, n_dropped: int, error: ContextFullError) -> bool:
     shorter = session.conversation.without_oldest(n_dropped)
-    asked = [] if session.dropped is None else session.dropped.messages
-    n_prompt = len(session.engine.prompter.conversation([*shorter.messages, *asked]))
+    dropped = [] if session.dropped is None else session.dropped.messages
+    n_prompt = len(session.engine.prompter.conversation([*shorter.messages, *dropped]))
     return n_prompt + error.n_answer <= error.n_ctx

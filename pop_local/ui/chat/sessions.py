@@ -57,7 +57,7 @@ def load(chat: Dialogue, name: str) -> None:
     path = sessions.path(name)
     if not path.is_file():
         hint = nearest_hint(
-            name, {known: known for known in sessions.names()}, "/load lists the sessions"
+            name, {stored: stored for stored in sessions.names()}, "/load lists the sessions"
         )
         raise PopError(f"no session is named {name}", hint)
     session = load_session(chat.model.engine, path)
@@ -144,7 +144,7 @@ class Unsaved:
     def offer(self, chat: Dialogue) -> None:
         """Offer conversations from crashed chats, newest first, until the user resumes one."""
         try:
-            crashed = [each for each in self._sessions.listed() if self._has_crashed(each)]
+            crashed = [entry for entry in self._sessions.listed() if self._has_crashed(entry)]
             for n_older, stored in reversed([*enumerate(crashed)]):
                 with suppress(Timeout), self._lock_of(stored.name):
                     if self._is_last(chat, stored, n_older):
@@ -169,17 +169,17 @@ class Unsaved:
         if n_older:
             older = "1 older chat" if n_older == 1 else f"{n_older} older chats"
             question += f"\n{older} also ended unexpectedly. To see the next chat, type d or k."
-        chosen = chat.screen.choose(question, _CHOICES, enter="c")
-        if chosen == "c":
+        choice = chat.screen.choose(question, _CHOICES, enter="c")
+        if choice == "c":
             before = chat.model.engine.pruning.mode
             chat.resume(load_session(chat.model.engine, self._sessions.path(stored.name)), "")
             self.keep(chat)
             chat.screen.note("The model will read this conversation again before the next answer.")
             if chat.model.engine.pruning.mode is not before:
                 chat.screen.note(pruning_state(chat.model))
-        if chosen == "d" or (chosen == "c" and self._is_possible):
+        if choice == "d" or (choice == "c" and self._is_possible):
             self._remove(stored.name)
-        return chosen in ("c", None)
+        return choice in ("c", None)
 
     def _remove(self, name: str) -> None:
         for path in (self._sessions.path(name), self._folder / f"{name}.lock"):

@@ -41,7 +41,7 @@ def run_command(chat: Dialogue, line: str) -> None:
     if command is not None:
         command.action(chat, argument.strip())
         return
-    hint = nearest_hint(name, {known: known for known in COMMANDS})
+    hint = nearest_hint(name, {command: command for command in COMMANDS})
     chat.refuse(f"Unknown command {name}: {hint or '/help lists the commands.'}")
 
 
@@ -96,12 +96,12 @@ def _undo(chat: Dialogue, argument: str) -> None:
 def _set(chat: Dialogue, argument: str) -> None:
     name, _, text = argument.partition(" ")
     if not name:
-        for known in _PARAMS:
-            chat.screen.note(_param_line(chat, known))
+        for key in _PARAMS:
+            chat.screen.note(_param_line(chat, key))
         return
     param = _PARAMS.get(name.lower())
     if param is None:
-        hint = nearest_hint(name, {known: known for known in _PARAMS}, "/set lists all parameters.")
+        hint = nearest_hint(name, {key: key for key in _PARAMS}, "/set lists all parameters.")
         chat.refuse(f"Unknown parameter {name}: {hint}")
         return
     name, text = name.lower(), text.strip()
@@ -137,8 +137,8 @@ def _model(chat: Dialogue, argument: str) -> None:
         warn_of_base_model(chat.screen, chat.model)
         warn_of_hidden_pictures(chat)
     context = chat.model.engine.context
-    known = map(context.files.header.get, ("general.name", "general.architecture"))
-    chat.screen.note(f"{context.files.path} ({', '.join(str(part) for part in known if part)})")
+    titles = map(context.files.header.get, ("general.name", "general.architecture"))
+    chat.screen.note(f"{context.files.path} ({', '.join(str(title) for title in titles if title)})")
     chat.screen.note(f"Context: {context.n_ctx:,} tokens.")
     chat.screen.note(pruning_state(chat.model))
 

@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from pop_local.research.analyze import Analysis, DepthCost
 
 
-def as_json(found: Analysis) -> dict[str, Any]:
+def as_json(analysis: Analysis) -> dict[str, Any]:
     """Return the analysis as a JSON object. NAME_se is the standard error of NAME."""
-    chosen = found.chosen
+    choice = analysis.chosen
     return {
-        "model": str(found.model),
-        "boundaries": [_depth_json(depth) for depth in found.depths],
-        "calibration": found.calibration,
+        "model": str(analysis.model),
+        "boundaries": [_depth_json(depth) for depth in analysis.depths],
+        "calibration": analysis.calibration,
         "chosen": {
-            "budget": found.budget,
-            "boundary": chosen and chosen.boundary,
-            "projection": chosen and chosen.projection,
+            "budget": analysis.budget,
+            "boundary": choice and choice.boundary,
+            "projection": choice and choice.projection,
         },
     }
 
@@ -39,18 +39,18 @@ def _depth_json(depth: DepthCost) -> dict[str, Any]:
     }
 
 
-def show(found: Analysis, *, as_markdown: bool = False) -> None:
-    layers = sorted(depth.boundary for depth in found.depths)
-    print_table([*_columns(found)], layers, as_markdown=as_markdown)
+def show(analysis: Analysis, *, as_markdown: bool = False) -> None:
+    layers = sorted(depth.boundary for depth in analysis.depths)
+    print_table([*_columns(analysis)], layers, as_markdown=as_markdown)
     print_sentence("")
-    if (made := found.calibration) is not None:
-        print_facts([("Fitted on", f"{made.name}: {made.n_tokens:,} tokens")])
-    print_sentence(_choice(found))
+    if (calibration := analysis.calibration) is not None:
+        print_facts([("Fitted on", f"{calibration.name}: {calibration.n_tokens:,} tokens")])
+    print_sentence(_choice(analysis))
 
 
-def _columns(found: Analysis) -> Iterator[Column]:
+def _columns(analysis: Analysis) -> Iterator[Column]:
     """Yield the columns. Each row shows the cost of skipping a layer and all later layers."""
-    depths = {depth.boundary: depth for depth in found.depths}
+    depths = {depth.boundary: depth for depth in analysis.depths}
 
     def of_depth(title: str, show: Callable[[DepthCost], object], numeric: bool = True) -> Column:
         return Column(title, lambda at: show(depths[at]), numeric)
@@ -61,12 +61,12 @@ def _columns(found: Analysis) -> Iterator[Column]:
     yield of_depth("KL", lambda depth: depth.quality and bare(depth.quality.kl_mean, ".3f"))
     yield of_depth("Copy", lambda d: d.quality and bare(d.quality.copy_ppl_ratio, ".2f"))
     yield of_depth("Induction", lambda depth: _share(depth.retention))
-    name = found.budget.quality
-    yield of_depth("Note", lambda depth: name if depth is found.chosen else "", numeric=False)
+    name = analysis.budget.quality
+    yield of_depth("Note", lambda depth: name if depth is analysis.chosen else "", numeric=False)
 
 
-def _choice(found: Analysis) -> str:
-    name, depth = found.budget.quality, found.chosen
+def _choice(analysis: Analysis) -> str:
+    name, depth = analysis.budget.quality, analysis.chosen
     if depth is None or depth.quality is None:
         return f"The {name} budget does not allow any of the measured boundaries."
     return (

@@ -11,27 +11,27 @@ if TYPE_CHECKING:
     from pop_local.workflows.bench import Speed
 
 
-def show_speed(found: Speed, *, as_markdown: bool = False) -> None:
-    layers = f"{found.boundary} to {found.n_layer - 1} of {found.n_layer}"
-    layers += ", exactly" if found.is_exact else ""
-    print_sentence(f"{found.model}: prompt tokens skip layers {layers}")
-    print_sentence(f"{found.backend}. Times are medians. Ranges are in parentheses.")
-    if found.upstream is not None:
-        kernels = f"{found.kernels}, compared with llama.cpp's ({found.upstream})"
+def show_speed(speed: Speed, *, as_markdown: bool = False) -> None:
+    layers = f"{speed.boundary} to {speed.n_layer - 1} of {speed.n_layer}"
+    layers += ", exactly" if speed.is_exact else ""
+    print_sentence(f"{speed.model}: prompt tokens skip layers {layers}")
+    print_sentence(f"{speed.backend}. Times are medians. Ranges are in parentheses.")
+    if speed.upstream is not None:
+        kernels = f"{speed.kernels}, compared with llama.cpp's ({speed.upstream})"
         print_sentence(f"Prompt kernels: {kernels}")
     print_sentence("")
-    print_table([*_columns(found)], found.rows, as_markdown=as_markdown)
+    print_table([*_columns(speed)], speed.rows, as_markdown=as_markdown)
     print_sentence("")
-    print_sentence(found.rows[-1].in_words)
+    print_sentence(speed.rows[-1].in_words)
 
 
-def _columns(found: Speed) -> Iterator[Column]:
+def _columns(speed: Speed) -> Iterator[Column]:
     yield _number("Tokens", lambda row: f"{row.n_prompt:,}")
-    if found.upstream is not None:
+    if speed.upstream is not None:
         yield _number("llama.cpp", lambda row: f"{row.upstream_ttft_s.median:.3f} s")
     yield _number("In full", lambda row: f"{row.full_ttft_s.median:.3f} s")
     yield _number("Fast", lambda row: f"{row.pop_ttft_s.median:.3f} s")
-    if any(row.n_deep for row in found.rows):
+    if any(row.n_deep for row in speed.rows):
         yield _number("Deep", lambda row: f"{row.n_deep / row.n_prompt:.0%}")
     yield _number("Speedup", lambda row: _RATIO(row.speedup))
 

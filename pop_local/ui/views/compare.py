@@ -17,53 +17,56 @@ _N_SHOWN = 60
 _N_SHARED = 15
 
 
-def show_comparison(found: Comparison, *, as_markdown: bool = False) -> None:
-    if found.different:
-        print_table(_COLUMNS, found.different, as_markdown=as_markdown)
+def show_comparison(comparison: Comparison, *, as_markdown: bool = False) -> None:
+    if comparison.different:
+        print_table(_COLUMNS, comparison.different, as_markdown=as_markdown)
         print_sentence("")
-    n = len(found.answers)
+    n = len(comparison.answers)
     facts: list[Fact] = [
-        ("Prompts", f"{found.prompts.name}: {n} prompt{'s' * (n != 1)}, greedy decoding"),
-        ("Same answer", f"{n - len(found.different)} of {n}"),
+        ("Prompts", f"{comparison.prompts.name}: {n} prompt{'s' * (n != 1)}, greedy decoding"),
+        ("Same answer", f"{n - len(comparison.different)} of {n}"),
     ]
-    if found.n_judged:
-        n_all = found.n_judged
-        right = f"full reading: {found.full_hits} of {n_all}, fast reading: {found.pruned_hits}"
+    if comparison.n_judged:
+        n_all = comparison.n_judged
+        hits = comparison.full_hits, comparison.pruned_hits
+        right = f"full reading: {hits[0]} of {n_all}, fast reading: {hits[1]}"
         facts.append(("Correct answers", f"{right} of {n_all}"))
-        only = f"correct only with full reading: {found.n_only_full}"
-        facts.append(("", f"{only}, correct only with fast reading: {found.n_only_pruned}"))
+        only = f"correct only with full reading: {comparison.n_only_full}"
+        facts.append(("", f"{only}, correct only with fast reading: {comparison.n_only_pruned}"))
         odds = "the probability that chance alone would produce a difference this large"
-        facts.append(("", f"p = {found.p_value:.2g}, {odds} (McNemar's exact test)"))
-    if found.n_unpruned < n:
-        ratio = found.full_ttft_s / found.pruned_ttft_s
-        fast = f"fast reading: {found.pruned_ttft_s:.2f} s ({ratio:.2f}x)"
-        times = f"full reading: {found.full_ttft_s:.2f} s, {fast}. Each prompt was timed once."
+        facts.append(("", f"p = {comparison.p_value:.2g}, {odds} (McNemar's exact test)"))
+    if comparison.n_unpruned < n:
+        ratio = comparison.full_ttft_s / comparison.pruned_ttft_s
+        fast = f"fast reading: {comparison.pruned_ttft_s:.2f} s ({ratio:.2f}x)"
+        times = f"full reading: {comparison.full_ttft_s:.2f} s, {fast}. Each prompt was timed once."
         facts.append(("Time to first token", times))
-    if found.n_unpruned:
+    if comparison.n_unpruned:
         why = "Short or mostly cached prompts are always read in full."
-        facts.append(("Read in full", f"{found.n_unpruned} of {n} prompts. {why}"))
-    if found.n_unpruned == n:
+        facts.append(("Read in full", f"{comparison.n_unpruned} of {n} prompts. {why}"))
+    if comparison.n_unpruned == n:
         facts.append(("Speedup", "not measured, because no prompt used fast reading"))
     print_facts(facts)
-    print_sentence(with_advice(comparison_in_words(found)))
+    print_sentence(with_advice(comparison_in_words(comparison)))
 
 
-def comparison_json(found: Comparison) -> dict[str, Any]:
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
     return {
-        "prompts": {"name": found.prompts.name},
-        "n": len(found.answers),
-        "n_same": len(found.answers) - len(found.different),
-        **fields_of(found, "n_judged", "full_hits", "pruned_hits", "n_only_full", "n_only_pruned"),
-        "p_value": found.p_value,
-        "verdict": with_advice(comparison_in_words(found)),
-        **fields_of(found, "full_ttft_s", "pruned_ttft_s", "n_unpruned"),
-        "answers": [asdict(each) for each in found.answers],
+        "prompts": {"name": comparison.prompts.name},
+        "n": len(comparison.answers),
+        "n_same": len(comparison.answers) - len(comparison.different),
+        **fields_of(
+            comparison, "n_judged", "full_hits", "pruned_hits", "n_only_full", "n_only_pruned"
+        ),
+        "p_value": comparison.p_value,
+        "verdict": with_advice(comparison_in_words(comparison)),
+        **fields_of(comparison, "full_ttft_s", "pruned_ttft_s", "n_unpruned"),
+        "answers": [asdict(answer) for answer in comparison.answers],
     }
 
 
-def _shown(each: Compared, text: str) -> str:
+def _shown(answer: Compared, text: str) -> str:
     """Return an excerpt of `text` around the first difference between the answers."""
-    pairs = zip(each.full.text, each.pruned.text, strict=False)
+    pairs = zip(answer.full.text, answer.pruned.text, strict=False)
     n_alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     start = max(0, n_alike - _N_SHARED)
     end = start + _N_SHOWN
@@ -72,10 +75,10 @@ def _shown(each: Compared, text: str) -> str:
 
 _VERDICTS = {True: "right", False: "wrong", None: "-"}
 _COLUMNS = (
-    Column("Line", lambda each: each.line, numeric=True),
-    Column("Same", lambda each: each.first_difference, numeric=True),
-    Column("Full", lambda each: _VERDICTS[each.is_full_right]),
-    Column("Fast", lambda each: _VERDICTS[each.is_pruned_right]),
-    Column("Full answer", lambda each: _shown(each, each.full.text)),
-    Column("With fast reading", lambda each: _shown(each, each.pruned.text)),
+    Column("Line", lambda answer: answer.line, numeric=True),
+    Column("Same", lambda answer: answer.first_difference, numeric=True),
+    Column("Full", lambda answer: _VERDICTS[answer.is_full_right]),
+    Column("Fast", lambda answer: _VERDICTS[answer.is_pruned_right]),
+    Column("Full answer", lambda answer: _shown(answer, answer.full.text)),
+    Column("With fast reading", lambda answer: _shown(answer, answer.pruned.text)),
 )

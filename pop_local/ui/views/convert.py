@@ -62,12 +62,12 @@ def show_trials(trials: Sequence[Trial], *, as_markdown: bool = False) -> None:
 
 def trial_json(trial: Trial) -> dict[str, Any]:
     """Return a candidate as a JSON object, including all metrics that a budget can limit."""
-    plan, found = trial.plan, figures(trial.quality)
+    plan, quality = trial.plan, figures(trial.quality)
     return {
         **fields_of(plan, "boundary", "n_skipped", "projection"),
         "distilled": plan.is_distilled,
         **fields_of(plan, "deep_rows", "deep_share", "speedup_limit"),
-        **{name: found[name] for name in _JUDGED},
+        **{name: quality[name] for name in _JUDGED},
         "lookups": trial.lookups and figures(trial.lookups),
         "in_budget": trial.in_budget,
     }
@@ -101,11 +101,11 @@ def _planned_facts(conversion: Conversion) -> list[Fact]:
 def show_converted(conversion: Conversion, done: Converted, *, as_markdown: bool = False) -> None:
     if done.trials:
         show_trials(done.trials, as_markdown=as_markdown)
-    known = _planned_facts(conversion)
-    new = [fact for fact in _plan_facts(conversion, done.plan, done.sizes) if fact not in known]
+    planned = _planned_facts(conversion)
+    new = [fact for fact in _plan_facts(conversion, done.plan, done.sizes) if fact not in planned]
     print_facts([*new, *measured_facts(done.meta), ("Written", str(done.path))])
-    if (found := done.meta.measured) is not None:
-        print_sentence(with_advice(verdict_in_words(found)))
+    if (measured := done.meta.measured) is not None:
+        print_sentence(with_advice(verdict_in_words(measured)))
     if conversion.is_sidecar and done.path != sidecar_path(conversion.source):
         note(f"The sidecar is not next to the model, so pass it with --sidecar {done.path}.")
 
@@ -118,8 +118,8 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
     budget = {"seconds": conversion.seconds} | ({} if limits is None else {"budget": limits})
     if conversion.is_named:
         return _object(conversion, wished, conversion.sizes, None) | budget
-    found = _common(conversion, wished) | {"most_output_bytes": conversion.sizes.output_bytes}
-    return found | {
+    plan = _common(conversion, wished) | {"most_output_bytes": conversion.sizes.output_bytes}
+    return plan | {
         "boundaries": [plan.boundary for plan in conversion.tried],
         "least_speedup_limit": conversion.limit(plans[0]),
         "most_speedup_limit": conversion.limit(conversion.deepest),
@@ -130,8 +130,8 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
 def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
     """Return a result as a JSON object that lists every boundary tried."""
     tried = [trial_json(trial) for trial in done.trials]
-    found = _object(conversion, done.plan, done.sizes, done.meta)
-    return found | {"tried": tried}
+    result = _object(conversion, done.plan, done.sizes, done.meta)
+    return result | {"tried": tried}
 
 
 def _object(
@@ -226,22 +226,22 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
     yield "Memory", f"{total} in addition to the model file. {sums} of this is for the fit{more}."
 
 
-def skipping_facts(found: SkippableLayers) -> list[Fact]:
+def skipping_facts(skippable: SkippableLayers) -> list[Fact]:
     """Describe the skippable layers, and the values that are still computed in these layers."""
-    layers = f"layers {found.first} to {found.last}"
-    if found.exact:
-        layers = f"{layers} (skipping layers {found.exact} and up causes no loss)"
-    projections = f"own only: {found.no_fit}"
-    if found.fits_from is not None:
+    layers = f"layers {skippable.first} to {skippable.last}"
+    if skippable.exact:
+        layers = f"{layers} (skipping layers {skippable.exact} and up causes no loss)"
+    projections = f"own only: {skippable.no_fit}"
+    if skippable.fits_from is not None:
         projections = "fitted or own"
-        if found.fits_from > found.first:
-            projections += f" (boundaries below {found.fits_from} require own projections)"
-    measured = "real models" if found.is_measured else "random models only"
+        if skippable.fits_from > skippable.first:
+            projections += f" (boundaries below {skippable.fits_from} require own projections)"
+    measured = "real models" if skippable.is_measured else "random models only"
     return [
         ("Can be skipped", layers),
-        ("Still computed", f"{' and '.join(found.left) or 'nothing'} of the skipped layers"),
+        ("Still computed", f"{' and '.join(skippable.left) or 'nothing'} of the skipped layers"),
         ("Projections", projections),
-        ("Catching up", f"no: {found.no_refill}" if found.no_refill else "yes"),
+        ("Catching up", f"no: {skippable.no_refill}" if skippable.no_refill else "yes"),
         ("Measured on", measured),
     ]
 
@@ -259,18 +259,19 @@ def full_fact(rows: Plan | PopMeta) -> Fact:
 
 def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     """Describe a file's quality measurements. Yield nothing if the file contains none."""
-    if (found := meta.measured) is None:
+    if (measured := meta.measured) is None:
         return
-    kl, ratio = f"{found.kl_mean:.4f} ± {found.kl_se:.4f}", f"{found.ppl_ratio:.3f}"
-    top = f"{found.top1_agreement:.1%} of tokens"
+    kl, ratio = f"{measured.kl_mean:.4f} ± {measured.kl_se:.4f}", f"{measured.ppl_ratio:.3f}"
+    top = f"{measured.top1_agreement:.1%} of tokens"
     yield "Quality", f"KL {kl}, perplexity ratio {ratio}; the top prediction is unchanged for {top}"
-    ratio, right = f"{found.copy_ppl_ratio:.3f}", f"{found.copy_top1:.1%} of tokens"
+    ratio, right = f"{measured.copy_ppl_ratio:.3f}", f"{measured.copy_top1:.1%} of tokens"
     yield "Copying", f"perplexity ratio {ratio}; the top prediction is correct for {right}"
-    if found.copy_ppl_ratio > FAST.max_copy_ratio:
+    if measured.copy_ppl_ratio > FAST.max_copy_ratio:
         most = FAST.max_copy_ratio
         yield "", f"BROKEN: with a ratio above {most:g}, a model cannot copy from its prompt"
-    if found.lookups_n:
-        shares = f"{found.lookups_lost} of {found.lookups_full} lost, {found.lookups_gained} gained"
-        yield "Look-ups", f"{shares} in {found.lookups_n} questions"
-        lost = f"{found.lookups_logprob_lost:.2f} ± {found.lookups_logprob_se:.2f}"
+    if measured.lookups_n:
+        shares = f"{measured.lookups_lost} of {measured.lookups_full} lost"
+        shares += f", {measured.lookups_gained} gained"
+        yield "Look-ups", f"{shares} in {measured.lookups_n} questions"
+        lost = f"{measured.lookups_logprob_lost:.2f} ± {measured.lookups_logprob_se:.2f}"
         yield "", f"the log-probability of each string drops by {lost} nats on average"

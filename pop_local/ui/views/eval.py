@@ -46,32 +46,32 @@ def with_advice(verdict: str) -> str:
     return f"{verdict} Use --full to avoid any loss."
 
 
-def evaluation_json(found: Evaluation) -> dict[str, Any]:
+def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
     """Return an evaluation's figures and verdict as a JSON object."""
     return {
-        "model": str(found.model),
-        "text": {"name": found.text.name},
-        **fields_of(found, "n_skipped", "projection", "speedup_limit"),
-        **figures(found.quality),
-        "deep_rows": found.deep_rows,
-        "lookups": found.lookups and figures(found.lookups),
-        "verdict": with_advice(found.verdict),
+        "model": str(evaluation.model),
+        "text": {"name": evaluation.text.name},
+        **fields_of(evaluation, "n_skipped", "projection", "speedup_limit"),
+        **figures(evaluation.quality),
+        "deep_rows": evaluation.deep_rows,
+        "lookups": evaluation.lookups and figures(evaluation.lookups),
+        "verdict": with_advice(evaluation.verdict),
     }
 
 
-def show_evaluation(found: Evaluation) -> None:
-    print_facts([*_facts(found), ("Verdict", with_advice(found.verdict))])
+def show_evaluation(evaluation: Evaluation) -> None:
+    print_facts([*_facts(evaluation), ("Verdict", with_advice(evaluation.verdict))])
 
 
-def _facts(found: Evaluation) -> Iterator[Fact]:
-    q = found.quality
-    yield "Model", str(found.model)
-    yield "Text", found.text.name
-    layers = f"context tokens skip {found.n_skipped} layers (from layer {q.boundary} up)"
-    layers += f" and use {found.projection} projections"
-    if found.deep_rows is not DeepRows.NONE:
-        layers = f"{layers} and deep rows selected by the '{found.deep_rows}' rule"
-    yield "Skipped", f"{layers}; the speedup is up to {found.speedup_limit:.2f}x"
+def _facts(evaluation: Evaluation) -> Iterator[Fact]:
+    q = evaluation.quality
+    yield "Model", str(evaluation.model)
+    yield "Text", evaluation.text.name
+    layers = f"context tokens skip {evaluation.n_skipped} layers (from layer {q.boundary} up)"
+    layers += f" and use {evaluation.projection} projections"
+    if evaluation.deep_rows is not DeepRows.NONE:
+        layers = f"{layers} and deep rows selected by the '{evaluation.deep_rows}' rule"
+    yield "Skipped", f"{layers}; the speedup is up to {evaluation.speedup_limit:.2f}x"
     yield "Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"
     yield "With fast reading", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} context tokens"
     yield "KL to full", f"mean {with_se(q.kl_mean, '.4f')}, median {with_se(q.kl_median, '.4f')}"
@@ -89,7 +89,7 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
         retained = f"fast reading retains {kept.value:.0%} of the full model's gain from repetition"
     added = with_se(q.induction_delta_nll, ".3f")
     yield "Induction", f"NLL {'' if added.startswith('-') else '+'}{added}, {retained}"
-    if (lookups := found.lookups) is not None:
+    if (lookups := evaluation.lookups) is not None:
         counts = f"{lookups.full} of {lookups.n} correct with full reading"
         yield "Look-ups", f"{counts}, {lookups.pruned} with fast reading"
         yield "", f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"

@@ -10,53 +10,53 @@ from pop_local.ui.views.convert import budget_fact, full_fact, measured_facts, s
 from pop_local.workflows.inspect import Inspection
 
 
-def summary_facts(found: Inspection) -> list[Fact]:
+def summary_facts(inspection: Inspection) -> list[Fact]:
     """Return the facts that users need most, in five lines or fewer."""
-    files = f", in {found.n_files} files" if found.n_files > 1 else ""
-    facts = [("File", found.file), ("Size", f"{size(found.size_bytes)}{files}")]
-    if found.architecture == ARCHITECTURE:
+    files = f", in {inspection.n_files} files" if inspection.n_files > 1 else ""
+    facts = [("File", inspection.file), ("Size", f"{size(inspection.size_bytes)}{files}")]
+    if inspection.architecture == ARCHITECTURE:
         return [*facts, ("Kind", "multimodal projector for images (--mmproj)")]
-    kind = "chat model" if found.has_chat_template else "base model (it has no chat template)"
+    kind = "chat model" if inspection.has_chat_template else "base model (it has no chat template)"
     stock = "opens this file"
-    if not found.opens_in_stock_llama_cpp:
+    if not inspection.opens_in_stock_llama_cpp:
         stock = "cannot open this file, because it contains fitted projections"
-    elif found.pop is not None and found.sidecar is None:
+    elif inspection.pop is not None and inspection.sidecar is None:
         stock = "opens this file, but without fast reading"
     return [
         *facts,
-        ("Kind", f"{kind}, trained on contexts of up to {found.n_ctx_train:,} tokens"),
-        ("Fast reading", _fast_reading(found)),
+        ("Kind", f"{kind}, trained on contexts of up to {inspection.n_ctx_train:,} tokens"),
+        ("Fast reading", _fast_reading(inspection)),
         ("Stock llama.cpp", stock),
     ]
 
 
-def _fast_reading(found: Inspection) -> str:
-    if found.refused:
-        return f"not available: {found.refused}"
-    if (meta := found.pop) is not None:
+def _fast_reading(inspection: Inspection) -> str:
+    if inspection.refused:
+        return f"not available: {inspection.refused}"
+    if (meta := inspection.pop) is not None:
         skipped = f"skips {meta.n_layer - meta.boundary} of {meta.n_layer} layers"
         if meta.budget is None:
             return skipped
         met = f"{skipped} and meets the '{meta.budget.quality}' quality limits"
         is_fast = meta.budget.quality == FAST.quality
         return f"{met}, which allow more loss than the default limits" if is_fast else met
-    if found.skipping is not None and found.skipping.exact:
-        return f"skips layers {found.skipping.exact} and up without any loss"
+    if inspection.skipping is not None and inspection.skipping.exact:
+        return f"skips layers {inspection.skipping.exact} and up without any loss"
     return "not available until the model is converted (`pop-local convert`)"
 
 
-def inspection_facts(found: Inspection) -> list[Fact]:
+def inspection_facts(inspection: Inspection) -> list[Fact]:
     """Return the details that follow the summary."""
-    if found.architecture == ARCHITECTURE:
-        return [("Name", found.name or "none")]
+    if inspection.architecture == ARCHITECTURE:
+        return [("Name", inspection.name or "none")]
     return [
-        ("Name", found.name or "none"),
-        ("Architecture", found.architecture),
-        ("Layers", f"{found.n_layer}, width {found.n_embd}"),
-        *([("Sidecar", found.sidecar)] if found.sidecar else []),
-        *([("Reads images with", found.mmproj)] if found.mmproj else []),
-        *(skipping_facts(found.skipping) if found.skipping else []),
-        *(_pruning_facts(found.pop) if found.pop else []),
+        ("Name", inspection.name or "none"),
+        ("Architecture", inspection.architecture),
+        ("Layers", f"{inspection.n_layer}, width {inspection.n_embd}"),
+        *([("Sidecar", inspection.sidecar)] if inspection.sidecar else []),
+        *([("Reads images with", inspection.mmproj)] if inspection.mmproj else []),
+        *(skipping_facts(inspection.skipping) if inspection.skipping else []),
+        *(_pruning_facts(inspection.pop) if inspection.pop else []),
     ]
 
 
