@@ -20,8 +20,7 @@ def kept(pop_file, **options):
 
 def test_refilling_reproduces_the_full_models_cache(pop_file):
     tokens = prompt(200)
-    full = opened(pop_file)
-    full.engine.set_mode(Mode.OFF)
+    full = opened(pop_file, full=True)
     append(full, tokens)
     model = kept(pop_file)
     append(model, tokens)
@@ -63,8 +62,7 @@ def test_stopped_refilling_continues_later(pop_file):
     assert 0 <= n_first < 200
     assert model.engine.cache.n_exact == n_first
     assert n_first + model.engine.refiller.refill() == 200
-    full = opened(pop_file)
-    full.engine.set_mode(Mode.OFF)
+    full = opened(pop_file, full=True)
     answer = greedy(full, prompt(200))
     assert greedy(model, prompt(200)) == answer
 

@@ -128,8 +128,7 @@ def test_a_prompts_results_do_not_depend_on_its_chunks(quantised, mode):
 @needs_kernels
 def test_a_refilled_cache_does_not_depend_on_its_chunks(quantised):
     tokens = prompt(150)
-    full = opened(quantised)
-    full.engine.set_mode(Mode.OFF)
+    full = opened(quantised, full=True)
     append(full, tokens)
     for n_ubatch in (50, 7, 1):
         model = opened(quantised, n_ubatch=n_ubatch, keep_states=True)

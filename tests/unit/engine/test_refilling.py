@@ -89,8 +89,7 @@ def test_the_rest_is_refilled_after_other_commands(chat, lines):
     model.engine.refiller.refill()
     assert model.engine.cache.n_exact == model.engine.cache.n_tokens > 200
     tokens = model.engine.cache.tokens[: model.engine.cache.n_tokens].tolist()
-    full = opened(Path(model.engine.context.files.path))
-    full.engine.set_mode(Mode.OFF)
+    full = opened(Path(model.engine.context.files.path), full=True)
     np.testing.assert_allclose(read(model, tokens), read(full, tokens), atol=NOISE)
 
 
