@@ -51,30 +51,6 @@ def test_one_model_is_open_at_a_time(library, expected):
         assert names.count("pop-local model") == 1
 
 
-def test_every_api_opens_the_named_model(library):
-    said = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
-    requests: dict[str, dict[str, Any]] = {
-        "/v1/chat/completions": said,
-        "/v1/messages": said,
-        "/v1/messages/count_tokens": said,
-        "/v1/responses": {"input": "hello", "max_output_tokens": 2},
-        "/v1/embeddings": {"input": "hello"},
-        "/api/embed": {"input": "hello"},
-        "/api/chat": said | {"stream": False, "options": {"num_predict": 2}},
-        "/api/generate": {"prompt": "a", "stream": False, "options": {"num_predict": 2}},
-        "/completion": {"prompt": "a", "n_predict": 2},
-        "/tokenize": {"content": "hello"},
-        "/detokenize": {"tokens": [5]},
-    }
-    with asked(library) as client:
-        for number, (path, body) in enumerate(requests.items()):
-            name = NAMES[number % 3]
-            response = client.post(path, json=body | {"model": name})
-            assert response.status_code == 200, response.text
-            assert response.json().get("model", name) == name
-            assert library.open_ones == [name]
-
-
 def test_get_requests_open_and_close_no_model(library):
     paths = ("props", "v1/models", "v1/models/two", "api/tags", "api/ps", "health", "metrics")
     with asked(library) as client:

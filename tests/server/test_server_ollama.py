@@ -4,9 +4,7 @@ import json
 
 import pytest
 
-from pop_local.server.access import AccessRules
 from support.server_requests import LONG, N_CTX, NAME, chat, complete, text_of
-from support.serving import app_of, asking
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 EIGHT = {"temperature": 0, "num_predict": 8}
@@ -172,17 +170,9 @@ def test_errors_have_ollama_shape(client, endpoint, body, reason):
     assert reason in response.json()["error"]
 
 
-def test_access_errors_have_ollama_shape(client, full):
-    missing = client.post("/api/pull", json={}).json()
-    assert missing.keys() == {"error"} and "unknown path '/api/pull'" in missing["error"]
-    assert client.get("/api/chat").json() == {"error": "Method Not Allowed"}
+def test_access_errors_have_ollama_shape(client):
     foreign = client.get("/api/tags", headers={"Host": "evil.example"})
     assert (foreign.status_code, foreign.json().keys()) == (403, {"error"})
-    strict = asking(app_of(full, NAME, strict_model=True))
-    assert "no model named 'other'" in strict.post("/api/show", json={"model": "other"}).text
-    keyed = asking(app_of(full, NAME, rules=AccessRules(api_keys=("secret",))))
-    assert keyed.get("/api/tags").status_code == 401
-    assert "API key" in keyed.get("/api/tags").json()["error"]
 
 
 def test_stream_error_is_a_line(client, monkeypatch):

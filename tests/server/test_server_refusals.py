@@ -40,11 +40,6 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (b"", "EOF"),
-        (b"{", "EOF"),
-        (b"[1, 2]", "an object"),
-        (b"\xff\xfe", "JSON"),
-        (b"[" * 50_000, "recursion"),
         ({}, "messages: Field required"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.role"),
@@ -113,8 +108,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
     ],
 )
 def test_invalid_chats_are_400(client, body, reason):
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    response = client.post("/v1/chat/completions", content=content)
+    response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400
     error = response.json()["error"]
     assert reason in error["message"]
@@ -189,15 +183,6 @@ def test_error_beyond_context_states_tokens(client):
     assert re.search(r"restart the server with --ctx \d+$", shorter)
 
 
-@pytest.mark.parametrize("declared", [True, False])
-def test_oversized_body_is_413(client, declared):
-    body = json.dumps({"prompt": "x" * 200_000}).encode()
-    content = body if declared else iter([body[:50_000], body[50_000:]])
-    response = client.post("/v1/completions", content=content)
-    assert response.status_code == 413
-    assert "100,000 bytes" in response.json()["error"]["message"]
-
-
 def test_default_model_is_reported_in_header_and_log(client, caplog):
     caplog.set_level("INFO", "pop_local.server")
     own = chat(client, model=NAME.upper())
@@ -214,24 +199,6 @@ def test_header_encodes_model_name(model):
     named = asking(app_of(model, "a\nb \u20ac"))
     other = named.post("/api/show", json={"model": "gpt-4o"})
     assert other.headers["x-model"] == "a%0Ab %E2%82%AC"
-
-
-def test_strict_server_refuses_unknown_models(model):
-    strict = asking(app_of(model, NAME, strict_model=True))
-    response = chat(strict, model="gpt-4o")
-    assert response.status_code == 404
-    assert response.json()["error"]["code"] == "model_not_found"
-    assert NAME in response.json()["error"]["message"]
-
-
-def test_unknown_paths_and_methods_have_error_shape(client):
-    for response, status in (
-        (client.get("/v2"), 404),
-        (client.get("/v1/completions"), 405),
-        (client.post("/v1/audio/speech", json={}), 404),
-    ):
-        assert response.status_code == status
-        assert response.json()["error"]["message"]
 
 
 def test_grammar_bomb_is_400(path):
