@@ -60,7 +60,7 @@ def test_where_copying_is_lost_nothing_else_is_measured(model, monkeypatch):
 # --- refusals
 
 
-def test_a_converted_file_is_refused(tmp_path):
+def test_rejects_a_converted_file(tmp_path):
     base = make_gguf(tmp_path / "base.gguf", "llama", n_layer=6)
     done = analyze(paired(base, tmp_path, "fitted", boundary=3).single)
     assert done.exit_code == 1

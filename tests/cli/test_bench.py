@@ -60,7 +60,7 @@ def test_json_is_one_object_of_the_agreed_shape(pop_file):
         assert len(row) == 9
 
 
-def test_a_busy_machine_is_reported(pop_file, monkeypatch):
+def test_reports_a_busy_machine(pop_file, monkeypatch):
     monkeypatch.setattr("psutil.cpu_percent", lambda interval: 100.0)
     done = bench(pop_file, "--prompt", "100", "--repeat", 2)
     assert re.match(r"Other programs are using [\d.]+ CPUs, so the times are", done.stderr)
@@ -105,7 +105,7 @@ def test_lengths_that_are_none_are_wrong_usage(pop_file, lengths):
     assert bench(pop_file, "--prompt", lengths).returncode == 2
 
 
-def test_an_unconverted_model_is_refused_with_the_way_to_convert_it(tmp_path):
+def test_rejects_an_unconverted_model_with_the_way_to_convert_it(tmp_path):
     done = bench(make_gguf(tmp_path / "plain.gguf", "llama"))
     assert done.returncode == 1
     assert "has not been converted" in done.stderr

@@ -86,7 +86,7 @@ def test_prompts_that_do_not_fit_are_named(pop_file, mine):
     assert "--ctx" in refused.stderr
 
 
-def test_a_model_that_prunes_nothing_is_refused(mine, tmp_path):
+def test_rejects_a_model_that_prunes_nothing(mine, tmp_path):
     refused = answered(make_gguf(tmp_path / "plain.gguf", "llama"), mine)
     assert refused.exit_code == 1
     assert "so there is nothing to compare" in refused.stderr

@@ -45,7 +45,7 @@ def test_a_boundary_must_leave_both_kinds_of_layers(tiny, boundary):
         make_plan(read_shape(tiny), boundary=boundary)
 
 
-def test_a_plan_for_another_model_is_refused(tiny, tmp_path):
+def test_rejects_a_plan_for_another_model(tiny, tmp_path):
     other = make_gguf(tmp_path / "other.gguf", "llama", n_layer=6)
     with pytest.raises(PlanError, match="a model other than"):
         convert(make_plan(read_shape(other)), tiny, tmp_path / "out.gguf")

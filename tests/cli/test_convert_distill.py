@@ -127,7 +127,7 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
         ("phi3", (), "the architecture 'phi3'"),
     ],
 )
-def test_impossible_distilling_is_refused_before_measuring(arch, options, reason, tmp_path):
+def test_rejects_impossible_distilling_before_measuring(arch, options, reason, tmp_path):
     tiny = make_gguf(tmp_path / "tiny.gguf", arch)
     done = convert(tiny, "--distill", *options)
     assert done.exit_code == 1

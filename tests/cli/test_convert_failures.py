@@ -77,14 +77,14 @@ def test_rejects_the_input_as_output(tmp_path):
     assert [part.read_bytes() for part in parts] == before
 
 
-def test_a_converted_file_is_refused_as_input(tiny, tmp_path):
+def test_rejects_a_converted_file_as_input(tiny, tmp_path):
     convert_default(tiny, tmp_path / "out.gguf")
     with pytest.raises(FormatError, match="already converted") as raised:
         convert_default(tmp_path / "out.gguf", tmp_path / "twice.gguf")
     assert "original" in raised.value.hint
 
 
-def test_padding_that_strip_could_not_restore_is_refused(tiny, tmp_path):
+def test_rejects_padding_that_strip_could_not_restore(tiny, tmp_path):
     add_keys(tiny, tmp_path / "odd.gguf", some__key="text of odd length")
     odd = tmp_path / "odd.gguf"
     header = read_header(odd)
@@ -97,13 +97,13 @@ def test_padding_that_strip_could_not_restore_is_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["nowhere/out.gguf", "tiny.gguf/out.gguf", "folder"])
-def test_an_impossible_output_path_is_refused(tiny, tmp_path, where):
+def test_rejects_an_impossible_output_path(tiny, tmp_path, where):
     (tmp_path / "folder").mkdir()
     with pytest.raises(WriteError):
         convert_default(tiny, tmp_path / where)
 
 
-def test_a_disk_that_is_too_small_is_detected_before_writing(tiny, tmp_path, monkeypatch):
+def test_detects_a_disk_that_is_too_small_before_writing(tiny, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(WriteError, match="1,000,000 are free"):
@@ -115,7 +115,7 @@ def test_a_disk_that_is_too_small_is_detected_before_writing(tiny, tmp_path, mon
 
 
 @pytest.mark.parametrize("at", [0, 1_000_000, -1])
-def test_a_damaged_output_is_detected(tiny, tmp_path, monkeypatch, at):
+def test_detects_a_damaged_output(tiny, tmp_path, monkeypatch, at):
     """Flip a bit of the written file, which is then verified and deleted."""
     real = rewrite.same_data
 
@@ -179,7 +179,7 @@ def unprivileged() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_a_folder_without_permission_is_refused(unprivileged):
+def test_rejects_a_folder_without_permission(unprivileged):
     source = make_gguf(unprivileged / "tiny.gguf", "llama")
     locked = unprivileged / "locked"
     locked.mkdir(mode=0o555)
@@ -189,7 +189,7 @@ def test_a_folder_without_permission_is_refused(unprivileged):
     assert not names(locked)
 
 
-def test_a_source_that_shrinks_during_the_copy_is_refused(tiny, tmp_path, monkeypatch):
+def test_rejects_a_source_that_shrinks_during_the_copy(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("pop_converter.gguf.content.CHUNK_BYTES", 100_000)
     with pytest.raises(FormatError, match="was truncated"):
         convert_default(

@@ -136,13 +136,13 @@ def assert_refused(done, folder: Path, reason: str) -> None:
         (b"again " * 5000, "distinct tokens"),
     ],
 )
-def test_unusable_texts_are_refused(tiny, tmp_path, tmp_path_factory, content, reason):
+def test_rejects_unusable_texts(tiny, tmp_path, tmp_path_factory, content, reason):
     path = tmp_path_factory.mktemp("bad") / "text.txt"
     path.write_bytes(content)
     assert_refused(convert(tiny, "--text", path), tmp_path, reason)
 
 
-def test_a_singular_gram_matrix_is_refused(tmp_path, words):
+def test_rejects_a_singular_gram_matrix(tmp_path, words):
     """Fit N inputs to fewer than N tokens, since a window's first token does not count."""
     wide = make_gguf(tmp_path / "wide.gguf", "llama", n_embd=2048, n_layer=3, n_ff=64)
     fit = FitOptions(2048, (words,), ridge=0.0, projection=Projection.FITTED)
@@ -151,7 +151,7 @@ def test_a_singular_gram_matrix_is_refused(tmp_path, words):
 
 
 @pytest.mark.parametrize("own_text", [True, False])
-def test_activations_that_are_not_finite_are_refused(tiny, tmp_path, words, own_text):
+def test_rejects_activations_that_are_not_finite(tiny, tmp_path, words, own_text):
     with tiny.open("r+b") as file:
         norm = next(t for t in gguf.GGUFReader(tiny).tensors if t.name == "blk.1.attn_norm.weight")
         file.seek(norm.data_offset)

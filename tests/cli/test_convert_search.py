@@ -171,14 +171,6 @@ def test_contradictions_are_wrong_usage(tiny, tmp_path, options):
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-def test_an_existing_output_is_refused_before_measuring(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_model, "Search", None)
-    (tmp_path / "tiny.pop.gguf").touch()
-    refused = convert(tiny)
-    assert refused.exit_code == 1
-    assert "--force" in refused.stderr
-
-
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -191,7 +183,7 @@ def test_an_existing_output_is_refused_before_measuring(tiny, tmp_path, monkeypa
         (("--tokens", 100), "100 tokens are too few"),
     ],
 )
-def test_unusable_texts_are_refused_before_measuring(tiny, tmp_path, monkeypatch, options, reason):
+def test_rejects_unusable_texts_before_measuring(tiny, tmp_path, monkeypatch, options, reason):
     monkeypatch.setattr(convert_model, "Search", None)
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("ten bytes.")

@@ -68,7 +68,7 @@ def test_the_speed_up_is_of_several_pairs(tiny_file, short):
     assert done.stdout.count(" s (median):") == 2
 
 
-def test_a_context_too_small_for_the_document_is_reported(tiny_file):
+def test_reports_a_context_too_small_for_the_document(tiny_file):
     done = demo(tiny_file, "--ctx", 512)
     assert done.returncode == 1
     assert "the context holds 512" in done.stderr

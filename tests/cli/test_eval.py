@@ -85,11 +85,6 @@ def test_a_model_that_rows_leave_exactly_is_measured_at_an_earlier_depth(tmp_pat
     assert found["speedup_limit"] > 1
 
 
-def test_without_json_figures_are_printed_as_lines(pop_file, text):
-    one = evaluate(pop_file, "--text", text, *SHORT, "--lookups", 0)
-    assert "Same top prediction" in one.stdout
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -123,7 +118,7 @@ def test_what_cannot_be_measured_is_one_clear_error(pop_file, text, options, rea
 
 
 @pytest.mark.slow
-def test_look_ups_are_reported_in_full_and_pruned(pop_file, text):
+def test_reports_look_ups_in_full_and_pruned(pop_file, text):
     options = (pop_file, "--text", text, *SHORT, "--lookups", 3)
     done = evaluate(*options, "--json")
     assert done.exit_code == 0, done.output

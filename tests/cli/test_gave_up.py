@@ -86,7 +86,7 @@ def test_a_program_receives_the_reason(path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the exit status of POSIX")
-def test_an_uncaught_exception_is_reported(tmp_path):
+def test_reports_an_uncaught_exception(tmp_path):
     """Remove a token that llama_tokenize needs, so that an exception leaves the C function."""
     path = make_gguf(tmp_path / "model.gguf", "llama")
     path.write_bytes(path.read_bytes().replace(b"<0x", b"<1x"))

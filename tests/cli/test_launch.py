@@ -107,7 +107,7 @@ def test_a_signal_ends_the_agent_and_the_server(agent, tiny, send, number, statu
     assert_ended(report)
 
 
-def test_a_server_that_cannot_start_is_reported(agent, tmp_path):
+def test_reports_a_server_that_cannot_start(agent, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(100))
     done = run("launch", "aider", broken)

@@ -21,7 +21,6 @@ from pop_local.models.model_files import (
     known_name,
     models_by_name,
     parts_folder,
-    removable,
     stock,
 )
 from pop_local.models.model_names import resolve
@@ -168,7 +167,7 @@ def test_a_sidecar_that_does_not_fit_is_a_problem_of_its_model(store, damage):
     assert ("truncated" if damage == "cut" else "was created for") in model.problem
 
 
-def test_a_sidecar_without_its_model_is_reported(store):
+def test_reports_a_sidecar_without_its_model(store):
     sidecar(store)
     (store / "Tiny.Q8_0.gguf").unlink()
     assert "model is missing" in the("Tiny.Q8_0.pop-sidecar", store).problem
@@ -282,11 +281,6 @@ def test_rm_prefers_a_stored_name_to_one_of_the_catalog(store):
     assert (own.exists(), fetched.exists()) == (False, True)
 
 
-def test_rm_takes_a_sidecar_alone(store):
-    path = sidecar(store)
-    assert removable(store, "Tiny.Q8_0.pop-sidecar") == (path,)
-
-
 def test_rm_takes_the_mmproj_that_has_a_models_name(store):
     named, other = store / "mmproj-Tiny.Q8_0.gguf", store / "mmproj-Other.gguf"
     for path in (named, other):
@@ -349,12 +343,6 @@ def test_rm_removes_a_link_and_not_what_it_points_to(store):
 )
 def test_of_names_that_differ_in_case_the_exact_one_is_meant(name, found):
     assert known_name(name, ["Foo", "foo", "Bar"]) == found
-
-
-def test_rm_refuses_files_that_are_no_models(store):
-    done = pop_local("rm", "notes.txt", "--yes")
-    assert done.exit_code == 1
-    assert (store / "notes.txt").exists()
 
 
 def test_rm_without_a_terminal_wants_yes(store):

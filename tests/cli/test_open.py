@@ -216,7 +216,7 @@ def test_a_folder_does_not_hide_a_name_of_the_catalog(store, shipped, tmp_path, 
     assert files("smollm2") == ModelFiles(store / "tiny.gguf", shipped)
 
 
-def test_unknown_names_and_paths_are_refused(store):
+def test_rejects_unknown_names_and_paths(store):
     for model in ("nonsense", "no/such/file.gguf"):
         with pytest.raises(PopError, match=r"no model named|does not exist"):
             files(model)

@@ -29,7 +29,7 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-def test_a_url_of_another_site_is_refused(tmp_path):
+def test_rejects_a_url_of_another_site(tmp_path):
     done = pull("https://example.org/tiny.gguf", "--dir", str(tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (

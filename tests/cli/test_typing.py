@@ -183,13 +183,3 @@ def test_keys_typed_during_an_answer_wait_for_the_prompt(terminal):
     terminal.line("!")
     terminal.expect("6 characters in 1 lines: ahead!")
     terminal.expect_prompt()
-
-
-def test_a_dumb_terminal_gets_no_escape_sequences(history):
-    terminal = chat(history, TERM="dumb")
-    terminal.line("hi")
-    terminal.expect("2 characters in 1 lines: hi")
-    terminal.expect_prompt()
-    terminal.line("/exit")
-    assert terminal.expect_end() == 0
-    assert "\x1b" not in terminal.raw
