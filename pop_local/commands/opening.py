@@ -94,7 +94,8 @@ class Opener:
                 f"{engine.context.n_threads} threads share this machine's {n_cpus} CPUs, which"
                 " slows down reading. Pass a lower --threads value."
             )
-        if options.refill != "off" and "refill" in self.asked and not engine.refiller.is_on:
+        is_off = not engine.sequences[0].refiller.is_on
+        if options.refill != "off" and "refill" in self.asked and is_off:
             why = engine.context.files.no_refill or "this model does not support fast reading"
             warn(f"--refill has no effect: {why}")
         if options.image_tokens and engine.vision is None:

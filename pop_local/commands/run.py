@@ -163,8 +163,8 @@ def _collected(opened: PopModel, chunks: Iterator[Chunk]) -> dict[str, Any]:
     return {
         "model": opened.engine.context.files.path,
         "text": "".join(chunk.text for chunk in pieces),
-        "full": not opened.engine.pruning.mode,
-        "boundary": opened.engine.pruning.boundary,
+        "full": not opened.engine.sequences[0].settings.mode,
+        "boundary": opened.engine.sequences[0].settings.boundary,
         "reading": stats.reading,
         "stats": stats,
         "prefill_tokens_per_s": stats.prefill_tokens_per_s,

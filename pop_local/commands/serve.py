@@ -194,7 +194,7 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
 
 def _announce_model(name: str, opened: PopModel) -> None:
     engine = opened.engine
-    pruning, mmproj = engine.pruning, engine.options.mmproj
+    pruning, mmproj = engine.sequences[0].settings, engine.options.mmproj
     skipping = "reads prompts in full"
     if pruning.mode and pruning.exact:
         skipping = f"skips layers {pruning.exact} and up without any loss"

@@ -13,7 +13,6 @@ from pop_local.engine.answer import Answering, answer
 from pop_local.engine.cache.cache_keys import CacheKeys
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.cache.sequence_settings import SequenceSettings
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.decode.grammar_mask import Constraint, TokenTries
 from pop_local.engine.decode.sampler import Sampler, recommended
@@ -103,28 +102,6 @@ class Engine:
         self.context.close()
         if self.vision is not None and self.context.is_closed:
             self.vision.close()
-
-    # Parts of the first sequence
-
-    @property
-    def cache(self) -> KvCache:
-        return self.sequences[0].cache
-
-    @property
-    def pruning(self) -> SequenceSettings:
-        return self.cache.settings
-
-    @property
-    def states(self) -> CacheStates:
-        return self.sequences[0].states
-
-    @property
-    def refiller(self) -> Refiller:
-        return self.sequences[0].refiller
-
-    @property
-    def rule(self) -> RowRule:
-        return self.sequences[0].rule
 
     # Settings of all sequences
 

@@ -82,7 +82,7 @@ class PopModel:
         Changing the value empties the KV cache unless all rows are exact. Setting the property to
         True raises PopError if the model has not been converted.
         """
-        return self.engine.pruning.mode is not Mode.OFF
+        return self.engine.sequences[0].settings.mode is not Mode.OFF
 
     @pruning.setter
     def pruning(self, is_on: bool) -> None:

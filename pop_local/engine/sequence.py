@@ -9,6 +9,7 @@ import numpy as np
 from pop_base.errors import PopError
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.sequence_settings import SequenceSettings
 from pop_local.engine.decode.sampler import Sampler
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.llama import backend
@@ -40,6 +41,10 @@ class CachedSequence:
         return self.states.cache
 
     # Settings
+
+    @property
+    def settings(self) -> SequenceSettings:
+        return self.cache.settings
 
     def set_mode(self, mode: Mode, *, keeps_exact: bool = False) -> None:
         """Set the mode and, if the cached rows depend on it, empty the cache.

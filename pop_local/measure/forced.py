@@ -55,10 +55,10 @@ class Forced:
     """A model that is prepared for teacher forcing (see `forced`)."""
 
     def __init__(self, model: PopModel) -> None:
-        self.rule = replace(model.engine.rule, min_prompt=0)
+        self.rule = replace(model.engine.sequences[0].rule, min_prompt=0)
         self.model = model
         self._sequence = model.engine.sequences[0]
-        self._cache, self._context = model.engine.cache, model.engine.context
+        self._cache, self._context = model.engine.sequences[0].cache, model.engine.context
         self._next = np.empty((0, model.engine.context.vocabulary.n_tokens), np.float32)
         self._state: SavedState | None = None
         self.n_pruned = 0

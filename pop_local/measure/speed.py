@@ -170,7 +170,7 @@ def run(
 ) -> Run:
     """Read a prompt into an empty cache, sample a token, and decode `n_decode` more tokens."""
     model.engine.set_mode(mode)
-    model.engine.cache.clear()
+    model.engine.sequences[0].cache.clear()
     started_s = clock()
     read = model.read(prompt)
     with closing(model.engine.sampled(TurnOptions(temperature=0.0))) as sampled:
@@ -185,12 +185,13 @@ def run(
 
 def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters) -> None:
     """Raise PopError unless the counters show that the whole prompt was pruned as planned."""
-    rule = NO_FULL_ROWS if model.engine.pruning.exact else model.engine.rule
+    sequence = model.engine.sequences[0]
+    rule = NO_FULL_ROWS if sequence.settings.exact else sequence.rule
     n_prompt = len(prompt)
     deep = find_deep_rows(model.engine.context, np.asarray(prompt.tokens), rule.deep_rows)
     plan = plan_prefill(0, n_prompt, rule, model.engine.context.n_batch, prompt.spans, deep)
     n_left = 0 if mode is Mode.OFF else plan.n_pruned
-    expected = (0, n_left) if model.engine.pruning.exact else (n_left, 0)
+    expected = (0, n_left) if sequence.settings.exact else (n_left, 0)
     n_pruned, n_full = counters.n_context, counters.n_full
     if (n_pruned, counters.n_exact, n_full) != (*expected, n_prompt - n_left):
         raise PopError(

@@ -178,7 +178,7 @@ def measure_copying(
 
     The speedup limits apply to prompts of LIMIT_PROMPT tokens. Progress is reported in draws.
     """
-    context, rule = model.engine.context, model.engine.rule
+    context, rule = model.engine.context, model.engine.sequences[0].rule
     tried, retentions = boundaries(context.files.shape), []
     with forced(model) as reader:
         ran = counting(len(tried) * reference.settings.n_draws, on_progress)

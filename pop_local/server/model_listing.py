@@ -62,10 +62,10 @@ class ModelInfo:
             name,
             engine.context.files.source,
             engine.context.n_ctx,
-            engine.pruning.boundary,
+            engine.sequences[0].settings.boundary,
             engine.prompter.can_see,
             len(engine.sequences),
-            engine.pruning.exact,
+            engine.sequences[0].settings.exact,
             can_infill(engine.context),
             engine.prompter.template,
         )

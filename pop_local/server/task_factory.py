@@ -40,7 +40,8 @@ class TaskFactory:
     def __init__(self, model: PopModel, *, repeatable: bool = False) -> None:
         self.model = model
         self._repeatable = repeatable
-        self._is_full = model.engine.pruning.can_switch and model.engine.pruning.mode is Mode.OFF
+        settings = model.engine.sequences[0].settings
+        self._is_full = settings.can_switch and settings.mode is Mode.OFF
 
     def chat(self, body: bodies.ChatBody) -> list[Task]:
         """Return `n` tasks for a chat, each with a different seed. Raises ApiError."""
@@ -90,7 +91,7 @@ class TaskFactory:
             message = f"dimensions must be {n_embd}: embeddings cannot be shortened"
             raise ApiError(400, message, param="dimensions")
         with bad_request():
-            require_pooling(self.model.engine.cache)
+            require_pooling(self.model.engine.sequences[0].cache)
         # An empty string has no rows to embed, so a space replaces it.
         texts = [text if text != "" else " " for text in bodies.as_prompts(body.input)]
         prompts = map(Prompt, self._tokens(texts, "input"))
@@ -99,7 +100,7 @@ class TaskFactory:
 
     def _full_reason(self, pop: bool | None) -> str | None:
         """Return the reason for a full read, or None if the prompt is pruned. Raises ApiError."""
-        if not self.model.engine.pruning.can_switch:
+        if not self.model.engine.sequences[0].settings.can_switch:
             no_keys = "the model has no pruning keys"
             if pop:
                 raise ApiError(400, f'"pop" cannot be true because {no_keys}', param="pop")

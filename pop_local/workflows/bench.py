@@ -84,6 +84,7 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
     """Measure the speed at each prompt length. Raises PopError or StoppedError."""
     with _opened(model, sidecar, options, watch) as (loaded, files):
         backend, kernels = _backend(loaded, options.hardware)
+        sequence = loaded.engine.sequences[0]
         is_ours = kernels and has_kernels()
         with _upstream(loaded, options, watch) if is_ours else nullcontext((None, None)) as fastest:
             setting, read = fastest
@@ -96,10 +97,10 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
             sidecar=str(files.sidecar) if files.sidecar else None,
             backend=backend,
             kernels=kernels,
-            boundary=loaded.engine.pruning.boundary or loaded.engine.pruning.exact,
-            is_exact=loaded.engine.pruning.exact > 0,
+            boundary=sequence.settings.boundary or sequence.settings.exact,
+            is_exact=sequence.settings.exact > 0,
             n_layer=loaded.engine.context.files.shape.n_layer,
-            min_prompt=loaded.engine.rule.min_prompt,
+            min_prompt=sequence.rule.min_prompt,
             upstream=setting,
             rows=rows,
         )

@@ -55,8 +55,8 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     The order is reversed after each pair. Leaves pruning on. Raises StoppedError. Raises PopError
     if the model has not been converted, or if the row counters show unexpected values.
     """
-    files, boundary = opened.engine.context.files, opened.engine.pruning.boundary
-    if opened.engine.pruning.exact:
+    files, boundary = opened.engine.context.files, opened.engine.sequences[0].settings.boundary
+    if opened.engine.sequences[0].settings.exact:
         require_prunable(files.shape)
     if files.meta is None:
         raise not_converted(model=files.path, cause="not-converted")
@@ -92,7 +92,7 @@ def _text(name: str) -> str:
 
 def _answer(opened: PopModel, mode: Mode, nth: str, watch: Watch) -> TimedAnswer:
     opened.engine.set_mode(mode)
-    opened.engine.cache.clear()
+    opened.engine.sequences[0].cache.clear()
     prompt = f"{_text('document.md')}\n\n{_text('question.md')}"
     what = "Full reading" if mode is Mode.OFF else "Fast reading"
     chunks = list(

@@ -91,7 +91,7 @@ def evaluate(
         asked = LookupSettings.of_questions(options.n_lookups, options.settings.seed)
     n_ctx, pruning = _n_ctx(source, options, asked), Pruning(meta.boundary)
     with opened(files, hardware, watch, n_ctx=n_ctx, deep_rows=options.deep_rows) as loaded:
-        rule, tokens = loaded.engine.rule, tokenize(loaded, text)
+        rule, tokens = loaded.engine.sequences[0].rule, tokenize(loaded, text)
         advance = watch.stage("Measuring")
         quality = measure_pruning(loaded, tokens, options.settings, pruning, advance)
         lookups = None

@@ -38,6 +38,7 @@ from pop_local.measure.divergence import Floats, Logits, divergence, likelihood,
 from pop_local.measure.estimate import Estimate, exp_mean, mean, quantile
 from pop_local.measure.heldout import given_text, shipped_text, spread_windows, tokenize
 from shared import write_f32
+from support.calls import first_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def score(setting: Setting, folder: Path, options: argparse.Namespace) -> Floats
 def logits(model: PopModel, tokens: list[int]) -> Logits:
     """Return all rows' logits of a prompt read in full [n, n_vocab], until the next call."""
     model.pruning = False
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     backend.set_reading(model.engine.context.ctx, backend.Reading.SOME)
     with closing(TokenBatch(len(tokens))) as rows:
         if code := rows.decode(model.engine.context.ctx, tokens, 0, Outputs.ALL):

@@ -39,6 +39,7 @@ from pop_local.measure.quality import (
     read_reference,
 )
 from pop_local.ui.watch import terminal_watch
+from support.calls import first_of
 
 WIDE = Projection.WIDE
 
@@ -72,7 +73,7 @@ def measure(
     with PopModel(
         EngineOptions.of(options.model, sidecar=sidecar, n_threads=1, n_ctx=2048)
     ) as model:
-        rule = model.engine.rule
+        rule = first_of(model).rule
         n_prunable = settings.n_context - rule.sink_tokens - rule.tail_tokens
         for column, [text] in options.held:
             if column not in references:

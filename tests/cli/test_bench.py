@@ -19,6 +19,7 @@ from pop_local.measure.speed import (
     text_prompt,
 )
 from pop_local.workflows import bench as workflow
+from support.calls import first_of
 from support.converted import converted
 from support.program import Done, called
 from support.shared_kv import make_shared
@@ -124,7 +125,7 @@ def model(pop_file):
 def test_a_cached_prefix_is_never_reported(model, mode, monkeypatch):
     tokens = text_prompt(model, 100)
     speed.run(model, mode, tokens)
-    monkeypatch.setattr(model.engine.cache, "clear", lambda: None)
+    monkeypatch.setattr(first_of(model).cache, "clear", lambda: None)
     with pytest.raises(PopError, match="is invalid"):
         speed.run(model, mode, tokens)
 

@@ -163,7 +163,7 @@ def test_a_copy_of_any_name_is_known_by_its_hash(shipped, tmp_path):
     copy, other = tmp_path / "copy.gguf", tmp_path / "other.gguf"
     shutil.copy(tmp_path / "tiny.gguf", copy)
     assert files(str(copy)) == ModelFiles(copy, shipped)
-    assert PopModel.open(copy, n_ctx=64, n_threads=1).engine.pruning.boundary == 5
+    assert PopModel.open(copy, n_ctx=64, n_threads=1).engine.sequences[0].settings.boundary == 5
     [listed] = [each for each in stock(tmp_path) if each.name == "copy"]
     assert (listed.boundary, listed.sidecar) == (5, None)
     content = bytearray(copy.read_bytes())

@@ -17,6 +17,7 @@ from pop_converter.popfile.sidecar import read_sidecar
 from pop_local.cli import app
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
+from support.calls import first_of
 from support.converted import Pair, paired
 from support.raw import Job, run
 from support.synthetic import make_gguf
@@ -121,7 +122,7 @@ def test_edited(name, fitted, tmp_path):
 def test_unedited(fitted, tmp_path):
     sidecar = edited(fitted.sidecar, tmp_path / "same.gguf", lambda keys, tensors: None)
     model = PopModel(EngineOptions.of(fitted.base, sidecar=sidecar, n_ctx=256, n_threads=1))
-    assert model.engine.pruning.boundary == 4
+    assert first_of(model).settings.boundary == 4
 
 
 @pytest.mark.parametrize("n_bytes", [0, 3, 7, 100, 900, -4096, -1])

@@ -25,7 +25,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import read as read_module
 from pop_local.engine.prompt.prompt import Prompt
 from support import recipes
-from support.calls import NOISE, opened, prompt, read, set_rule
+from support.calls import NOISE, first_of, opened, prompt, read, set_rule
 from support.campaign import SECONDS, campaign
 from support.converted import tiny
 from support.edit_operations import Operations, randomly_edited
@@ -88,7 +88,7 @@ def test_edited_states(tmp_path, arch):
 
         def attempt(rng: random.Random) -> None:
             set_rule(model, deep_rows=rng.choice(list(DeepRows)))
-            model.engine.cache.clear()
+            first_of(model).cache.clear()
             operations = Operations(model, full, rng.randrange(2**32))
             operations.run(N_OPERATIONS)
             if operations.n_stopped:
@@ -119,7 +119,7 @@ def test_deep_rows(tmp_path):
 
 def _turns(rng: random.Random, model: PopModel, fresh: PopModel, n_vocab: int) -> int:
     """Read related prompts, compare each with a fresh reading, and return the number of stops."""
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     tokens, n_stopped = [1], 0
     for _ in range(4):
         new = [rng.randrange(1, n_vocab) for _ in range(rng.randrange(1, 300))]
@@ -128,17 +128,17 @@ def _turns(rng: random.Random, model: PopModel, fresh: PopModel, n_vocab: int) -
             n_rows = rng.randrange(len(tokens))
             with suppress(StoppedError), stopped_by(partial(_has_read, model, n_rows)):
                 model.read(Prompt(tokens))
-            n_stopped += model.engine.cache.n_tokens < len(tokens)
+            n_stopped += first_of(model).cache.n_tokens < len(tokens)
         logits = _logits_after(model, tokens)
-        fresh.engine.cache.clear()
+        first_of(fresh).cache.clear()
         expected = _logits_after(fresh, tokens)
         assert np.abs(logits - expected).max() < NOISE * expected.std()
-        assert model.engine.cache.slot.cells.end == len(tokens)
+        assert first_of(model).cache.slot.cells.end == len(tokens)
     return n_stopped
 
 
 def _has_read(model: PopModel, n_rows: int) -> bool:
-    return model.engine.cache.n_tokens >= n_rows
+    return first_of(model).cache.n_tokens >= n_rows
 
 
 def _logits_after(model: PopModel, tokens: list[int]) -> np.ndarray:
@@ -175,9 +175,9 @@ def _stored_states(path: Path, folder: Path) -> list[bytes]:
     with pruned(path, prompt_cache=prompts) as model:
         for tokens in (OLD, OLD[:70] + prompt(10, 5) + OLD[80:]):
             read(model, tokens)
-            model.engine.states.store()
-        model.engine.refiller.refill()
-        model.engine.states.store()
+            first_of(model).states.store()
+        first_of(model).refiller.refill()
+        first_of(model).states.store()
         prompts.close()
     return [each.read_bytes() for each in sorted(folder.glob(f"*{SUFFIX}"))]
 
@@ -221,11 +221,11 @@ def test_stored_states(tmp_path, arch):
             if not results or results[0] is None:
                 raise PopError("removed")
             try:
-                model.engine.states.restore(results[0])
-                model.engine.refiller.refill()
+                first_of(model).states.restore(results[0])
+                first_of(model).refiller.refill()
             finally:
                 model.read(Prompt(OLD[: rng.randrange(1, 700)]))
-                cache = model.engine.cache
+                cache = first_of(model).cache
                 assert cache.slot.cells.end == cache.n_tokens
 
         campaign(attempt)

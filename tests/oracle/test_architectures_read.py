@@ -9,7 +9,7 @@ from pop_local.engine.model import PopModel
 from pop_local.measure.forced import FULL, forced
 from support import recipes
 from support.architectures import MORE_KEYS
-from support.calls import append
+from support.calls import append, first_of
 
 pytestmark = pytest.mark.slow
 NAMES = {str(name): name for name in recipes.names()}
@@ -27,7 +27,7 @@ def made(name: str, path):
 def test_prompts_longer_than_the_learned_positions_are_refused(tmp_path):
     with PopModel(EngineOptions.of(made("gpt2", tmp_path), n_ctx=512, n_threads=1)) as model:
         append(model, [1] * 256)
-        model.engine.cache.clear()
+        first_of(model).cache.clear()
         with pytest.raises(PopError, match="the model supports only 256 tokens"):
             append(model, [1] * 257)
 

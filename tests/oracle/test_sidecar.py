@@ -22,7 +22,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure.budget import BALANCED
-from support.calls import opened, prompt, read
+from support.calls import first_of, opened, prompt, read
 from support.converted import Pair, made_up, paired
 from support.oracle import random_tokens
 from support.raw import Job, run
@@ -89,16 +89,16 @@ def test_unpatched_library_opens_the_base(pair, unpatched_lib):
 def test_engine_equals_the_single_file(pair):
     tokens = prompt(200)
     single, both = opened(pair.single), opened(pair.base, sidecar=pair.sidecar)
-    assert both.engine.pruning.boundary == 4 and both.engine.pruning.mode is Mode.CONTEXT
-    assert both.engine.rule == single.engine.rule
+    assert first_of(both).settings.boundary == 4 and first_of(both).settings.mode is Mode.CONTEXT
+    assert first_of(both).rule == first_of(single).rule
     np.testing.assert_array_equal(read(both, tokens), read(single, tokens))
 
 
 def test_sidecar_applies_only_to_the_model_opened_with_it(pair):
     opened(pair.base, sidecar=pair.sidecar)
-    assert opened(pair.base).engine.pruning.boundary == 0
+    assert first_of(opened(pair.base)).settings.boundary == 0
     again = opened(pair.base, sidecar=pair.sidecar, keep_states=True)
-    assert (again.engine.pruning.boundary, again.engine.refiller.is_on) == (4, True)
+    assert (first_of(again).settings.boundary, first_of(again).refiller.is_on) == (4, True)
 
 
 def test_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):
@@ -122,13 +122,13 @@ def test_state_of_another_conversion_is_refused(fitted, tmp_path):
     own = paired(fitted.base, folder, "own", boundary=4)
     model = opened(fitted.base, sidecar=fitted.sidecar)
     read(model, prompt(100))
-    state = model.engine.states.save()
+    state = first_of(model).states.save()
     for sidecar in (other.sidecar, own.sidecar):
         with pytest.raises(PopError, match="computed in mode CONTEXT, boundary 4, fitted"):
-            opened(fitted.base, sidecar=sidecar).engine.states.restore(state)
+            first_of(opened(fitted.base, sidecar=sidecar)).states.restore(state)
     single = opened(fitted.single)
-    single.engine.states.restore(state)
-    assert single.engine.cache.n_tokens == 100
+    first_of(single).states.restore(state)
+    assert first_of(single).cache.n_tokens == 100
 
 
 def test_search_results_do_not_change_the_conversion_key(fitted):
@@ -151,7 +151,7 @@ def test_prompt_cache_does_not_mix_conversions(fitted, tmp_path):
         for sidecar in (fitted.sidecar, other.sidecar, fitted.sidecar)
     ]
     for model in models:
-        model.engine.states.prompts = cache
+        first_of(model).states.prompts = cache
     first, another, again = models
     first.read(tokens)
     first.read(Prompt(prompt(100, seed=1)))
@@ -163,8 +163,8 @@ def test_full_states_are_shared(pair):
     read(full, prompt(100))
     both = opened(pair.base, sidecar=pair.sidecar)
     both.engine.set_mode(Mode.OFF)
-    both.engine.states.restore(full.engine.states.save())
-    assert both.engine.cache.n_tokens == 100
+    first_of(both).states.restore(first_of(full).states.save())
+    assert first_of(both).cache.n_tokens == 100
 
 
 # --- Writing

@@ -10,7 +10,7 @@ from pop_local.engine.chat_messages import Message
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import PLAIN_STOPS
-from support.calls import continued
+from support.calls import continued, first_of
 from support.conversations import ask
 
 QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 16 + "When is it gone?")
@@ -28,7 +28,7 @@ def test_answer_stops_before_the_token_limit(model):
 
 def test_ctrl_c_stops_a_prefill_and_leaves_the_model_usable(model):
     expected, _ = ask(model, QUESTION)
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     begun = threading.Event()
 
     def press() -> None:
@@ -40,7 +40,7 @@ def test_ctrl_c_stops_a_prefill_and_leaves_the_model_usable(model):
     with pytest.raises(KeyboardInterrupt):
         ask(model, QUESTION, on_prefill=lambda done, total: begun.set() if done == 64 else None)
     thread.join()
-    assert model.engine.cache.n_tokens < 128
+    assert first_of(model).cache.n_tokens < 128
     assert ask(model, QUESTION)[0] == expected
 
 
@@ -50,7 +50,7 @@ def test_base_model_gets_a_plain_transcript(gemma):
     assert "Paris" in text
     assert not any(stop in text for stop in PLAIN_STOPS)
     # Gemma needs BOS, so the prompt contains it.
-    assert (model.engine.cache.tokens[0],) == model.engine.context.vocabulary.bos
+    assert (first_of(model).cache.tokens[0],) == model.engine.context.vocabulary.bos
     assert stats.n_prompt < 20
 
 

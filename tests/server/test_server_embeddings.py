@@ -7,7 +7,7 @@ import pytest
 
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.embedding import embedding
-from support.calls import opened
+from support.calls import first_of, opened
 from support.server_requests import LONG, N_CTX, NAME, chat
 from support.serving import app_of, asking
 
@@ -23,7 +23,7 @@ def test_embeddings(client, full):
     ]
     assert found["usage"]["prompt_tokens"] == sum(map(len, tokens))
     for vector, each in zip(vectors, tokens, strict=True):
-        assert np.allclose(vector, embedding(full.engine.cache, each))
+        assert np.allclose(vector, embedding(first_of(full).cache, each))
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
     packed = client.post("/v1/embeddings", json=asked | {"encoding_format": "base64"}).json()
     raw = base64.b64decode(packed["data"][2]["embedding"])
@@ -38,7 +38,7 @@ def test_embeddings(client, full):
 
 def test_embeddings_keep_prompt_cache(path):
     with opened(path, n_ctx=N_CTX) as model:
-        model.engine.states.prompts = PromptCache(1 << 24)
+        first_of(model).states.prompts = PromptCache(1 << 24)
         with asking(app_of(model, NAME)) as client:
             chat(client)
             client.post("/v1/embeddings", json={"input": "another text"})

@@ -20,6 +20,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import read as prefill
 from pop_local.engine.prefill.reading import OnPrefill, Read
 from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.sequence import CachedSequence
 from pop_local.engine.turn_options import TurnOptions
 
 N_VOCAB = 384
@@ -55,6 +56,10 @@ def opened(path: Path, **options: Any) -> PopModel:
     return PopModel(EngineOptions.of(path, **defaults | options))
 
 
+def first_of(model: PopModel) -> CachedSequence:
+    return model.engine.sequences[0]
+
+
 def continued(model: PopModel, text: str, **options: Any) -> Answering:
     """Stream chunks that continue the text, without a chat template."""
     engine = model.engine
@@ -64,7 +69,7 @@ def continued(model: PopModel, text: str, **options: Any) -> Answering:
 def set_rule(model: PopModel, **changes: Any) -> None:
     """Change which rows of a prompt are full, in every sequence."""
     engine = model.engine
-    rule = replace(engine.rule, **changes)
+    rule = replace(engine.sequences[0].rule, **changes)
     sequences = tuple(replace(sequence, rule=rule) for sequence in engine.sequences)
     model.engine = replace(engine, sequences=sequences)
 
@@ -95,7 +100,7 @@ def kv_bytes(model: PopModel) -> bytes:
 
 def append(model: PopModel, tokens: list[int], on_prefill: OnPrefill | None = None) -> Read:
     """Read tokens after the cached rows, pruned as one prompt."""
-    return prefill.append(model.engine.cache, Prompt(tokens), model.engine.rule, on_prefill)
+    return prefill.append(first_of(model).cache, Prompt(tokens), first_of(model).rule, on_prefill)
 
 
 def read(model: PopModel, tokens: list[int]) -> np.ndarray:

@@ -10,7 +10,7 @@ from pop_local.engine.cache.saved_state import SavedState
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.reading import PrefillStoppedError
 from pop_local.engine.prompt.prompt import Prompt
-from support.calls import NOISE, kv_bytes, last_logits, prompt, read
+from support.calls import NOISE, first_of, kv_bytes, last_logits, prompt, read
 from support.edited_prompts import OLD, Tokens
 
 
@@ -60,14 +60,14 @@ class Operations:
         for _ in range(n_steps):
             [step] = self._rng.choices(steps, [8, 2, 6, 1, 1, 1])
             step()
-            cache = self._model.engine.cache
+            cache = first_of(self._model).cache
             assert cache.slot.cells.end == cache.n_tokens
             assert cache.n_exact <= cache.rows.first_stale
             if 0 < cache.n_exact == cache.n_tokens:
                 self._check(cache.tokens.tolist())
 
     def _edit(self) -> None:
-        tokens = randomly_edited(self._rng, self._model.engine.cache.tokens.tolist() or OLD)
+        tokens = randomly_edited(self._rng, first_of(self._model).cache.tokens.tolist() or OLD)
         if len(tokens) < 300:
             tokens += prompt(500, self._rng.randrange(1000))
         sequence = self._model.engine.sequences[0]
@@ -86,7 +86,7 @@ class Operations:
     def _replace(self) -> None:
         self._saved.clear()
         self._has_answers = False
-        self._model.engine.cache.clear()
+        first_of(self._model).cache.clear()
         read(self._model, prompt(self._rng.randrange(1, 800), self._rng.randrange(1000)))
 
     def _answer(self) -> None:
@@ -95,17 +95,17 @@ class Operations:
             self._model.engine.sequences[0].step(self._rng.randrange(3, 300))
 
     def _refill(self) -> None:
-        self._model.engine.refiller.refill(stop_after(self._rng.choice([1, 30, 300, 10**6])))
+        first_of(self._model).refiller.refill(stop_after(self._rng.choice([1, 30, 300, 10**6])))
 
     def _save(self) -> None:
-        self._saved = [*self._saved[-3:], self._model.engine.states.save()]
+        self._saved = [*self._saved[-3:], first_of(self._model).states.save()]
 
     def _restore(self) -> None:
         if self._saved:
-            self._model.engine.states.restore(self._rng.choice(self._saved))
+            first_of(self._model).states.restore(self._rng.choice(self._saved))
 
     def _check(self, tokens: Tokens) -> None:
-        self._full.engine.cache.clear()
+        first_of(self._full).cache.clear()
         read(self._full, tokens)
         if self._has_answers:
             for model in (self._model, self._full):

@@ -50,10 +50,15 @@ class ScriptedModel:
         self.options = TurnOptions()
         self.is_closed = False
         names = {"general.architecture": "llama", "general.name": "Scripted"}
+        self.settings = SimpleNamespace(mode=Mode.CONTEXT, boundary=20, exact=0, can_switch=True)
         self.engine = SimpleNamespace(
-            cache=SimpleNamespace(n_tokens=0),
-            refiller=SimpleNamespace(n_refilled=0),
-            pruning=SimpleNamespace(mode=Mode.CONTEXT, boundary=20, exact=0, can_switch=True),
+            sequences=[
+                SimpleNamespace(
+                    cache=SimpleNamespace(n_tokens=0),
+                    refiller=SimpleNamespace(n_refilled=0),
+                    settings=self.settings,
+                )
+            ],
             context=SimpleNamespace(
                 n_ctx=n_ctx,
                 files=SimpleNamespace(
@@ -85,14 +90,14 @@ class ScriptedModel:
 
     def convert(self, *, boundary: int) -> None:
         """Make it a model with another boundary, or without one (0)."""
-        pruning = self.engine.pruning
-        pruning.boundary, pruning.can_switch = boundary, bool(boundary or pruning.exact)
-        pruning.mode = Mode.CONTEXT if pruning.can_switch else Mode.OFF
+        settings = self.settings
+        settings.boundary, settings.can_switch = boundary, bool(boundary or settings.exact)
+        settings.mode = Mode.CONTEXT if settings.can_switch else Mode.OFF
 
     def _set_mode(self, mode: Mode, *, keeps_exact: bool = False) -> None:
-        if not self.engine.pruning.can_switch:
+        if not self.settings.can_switch:
             raise PopError("model.gguf has no pruning keys", "convert it first")
-        self.engine.pruning.mode = mode
+        self.settings.mode = mode
 
     def _answer(
         self, render: Callable[[], "ScriptedPrompt"], options: TurnOptions

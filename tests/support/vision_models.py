@@ -26,6 +26,7 @@ from pop_local.engine.prefill import read as prefill
 from pop_local.engine.prefill.reading import Read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
+from support.calls import first_of
 from support.shapes import read_shape
 from support.synthetic import DEFAULTS, Weights, make_gguf
 
@@ -215,7 +216,7 @@ def prompt(model: PopModel, question: str, *seeds: int) -> Prompt:
 
 def append(model: PopModel, made: Prompt) -> Read:
     """Read a prompt after the cached rows."""
-    return prefill.append(model.engine.cache, made, model.engine.rule)
+    return prefill.append(first_of(model).cache, made, first_of(model).rule)
 
 
 def answered(model: PopModel, made: Prompt, n: int = 4) -> tuple[list[int], int]:

@@ -6,6 +6,7 @@ import pytest
 
 from pop_local import PopModel
 from pop_local.engine.sessions.session_file import Sessions
+from support.calls import first_of
 from support.converted import tiny
 from support.programs import opened
 from support.synthetic import TEMPLATE, make_gguf
@@ -43,7 +44,7 @@ def opened_chat_model(chat_model) -> PopModel:
 def model(opened_chat_model) -> PopModel:
     """Return the shared chat model, reset; many files override this fixture."""
     opened_chat_model.pruning = True
-    opened_chat_model.engine.cache.clear()
+    first_of(opened_chat_model).cache.clear()
     return opened_chat_model
 
 

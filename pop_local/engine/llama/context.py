@@ -246,7 +246,8 @@ class Context:
         return any(has_kind(self.model) for has_kind in kinds)
 
     def require_usable(self) -> None:
-        """Raise PopError if called in a forked process or if a mapped file has changed."""
+        """Raise PopError if the model is closed, if it was forked, or if a mapped file changed."""
+        _ = self.ctx
         if os.getpid() != self._opened_by:
             raise PopError(
                 "the model was opened in another process, and forking does not copy threads",

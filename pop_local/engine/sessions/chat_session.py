@@ -259,8 +259,9 @@ def load_session(engine: Engine, path: str | os.PathLike[str]) -> ChatSession:
     target = _session_path(path)
     if not target.is_file():
         raise PopError(f"no session {target}", "check the path")
+    engine.context.require_usable()
     session = read_session(target)
-    if session.mode is not None and engine.pruning.can_switch:
+    if session.mode is not None and engine.sequences[0].settings.can_switch:
         engine.set_mode(session.mode, keeps_exact=True)
     return ChatSession(engine, session.conversation, reread=session.reread)
 

@@ -87,10 +87,11 @@ class Sessions:
 
 def write_session(path: Path, engine: Engine, conversation: Conversation) -> None:
     """Write a session file atomically. Raises PopError on failure."""
+    settings = engine.sequences[0].settings
     fields = {
         "format": FORMAT,
         "model": str(engine.context.files.path),
-        "mode": engine.pruning.mode.name if engine.pruning.can_switch else None,
+        "mode": settings.mode.name if settings.can_switch else None,
         **dataclasses.asdict(conversation),
     }
     text = json.dumps(fields, ensure_ascii=False, indent=1, default=_base64)

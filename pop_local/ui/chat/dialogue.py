@@ -70,20 +70,21 @@ class Dialogue:
         If opening fails, the current model stays open.
         """
         state = None
-        if name is None and self.model.engine.cache.n_tokens:
+        if name is None and self.model.engine.sequences[0].cache.n_tokens:
             with suppress(PopError):  # the recurrent state is ahead of the tokens
-                state = self.model.engine.states.save()
+                state = self.model.engine.sequences[0].states.save()
         name = name or self._name
         opened = self._open_model(name, n_ctx)
         self._name = name
         before, self.model = self.model, opened
         self.session.engine = opened.engine
         # A model that cannot be pruned is always in mode OFF, regardless of the user's choice.
-        if before.engine.pruning.can_switch and opened.engine.pruning.can_switch:
-            opened.engine.set_mode(before.engine.pruning.mode)
+        settings = before.engine.sequences[0].settings
+        if settings.can_switch and opened.engine.sequences[0].settings.can_switch:
+            opened.engine.set_mode(settings.mode)
         if state is not None:
             with suppress(PopError):  # the prompt is then read again with the next question
-                opened.engine.states.restore(state)
+                opened.engine.sequences[0].states.restore(state)
         before.close()
         self.model.engine.set_refill(self.refill != "off")
         self._is_warned = False
@@ -182,7 +183,8 @@ class Dialogue:
         meta = self.model.engine.context.files.meta
         measured = meta and meta.measured
         is_lossless = bool(measured and measured.lookups_n and not measured.lookups_lost)
-        is_exact = not self.model.engine.pruning.boundary or stats.n_exact >= stats.n_prompt
+        settings = self.model.engine.sequences[0].settings
+        is_exact = not settings.boundary or stats.n_exact >= stats.n_prompt
         if not (is_exact or is_lossless or self._is_offered) and _EXACT_STRING.search(answer):
             self._is_offered = True
             self.screen.note(_OFFER)
@@ -212,7 +214,7 @@ class Dialogue:
 
 def pruning_state(model: PopModel) -> str:
     """Return a sentence that states whether prompt tokens skip layers."""
-    pruning = model.engine.pruning
+    pruning = model.engine.sequences[0].settings
     is_off = pruning.mode is Mode.OFF
     if pruning.exact and is_off:
         return "Exact skipping is off: prompts run through all layers. The answers stay the same."

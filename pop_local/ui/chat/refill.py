@@ -16,8 +16,9 @@ def idling(chat: Dialogue) -> Iterator[None]:
 
     def work() -> None:
         try:
-            if chat.refill != "off" and chat.model.engine.refiller.n_refillable:
-                chat.model.engine.refiller.refill(stop.is_set)
+            refiller = chat.model.engine.sequences[0].refiller
+            if chat.refill != "off" and refiller.n_refillable:
+                refiller.refill(stop.is_set)
         except Exception as error:  # an error must not end the conversation
             failures.append(error)
 
@@ -48,7 +49,7 @@ def _join(thread: threading.Thread) -> None:
 
 def status_bar(chat: Dialogue) -> str:
     """Return the catch-up progress as text, or "" if all cached tokens are exact."""
-    cache = chat.model.engine.cache
+    cache = chat.model.engine.sequences[0].cache
     if cache.n_exact == cache.n_tokens or not status(chat):
         return ""
     return f"Catching up: {cache.n_exact:,} of {cache.n_tokens:,} tokens have exact values"
@@ -60,7 +61,8 @@ def status(chat: Dialogue) -> str:
     Return "" if refilling is off or impossible, or if the conversation is empty.
     """
     engine = chat.model.engine
-    can_refill = engine.pruning.boundary and not engine.context.files.no_refill
+    can_refill = engine.sequences[0].settings.boundary and not engine.context.files.no_refill
     if chat.refill == "off" or not can_refill or not chat.session.last_asked:
         return ""
-    return f"Cache: {engine.cache.n_exact:,} of {engine.cache.n_tokens:,} tokens have exact values"
+    cache = engine.sequences[0].cache
+    return f"Cache: {cache.n_exact:,} of {cache.n_tokens:,} tokens have exact values"

@@ -53,7 +53,7 @@ def load(chat: Dialogue, name: str) -> None:
     if not name:
         _list(chat)
         return
-    sessions, before = saved(), chat.model.engine.pruning.mode
+    sessions, before = saved(), chat.model.engine.sequences[0].settings.mode
     path = sessions.path(name)
     if not path.is_file():
         hint = nearest_hint(
@@ -69,7 +69,7 @@ def load(chat: Dialogue, name: str) -> None:
             " the transcript again before the next answer."
         )
     warn_of_hidden_pictures(chat)
-    if chat.model.engine.pruning.mode is not before:
+    if chat.model.engine.sequences[0].settings.mode is not before:
         chat.screen.note(pruning_state(chat.model))
 
 
@@ -171,11 +171,11 @@ class Unsaved:
             question += f"\n{older} also ended unexpectedly. To see the next chat, type d or k."
         choice = chat.screen.choose(question, _CHOICES, enter="c")
         if choice == "c":
-            before = chat.model.engine.pruning.mode
+            before = chat.model.engine.sequences[0].settings.mode
             chat.resume(load_session(chat.model.engine, self._sessions.path(stored.name)), "")
             self.keep(chat)
             chat.screen.note("The model will read this conversation again before the next answer.")
-            if chat.model.engine.pruning.mode is not before:
+            if chat.model.engine.sequences[0].settings.mode is not before:
                 chat.screen.note(pruning_state(chat.model))
         if choice == "d" or (choice == "c" and self._is_possible):
             self._remove(stored.name)

@@ -57,7 +57,7 @@ def _full(chat: Dialogue, argument: str) -> None:
 def _stats(chat: Dialogue, argument: str) -> None:
     chat.screen.note(pruning_state(chat.model))
     engine = chat.model.engine
-    answers, n_refilled = chat.session.answer_stats, engine.refiller.n_refilled
+    answers, n_refilled = chat.session.answer_stats, engine.sequences[0].refiller.n_refilled
     lines = [*session_lines(answers, engine.context.n_ctx, n_refilled)]
     for line in filter(None, [*lines, refill.status(chat)]):
         chat.screen.note(line)

@@ -10,7 +10,7 @@ from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
-from support.calls import append
+from support.calls import append, first_of
 from support.conversations import ask
 
 QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 4 + "Who sells coffee?")
@@ -75,17 +75,17 @@ def test_an_answer_ends_where_the_context_does(chat_model):
 
 def test_a_stopped_prefill_returns_stats_and_leaves_the_model_usable(model):
     expected, _ = ask(model, QUESTION)
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     n_calls = 0
 
     def in_the_second_batch() -> bool:
         nonlocal n_calls
-        n_calls += model.engine.cache.n_tokens >= 64
+        n_calls += first_of(model).cache.n_tokens >= 64
         return n_calls > 50
 
     text, stats = ask(model, QUESTION, should_stop=in_the_second_batch)
     assert (text, stats.finish_reason, stats.n_decoded) == ("", "interrupted", 0)
-    assert model.engine.cache.n_tokens == 64
+    assert first_of(model).cache.n_tokens == 64
     assert ask(model, QUESTION)[0] == expected
 
 
@@ -101,10 +101,10 @@ def test_a_stop_right_after_the_last_batch_keeps_the_whole_prompt(model):
     expected, whole = ask(model, QUESTION)
     longer = [QUESTION, Message("assistant", expected), QUESTION]
     expected_later, later = ask(model, *longer)
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     n = whole.n_prompt
-    text, stats = ask(model, QUESTION, should_stop=lambda: model.engine.cache.n_tokens == n)
-    assert (text, stats.finish_reason, model.engine.cache.n_tokens) == ("", "interrupted", n)
+    text, stats = ask(model, QUESTION, should_stop=lambda: first_of(model).cache.n_tokens == n)
+    assert (text, stats.finish_reason, first_of(model).cache.n_tokens) == ("", "interrupted", n)
     text, stats = ask(model, QUESTION)
     assert (text, stats.n_cached) == (expected, n)
     text, stats = ask(model, *longer)

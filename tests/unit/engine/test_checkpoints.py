@@ -21,7 +21,7 @@ from pop_local.engine.prefill import read as read_module
 from pop_local.engine.prompt.prompt import Prompt
 from support import recipes
 from support.architectures import MORE_KEYS
-from support.calls import NOISE, greedy, opened
+from support.calls import NOISE, first_of, greedy, opened
 from support.converted import tiny
 
 RECURRENT = ("granitehybrid", "mamba2", "nemotron_h", "qwen35", "rwkv7")
@@ -82,7 +82,7 @@ def n_cached(model: PopModel, tokens: list[int]) -> int:
 
 def stop_after(model: PopModel, n_rows: int, tokens: list[int]) -> None:
     """Read a prompt, and stop within the batch that follows `n_rows` cached rows."""
-    with suppress(StoppedError), stopped_by(lambda: model.engine.cache.n_tokens >= n_rows):
+    with suppress(StoppedError), stopped_by(lambda: first_of(model).cache.n_tokens >= n_rows):
         model.read(Prompt(tokens))
 
 
@@ -151,7 +151,7 @@ def test_a_repeated_question_equals_a_fresh_reading_bit_for_bit(name, open_model
     model, question = open_model(), prompt(256)
     expected = logits_after(model, question)
     greedy(model, question, 8)
-    cache = model.engine.cache
+    cache = first_of(model).cache
     assert cache.truncate(256 - N_END)
     assert n_cached(model, question) == 256 - N_END
     assert_same(name, model.engine.context.logits()[0], expected)
@@ -176,12 +176,12 @@ def test_a_stop_while_reading_leaves_a_valid_cache(open_model, monkeypatch, chun
     def should_stop() -> bool:
         """Stop within a chunk: llama.cpp queries this before each graph node."""
         nonlocal n_calls
-        n_calls += model.engine.cache.n_tokens >= chunk * N_BATCH
+        n_calls += first_of(model).cache.n_tokens >= chunk * N_BATCH
         return n_calls > 5
 
     with stopped_by(should_stop), pytest.raises(StoppedError):
         model.read(Prompt(tokens))
-    n_read = model.engine.cache.n_tokens
+    n_read = first_of(model).cache.n_tokens
     assert n_read < 320
     assert n_cached(model, tokens) >= n_read - N_BATCH
     assert_near(model.engine.context.logits()[0], logits_after(open_model(), tokens))
@@ -199,10 +199,10 @@ def test_random_conversations_equal_fresh_readings(open_model, monkeypatch):
         if chance.random() < 0.3:
             stop_after(model, chance.randrange(len(tokens)), tokens)
         found = logits_after(model, tokens)
-        fresh.engine.cache.clear()
+        first_of(fresh).cache.clear()
         assert_near(found, logits_after(fresh, tokens))
-        assert model.engine.cache.slot.cells.end == len(tokens)
-        assert len(model.engine.cache.checkpoints) <= 5
+        assert first_of(model).cache.slot.cells.end == len(tokens)
+        assert len(first_of(model).cache.checkpoints) <= 5
         if chance.random() < 0.6:
             tokens += greedy(model, tokens, chance.randrange(1, 12))
 
@@ -212,11 +212,11 @@ def test_checkpoints_stay_below_the_cap(open_model, monkeypatch, n_states):
     monkeypatch.setattr(read_module, "EVERY", N_BATCH)
     model = open_model()
     model.read(Prompt(prompt(64)))
-    found = model.engine.cache.checkpoints
+    found = first_of(model).cache.checkpoints
     # A window's state grows up to this number of rows.
     cap = int(n_states * max(found.size_bytes / len(found), 1) * 1.5)
     monkeypatch.setattr(checkpoints_module, "MAX_BYTES", cap)
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     for n in (200, 400, 640):
         model.read(Prompt(prompt(n)))
         assert found.size_bytes <= cap
@@ -226,9 +226,9 @@ def test_checkpoints_stay_below_the_cap(open_model, monkeypatch, n_states):
 def test_saved_states_contain_no_checkpoints(open_model):
     model, question = open_model(), prompt(256)
     model.read(Prompt(question))
-    state = model.engine.states.save()
-    model.engine.states.restore(state)
-    assert len(model.engine.cache.checkpoints) == 0
+    state = first_of(model).states.save()
+    first_of(model).states.restore(state)
+    assert len(first_of(model).cache.checkpoints) == 0
     assert n_cached(model, question + prompt(64, seed=1)) == 256
 
 
@@ -237,7 +237,7 @@ def test_a_saved_state_does_not_replace_a_better_checkpoint(name, path_of):
     if name not in NAMES:
         pytest.skip("the recipes are not built")
     model = opened(path_of(name), n_ctx=N_CTX, n_batch=N_BATCH)
-    model.engine.states.prompts = PromptCache(2**28)
+    first_of(model).states.prompts = PromptCache(2**28)
     stem = prompt(256)
     model.read(Prompt(stem + prompt(200, seed=1)))
     model.read(Prompt(prompt(100, seed=2)))  # stores the first prompt
@@ -253,16 +253,16 @@ def test_a_saved_state_does_not_replace_a_better_checkpoint(name, path_of):
 def test_other_models_copy_nothing(tmp_path, monkeypatch, arch):
     monkeypatch.setattr(Cells, "checkpoint", None)
     model, sizes = opened(tiny(tmp_path, arch)), []
-    append = model.engine.cache.append
+    append = first_of(model).cache.append
 
     def recorded(tokens: list[int], *args: Any) -> None:
         sizes.append(len(tokens))
         append(tokens, *args)
 
-    monkeypatch.setattr(model.engine.cache, "append", recorded)
+    monkeypatch.setattr(first_of(model).cache, "append", recorded)
     model.read(Prompt(prompt(200)))
-    assert len(model.engine.cache.checkpoints) == 0
-    assert not model.engine.cache.checkpoints.is_needed
+    assert len(first_of(model).cache.checkpoints) == 0
+    assert not first_of(model).cache.checkpoints.is_needed
     assert len(sizes) == 4  # a tail that fits one chunk is not split
 
 

@@ -22,7 +22,7 @@ from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.prompt import template_child
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
-from support.calls import NOISE, append, opened, prompt, read
+from support.calls import NOISE, append, first_of, opened, prompt, read
 from support.converted import tiny
 
 
@@ -90,7 +90,7 @@ def test_closing_a_model_during_an_answers_prefill_is_an_error(pop_file, when, s
 @pytest.mark.parametrize(
     "use",
     [
-        lambda model: model.engine.cache.clear(),
+        lambda model: first_of(model).cache.clear(),
         lambda model: append(model, [3]),
         lambda model: model.engine.set_mode(Mode.OFF),
     ],
@@ -99,11 +99,13 @@ def test_closing_a_model_during_an_answers_prefill_is_an_error(pop_file, when, s
 def test_a_computing_model_refuses_other_calls(pop_file, use):
     model = opened(pop_file)
     expected = read(model, prompt(300))
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     should_stop = partial(use, model)
     with stopped_by(should_stop), pytest.raises(PopError, match="from a callback during a batch"):
         append(model, prompt(300))
-    assert model.engine.pruning.mode is backend.get_mode(model.engine.context.ctx) is Mode.CONTEXT
+    assert (
+        first_of(model).settings.mode is backend.get_mode(model.engine.context.ctx) is Mode.CONTEXT
+    )
     np.testing.assert_allclose(read(model, prompt(300)), expected, atol=NOISE)
 
 
@@ -111,7 +113,7 @@ def test_a_forked_model_refuses_to_compute(pop_file, monkeypatch):
     model = opened(pop_file, keep_states=True)
     read(model, prompt(100))
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    for use in (lambda: append(model, prompt(10)), model.engine.refiller.refill):
+    for use in (lambda: append(model, prompt(10)), first_of(model).refiller.refill):
         with pytest.raises(PopError, match="opened in another process"):
             use()
 
@@ -134,7 +136,7 @@ def test_a_frozen_application_does_not_start_itself_as_a_child(monkeypatch):
 def test_a_model_closed_between_two_chunks_of_refilling_stops_first(pop_file):
     model = opened(pop_file, keep_states=True)
     read(model, prompt(300))
-    assert 0 < model.engine.refiller.refill(on_progress=lambda done, total: model.close()) < 300
+    assert 0 < first_of(model).refiller.refill(on_progress=lambda done, total: model.close()) < 300
     with pytest.raises(PopError, match="is closed"):
         append(model, prompt(10))
 
@@ -144,7 +146,7 @@ def test_a_state_is_saved_after_the_model_file_was_deleted(tmp_path):
     read(model, prompt(50))
     for path in tmp_path.glob("*.gguf"):
         path.unlink()
-    assert model.engine.states.save().n_tokens == 50
+    assert first_of(model).states.save().n_tokens == 50
 
 
 def test_an_unreferenced_model_is_freed_immediately(pop_file):

@@ -8,7 +8,7 @@ from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prefill.read import append as read_after
 from pop_local.engine.prompt.prompt import Prompt
-from support.calls import append, opened, set_rule
+from support.calls import append, first_of, opened, set_rule
 
 TEXT = (
     "The parcel for Selby left at noon; its tracking number is 9f3a77c1, so the driver rang twice. "
@@ -33,7 +33,7 @@ def words(model, text, criterion=DeepRows.SPELLING):
 
 
 def deep_rows(model):
-    return full_rows(model.engine.cache)
+    return full_rows(first_of(model).cache)
 
 
 def full_rows(cache):
@@ -59,10 +59,14 @@ def test_the_choice_does_not_depend_on_the_batch(pop_file, model, n_batch):
     tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     append(model, tokens)
     other = opened(pop_file, n_batch=n_batch, n_ubatch=n_batch)
-    set_rule(other, **vars(model.engine.rule))
+    set_rule(other, **vars(first_of(model).rule))
     append(other, tokens)
     np.testing.assert_array_equal(deep_rows(other), deep_rows(model))
-    assert model.engine.cache.slot.counters.n_deep == other.engine.cache.slot.counters.n_deep > 10
+    assert (
+        first_of(model).cache.slot.counters.n_deep
+        == first_of(other).cache.slot.counters.n_deep
+        > 10
+    )
 
 
 def test_a_prompt_that_continues_a_cached_one_has_the_same_deep_rows(pop_file, model):
@@ -71,7 +75,7 @@ def test_a_prompt_that_continues_a_cached_one_has_the_same_deep_rows(pop_file, m
     whole = deep_rows(model)
     for cut in (20, 61, 100):  # 61 is within a deep word
         other = opened(pop_file)
-        set_rule(other, **vars(model.engine.rule) | {"tail_tokens": 0})
+        set_rule(other, **vars(first_of(model).rule) | {"tail_tokens": 0})
         other.read(Prompt(tokens[:cut]))
         other.read(Prompt(tokens))
         assert set(whole) - set(deep_rows(other)) <= set(range(len(tokens) - 32, len(tokens)))
@@ -82,7 +86,7 @@ def test_each_of_several_sequences_has_its_own_deep_rows(pop_file, model):
     append(model, tokens)
     several = opened(pop_file, n_parallel=2)
     for cache in [each.cache for each in several.engine.sequences]:
-        read_after(cache, Prompt(tokens), model.engine.rule)
+        read_after(cache, Prompt(tokens), first_of(model).rule)
         np.testing.assert_array_equal(full_rows(cache), deep_rows(model))
 
 
@@ -90,8 +94,8 @@ def test_a_restored_cache_is_reused_with_its_deep_rows(pop_file, model):
     tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     model.read(Prompt(tokens))
     other = opened(pop_file)
-    set_rule(other, **vars(model.engine.rule))
-    other.engine.states.restore(model.engine.states.save())
+    set_rule(other, **vars(first_of(model).rule))
+    first_of(other).states.restore(first_of(model).states.save())
     assert other.read(Prompt([*tokens, *tokens[:40]])).n_cached == len(tokens)
 
 
@@ -108,4 +112,4 @@ def test_rows_that_another_rule_left_pruned_are_read_again(model):
 def test_in_full_no_row_is_counted_as_deep(model):
     model.engine.set_mode(Mode.OFF)
     append(model, model.engine.context.vocabulary.tokenize(TEXT))
-    assert model.engine.cache.slot.counters.n_deep == 0
+    assert first_of(model).cache.slot.counters.n_deep == 0

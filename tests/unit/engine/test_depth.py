@@ -11,7 +11,7 @@ from pop_local.engine.cache.saved_state import FULL
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.measure.forced import forced
-from support.calls import NOISE, append, greedy, kv_bytes, opened, prompt, read, set_rule
+from support.calls import NOISE, append, first_of, greedy, kv_bytes, opened, prompt, read, set_rule
 
 
 def kept(pop_file, **options):
@@ -24,14 +24,14 @@ def test_refilling_reproduces_the_full_models_cache(pop_file):
     append(full, tokens)
     model = kept(pop_file)
     append(model, tokens)
-    cache, refiller = model.engine.cache, model.engine.refiller
+    cache, refiller = first_of(model).cache, first_of(model).refiller
     assert (cache.n_exact, refiller.n_refillable) == (0, 200)
-    assert model.engine.states.key != FULL
+    assert first_of(model).states.key != FULL
     progress: list[tuple[int, int]] = []
     assert refiller.refill(on_progress=lambda *counts: progress.append(counts)) == 200
     assert progress == sorted(set(progress)) and progress[-1] == (200, 200)
     assert (cache.n_exact, refiller.n_refillable) == (200, 0)
-    assert model.engine.states.key == FULL
+    assert first_of(model).states.key == FULL
     assert kv_bytes(model) == kv_bytes(full)
     assert refiller.refill() == 0
 
@@ -43,10 +43,10 @@ def test_turns_after_refilling_equal_the_full_models(pop_file):
     set_rule(model, min_prompt=100)
     said = prompt(300)
     said += greedy(model, said)
-    assert model.engine.cache.n_exact == 0
+    assert first_of(model).cache.n_exact == 0
     for turn in range(3):
-        model.engine.refiller.refill()
-        assert model.engine.cache.n_exact == model.engine.cache.n_tokens
+        first_of(model).refiller.refill()
+        assert first_of(model).cache.n_exact == first_of(model).cache.n_tokens
         said += prompt(20, seed=turn + 1)
         np.testing.assert_allclose(read(model, said), read(full, said), atol=NOISE)
         answer = greedy(model, said)
@@ -58,10 +58,10 @@ def test_stopped_refilling_continues_later(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
     asked = iter([False] * 40)
-    n_first = model.engine.refiller.refill(should_stop=lambda: next(asked, True))
+    n_first = first_of(model).refiller.refill(should_stop=lambda: next(asked, True))
     assert 0 <= n_first < 200
-    assert model.engine.cache.n_exact == n_first
-    assert n_first + model.engine.refiller.refill() == 200
+    assert first_of(model).cache.n_exact == n_first
+    assert n_first + first_of(model).refiller.refill() == 200
     full = opened(pop_file, full=True)
     answer = greedy(full, prompt(200))
     assert greedy(model, prompt(200)) == answer
@@ -70,38 +70,38 @@ def test_stopped_refilling_continues_later(pop_file):
 def test_without_states_nothing_is_refilled(pop_file):
     model = opened(pop_file)
     append(model, prompt(200))
-    assert (model.engine.refiller.n_refillable, model.engine.refiller.refill()) == (0, 0)
+    assert (first_of(model).refiller.n_refillable, first_of(model).refiller.refill()) == (0, 0)
     assert backend.require_patched().llama_pop_snapshots_size(model.engine.context.ctx) == 0
 
 
 def test_rows_of_a_loaded_state_cannot_be_refilled(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
-    state = model.engine.states.save()
-    model.engine.states.restore(state)
-    assert (model.engine.cache.n_exact, model.engine.refiller.n_refillable) == (0, 0)
+    state = first_of(model).states.save()
+    first_of(model).states.restore(state)
+    assert (first_of(model).cache.n_exact, first_of(model).refiller.n_refillable) == (0, 0)
     append(model, prompt(40, seed=1))
-    assert model.engine.refiller.refill() == 0
+    assert first_of(model).refiller.refill() == 0
 
 
 def test_an_exact_state_equals_the_full_models(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
-    model.engine.refiller.refill()
-    state = model.engine.states.save()
+    first_of(model).refiller.refill()
+    state = first_of(model).states.save()
     assert state.key == FULL
     other = opened(pop_file)
-    other.engine.states.restore(state)
-    assert other.engine.cache.n_exact == 200
+    first_of(other).states.restore(state)
+    assert first_of(other).cache.n_exact == 200
     other.engine.set_mode(Mode.OFF)
-    assert other.engine.cache.n_tokens == 200, (
+    assert first_of(other).cache.n_tokens == 200, (
         "the full model's cache stays when pruning is switched off"
     )
-    other.engine.states.restore(state)
+    first_of(other).states.restore(state)
     unfinished = kept(pop_file)
     append(unfinished, prompt(200))
     unfinished.engine.set_mode(Mode.OFF)
-    assert unfinished.engine.cache.n_tokens == 0
+    assert first_of(unfinished).cache.n_tokens == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is counted by Linux")
@@ -115,19 +115,19 @@ def test_memory_stays_flat_over_many_turns(pop_file):
         if len(said) > 900:
             said = said[:100]
         said += greedy(model, said, n=3)
-        model.engine.refiller.refill()
+        first_of(model).refiller.refill()
         said += prompt(5 + turn % 20, seed=turn)
         if turn == 49:
             before = resident_bytes()
-    assert model.engine.cache.n_exact > 0
+    assert first_of(model).cache.n_exact > 0
     assert resident_bytes() - before < 4 * 2**20
 
 
 def test_a_prompt_cache_separates_modes_even_of_exact_rows(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
-    model.engine.refiller.refill()
-    model.engine.states.prompts = PromptCache(2**24)
+    first_of(model).refiller.refill()
+    first_of(model).states.prompts = PromptCache(2**24)
     for mode in (Mode.CONTEXT, Mode.OFF):
         fresh = opened(pop_file)
         for each in (model, fresh):
@@ -139,7 +139,7 @@ def test_measuring_leaves_refilling_unchanged(pop_file):
     model = opened(pop_file, keep_states=True)
     with forced(model):
         pass
-    assert (model.engine.refiller.is_on, model.engine.pruning.keeps_states) == (True, True)
+    assert (first_of(model).refiller.is_on, first_of(model).settings.keeps_states) == (True, True)
 
 
 def test_refilling_that_raises_keeps_its_progress(pop_file):
@@ -150,8 +150,8 @@ def test_refilling_that_raises_keeps_its_progress(pop_file):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model.engine.refiller.refill(on_progress=fail)
-    n = model.engine.cache.n_exact
+        first_of(model).refiller.refill(on_progress=fail)
+    n = first_of(model).cache.n_exact
     assert n > 0
-    assert model.engine.refiller.take_refilled() == n
-    assert not model.engine.cache.has_logits
+    assert first_of(model).refiller.take_refilled() == n
+    assert not first_of(model).cache.has_logits

@@ -22,7 +22,7 @@ from pop_local.engine.cache.disk_store import DiskStore, clear_folder
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.cache.saved_state import decoded_array
 from pop_local.engine.prompt.prompt import Prompt
-from support.calls import kv_bytes, last_logits, opened, prompt, read
+from support.calls import first_of, kv_bytes, last_logits, opened, prompt, read
 from support.converted import tiny
 
 OLD, OTHER = prompt(600), prompt(500, seed=5)
@@ -39,7 +39,7 @@ def store_prompt(pop_file: Path, folder: Path, tokens=OLD, capacity_bytes=ROOM) 
     prompts = PromptCache(ROOM, DiskStore(folder, capacity_bytes))
     with opened(pop_file, prompt_cache=prompts) as model:
         read(model, tokens)
-        model.engine.states.store()
+        first_of(model).states.store()
         prompts.close()
         return kv_bytes(model)
 
@@ -214,7 +214,7 @@ def test_nothing_is_written_without_a_store(pop_file, folder):
     prompts = PromptCache(ROOM)
     with opened(pop_file, prompt_cache=prompts) as model:
         read(model, OLD)
-        model.engine.states.store()
+        first_of(model).states.store()
     prompts.close()
     assert not folder.exists()
 
@@ -242,8 +242,8 @@ def test_a_state_that_reuses_fewer_rows_than_the_cache_stays_on_disk(pop_file, f
 def test_a_file_with_impossible_rows_is_removed(pop_file, folder, changes):
     with opened(pop_file, full=True) as model:
         read(model, OLD)
-        state = replace(model.engine.states.save(), **changes)
-        key = model.engine.states._prompts_key
+        state = replace(first_of(model).states.save(), **changes)
+        key = first_of(model).states._prompts_key
     store = DiskStore(folder, ROOM)
     store.add(key, state)
     store.close()
@@ -255,13 +255,13 @@ def test_a_file_with_impossible_rows_is_removed(pop_file, folder, changes):
 def test_a_state_with_incomplete_cells_is_refused(pop_file, cells):
     with opened(pop_file) as model:
         read(model, OLD)
-        state = model.engine.states.save()
-        model.engine.cache.truncate(10)
-        fewer = model.engine.states.save().cells
+        state = first_of(model).states.save()
+        first_of(model).cache.truncate(10)
+        fewer = first_of(model).states.save().cells
         content = {"empty": b"", "cut": state.cells[:-1]}.get(cells, fewer)
         with pytest.raises(PopError, match="the saved state does not match"):
-            model.engine.states.restore(replace(state, cells=content))
-        assert model.engine.cache.n_tokens == 0
+            first_of(model).states.restore(replace(state, cells=content))
+        assert first_of(model).cache.n_tokens == 0
 
 
 def npy(head: str, data: bytes = b"") -> bytes:

@@ -13,7 +13,7 @@ from pop_local.engine.prefill.edit import MIN_REUSED
 from pop_local.engine.prompt.prompt import Prompt
 from support import recipes
 from support.architectures import MORE_KEYS
-from support.calls import kv_bytes, opened
+from support.calls import first_of, kv_bytes, opened
 
 # Partial RoPE, MLA, ALiBi, soft caps, and low-rank queries and keys.
 MOVABLE = ("gptneox", "deepseek2+experts", "bloom", "gemma2", "minicpm3")
@@ -73,8 +73,8 @@ def n_reused_after_an_edit(path: Path, tokens: list[int], **options: Any) -> int
     ):
         model.read(Prompt(OLD))
         found = model.read(Prompt(tokens))
-        model.engine.refiller.refill()
-        assert model.engine.cache.n_exact == len(tokens)
+        first_of(model).refiller.refill()
+        assert first_of(model).cache.n_exact == len(tokens)
         full.read(Prompt(tokens))
         assert kv_bytes(model) == kv_bytes(full)
         return found.n_stale

@@ -10,7 +10,7 @@ from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.edit import MIN_REUSED
 from pop_local.engine.prompt.prompt import Prompt
-from support.calls import kv_bytes
+from support.calls import first_of, kv_bytes
 from support.vision_models import VisionModel, answered, image_start, png
 
 
@@ -43,7 +43,7 @@ def test_an_edit_after_a_picture_reuses_rows(vision_model):
         model.read(asked(model, BEFORE, AFTER, 3))
         made = asked(model, BEFORE, edited, 3)
         found = model.read(made)
-        cache, refiller = model.engine.cache, model.engine.refiller
+        cache, refiller = first_of(model).cache, first_of(model).refiller
         assert (found.n_stale > MIN_REUSED) == (vision_model.arch not in MROPE)
         assert len(cache.images) == len(made.images)
         # A deep pass is causal, but the rows of Gemma's images attend to each other.
@@ -74,8 +74,8 @@ def test_rows_after_a_removed_picture_are_reused(smol):
         made = asked(model, BEFORE, AFTER)
         found = model.read(made)
         assert found.n_stale > MIN_REUSED
-        assert not model.engine.cache.images
-        model.engine.refiller.refill()
+        assert not first_of(model).cache.images
+        first_of(model).refiller.refill()
         full.pruning = False
         full.read(asked(full, BEFORE, AFTER))
         assert kv_bytes(model) == kv_bytes(full)

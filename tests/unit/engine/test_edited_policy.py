@@ -8,7 +8,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.edit import MIN_REUSED
 from pop_local.engine.prefill.plan import Reuse
 from pop_local.engine.prompt.prompt import Prompt
-from support.calls import NOISE, last_logits, prompt, read, set_rule
+from support.calls import NOISE, first_of, last_logits, prompt, read, set_rule
 from support.converted import tiny
 from support.edited_prompts import EDITS, NEW, OLD, Tokens, pruned
 
@@ -30,7 +30,7 @@ def test_full_mode_and_the_options_prevent_stale_rows(pop_file, options, rule):
 
 
 def fresh_read(model: PopModel, tokens: Tokens) -> np.ndarray:
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     return read(model, tokens)
 
 

@@ -17,7 +17,7 @@ from pop_local.engine.prefill import edit
 from pop_local.engine.prefill.edit import MIN_REUSED
 from pop_local.engine.prefill.reading import PrefillStoppedError
 from pop_local.engine.prompt.prompt import Prompt
-from support.calls import NOISE, kv_bytes, last_logits, prompt, read
+from support.calls import NOISE, first_of, kv_bytes, last_logits, prompt, read
 from support.converted import tiny
 from support.edit_operations import Operations, randomly_edited, stop_after, stopping
 from support.edited_prompts import EDITS, NEW, OLD, Tokens, pruned
@@ -39,8 +39,8 @@ def fresh(path, tokens: Tokens, **options: Any) -> tuple[bytes, np.ndarray]:
 
 def repaired(model: PopModel) -> tuple[bytes, np.ndarray]:
     """Refill the cache; return its state, and the logits of its last token read again."""
-    cache = model.engine.cache
-    model.engine.refiller.refill()
+    cache = first_of(model).cache
+    first_of(model).refiller.refill()
     assert cache.n_exact == cache.n_tokens
     assert cache.rows.n_stale(cache.n_tokens) == 0
     state = kv_bytes(model)
@@ -57,7 +57,7 @@ def test_an_edit_decodes_only_new_rows_and_a_refill_makes_the_cache_exact(arch_f
     with pruned(arch_file) as model:
         read(model, OLD)
         found = model.read(Prompt(tokens))
-        cache = model.engine.cache
+        cache = first_of(model).cache
         assert cache.tokens.tolist() == tokens
         assert found.counters.n_rows == len(tokens) - found.n_cached
         assert found.counters.n_rows < 200
@@ -160,7 +160,7 @@ def test_all_rows_are_dropped_if_invalid_ones_cannot_be_removed(tmp_path, aborte
         read(model, old)
         assert can_shift(model.engine.context)
         abort()
-        cache = model.engine.cache
+        cache = first_of(model).cache
         assert not move_rows(cache, np.array(old, np.int32)[sources], sources)
         assert len(n_moves) == 1
         assert cache.n_tokens == cache.slot.cells.end == 0
@@ -172,7 +172,7 @@ def test_small_changes_of_the_logits_show_that_stale_rows_are_used(pop_file):
     with pruned(pop_file) as model:
         read(model, OLD)
         edited = read(model, tokens)
-        model.engine.cache.clear()
+        first_of(model).cache.clear()
         expected = read(model, tokens)
     assert np.abs(edited - expected).max() > NOISE
     assert np.corrcoef(edited, expected)[0, 1] > 0.9
@@ -194,7 +194,7 @@ def test_a_repair_that_stops_at_every_chunk_completes_later(pop_file):
     with pruned(pop_file) as model:
         read(model, OLD)
         read(model, tokens)
-        refiller, cache = model.engine.refiller, model.engine.cache
+        refiller, cache = first_of(model).refiller, first_of(model).cache
         n_stops = 0
         while cache.n_exact < len(tokens):
             refiller.refill(stop_after(2 + 20 * n_stops))
@@ -212,7 +212,7 @@ def test_a_stopped_read_keeps_the_rows_after_its_gap(pop_file, after):
         with pytest.raises(PrefillStoppedError) as stopped:
             model.engine.sequences[0].read(Prompt(tokens), stopping(after))
         n_decoded = stopped.value.read.counters.n_rows
-        cache = model.engine.cache
+        cache = first_of(model).cache
         assert n_decoded == min(150, -(-after // 64) * 64)
         assert cache.tokens.tolist() == OLD[:200] + NEW[:n_decoded] + OLD[200:-125]
         assert cache.slot.cells.end == cache.n_tokens == n_decoded + stopped.value.read.n_cached
@@ -239,7 +239,7 @@ def test_rows_that_have_left_a_window_are_not_reused(tmp_path):
         read(model, OLD)
         assert model.read(Prompt(tokens)).n_stale == 0
         found = last_logits(model)
-        model.engine.cache.clear()
+        first_of(model).cache.clear()
         np.testing.assert_allclose(found, read(model, tokens), atol=NOISE)
 
 
@@ -279,16 +279,16 @@ def test_a_restored_state_catches_up_from_its_exact_rows(pop_file, tmp_path):
     tokens = EDITS["an inserted passage"]
     with pruned(pop_file) as model:
         read(model, OLD)
-        model.engine.refiller.refill()
+        first_of(model).refiller.refill()
         read(model, tokens)
-        states, cache = model.engine.states, model.engine.cache
+        states, cache = first_of(model).states, first_of(model).cache
         n_exact = cache.n_exact
         assert 100 < n_exact < len(tokens)
         saved = states.save()
         cache.clear()
         states.restore(saved)
         assert cache.n_exact == n_exact
-        model.engine.refiller.refill()
+        first_of(model).refiller.refill()
         assert kv_bytes(model) == fresh(pop_file, tokens)[0]
 
 
@@ -299,7 +299,7 @@ def test_full_rows_that_move_close_to_a_change_are_decoded_again(pop_file, name,
     must_be_full[[100, 105, 200, 541, 542]] = True
     with pruned(pop_file) as model:
         read(model, OLD)
-        cache, rule = model.engine.cache, model.engine.rule
+        cache, rule = first_of(model).cache, first_of(model).rule
         cache.rows.is_full[:] = True
         reusable = edit.ReusableRows(cache, Prompt(tokens), rule)
         without = reusable.edit(cache, 0, np.zeros(len(tokens), bool))

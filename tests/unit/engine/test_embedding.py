@@ -8,7 +8,7 @@ import pytest
 
 from pop_base.errors import PopError
 from pop_local.engine.embedding import embedding
-from support.calls import greedy, opened, prompt
+from support.calls import first_of, greedy, opened, prompt
 from support.converted import tiny
 from support.synthetic import add_keys, make_gguf
 
@@ -38,7 +38,7 @@ def test_embeddings_are_pooled_by_the_files_type(path, tmp_path):
     last = add_keys(path, tmp_path / "last.gguf", llama__pooling_type=gguf.PoolingType.LAST)
     for file, pooling in ((path, gguf.PoolingType.MEAN), (last, gguf.PoolingType.LAST)):
         with opened(file, n_ctx=1024) as model:
-            vector = embedding(model.engine.cache, TOKENS)
+            vector = embedding(first_of(model).cache, TOKENS)
         assert vector.dtype == np.float32
         assert np.allclose(vector, own(file, pooling), atol=5e-3)
 
@@ -49,13 +49,13 @@ def test_a_pruned_model_embeds_in_full_and_answers_afterwards(path, tmp_path):
         model.pruning = False
         before = greedy(model, TOKENS)
         assert np.array_equal(
-            embedding(model.engine.cache, TOKENS), embedding(full.engine.cache, TOKENS)
+            embedding(first_of(model).cache, TOKENS), embedding(first_of(full).cache, TOKENS)
         )
-        assert model.engine.cache.n_tokens == 0
+        assert first_of(model).cache.n_tokens == 0
         assert greedy(model, TOKENS) == before
 
 
 def test_other_pooling_types_are_refused(path, tmp_path):
     ranks = add_keys(path, tmp_path / "rank.gguf", llama__pooling_type=gguf.PoolingType.RANK)
     with opened(ranks) as model, pytest.raises(PopError, match="pooling type"):
-        embedding(model.engine.cache, TOKENS)
+        embedding(first_of(model).cache, TOKENS)

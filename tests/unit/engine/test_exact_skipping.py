@@ -16,7 +16,7 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.server.request_bodies import CompletionBody
 from pop_local.server.task_factory import TaskFactory
-from support.calls import continued, evaluated, greedy, opened, prompt
+from support.calls import continued, evaluated, first_of, greedy, opened, prompt
 from support.scripted_chat import ScriptedModel, figures, talk
 from support.shapes import read_shape
 from support.shared_kv import make_shared
@@ -94,12 +94,12 @@ def test_inspect_reports_the_skipped_layers(shared: Path) -> None:
 
 def test_all_rows_except_the_last_skip_exactly(shared: Path) -> None:
     model = opened(shared)
-    assert model.engine.pruning.exact == read_shape(shared).exact
-    assert (model.engine.pruning.mode, model.engine.pruning.boundary) == (Mode.CONTEXT, 0)
-    assert model.engine.states.key == FULL
+    assert first_of(model).settings.exact == read_shape(shared).exact
+    assert (first_of(model).settings.mode, first_of(model).settings.boundary) == (Mode.CONTEXT, 0)
+    assert first_of(model).states.key == FULL
     assert evaluated(model, prompt(200)) == Counters(0, 1, 199)
     model.engine.set_mode(Mode.OFF)
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     assert evaluated(model, prompt(200)) == Counters(0, 200)
 
 
@@ -109,7 +109,7 @@ def test_a_switch_keeps_the_cache(shared: Path) -> None:
     # Both modes now read the last token alone: equal shapes give equal bits.
     reused = greedy(model, prompt(100), 5)
     model.engine.set_mode(Mode.OFF)
-    assert (model.engine.cache.n_tokens, model.engine.states.key) == (104, FULL)
+    assert (first_of(model).cache.n_tokens, first_of(model).states.key) == (104, FULL)
     backend.reset_counters(model.engine.context.ctx)
     assert greedy(model, prompt(100), 5) == reused
     assert backend.get_counters(model.engine.context.ctx).n_rows == 1 + 4
@@ -120,11 +120,11 @@ def test_a_state_of_either_mode_loads_in_the_other(mode: Mode, shared: Path) -> 
     model = opened(shared)
     model.engine.set_mode(mode)
     first = greedy(model, prompt(100), 5)
-    state = model.engine.states.save()
+    state = first_of(model).states.save()
     other = opened(shared)
     other.engine.set_mode(Mode.CONTEXT if mode is Mode.OFF else Mode.OFF)
-    other.engine.states.restore(state)
-    assert other.engine.cache.n_tokens == 104
+    first_of(other).states.restore(state)
+    assert first_of(other).cache.n_tokens == 104
     assert greedy(other, prompt(100), 5) == first
 
 
@@ -141,7 +141,7 @@ def test_stats_count_exactly_skipped_tokens(shared: Path) -> None:
 def test_a_boundary_in_the_sharing_layers_is_refused(shared: Path) -> None:
     model = opened(shared)
     with pytest.raises(PopError, match="store no K/V"):
-        model.engine.sequences[0].set_boundary(model.engine.pruning.exact)
+        model.engine.sequences[0].set_boundary(first_of(model).settings.exact)
     with pytest.raises(PopError, match="no boundary"):
         model.engine.set_mode(Mode.ALWAYS)
 
@@ -151,7 +151,7 @@ def test_a_boundary_in_the_sharing_layers_is_refused(shared: Path) -> None:
 
 def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     model = ScriptedModel(["One.", figures(n_pruned=0, n_skipped_exact=983, exact_layer=15)])
-    model.engine.pruning.boundary, model.engine.pruning.exact = 0, 15
+    first_of(model).settings.boundary, first_of(model).settings.exact = 0, 15
     lines = talk(model, "/full", "hello", "/stats", "/full on", "/full")
     on = "# Exact skipping is on: prompt tokens skip layers 15 and up. The answers stay the same."
     off = "# Exact skipping is off: prompts run through all layers. The answers stay the same."

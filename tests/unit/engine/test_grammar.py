@@ -11,7 +11,7 @@ from pop_local.engine.decode.gbnf import lark_of
 from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.decode.grammar_mask import Constraint
 from pop_local.engine.llama.vocabulary import Pieces
-from support.calls import N_VOCAB, continued, opened, read
+from support.calls import N_VOCAB, continued, first_of, opened, read
 from support.converted import tiny
 from support.server_requests import BOMB
 
@@ -58,15 +58,15 @@ def test_the_seed_affects_answers_with_a_grammar(model):
     options = {"grammar": "root ::= [a-z]{30}", "temperature": 1.5}
     text = answer(model, seed=1, **options)
     assert text.isalpha() and len(text) == 30
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     assert answer(model, seed=1, **options) == text
     assert answer(model, seed=2, **options) != text
 
 
 def test_greedy_sampling_takes_the_most_likely_allowed_token(model):
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     text = answer(model, grammar="root ::= [b-y]", temperature=0.0)
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     logits = read(model, model.engine.context.vocabulary.tokenize("Once upon a time", add_bos=True))
     allowed = Constraint(
         model.engine.token_tries.get(), Grammar.of_gbnf("root ::= [b-y]")

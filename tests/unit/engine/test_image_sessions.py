@@ -3,6 +3,7 @@
 import pytest
 
 from pop_base.errors import PopError
+from support.calls import first_of
 from support.vision_models import LONG, image_start, png, prompt
 
 
@@ -28,7 +29,7 @@ def test_prompt_caches_distinguish_pictures(smol):
 
     options = {"temperature": 0.0, "max_tokens": 2}
     with smol.opened() as model:
-        model.engine.states.prompts = PromptCache(1 << 28)
+        first_of(model).states.prompts = PromptCache(1 << 28)
         want = model.chat(LONG, images=[png(3)], **options)
         model.chat("q r s " * 90, **options)
         again = model.chat(LONG, images=[png(3)], **options)

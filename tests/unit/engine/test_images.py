@@ -22,7 +22,7 @@ from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, plan_prefill
 from pop_local.engine.prompt.prompt import Prompt
-from support.calls import set_rule
+from support.calls import first_of, set_rule
 from support.vision_models import (
     LONG,
     MMPROJS,
@@ -61,7 +61,7 @@ def test_a_cached_picture_is_reused_and_another_one_is_read(vision_model):
         short = prompt(model, "a b", 3)
         short_answer, n_read = answered(model, short)
         assert n_read <= len(short) - image_end(short)
-        fresh.engine.cache.clear()
+        first_of(fresh).cache.clear()
         assert short_answer == answered(fresh, prompt(fresh, "a b", 3))[0]
 
 
@@ -96,8 +96,8 @@ def logits(model: PopModel) -> np.ndarray:
 def read_raw(model: PopModel, tokens: Prompt) -> None:
     """Decode a prompt like the engine, but its images like libmtmd."""
     context = model.engine.context
-    plan = plan_prefill(0, len(tokens), model.engine.rule, context.n_batch, tokens.spans)
-    model.engine.cache.slot.cells.clear()
+    plan = plan_prefill(0, len(tokens), first_of(model).rule, context.n_batch, tokens.spans)
+    first_of(model).cache.slot.cells.clear()
     batch = TokenBatch(context.n_batch)
     pos = 0
     backend.set_reading(context.ctx, backend.Reading.SOME)
@@ -132,11 +132,11 @@ def test_reading_a_picture_can_be_stopped(vision_model):
         tokens = prompt(model, LONG, 3)
         expected = answered(model, tokens)
         for n_calls in (1, 3, 6, 12):
-            model.engine.cache.clear()
+            first_of(model).cache.clear()
             left = iter([False] * n_calls)
             with stopped_by(partial(next, left, True)), pytest.raises(StoppedError):
                 append(model, tokens)
-            at = model.engine.cache.n_tokens
+            at = first_of(model).cache.n_tokens
             assert not any(begin < at < end for begin, end in tokens.spans), "half an image"
             assert answered(model, tokens)[0] == expected[0]
 
@@ -146,10 +146,10 @@ def test_ctrl_c_stops_encoding(smol, how):
     with smol.opened() as model:
         tokens = prompt(model, LONG, 3)
         expected = answered(model, tokens)[0]
-        model.engine.cache.clear()
+        first_of(model).cache.clear()
 
         def pressed() -> bool:
-            if model.engine.cache.n_tokens > 0:
+            if first_of(model).cache.n_tokens > 0:
                 if how == "an exception":
                     raise KeyboardInterrupt
                 signal.raise_signal(signal.SIGINT)
@@ -157,7 +157,7 @@ def test_ctrl_c_stops_encoding(smol, how):
 
         with stopped_by(pressed), pytest.raises(KeyboardInterrupt):
             append(model, tokens)
-        assert model.engine.cache.n_tokens == image_start(tokens)
+        assert first_of(model).cache.n_tokens == image_start(tokens)
         assert answered(model, tokens)[0] == expected
 
 
@@ -175,13 +175,13 @@ def test_rows_of_a_stopped_picture_are_not_saved(smol):
         tokens = prompt(model, LONG, 3)
         n_left = 0
         for when in range(0, 400, 10):
-            model.engine.cache.clear()
+            first_of(model).cache.clear()
             left = iter([False] * when)
             with stopped_by(partial(next, left, True)), pytest.raises(StoppedError):
                 append(model, tokens)
-            cache = model.engine.cache
+            cache = first_of(model).cache
             n_left += cache.slot.cells.end > cache.rows.positions[cache.n_tokens]
-            model.engine.states.restore(model.engine.states.save())
+            first_of(model).states.restore(first_of(model).states.save())
         assert n_left, "the stop came between two ubatches"
 
 
@@ -214,7 +214,7 @@ def test_frees_picture_chunks_and_mmproj(smol):
     tokens = prompt(model, "a b", 3, 4, 5)
     assert n_held == 1
     answer = answered(model, tokens)[0]
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     assert answered(model, tokens)[0] == answer and n_held == 1
     del model
     gc.collect()
@@ -256,7 +256,7 @@ def test_pruning_off_reads_pictures_in_full(vision_model):
         pruned = logits(model)
         model.engine.set_mode(Mode.OFF)
         assert append(model, tokens).counters.n_context == 0
-        assert model.engine.cache.n_exact == len(tokens)
+        assert first_of(model).cache.n_exact == len(tokens)
         assert not np.array_equal(logits(model), pruned)
 
 
@@ -269,12 +269,12 @@ def test_refills_causal_pictures(vision_model):
         tokens = prompt(model, LONG, 3)
         append(model, tokens)
         if vision_model.arch != "llama":
-            assert model.engine.refiller.n_refillable == 0
+            assert first_of(model).refiller.n_refillable == 0
             return
-        assert model.engine.refiller.refill() == len(tokens)
+        assert first_of(model).refiller.refill() == len(tokens)
         refilled = answered(model, tokens)[0]
         model.engine.set_mode(Mode.OFF)
-        model.engine.cache.clear()
+        first_of(model).cache.clear()
         assert answered(model, tokens)[0] == refilled
 
 
@@ -285,7 +285,7 @@ def test_a_picture_is_never_split(smol):
         expected = answered(model, tokens)[0]
         with pytest.raises(PopError, match="ends with an image"):
             answered(model, replace(tokens, tokens=tokens.tokens[: image_end(tokens)]))
-        assert model.engine.cache.n_tokens in tokens.images
+        assert first_of(model).cache.n_tokens in tokens.images
         assert answered(model, tokens)[0] == expected
 
 
@@ -302,7 +302,7 @@ def test_rejects_mutual_image_larger_than_ubatch(tmp_path):
     with vision_model.opened(n_ubatch=32) as model:
         with pytest.raises(PopError, match="64 tokens must fit in one ubatch"):
             model.chat("a", images=[png(3)], max_tokens=1)
-        assert model.engine.cache.n_tokens == 0, "the text before the image was not read"
+        assert first_of(model).cache.n_tokens == 0, "the text before the image was not read"
         assert model.chat("a", max_tokens=1).stats.n_decoded == 1
 
 

@@ -14,7 +14,7 @@ from pop_local.engine.llama import backend, context
 from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.devices import Device, ggml, has_kernels
-from support.calls import append, greedy, kv_bytes, last_logits, opened, prompt, read
+from support.calls import append, first_of, greedy, kv_bytes, last_logits, opened, prompt, read
 from support.converted import converted, tiny
 from support.ggml_library import Tensor
 from support.synthetic import make_gguf
@@ -134,7 +134,7 @@ def test_a_refilled_cache_does_not_depend_on_its_chunks(quantised):
         model = opened(quantised, n_ubatch=n_ubatch, keep_states=True)
         append(model, tokens)
         assert kv_bytes(model) != kv_bytes(full)
-        assert model.engine.refiller.refill() == len(tokens)
+        assert first_of(model).refiller.refill() == len(tokens)
         assert kv_bytes(model) == kv_bytes(full)
 
 
@@ -180,7 +180,7 @@ def test_kv_of_another_attention_are_refused(pop_file):
     tokens = prompt(100)
     read(model, tokens)
     with pytest.raises(PopError, match="different options"):
-        other.engine.states.restore(model.engine.states.save())
+        first_of(other).states.restore(first_of(model).states.save())
 
 
 @pytest.mark.parametrize("kernels", [True, False])

@@ -20,6 +20,7 @@ from support.calls import (
     append,
     completed,
     evaluated,
+    first_of,
     greedy,
     last_logits,
     opened,
@@ -95,7 +96,7 @@ def test_the_beginning_of_a_prompt_is_reused(pop_file, mode):
     for piece in (longer[:100], longer[100:n_cached], longer[n_cached:]):
         append(fresh, piece)
     np.testing.assert_allclose(reused, last_logits(fresh), atol=NOISE)
-    fresh.engine.cache.clear()
+    first_of(fresh).cache.clear()
     at_once = np.abs(reused - read(fresh, longer)).max()
     assert at_once < NOISE if mode is Mode.OFF else at_once > NOISE
 
@@ -123,10 +124,10 @@ def test_a_saved_state_is_restored(pop_file, mode):
     model = opened(pop_file)
     model.engine.set_mode(mode)
     read(model, prompt(100))
-    state = model.engine.states.save()
+    state = first_of(model).states.save()
     expected = greedy(model, prompt(100) + prompt(30, seed=1))
     read(model, prompt(90, seed=2))
-    model.engine.states.restore(state)
+    first_of(model).states.restore(state)
     backend.reset_counters(model.engine.context.ctx)
     assert greedy(model, prompt(100) + prompt(30, seed=1), 1) == expected[:1]
     counters = backend.get_counters(model.engine.context.ctx)
@@ -136,14 +137,14 @@ def test_a_saved_state_is_restored(pop_file, mode):
 def test_a_saved_state_of_another_mode_or_boundary_is_refused(pop_file):
     model = opened(pop_file)
     read(model, prompt(100))
-    state = model.engine.states.save()
+    state = first_of(model).states.save()
     model.engine.set_mode(Mode.OFF)
     with pytest.raises(PopError, match="OFF"):
-        model.engine.states.restore(state)
+        first_of(model).states.restore(state)
     model.engine.set_mode(Mode.CONTEXT)
     model.engine.sequences[0].set_boundary(6)
     with pytest.raises(PopError, match="boundary 4"):
-        model.engine.states.restore(state)
+        first_of(model).states.restore(state)
 
 
 def n_read(model, tokens) -> int:
@@ -156,7 +157,7 @@ def n_read(model, tokens) -> int:
 @pytest.mark.parametrize(("capacity_bytes", "is_kept"), [(2**24, True), (2**10, False)])
 def test_alternating_prompts_are_cached_within_a_limit(pop_file, capacity_bytes, is_kept):
     model = opened(pop_file)
-    model.engine.states.prompts = PromptCache(capacity_bytes)
+    first_of(model).states.prompts = PromptCache(capacity_bytes)
     first, second = prompt(100), prompt(100, seed=1)
     assert [n_read(model, first), n_read(model, second)] == [100, 100]
     for tokens in (first, second):
@@ -168,12 +169,12 @@ def test_new_rows_do_not_replace_a_restored_windows_rows(tmp_path):
     question, later = prompt(700)[:300] + prompt(60, 3), prompt(700)[:70] + prompt(30, 4)
     with opened(make_gguf(tmp_path / "gemma3.gguf", "gemma3")) as model:
         read(model, prompt(700))
-        state = model.engine.states.save()
-        model.engine.states.restore(state)
+        state = first_of(model).states.save()
+        first_of(model).states.restore(state)
         read(model, question)
         assert model.read(Prompt(later)).n_cached == 70
         found = last_logits(model)
-        model.engine.cache.clear()
+        first_of(model).cache.clear()
         np.testing.assert_allclose(found, read(model, later), rtol=0, atol=NOISE)
 
 
@@ -181,9 +182,9 @@ def test_a_state_that_declares_a_large_size_is_refused(pop_file):
     """llama.cpp would allocate 4 GB."""
     with opened(pop_file) as model:
         read(model, prompt(100))
-        state = model.engine.states.save()
+        state = first_of(model).states.save()
         with pytest.raises(PopError, match="does not match"):
-            model.engine.states.restore(replace(state, cells=b"\xff" * 4 + state.cells[4:]))
+            first_of(model).states.restore(replace(state, cells=b"\xff" * 4 + state.cells[4:]))
 
 
 def test_a_restored_prompt_has_the_same_answer(pop_file):
@@ -191,8 +192,8 @@ def test_a_restored_prompt_has_the_same_answer(pop_file):
     longer = prompt(100) + prompt(40, seed=1)
     read(model, prompt(100))
     expected = read(model, longer)
-    model.engine.cache.clear()
-    model.engine.states.prompts = PromptCache(2**24)
+    first_of(model).cache.clear()
+    first_of(model).states.prompts = PromptCache(2**24)
     n_read(model, prompt(100))
     n_read(model, prompt(100, seed=2))
     assert n_read(model, longer) == 40
@@ -202,7 +203,7 @@ def test_a_restored_prompt_has_the_same_answer(pop_file):
 def test_a_longer_prompt_replaces_its_prefix(pop_file):
     model = opened(pop_file)
     cache = PromptCache(2**24)
-    model.engine.states.prompts = cache
+    first_of(model).states.prompts = cache
     for n_tokens in (100, 120, 140):
         n_read(model, prompt(n_tokens))
         n_read(model, prompt(50, seed=3))
@@ -212,8 +213,8 @@ def test_a_longer_prompt_replaces_its_prefix(pop_file):
 def test_an_excess_state_evicts_the_oldest(pop_file):
     model = opened(pop_file)
     n_read(model, prompt(100))
-    cache = PromptCache(3 * len(model.engine.cache.slot.cells.state()))
-    model.engine.states.prompts = cache
+    cache = PromptCache(3 * len(first_of(model).cache.slot.cells.state()))
+    first_of(model).states.prompts = cache
     for seed in range(1, 6):
         n_read(model, prompt(100, seed))
         assert cache.size_bytes <= cache.capacity_bytes
@@ -240,12 +241,12 @@ def test_models_in_several_threads_share_a_cache():
 
 def test_a_prompt_cache_finds_only_states_of_its_own_mode(pop_file):
     model = opened(pop_file)
-    model.engine.states.prompts = PromptCache(2**24)
+    first_of(model).states.prompts = PromptCache(2**24)
     tokens = prompt(100)
     expected = {}
     for mode in MODES:
         model.engine.set_mode(mode)
-        model.engine.cache.clear()
+        first_of(model).cache.clear()
         expected[mode] = completed(model, tokens, max_tokens=8)
     for mode in MODES:
         model.engine.set_mode(mode)
@@ -262,20 +263,20 @@ def test_truncating_beyond_the_cache_changes_nothing(pop_file):
     model = opened(pop_file)
     expected = greedy(opened(pop_file), prompt(120))
     read(model, prompt(100))
-    assert model.engine.cache.truncate(105)
-    assert model.engine.cache.n_tokens == 100
+    assert first_of(model).cache.truncate(105)
+    assert first_of(model).cache.n_tokens == 100
     assert greedy(model, prompt(120)) == expected
 
 
 def test_a_state_that_cannot_be_truncated_is_dropped(pop_file, monkeypatch):
     """Recurrent states are like this after an interrupted prefill."""
     model = opened(pop_file)
-    for use in (lambda: append(model, [1]), model.engine.states.save):
+    for use in (lambda: append(model, [1]), first_of(model).states.save):
         read(model, prompt(100))
         with monkeypatch.context() as patched, pytest.raises(PopError, match="ahead of the cached"):
-            patched.setattr(model.engine.cache.slot.cells, "truncate", lambda position: False)
+            patched.setattr(first_of(model).cache.slot.cells, "truncate", lambda position: False)
             use()
-        assert model.engine.cache.n_tokens == 0
+        assert first_of(model).cache.n_tokens == 0
 
 
 def test_a_prompt_cache_does_not_mix_models(pop_file, tmp_path):
@@ -283,11 +284,11 @@ def test_a_prompt_cache_does_not_mix_models(pop_file, tmp_path):
     paths = [make_gguf(tmp_path / f"{seed}.gguf", "llama", seed=seed) for seed in (0, 1)]
     first, other, again = map(opened, (*paths, paths[0]))
     for model in (first, other, again):
-        model.engine.states.prompts = cache
+        first_of(model).states.prompts = cache
     first.read(tokens)
     first.read(Prompt(prompt(100, seed=1)))
     with pytest.raises(PopError, match="a different model"):
-        other.engine.states.restore(first.engine.states.save())
+        first_of(other).states.restore(first_of(first).states.save())
     assert other.read(tokens).n_cached == 0
     assert again.read(tokens).n_cached == 99
 
@@ -295,7 +296,7 @@ def test_a_prompt_cache_does_not_mix_models(pop_file, tmp_path):
 def test_a_cached_prompt_of_a_larger_context_is_read_again(pop_file):
     """Models can share a prompt cache."""
     large, small = opened(pop_file), opened(pop_file, n_ctx=256)
-    large.engine.states.prompts = small.engine.states.prompts = PromptCache(2**24)
+    first_of(large).states.prompts = first_of(small).states.prompts = PromptCache(2**24)
     n_read(large, prompt(300))
     n_read(large, prompt(50, seed=1))
     assert n_read(small, prompt(200)) == 200

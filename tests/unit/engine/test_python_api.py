@@ -14,6 +14,7 @@ from pop_local.config.sampler_options import SAMPLER_OPTIONS, SamplerOptions
 from pop_local.engine.chat_messages import SessionStats
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.turn_options import AnswerOptions, TurnOptions, turn_options
+from support.calls import first_of
 from support.converted import paired
 from support.import_blocker import BLOCKER
 from support.paths import ROOT
@@ -135,17 +136,17 @@ def test_a_model_is_opened_by_name_with_its_sidecar(tmp_path, monkeypatch):
     base = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=TEMPLATE)
     pair = paired(base, tmp_path, "fitted", boundary=4)
     with opened("tiny") as model:
-        assert (model.engine.pruning.boundary, model.pruning) == (4, True)
+        assert (first_of(model).settings.boundary, model.pruning) == (4, True)
         assert model.engine.context.files.sidecar == pair.sidecar
     with opened(pair.single) as model:
-        assert (model.engine.pruning.boundary, model.engine.context.files.sidecar) == (4, None)
+        assert (first_of(model).settings.boundary, model.engine.context.files.sidecar) == (4, None)
     elsewhere = pair.sidecar.rename(tmp_path / "moved.gguf")
     with opened(base) as model:
-        assert (model.engine.pruning.boundary, model.pruning) == (0, False)
+        assert (first_of(model).settings.boundary, model.pruning) == (0, False)
         with pytest.raises(PopError, match="no pruning keys"):
             model.pruning = True
     with opened(base, sidecar=elsewhere) as model:
-        assert model.engine.pruning.boundary == 4
+        assert first_of(model).settings.boundary == 4
     with pytest.raises(PopError, match=r"missing\.gguf"):
         opened(base, sidecar=tmp_path / "missing.gguf")
     with pytest.raises(PopError) as caught:
@@ -156,7 +157,7 @@ def test_a_model_is_opened_by_name_with_its_sidecar(tmp_path, monkeypatch):
 def test_the_constructor_takes_a_path(chat_model):
     with PopModel(EngineOptions.of(str(chat_model), n_ctx=256)) as model:
         assert model.engine.context.n_ctx == 256
-        assert (model.engine.pruning.boundary, model.pruning) == (5, True)
+        assert (first_of(model).settings.boundary, model.pruning) == (5, True)
 
 
 def test_a_closed_model_is_an_error(chat_model):
@@ -165,7 +166,7 @@ def test_a_closed_model_is_an_error(chat_model):
     session.chat(QUESTION, **GREEDY)
     model.close()
     model.close()
-    for use in (lambda: model.chat("a"), lambda: session.chat("a"), model.engine.cache.clear):
+    for use in (lambda: model.chat("a"), lambda: session.chat("a"), first_of(model).cache.clear):
         with pytest.raises(PopError, match="is closed"):
             use()
 
@@ -178,7 +179,7 @@ def test_chat_and_stream_agree_and_keep_no_history(model):
     stats = answer.stats
     assert (stats.n_pruned, stats.n_cached) == (stats.n_prompt - 17, 0)
     assert stats.n_decoded == 8
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     document = Document("notes.txt", "i j k " * 20)
     stream = model.stream(QUESTION, documents=[document], system="Be brief.", **GREEDY)
     pieces = list(stream)
@@ -215,9 +216,9 @@ def test_pruning_off_reads_in_full(model):
     model.pruning = False
     answer = model.chat(QUESTION, **GREEDY)
     assert (answer.stats.reading, answer.stats.n_full) == ("full", answer.stats.n_prompt)
-    n_tokens = model.engine.cache.n_tokens
+    n_tokens = first_of(model).cache.n_tokens
     model.pruning = False
-    assert model.engine.cache.n_tokens == n_tokens, "the mode did not change"
+    assert first_of(model).cache.n_tokens == n_tokens, "the mode did not change"
     model.pruning = True
     assert model.chat(QUESTION, **GREEDY).stats.reading == "pruned"
 

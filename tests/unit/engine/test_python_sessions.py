@@ -8,6 +8,7 @@ import pytest
 
 from pop_base.errors import OutputExistsError
 from pop_local import ChatSession, ContextFullError, Document, PopError, Turn
+from support.calls import first_of
 from support.programs import GREEDY, QUESTION, opened
 
 # --- answers that end early
@@ -79,7 +80,7 @@ def test_two_answers_at_once_are_refused(model):
         next(first)
     assert "read each answer to the end" in caught.value.hint
     assert list(first) == []
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     assert list(model.stream("a b", **GREEDY)) == expected
 
 
@@ -87,7 +88,7 @@ def test_two_answers_at_once_are_refused(model):
 def test_a_prompt_displaced_while_it_is_read_is_refused(model, displace):
     def on_prefill(done: int, total: int) -> None:
         if done == total:  # inside the interruptible part
-            model.engine.cache.clear() if displace == "clear" else model.chat("a b", **GREEDY)
+            first_of(model).cache.clear() if displace == "clear" else model.chat("a b", **GREEDY)
 
     session = model.session()
     before = signal.getsignal(signal.SIGINT)
@@ -96,7 +97,7 @@ def test_a_prompt_displaced_while_it_is_read_is_refused(model, displace):
     assert signal.getsignal(signal.SIGINT) is before
     assert session.conversation.turns == ()
     expected = session.chat(QUESTION, **GREEDY).text
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     assert model.chat(QUESTION, **GREEDY).text == expected
 
 

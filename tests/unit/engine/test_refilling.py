@@ -14,7 +14,7 @@ from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
 from pop_local.ui.chat.slash import run_command
-from support.calls import NOISE, opened, read, wait_for
+from support.calls import NOISE, first_of, opened, read, wait_for
 from support.converted import tiny
 from support.scripted_chat import Transcript
 from support.serving import app_of, asking
@@ -42,12 +42,12 @@ def test_rows_are_refilled_while_the_user_types(chat):
     begun = chat()
     assert refill.status(begun) == ""
     begun.ask(WORDS)
-    assert begun.model.engine.cache.n_exact == 0
+    assert first_of(begun.model).cache.n_exact == 0
     with refill.idling(begun):
-        wait_for(lambda: begun.model.engine.refiller.n_refillable == 0)
-    n_tokens = begun.model.engine.cache.n_tokens
-    assert begun.model.engine.cache.n_exact == n_tokens > 200
-    assert begun.model.engine.states.key == FULL
+        wait_for(lambda: first_of(begun.model).refiller.n_refillable == 0)
+    n_tokens = first_of(begun.model).cache.n_tokens
+    assert first_of(begun.model).cache.n_exact == n_tokens > 200
+    assert first_of(begun.model).states.key == FULL
     assert refill.status(begun) == f"Cache: {n_tokens} of {n_tokens} tokens have exact values"
     assert refill.status_bar(begun) == ""
 
@@ -58,11 +58,11 @@ def test_an_early_line_stops_refilling(chat, pause_s):
     begun.ask(WORDS)
     with refill.idling(begun):
         time.sleep(pause_s)
-    n_exact = begun.model.engine.cache.n_exact
+    n_exact = first_of(begun.model).cache.n_exact
     assert not any(thread.name == "pop-local idle" for thread in threading.enumerate())
     begun.ask("and now?")
     assert begun.session.answer_stats[-1].n_refilled == n_exact
-    assert begun.model.engine.cache.n_exact <= begun.model.engine.cache.n_tokens
+    assert first_of(begun.model).cache.n_exact <= first_of(begun.model).cache.n_tokens
 
 
 def test_off_refills_nothing(chat):
@@ -70,7 +70,7 @@ def test_off_refills_nothing(chat):
     begun.ask(WORDS)
     with refill.idling(begun):
         pass
-    assert (begun.model.engine.cache.n_exact, refill.status(begun)) == (0, "")
+    assert (first_of(begun.model).cache.n_exact, refill.status(begun)) == (0, "")
 
 
 def talked(begun):
@@ -86,9 +86,9 @@ def test_the_rest_is_refilled_after_other_commands(chat, lines):
     begun = chat(WORDS, *lines, WORDS[::-1])
     assert "!" not in talked(begun)
     model = begun.model
-    model.engine.refiller.refill()
-    assert model.engine.cache.n_exact == model.engine.cache.n_tokens > 200
-    tokens = model.engine.cache.tokens[: model.engine.cache.n_tokens].tolist()
+    first_of(model).refiller.refill()
+    assert first_of(model).cache.n_exact == first_of(model).cache.n_tokens > 200
+    tokens = first_of(model).cache.tokens[: first_of(model).cache.n_tokens].tolist()
     full = opened(Path(model.engine.context.files.path), full=True)
     np.testing.assert_allclose(read(model, tokens), read(full, tokens), atol=NOISE)
 
@@ -99,8 +99,8 @@ def test_rows_whose_states_were_dropped_stay_pruned(chat):
     begun.model.engine.set_refill(False)
     begun.model.engine.set_refill(True)
     begun.ask("what?")
-    assert begun.model.engine.refiller.refill() == 0
-    assert begun.model.engine.cache.n_exact < 200
+    assert first_of(begun.model).refiller.refill() == 0
+    assert first_of(begun.model).cache.n_exact < 200
 
 
 def test_stats_report_progress(chat):
@@ -112,8 +112,8 @@ def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(chat):
     begun = chat()
     begun.ask(WORDS)
     with refill.idling(begun):
-        wait_for(lambda: begun.model.engine.refiller.n_refillable == 0)
-    n_tokens = begun.model.engine.cache.n_tokens
+        wait_for(lambda: first_of(begun.model).refiller.n_refillable == 0)
+    n_tokens = first_of(begun.model).cache.n_tokens
     run_command(begun, "/stats")
     caught_up = f"{n_tokens} tokens ran through the layers that they had skipped."
     assert f"After fast reading, {caught_up}" in begun.screen.shown
@@ -125,7 +125,7 @@ def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(chat):
 def test_the_status_bar_shows_the_tokens_of_this_conversation(chat):
     begun = chat()
     begun.ask(WORDS)
-    n_tokens = begun.model.engine.cache.n_tokens
+    n_tokens = first_of(begun.model).cache.n_tokens
     assert refill.status_bar(begun) == f"Catching up: 0 of {n_tokens} tokens have exact values"
     begun.forget()
     assert refill.status_bar(begun) == ""
@@ -134,8 +134,8 @@ def test_the_status_bar_shows_the_tokens_of_this_conversation(chat):
 def test_full_off_keeps_a_cache_that_is_exact(chat):
     begun = chat("/full on", WORDS, "/full off")
     talked(begun)
-    cache = begun.model.engine.cache
-    assert begun.model.engine.pruning.mode is Mode.CONTEXT
+    cache = first_of(begun.model).cache
+    assert first_of(begun.model).settings.mode is Mode.CONTEXT
     assert cache.n_exact == cache.n_tokens > 200
 
 
@@ -146,9 +146,9 @@ def test_a_larger_context_keeps_the_cached_rows(pop_file, switch):
     sampling = {"temperature": 0.0, "max_tokens": 4}
     begun = Dialogue(models[0], lambda *_: models[1], screen, sampling=sampling)
     converse(begun, screen.read_line)
-    before = models[0].engine.cache.tokens.tolist()
+    before = first_of(models[0]).cache.tokens.tolist()
     assert begun.enlarge(1024)
-    assert begun.model.engine.cache.tokens.tolist() == before
+    assert first_of(begun.model).cache.tokens.tolist() == before
     assert len(before) > 200
 
 
@@ -174,7 +174,7 @@ def test_a_server_refills_between_requests(pop_file):
         body = {"model": "tiny", "prompt": WORDS, "max_tokens": 2, "temperature": 0}
         first = client.post("/v1/completions", json=body).json()["usage"]["pop"]
         assert (first["n_refilled"], first["n_exact"]) == (0, 0)
-        wait_for(lambda: model.engine.refiller.n_refillable == 0)
+        wait_for(lambda: first_of(model).refiller.n_refillable == 0)
         again = client.post("/v1/completions", json={**body, "prompt": WORDS + "i"}).json()
         pop = again["usage"]["pop"]
         assert pop["n_refilled"] > 200
@@ -186,7 +186,7 @@ def test_a_server_refills_between_requests(pop_file):
 @pytest.mark.parametrize("by", ["request", "server"])
 def test_a_repeatable_answer_equals_the_first_one(pop_file, by):
     model = opened(pop_file, keep_states=True)
-    model.engine.states.prompts = PromptCache(1 << 26)
+    first_of(model).states.prompts = PromptCache(1 << 26)
     with asking(app_of(model, "tiny", repeatable=by == "server")) as client:
 
         def ask(prompt: str, **more: bool):
@@ -199,7 +199,7 @@ def test_a_repeatable_answer_equals_the_first_one(pop_file, by):
         for prompt in (WORDS + "i j k", "another", WORDS[:99]):
             ask(prompt, repeatable=False)
             assert ask(WORDS, **wanted) == (first, 0)
-            wait_for(lambda: model.engine.refiller.n_refillable == 0)
+            wait_for(lambda: first_of(model).refiller.n_refillable == 0)
         found, n_cached = ask(WORDS, repeatable=False)
         assert n_cached > 0 and found != first
 
@@ -210,9 +210,9 @@ def test_a_server_answers_after_an_error_in_refilling(pop_file, monkeypatch):
     def refill(*_):
         raise RuntimeError
 
-    monkeypatch.setattr(model.engine.refiller, "refill", refill)
+    monkeypatch.setattr(first_of(model).refiller, "refill", refill)
     with asking(app_of(model, "tiny")) as client:
         for _ in range(2):
             body = {"prompt": WORDS, "max_tokens": 2}
             assert client.post("/v1/completions", json=body).status_code == 200
-        wait_for(lambda: not model.engine.refiller.is_on)
+        wait_for(lambda: not first_of(model).refiller.is_on)

@@ -18,7 +18,7 @@ from pop_local.engine.prefill.read import read as read_prompt
 from pop_local.engine.prefill.reading import Read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.slot_scheduler import SlotScheduler
-from support.calls import NOISE, keep_prompts, opened, prompt, set_rule
+from support.calls import NOISE, first_of, keep_prompts, opened, prompt, set_rule
 from support.converted import converted, tiny
 from support.synthetic import make_gguf
 from support.vision_models import VisionModel, make_vision_model
@@ -39,7 +39,7 @@ def alone(pop_file):
 
 def read_in(model, index: int, tokens: Sequence[int]) -> Read:
     return read_prompt(
-        model.engine.sequences[index].states, Prompt(list(tokens)), model.engine.rule
+        model.engine.sequences[index].states, Prompt(list(tokens)), first_of(model).rule
     )
 
 
@@ -49,11 +49,11 @@ def logits(model, index: int) -> np.ndarray:
 
 def logits_of(model, tokens: Sequence[int], answer: Sequence[int] = ()) -> np.ndarray:
     """Return the logits after an uncached prompt and an answer to it."""
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     model.read(Prompt(list(tokens)))
     for token in answer:
         model.engine.sequences[0].step(token)
-    return model.engine.cache.slot.logits.copy()
+    return first_of(model).cache.slot.logits.copy()
 
 
 def together(*work) -> list[BaseException | None]:
@@ -152,7 +152,7 @@ def test_another_sequences_prefix_is_shared(model, alone):
     assert (found.n_cached, found.n_prompt) == (150, 170)
     logits_of(alone, LONG)
     assert alone.read(Prompt(other)).n_cached == 150
-    np.testing.assert_allclose(logits(model, index), alone.engine.cache.slot.logits, atol=NOISE)
+    np.testing.assert_allclose(logits(model, index), first_of(alone).cache.slot.logits, atol=NOISE)
     seats.give_back(index)
     assert model.engine.sequences[0].cache.n_tokens == 200
 
@@ -298,9 +298,9 @@ def test_states_of_one_sequence_are_not_tried_on_several(model, pop_file, caplog
     """Their format differs, and a failed attempt would lose the cached rows."""
     prompts = PromptCache(2**24)
     with opened(pop_file) as one:
-        one.engine.states.prompts = prompts
+        first_of(one).states.prompts = prompts
         one.read(Prompt(LONG))
-        one.engine.states.store()
+        first_of(one).states.store()
     keep_prompts(model, prompts)
     read_in(model, 1, LONG[:50])
     assert len(prompts) == 1
@@ -332,8 +332,8 @@ def test_logits_of_all_rows_come_from_one_sequence(model, alone):
     with cache.slot.exclusive(), cache.slot.interruptible():
         cache.append(LONG[:50], Outputs.ALL, np.ones(50, bool))
         last = model.engine.context.logits(50)[-1].copy()
-    alone.engine.cache.clear()
-    alone.engine.cache.append(LONG[:50], Outputs.ALL, np.ones(50, bool))
+    first_of(alone).cache.clear()
+    first_of(alone).cache.append(LONG[:50], Outputs.ALL, np.ones(50, bool))
     np.testing.assert_allclose(last, alone.engine.context.logits(50)[-1], atol=NOISE)
 
 
@@ -391,8 +391,10 @@ def test_a_picture_is_read_in_any_sequence(tmp_path):
         expected = one.read(made)
         read_in(model, 0, made.tokens[:1])
         found = read_prompt(
-            model.engine.sequences[1].states, picture_prompt(model, "a b c d", 3), model.engine.rule
+            model.engine.sequences[1].states,
+            picture_prompt(model, "a b c d", 3),
+            first_of(model).rule,
         )
         assert found.counters == expected.counters
-        np.testing.assert_allclose(logits(model, 1), one.engine.cache.slot.logits, atol=NOISE)
-        assert model.engine.sequences[1].cache.images == one.engine.cache.images
+        np.testing.assert_allclose(logits(model, 1), first_of(one).cache.slot.logits, atol=NOISE)
+        assert model.engine.sequences[1].cache.images == first_of(one).cache.images

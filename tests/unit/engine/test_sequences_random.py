@@ -14,7 +14,7 @@ from pop_local.engine.prefill.plan import Reuse
 from pop_local.engine.prefill.read import read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.slot_scheduler import SlotScheduler
-from support.calls import opened, prompt
+from support.calls import first_of, opened, prompt
 from support.converted import tiny
 
 N_STEPS = 300
@@ -52,7 +52,7 @@ class Work:
         sequence.set_mode(self._rng.choice([Mode.OFF, Mode.CONTEXT, Mode.CONTEXT]))
         if self._rng.random() < 0.8:
             self._seats.share(index, asked)
-        rule = replace(self._model.engine.rule, reuse=self._rng.choice(list(Reuse)))
+        rule = replace(first_of(self._model).rule, reuse=self._rng.choice(list(Reuse)))
         read(sequence.states, asked, rule)
         assert cache.tokens.tolist() == asked.tokens
         assert cache.slot.cells.end == len(asked)
@@ -90,9 +90,9 @@ class Work:
 
     def _check(self, cache: KvCache) -> None:
         """Compare the logits with the full model's for the same tokens."""
-        self._full.engine.cache.clear()
+        first_of(self._full).cache.clear()
         self._full.read(Prompt(cache.tokens.tolist()))
-        expected = self._full.engine.cache.slot.logits
+        expected = first_of(self._full).cache.slot.logits
         np.testing.assert_allclose(cache.slot.logits, expected, rtol=0, atol=NOISE)
         self.n_checked += 1
 

@@ -21,6 +21,7 @@ from pop_local.engine.sessions.session_file import read_session, write_session
 from pop_local.texts.document_readers import Document
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
+from support.calls import first_of
 from support.conversations import opened
 from support.scripted_chat import Transcript
 from support.synthetic import TEMPLATE, make_gguf
@@ -99,7 +100,7 @@ def test_a_loaded_session_restores_its_mode(chat_model, model, path, mode):
     other = opened(chat_model)
     other.engine.set_mode(Mode.CONTEXT if mode is Mode.OFF else Mode.OFF)
     assert other.load_session(path).conversation == TALK
-    assert other.engine.pruning.mode is mode
+    assert first_of(other).settings.mode is mode
 
 
 def test_a_session_of_an_unconverted_model_keeps_the_mode(model, path, tmp_path):
@@ -123,7 +124,7 @@ def test_the_disk_store_keeps_a_sessions_kv_cache(chat_model, tmp_path):
     session.chat("a b c d e f g h " * 20, **options)
     path = session.save(tmp_path / "talk")
     expected = session.chat("and now?", **options)
-    model.engine.states.store()
+    first_of(model).states.store()
     prompts.close()
     stats = opened_with_store()[0].load_session(path).chat("and now?", **options).stats
     assert stats.n_cached >= expected.stats.n_cached > 100

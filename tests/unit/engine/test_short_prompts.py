@@ -17,6 +17,7 @@ from pop_local.ui.views.stats import stats_line
 from pop_local.workflows.conversion.conversion_plan import Boundary, ConvertOptions, RowOptions
 from pop_local.workflows.conversion.convert_model import convert
 from pop_local.workflows.hardware import Hardware
+from support.calls import first_of
 from support.converted import converted
 from support.shapes import read_pop_meta, read_shape
 from support.synthetic import make_gguf
@@ -67,7 +68,7 @@ def picky(tmp_path_factory) -> PopModel:
 )
 def test_stats_report_the_prefill_kind(picky, mode, n_words, reading):
     picky.engine.set_mode(mode)
-    picky.engine.cache.clear()
+    first_of(picky).cache.clear()
     message = Message("user", "a " * n_words)
     *_, last = picky.ask([message], max_tokens=2, temperature=0.0)
     rows = backend.get_counters(picky.engine.context.ctx)
@@ -79,7 +80,7 @@ def test_stats_report_the_prefill_kind(picky, mode, n_words, reading):
 
 def test_a_short_question_after_a_cached_document_is_short(picky):
     picky.engine.set_mode(Mode.CONTEXT)
-    picky.engine.cache.clear()
+    first_of(picky).cache.clear()
     document = [Message("user", "a " * 200)]
     *_, first = picky.ask(document, max_tokens=1, temperature=0.0)
     backend.reset_counters(picky.engine.context.ctx)

@@ -16,7 +16,7 @@ from support.synthetic import TEMPLATE
 START = """
 import sys, threading, time
 from pop_local import PopError, PopModel
-from support.calls import prompt
+from support.calls import first_of, prompt
 from pop_local.engine.prompt.prompt import Prompt
 
 OPTIONS = {"temperature": 0.0, "max_tokens": 12}
@@ -70,13 +70,13 @@ def chat(question):
     return model.chat(question, **OPTIONS).text
 
 def refill():
-    return [model.engine.refiller.refill() for _ in range(8)] and "refilled"
+    return [first_of(model).refiller.refill() for _ in range(8)] and "refilled"
 
 def save():
-    return [model.engine.states.save() for _ in range(8)] and "saved"
+    return [first_of(model).states.save() for _ in range(8)] and "saved"
 
 def clear():
-    return [model.engine.cache.clear() for _ in range(8)] and "cleared"
+    return [first_of(model).cache.clear() for _ in range(8)] and "cleared"
 
 def switch():
     for number in range(8):
@@ -115,7 +115,7 @@ assert "is closed" in error.message, error
 
 CLOSE_IN_CHAT = """
 chatting = start(lambda: model.chat(QUESTIONS[0], temperature=0.0, max_tokens=3000))
-while not model.engine.cache.n_tokens:
+while not first_of(model).cache.n_tokens:
     time.sleep(0.01)
 started = time.monotonic()
 model.close()

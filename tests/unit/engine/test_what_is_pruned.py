@@ -15,7 +15,7 @@ from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.ui.hints import hint_of
-from support.calls import NOISE, evaluated, greedy, opened, prompt, read
+from support.calls import NOISE, evaluated, first_of, greedy, opened, prompt, read
 from support.converted import converted, tiny
 from support.shapes import read_shape
 from support.synthetic import add_keys, make_gguf, renamed
@@ -25,7 +25,7 @@ from support.synthetic import add_keys, make_gguf, renamed
 
 def test_a_converted_model_starts_pruning_at_its_boundary(pop_file):
     model = opened(pop_file)
-    assert (model.engine.pruning.mode, model.engine.pruning.boundary) == (Mode.CONTEXT, 4)
+    assert (first_of(model).settings.mode, first_of(model).settings.boundary) == (Mode.CONTEXT, 4)
     assert model.engine.context.files.meta is not None
     assert model.engine.context.files.meta.tail_tokens == 16
 
@@ -58,14 +58,14 @@ def test_prompts_below_the_files_minimum_run_full(tmp_path):
     source = make_gguf(tmp_path / "m.gguf", "llama")
     model = opened(converted(source, tmp_path, boundary=4, min_prompt=50))
     assert evaluated(model, prompt(49)) == Counters(0, 49)
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     assert evaluated(model, prompt(50)) == Counters(33, 17)
 
 
 def test_prompts_hardly_longer_than_their_full_rows_run_full(pop_file):
     model = opened(pop_file)
     assert evaluated(model, prompt(33)) == Counters(0, 33)
-    model.engine.cache.clear()
+    first_of(model).cache.clear()
     assert evaluated(model, prompt(34)) == Counters(17, 17)
 
 
@@ -76,7 +76,7 @@ def test_another_boundary_prunes_other_layers(pop_file):
     at_six = read(model, prompt(200))
     assert evaluated(model, prompt(100, seed=1)) == Counters(83, 17)
     model.engine.sequences[0].set_boundary(0)
-    assert model.engine.pruning.boundary == 4
+    assert first_of(model).settings.boundary == 4
     assert np.abs(at_six - at_four).max() > 10 * NOISE
     np.testing.assert_array_equal(read(model, prompt(200)), at_four)
 
@@ -86,12 +86,12 @@ def test_a_boundary_outside_the_model_is_refused(pop_file, layer):
     model = opened(pop_file)
     with pytest.raises(PopError, match="boundary"):
         model.engine.sequences[0].set_boundary(layer)
-    assert model.engine.pruning.boundary == 4
+    assert first_of(model).settings.boundary == 4
 
 
 def test_an_unconverted_model_runs_full_and_suggests_convert(tmp_path):
     model = opened(make_gguf(tmp_path / "m.gguf", "llama"))
-    assert model.engine.pruning.mode is Mode.OFF
+    assert first_of(model).settings.mode is Mode.OFF
     assert evaluated(model, prompt(100)) == Counters(0, 100)
     with pytest.raises(PopError) as caught:
         model.engine.set_mode(Mode.CONTEXT)
@@ -106,7 +106,7 @@ def test_greedy_takes_the_token_that_llama_cpps_samplers_take(pop_file):
     ours = greedy(model, prompt(100), 20)
     # Mirostat runs in llama.cpp. With top_k=1 the chain is greedy.
     for options in ({"top_k": 1, "seed": 3}, {"temperature": 0.0, "repeat_penalty": 1.0001}):
-        model.engine.cache.clear()
+        first_of(model).cache.clear()
         model.read(Prompt(prompt(100)))
         theirs = list(islice(model.engine.sampled(TurnOptions(**options)), 20))
         assert ours == theirs

@@ -23,7 +23,7 @@ from pop_local.measure.quality import (
     measure_pruning,
     read_reference,
 )
-from support.calls import ignore, set_rule
+from support.calls import first_of, ignore, set_rule
 from support.converted import tiny
 from support.synthetic import make_gguf
 
@@ -46,7 +46,7 @@ def text(n_tokens: int = 400, seed: int = 0) -> list[int]:
 
 def measured(model: PopModel, settings: QualitySettings = SHORT) -> Quality:
     """Measure the loss at the model's own boundary."""
-    pruning = Pruning(model.engine.pruning.boundary)
+    pruning = Pruning(first_of(model).settings.boundary)
     return measure_pruning(model, [text()], settings, pruning, ignore)
 
 
@@ -69,18 +69,18 @@ def test_predictions_equal_those_of_one_full_pass(model):
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_measuring_restores_the_model(model, mode):
     model.engine.set_mode(mode)
-    before = model.engine.pruning.boundary
+    before = first_of(model).settings.boundary
     measure_pruning(model, [text()], SHORT, Pruning(2), ignore)
-    assert model.engine.pruning.boundary == before
-    assert model.engine.pruning.mode is backend.get_mode(model.engine.context.ctx) is mode
-    assert model.engine.cache.n_tokens == 0
+    assert first_of(model).settings.boundary == before
+    assert first_of(model).settings.mode is backend.get_mode(model.engine.context.ctx) is mode
+    assert first_of(model).cache.n_tokens == 0
 
 
 def test_measuring_restores_a_model_without_keys(tmp_path):
     model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
     quality = measure_pruning(model, [text()], SHORT, Pruning(4), ignore)
     assert quality.n_pruned > 0
-    assert (model.engine.pruning.boundary, model.engine.pruning.mode) == (0, Mode.OFF)
+    assert (first_of(model).settings.boundary, first_of(model).settings.mode) == (0, Mode.OFF)
 
 
 def test_rows_pruned_against_the_plan_are_an_error(model, monkeypatch):
@@ -120,7 +120,7 @@ def test_should_stop_aborts_a_measurement_between_graph_nodes(model):
     with stopped_by(should_stop), pytest.raises(StoppedError):
         measured(model)
     assert n_asked == 3, "the first batch is aborted"
-    assert (model.engine.cache.n_tokens, model.engine.pruning.mode) == (0, Mode.CONTEXT)
+    assert (first_of(model).cache.n_tokens, first_of(model).settings.mode) == (0, Mode.CONTEXT)
     assert measured(model).n_pruned > 0
 
 
@@ -170,7 +170,7 @@ def test_boundaries_in_one_run_equal_those_of_single_runs(model):
 
 def test_passages_are_pruned_tokens(model):
     context = list(range(100))
-    rule = model.engine.rule
+    rule = first_of(model).rule
     picked = {
         tuple(pick_passage(context, 20, rule, np.random.default_rng(seed))) for seed in range(200)
     }
