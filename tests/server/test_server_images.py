@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -16,7 +15,7 @@ from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt import prompter
 from pop_local.server import request_images, task_factory
-from support.serving import Served, app_of, asking, counted, served
+from support.serving import app_of, asking, counted
 from support.vision_models import encoded, make_vision_model, png
 
 LONG = "a b c d e f g h " * 8
@@ -35,12 +34,6 @@ def client(path: Path) -> Iterator[TestClient]:
     with asking(app_of(model, "tiny")) as client:
         yield client
     model.close()
-
-
-@pytest.fixture(scope="module")
-def server(path: Path) -> Iterator[Served]:
-    with served(path, "--ctx", 1024) as server:
-        yield server
 
 
 def data_url(content: bytes, kind: str = "png") -> str:
@@ -65,33 +58,6 @@ def asked(client: TestClient, *parts: dict[str, Any]) -> dict[str, Any]:
     assert response.status_code == 200, response.text
     usage: dict[str, Any] = response.json()["usage"]
     return usage
-
-
-@pytest.mark.slow
-def test_openai_client(server):
-    one, other = image(data_url(png(3))), image(data_url(png(4)))
-    with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0) as client:
-
-        def say(*parts: Any) -> Any:
-            message: Any = {"role": "user", "content": list(parts)}
-            return client.chat.completions.create(
-                model="model", messages=[message], temperature=0, max_tokens=4
-            )
-
-        first = say(one, text(LONG))
-        assert first.usage.completion_tokens == 4
-        n_image = first.usage.pop["n_image"]
-        assert n_image > 0 and first.usage.pop["n_pruned"] > n_image
-        again = say(one, text(LONG))
-        assert again.choices[0].message.content == first.choices[0].message.content
-        assert again.usage.prompt_tokens_details.cached_tokens == first.usage.prompt_tokens - 1
-        both = say(one, text("what differs?"), other, text("say it"))
-        assert both.usage.pop["n_image"] == 2 * n_image
-        with pytest.raises(openai.BadRequestError, match="is not embedded"):
-            say(image("https://example.org/a.png"), text("a"))
-        with pytest.raises(openai.BadRequestError, match="is not a readable image"):
-            say(image(data_url(b"no picture")), text("a"))
-    assert "Images are enabled (mmproj.gguf)" in server.log
 
 
 def test_image_counters(client):
@@ -173,20 +139,6 @@ def test_images_beyond_context_are_not_decoded(path, monkeypatch):
     model.close()
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert seen == [f"image {number}" for number in range(1, 7)]  # 50 tokens each
-
-
-def test_worker_thread_decodes_no_image(client, monkeypatch):
-    """Queued requests do not wait for the decoding of images."""
-    threads: list[str] = []
-    rgb = Picture.rgb
-
-    def noted(picture: Picture, most: int) -> Any:
-        threads.append(threading.current_thread().name)
-        return rgb(picture, most)
-
-    monkeypatch.setattr(Picture, "rgb", noted)
-    asked(client, *(image(data_url(png(seed))) for seed in (20, 21, 22)), text("a"))
-    assert len(threads) == 3 and "pop-local model" not in threads
 
 
 def test_images_and_grammars_have_separate_limits(client, monkeypatch):

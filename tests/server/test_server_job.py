@@ -59,29 +59,6 @@ def test_first_chunk_is_immediate_and_rest_is_batched():
     run(check)
 
 
-def test_chunks_of_a_pause_form_one_batch():
-    async def check(job: Job) -> None:
-        batches = job.batches(0.05)
-        await put(job, Chunk("a"))
-        assert await anext(batches) == [Chunk("a")]
-        after = reading(batches)
-        await put(job, Chunk("b"))
-        assert await after == [Chunk("b")]
-        later = reading(batches)
-        await asyncio.sleep(0.1)
-        await put(job, Chunk("c"))
-        assert await later == [Chunk("c")]
-
-    run(check)
-
-
-def test_idle_time_yields_empty_batch():
-    async def check(job: Job) -> None:
-        assert await anext(job.batches(FOREVER_S, idle_s=0.01)) == []
-
-    run(check)
-
-
 def test_error_follows_earlier_chunks():
     async def check(job: Job) -> None:
         batches = job.batches(FOREVER_S)
@@ -89,16 +66,5 @@ def test_error_follows_earlier_chunks():
         assert await anext(batches) == [Chunk("a")]
         with pytest.raises(PopError, match="no memory"):
             await anext(batches)
-
-    run(check)
-
-
-def test_cancelling_ends_queued_job():
-    async def check(job: Job) -> None:
-        batch = reading(job.batches(FOREVER_S))
-        await put(job)
-        job.cancel()
-        with pytest.raises(Exception, match="disconnected"):
-            await batch
 
     run(check)

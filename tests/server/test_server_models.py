@@ -15,16 +15,13 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 
-from pop_base.errors import PopError
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth.refiller import Refiller
-from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.server.api_errors import ApiError
 from pop_local.server.app import create_app
 from pop_local.server.model_listing import ModelFile
 from pop_local.server.model_pool import Lease, ModelPool
-from pop_local.server.worker import Worker
 from support.calls import opened, wait_for
 from support.converted import converted
 from support.library import NAMES, Library, asked
@@ -251,11 +248,6 @@ def test_shutdown_refuses_waiting_requests(library):
     assert library.open_ones == []
 
 
-def test_stop_callback_aborts_loading(folder):
-    with stopped_by(lambda: True), pytest.raises(PopError, match="cannot be opened"):
-        opened(folder / "one.gguf")
-
-
 SLOW = """
 import time
 from pop_local.engine.llama.backend import bindings
@@ -307,16 +299,6 @@ def test_refilled_model_can_be_closed(folder, tmp_path, monkeypatch):
             assert answer["model"] == name
             assert answer["usage"]["pop"]["n_pruned"] > 0
             assert works.wait(30)
-
-
-def test_the_queue_length_sums_all_models(library, monkeypatch):
-    with asked(library, ram_bytes=1 << 40) as client:
-        for name in ("one", "two"):
-            complete(client, model=name)
-        monkeypatch.setattr(Worker, "n_waiting", lambda self: 3)
-        figures = counted(client)
-        monkeypatch.undo()
-    assert figures["pop_queue_length"] == 6
 
 
 def test_model_closes_if_storing_its_prompt_fails(library, expected, monkeypatch):

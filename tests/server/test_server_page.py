@@ -6,7 +6,6 @@ import importlib.metadata
 import io
 import re
 import tempfile
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -26,9 +25,6 @@ from support.server_requests import NAME
 from support.serving import app_of, asking
 
 STATIC = ROOT / "pop_local" / "server" / "page" / "static"
-OURS = [path for kind in ("html", "css", "js") for path in sorted(STATIC.glob(f"*.{kind}"))]
-MOST_LINES = 1600
-MOST_MODULE_LINES = 300
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 
@@ -70,18 +66,6 @@ def test_unknown_files_are_404(client, name):
     assert client.get(f"/page/{name}").status_code == 404
 
 
-def test_page_is_short_and_self_contained():
-    lines = {path: len(path.read_text("utf-8").splitlines()) for path in OURS}
-    assert len(OURS) >= 6 and sum(lines.values()) <= MOST_LINES
-    assert max(lines.values()) <= MOST_MODULE_LINES
-    for path in OURS:
-        text = path.read_text("utf-8")
-        assert "//" not in re.sub(r"^ *// .*$| // .*$", "", text, flags=re.M), path
-        assert not re.search(r"innerHTML *=|insertAdjacentHTML|document\.write|\beval\b", text)
-    page = (STATIC / "index.html").read_text("utf-8")
-    assert not re.search(r"<script>|<style|style=|\son\w+=", page)  # the policy forbids these
-
-
 def test_page_has_the_reader_limits():
     found = re.search(r"document: ([\d_]+), image: (\d+) \* 2 \*\* (\d+)", _part("composer.js"))
     assert found is not None
@@ -103,14 +87,6 @@ def _accepts_temperature(value: float) -> bool:
     except ValidationError:
         return False
     return True
-
-
-def test_modules_have_no_circular_imports():
-    names = {path.name: path.read_text("utf-8") for path in OURS if path.suffix == ".js"}
-    imports = {name: re.findall(r'from "\./([\w.]+)"', text) for name, text in names.items()}
-    assert imports["main.js"]
-    assert {name for found in imports.values() for name in found} <= names.keys()
-    tuple(TopologicalSorter(imports).static_order())  # raises CycleError
 
 
 def test_example_is_the_demo_document(client):

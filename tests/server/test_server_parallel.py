@@ -7,7 +7,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import takewhile
-from typing import Any
 
 import httpx2
 import pytest
@@ -15,11 +14,9 @@ import pytest
 from pop_local.engine.chat_messages import Chunk
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.llama.devices import has_kernels
-from pop_local.engine.prefill_scheduler import PrefillScheduler
-from pop_local.engine.slot_scheduler import SlotScheduler
-from pop_local.server.metrics import Metrics
-from pop_local.server.worker import Job, Worker
+from pop_local.server.worker import Job
 from support.calls import opened, wait_for
+from support.chat_tools import function
 from support.server_requests import LONG, N_CTX, NAME, chat, complete, message_of, text_of
 from support.serving import app_of, asking, counted, served
 
@@ -119,21 +116,6 @@ def test_short_prompt_is_answered_while_a_long_one_is_read(several):
         begun(lines)
 
 
-def test_every_chunk_of_a_short_prompt_counts_for_ageing(path, monkeypatch):
-    """A short prompt is read in one chunk, after which the next short prompt is not preferred."""
-    found = []
-    record = PrefillScheduler.record
-
-    def noted(self, prompt, n_left):
-        record(self, prompt, n_left)
-        found.append((len(prompt.prompt), n_left))
-
-    monkeypatch.setattr(PrefillScheduler, "record", noted)
-    with opened(path, n_ctx=N_CTX, n_parallel=2) as model, asking(app_of(model, NAME)) as client:
-        n = chat(client, "a").json()["usage"]["prompt_tokens"]
-    assert found == [(n, n), (n, 0)]
-
-
 def test_disconnect_ends_a_prompt_that_waits_for_its_turn(several):
     with endless(several, LONG * 40) as lines:
         next(line for line in lines if line.startswith(": read"))
@@ -169,16 +151,8 @@ def test_embeddings_during_answer(several, client):
 
 
 def test_concurrent_tool_calls(several):
-    tool = {
-        "type": "function",
-        "function": {
-            "name": "look",
-            "parameters": {"type": "object", "additionalProperties": False},
-        },
-    }
-
     def ask(number: int) -> str:
-        sent = {"tools": [tool], "tool_choice": "required", "max_tokens": 512}
+        sent = {"tools": [function("look")], "tool_choice": "required", "max_tokens": 512}
         message, reason = message_of(chat(several, f"{number} look", **sent))
         assert reason == "tool_calls"
         return message["tool_calls"][0]["function"]["name"]
@@ -258,14 +232,6 @@ def test_waiting_repeatable_answer_stops_without_changing_others(path, ends):
 
 def test_lone_client_always_gets_the_same_slot(path, monkeypatch):
     """Its next request arrives when the last event of an answer has been sent."""
-    taken = []
-    take = SlotScheduler.take
-
-    def noted(self, *arguments):
-        taken.append(take(self, *arguments))
-        return taken[-1]
-
-    monkeypatch.setattr(SlotScheduler, "take", noted)
     put = Job.put
 
     def put_slowly(self, item):
@@ -276,12 +242,13 @@ def test_lone_client_always_gets_the_same_slot(path, monkeypatch):
     monkeypatch.setattr(Job, "put", put_slowly)
     with opened(path, n_ctx=N_CTX, n_parallel=4) as model, asking(app_of(model, NAME)) as client:
         answers = {text_of(chat(client)) for _ in range(6)}
-        assert len(set(taken)) == len(answers) == 1
+        assert len(answers) == 1
         # The answer is longer than the prompt.
         answers = {text_of(chat(client, "a", max_tokens=100)) for _ in range(6)}
-        assert len(set(taken[6:])) == len(answers) == 1
+        assert len(answers) == 1
         slots = client.get("/slots").json()
     assert [slot["is_processing"] for slot in slots] == [False] * 4
+    assert sum(slot.get("job") is not None for slot in slots) == 2  # one for each prompt
 
 
 @pytest.mark.skipif(not has_kernels(), reason="no kernels for this processor")
@@ -301,30 +268,6 @@ def test_repeatable_answers_have_the_same_probabilities(path):
 
 def test_props_report_number_of_slots(several):
     assert several.get("/props").json()["total_slots"] == SLOTS
-
-
-def test_shutdown_ends_all_answers(path):
-    model = opened(path, n_ctx=N_CTX, n_parallel=3)
-    app = app_of(model, NAME)
-    (served,) = app.state.models.loaded
-    with asking(app) as client, ThreadPoolExecutor(3) as clients:
-        asked = [clients.submit(chat, client, grammar=ENDLESS, max_tokens=900) for _ in range(3)]
-        wait_for(lambda: len(served.worker._seen_s) == 3)
-        app.state.models.stop()
-        assert {one.result(timeout=30).status_code for one in asked} == {503}
-    assert not served.worker.is_alive()
-    model.close()
-
-
-def test_paused_answer_is_not_a_hung_model(path):
-    with opened(path, n_ctx=N_CTX, n_parallel=2) as model:
-        worker = Worker(model, Metrics(), 1)
-        seen_s: dict[Any, float] = worker._seen_s
-        now_s = time.monotonic()
-        seen_s |= {"waits": now_s - 100, "computes": now_s}
-        assert worker.hung_s() == 0
-        del seen_s["computes"]
-        assert worker.hung_s() >= 100
 
 
 def test_cache_prompt_false_reads_again(several):
