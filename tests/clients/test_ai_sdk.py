@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.chat_tools import DOUBLE, QWEN, TEMPLATES
-from support.converted import tiny
-from support.serving import served
+from support.chat_tools import DOUBLE
 
 MODULES = Path(os.environ.get("POP_TEST_NODE", "")) / "node_modules"
 pytestmark = pytest.mark.skipif(
@@ -22,14 +20,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_tool_call_and_stream(tmp_path):
+def test_tool_call_and_stream(server, tmp_path):
     script = shutil.copy(Path(__file__).with_name("ai_sdk.mjs"), tmp_path)
     (tmp_path / "node_modules").symlink_to(MODULES.resolve())
-    path = tiny(tmp_path, chat_template=TEMPLATES[QWEN].read_text())
-    with served(path, "--name", "tiny", "--ctx", 8192) as server:
-        parameters = json.dumps(DOUBLE["function"]["parameters"])
-        command = ["node", str(script), server.api, parameters]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    parameters = json.dumps(DOUBLE["function"]["parameters"])
+    command = ["node", str(script), server.api, parameters]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["input"]["n"] in range(10) and result["output"] == 2 * result["input"]["n"]

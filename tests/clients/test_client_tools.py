@@ -6,21 +6,12 @@ from typing import Any
 import openai
 import pytest
 
-from support.chat_tools import DOUBLE, QWEN, TEMPLATES
-from support.converted import tiny
-from support.serving import served
+from support.chat_tools import DOUBLE
 
 ASKED: Any = [{"role": "user", "content": "How much is twice four? " * 20}]
 OPENAI: dict[str, Any] = {"model": "tiny", "temperature": 0}
 TOOL: Any = {"name": "double", "input_schema": DOUBLE["function"]["parameters"]}
 FUNCTION: Any = {"type": "function", "strict": True, **DOUBLE["function"]}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    path = tiny(tmp_path_factory.mktemp("clients"), chat_template=TEMPLATES[QWEN].read_text())
-    with served(path, "--name", "tiny", "--ctx", 8192) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,6 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from support.chat_tools import QWEN, TEMPLATES
-from support.converted import tiny
-from support.serving import served
-
 ASKED: Any = [{"role": "user", "content": "How much is twice four?"}]
 
 
@@ -22,13 +18,6 @@ class Doubled(BaseModel):
     """A number to double."""
 
     n: int = Field(ge=0, le=9)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    path = tiny(tmp_path_factory.mktemp("objects"), chat_template=TEMPLATES[QWEN].read_text())
-    with served(path, "--name", "tiny", "--ctx", 8192) as server:
-        yield server
 
 
 def test_instructor_gets_an_object(server):

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 
-from support.chat_tools import DOUBLE, QWEN, TEMPLATES
-from support.converted import tiny
-from support.serving import served
+from support.chat_tools import DOUBLE
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or litellm downloads prices
 langchain_openai = pytest.importorskip("langchain_openai", reason="pip install '.[clients]'")
@@ -21,13 +19,6 @@ llm = pytest.importorskip("llm", reason="pip install '.[clients]'")
 pydantic_ai = pytest.importorskip("pydantic_ai", reason="pip install '.[clients]'")
 
 ASKED = "How much is twice four?"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    path = tiny(tmp_path_factory.mktemp("libraries"), chat_template=TEMPLATES[QWEN].read_text())
-    with served(path, "--name", "tiny", "--ctx", 8192) as server:
-        yield server
 
 
 def test_langchain_binds_tools(server):

@@ -2,7 +2,6 @@
 
 import pytest
 
-from pop_converter.architecture.work import speedup_limit
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
@@ -21,20 +20,6 @@ def test_shapes_of_real_models(smollm2, gemma):
     windows = read_shape(gemma).windows
     assert [layer for layer, window in enumerate(windows) if window == 0] == [5, 11, 17]
     assert max(windows) == 512
-
-
-def test_shortest_pruned_prompt_saves_about_half(smollm2):
-    macs = GraphMacs(smollm2)
-    for boundary in (25, 20, 15):
-        whole, shortest = (1 - 1 / speedup_limit(macs, n, boundary, 33) for n in (2048, 66))
-        assert shortest == pytest.approx(whole / 2, rel=0.15)
-
-
-def test_speedup_limit_of_a_real_model_matches_the_design(smollm2):
-    # With one full row; the prototype reached 97 to 103% of this, 1.42 to 1.455.
-    macs = GraphMacs(smollm2)
-    results = [speedup_limit(macs, n, 20, 1) for n in (512, 4096)]
-    assert results == pytest.approx([1.42, 1.45], abs=0.005)
 
 
 @pytest.mark.parametrize(

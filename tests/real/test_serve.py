@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import openai
@@ -148,25 +147,6 @@ def test_llm_program(server, client, tmp_path):
 
 
 # --- Several clients, and clients that disconnect
-
-
-def test_eight_concurrent_clients_get_their_answers(free):
-    def answers_of(client: int) -> list[str]:
-        own = f"client {client}"
-        answers = []
-        for turn in range(2):
-            body = {
-                "messages": [{"role": "user", "content": f"{own}, turn {turn}"}],
-                "grammar": f'root ::= "{own}, turn {turn}"',
-                "pop": client != 3,
-            }
-            answers.append(free.post("chat/completions", **body).json())
-        return [answer["choices"][0]["message"]["content"] for answer in answers]
-
-    with ThreadPoolExecutor(8) as clients:
-        results = list(clients.map(answers_of, range(8)))
-    assert results == [[f"client {i}, turn {turn}" for turn in range(2)] for i in range(8)]
-    assert free.metrics()["pop_queue_length"] == 0
 
 
 @pytest.mark.parametrize("stream", [True, False])

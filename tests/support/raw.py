@@ -22,6 +22,14 @@ from support.raw_jobs import Job, Step
 
 # Models open in a child: a Trio's three and one more.
 N_MODELS = 4
+# Setters of a context, by operation.
+SETTERS = {
+    "mode": "llama_pop_set_mode",
+    "boundary": "llama_pop_set_boundary",
+    "overwrite": "llama_pop_set_overwrite",
+    "sink": "llama_pop_set_sink",
+    "keep": "llama_pop_set_snapshots",
+}
 
 
 class DiedError(Exception):
@@ -185,6 +193,8 @@ class Session:
             raise RuntimeError("the control vector does not apply")
 
     def step(self, step: Step) -> np.ndarray | None:
+        if step.op in SETTERS:
+            return self._pop(SETTERS[step.op], step.value)
         return getattr(self, f"_{step.op}")(step)
 
     def _decode(self, step: Step) -> np.ndarray:
@@ -293,12 +303,6 @@ class Session:
         self.lib.llama_memory_seq_rm(memory, step.seq, step.pos + step.value, step.pos)
         self.lib.llama_memory_seq_add(memory, step.seq, step.pos, -1, step.value)
 
-    def _mode(self, step: Step) -> None:
-        self._pop("llama_pop_set_mode", step.value)
-
-    def _boundary(self, step: Step) -> None:
-        self._pop("llama_pop_set_boundary", step.value)
-
     def _full_from(self, step: Step) -> None:
         self._pop("llama_pop_set_full_from", step.seq, step.value)
 
@@ -313,12 +317,6 @@ class Session:
         status = self.capi.llama_pop_move_rows(ctx, step.seq, step.pos, rows, tokens, n)
         if status != step.value:
             raise RuntimeError(f"llama_pop_move_rows returned {status}")
-
-    def _overwrite(self, step: Step) -> None:
-        self._pop("llama_pop_set_overwrite", bool(step.value))
-
-    def _sink(self, step: Step) -> None:
-        self._pop("llama_pop_set_sink", step.value)
 
     def _counters(self, step: Step) -> np.ndarray:
         rows = self._rows()[:2]
@@ -344,9 +342,6 @@ class Session:
 
     def _marked(self, step: Step) -> np.ndarray:
         return self._rows()[4:]
-
-    def _keep(self, step: Step) -> None:
-        self._pop("llama_pop_set_snapshots", bool(step.value))
 
     def _run_deep(self, step: Step) -> np.ndarray:
         n = len(step.tokens)
