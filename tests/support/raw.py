@@ -194,7 +194,8 @@ class Session:
 
     def step(self, step: Step) -> np.ndarray | None:
         if step.op in SETTERS:
-            return self._pop(SETTERS[step.op], step.value)
+            self._pop(SETTERS[step.op], step.value)
+            return None
         return getattr(self, f"_{step.op}")(step)
 
     def _decode(self, step: Step) -> np.ndarray:
