@@ -45,6 +45,14 @@ class SamplerOptions:
     temperature: float = _option(
         0.8, "Temperature (0: greedy).", 0, 10, gguf_key="temp", is_expert=False, is_setting=True
     )
+    top_n_sigma: float = _option(
+        0.0,
+        "Sample from tokens within N standard deviations of the largest logit (0: all).",
+        0,
+        10,
+        off=-1,
+        sampler="top_n_sigma",
+    )
     top_k: int = _option(
         40,
         "Sample from the K most likely tokens (0: all).",
