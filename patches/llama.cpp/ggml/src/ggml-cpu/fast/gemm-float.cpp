@@ -1,4 +1,4 @@
-// Products with F32, F16 and BF16 weights in f32, by AVX-512, AVX2, or NEON. They are as fast as upstream's, but a row's result does not depend
+// Products with F32, F16 and BF16 weights in f32, by AVX-512 or AVX2. They are as fast as upstream's, but a row's result does not depend
 // on the number of rows. So they serve GGML_POP_ROWS_ALL only.
 //
 // One block (32 values along K) of a column tile, f32:       A panel's step of 256 values along K, f32:
@@ -20,7 +20,7 @@
 
 namespace fast {
 
-constexpr int COLS = LANES == 16 ? 12 : 6; // with 2 vectors of rows: 24 sums in 32 registers, or 12 in 16 (NEON's are pairs)
+constexpr int COLS = LANES == 16 ? 12 : 6; // with 2 vectors of rows: 24 sums in 32 registers, or 12 in 16
 constexpr int ROWS = 2 * LANES;
 constexpr int STEP = 256; // values along K that are unpacked at once: 32 KiB (16 KiB with AVX2) stay in the caches
 constexpr int TILE = COLS * 32 * (int) sizeof(float); // bytes of a block

@@ -55,11 +55,6 @@ inline void pair_sums(__m256i bytes, int (&sums)[2]) {
 inline int low_half(int x)  { return (int16_t) x; }
 inline int high_half(int x) { return (int16_t) ((unsigned) x >> 16); }
 
-struct quantised {
-    float scale;
-    int   sums[2]; // sums of the first 16 codes and the last 16
-};
-
 // Quantize 32 values and write their codes.
 inline quantised quantise(const float * x, int8_t * codes) {
     __m256i q[2];

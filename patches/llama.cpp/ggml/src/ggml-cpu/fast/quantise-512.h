@@ -2,9 +2,9 @@
 
 #pragma once
 
-#include <immintrin.h>
+#include "types.h"
 
-#include <cstdint>
+#include <immintrin.h>
 
 namespace fast {
 
@@ -18,11 +18,6 @@ static inline float max_abs(__m512 x0, __m512 x1) {
     z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 0x4e));
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(z, _mm_shuffle_epi32(z, 0xb1))));
 }
-
-struct quantised {
-    float   scale;
-    int32_t sums[2]; // sums of the first 16 codes and the last 16
-};
 
 // Quantize 32 values and write their codes.
 static inline quantised quantise(const float * x, int8_t * codes) {

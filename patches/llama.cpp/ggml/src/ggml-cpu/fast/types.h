@@ -13,12 +13,6 @@
 #    include <immintrin.h>
 #    define FAST_PREFETCH_L1(p) _mm_prefetch((const char *) (p), _MM_HINT_T0)
 #    define FAST_PREFETCH_L2(p) _mm_prefetch((const char *) (p), _MM_HINT_T1)
-#elif defined(__GNUC__)
-#    define FAST_PREFETCH_L1(p) __builtin_prefetch(p, 0, 3)
-#    define FAST_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
-#else
-#    define FAST_PREFETCH_L1(p) ((void) (p))
-#    define FAST_PREFETCH_L2(p) ((void) (p))
 #endif
 
 namespace fast {
@@ -68,6 +62,12 @@ FAST_TYPE(GGML_TYPE_BF16, block_bf16, 32, 0, false, false)
 // Code values with the bias added: IQ4_NL and IQ4_XS plus 128; MXFP4 doubled (its scales are halved) plus 12.
 alignas(16) static const uint8_t iq4_codes[16]   = { 1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241 };
 alignas(16) static const uint8_t mxfp4_codes[16] = { 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0 };
+
+// A block of 32 activations that was rounded to 8 bits.
+struct quantised {
+    float   scale;
+    int32_t sums[2]; // sums of the first 16 codes and the last 16
+};
 
 } // namespace fast
 
