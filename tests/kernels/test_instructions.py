@@ -32,7 +32,7 @@ def test_products_of_lesser_kernels(name: str, kernels: str, rng: np.random.Gene
         x = many.x.copy()
         x[3, 301] = np.nan
         ops[type_, "no number"] = replace(many, x=x)
-        ops |= {(type_, "extreme", i): each for i, each in enumerate(extremes(type_))}
+        ops |= {(type_, "extreme", i): op for i, op in enumerate(extremes(type_))}
         ops[type_, "experts"] = mul_mat_id(rng, type_, (0, 1, 5, 6, 40), n_out=77)
     child = in_child(list(ops.values()), env={"GGML_POP_KERNELS": name})
     if child.kernels != name:

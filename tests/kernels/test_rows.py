@@ -49,14 +49,14 @@ KINDS: dict[str, Make] = {
     "swiglu_oai of swapped halves": swapped_oai_halves,
     "rms_norm": rms_norm_mul,
 }
-each = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
 
 
 def expected(op: Glu | RmsNormMul) -> np.ndarray:
     return expected_glu(op) if isinstance(op, Glu) else expected_rms_norm_mul(op)
 
 
-@each
+@every_kind
 @pytest.mark.parametrize("shape", [(1, 16), (7, 48), (40, 1152), (3, 2, 5, 64)])
 def test_errors_are_those_of_float32(
     make: Make, shape: tuple[int, ...], rng: np.random.Generator
@@ -66,7 +66,7 @@ def test_errors_are_those_of_float32(
     np.testing.assert_allclose(compute(op, Rows.FAST), want, rtol=1e-5, atol=1e-20)
 
 
-@each
+@every_kind
 @pytest.mark.parametrize("n_values", [1, 15, 20, 100])
 def test_rows_with_an_incomplete_vector_are_right(
     make: Make, n_values: int, rng: np.random.Generator
@@ -76,7 +76,7 @@ def test_rows_with_an_incomplete_vector_are_right(
     np.testing.assert_allclose(compute(op, Rows.FAST), expected(op), rtol=0.01, atol=2e-3)
 
 
-@each
+@every_kind
 def test_our_kernels_compute_any_number_of_rows(make: Make, rng: np.random.Generator) -> None:
     for n_rows in (1, 40):
         ops = [make(rng, n_rows, 1152) for _ in range(20)]
@@ -86,7 +86,7 @@ def test_our_kernels_compute_any_number_of_rows(make: Make, rng: np.random.Gener
         np.testing.assert_array_equal(results, [compute(op, Rows.ALL) for op in ops])
 
 
-@each
+@every_kind
 def test_result_of_a_row_does_not_depend_on_the_others(
     make: Make, rng: np.random.Generator
 ) -> None:
@@ -99,7 +99,7 @@ def test_result_of_a_row_does_not_depend_on_the_others(
         np.testing.assert_array_equal(compute(part, n_threads=2), want[:n_rows])
 
 
-@each
+@every_kind
 def test_rows_may_have_gaps(make: Make, rng: np.random.Generator) -> None:
     for shape in ((9, 64), (2, 3, 9, 64)):
         op = make(rng, *shape)
@@ -107,7 +107,7 @@ def test_rows_may_have_gaps(make: Make, rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(compute(apart, n_threads=2), compute(op))
 
 
-@each
+@every_kind
 def test_nan_spreads_only_in_its_row(make: Make, rng: np.random.Generator) -> None:
     op = make(rng, 9, 64)
     x = op.x.copy()

@@ -40,8 +40,8 @@ def samples() -> list[Op]:
 
 
 def assert_same(some: list[np.ndarray], others: list[np.ndarray]) -> None:
-    for one, other in zip(some, others, strict=True):
-        np.testing.assert_array_equal(one, other)
+    for actual, expected in zip(some, others, strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("type_", QUANTISED, ids=lambda type_: type_.name)
