@@ -62,6 +62,14 @@ class SamplerOptions:
         off=-1,
         sampler="top_k",
     )
+    typical_p: float = _option(
+        1.0,
+        "Locally typical sampling threshold (1: all tokens).",
+        0,
+        1,
+        sampler="typical",
+        arguments=(1,),
+    )
     top_p: float = _option(
         0.95,
         "Nucleus sampling threshold (1: all tokens).",

@@ -42,3 +42,16 @@ def test_top_n_sigma_keeps_tokens_near_the_largest_logit(model, n):
     near = set(np.flatnonzero(logits >= logits.max() - n * logits.std()))
     assert sampled(model, top_n_sigma=n) <= near
     assert not sampled(model) <= near
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.6])
+def test_typical_p_keeps_tokens_of_typical_information(model, threshold):
+    logits = logits_of(model)
+    log_p = logits - np.log(np.exp(logits).sum())
+    p = np.exp(log_p)
+    distances = np.abs(-log_p + (p * log_p).sum())
+    order = np.argsort(distances)
+    n_typical = 1 + np.searchsorted(np.cumsum(p[order]), threshold, side="right")
+    typical = set(order[:n_typical])
+    assert sampled(model, typical_p=threshold) <= typical
+    assert not sampled(model) <= typical
