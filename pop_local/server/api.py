@@ -110,8 +110,8 @@ class Api:
 
     def unknown_model(self, name: str | None) -> ApiError:
         names = ", ".join(map(repr, self.models.registry.files())) or "no models"
-        known = f"this server serves {names}"
-        message = f"no model named {name!r} exists; {known}" if name else known
+        listing = f"this server serves {names}"
+        message = f"no model named {name!r} exists; {listing}" if name else listing
         return ApiError(404, message, code="model_not_found", param="model")
 
     async def served(self, request: Request, name: str | None) -> ServedModel:

@@ -130,7 +130,11 @@ def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
     # Some clients append an endpoint's path to the server's address without /v1.
     short = [(route.path.removeprefix("/v1"), route) for route in routes]
     taken = {route.path for route in routes}
-    routes += [Route(at, one.endpoint, methods=one.methods) for at, one in short if at not in taken]
+    routes += [
+        Route(path, long.endpoint, methods=long.methods)
+        for path, long in short
+        if path not in taken
+    ]
     handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
     paths = frozenset(route.path for route in routes)
     shown_paths = {path: path for path in paths if "{" not in path and path != "/"}
@@ -175,8 +179,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
-        for one in sockets or ():
-            one.listen(_BACKLOG)  # uvicorn listened with ACCEPTED_AT_ONCE
+        for listening in sockets or ():
+            listening.listen(_BACKLOG)  # uvicorn listened with ACCEPTED_AT_ONCE
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         def end() -> None:

@@ -44,7 +44,9 @@ class Connection(H11Protocol):
         self._await_request()
         if self.limit_concurrency and len(self.connections) >= self.limit_concurrency:
             others: Any = self.connections - {self}
-            waiting = [(one._since_s, id(one), one) for one in others if not one._is_answered]
+            waiting = [
+                (other._since_s, id(other), other) for other in others if not other._is_answered
+            ]
             if waiting:
                 min(waiting)[-1]._end()
 

@@ -50,21 +50,21 @@ async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> As
     last = b""
 
     def framed(parsed: Iterable[ParsedPiece]) -> bytes:
-        events = [event for one in parsed for event in reply.pieces(*one)]
+        events = [event for arguments in parsed for event in reply.pieces(*arguments)]
         return b"".join(map(reply.frame, events))
 
     try:
         for index, job in enumerate(jobs):
             yield last + b"".join(map(reply.frame, reply.begin(index, job.task)))
             parser = _AnswerParser(job)
-            shown, shown_s = "", time.monotonic()
+            progress, shown_s = "", time.monotonic()
             async for batch in job.batches(_PAUSE_S, _PROGRESS_S):
                 if batch:
-                    read = [reply.progress(each.progress) for each in batch if each.progress]
+                    read = [reply.progress(chunk.progress) for chunk in batch if chunk.progress]
                     yield b"".join(map(reply.frame, read)) + framed(await parser.parse(batch))
-                elif job.progress != shown or time.monotonic() - shown_s >= _PING_S:
-                    shown, shown_s = job.progress, time.monotonic()
-                    yield reply.comment(shown)
+                elif job.progress != progress or time.monotonic() - shown_s >= _PING_S:
+                    progress, shown_s = job.progress, time.monotonic()
+                    yield reply.comment(progress)
             last = framed(await parser.finish())
             ends.append(parser.end(state, job, batch[-1]))
             last += b"".join(map(reply.frame, reply.ending(ends[-1])))
@@ -92,8 +92,8 @@ class _AnswerParser:
 
     async def parse(self, batch: Sequence[Chunk]) -> list[ParsedPiece]:
         if self._reader is None:
-            shown = (chunk for chunk in batch if chunk.text or chunk.logprobs)
-            return [(Piece(chunk.text), chunk.logprobs) for chunk in shown]
+            visible = (chunk for chunk in batch if chunk.text or chunk.logprobs)
+            return [(Piece(chunk.text), chunk.logprobs) for chunk in visible]
         text = "".join(chunk.text for chunk in batch)
         logprobs = [token for chunk in batch for token in chunk.logprobs]
         pieces = await run_in_threadpool(self._reader.push, text)

@@ -127,8 +127,8 @@ def _described(
 
 def models_in(folder: Path) -> dict[str, Path]:
     """Map the name of each model in a folder, as `pop-local list` shows it, to its first file."""
-    found = sorted(models_by_name(folder).items(), key=lambda each: each[0].lower())
-    return {printable(name): files[0] for name, files in found if "mmproj" not in name}
+    models = sorted(models_by_name(folder).items(), key=lambda item: item[0].lower())
+    return {printable(name): files[0] for name, files in models if "mmproj" not in name}
 
 
 def printable(name: str) -> str:
@@ -141,6 +141,6 @@ def find(name: str, files: Mapping[str, Path]) -> ModelFile | None:
     untagged = name[: -len(_LATEST)] if name.lower().endswith(_LATEST) else name
     model = lookup(name)
     for candidate in (name, untagged, *((model.pop_file, model.file) if model else ())):
-        if known := known_name(candidate, files):
-            return ModelFile(known, files[known])
+        if match := known_name(candidate, files):
+            return ModelFile(match, files[match])
     return None

@@ -190,15 +190,15 @@ class ModelPool:
         requested = [served.name for served in self.loaded]
         requested += [lease.file.name for lease in self._still_waiting()]
         names = (self._default, *reversed(requested), *files)
-        found = [ModelFile(name, files[name]) for name in names if name in files]
-        found.sort(key=lambda file: file.path in self._damaged)
-        return found[0] if found else None
+        models = [ModelFile(name, files[name]) for name in names if name in files]
+        models.sort(key=lambda file: file.path in self._damaged)
+        return models[0] if models else None
 
     async def listed(self) -> list[ModelInfo]:
         """Return descriptions of all models. Damaged files are logged and omitted."""
         opened = self.opened
         names = {info.name for info in opened}
-        files = [ModelFile(*each) for each in self.registry.files().items() if each[0] not in names]
+        files = [ModelFile(*item) for item in self.registry.files().items() if item[0] not in names]
         closed = await run_in_threadpool(lambda: [*filter(None, map(self._described, files))])
         return sorted([*opened, *closed], key=lambda info: info.name.lower())
 
@@ -267,7 +267,7 @@ class ModelPool:
 
     def n_waiting(self) -> int:
         """Return the number of requests that are waiting for a slot or for a model to be opened."""
-        return len(self._still_waiting()) + sum(one.worker.n_waiting() for one in self.loaded)
+        return len(self._still_waiting()) + sum(served.worker.n_waiting() for served in self.loaded)
 
     def _grant(self, lease: Lease, served: ServedModel) -> None:
         self._loaded[served.path] = self._loaded.pop(served.path)
@@ -295,7 +295,9 @@ class ModelPool:
                 return
 
     def _for_the_same(self, lease: Lease) -> list[Lease]:
-        return [one for one in self._still_waiting() if one.file.path == lease.file.path]
+        return [
+            waiting for waiting in self._still_waiting() if waiting.file.path == lease.file.path
+        ]
 
     def _to_close(self, lease: Lease) -> list[ServedModel] | None:
         """Return the idle models that must be closed before the lease's model can be opened.
@@ -362,8 +364,8 @@ class ModelPool:
                 log.warning(message, lease.file.name, needed, limit)
         else:
             failed = self._failed(lease.file, error)
-            for each in self._for_the_same(lease):
-                each.refuse(failed)
+            for waiting in self._for_the_same(lease):
+                waiting.refuse(failed)
         self._advance()
 
     def _failed(self, file: ModelFile, error: Exception) -> ApiError:

@@ -82,13 +82,13 @@ def timings(usage: Json) -> Json:
     """Return llama-server's `timings`. Prefill yields the first predicted token."""
     n_cached, pop = usage["prompt_tokens_details"]["cached_tokens"], usage["pop"]
     n_prompt, n_predicted = usage["prompt_tokens"] - n_cached, usage["completion_tokens"]
-    found: Json = {"cache_n": n_cached, "prompt_n": n_prompt, "predicted_n": n_predicted}
+    figures: Json = {"cache_n": n_cached, "prompt_n": n_prompt, "predicted_n": n_predicted}
     steps = {"prompt": (n_prompt, "prefill_s"), "predicted": (n_predicted - 1, "decode_s")}
     for kind, (n, name) in steps.items():
-        found[f"{kind}_ms"] = pop[name] * 1e3
-        found[f"{kind}_per_token_ms"] = pop[name] * 1e3 / n if n > 0 else 0.0
-        found[f"{kind}_per_second"] = n / pop[name] if n > 0 and pop[name] else 0.0
-    return found
+        figures[f"{kind}_ms"] = pop[name] * 1e3
+        figures[f"{kind}_per_token_ms"] = pop[name] * 1e3 / n if n > 0 else 0.0
+        figures[f"{kind}_per_second"] = n / pop[name] if n > 0 and pop[name] else 0.0
+    return figures
 
 
 def total(ends: Sequence[AnswerEnd]) -> Json:
@@ -96,11 +96,11 @@ def total(ends: Sequence[AnswerEnd]) -> Json:
     return reduce(_sum, (end.usage for end in ends))
 
 
-def _sum(one: Any, other: Any) -> Any:
-    if isinstance(one, dict):
-        return {key: _sum(value, other[key]) for key, value in one.items()}
-    is_number = isinstance(one, int | float) and isinstance(other, int | float)
-    return round(one + other, 6) if is_number else other
+def _sum(left: Any, right: Any) -> Any:
+    if isinstance(left, dict):
+        return {key: _sum(value, right[key]) for key, value in left.items()}
+    is_number = isinstance(left, int | float) and isinstance(right, int | float)
+    return round(left + right, 6) if is_number else right
 
 
 class Reply:
@@ -166,8 +166,10 @@ class Reply:
         logprobs: Sequence[TokenLogprob] | None = None,
         finish_reason: str | None = None,
     ) -> Json:
-        shown = self._logprobs(logprobs) if self._wants_logprobs and logprobs is not None else None
-        choice = {"index": self._index, **content, "logprobs": shown}
+        entries = (
+            self._logprobs(logprobs) if self._wants_logprobs and logprobs is not None else None
+        )
+        choice = {"index": self._index, **content, "logprobs": entries}
         return self._object([choice | {"finish_reason": finish_reason}]) | self._no_usage
 
     def _object(self, choices: list[Json]) -> Json:
@@ -208,8 +210,8 @@ class ChatReply(Reply):
             message["reasoning_content"] = reasoning
         if calls:
             message["tool_calls"] = calls
-        found = self._choice({"message": message}, end.logprobs, end.reason)
-        return found | {"object": "chat.completion"}
+        answer = self._choice({"message": message}, end.logprobs, end.reason)
+        return answer | {"object": "chat.completion"}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
         return {"content": [chat_logprob(token) for token in logprobs], "refusal": None}
@@ -254,7 +256,7 @@ def call_json(call: ToolCall) -> Json:
 def _top(token: TokenLogprob) -> Json:
     """Map the texts of the generated token and of the most likely tokens to log probabilities."""
     # If two tokens have the same text, the more likely token's value is used.
-    return {_text(one): one.logprob for one in (token, *reversed(token.top))}
+    return {_text(choice): choice.logprob for choice in (token, *reversed(token.top))}
 
 
 def chat_logprob(token: TokenLogprob) -> Json:
@@ -262,8 +264,8 @@ def chat_logprob(token: TokenLogprob) -> Json:
 
 
 def _described(token: TokenLogprob) -> Json:
-    found = {"id": token.id, "token": _text(token), "logprob": token.logprob}
-    return found | {"bytes": list(token.text)}
+    fields = {"id": token.id, "token": _text(token), "logprob": token.logprob}
+    return fields | {"bytes": list(token.text)}
 
 
 def _text(token: TokenLogprob) -> str:

@@ -163,7 +163,7 @@ def keep_tool_types(*types: str | None) -> BeforeValidator:
     def kept(tools: Any) -> Any:
         if not isinstance(tools, list):
             return tools
-        return [one for one in tools if not isinstance(one, dict) or one.get("type") in types]
+        return [tool for tool in tools if not isinstance(tool, dict) or tool.get("type") in types]
 
     return BeforeValidator(kept)
 
@@ -201,15 +201,15 @@ class ChatMessage(LenientBody):
     @property
     def image_urls(self) -> list[tuple[int, str]]:
         """Return an (offset, URL) pair for each image. Offsets are positions in `text`."""
-        found: list[tuple[int, str]] = []
+        urls: list[tuple[int, str]] = []
         offset = n_texts = 0
         for part in self.content or ():
             if isinstance(part, TextPart):
                 offset += len(part.text) + (n_texts > 0)
                 n_texts += 1
             else:
-                found.append((offset, part.image_url.url))
-        return found
+                urls.append((offset, part.image_url.url))
+        return urls
 
 
 def _as_biases(sent: Any) -> Any:
@@ -285,8 +285,8 @@ class GenerationBody(ModelRequest, SamplingFields):  # type: ignore[misc, valid-
     @property
     def limit(self) -> int | None:
         """The maximum number of tokens to generate, taken from the first field that is set."""
-        given = (self.n_predict, self.max_completion_tokens, self.max_tokens)
-        return next((limit for limit in given if limit is not None), None)
+        limits = (self.n_predict, self.max_completion_tokens, self.max_tokens)
+        return next((limit for limit in limits if limit is not None), None)
 
     @property
     def answer_schema(self) -> dict[str, Any] | None:
@@ -381,29 +381,29 @@ MixedTokens = Annotated[list[int | str], Field(fail_fast=True)]
 def _simplified(prompt: Any) -> Any:
     """Replace llama-server's prompt objects with their text (`prompt_string` or `content`)."""
     if isinstance(prompt, list):
-        is_plain = not any(isinstance(each, dict) for each in prompt)
-        return prompt if is_plain else [_simplified(each) for each in prompt]
+        is_plain = not any(isinstance(item, dict) for item in prompt)
+        return prompt if is_plain else [_simplified(item) for item in prompt]
     if not isinstance(prompt, dict):
         return prompt
     parts = prompt.get("content")
     if not isinstance(parts, list):
         return prompt.get("prompt_string") if prompt.keys() == {"prompt_string"} else prompt
-    texts = [each["text"] for each in parts if isinstance(each, dict) and "text" in each]
+    texts = [item["text"] for item in parts if isinstance(item, dict) and "text" in item]
     are_texts = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
     return "".join(texts) if are_texts else prompt
 
 
 def _check_prompts(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     try:
-        found = handler(prompt)
+        prompts = handler(prompt)
     except ValidationError:
-        found = None
+        prompts = None
     # A list of too many strings passes validation as MixedTokens.
-    if found is None or len(as_prompts(found)) > MAX_TEXTS:
+    if prompts is None or len(as_prompts(prompts)) > MAX_TEXTS:
         raise ValueError(
             f"send one text or a list of up to {MAX_TEXTS}, each as a string or a list of token IDs"
         )
-    return found
+    return prompts
 
 
 Prompts = Annotated[
@@ -420,7 +420,7 @@ Prompts = Annotated[
 
 def as_prompts(prompt: Any) -> list[str | list[int | str]]:
     """Return the prompts as a list. Each prompt is a string or a list of tokens."""
-    is_one = isinstance(prompt, str) or not prompt or any(isinstance(each, int) for each in prompt)
+    is_one = isinstance(prompt, str) or not prompt or any(isinstance(item, int) for item in prompt)
     return [prompt] if is_one else prompt
 
 

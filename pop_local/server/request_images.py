@@ -36,11 +36,11 @@ def parse_images(urls: Sequence[str]) -> list[Picture]:
     """
     if len(urls) > MAX_IMAGES:
         raise _refused(f"the request contains {len(urls)} images; the limit is {MAX_IMAGES}")
-    found = [_image(url, f"image {number}") for number, url in enumerate(urls, start=1)]
-    if sum(image.width * image.height for image in found) > MAX_REQUEST_PIXELS:
+    pictures = [_image(url, f"image {number}") for number, url in enumerate(urls, start=1)]
+    if sum(image.width * image.height for image in pictures) > MAX_REQUEST_PIXELS:
         limit = MAX_REQUEST_PIXELS // 10**6
         raise _refused(f"the images in a request are limited to a total of {limit} million pixels")
-    return found
+    return pictures
 
 
 def _image(url: str, name: str) -> Picture:

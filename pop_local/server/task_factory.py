@@ -123,7 +123,7 @@ class TaskFactory:
                 return [part]
             return split(part, add_bos=not (at or suffix), special=True)
 
-        found: list[list[int]] = []
+        rows: list[list[int]] = []
         for prompt in prompts:
             parts = [prompt] if isinstance(prompt, str) else prompt
             self.check_tokens([part for part in parts if isinstance(part, int)], param)
@@ -133,8 +133,8 @@ class TaskFactory:
                 with bad_request("suffix"):
                     tokens = infilling(self.model.engine.context, prefix, suffix)
             self._check_length(len(tokens), param)
-            found.append(tokens)
-        return found
+            rows.append(tokens)
+        return rows
 
     def text(self, tokens: Sequence[int]) -> str:
         context = self.model.engine.context
@@ -194,13 +194,13 @@ class TaskFactory:
 
     def _logit_bias(self, body: bodies.GenerationBody) -> tuple[tuple[int, float], ...]:
         """Return (token, bias) pairs. A string's bias applies to each of its tokens."""
-        found: list[tuple[int, float]] = []
+        biases: list[tuple[int, float]] = []
         for key, sent in body.logit_bias or ():
             split = self.model.engine.context.vocabulary.tokenize
             tokens = split(key) if isinstance(key, str) else [key]
             self.check_tokens(tokens, "logit_bias")
-            found += [(token, _NEVER if sent is False else sent) for token in tokens]
-        return tuple(found)
+            biases += [(token, _NEVER if sent is False else sent) for token in tokens]
+        return tuple(biases)
 
     def _grammar(self, body: bodies.GenerationBody) -> Grammar | None:
         schema = body.answer_schema
@@ -219,17 +219,17 @@ def _seeded(task: Task, n: int | None) -> list[Task]:
     if seed is None:
         return [task] * (n or 1)
     seeds = [(seed + number) % (MOST_SEED + 1) for number in range(n or 1)]
-    return [replace(task, options=replace(task.options, seed=each)) for each in seeds]
+    return [replace(task, options=replace(task.options, seed=value)) for value in seeds]
 
 
 def _message(message: bodies.ChatMessage, images: Iterator[Picture]) -> Message:
     role = "system" if message.role == "developer" else message.role
-    shown = tuple((offset, next(images)) for offset, _ in message.image_urls)
+    pictures = tuple((offset, next(images)) for offset, _ in message.image_urls)
     calls = tuple(
         ToolCall(call.id, call.function.name, call.function.arguments)
         for call in message.tool_calls or ()
     )
-    return Message(role, message.text, shown, calls, message.tool_call_id)
+    return Message(role, message.text, pictures, calls, message.tool_call_id)
 
 
 def _tools(body: bodies.ChatBody) -> Tools:
@@ -238,14 +238,17 @@ def _tools(body: bodies.ChatBody) -> Tools:
     if not body.tools or choice == "none":
         return Tools((), ())
     functions = [tool.function for tool in body.tools]
-    listed = tuple(Tool(one.name, one.description or "", one.parameters or {}) for one in functions)
+    listed = tuple(
+        Tool(function.name, function.description or "", function.parameters or {})
+        for function in functions
+    )
     callable_ = listed
     must_call = choice not in (None, "auto")
-    chosen = [choice] if isinstance(choice, bodies.NamedToolChoice) else []
+    allowed = [choice] if isinstance(choice, bodies.NamedToolChoice) else []
     if isinstance(choice, bodies.AllowedToolsChoice):
-        chosen = choice.allowed_tools.tools
+        allowed = choice.allowed_tools.tools
         must_call = choice.allowed_tools.mode == "required"
-    if names := {tool.function.name for tool in chosen}:
+    if names := {tool.function.name for tool in allowed}:
         if missing := names.difference(tool.name for tool in listed):
             message = f"tool_choice names {min(missing)!r}, which is not in tools"
             raise ApiError(400, message, param="tool_choice")

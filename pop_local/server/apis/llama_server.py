@@ -42,15 +42,15 @@ class LlamaBody(bodies.CompletionBody):
 
     @model_validator(mode="before")
     @classmethod
-    def _renamed(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
+    def _renamed(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
         # Chunks include token IDs only if they include log probabilities.
-        n_top = given.get("n_probs") or (0 if given.get("return_tokens") else None)
-        renamed = {"n": given.get("n_cmpl"), "logprobs": n_top}
-        limit = given.get("n_predict")
+        n_top = body.get("n_probs") or (0 if body.get("return_tokens") else None)
+        renamed = {"n": body.get("n_cmpl"), "logprobs": n_top}
+        limit = body.get("n_predict")
         renamed["n_predict"] = -1 if limit is None else limit or 1
-        return {**given, **renamed, "n_cmpl": None}
+        return {**body, **renamed, "n_cmpl": None}
 
 
 class ExtraFile(bodies.LenientBody):
@@ -68,10 +68,10 @@ class InfillBody(LlamaBody):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_hints(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        return {name: value for name, value in given.items() if name not in _HINTS}
+    def _without_hints(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if name not in _HINTS}
 
 
 class TokenizeBody(bodies.ModelRequest):
@@ -96,20 +96,20 @@ class LlamaReply(OtherApiReply):
         return super().begin(index, task)
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
-        return (self._shown(piece.content, logprobs),)
+        return (self._chunk(piece.content, logprobs),)
 
-    def _shown(self, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
+    def _chunk(self, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
         tokens = [token.id for token in logprobs if self._body.return_tokens]
-        found: Json = {"index": self._index, "content": text, "tokens": tokens, "stop": False}
+        chunk: Json = {"index": self._index, "content": text, "tokens": tokens, "stop": False}
         self._has_new_line |= "\n" in text
         if self._options.n_top_logprobs:
-            found["completion_probabilities"] = [chat_logprob(token) for token in logprobs]
-        return found
+            chunk["completion_probabilities"] = [chat_logprob(token) for token in logprobs]
+        return chunk
 
     def whole(self, end: AnswerEnd) -> Json:
         usage = end.usage
         kind = "limit" if end.reason == "length" else "word" if end.stop else "eos"
-        return self._shown(text_of(end.pieces), end.logprobs) | {
+        return self._chunk(text_of(end.pieces), end.logprobs) | {
             "stop": True,
             "model": self._model,
             "tokens_predicted": usage["completion_tokens"],
@@ -163,13 +163,13 @@ async def _props(api: Api, request: Request) -> Response:
 async def _slots(api: Api, request: Request) -> Response:
     """List the slots of all open models, or only those of the model in the query."""
     name = request.query_params.get("model")
-    found = [
+    slots = [
         _slot(served, number, request.state.cache_scope)
         for served in api.models.loaded
         if name in (None, served.name)
         for number in range(len(served.model.engine.sequences))
     ]
-    return JSONResponse(found)
+    return JSONResponse(slots)
 
 
 def _slot(served: ServedModel, number: int, cache_scope: str) -> Json:

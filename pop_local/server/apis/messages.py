@@ -89,7 +89,7 @@ class AnthropicMessage(bodies.LenientBody):
 
     def chat_messages(self) -> Iterator[Json]:
         """Yield equivalent messages in the chat format. Tool results precede the user's text."""
-        shown: list[Json] = []
+        content: list[Json] = []
         calls: list[Json] = []
         for block in self.content:
             if isinstance(block, ToolResultBlock):
@@ -99,9 +99,9 @@ class AnthropicMessage(bodies.LenientBody):
                 call = ToolCall(block.id, block.name, replies.encoded(block.input))
                 calls.append(replies.call_json(call))
             elif not isinstance(block, ThinkingBlock):
-                shown.append(_part(block))
-        if shown or calls or not self.content:
-            yield {"role": self.role, "content": shown} | ({"tool_calls": calls} if calls else {})
+                content.append(_part(block))
+        if content or calls or not self.content:
+            yield {"role": self.role, "content": content} | ({"tool_calls": calls} if calls else {})
 
 
 class AnthropicTool(bodies.FunctionSpec):
@@ -134,7 +134,9 @@ class CountTokensBody(bodies.ModelRequest):
 
     def chat(self) -> bodies.ChatBody:
         system = [{"role": "system", "content": list(map(_part, self.system))}]
-        messages = [each for message in self.messages for each in message.chat_messages()]
+        messages = [
+            chat_message for message in self.messages for chat_message in message.chat_messages()
+        ]
         chat = self.model_dump(include=_SAME)
         chat["messages"] = [*system[: len(self.system)], *messages]
         chat["stop"] = [stop for stop in self.stop_sequences or () if stop] or None

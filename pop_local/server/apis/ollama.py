@@ -56,9 +56,11 @@ class OllamaMessage(bodies.LenientBody):
     @property
     def chat_message(self) -> Json:
         # The MIME type is arbitrary, because an image's first bytes determine its format.
-        shown = [bodies.image_part(f"data:image/any;base64,{one}") for one in self.images or ()]
+        images = [
+            bodies.image_part(f"data:image/any;base64,{image}") for image in self.images or ()
+        ]
         text = {"type": "text", "text": self.content or ""}
-        message: Json = {"role": self.role, "content": [*shown, text]}
+        message: Json = {"role": self.role, "content": [*images, text]}
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return message
@@ -77,16 +79,16 @@ class OllamaBody(bodies.ModelRequest):
     def common_fields(self) -> Json:
         """The request's fields, keyed by the names that OpenAI and llama-server use."""
         options = self.options or {}
-        found = {name: options[name] for name in _OPTIONS if name in options}
+        fields = {name: options[name] for name in _OPTIONS if name in options}
         limit = options.get("num_predict", -1)
-        found["n_predict"] = -1 if isinstance(limit, int) and limit <= 0 else limit
+        fields["n_predict"] = -1 if isinstance(limit, int) and limit <= 0 else limit
         if self.format == "json":
-            found["response_format"] = {"type": "json_object"}
+            fields["response_format"] = {"type": "json_object"}
         elif isinstance(self.format, dict):
-            found["response_format"] = bodies.schema_format(self.format)
+            fields["response_format"] = bodies.schema_format(self.format)
         elif self.format:
             raise ApiError(400, 'format must be "json" or a JSON schema', param="format")
-        return found | {"model": self.model, "stream": self.stream is not False}
+        return fields | {"model": self.model, "stream": self.stream is not False}
 
     def chat(self, messages: Sequence[OllamaMessage], **more: Any) -> bodies.ChatBody:
         sent = [message.chat_message for message in messages]
@@ -128,15 +130,15 @@ class OllamaReply(replies.OtherApiReply):
         if (now_s := time.monotonic()) - self._shown_s < _QUIET_S:
             return b""
         self._shown_s = now_s
-        return self.frame(self._shown(()))
+        return self.frame(self._event(()))
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
-        return (self._shown((piece,), logprobs),)
+        return (self._event((piece,), logprobs),)
 
-    def _shown(self, pieces: Sequence[Piece], logprobs: Sequence[TokenLogprob] = ()) -> Json:
+    def _event(self, pieces: Sequence[Piece], logprobs: Sequence[TokenLogprob] = ()) -> Json:
         now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
-        found = {"model": self._model, "created_at": now, **self._content(pieces), "done": False}
-        return found | ({"logprobs": [*map(replies.chat_logprob, logprobs)]} if logprobs else {})
+        event = {"model": self._model, "created_at": now, **self._content(pieces), "done": False}
+        return event | ({"logprobs": [*map(replies.chat_logprob, logprobs)]} if logprobs else {})
 
     def _content(self, pieces: Sequence[Piece]) -> Json:
         return {"response": replies.text_of(pieces)}
@@ -156,11 +158,11 @@ class OllamaReply(replies.OtherApiReply):
         }
         reason = "stop" if end.reason == "tool_calls" else end.reason
         done = {"done": True, "done_reason": reason}
-        return self._shown(end.pieces, end.logprobs) | done | figures
+        return self._event(end.pieces, end.logprobs) | done | figures
 
     def loaded(self) -> Response:
         """Return the response to a request that has no prompt and only loads the model."""
-        return JSONResponse(self._shown(()) | {"done": True, "done_reason": "load"})
+        return JSONResponse(self._event(()) | {"done": True, "done_reason": "load"})
 
     def failed(self, error: ApiError) -> Json:
         return {"error": error.detail}
@@ -183,7 +185,7 @@ class OllamaChatReply(OllamaReply):
         return super().pieces(piece, logprobs)
 
     def ending(self, end: replies.AnswerEnd) -> tuple[Json, ...]:
-        calls = [self._shown(self._call_pieces)] if self._call_pieces else []
+        calls = [self._event(self._call_pieces)] if self._call_pieces else []
         return (*calls, *super().ending(end))
 
     def _content(self, pieces: Sequence[Piece]) -> Json:
@@ -191,12 +193,12 @@ class OllamaChatReply(OllamaReply):
         if reasoning := replies.reasoning_of(pieces):
             message["thinking"] = reasoning
         calls = [(call.name, replies.arguments_of(call.arguments)) for call in calls_of(pieces)]
-        shown = [
+        functions = [
             {"function": {"name": name, "arguments": arguments}}
             for name, arguments in calls
             if arguments is not None
         ]
-        return {"message": message | ({"tool_calls": shown} if shown else {})}
+        return {"message": message | ({"tool_calls": functions} if functions else {})}
 
 
 class OllamaEmbedReply(replies.OtherApiReply):

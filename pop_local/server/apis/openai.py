@@ -25,10 +25,10 @@ class EmbeddingsReply(OtherApiReply):
         self._is_packed = body.encoding_format == "base64"
 
     def whole(self, end: AnswerEnd) -> Json:
-        found: Any = end.embedding
+        vector: Any = end.embedding
         if self._is_packed:
-            found = b64encode(np.asarray(found, "<f4").tobytes()).decode()
-        return {"object": "embedding", "index": self._index, "embedding": found}
+            vector = b64encode(np.asarray(vector, "<f4").tobytes()).decode()
+        return {"object": "embedding", "index": self._index, "embedding": vector}
 
     def joined(self, wholes: Sequence[Json], ends: Sequence[AnswerEnd]) -> Json:
         figures = total(ends)

@@ -97,9 +97,9 @@ class ResponsesTool(bodies.FunctionSpec):
 
 def _names_of_unused(tools: Any) -> list[str]:
     """Return the name or type of each tool, such as web_search, that is left out of the prompt."""
-    given = [one for one in tools if isinstance(one, dict)] if isinstance(tools, list) else []
-    unused = [one for one in given if one.get("type") != "function"]
-    return [str(one.get("name") or one.get("type")) for one in unused]
+    objects = [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    unused = [tool for tool in objects if tool.get("type") != "function"]
+    return [str(tool.get("name") or tool.get("type")) for tool in unused]
 
 
 def _chat_choice(choice: Any) -> Any:
@@ -160,19 +160,19 @@ class ResponsesBody(bodies.ModelRequest):
 
     def messages(self) -> list[Json]:
         """Convert the input to chat messages, adding tool calls to the last assistant message."""
-        found: list[Json] = []
+        messages: list[Json] = []
         for item in self.input:
             if isinstance(item, MessageItem):
-                found.append({"role": item.role, "content": _parts(item.content)})
+                messages.append({"role": item.role, "content": _parts(item.content)})
             elif isinstance(item, FunctionOutputItem):
                 output = _parts(item.output)
-                found.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
             elif isinstance(item, FunctionCallItem):
-                if not found or found[-1]["role"] != "assistant":
-                    found.append({"role": "assistant", "content": None})
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant", "content": None})
                 call = call_json(ToolCall(item.call_id, item.name, item.arguments))
-                found[-1].setdefault("tool_calls", []).append(call)
-        return found
+                messages[-1].setdefault("tool_calls", []).append(call)
+        return messages
 
 
 class StoredResponse(NamedTuple):
@@ -196,11 +196,11 @@ class ResponseStore:
         self._n_bytes = 0
 
     def get(self, name: str, owner: str) -> StoredResponse | None:
-        found = self._stored.get(name)
-        if found is None or found.owner != owner:
+        stored = self._stored.get(name)
+        if stored is None or stored.owner != owner:
             return None
         self._stored.move_to_end(name)
-        return found
+        return stored
 
     def messages(self, name: str | None, owner: str) -> list[Json]:
         """Return a conversation's messages, ending with the given response.
@@ -209,14 +209,14 @@ class ResponseStore:
         """
         if not name:
             return []
-        if (found := self.get(name, owner)) is None:
+        if (stored := self.get(name, owner)) is None:
             raise ApiError(
                 400,
                 f"response {name!r} is not stored: send all messages in the conversation",
                 code="previous_response_not_found",
                 param="previous_response_id",
             )
-        return found.messages
+        return stored.messages
 
     def add(self, stored: StoredResponse) -> None:
         self._stored[stored.response["id"]] = stored
@@ -328,7 +328,7 @@ class ResponsesReply(EventReply):
 
     def _response(self, status: str, end: AnswerEnd | None = None) -> Json:
         body = self._body
-        given = body.model_dump(include=_REPEATED)
+        repeated = body.model_dump(include=_REPEATED)
         cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
             "id": self._id,
@@ -338,9 +338,9 @@ class ResponsesReply(EventReply):
             "status": status,
             "error": None,
             "incomplete_details": cut,
-            **given,
+            **repeated,
             "text": body.text and body.text.model_dump(by_alias=True, exclude_unset=True),
-            "tool_choice": given["tool_choice"] or "auto",
+            "tool_choice": repeated["tool_choice"] or "auto",
             "tools": [tool.model_dump() for tool in body.tools or ()],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "metadata": {},
@@ -367,24 +367,24 @@ async def _create(api: Api, store: ResponseStore, request: Request) -> Response:
     return await api.answer(request, chat, TaskFactory.chat, reply)
 
 
-def _found(store: ResponseStore, request: Request) -> StoredResponse:
-    found = store.get(name := request.path_params["name"], request.state.cache_scope)
-    if found is None:
+def _require_stored(store: ResponseStore, request: Request) -> StoredResponse:
+    stored = store.get(name := request.path_params["name"], request.state.cache_scope)
+    if stored is None:
         message = f"response {name!r} is not stored: the server keeps only recent responses"
         raise ApiError(404, message, code="response_not_found")
-    return found
+    return stored
 
 
 async def _stored(store: ResponseStore, request: Request) -> Response:
-    found = _found(store, request)
+    stored = _require_stored(store, request)
     if request.method != "DELETE":
-        return JSONResponse(found.response)
-    store.remove(name := found.response["id"])
+        return JSONResponse(stored.response)
+    store.remove(name := stored.response["id"])
     return JSONResponse({"id": name, "object": "response", "deleted": True})
 
 
 async def _items(store: ResponseStore, request: Request) -> Response:
-    items = _found(store, request).items
+    items = _require_stored(store, request).items
     ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {}
     return JSONResponse({"object": "list", "data": items, "has_more": False, **ends})
 

@@ -70,7 +70,7 @@ def routes() -> list[Route]:
 
 async def _root(request: Request) -> Response:
     if "text/html" in request.headers.get("accept", ""):
-        response = _shown("index.html")
+        response = _static_file("index.html")
     else:
         response = PlainTextResponse("Ollama is running")  # plug-ins look for this text
     response.headers["Vary"] = "Accept"
@@ -81,10 +81,10 @@ async def _static(request: Request) -> Response:
     name = request.path_params["name"]
     if name not in _FILES:
         raise ApiError(404, f"the page does not use a file named {name!r}")
-    return _shown(name)
+    return _static_file(name)
 
 
-def _shown(name: str) -> Response:
+def _static_file(name: str) -> Response:
     path = _FILES[name]
     kind = _TYPES.get(path.suffix, "text/plain")
     return FileResponse(path, media_type=kind, headers=HEADERS)
@@ -105,7 +105,7 @@ async def _file(limiter: ClientLimiter, turn: CapacityLimiter, request: Request)
                 async with turn:  # a thread that waits for the reader could not be stopped
                     if models.stopping.is_set():
                         raise stopping()
-                    found = await run_in_threadpool(reader.call, kind, str(path))
+                    content = await run_in_threadpool(reader.call, kind, str(path))
             except RefusedError as error:
                 message = f"{error.message.replace(str(path), name)}; {error.hint or _HINT}"
                 raise ApiError(400, message, code="unreadable") from error
@@ -114,8 +114,8 @@ async def _file(limiter: ClientLimiter, turn: CapacityLimiter, request: Request)
                     raise stopping() from error
                 message = f"{name} needs too much time or memory ({reader.limits}); {_HINT}"
                 raise ApiError(400, message, code="unreadable") from error
-    shown = {"url": f"data:{image[0]};base64,{found}"} if image else {"text": found}
-    return JSONResponse({"name": name, **shown})
+    field = {"url": f"data:{image[0]};base64,{content}"} if image else {"text": content}
+    return JSONResponse({"name": name, **field})
 
 
 async def _receive(request: Request, path: Path, max_bytes: int, name: str) -> None:
