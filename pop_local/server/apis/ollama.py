@@ -37,7 +37,7 @@ from pop_local.server.task_factory import TaskFactory
 # The version of Ollama's API that this module implements. Clients adapt to this version.
 _VERSION = "0.6.4"
 # Options that have the same name in GenerationBody. All other options are ignored.
-_OPTIONS = (*SAMPLER_OPTIONS, "typical_p", "stop", "mirostat", "repeat_last_n")
+_OPTIONS = (*SAMPLER_OPTIONS, "stop", "mirostat", "repeat_last_n")
 _QUIET_S = 3.0
 _NEVER = "2999-12-31T23:59:59Z"
 _MAX_VALUE = 1000  # characters; /api/show omits longer header values
