@@ -126,23 +126,23 @@ def plan_needs(
     shape, memory_bytes = plans[0].shape, options.memory_bytes
     if memory_bytes is None:
         memory_bytes = free_bytes() // 2
-    every = [FitPair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers]
-    pairs = list(dict.fromkeys(every))
+    skipped = (FitPair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers)
+    pairs = list(dict.fromkeys(skipped))
     n_inputs = shape.n_embd + max(shape.n_wide(plan.boundary, plan.projection) for plan in plans)
     scratch = max(fit.scratch_bytes(n_inputs, shape.n_kv(p.layer), N_WINDOW) for p in pairs)
-    gram = fit.gram_bytes(n_inputs)
+    gram = 4 * (n_inputs + 1) ** 2
     groups: list[list[FitPair]] = [[]]
     sizes = [0]
     for pair in pairs:
-        cross = fit.cross_bytes(n_inputs, shape.n_kv(pair.layer))
-        known = any(other.boundary == pair.boundary for other in groups[-1])
-        size = cross if known else gram + cross
-        if groups[-1] and sizes[-1] + size + scratch > memory_bytes:
+        cross = 4 * (n_inputs + 1) * shape.n_kv(pair.layer)
+        has_gram = any(other.boundary == pair.boundary for other in groups[-1])
+        n_bytes = cross if has_gram else gram + cross
+        if groups[-1] and sizes[-1] + n_bytes + scratch > memory_bytes:
             groups.append([])
             sizes.append(0)
-            size = gram + cross
+            n_bytes = gram + cross
         groups[-1].append(pair)
-        sizes[-1] += size
+        sizes[-1] += n_bytes
     n_sums = max(sizes) + scratch
     n_stored = sum(stored_bytes(plan, options.kv_type) for plan in plans)
     boundaries = {pair.boundary for pair in max(groups, key=len)}

@@ -75,23 +75,14 @@ def own_text(context: Context, count: int, on_progress: Progress) -> Calibration
     the chat template's first tokens. Nothing is downloaded. Progress is reported in sampled tokens.
     """
     n_sampled = n_sampled_of(count)
-    carriers = own_carriers(context, count // SHARE)
+    carriers = carrier_windows(context, count // SHARE, N_WINDOW, _topics(), SEED).windows
     cut = _spread(context, [_texts()], count - n_sampled - len(carriers))
-    starts = _starts(context, n_sampled)
+    chat = context.vocabulary.tokenize(Prompter(context).before_question(), special=True)[:N_WINDOW]
+    n_chat = n_sampled // 2 if chat else 0
+    starts = [chat] * n_chat + [[first_token(context)]] * (n_sampled - n_chat)
     sampled = sample_windows(context, starts, N_WINDOW, seed=SEED, on_progress=on_progress)
     windows = np.concatenate([carriers, cut, sampled])
     return CalibrationText(DEFAULT_NAME, hashlib.sha256(windows.tobytes()).hexdigest(), windows)
-
-
-def own_carriers(context: Context, count: int) -> Windows:
-    """Return `count` windows of Python's documentation with look-ups between the paragraphs."""
-    return carrier_windows(context, count, N_WINDOW, _topics(), SEED).windows
-
-
-def _starts(context: Context, n_sampled: int) -> list[list[int]]:
-    chat = context.vocabulary.tokenize(Prompter(context).before_question(), special=True)[:N_WINDOW]
-    n_chat = n_sampled // 2 if chat else 0
-    return [chat] * n_chat + [[first_token(context)]] * (n_sampled - n_chat)
 
 
 def first_token(context: Context) -> int:

@@ -5,7 +5,6 @@ means are derived from the spread across windows. Standard errors of quantiles a
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,15 +47,10 @@ def ratio(upper: Floats, lower: Floats) -> Estimate:
 
 
 def quantile(per_window: Floats, share: float) -> Estimate:
-    """Return a quantile of all values [n_windows, n_tokens] and its standard error."""
-    return redrawn(per_window, lambda windows: float(np.quantile(windows, share)))
-
-
-def redrawn(per_window: Floats, figure: Callable[[Floats], float]) -> Estimate:
-    """Compute `figure` from values [n_windows, ...], and bootstrap its standard error."""
-    value, n = figure(per_window), len(per_window)
+    """Return a quantile of all values [n_windows, n_tokens], and bootstrap its standard error."""
+    value, n = float(np.quantile(per_window, share)), len(per_window)
     if n < 2:
         return Estimate(value, None)
-    drawn = np.random.default_rng(_SEED).integers(0, n, (_N_BOOTSTRAP, n))
-    again = [figure(per_window[windows]) for windows in drawn]
-    return Estimate(value, float(np.std(again, ddof=1)))
+    draws = np.random.default_rng(_SEED).integers(0, n, (_N_BOOTSTRAP, n))
+    quantiles = [float(np.quantile(per_window[windows], share)) for windows in draws]
+    return Estimate(value, float(np.std(quantiles, ddof=1)))

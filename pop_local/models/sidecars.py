@@ -19,7 +19,13 @@ def sidecar_of(base: Source) -> Path | None:
     """Return a model's sidecar, or None for a converted or unpruned model. Raises FormatError."""
     if pop_meta(base.first) is not None:
         return None
-    return existing_sidecar(base) or _shipped(base)
+    if (path := existing_sidecar(base)) is not None:
+        return path
+    for path, binding in _bindings(SHIPPED).items():
+        # Sizes are compared first, since computing the hash reads the vocabulary.
+        if binding.base_bytes == base.size_bytes and binding == bind(base):
+            return path
+    return None
 
 
 def is_shipped(sidecar: Path) -> bool:
@@ -46,11 +52,3 @@ def measures_worse(copy: Path, base: Path) -> bool:
 @cache
 def _bindings(folder: Path) -> dict[Path, Binding]:
     return {path: read_binding(read_header(path)) for path in folder.glob(f"*{SUFFIX}")}
-
-
-def _shipped(base: Source) -> Path | None:
-    for path, binding in _bindings(SHIPPED).items():
-        # Sizes are compared first, since computing the hash reads the vocabulary.
-        if binding.base_bytes == base.size_bytes and binding == bind(base):
-            return path
-    return None

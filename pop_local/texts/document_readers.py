@@ -68,9 +68,9 @@ def read_document(path: str | os.PathLike[str]) -> Document:
     """
     path = Path(path)
     content = _within_limit(read_file(path, MAX_BYTES + 1), str(path))
-    kind, library, text_of = _READERS.get(path.suffix.lower(), ("text", "", _plain))
+    kind, library, text_of = _READERS.get(path.suffix.lower(), ("text", "", None))
     try:
-        text = text_of(path, content)
+        text = text_of(path, content) if text_of else decoded(content, str(path))
     except (PopError, OSError):
         raise
     except ImportError as error:
@@ -105,10 +105,6 @@ def _within_limit(content: bytes, origin: str) -> bytes:
 
 def _too_much(path: Path) -> PopError:
     return PopError(f"{path} is too large when decompressed", _PLAIN_HINT)
-
-
-def _plain(path: Path, content: bytes) -> str:
-    return decoded(content, str(path))
 
 
 def _pdf(path: Path, content: bytes) -> str:

@@ -58,7 +58,7 @@ def fit(name: str, texts: list[Path], options: argparse.Namespace) -> Path:
         plan = make_plan(source_shape(source), boundary=options.boundary, projection=WIDE)
         how = FitOptions(options.tokens, tuple(texts), projection=WIDE)
         with loaded(options.model, n_threads=1) as context, terminal_watch() as watch:
-            [fitted] = calibrate([plan], context, source, how, watch).fitted
+            [fitted] = calibrate([plan], context, source, how, watch)
         write_sidecar(plan, options.model, sidecar, fitted=fitted)
     return sidecar
 

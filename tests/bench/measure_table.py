@@ -50,8 +50,8 @@ def fit(model: Path, recipes: list[Recipe], folder: Path) -> dict[Recipe, Path]:
         shape = source_shape(source)
         plans = [make_plan(shape, boundary=b, projection=kind) for b, kind in missing]
         with terminal_watch() as watch, loaded(model, **vars(ONE_THREAD)) as context:
-            done = calibrate(plans, context, source, FitOptions(), watch)
-        for plan, fitted in zip(plans, done.fitted, strict=True):
+            fits = calibrate(plans, context, source, FitOptions(), watch)
+        for plan, fitted in zip(plans, fits, strict=True):
             write_sidecar(plan, model, sidecars[plan.boundary, plan.projection], fitted=fitted)
     return sidecars
 

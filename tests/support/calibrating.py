@@ -95,7 +95,7 @@ def fitted_at(
         planned(path, boundary, projection) for boundary in boundaries for projection in projections
     ]
     with loaded(path, n_threads=1) as context:
-        return calibrate(plans, context, read_source(path), options, watch).fitted
+        return calibrate(plans, context, read_source(path), options, watch)
 
 
 def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7)) -> list[Tapped]:

@@ -104,16 +104,6 @@ class Gram:
         return Gram(self.xx[np.ix_(kept, kept)], xy, self.n_rows)
 
 
-def gram_bytes(n_inputs: int) -> int:
-    """Return the size of X'DX in bytes."""
-    return 4 * (n_inputs + 1) ** 2
-
-
-def cross_bytes(n_inputs: int, n_kv: int) -> int:
-    """Return the size of a layer's X'DY in bytes."""
-    return 4 * (n_inputs + 1) * n_kv
-
-
 def scratch_bytes(n_inputs: int, n_kv: int, n_rows: int) -> int:
     """Return the peak scratch memory, in bytes, for adding `n_rows` rows or solving a layer."""
     n = n_inputs + 1

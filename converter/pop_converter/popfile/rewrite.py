@@ -110,7 +110,11 @@ def convert(
     Raises FormatError, PlanError, OutputExistsError, WriteError, and any error that `examine`
     raises. After an error, an existing `dst` is unchanged and no temporary file remains.
     """
-    source = planned_source(plan, src, fitted)
+    source = unconverted(src)
+    if source_shape(source) != plan.shape:
+        raise PlanError(f"the plan was made for a model other than {src}")
+    if (plan.projection != Projection.OWN) != (fitted is not None):
+        raise PlanError("pass `fitted` if and only if the plan has fitted projections")
     content, is_copy = read_content(source, without=PREFIX), binding is None
     base = content if is_copy else Content()
     whole = with_tensors(base, fitted.tensors) if fitted else base
@@ -148,16 +152,6 @@ def convert(
 
 def _drop(_: object) -> None:
     """Ignore data and progress reports, which sidecars do not need."""
-
-
-def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
-    """Read the source model and check that the plan matches it. Raises FormatError or PlanError."""
-    source = unconverted(src)
-    if source_shape(source) != plan.shape:
-        raise PlanError(f"the plan was made for a model other than {src}")
-    if (plan.projection != Projection.OWN) != (fitted is not None):
-        raise PlanError("pass `fitted` if and only if the plan has fitted projections")
-    return source
 
 
 def draft_meta(

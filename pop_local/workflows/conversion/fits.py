@@ -76,8 +76,8 @@ class PlanFitter:
                 watch.on_note(f"Reusing {len(kept)} fits from {self.folder}.")
                 self._fits |= kept
             if missing := [plan for plan in plans if plan not in self._fits]:
-                done = calibrate(missing, context, self.runner.source, options, watch, self.text)
-                self._fits |= zip(missing, done.fitted, strict=True)
+                fits = calibrate(missing, context, self.runner.source, options, watch, self.text)
+                self._fits |= zip(missing, fits, strict=True)
         return tuple(self._fits[plan] for plan in plans)
 
     def distill(self, plan: Plan, fitted: Fitted) -> Fitted:
