@@ -16,7 +16,6 @@ from pop_local.commands import shared_options as opt
 from pop_local.commands.opening import warn_if_busy
 from pop_local.commands.option_expansion import EXPERT, Group, expand_options, option
 from pop_local.measure.budget import BALANCED, BUDGETS
-from pop_local.models.model_names import is_unused_copy, load_catalog
 from pop_local.models.sidecars import is_shipped, sidecar_of
 from pop_local.ui.console import note
 from pop_local.ui.tables import print_json
@@ -158,7 +157,7 @@ def convert(
 
         distiller = Distiller
     options = ConvertOptions(
-        goal=_wanted(how.quality, own, named),
+        goal=_goal(how.quality, own, named),
         fit=None if how.projection is Projection.OWN else fit,
         rows=RowOptions(deep_rows=fitting.deep_rows),
         output="sidecar" if how.sidecar else "copy",
@@ -198,14 +197,9 @@ def convert(
         print_json(view.converted_json(planned, done))
     else:
         view.show_converted(planned, done, as_markdown=how.markdown)
-    if entry := next((each for each in load_catalog() if is_unused_copy(each, done.path)), None):
-        note(
-            f"The name {entry.short_name} still refers to the original model and its sidecar"
-            f" because their quality is better than the copy's. To use the copy, pass {done.path}"
-        )
 
 
-def _wanted(quality: QualityName | None, limits: Mapping[str, float], at: Boundary | None) -> Goal:
+def _goal(quality: QualityName | None, limits: Mapping[str, float], at: Boundary | None) -> Goal:
     """Return the requested goal. BALANCED supplies the limits that the user did not set."""
     if quality and limits:
         raise typer.BadParameter("use either --quality or custom limits, not both")

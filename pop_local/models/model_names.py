@@ -20,7 +20,6 @@ from pop_base.output_file import replacing
 from pop_converter.gguf.header import TO_GGUF
 from pop_local.config import settings
 from pop_local.models.model_files import known_name, models_by_name
-from pop_local.models.sidecars import measures_worse
 
 # The model of the demo, and of a chat if no larger model fits into memory.
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -171,17 +170,6 @@ def stored_file(*files: str) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
-def converted_copy(model: CatalogModel) -> Path | None:
-    """Return a model's converted copy, or None if the sidecar's measured loss is smaller."""
-    copy, base = stored_file(model.pop_file), stored_file(model.file)
-    return None if copy and base and measures_worse(copy, base) else copy
-
-
-def is_unused_copy(model: CatalogModel, path: Path) -> bool:
-    """Return True if `path` is the model's converted copy but the name refers to the original."""
-    return path == stored_file(model.pop_file) and converted_copy(model) is None
-
-
 def not_fetched() -> tuple[CatalogModel, ...]:
     """Return the catalog models that are not in any models folder."""
     return tuple(each for each in load_catalog() if not stored_file(each.pop_file, each.file))
@@ -223,7 +211,7 @@ def _here() -> dict[str, tuple[Path, ...]]:
 
 
 def resolve(model: str, *, base: bool = False) -> Path:
-    """Find a model's file by path or name. Prefers a converted copy (see `converted_copy`).
+    """Find a model's file by path or name. Prefers a catalog model's converted copy.
 
     If `base` is true, returns a catalog model's unconverted file. Raises PopError if the model is
     unknown or has not been downloaded.
@@ -235,7 +223,7 @@ def resolve(model: str, *, base: bool = False) -> Path:
     entry = lookup(model)
     if entry is None:
         raise _not_there(model)
-    if path := (not base and converted_copy(entry)) or stored_file(entry.file):
+    if path := stored_file(entry.file) if base else stored_file(entry.pop_file, entry.file):
         return path
     raise PopError(
         f"{entry.name} has not been fetched yet",
@@ -255,23 +243,19 @@ def _not_there(model: str) -> PopError:
         return PopError(f"{model} is a pipe or a device, not a file", "pass a GGUF file")
     if hub_name(model):
         return to_fetch(model)
-    if model.lower().startswith(_URL):
-        return _not_on_hub(model)
-    if os.sep in model or "/" in model:
-        return PopError(f"the file {model} does not exist", _nearest_file_hint(Path(model)))
+    if not model.lower().startswith(_URL) and (os.sep in model or "/" in model):
+        path = Path(model)
+        hint = f"check the path: the folder {path.parent} does not exist either"
+        if path.parent.is_dir():
+            siblings = {file.name: str(file) for file in path.parent.glob("*.gguf")}
+            hint = nearest_hint(path.name, siblings) or "check the path"
+        return PopError(f"the file {model} does not exist", hint)
     here = {name: name for name in _here()}
-    if model.lower().endswith(".gguf"):
+    if model.lower().endswith(".gguf") and not model.lower().startswith(_URL):
         nearby = {file.name: file.name for file in Path().glob("*.gguf")}
         hint = nearest_hint(model, here | nearby, "check the path")
         return PopError(f"the file {model} does not exist", hint, cause="unknown-model")
     return _unknown(f"no model named {model!r} was found", model, here)
-
-
-def _not_on_hub(url: str) -> PopError:
-    return PopError(
-        f"{url} is not a model on the Hugging Face Hub",
-        "download the file with a browser or with `curl -LO`, and pass its path",
-    )
 
 
 def to_fetch(model: str) -> PopError:
@@ -280,19 +264,15 @@ def to_fetch(model: str) -> PopError:
     return PopError(f"{model} must be fetched first", hint, cause="not-fetched", model=model)
 
 
-def _nearest_file_hint(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"check the path: the folder {path.parent} does not exist either"
-    here = {file.name: str(file) for file in path.parent.glob("*.gguf")}
-    return nearest_hint(path.name, here) or "check the path"
-
-
 def _unknown(message: str, name: str, here: dict[str, str]) -> PopError:
     if name.lower().startswith(_URL):
-        return _not_on_hub(name)
+        return PopError(
+            f"{name} is not a model on the Hugging Face Hub",
+            "download the file with a browser or with `curl -LO`, and pass its path",
+        )
     catalog = load_catalog()
     known = {alias: model.short_name for model in catalog for alias in (model.name, *model.aliases)}
-    known |= {each: each for each in hub_names()}
+    known |= {hub: hub for hub in hub_names()}
     listed = f"pass {', '.join(model.short_name for model in catalog)} or a GGUF file"
     hint = nearest_hint(name, here | known) or listed
     return PopError(message, hint, cause="unknown-model")

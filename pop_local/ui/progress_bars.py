@@ -54,11 +54,6 @@ def prefill_progress(what: str) -> Iterator[Advance]:
         yield advance
 
 
-def _clock(left_s: float) -> str:
-    minutes, seconds = divmod(math.ceil(max(0.0, left_s)), 60)
-    return f"{minutes}:{seconds:02}"
-
-
 def _in_words(what: str) -> Advance:
     begun: tuple[int, float] | None = None
     printed_s = time.monotonic()
@@ -72,7 +67,8 @@ def _in_words(what: str) -> Advance:
             return
         printed_s = now_s
         left_s = (now_s - first_s) * (total - done) / (done - first_done)
-        note(f"{what}: {done / total:.0%}, {_clock(left_s)} left")
+        minutes, seconds = divmod(math.ceil(left_s), 60)
+        note(f"{what}: {done / total:.0%}, {minutes}:{seconds:02} left")
 
     return advance
 

@@ -137,13 +137,10 @@ def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
                 cause="no-sidecar",
             )
         return ModelFiles(base_file(model, watch), sidecar)
-    is_catalogs = not (Path(model).is_file() or names.stored_model(model))
-    if (
-        is_catalogs
-        and (entry := names.lookup(model))
-        and (converted := names.converted_copy(entry))
-    ):
-        return ModelFiles(converted)
+    entry = names.lookup(model)
+    copy = names.stored_file(entry.pop_file) if entry else None
+    if copy is not None and not (Path(model).is_file() or names.stored_model(model)):
+        return ModelFiles(copy)
     base = base_file(model, watch)
     return ModelFiles(base, sidecar_of(read_source(base)))
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from pop_base.errors import PopError
 from pop_base.progress import Watch
 from pop_converter.gguf.header import read_header
-from pop_converter.popfile.format import Measured, read_binding
+from pop_converter.popfile.format import read_binding
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert
 from pop_converter.popfile.sidecar import sidecar_meta, write_sidecar
@@ -86,25 +86,17 @@ def test_first_time_it_is_fetched_and_opened_with_the_shipped_sidecar(store, shi
     assert "Fetching" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("kl", "moves"), [(0.01, True), (0.0215, True), (0.03, False), (None, False)]
-)
-def test_a_name_moves_only_to_a_copy_that_is_not_worse(store, tmp_path, monkeypatch, kl, moves):
-    def measured(kl: float) -> Any:
-        return lambda path: Measured(kl_mean=kl, kl_se=0.001, ppl_ratio=1.0, copy_ppl_ratio=1.0)
-
+def test_name_refers_to_the_converted_copy(store, tmp_path, monkeypatch):
     base = Path(shutil.copy(tmp_path / "tiny.gguf", store / "tiny.gguf"))
     plan = make_plan(read_shape(base), boundary=5)
     monkeypatch.setattr(sidecars, "SHIPPED", tmp_path)
-    shipped, copy = tmp_path / "any.pop-sidecar.gguf", store / "tiny.pop.gguf"
-    write_sidecar(plan, base, shipped, examine=measured(0.02))
+    write_sidecar(plan, base, tmp_path / "any.pop-sidecar.gguf")
     sidecars._bindings.cache_clear()
-    convert(plan, base, copy, examine=None if kl is None else measured(kl))
-    expected = ModelFiles(copy) if moves else ModelFiles(base, shipped)
-    assert files("smollm2") == expected
-    assert models.resolve("smollm2") == expected.path
-    assert files(str(copy)) == ModelFiles(copy)
-    assert models.is_unused_copy(find("smollm2"), copy) is not moves
+    copy = store / "tiny.pop.gguf"
+    convert(plan, base, copy)
+    assert files("smollm2") == files(str(copy)) == ModelFiles(copy)
+    assert models.resolve("smollm2") == copy
+    assert models.resolve("smollm2", base=True) == base
 
 
 @pytest.mark.parametrize(

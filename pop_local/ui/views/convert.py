@@ -33,7 +33,11 @@ _COLUMNS = (
     Column("KL", lambda trial: bare(trial.quality.kl_mean, ".4f"), numeric=True),
     Column("PPL", lambda trial: bare(trial.quality.ppl_ratio, ".3f"), numeric=True),
     Column("Copy", lambda trial: bare(trial.quality.copy_ppl_ratio, ".3f"), numeric=True),
-    Column("Lost", lambda trial: _lost(trial), numeric=True),
+    Column(
+        "Lost",
+        lambda trial: trial.lookups and f"{trial.lookups.lost} of {trial.lookups.full}",
+        numeric=True,
+    ),
     Column("Inside", lambda trial: "yes" if trial.in_budget else "no"),
 )
 # Names in `figures` of the values that a budget limits.
@@ -45,10 +49,6 @@ _JUDGED = (
 
 def _kind(plan: Plan) -> str:
     return f"{plan.projection}, distilled" if plan.is_distilled else plan.projection
-
-
-def _lost(trial: Trial) -> str | None:
-    return f"{trial.lookups.lost} of {trial.lookups.full}" if trial.lookups else None
 
 
 def budget_fact(budget: Budget) -> Fact:

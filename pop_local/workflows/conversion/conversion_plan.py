@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pop_base.errors import PopError
 from pop_base.progress import Watch
-from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.architecture.shape import source_shape
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Budget, DeepRows, PopMeta
@@ -53,18 +53,6 @@ class Within:
 
 
 Goal = Boundary | Within
-
-
-def plans_of(goal: Goal, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-    """Return a goal's plans, sorted by the number of skipped layers.
-
-    `rows`: keyword arguments for make_plan. Raises PlanError.
-    """
-    named = goal.at if isinstance(goal, Within) else goal
-    if named is not None:
-        return (make_plan(shape, boundary=named.layer, **rows),)
-    tried = boundaries(shape, LEAST_DIVISOR)
-    return tuple(make_plan(shape, boundary=each, **rows) for each in tried)
 
 
 @dataclass(frozen=True)
@@ -145,9 +133,10 @@ class Conversion:
     @cached_property
     def needs(self) -> costs.FitNeeds | None:
         """Return the total cost of the fits, or None if there are none or the cost is unknown."""
-        if self.fit is None or not self._fitted or self.not_counted:
+        fitted = [plan for plan in self.tried if plan.projection != Projection.OWN]
+        if self.fit is None or not fitted or self.not_counted:
             return None
-        return costs.fit_needs(self._fitted, self.source, self.fit)
+        return costs.fit_needs(fitted, self.source, self.fit)
 
     @cached_property
     def seconds(self) -> float | None:
@@ -167,10 +156,6 @@ class Conversion:
             return self.plans
         return costs.spaced(self.plans, self.source, self.fit)
 
-    @property
-    def _fitted(self) -> list[Plan]:
-        return [plan for plan in self.tried if plan.projection != Projection.OWN]
-
     @cached_property
     def sizes(self) -> FileSizes:
         """Return the sizes of the model and of the output that the deepest plan would produce."""
@@ -185,10 +170,6 @@ class Conversion:
     @property
     def is_sidecar(self) -> bool:
         return self.options.output == "sidecar"
-
-    @property
-    def writing_stage(self) -> str:
-        return "Reading the model" if self.is_sidecar else "Writing and verifying"
 
     def files(self, written: Path) -> ModelFiles:
         """Return the converted model's files. `written`: the path of the output file."""
@@ -208,9 +189,11 @@ def plan_conversion(
     if fit is not None:
         fit.require_text(shape.n_embd)
     projection = Projection.OWN if fit is None else fit.projection or Projection.FITTED
+    named = options.goal.at if isinstance(options.goal, Within) else options.goal
+    layers = boundaries(shape, LEAST_DIVISOR) if named is None else (named.layer,)
+    rows: dict[str, Any] = {"projection": projection, **vars(options.rows)}
     macs = GraphMacs(source.first.path)
-    rows = {"projection": projection, "macs": macs, **vars(options.rows)}
-    plans = plans_of(options.goal, shape, **rows)
+    plans = tuple(make_plan(shape, boundary=layer, macs=macs, **rows) for layer in layers)
     if fit is not None:
         if fit.projection is not None:
             require_fit(plans)

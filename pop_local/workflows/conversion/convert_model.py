@@ -189,12 +189,13 @@ class ConversionRun:
         """Write the plan's output file, including any fit. Raises PopError or StoppedError."""
         planned, watch = self.conversion, self.runner.watch
         write = write_sidecar if planned.is_sidecar else write_copy
-        advance = watch.stage(planned.writing_stage, Unit.BYTES)
+        name = "Reading the model" if planned.is_sidecar else "Writing and verifying"
+        advance = watch.stage(name, Unit.BYTES)
 
         def examine_in_stage(written: Path) -> Measured:
             assert examine is not None
             metrics = examine(written)
-            watch.on_stage(planned.writing_stage, Unit.BYTES)
+            watch.on_stage(name, Unit.BYTES)
             return metrics
 
         meta = write(

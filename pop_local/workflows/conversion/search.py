@@ -265,25 +265,19 @@ class Search:
                     break
                 start = boundary + 1
 
-    def fit(self, wanted: Sequence[Candidate]) -> None:
+    def fit(self, candidates: Sequence[Candidate]) -> None:
         """Fit the first candidate and as many further candidates as memory allows (rule 3)."""
-        fitted = self._room_for(wanted)
-        plans = [each.plan for each in fitted]
+        missing = [candidate for candidate in candidates if not candidate.is_ready]
+        plans: list[Plan] = []
+        for candidate in missing:
+            more = [*plans, candidate.plan]
+            needs = fit_needs(more, self.runner.source, self.fitter.options)
+            if plans and len(needs.groups) > 1:
+                break
+            plans = more
         self.runner.require_room(plans, self.fitter.options.kv_type)
         names = ", ".join(map(str, sorted(plan.boundary for plan in plans)))
         self._note(f"Fitting the projections for boundary {names}")
-        made = self.fitter.fit(plans)
-        for candidate, fit in zip(fitted, made, strict=True):
+        for candidate, fit in zip(missing, self.fitter.fit(plans), strict=False):
             candidate.fitted = fit
             candidate.plan = replace(candidate.plan, projection=fit.projection)
-
-    def _room_for(self, wanted: Sequence[Candidate]) -> list[Candidate]:
-        """Return the first candidate, plus further candidates as long as all sums fit in memory."""
-        chosen: list[Candidate] = []
-        for candidate in (each for each in wanted if not each.is_ready):
-            plans = [each.plan for each in (*chosen, candidate)]
-            needs = fit_needs(plans, self.runner.source, self.fitter.options)
-            if chosen and len(needs.groups) > 1:
-                break
-            chosen.append(candidate)
-        return chosen
