@@ -44,22 +44,3 @@ def test_embeddings_keep_prompt_cache(path):
             client.post("/v1/embeddings", json={"input": "another text"})
             usage = chat(client).json()["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] > usage["prompt_tokens"] / 2
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ({}, "input: Field required"),
-        ({"input": "a", "dimensions": 3}, "dimensions must be 128"),
-        ({"input": [2**31]}, "token IDs must be between 0 and"),
-        ({"input": ["a"] * 2049}, "up to 2048"),
-        ({"input": []}, "the prompt is empty"),
-        ({"input": {"content": [{"type": "image_url"}]}}, "input: send one text"),
-        ({"input": LONG * 20}, "the context is too small"),
-        ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
-    ],
-)
-def test_invalid_embedding_requests(client, body, reason):
-    response = client.post("/v1/embeddings", json=body)
-    assert response.status_code == 400
-    assert reason in response.json()["error"]["message"]

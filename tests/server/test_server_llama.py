@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from support.filling import FIM, by_hand
 from support.server_requests import LONG, N_CTX, NAME, complete, text_of
 
@@ -82,28 +80,6 @@ def test_llama_cpp_field_names(client):
     assert ask(client, prompt="a", n_predict=0)["tokens_predicted"] == 1
     endless = ask(client, prompt="a", grammar='root ::= "b"', n_predict=None)
     assert (endless["content"], endless["generation_settings"]["n_predict"]) == ("b", -1)
-
-
-@pytest.mark.parametrize(
-    ("endpoint", "body", "reason"),
-    [
-        ("completion", {"prompt": "a", "samplers": ["top_k"]}, "samplers is not supported"),
-        ("completion", {"prompt": {"prompt_string": 5}}, "send one text or a list"),
-        ("completion", {}, "prompt"),
-        ("tokenize", {}, "content"),
-        ("tokenize", {"content": [1, "a"]}, "content"),
-        ("tokenize", {"content": "a", "with_pieces": True}, "with_pieces is not supported"),
-        ("detokenize", {"tokens": [384]}, "must be between 0 and 383"),
-        ("detokenize", {"tokens": ["a"]}, "tokens.0"),
-        ("infill", {"input_prefix": "a", "input_suffix": "b"}, "no fill-in-the-middle"),
-        ("infill", {"input_extra": [{"text": 5}]}, "input_extra.0.text"),
-        ("infill", {"input_extra": [{"filename": "a"}]}, "input_extra.0.text"),
-    ],
-)
-def test_errors_name_the_field(client, endpoint, body, reason):
-    response = client.post(f"/{endpoint}", json=body)
-    assert response.status_code == 400
-    assert reason in response.json()["error"]["message"]
 
 
 def test_editor_infill_requests(filler):

@@ -131,27 +131,6 @@ def test_count_tokens(client):
     assert counted == usage.input_tokens + (usage.cache_read_input_tokens or 0)
 
 
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ({"max_tokens": None}, "max_tokens"),
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "messages.0"),
-        ({"mcp_servers": [{}]}, "mcp_servers is not supported"),
-        ({"tool_choice": {"type": "any"}}, "tool_choice requires tools"),
-        (FORCED | {"tool_choice": {"type": "tool", "name": "x"}}, "not in tools"),
-        ({"temperature": -1}, "temperature"),
-    ],
-)
-def test_errors_have_anthropic_shape(client, body, reason):
-    response = create(client, **body)
-    assert response.status_code == 400
-    assert response.json()["type"] == "error"
-    assert response.json()["error"]["type"] == "invalid_request_error"
-    assert reason in response.json()["error"]["message"]
-
-
 def test_log_estimates_the_time_left_once_rows_are_read(client, monkeypatch, caplog):
     monkeypatch.setattr(worker, "_LOG_S", 0.0)
     with caplog.at_level("INFO", "pop_local.server"):

@@ -1,6 +1,7 @@
 """All routes of the application: access, methods, invalid bodies, and unknown models.
 
-The tests read the routes from the application. A new POST route must accept the fields of `body`:
+The tests read the routes from the application. A new POST route must accept the fields of
+`body_for`:
 add those that it requires.
 """
 
@@ -8,7 +9,6 @@ import json
 import re
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 from starlette.routing import Route
@@ -17,7 +17,7 @@ from pop_local.server.access import AccessRules
 from pop_local.server.app import create_app
 from pop_local.server.model_pool import ModelPool
 from support.library import NAMES, Library, asked
-from support.server_requests import BOMB, LONG, N_CTX, NAME, chat, text_of
+from support.server_requests import BOMB, LONG, N_CTX, NAME, body_for, chat, error_of, text_of
 from support.serving import LOCAL, app_of, asking
 
 APP = create_app(ModelPool(Library(Path()).registry()), LOCAL)
@@ -31,32 +31,8 @@ WITHOUT_TASK = ("/api/show", "/tokenize", "/detokenize")
 KEYLESS = ("/", "/health", "/v1/health", "/page/missing")
 
 
-def body(route: str, text: str = "a") -> dict[str, Any]:
-    """Return a request that all routes accept, because they ignore other routes' fields."""
-    fields = {
-        "messages": [{"role": "user", "content": text}],
-        **dict.fromkeys(("prompt", "input", "content", "input_prefix", "input_suffix"), text),
-        "tokens": [5],
-        **dict.fromkeys(("max_tokens", "n_predict", "max_output_tokens"), 2),
-        "options": {"num_predict": 2},
-        "stream": False,
-    }
-    if route.endswith("/responses"):
-        del fields["prompt"]  # a stored prompt in this API
-    return fields
-
-
 SCHEMA = {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/B"}}}
 DEEP = {"type": "string", "pattern": "(a?){1000}" * 20 + "(?=a)"}
-
-
-def message(response: Any) -> str:
-    """Return an error's message after checking that its shape is the API's."""
-    answer, path = response.json(), response.request.url.path
-    error = answer["error"]
-    assert isinstance(error, str) == path.startswith("/api/")
-    assert (answer.get("type") == "error") == path.removeprefix("/v1").startswith("/messages")
-    return error if isinstance(error, str) else error["message"]
 
 
 def test_application_has_routes_of_every_api():
@@ -72,7 +48,7 @@ def test_route_requires_the_key(full, route):
     refused = client.request(method, route)
     assert (refused.status_code == 401) is (route not in KEYLESS)
     if route not in KEYLESS:
-        assert "API key" in message(refused)
+        assert "API key" in error_of(refused)
         key = {"Authorization": "Bearer secret"}
         assert client.request(method, route, headers=key).status_code != 401
 
@@ -83,7 +59,7 @@ def test_other_methods_are_refused(client, route):
     for method in {other, "PUT", "DELETE"} - ROUTES[route]:
         refused = client.request(method, route)
         assert refused.status_code == 405
-        assert message(refused) == "Method Not Allowed"
+        assert error_of(refused) == "Method Not Allowed"
 
 
 @pytest.mark.parametrize("route", BODIES)
@@ -103,17 +79,17 @@ def test_malformed_bodies_are_refused(client, route):
         for sent in (content, iter([content[:1], content[1:]])):
             response = client.post(route, content=sent)
             assert response.status_code == status, response.text
-            assert message(response)
-        assert status != 413 or "100,000 bytes" in message(response)
+            assert error_of(response)
+        assert status != 413 or "100,000 bytes" in error_of(response)
     assert text_of(chat(client, "hello", max_tokens=1)) is not None
 
 
 @pytest.mark.parametrize("route", BODIES)
 def test_strict_server_refuses_unknown_models(full, route):
     client = asking(app_of(full, NAME, strict_model=True))
-    response = client.post(route, json=body(route) | {"model": "gpt-4o"})
+    response = client.post(route, json=body_for(route) | {"model": "gpt-4o"})
     assert response.status_code == 404
-    assert message(response) == f"no model named 'gpt-4o' exists; this server serves {NAME!r}"
+    assert error_of(response) == f"no model named 'gpt-4o' exists; this server serves {NAME!r}"
 
 
 def test_each_route_opens_the_named_model(library):
@@ -121,9 +97,9 @@ def test_each_route_opens_the_named_model(library):
     with asked(library) as client:
         for number, route in enumerate(BODIES):
             name = NAMES[number % 3]
-            response = client.post(route, json=body(route) | {"model": name})
+            response = client.post(route, json=body_for(route) | {"model": name})
             if route == "/infill":
-                assert "no fill-in-the-middle" in message(response)
+                assert "no fill-in-the-middle" in error_of(response)
                 continue
             assert response.status_code == 200, response.text
             assert response.json().get("model", name) == name
@@ -133,15 +109,17 @@ def test_each_route_opens_the_named_model(library):
 @pytest.mark.parametrize("route", [route for route in BODIES if route not in WITHOUT_TASK])
 def test_prompt_beyond_context_is_refused(client, filler, route):
     response = (filler[1] if route == "/infill" else client).post(
-        route, json=body(route, "x" * 5000)
+        route, json=body_for(route, "x" * 5000)
     )
     assert response.status_code == 400
-    assert f"are limited to {N_CTX}" in message(response)
+    assert f"are limited to {N_CTX}" in error_of(response)
 
 
 @pytest.mark.parametrize("route", [route for route in BODIES if f"/v1{route}" in BODIES])
 def test_paths_without_version(client, route):
-    short, long = (client.post(version + route, json=body(route, LONG)) for version in ("", "/v1"))
+    short, long = (
+        client.post(version + route, json=body_for(route, LONG)) for version in ("", "/v1")
+    )
     assert short.status_code == long.status_code == 200
     assert (short.json().keys() == long.json().keys()) is (route != "/completions")
 
@@ -161,19 +139,19 @@ def test_paths_without_version(client, route):
     ],
 )
 def test_memory_bomb_in_schema_is_refused(client, route, field):
-    response = client.post(route, json=body(route) | field)
+    response = client.post(route, json=body_for(route) | field)
     assert response.status_code == 400, response.text
-    assert message(response)
+    assert error_of(response)
     assert text_of(chat(client, "hello", max_tokens=1)) is not None
 
 
 def test_unknown_path_names_a_near_one(client):
     unknown = client.post("/v1/chat/completion", json={})
     assert unknown.status_code == 404
-    assert "did you mean /v1/chat/completions?" in message(unknown)
-    assert "unknown path '/api/pull'" in message(client.post("/api/pull", json={}))
-    assert "docs/server.md" in message(client.get("/zzz"))
-    assert len(message(client.get("/" + "x" * 5000))) < 400
+    assert "did you mean /v1/chat/completions?" in error_of(unknown)
+    assert "unknown path '/api/pull'" in error_of(client.post("/api/pull", json={}))
+    assert "docs/server.md" in error_of(client.get("/zzz"))
+    assert len(error_of(client.get("/" + "x" * 5000))) < 400
 
 
 def test_tokenization_blocks_no_other_request(client):

@@ -154,45 +154,6 @@ def test_usage_lists_ignored_tool_keywords(client):
     assert usage["pop"]["ignored"] == ["uniqueItems"]
 
 
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ({"tool_choice": "required"}, "tool_choice requires tools"),
-        ({"tools": [], "tool_choice": "required"}, "tool_choice requires tools"),
-        ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
-        ({"tools": [WEATHER, WEATHER]}, "two tools have the same name"),
-        ({"tools": [WEATHER] * 257}, "tools"),
-        (
-            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
-            "'x', which is not in tools",
-        ),
-        ({"tools": TOOLS, "tool_choice": "some"}, "tool_choice"),
-        ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "send tools or grammar, not both"),
-        (
-            {"tools": TOOLS, "response_format": {"type": "json_object", "schema": {"enum": []}}},
-            "schema",
-        ),
-        (
-            {
-                "tools": TOOLS,
-                "tool_choice": {
-                    "type": "allowed_tools",
-                    "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "x"}}]},
-                },
-            },
-            "'x', which is not in tools",
-        ),
-        ({"tools": [function("a", b={"type": "any"})]}, "a tool's schema is not valid"),
-        ({"tools": [function("a", b={"$ref": "#/nowhere"})]}, "not valid"),
-    ],
-)
-def test_invalid_requests_are_refused(client, body, reason):
-    response = chat(client, **body)
-    assert response.status_code == 400, response.text
-    assert reason in response.json()["error"]["message"]
-
-
 def test_tool_beyond_limits_is_refused(client):
     with call_limit(0.5, *grammar._children.queue):
         refused = chat(client, tools=[function("a", b=BOMB)])

@@ -1,6 +1,7 @@
 """Send requests to the server application and read its responses."""
 
 import json
+from typing import Any
 
 LONG = "the quick brown fox jumps over the lazy dog, " * 6
 NAME = "tiny"
@@ -36,3 +37,27 @@ def events(response) -> list:
     lines = [line for line in response.text.split("\n\n") if line and not line.startswith(":")]
     assert lines.pop() == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def body_for(route: str, text: str = "a") -> dict[str, Any]:
+    """Return a request that all routes accept, because they ignore other routes' fields."""
+    fields = {
+        "messages": [{"role": "user", "content": text}],
+        **dict.fromkeys(("prompt", "input", "content", "input_prefix", "input_suffix"), text),
+        "tokens": [5],
+        **dict.fromkeys(("max_tokens", "n_predict", "max_output_tokens"), 2),
+        "options": {"num_predict": 2},
+        "stream": False,
+    }
+    if route.endswith("/responses"):
+        del fields["prompt"]  # a stored prompt in this API
+    return fields
+
+
+def error_of(response: Any) -> str:
+    """Return an error's message after checking that its shape is the API's."""
+    answer, path = response.json(), response.request.url.path
+    error = answer["error"]
+    assert isinstance(error, str) == path.startswith("/api/")
+    assert (answer.get("type") == "error") == path.removeprefix("/v1").startswith("/messages")
+    return error if isinstance(error, str) else error["message"]
