@@ -4,7 +4,9 @@ import pytest
 
 from pop_local.config.sampler_options import SAMPLER_OPTIONS
 from pop_local.engine.turn_options import TurnOptions
+from pop_local.server.apis.messages import MessagesBody
 from pop_local.server.apis.ollama import OllamaBody
+from pop_local.server.apis.responses import ResponsesBody
 from pop_local.server.request_bodies import ChatBody
 from pop_local.server.task_factory import TaskFactory
 from support.program import called
@@ -29,8 +31,12 @@ def test_request_sets_option(full, option):
         assert getattr(options_of(full, **{name: 1}), option.name) == 1
     unset = getattr(TurnOptions(), option.name)
     assert getattr(options_of(full, **{option.name: None}), option.name) == unset
-    sent = OllamaBody(options={option.name: 1}).common_fields
-    assert getattr(options_of(full, **sent), option.name) == 1
+    ollama = OllamaBody(options={option.name: 1})
+    assert getattr(options_of(full, **ollama.common_fields), option.name) == 1
+    anthropic = MessagesBody.model_validate(HELLO | {"max_tokens": 8, option.name: 1})
+    assert getattr(anthropic.chat(), option.name) == 1
+    response = ResponsesBody.model_validate({"input": "hello", option.name: 1})
+    assert getattr(response.chat(()), option.name) == 1
     if option.off is not None:
         assert getattr(options_of(full, **{option.name: option.off}), option.name) == 0
 

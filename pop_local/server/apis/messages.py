@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pop_local.config.sampler_options import SAMPLER_OPTIONS
 from pop_local.engine.chat_messages import TokenLogprob, ToolCall
 from pop_local.engine.tools.reader import Piece
 from pop_local.server import replies
@@ -22,7 +23,7 @@ from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
 # Fields that have the same name in ChatBody, which validates them.
-_SAME = {"model", "max_tokens", "temperature", "top_p", "top_k", "stream", "pop"}
+_SAME = {"model", "max_tokens", "stream", "pop", *SAMPLER_OPTIONS}
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 

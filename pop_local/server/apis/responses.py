@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pop_local.config.sampler_options import SAMPLER_OPTIONS
 from pop_local.engine.chat_messages import TokenLogprob, ToolCall
 from pop_local.engine.tools.reader import Piece
 from pop_local.server import request_bodies as bodies
@@ -24,7 +25,7 @@ from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
 # Fields that have the same name in ChatBody, which validates them.
-_SAME = {"model", "temperature", "top_p", "stream", "pop", "parallel_tool_calls"}
+_SAME = {"model", "stream", "pop", "parallel_tool_calls", *SAMPLER_OPTIONS}
 # Request fields that the response repeats.
 _REPEATED = {
     *("instructions", "previous_response_id", "max_output_tokens"),
@@ -119,7 +120,7 @@ class ResponsesBody(bodies.ModelRequest):
 
     unsupported = (
         *("conversation", "background", "prompt", "max_tool_calls", "top_logprobs"),
-        *("stop", "seed", "logit_bias"),
+        *("stop", "logit_bias"),
     )
     input: Annotated[
         list[InputItem],
