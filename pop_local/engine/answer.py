@@ -109,7 +109,7 @@ class _Turn:
         self._is_repeating = False
         self._n_shown = 0
         self._constraint = constraint()
-        self._sampler = Sampler(sequence.cache.slot, options, self._constraint)
+        self._sampler = Sampler(context.vocabulary.n_tokens, options, self._constraint)
         self._n_decoded = 0
         self._decode_s = 0.0
 

@@ -147,8 +147,9 @@ class Engine:
 
     def sampled(self, options: TurnOptions) -> Generator[int]:
         """Yield tokens indefinitely, continuing from the first sequence's cached rows."""
-        sequence = self.sequences[0]
-        return sequence.sampled(Sampler(sequence.cache.slot, options, self.constraint(options)))
+        n_vocab = self.context.vocabulary.n_tokens
+        sampler = Sampler(n_vocab, options, self.constraint(options))
+        return self.sequences[0].sampled(sampler)
 
     def constraint(self, options: TurnOptions) -> Allowed | None:
         """Return the constraint for the `calls` or `grammar` option (None if neither is set)."""

@@ -1,6 +1,6 @@
 """Read prompts into a sequence's KV cache and sample tokens."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -111,11 +111,16 @@ class CachedSequence:
         with self.cache.context.locked():
             return read(self.states, prompt, self.rule, on_prefill)
 
-    def step(self, token: int) -> None:
-        """Append an answer token. All layers compute its row unless the mode is ALWAYS."""
-        self.cache.make_room(1)
+    def step(self, tokens: Sequence[int]) -> np.ndarray:
+        """Append an answer's next tokens and return their logits, float32 [n, n_vocab].
+
+        All layers compute the rows unless the mode is ALWAYS. The logits are valid until the next
+        batch.
+        """
+        self.cache.make_room(len(tokens))
         self.cache.slot.begin_decode()
-        self.cache.append([token], Outputs.LAST, np.ones(1, bool))
+        self.cache.append(tokens, Outputs.ALL, np.ones(len(tokens), bool))
+        return self.cache.slot.logits
 
     def sampled(self, sampler: Sampler) -> Generator[int]:
         """Sample tokens after the cached prompt and yield them indefinitely.
@@ -125,12 +130,13 @@ class CachedSequence:
         cache = self.cache
         epoch = cache.epoch
         try:
+            logits = cache.slot.logits
             while True:
-                token = sampler.sample()
+                token = sampler.sample(logits[-1])
                 yield token
                 if cache.epoch != epoch:
                     raise DisplacedError
-                self.step(token)
+                logits = self.step([token])
                 if cache.epoch != epoch:
                     raise DisplacedError
         finally:

@@ -92,7 +92,7 @@ class Operations:
     def _answer(self) -> None:
         self._has_answers = True
         for _ in range(self._rng.randrange(1, 20)):
-            self._model.engine.sequences[0].step(self._rng.randrange(3, 300))
+            self._model.engine.sequences[0].step([self._rng.randrange(3, 300)])
 
     def _refill(self) -> None:
         first_of(self._model).refiller.refill(stop_after(self._rng.choice([1, 30, 300, 10**6])))
@@ -109,7 +109,7 @@ class Operations:
         read(self._full, tokens)
         if self._has_answers:
             for model in (self._model, self._full):
-                model.engine.sequences[0].step(5)
+                model.engine.sequences[0].step([5])
             result, expected = last_logits(self._model), last_logits(self._full)
             np.testing.assert_allclose(result, expected, rtol=0, atol=NOISE)
         else:

@@ -22,7 +22,7 @@ class Logprobs:
 
     def push(self, token: int) -> None:
         """Store a token's log probability before the next decode overwrites the logits."""
-        logprob = _of_token(self._pieces, self._slot.logits, token, self._n_top)
+        logprob = _of_token(self._pieces, self._slot.logits[-1], token, self._n_top)
         self._pending.append((self._end, logprob))
         self._end += len(logprob.text)
 

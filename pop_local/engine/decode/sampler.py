@@ -13,7 +13,6 @@ from pop_converter.gguf.header import Header
 from pop_local.config.sampler_options import SAMPLER_OPTIONS, SamplerOptions
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import require_finite
-from pop_local.engine.llama.slot import Slot
 
 _N_PENALISED = 64  # number of recent tokens that penalties apply to
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
@@ -42,12 +41,12 @@ class Allowed(Protocol):
 
 
 class Sampler:
-    """Samples an answer's tokens from the slot's latest logits."""
+    """Samples an answer's tokens from logits."""
 
     def __init__(
-        self, slot: Slot, options: SamplerOptions, constraint: Allowed | None = None
+        self, n_vocab: int, options: SamplerOptions, constraint: Allowed | None = None
     ) -> None:
-        self._slot, self._constraint = slot, constraint
+        self._n_vocab, self._constraint = n_vocab, constraint
         self._api = bindings()
         self._chain: Any = None
         self._biased = np.array([token for token, _ in options.logit_bias], np.intp)
@@ -56,13 +55,12 @@ class Sampler:
         self._is_greedy = options.temperature < _MIN_TEMPERATURE
         if not self._is_greedy or penalties != (1.0, 0.0, 0.0):
             self._chain = self._chained(options, penalties)
-            self._ids = np.arange(slot.context.vocabulary.n_tokens, dtype=np.int32)
+            self._ids = np.arange(n_vocab, dtype=np.int32)
             self._candidates = np.zeros(len(self._ids), _CANDIDATE)
 
     def _chained(self, options: SamplerOptions, penalties: tuple[float, float, float]) -> Any:
         api = self._api
-        n_vocab = self._slot.context.vocabulary.n_tokens
-        samplers = [api.llama_sampler_init_penalties(n_vocab, _N_PENALISED, *penalties)]
+        samplers = [api.llama_sampler_init_penalties(self._n_vocab, _N_PENALISED, *penalties)]
         if self._is_greedy:
             samplers.append(api.llama_sampler_init_greedy())
         else:
@@ -80,13 +78,12 @@ class Sampler:
             api.llama_sampler_chain_add(chain, sampler)
         return chain
 
-    def sample(self) -> int:
-        """Choose the next token.
+    def sample(self, logits: np.ndarray) -> int:
+        """Choose the next token. `logits`: float32 [n_vocab].
 
         Raises PopError if the constraint allows no token, or if a logit is NaN or infinite.
         """
         ids = None if self._constraint is None else self._constraint.allowed()
-        logits = self._slot.logits
         require_finite(logits.max())
         if len(self._biased):
             logits = logits.copy()

@@ -18,6 +18,12 @@ class Outputs(Enum):
     LAST = "last"
     ALL = "all"
 
+    def mask(self, n: int) -> np.ndarray:
+        """Return True for each of `n` rows that needs logits, bool [n]."""
+        rows = np.full(n, self is Outputs.ALL)
+        rows[-1] = self is not Outputs.NONE
+        return rows
+
 
 def decode_rows(
     ctx: object,
@@ -69,9 +75,8 @@ class TokenBatch:
     ) -> int:
         """Decode one sequence's tokens at consecutive positions. Returns llama_decode's code."""
         n = len(tokens)
-        wanted = np.full(n, outputs is Outputs.ALL)
-        wanted[-1] = outputs is not Outputs.NONE
-        return self.run(ctx, tokens, first_pos + self._offsets[:n], np.full(n, sequence), wanted)
+        positions, sequences = first_pos + self._offsets[:n], np.full(n, sequence)
+        return self.run(ctx, tokens, positions, sequences, outputs.mask(n))
 
     def run(
         self,

@@ -1,7 +1,7 @@
 """Continuous batching: rows from multiple sequences of one context share batches.
 
 Each sequence has its own thread, which blocks in `decode`. A batch runs once all active sequences
-have queued a request. A batch contains one row for each answer and the rows of at most one prompt.
+have queued a request. A batch contains the next rows of each answer and of at most one prompt.
 """
 
 import threading
@@ -20,37 +20,50 @@ from pop_local.engine.llama.cells import SequenceCells
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.interrupt import current_should_stop
 from pop_local.engine.llama.prefill_throttle import PrefillThrottle
-from pop_local.engine.llama.slot import Slot
+from pop_local.engine.llama.slot import Slot, overwriting
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a sequence to decode. All arrays have the length n."""
+
+    sequence: int
+    tokens: np.ndarray  # int32
+    positions: np.ndarray  # int32
+    outputs: np.ndarray  # bool, True for rows that need logits
+    context: np.ndarray  # bool, True for a prompt's rows that stop at the boundary
+    is_prompt: bool
+    is_overwriting: bool  # whether the rows already have cells
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def part(self, start: int, n: int) -> "Rows":
+        """Return up to `n` rows from row `start` onward."""
+        names = ("tokens", "positions", "outputs", "context")
+        return replace(self, **{name: getattr(self, name)[start : start + n] for name in names})
 
 
 @dataclass(eq=False)
 class _Request:
-    """A request to decode a sequence's rows. The first `n_done` rows have been decoded."""
+    """A request to decode rows. The first `n_done` rows have been decoded.
 
-    slot: "BatchedSlot"
-    tokens: Sequence[int]
-    first: int
-    outputs: Outputs
+    `logits`: float32 [n_outputs, n_vocab]. `count` receives the counters of the prompt's batches.
+    """
+
+    rows: Rows
+    logits: np.ndarray
+    count: Callable[[Counters], None]
     should_stop: Callable[[], bool]
     n_done: int = 0
     error: BaseException | None = None
 
     @property
-    def n_left(self) -> int:
-        return len(self.tokens) - self.n_done
-
-    @property
-    def position(self) -> int:
-        """Position of the next row."""
-        return self.first + self.n_done
-
-    @property
     def is_over(self) -> bool:
-        return self.error is not None or self.n_left == 0
+        return self.error is not None or self.n_done == len(self.rows)
 
-    def gives_logits(self, n: int) -> bool:
-        """Return True if the last of the next `n` rows needs logits."""
-        return self.outputs is Outputs.LAST and n == self.n_left
+    def next_rows(self, n: int) -> Rows:
+        return self.rows.part(self.n_done, n)
 
 
 class Batcher:
@@ -90,8 +103,16 @@ class Batcher:
             finally:
                 self.holder = before
 
-    def decode(self, request: _Request) -> None:
-        """Queue a request and block until its rows are decoded. Raises the request's error."""
+    def decode(self, rows: Rows, count: Callable[[Counters], None]) -> np.ndarray:
+        """Queue rows and block until they are decoded.
+
+        Returns the output rows' logits, float32 [n_outputs, n_vocab]. `count` is called with the
+        counters of each batch. Raises the error of the batch, or StoppedError if the caller's
+        `should_stop` returns True.
+        """
+        n_vocab = self._context.vocabulary.n_tokens
+        logits = np.empty((np.count_nonzero(rows.outputs), n_vocab), np.float32)
+        request = _Request(rows, logits, count, current_should_stop())
         with self._turn:
             self._queue.append(request)
             while not request.is_over:
@@ -102,6 +123,7 @@ class Batcher:
                     self._turn.wait()
         if request.error is not None:
             raise request.error
+        return logits
 
     def _compute(self) -> None:
         """Decode one batch of queued rows. At most one prompt contributes rows."""
@@ -111,82 +133,91 @@ class Batcher:
                     request.error = StoppedError()
             except BaseException as error:  # the thread that queued the request raises it
                 request.error = error
-        steps = [one for one in self._queue if not (one.is_over or one.slot._is_prefilling)]
-        prompts = [one for one in self._queue if not one.is_over and one.slot._is_prefilling][:1]
+        pending = [request for request in self._queue if not request.is_over]
+        answers = [request for request in pending if not request.rows.is_prompt]
+        prompts = [request for request in pending if request.rows.is_prompt][:1]
         try:
-            if steps or prompts:
-                self._decode(steps, prompts)
+            if answers or prompts:
+                self._decode(answers, prompts)
         except BaseException as error:
-            for request in (*steps, *prompts):
+            for request in (*answers, *prompts):
                 if not request.is_over:
                     request.error = error
         self._queue = [request for request in self._queue if not request.is_over]
 
-    def _decode(self, steps: list[_Request], prompts: list[_Request]) -> None:
+    def _decode(self, answers: list[_Request], prompts: list[_Request]) -> None:
         ctx = self._context.ctx
-        n_rows = self._throttle.max_prompt_rows(len(steps))
-        of_steps = [(one, 1) for one in steps]
-        of_prompts = [(one, min(one.n_left, n_rows)) for one in prompts if n_rows]
+        # A prompt gets at least one row of each batch, unless the throttle excludes it.
+        n_each = max(1, (self._context.n_batch - len(prompts)) // max(1, len(answers)))
+        of_answers = [(request, request.next_rows(n_each)) for request in answers]
+        n_answered = sum(len(rows) for _, rows in of_answers)
+        n_rows = self._throttle.max_prompt_rows(n_answered)
+        of_prompts = [(request, request.next_rows(n_rows)) for request in prompts if n_rows]
         before = backend.get_counters(ctx)
         started_s = time.perf_counter()
-        if of_prompts and prompts[0].slot._is_overwriting:
-            # An answer's new row cannot share a batch with rows that already have cells.
-            if of_steps:
-                self._run(of_steps)
-            with Slot.overwriting(prompts[0].slot):
+        if of_prompts and of_prompts[0][1].is_overwriting:
+            # An answer's new rows cannot share a batch with rows that already have cells.
+            if of_answers:
+                self._run(of_answers)
+            with overwriting(ctx):
                 self._run(of_prompts)
         else:
-            self._run(of_steps + of_prompts)
-        n_read = sum(n for _, n in of_prompts)
-        self._throttle.record(len(steps), n_read, time.perf_counter() - started_s)
+            self._run(of_answers + of_prompts)
+        n_read = sum(len(rows) for _, rows in of_prompts)
+        self._throttle.record(n_answered, n_read, time.perf_counter() - started_s)
         # The batch's full rows include the answers' rows.
-        before = replace(before, n_full=before.n_full + len(steps))
-        for one in prompts:
-            one.slot._add_counters(before)
+        before = replace(before, n_full=before.n_full + n_answered)
+        for request in prompts:
+            request.count(_difference(backend.get_counters(ctx), before))
 
-    def _run(self, parts: list[tuple[_Request, int]]) -> None:
-        """Decode each request's next `n` rows and copy the logits of completed requests."""
+    def _run(self, parts: list[tuple[_Request, Rows]]) -> None:
+        """Decode some rows of each request and copy the output rows' logits."""
 
         def should_stop(_: object = None) -> bool:
-            return all(one.should_stop() for one, _ in parts)
+            return all(request.should_stop() for request, _ in parts)
 
         ctx, api = self._context.ctx, backend.bindings()
-        backend.set_reading(ctx, _reading_of(parts))
-        tokens = [token for one, n in parts for token in one.tokens[one.n_done : one.n_done + n]]
-        positions = [at for one, n in parts for at in range(one.position, one.position + n)]
-        sizes = [n for _, n in parts]
-        sequences = np.repeat([one.slot.sequence for one, _ in parts], sizes)
-        ends = np.cumsum(sizes) - 1
-        wanted = np.zeros(len(tokens), bool)
-        wanted[ends] = [one.gives_logits(n) for one, n in parts]
+        parts_rows = [rows for _, rows in parts]
+        backend.set_reading(ctx, _reading_of(parts_rows))
+        tokens, positions, outputs = (
+            np.concatenate([getattr(rows, name) for rows in parts_rows])
+            for name in ("tokens", "positions", "outputs")
+        )
+        sizes = [len(rows) for rows in parts_rows]
+        sequences = np.repeat([rows.sequence for rows in parts_rows], sizes)
         logs.forget_errors()
         # The callback waits for the GIL at each node, so short batches of answers run without it.
-        has_prompt = len(tokens) > len(parts)
+        has_prompt = any(rows.is_prompt for rows in parts_rows)
         callback = api.ggml_abort_callback(should_stop if has_prompt else 0)
         api.llama_set_abort_callback(ctx, callback, None)
         try:
-            code = self._context.batch.run(ctx, tokens, positions, sequences, wanted)
+            code = self._context.batch.run(ctx, tokens, positions, sequences, outputs)
         finally:
             api.llama_set_abort_callback(ctx, api.ggml_abort_callback(0), None)
         if code != 0:
             raise StoppedError if should_stop() else logs.not_decoded(code)
-        n_vocab = self._context.vocabulary.n_tokens
-        for (one, n), end in zip(parts, ends.tolist(), strict=True):
-            one.n_done += n
-            if one.outputs is Outputs.LAST and one.is_over:
-                row = api.llama_get_logits_ith(ctx, end)
-                # Copy the row, because the next batch overwrites it.
-                one.slot._logits = np.ctypeslib.as_array(row, (n_vocab,)).copy()
+        start = 0
+        for request, rows in parts:
+            for row in np.flatnonzero(rows.outputs).tolist():
+                # Copied, because the next batch overwrites the logits.
+                logits = api.llama_get_logits_ith(ctx, start + row)
+                n_before = np.count_nonzero(request.rows.outputs[: request.n_done + row])
+                shape = request.logits.shape[1:]
+                request.logits[n_before] = np.ctypeslib.as_array(logits, shape)
+            start += len(rows)
+            request.n_done += len(rows)
 
 
-def _reading_of(parts: Sequence[tuple[_Request, int]]) -> Reading:
-    prompts = [(one, n) for one, n in parts if one.slot._is_prefilling]
+def _reading_of(parts: Sequence[Rows]) -> Reading:
+    prompts = [rows for rows in parts if rows.is_prompt]
     if not prompts:
         return Reading.NONE
-    is_context = all(
-        not one.gives_logits(n) and one.slot._is_context(one.position, n) for one, n in prompts
-    )
+    is_context = all((rows.context & ~rows.outputs).all() for rows in prompts)
     return Reading.CONTEXT if is_context else Reading.SOME
+
+
+def _difference(now: Counters, before: Counters) -> Counters:
+    return Counters(*np.subtract(astuple(now), astuple(before)).tolist())
 
 
 class BatchedSlot(Slot):
@@ -204,7 +235,7 @@ class BatchedSlot(Slot):
         self._counted = Counters(0, 0)
         self._context_rows = range(0)
         self._deep_rows = np.empty(0, np.int32)
-        self._logits = np.zeros(0, np.float32)
+        self._logits = np.zeros((0, context.vocabulary.n_tokens), np.float32)
         self._is_overwriting = False
 
     def working(self, *, pauses: bool = False) -> AbstractContextManager[None]:
@@ -219,7 +250,7 @@ class BatchedSlot(Slot):
             before = backend.get_counters(self.context.ctx)
             backend.set_reading(self.context.ctx, Reading.SOME)
             yield
-            self._add_counters(before)
+            self._count(_difference(backend.get_counters(self.context.ctx), before))
 
     def interruptible(self) -> AbstractContextManager[None]:
         return nullcontext()  # the batcher calls `should_stop`
@@ -251,11 +282,8 @@ class BatchedSlot(Slot):
     def counters(self) -> Counters:
         return self._counted
 
-    def _add_counters(self, before: Counters) -> None:
-        """Add the rows computed since `before` to this slot's counters."""
-        now = backend.get_counters(self.context.ctx)
-        fields = zip(astuple(self._counted), astuple(now), astuple(before), strict=True)
-        self._counted = Counters(*(known + new - old for known, new, old in fields))
+    def _count(self, counters: Counters) -> None:
+        self._counted = Counters(*np.add(astuple(self._counted), astuple(counters)).tolist())
 
     def set_full(self, sink_tokens: int, full_from: int) -> None:
         full_from = 0 if self._mode is Mode.OFF else full_from
@@ -268,21 +296,28 @@ class BatchedSlot(Slot):
         with self.locked():
             super().set_deep_rows(positions)
 
-    def _is_context(self, first: int, n: int) -> bool:
-        """Return True if all rows in [first, first + n) are context rows and none are deep."""
-        if not (self._context_rows.start <= first and first + n <= self._context_rows.stop):
-            return False
-        start, end = np.searchsorted(self._deep_rows, (first, first + n))
-        return bool(start == end)
-
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         if self._batcher.holder == threading.get_ident():
             with super().overwriting() if self._is_overwriting else nullcontext():
                 super().decode(tokens, first_position, outputs)
-            if outputs is not Outputs.NONE:
-                self._logits = super().logits.copy()
+            # Callers read the other rows' logits from the context, which they have locked.
+            self._logits = super().logits[-1:].copy()
             return
-        self._batcher.decode(_Request(self, tokens, first_position, outputs, current_should_stop()))
+        rows = self._rows(np.asarray(tokens, np.int32), first_position, outputs)
+        self._logits = self._batcher.decode(rows, self._count)
+
+    def _rows(self, tokens: np.ndarray, first_position: int, outputs: Outputs) -> Rows:
+        positions = first_position + np.arange(len(tokens), dtype=np.int32)
+        context, is_deep = self._context_rows, np.isin(positions, self._deep_rows)
+        return Rows(
+            sequence=self.sequence,
+            tokens=tokens,
+            positions=positions,
+            outputs=outputs.mask(len(tokens)),
+            context=(context.start <= positions) & (positions < context.stop) & ~is_deep,
+            is_prompt=self._is_prefilling,
+            is_overwriting=self._is_overwriting,
+        )
 
     @contextmanager
     def overwriting(self) -> Iterator[None]:

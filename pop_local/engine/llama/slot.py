@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,16 @@ from pop_local.engine.llama.backend import Counters, Mode, Reading
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.cells import Cells
 from pop_local.engine.llama.context import Context
+
+
+@contextmanager
+def overwriting(ctx: Any) -> Iterator[None]:
+    """Context manager that lets batches overwrite rows that already have cells."""
+    backend.set_overwrite(ctx, True)
+    try:
+        yield
+    finally:
+        backend.set_overwrite(ctx, False)
 
 
 class Slot:
@@ -21,6 +32,7 @@ class Slot:
     def __init__(self, context: Context, sequence: int = 0) -> None:
         self.context, self.sequence = context, sequence
         self.cells = Cells(context, locked=context.locked)
+        self._n_outputs = 0
 
     # Taking turns
 
@@ -93,25 +105,23 @@ class Slot:
         """
         context = self.context
         logs.forget_errors()
+        self._n_outputs = int(outputs.mask(len(tokens)).sum())
         code = context.batch.decode(context.ctx, tokens, first_position, outputs, self.sequence)
         if code != 0:
             context.interrupt.check()
             raise logs.not_decoded(code)
 
-    @contextmanager
-    def overwriting(self) -> Iterator[None]:
+    def overwriting(self) -> AbstractContextManager[None]:
         """Context manager that lets `decode` overwrite rows that already have cells."""
-        backend.set_overwrite(self.context.ctx, True)
-        try:
-            yield
-        finally:
-            backend.set_overwrite(self.context.ctx, False)
+        return overwriting(self.context.ctx)
 
     @property
     def logits(self) -> np.ndarray:
-        """Logits for the last output row, float32 [n_vocab], valid until the next batch."""
-        row = backend.bindings().llama_get_logits_ith(self.context.ctx, -1)
-        return np.ctypeslib.as_array(row, (self.context.vocabulary.n_tokens,))
+        """Logits of the last call's output rows, float32 [n_outputs, n_vocab].
+
+        The array is valid until the next batch.
+        """
+        return self.context.logits(self._n_outputs)
 
     def run_deep(self, positions: np.ndarray) -> bool:
         """Run the skipped layers for the rows at `positions` (see backend.run_deep)."""

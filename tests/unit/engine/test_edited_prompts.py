@@ -256,7 +256,7 @@ def test_answers_continue_after_stale_rows(pop_file):
         read(model, OLD)
         read(model, tokens)
         for token in NEW[:5]:
-            model.engine.sequences[0].step(token)
+            model.engine.sequences[0].step([token])
         longer = tokens + NEW[:5] + NEW[100:140]
         found = model.read(Prompt(longer))
         assert found.n_cached == len(tokens) + 5

@@ -44,7 +44,7 @@ def read_in(model, index: int, tokens: Sequence[int]) -> Read:
 
 
 def logits(model, index: int) -> np.ndarray:
-    return model.engine.sequences[index].cache.slot.logits
+    return model.engine.sequences[index].cache.slot.logits[-1]
 
 
 def logits_of(model, tokens: Sequence[int], answer: Sequence[int] = ()) -> np.ndarray:
@@ -52,8 +52,8 @@ def logits_of(model, tokens: Sequence[int], answer: Sequence[int] = ()) -> np.nd
     first_of(model).cache.clear()
     model.read(Prompt(list(tokens)))
     for token in answer:
-        model.engine.sequences[0].step(token)
-    return first_of(model).cache.slot.logits.copy()
+        model.engine.sequences[0].step([token])
+    return first_of(model).cache.slot.logits[-1].copy()
 
 
 def together(*work) -> list[BaseException | None]:
@@ -105,9 +105,9 @@ def test_answers_share_batches_with_prefill(model, alone, monkeypatch):
         with sequence.cache.slot.working():
             begun.wait()
             for _ in range(20):
-                token = int(sequence.cache.slot.logits.argmax())
+                token = int(sequence.cache.slot.logits[-1].argmax())
                 answered[index].append(token)
-                sequence.step(token)
+                sequence.step([token])
 
     def read_third() -> None:
         with model.engine.sequences[2].cache.slot.working():
@@ -124,6 +124,61 @@ def test_answers_share_batches_with_prefill(model, alone, monkeypatch):
     for index in (0, 1):
         expected = logits_of(alone, prompts[index], answered[index])
         np.testing.assert_allclose(logits(model, index), expected, atol=NOISE)
+
+
+@pytest.mark.parametrize("n_parallel", [1, 3])
+def test_rows_in_one_step_equal_single_steps(pop_file, n_parallel):
+    model = opened(pop_file, n_parallel=n_parallel)
+    sequence = model.engine.sequences[-1]
+    sequence.read(Prompt(LONG))
+    tokens = prompt(5, seed=7)
+    expected = np.concatenate([sequence.step([token]).copy() for token in tokens])
+    assert sequence.cache.truncate(len(LONG))
+    rows = sequence.step(tokens)
+    assert rows.shape == expected.shape
+    np.testing.assert_allclose(rows, expected, atol=NOISE)
+    np.testing.assert_array_equal(rows.argmax(1), expected.argmax(1))
+    assert sequence.cache.tokens.tolist() == [*LONG, *tokens]
+
+
+def test_two_answers_step_by_several_rows_next_to_a_prompt(model, monkeypatch):
+    """Batches of 64 rows split the two steps of 40 rows."""
+    answers = [prompt(40, seed) for seed in (5, 6)]
+    expected = []
+    for index in (0, 1):
+        sequence = model.engine.sequences[index]
+        read_in(model, index, prompt(100, seed=index))
+        expected.append(np.concatenate([sequence.step([token]) for token in answers[index]]))
+        assert sequence.cache.truncate(100)
+    batches = []
+    run = model.engine.context.batch.run
+
+    def record(ctx, tokens, positions, sequences, outputs):
+        batches.append(np.bincount(sequences, minlength=3).tolist())
+        return run(ctx, tokens, positions, sequences, outputs)
+
+    monkeypatch.setattr(model.engine.context.batch, "run", record)
+    begun = threading.Barrier(3)
+    rows = {}
+
+    def answer(index: int) -> None:
+        sequence = model.engine.sequences[index]
+        with sequence.cache.slot.working():
+            begun.wait()
+            rows[index] = sequence.step(answers[index])
+
+    def read_third() -> None:
+        with model.engine.sequences[2].cache.slot.working():
+            begun.wait()
+            read_in(model, 2, LONG)
+
+    assert together(lambda: answer(0), lambda: answer(1), read_third) == [None] * 3
+    assert max(map(sum, batches)) == 64
+    assert any(min(batch) > 0 for batch in batches)
+    assert np.sum(batches, axis=0).tolist() == [40, 40, 200]
+    for index in (0, 1):
+        np.testing.assert_allclose(rows[index], expected[index], atol=NOISE)
+        np.testing.assert_array_equal(rows[index].argmax(1), expected[index].argmax(1))
 
 
 def test_each_sequence_has_its_mode(model, pop_file):
@@ -152,7 +207,9 @@ def test_another_sequences_prefix_is_shared(model, alone):
     assert (found.n_cached, found.n_prompt) == (150, 170)
     logits_of(alone, LONG)
     assert alone.read(Prompt(other)).n_cached == 150
-    np.testing.assert_allclose(logits(model, index), first_of(alone).cache.slot.logits, atol=NOISE)
+    np.testing.assert_allclose(
+        logits(model, index), first_of(alone).cache.slot.logits[-1], atol=NOISE
+    )
     seats.give_back(index)
     assert model.engine.sequences[0].cache.n_tokens == 200
 
@@ -171,7 +228,7 @@ def test_a_row_is_visible_only_when_complete(model, monkeypatch):
         found.append(states.n_same(Prompt(LONG)))
 
     monkeypatch.setattr(rows, "read", looked_for)
-    sequence.step(LONG[150])
+    sequence.step([LONG[150]])
     assert found == [150, 150]
     assert states.n_same(Prompt(LONG)) == 151
 
@@ -194,7 +251,7 @@ def test_copied_rows_are_refilled(model, pop_file):
     assert sequence.refiller.refill() == 250 - found.n_exact
     assert sequence.cache.n_exact == 250
     assert model.engine.sequences[0].cache.n_exact < 200
-    sequence.step(5)
+    sequence.step([5])
     np.testing.assert_allclose(logits(model, index), logits_of(full, [*other, 5]), atol=NOISE)
 
 
@@ -280,7 +337,7 @@ def test_a_failed_batch_fails_for_all_its_sequences(model, monkeypatch):
     read_in(model, 1, LONG[:50])
     monkeypatch.setattr(model.engine.context.batch, "run", lambda *_: 1)
     with pytest.raises(PopError):
-        model.engine.sequences[1].step(5)
+        model.engine.sequences[1].step([5])
     monkeypatch.undo()
     read_in(model, 1, LONG[:60])
     assert model.engine.sequences[1].cache.n_tokens == 60
@@ -396,5 +453,7 @@ def test_a_picture_is_read_in_any_sequence(tmp_path):
             first_of(model).rule,
         )
         assert found.counters == expected.counters
-        np.testing.assert_allclose(logits(model, 1), first_of(one).cache.slot.logits, atol=NOISE)
+        np.testing.assert_allclose(
+            logits(model, 1), first_of(one).cache.slot.logits[-1], atol=NOISE
+        )
         assert model.engine.sequences[1].cache.images == first_of(one).cache.images
