@@ -66,7 +66,7 @@ def test_any_repetition_ends_eventually():
 def test_a_command_ends_a_repeating_answer_and_reports_it(smollm2_pop, monkeypatch, command, text):
     with opened(smollm2_pop) as model:
         tokens = iter(model.engine.context.vocabulary.tokenize(SENTENCE * 40))
-    monkeypatch.setattr(Sampler, "sample", lambda self: next(tokens))
+    monkeypatch.setattr(Sampler, "sample", lambda self, logits: next(tokens))
     done = called(command, smollm2_pop, "--threads", 1, "--ctx", 1024, text=text)
     assert done.returncode == 0
     assert 8 < done.stdout.count("half past six") < 14

@@ -33,7 +33,7 @@ def sampled(model: PopModel, **options: Any) -> set[int]:
 
 def logits_of(model: PopModel) -> np.ndarray:
     model.read(Prompt(prompt(40)))
-    return np.array(model.engine.sequences[0].cache.slot.logits, np.float64)
+    return np.array(model.engine.sequences[0].cache.slot.logits[-1], np.float64)
 
 
 @pytest.mark.parametrize("n", [0.5, 1.5])
