@@ -57,14 +57,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(folder):
     """Each model's completion when it is served alone."""
-    found = {}
+    texts = {}
     for name in NAMES:
         model = opened(folder / f"{name}.gguf", n_ctx=N_CTX)
         with asking(app_of(model, name)) as client:
-            found[name] = text_of(complete(client))
+            texts[name] = text_of(complete(client))
         model.close()
-    assert len(set(found.values())) == len(NAMES)
-    return found
+    assert len(set(texts.values())) == len(NAMES)
+    return texts
 
 
 @pytest.fixture

@@ -122,8 +122,8 @@ def test_body_overrides_recommended_options(full, monkeypatch):
 
 
 def test_minus_one_and_empty_stop_mean_unlimited(full):
-    said = [{"role": "user", "content": "hello"}]
-    body = {"messages": said, "max_tokens": -1, "top_k": -1, "stop": ""}
+    messages = [{"role": "user", "content": "hello"}]
+    body = {"messages": messages, "max_tokens": -1, "top_k": -1, "stop": ""}
     options = TaskFactory(full).chat(ChatBody.model_validate(body))[0].options
     assert (options.max_tokens, options.top_k, options.stops) == (2**31 - 1, 0, ())
 
@@ -135,8 +135,8 @@ def test_message_content_may_be_parts(client):
 
 def test_schema_and_grammar_are_enforced(client):
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
-    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    answer = json.loads(text_of(chat(client, response_format=wanted, max_tokens=50)))
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = json.loads(text_of(chat(client, response_format=response_format, max_tokens=50)))
     assert answer["a"] in (True, False)
     of_llama_cpp = {"type": "json_object", "schema": schema}
     answer = json.loads(text_of(chat(client, response_format=of_llama_cpp, max_tokens=50)))
@@ -207,8 +207,8 @@ def test_usage_and_log_report_reading(client, caplog, prompt, pop, reading):
 
 
 def test_chat_logprobs(client):
-    asked = {"logprobs": True, "top_logprobs": 2}
-    (choice,) = chat(client, **asked).json()["choices"]
+    fields = {"logprobs": True, "top_logprobs": 2}
+    (choice,) = chat(client, **fields).json()["choices"]
     content = choice["logprobs"]["content"]
     assert (
         b"".join(bytes(token["bytes"]) for token in content).decode(errors="replace")
@@ -216,9 +216,9 @@ def test_chat_logprobs(client):
     )
     assert all(len(token["top_logprobs"]) == 2 for token in content)
     assert all(token["logprob"] == token["top_logprobs"][0]["logprob"] for token in content)
-    pieces = events(chat(client, stream=True, **asked))
+    pieces = events(chat(client, stream=True, **fields))
     streamed = [piece["choices"][0]["logprobs"] for piece in pieces]
-    tokens = [token for one in streamed if one for token in one["content"]]
+    tokens = [token for entry in streamed if entry for token in entry["content"]]
     assert [token["bytes"] for token in tokens] == [token["bytes"] for token in content]
 
 
@@ -257,24 +257,24 @@ def test_max_completion_tokens(client, ask):
 @pytest.mark.parametrize("stream", [False, True])
 def test_end_token_of_completion_has_logprob(client, stream):
     """Evaluation harnesses expect one log probability per token of the usage."""
-    asked = {"grammar": 'root ::= "a"', "max_tokens": 9, "logprobs": 1}
+    fields = {"grammar": 'root ::= "a"', "max_tokens": 9, "logprobs": 1}
     if not stream:
-        whole = complete(client, **asked).json()
+        whole = complete(client, **fields).json()
         assert whole["usage"]["completion_tokens"] == 2
         assert len(whole["choices"][0]["logprobs"]["token_logprobs"]) == 2
         assert whole["choices"][0]["text"] == "a"
         return
-    pieces = events(complete(client, stream=True, **asked))
-    found = [piece["choices"][0]["logprobs"] for piece in pieces]
-    assert sum(len(one["tokens"]) for one in found if one) == 2
+    pieces = events(complete(client, stream=True, **fields))
+    entries = [piece["choices"][0]["logprobs"] for piece in pieces]
+    assert sum(len(entry["tokens"]) for entry in entries if entry) == 2
 
 
 def test_last_token_has_logprob_for_any_text(tmp_path):
     control = [f"<|{n}|>" for n in range(200)]
     path = make_gguf(tmp_path / "control.gguf", "llama", n_vocab=512, control=control)
-    asked = {"max_tokens": 1, "logprobs": 1, "temperature": 10.0}
+    fields = {"max_tokens": 1, "logprobs": 1, "temperature": 10.0}
     with asking(app_of(opened(path), NAME)) as client:
-        choices = [complete(client, seed=n, **asked).json()["choices"][0] for n in range(12)]
+        choices = [complete(client, seed=n, **fields).json()["choices"][0] for n in range(12)]
     texts = [choice["text"] for choice in choices]
     assert "" in texts and any(texts)
     assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [1] * 12
@@ -289,8 +289,8 @@ def test_stop_string_removes_logprobs_of_cut_text(client):
 
 def test_logprobs_false_is_none(client):
     assert complete(client, logprobs=False).json()["choices"][0]["logprobs"] is None
-    found = complete(client, logprobs=True).json()["choices"][0]["logprobs"]
-    assert len(found["top_logprobs"][0]) >= 1
+    logprobs = complete(client, logprobs=True).json()["choices"][0]["logprobs"]
+    assert len(logprobs["top_logprobs"][0]) >= 1
 
 
 def test_grammar_excludes_open_reasoning(tmp_path):
@@ -298,8 +298,8 @@ def test_grammar_excludes_open_reasoning(tmp_path):
     path = make_gguf(tmp_path / "thinks.gguf", "llama", chat_template=thinks)
     with asking(app_of(opened(path), NAME)) as client:
         assert text_of(chat(client)).startswith("<think>")
-        wanted = {"type": "json_object", "schema": {"enum": [5]}}
-        assert json.loads(text_of(chat(client, response_format=wanted))) == 5
+        response_format = {"type": "json_object", "schema": {"enum": [5]}}
+        assert json.loads(text_of(chat(client, response_format=response_format))) == 5
 
 
 def test_end_token_of_chat_has_no_logprob(client):

@@ -69,8 +69,8 @@ def test_repeatable_requests_of_a_client_let_others_in(path):
         (served_model,) = app.state.models.loaded
         wait_for(lambda: served_model.worker.running)
         assert ask(client, BOB).status_code == 200
-        assert sum(each.done() for each in alone) <= 2
-        assert all(each.result().status_code == 200 for each in alone)
+        assert sum(request.done() for request in alone) <= 2
+        assert all(request.result().status_code == 200 for request in alone)
 
 
 def test_client_cannot_fill_all_places():
@@ -162,12 +162,12 @@ def test_cached_tokens_reveal_no_other_clients_prompt(path, n_parallel):
 def test_clients_that_share_a_cache(path, rules, addresses, is_shared):
     model = opened(path, n_ctx=N_CTX)
     with asking(app_of(model, NAME, rules=rules)) as server:
-        found = []
+        counts = []
         for address, headers in zip(addresses, (ALICE, BOB), strict=True):
             client = TestClient(server.app, "http://localhost:8080", client=(address, 1))
             client.portal = server.portal
-            found.append(n_cached(client, headers))
-        assert (found[0], found[1] > 100) == (0, is_shared)
+            counts.append(n_cached(client, headers))
+        assert (counts[0], counts[1] > 100) == (0, is_shared)
     model.close()
 
 
@@ -192,7 +192,9 @@ def test_slots_hide_other_clients_prompt_lengths(model):
     with asking(app) as client:
         served_model.worker.running[0] = job
         model.engine.sequences[0].states.set_scope(alice)
-        [[own], [other]] = (client.get("/slots", headers=each).json() for each in (ALICE, BOB))
+        [[own], [other]] = (
+            client.get("/slots", headers=headers).json() for headers in (ALICE, BOB)
+        )
         del served_model.worker.running[0]
     assert (own["n_read"], own["n_rows"], own["left_s"]) == (3, 9, 1.0)
     assert other.keys() == own.keys() - {"n_read", "n_rows", "left_s", "n_behind", "job"}
@@ -225,8 +227,8 @@ def begun(server: Served, *lines: str) -> socket.socket:
 def test_slow_uploads_do_not_block_other_clients(server):
     length = ("POST /page/file?name=a.txt HTTP/1.1", "Content-Length: 5")
     slow = [begun(server, *length) for _ in range(12)]
-    for each in slow:
-        each.sendall(b"a")
+    for connection in slow:
+        connection.sendall(b"a")
     url = f"{server.root}/page/file?name=b.txt"
     answer = httpx2.post(url, content=b"words", headers=BOB, timeout=20)
     assert answer.json()["text"] == "words"
@@ -234,22 +236,24 @@ def test_slow_uploads_do_not_block_other_clients(server):
     time.sleep(0.5)
     refused[-1].settimeout(10)
     assert b" 429 " in refused[-1].recv(100)
-    for each in (*slow, *refused):
-        each.sendall(b"rest")
-    assert {b" 200 " in each.recv(100) for each in slow} == {True}
-    for each in (*slow, *refused):
-        each.close()
+    for connection in (*slow, *refused):
+        connection.sendall(b"rest")
+    assert {b" 200 " in connection.recv(100) for connection in slow} == {True}
+    for connection in (*slow, *refused):
+        connection.close()
 
 
 def test_client_cannot_choose_its_address(path):
     with served(path, "--ctx", N_CTX) as server:
-        found = []
+        are_cached = []
         for address in ("10.0.0.8", "10.0.0.9"):
             body = {"prompt": LONG, "max_tokens": 1}
             headers = {"X-Forwarded-For": address}
             answer = httpx2.post(f"{server.api}/completions", json=body, headers=headers)
-            found.append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 100)
-        assert found == [False, True]
+            are_cached.append(
+                answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
+            )
+        assert are_cached == [False, True]
         assert "10.0.0" not in server.log
 
 
@@ -257,8 +261,8 @@ def test_ambiguous_length_closes_the_connection(server):
     lengths = ("Content-Length: 4", "Transfer-Encoding: chunked")
     with begun(server, "POST /tokenize HTTP/1.1", *lengths) as connection:
         connection.sendall(b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        found = b""
+        received = b""
         while piece := connection.recv(1000):
-            found += piece
-    assert found.startswith(b"HTTP/1.1 400")
-    assert found.count(b"HTTP/1.1 ") == 1  # the second request is not answered
+            received += piece
+    assert received.startswith(b"HTTP/1.1 400")
+    assert received.count(b"HTTP/1.1 ") == 1  # the second request is not answered

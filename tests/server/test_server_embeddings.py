@@ -14,23 +14,23 @@ from support.serving import app_of, asking
 
 def test_embeddings(client, full):
     texts = ["one", "two words", LONG]
-    asked = {"model": NAME, "input": texts}
-    found = client.post("/v1/embeddings", json=asked).json()
-    vectors = [np.array(one["embedding"]) for one in found["data"]]
-    assert [one["index"] for one in found["data"]] == [0, 1, 2]
+    fields = {"model": NAME, "input": texts}
+    answer = client.post("/v1/embeddings", json=fields).json()
+    vectors = [np.array(row["embedding"]) for row in answer["data"]]
+    assert [row["index"] for row in answer["data"]] == [0, 1, 2]
     tokens = [
         full.engine.context.vocabulary.tokenize(text, add_bos=True, special=True) for text in texts
     ]
-    assert found["usage"]["prompt_tokens"] == sum(map(len, tokens))
-    for vector, each in zip(vectors, tokens, strict=True):
-        assert np.allclose(vector, embedding(first_of(full).cache, each))
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, tokens))
+    for vector, ids in zip(vectors, tokens, strict=True):
+        assert np.allclose(vector, embedding(first_of(full).cache, ids))
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
-    packed = client.post("/v1/embeddings", json=asked | {"encoding_format": "base64"}).json()
+    packed = client.post("/v1/embeddings", json=fields | {"encoding_format": "base64"}).json()
     raw = base64.b64decode(packed["data"][2]["embedding"])
     assert np.array_equal(np.frombuffer(raw, "<f4"), vectors[2].astype("f4"))
     by_tokens = client.post("/v1/embeddings", json={"input": tokens[1]}).json()
     assert np.allclose(by_tokens["data"][0]["embedding"], vectors[1])
-    of_ollama = client.post("/api/embed", json=asked).json()
+    of_ollama = client.post("/api/embed", json=fields).json()
     assert np.allclose(of_ollama["embeddings"], vectors)
     older = client.post("/api/embeddings", json={"model": NAME, "prompt": texts[1]}).json()
     assert np.allclose(older["embedding"], vectors[1])

@@ -154,28 +154,28 @@ def test_cors_option_rejects_invalid_origins(origin):
 
 
 def test_command_passes_origins_and_strictness(model, monkeypatch):
-    found: list[int] = []
+    statuses: list[int] = []
 
     def ask_instead(app, listening):
         client = asking(app)
         for origin in ("https://friend.example", "https://evil.example"):
-            found.append(client.get("/v1/models", headers={"Origin": origin}).status_code)
-        found.append(client.post("/api/show", json={"model": "other"}).status_code)
+            statuses.append(client.get("/v1/models", headers={"Origin": origin}).status_code)
+        statuses.append(client.post("/api/show", json={"model": "other"}).status_code)
 
     monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
     monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda _: None)
     options = ("--port", 0, "--cors", "https://FRIEND.example/", "--strict-model")
     assert called("serve", model.engine.context.files.path, *options).returncode == 0
-    assert found == [200, 403, 404]
+    assert statuses == [200, 403, 404]
 
 
 def test_command_announces_fast_reading_and_clickable_addresses(model, monkeypatch):
     monkeypatch.setattr("pop_local.server.app.run_app", lambda app, listening: None)
     monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda _: None)
-    path, shown = model.engine.context.files.path, []
+    path, notices = model.engine.context.files.path, []
     for options in ((), ("--full",)):
         done = called("serve", path, "--port", 0, "--threads", 1, *options)
-        shown.append(" ".join(done.stderr.split()))
-    assert "uses fast reading (it skips 4 of 8 layers)." in shown[0]
-    assert "reads prompts in full." in shown[1]
-    assert re.search(r"Serving a web page at (http://[\d.:]+)/ and APIs at \1/v1 \(", shown[0])
+        notices.append(" ".join(done.stderr.split()))
+    assert "uses fast reading (it skips 4 of 8 layers)." in notices[0]
+    assert "reads prompts in full." in notices[1]
+    assert re.search(r"Serving a web page at (http://[\d.:]+)/ and APIs at \1/v1 \(", notices[0])

@@ -32,17 +32,17 @@ def test_slots(client):
 
 
 def test_template_is_applied(client):
-    found = client.post("/apply-template", json=SAID).json()["prompt"]
-    assert found == f"user: {LONG}\nassistant:"
+    prompt = client.post("/apply-template", json=SAID).json()["prompt"]
+    assert prompt == f"user: {LONG}\nassistant:"
 
 
 def test_final_message_is_continued(client):
     begun = [{"role": "user", "content": LONG}, {"role": "assistant", "content": "the fox"}]
-    asked = {"messages": begun, "continue_final_message": True, "add_generation_prompt": False}
-    found = client.post("/apply-template", json=asked).json()["prompt"]
-    assert found == f"user: {LONG}\nassistant:the fox"
+    fields = {"messages": begun, "continue_final_message": True, "add_generation_prompt": False}
+    prompt = client.post("/apply-template", json=fields).json()["prompt"]
+    assert prompt == f"user: {LONG}\nassistant:the fox"
     by_hand = complete(client, f"user: {LONG}\nassistant:the fox", max_tokens=4)
-    assert text_of(chat(client, **(asked | {"max_tokens": 4}))) == text_of(by_hand)
+    assert text_of(chat(client, **(fields | {"max_tokens": 4}))) == text_of(by_hand)
 
 
 def test_schema_at_the_top(client):
@@ -58,11 +58,11 @@ def test_logit_bias(client, ask, form):
 
 
 def test_logit_bias_forbids_tokens(client):
-    asked = {"prompt": LONG, "n_predict": 8, "temperature": 0, "return_tokens": True}
-    usual = client.post("/completion", json=asked).json()["tokens"]
+    fields = {"prompt": LONG, "n_predict": 8, "temperature": 0, "return_tokens": True}
+    usual = client.post("/completion", json=fields).json()["tokens"]
     for never in ([[token, False] for token in usual], {str(token): -1000 for token in usual}):
-        found = client.post("/completion", json=asked | {"logit_bias": never}).json()["tokens"]
-        assert found and not set(found) & set(usual)
+        tokens = client.post("/completion", json=fields | {"logit_bias": never}).json()["tokens"]
+        assert tokens and not set(tokens) & set(usual)
 
 
 def test_logit_bias_of_text_and_within_grammar(client):
@@ -76,20 +76,20 @@ def test_logit_bias_of_text_and_within_grammar(client):
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_forbidden_tokens_that_a_grammar_requires(client, temperature):
     never = [[token, False] for token in range(384)]
-    asked = {"grammar": 'root ::= "a"', "logit_bias": never, "temperature": temperature}
-    assert text_of(complete(client, **asked)) == "a"
+    fields = {"grammar": 'root ::= "a"', "logit_bias": never, "temperature": temperature}
+    assert text_of(complete(client, **fields)) == "a"
 
 
 def test_fingerprint_ids_and_timings(client):
-    found = chat(client).json()
-    assert found["id"].startswith("chatcmpl-") and found["system_fingerprint"].startswith("b")
-    assert found["timings"]["predicted_n"] == found["usage"]["completion_tokens"]
+    answer = chat(client).json()
+    assert answer["id"].startswith("chatcmpl-") and answer["system_fingerprint"].startswith("b")
+    assert answer["timings"]["predicted_n"] == answer["usage"]["completion_tokens"]
     streamed = events(chat(client, stream=True, stream_options={"include_usage": True}))
-    assert {event["system_fingerprint"] for event in streamed} == {found["system_fingerprint"]}
-    assert streamed[-1]["timings"].keys() == found["timings"].keys()
+    assert {event["system_fingerprint"] for event in streamed} == {answer["system_fingerprint"]}
+    assert streamed[-1]["timings"].keys() == answer["timings"].keys()
     assert client.post("/v1/messages", json=MESSAGE).json()["id"].startswith("msg_")
-    one = chat(client, max_tokens=1).json()["timings"]
-    assert (one["predicted_n"], one["predicted_per_second"]) == (1, 0.0)
+    timings = chat(client, max_tokens=1).json()["timings"]
+    assert (timings["predicted_n"], timings["predicted_per_second"]) == (1, 0.0)
 
 
 def test_mixed_prompts(client):
@@ -98,7 +98,7 @@ def test_mixed_prompts(client):
     for prompt in ({"prompt_string": LONG}, {"content": [{"type": "text", "text": LONG}]}):
         assert text_of(complete(client, prompt)) == expected
     several = complete(client, [LONG, tokens, {"prompt_string": LONG}]).json()["choices"]
-    assert [one["text"] for one in several] == [expected] * 3
+    assert [choice["text"] for choice in several] == [expected] * 3
     at = len(tokens) // 2
     rest = client.post("/detokenize", json={"tokens": tokens[at:]}).json()["content"]
     mixed = complete(client, [*tokens[:at], rest.strip()])
@@ -109,7 +109,7 @@ def test_embeddings_of_empty_texts_and_content(client):
     def vectors(path="/v1/embeddings", **body):
         response = client.post(path, json=body)
         assert response.status_code == 200, response.text
-        return [one["embedding"] for one in response.json()["data"]]
+        return [row["embedding"] for row in response.json()["data"]]
 
     [alone] = vectors(input="a b")
     assert vectors(content="a b") == vectors(path="/embeddings", content="a b") == [alone]
@@ -122,22 +122,22 @@ def test_embeddings_of_empty_texts_and_content(client):
 
 
 def test_token_ids(client):
-    asked = {"prompt": LONG, "n_predict": 4, "temperature": 0, "return_tokens": True}
-    answer = client.post("/completion", json=asked).json()
+    fields = {"prompt": LONG, "n_predict": 4, "temperature": 0, "return_tokens": True}
+    answer = client.post("/completion", json=fields).json()
     assert "completion_probabilities" not in answer
     assert len(answer["tokens"]) == 4
-    assert client.post("/completion", json=asked | {"return_tokens": False}).json()["tokens"] == []
-    probable = client.post("/completion", json=asked | {"n_probs": 2}).json()
-    ids = [one["id"] for one in probable["completion_probabilities"]]
-    assert ids == [one["top_logprobs"][0]["id"] for one in probable["completion_probabilities"]]
+    assert client.post("/completion", json=fields | {"return_tokens": False}).json()["tokens"] == []
+    probable = client.post("/completion", json=fields | {"n_probs": 2}).json()
+    ids = [entry["id"] for entry in probable["completion_probabilities"]]
+    assert ids == [entry["top_logprobs"][0]["id"] for entry in probable["completion_probabilities"]]
 
 
 def test_each_answer_reports_its_own_new_lines(client):
     forms = {"prompt": "a", "n_predict": 4, "temperature": 1.9, "n_cmpl": 12, "seed": 1}
     answers = client.post("/completion", json=forms | {"grammar": r'root ::= "a" [\nb] "c"'}).json()
-    found = [answer["has_new_line"] for answer in answers]
-    assert found == ["\n" in answer["content"] for answer in answers]
-    assert found != sorted(found)  # an answer without a new line follows one with a new line
+    flags = [answer["has_new_line"] for answer in answers]
+    assert flags == ["\n" in answer["content"] for answer in answers]
+    assert flags != sorted(flags)  # an answer without a new line follows one with a new line
 
 
 @pytest.mark.parametrize(
@@ -152,13 +152,15 @@ def test_progress_events(client, endpoint, body):
     def progress(**more):
         new = json.loads(json.dumps(body).replace("quick", f"slow {endpoint}"))
         text = client.post(endpoint, json=new | {"stream": True, **more}).text
-        found = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-        return [each["prompt_progress"] for each in found if "prompt_progress" in each]
+        chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        return [figures["prompt_progress"] for figures in chunks if "prompt_progress" in figures]
 
     read = progress(return_progress=True, cache_prompt=False)
     assert read[0]["processed"] == read[0]["cache"]
     assert read[-1]["processed"] == read[-1]["total"] > 0
-    assert [each["processed"] for each in read] == sorted(each["processed"] for each in read)
+    assert [figures["processed"] for figures in read] == sorted(
+        figures["processed"] for figures in read
+    )
     assert progress() == []
 
 
@@ -190,18 +192,18 @@ def test_text_documents_in_messages(client):
 
 
 def test_stored_responses(client):
-    asked = {"input": LONG, "max_output_tokens": 2, "instructions": "Be brief."}
-    made = client.post("/v1/responses", json=asked).json()
-    path = f"/v1/responses/{made['id']}"
-    assert made["id"].startswith("resp_") and made["output"][0]["id"].startswith("msg_")
-    assert client.get(path).json() == made
+    fields = {"input": LONG, "max_output_tokens": 2, "instructions": "Be brief."}
+    response = client.post("/v1/responses", json=fields).json()
+    path = f"/v1/responses/{response['id']}"
+    assert response["id"].startswith("resp_") and response["output"][0]["id"].startswith("msg_")
+    assert client.get(path).json() == response
     [item] = client.get(f"{path}/input_items").json()["data"]
     assert (item["type"], item["content"][0]["text"]) == ("message", LONG)
     deleted = client.delete(path).json()
-    assert deleted == {"id": made["id"], "object": "response", "deleted": True}
+    assert deleted == {"id": response["id"], "object": "response", "deleted": True}
     for gone in (client.get(path), client.get(f"{path}/input_items"), client.delete(path)):
         assert gone.status_code == 404
         assert "is not stored" in gone.json()["error"]["message"]
     assert client.post(
-        "/v1/responses", json=asked | {"previous_response_id": made["id"]}
+        "/v1/responses", json=fields | {"previous_response_id": response["id"]}
     ).status_code == 400  # fmt: skip

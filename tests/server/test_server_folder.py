@@ -55,8 +55,8 @@ def test_loading_error_reaches_every_waiting_request(library, expected, caplog):
         waiting = [others.submit(chat, client, model="two") for _ in range(3)]
         wait_for(lambda: library.behind.n_waiting() == 3)
         library.may_open.set()
-        for each in waiting:
-            response = each.result()
+        for request in waiting:
+            response = request.result()
             assert response.status_code == 500
             message = "cannot open two: the memory is full; take a smaller context"
             assert response.json()["error"]["message"] == message
@@ -129,9 +129,9 @@ def test_listings_open_no_model(folder, tmp_path, caplog):
         assert len({tag["digest"] for tag in tags}) == 4  # two files are equal
         assert client.get("/api/ps").json() == {"models": []}
         assert client.get("/v1/models/two").json() == cards[3]
-        shown = client.post("/api/show", json={"model": "two"}).json()
-        assert shown["model_info"]["llama.context_length"] == N_CTX
-        assert shown["capabilities"] == ["completion", "tools"]
+        description = client.post("/api/show", json={"model": "two"}).json()
+        assert description["model_info"]["llama.context_length"] == N_CTX
+        assert description["capabilities"] == ["completion", "tools"]
         assert client.get("/v1/models/broken").status_code == 500
         assert library.models == []
         complete(client, model="one.pop", max_tokens=1)
@@ -169,24 +169,26 @@ def test_conflicting_options_are_refused(folder, words, reason):
 
 
 def test_command_serves_a_folder(folder, expected, monkeypatch):
-    found: list[str] = []
+    texts: list[str] = []
 
     def ask_instead(app, listening):
-        found.append(",".join(served.name for served in app.state.models.loaded))
+        texts.append(",".join(served.name for served in app.state.models.loaded))
         with asking(app) as client:
-            found.append(text_of(complete(client)))
-            found.append(text_of(complete(client, model="two")))
+            texts.append(text_of(complete(client)))
+            texts.append(text_of(complete(client, model="two")))
 
     monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
     monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda _: None)
     options = ("--models", folder, "--port", 0, "--threads", 1, "--ctx", 1024)
     done = called("serve", *options)
     assert done.returncode == 0, done.stderr
-    said = " ".join(done.stderr.split())
-    assert "one, three, two. The server loads models on demand and keeps one model loaded." in said
+    notice = " ".join(done.stderr.split())
+    assert (
+        "one, three, two. The server loads models on demand and keeps one model loaded." in notice
+    )
     assert called("serve", "three.gguf", *options, "--ram", 4).returncode == 0
     one, two, three = expected["one"], expected["two"], expected["three"]
-    assert found == ["", one, two, "three", three, two]
+    assert texts == ["", one, two, "three", three, two]
     wrong = called("serve", "thre", *options)
     assert wrong.returncode == 1
     assert "did you mean three?" in wrong.stderr

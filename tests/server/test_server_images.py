@@ -73,9 +73,9 @@ def test_image_counters(client):
 
 
 def test_parts_keep_order(client):
-    shown = image(data_url(png(3)))
-    before = asked(client, text("a b c"), shown)
-    assert asked(client, shown, text("a b c"))["prompt_tokens_details"]["cached_tokens"] < 10
+    picture = image(data_url(png(3)))
+    before = asked(client, text("a b c"), picture)
+    assert asked(client, picture, text("a b c"))["prompt_tokens_details"]["cached_tokens"] < 10
     assert before["pop"]["n_image"] > 0
 
 
@@ -115,10 +115,10 @@ def test_invalid_images_are_refused(client, url, reason):
 
 def test_image_limits_per_request(client, monkeypatch):
     monkeypatch.setattr(request_images, "MAX_IMAGES", 2)
-    shown = image(data_url(png(3, 32, 32)))
-    assert post(client, shown, shown, shown, text("a")).status_code == 400
+    picture = image(data_url(png(3, 32, 32)))
+    assert post(client, picture, picture, picture, text("a")).status_code == 400
     monkeypatch.setattr(request_images, "MAX_REQUEST_PIXELS", 32 * 32 + 1)
-    response = post(client, shown, shown, text("a"))
+    response = post(client, picture, picture, text("a"))
     assert "million pixels" in response.json()["error"]["message"]
 
 
@@ -226,10 +226,10 @@ def letters(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def of_ollama(client: TestClient, *shown: str, endpoint: str = "chat", words: str = "a") -> Any:
-    said = {"content": words} if endpoint == "chat" else {"prompt": words}
-    one = {"role": "user", "images": shown, **said}
-    body = {"messages": [one]} if endpoint == "chat" else one
+def of_ollama(client: TestClient, *images: str, endpoint: str = "chat", words: str = "a") -> Any:
+    fields = {"content": words} if endpoint == "chat" else {"prompt": words}
+    message = {"role": "user", "images": images, **fields}
+    body = {"messages": [message]} if endpoint == "chat" else message
     options = {"temperature": 0, "num_predict": 4}
     return client.post(f"/api/{endpoint}", json=body | {"options": options, "stream": False})
 
@@ -237,9 +237,9 @@ def of_ollama(client: TestClient, *shown: str, endpoint: str = "chat", words: st
 @pytest.mark.parametrize("endpoint", ["chat", "generate"])
 def test_ollama_images_precede_text(client, endpoint):
     expected = asked(client, image(data_url(png(3))), text(LONG))
-    found = of_ollama(client, letters(png(3)), endpoint=endpoint, words=LONG).json()
-    assert found["prompt_eval_count"] == expected["prompt_tokens"]
-    assert found["pop"]["n_image"] == expected["pop"]["n_image"] > 0
+    answer = of_ollama(client, letters(png(3)), endpoint=endpoint, words=LONG).json()
+    assert answer["prompt_eval_count"] == expected["prompt_tokens"]
+    assert answer["pop"]["n_image"] == expected["pop"]["n_image"] > 0
     assert "vision" in client.post("/api/show", json={}).json()["capabilities"]
 
 

@@ -65,8 +65,8 @@ app._KILL_S = 0.5
 
     with running(path, changed) as (server, port):
         root = f"http://127.0.0.1:{port}"
-        asked = threading.Thread(target=ask, daemon=True)
-        asked.start()
+        request = threading.Thread(target=ask, daemon=True)
+        request.start()
         wait_for(lambda: httpx2.get(f"{root}/health").status_code == 503)
         health = httpx2.get(f"{root}/health")
         assert "the model has not responded" in health.json()["error"]["message"]
@@ -74,7 +74,7 @@ app._KILL_S = 0.5
         _, log = server.communicate(timeout=30)
         assert server.returncode == 128 + signal.SIGTERM
         assert "killing the process" in log
-        asked.join()
+        request.join()
 
 
 def test_idle_connections_do_not_exhaust_descriptors(path):
@@ -123,8 +123,8 @@ interrupt.Interrupt._stop_requested, TaskFactory.completions = asked, seen
             connection.sendall(f"{head}\r\n\r\n".encode() + body)
             assert server.stdout.readline() == "asked\n"
             assert httpx2.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
-        said = list(iter(server.stdout.readline, "StoppedError\n"))
-        assert len(said) < 20  # of about 60
+        lines = list(iter(server.stdout.readline, "StoppedError\n"))
+        assert len(lines) < 20  # of about 60
 
 
 def test_hang_during_finalization_is_killed(path):

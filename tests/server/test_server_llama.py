@@ -73,7 +73,7 @@ def test_llama_cpp_field_names(client):
     answer = ask(client, prompt="a", json_schema={"enum": [57]}, n_predict=-1)
     assert (answer["content"], answer["stop_type"]) == ("57", "eos")
     several = ask(client, prompt=["a", LONG], n_cmpl=2)
-    assert [one["index"] for one in several] == [0, 1, 2, 3]
+    assert [choice["index"] for choice in several] == [0, 1, 2, 3]
     assert several[2]["content"] == text_of(complete(client))
     (first, *_) = ask(client, prompt="a", n_probs=3)["completion_probabilities"]
     assert len(first["top_logprobs"]) == 3
@@ -85,21 +85,21 @@ def test_llama_cpp_field_names(client):
 def test_editor_infill_requests(filler):
     model, client = filler
     hints = {"samplers": ["top_k", "infill"], "n_indent": 4, "t_max_predict_ms": 500}
-    asked = {"input_prefix": "def f(", "input_suffix": "):", "prompt": "a, "}
-    found = ask(client, "infill", **asked, **hints)
+    fields = {"input_prefix": "def f(", "input_suffix": "):", "prompt": "a, "}
+    result = ask(client, "infill", **fields, **hints)
     expected = complete(client, by_hand(model, "def f(", "):", "a, "))
-    assert found["content"] == text_of(expected)
+    assert result["content"] == text_of(expected)
     extra = [{"filename": "a.py", "text": "x = 1"}]
-    longer = ask(client, "infill", **asked, input_extra=extra)
-    assert longer["tokens_evaluated"] > found["tokens_evaluated"]
+    longer = ask(client, "infill", **fields, input_extra=extra)
+    assert longer["tokens_evaluated"] > result["tokens_evaluated"]
     assert (
         FIM[0]
         not in ask(client, "detokenize", tokens=model.engine.context.vocabulary.tokenize("x = 1"))[
             "content"
         ]
     )
-    shown = client.post("/api/show", json={}).json()
-    assert "insert" in shown["capabilities"]
+    description = client.post("/api/show", json={}).json()
+    assert "insert" in description["capabilities"]
     body = {"prompt": "def f(a, ", "suffix": "):", "options": {"temperature": 0, "num_predict": 8}}
     inserted = client.post("/api/generate", json=body | {"stream": False}).json()
     assert inserted["response"] == text_of(complete(client, "def f(a, ", suffix="):"))

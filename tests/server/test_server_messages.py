@@ -41,24 +41,24 @@ def events(response: Any) -> list[Any]:
     from anthropic.types import RawMessageStreamEvent
 
     event: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
-    found = []
+    parsed = []
     for block in response.text.strip().split("\n\n"):
         kind, data = block.split("\n")
         if kind != "event: ping":
-            found.append(event.validate_json(data.removeprefix("data: ")))
-            assert kind == f"event: {found[-1].type}"
-    return found
+            parsed.append(event.validate_json(data.removeprefix("data: ")))
+            assert kind == f"event: {parsed[-1].type}"
+    return parsed
 
 
 def test_message_equals_chat(client):
-    found = whole(create(client))
-    [block] = found.content
+    message = whole(create(client))
+    [block] = message.content
     assert block.type == "text" and block.text == message_of(chat(client))[0]["content"] != ""
-    assert (found.stop_reason, found.usage.output_tokens) == ("max_tokens", 8)
+    assert (message.stop_reason, message.usage.output_tokens) == ("max_tokens", 8)
 
 
 def test_system_and_blocks_become_chat_messages(client):
-    said = [
+    turns = [
         {"role": "user", "content": [{"type": "text", "text": "one"}]},
         {"role": "assistant", "content": [{"type": "thinking", "thinking": "", "signature": ""}]},
         {"role": "assistant", "content": "two"},
@@ -67,7 +67,7 @@ def test_system_and_blocks_become_chat_messages(client):
     roles = [("system", "Be\nbrief."), ("user", "one"), ("assistant", "two"), ("user", LONG)]
     messages = [{"role": role, "content": content} for role, content in roles]
     system = [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]
-    [block] = whole(create(client, messages=said, system=system)).content
+    [block] = whole(create(client, messages=turns, system=system)).content
     assert block.type == "text"
     assert block.text == message_of(chat(client, messages=messages))[0]["content"]
 
@@ -87,9 +87,9 @@ def test_stream_builds_the_complete_answer(client):
 
 def test_tool_call_and_result(client):
     body = FORCED | {"max_tokens": 600}
-    found = whole(create(client, **body))
-    [use] = found.content
-    assert use.type == "tool_use" and use.name == "double" and found.stop_reason == "tool_use"
+    message = whole(create(client, **body))
+    [use] = message.content
+    assert use.type == "tool_use" and use.name == "double" and message.stop_reason == "tool_use"
     arguments: Any = use.input
     assert arguments["n"] in range(10)
     streamed = events(create(client, **body, stream=True))
@@ -106,7 +106,7 @@ def test_tool_call_and_result(client):
     assert again.content[0].type == "text"
     assert again.usage.cache_read_input_tokens is not None
     n_read = again.usage.input_tokens + again.usage.cache_read_input_tokens
-    assert n_read > found.usage.input_tokens
+    assert n_read > message.usage.input_tokens
 
 
 def test_built_in_tools_are_ignored_and_schema_is_enforced(client):
@@ -120,8 +120,8 @@ def test_built_in_tools_are_ignored_and_schema_is_enforced(client):
 def test_matched_stop_sequence_is_reported(client):
     [block] = whole(create(client)).content
     assert block.type == "text"
-    found = whole(create(client, stop_sequences=["never", block.text[2:4]]))
-    assert (found.stop_reason, found.stop_sequence) == ("stop_sequence", block.text[2:4])
+    message = whole(create(client, stop_sequences=["never", block.text[2:4]]))
+    assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", block.text[2:4])
 
 
 def test_count_tokens(client):

@@ -33,11 +33,11 @@ def test_one_model_is_open_at_a_time(library, expected):
     with asked(library) as client:
         for name in ("one", "two", "one", "TWO", "two:LATEST", "two.gguf"):
             answer = complete(client, model=name).json()
-            known = name.lower().removesuffix(":latest").removesuffix(".gguf")
-            assert answer["model"] == known
-            assert answer["choices"][0]["text"] == expected[known]
+            model_name = name.lower().removesuffix(":latest").removesuffix(".gguf")
+            assert answer["model"] == model_name
+            assert answer["choices"][0]["text"] == expected[model_name]
             assert "x-model" not in complete(client, model=name).headers
-            assert library.open_ones == [known]
+            assert library.open_ones == [model_name]
         assert [model.engine.context.files.path.stem for model in library.models] == [
             "one",
             "two",
@@ -70,9 +70,9 @@ def test_stream_keeps_its_model_open(library, expected):
             lines = stream.iter_lines()
             next(lines)
             answer = other.submit(complete, client, model="two")
-            said = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-        assert len("".join(one["choices"][0]["text"] for one in said)) > len(expected["one"])
-        assert said[-1]["choices"][0]["finish_reason"] == "length"
+            chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert len("".join(chunk["choices"][0]["text"] for chunk in chunks)) > len(expected["one"])
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
         assert text_of(answer.result()) == expected["two"]
 
 
@@ -81,9 +81,9 @@ def test_models_stay_open_within_ram(library, expected):
         for name in NAMES * 2:
             assert text_of(complete(client, model=name)) == expected[name]
         assert library.open_ones == list(NAMES)
-        (one, *_) = library.behind.loaded
+        (first, *_) = library.behind.loaded
     library.models.clear()
-    with asked(library, ram_bytes=int(one.needed_bytes * 2.5)) as client:
+    with asked(library, ram_bytes=int(first.needed_bytes * 2.5)) as client:
         for name in ("one", "two", "one", "three"):
             assert text_of(complete(client, model=name)) == expected[name]
         assert library.open_ones == ["one", "three"]  # two is the least recently used
@@ -104,11 +104,11 @@ def test_concurrent_requests_for_two_models(library, expected, ram_bytes, n_para
     library.n_parallel = n_parallel
 
     def ask(number: int) -> list[bool]:
-        found = []
+        matches = []
         for turn in range(8):
             name = ("one", "two")[(number + turn) % 2]
-            found.append(text_of(complete(client, model=name)) == expected[name])
-        return found
+            matches.append(text_of(complete(client, model=name)) == expected[name])
+        return matches
 
     with asked(library, ram_bytes=ram_bytes) as client, ThreadPoolExecutor(8) as threads:
         assert list(threads.map(ask, range(8))) == [[True] * 8] * 8
@@ -167,8 +167,8 @@ def test_all_waiting_requests_get_an_opened_model(library):
 
     async def wait() -> None:
         async with begun(ModelPool(library.registry())) as models:
-            asked = ["one", "two", "one", "two", "one"]
-            leases = [await models.lease(file_of(library, name)) for name in asked]
+            names = ["one", "two", "one", "two", "one"]
+            leases = [await models.lease(file_of(library, name)) for name in names]
             library.may_open.set()
             for lease in (leases[0], leases[2], leases[4], leases[1], leases[3]):
                 await lease.served

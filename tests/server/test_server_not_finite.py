@@ -53,7 +53,7 @@ def broken_model(path, name: str, value: float):
 
 def damage(path, name: str, value: float):
     header = read_header(path)
-    [tensor] = (each for each in header.tensors if each.name == name)
+    [tensor] = (candidate for candidate in header.tensors if candidate.name == name)
     raw = bytearray(path.read_bytes())
     at = header.data_start + tensor.offset
     raw[at : at + 4] = np.float32(value).tobytes()
@@ -86,9 +86,9 @@ def test_every_api_reports_one_error(client, path, body, streams):
     assert "unexpected" not in response.text and "NaN," not in response.text
     assert streams or response.status_code == 500
     for line in response.text.splitlines():
-        found = line.removeprefix("data:").strip()
-        if found.startswith("{"):
-            json.loads(found, parse_constant=pytest.fail)
+        payload = line.removeprefix("data:").strip()
+        if payload.startswith("{"):
+            json.loads(payload, parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])

@@ -16,8 +16,8 @@ FIGURES = {
 
 def ask(client, path="chat", options=EIGHT, **body):
     fixed = {"model": NAME, "options": options, "stream": False}
-    said = {"messages": [{"role": "user", "content": LONG}]} if path == "chat" else {}
-    return client.post(f"/api/{path}", json=fixed | said | body)
+    prompt_fields = {"messages": [{"role": "user", "content": LONG}]} if path == "chat" else {}
+    return client.post(f"/api/{path}", json=fixed | prompt_fields | body)
 
 
 def lines(response) -> list:
@@ -49,19 +49,19 @@ def test_listings_and_description(client, path):
     for name in (NAME, f"{NAME}:latest", "llama3.2"):
         response = client.post("/api/show", json={"model": name})
         assert ("x-model" in response.headers) is (name == "llama3.2")
-    shown = response.json()
-    assert shown["capabilities"] == ["completion", "tools"]
-    assert shown["model_info"]["llama.context_length"] == N_CTX
-    assert shown["model_info"]["llama.block_count"] == 8
-    assert f"num_ctx {N_CTX}" in shown["parameters"]
-    assert "assistant:" in shown["template"]
+    description = response.json()
+    assert description["capabilities"] == ["completion", "tools"]
+    assert description["model_info"]["llama.context_length"] == N_CTX
+    assert description["model_info"]["llama.block_count"] == 8
+    assert f"num_ctx {N_CTX}" in description["parameters"]
+    assert "assistant:" in description["template"]
 
 
 def test_chat_equals_openai_chat(client):
     expected = chat(client).json()
-    found = ask(client)
-    assert said(found) == text_of(chat(client))
-    answer = found.json()
+    response = ask(client)
+    assert said(response) == text_of(chat(client))
+    answer = response.json()
     assert answer.keys() >= FIGURES | {"model", "created_at", "done"}
     assert (answer["done"], answer["done_reason"]) == (True, "length")
     assert answer["message"]["role"] == "assistant"
@@ -121,10 +121,12 @@ def test_format_is_enforced(client):
 
 
 def test_log_probabilities(client):
-    found = ask(client, logprobs=True, top_logprobs=2).json()["logprobs"]
+    logprobs = ask(client, logprobs=True, top_logprobs=2).json()["logprobs"]
     expected = chat(client, logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]
-    assert [token["bytes"] for token in found] == [token["bytes"] for token in expected["content"]]
-    assert all(len(token["top_logprobs"]) == 2 for token in found)
+    assert [token["bytes"] for token in logprobs] == [
+        token["bytes"] for token in expected["content"]
+    ]
+    assert all(len(token["top_logprobs"]) == 2 for token in logprobs)
     assert len(ask(client, "generate", prompt="a", logprobs=True).json()["logprobs"]) == 8
 
 

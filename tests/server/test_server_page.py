@@ -67,10 +67,10 @@ def test_unknown_files_are_404(client, name):
 
 
 def test_page_has_the_reader_limits():
-    found = re.search(r"document: ([\d_]+), image: (\d+) \* 2 \*\* (\d+)", _part("composer.js"))
-    assert found is not None
-    assert int(found[1]) == MAX_DOCUMENT_BYTES
-    assert int(found[2]) * 2 ** int(found[3]) == MAX_PICTURE_BYTES
+    limits = re.search(r"document: ([\d_]+), image: (\d+) \* 2 \*\* (\d+)", _part("composer.js"))
+    assert limits is not None
+    assert int(limits[1]) == MAX_DOCUMENT_BYTES
+    assert int(limits[2]) * 2 ** int(limits[3]) == MAX_PICTURE_BYTES
 
 
 def test_page_accepts_the_settings_that_the_server_accepts():

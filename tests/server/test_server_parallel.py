@@ -60,8 +60,8 @@ def test_short_request_during_long_answer(several):
     with endless(several) as lines:
         begun(lines)
         for number in range(3):
-            asked = chat(several, f"number {number}", grammar=f'root ::= "mark-{number}"')
-            assert text_of(asked) == f"mark-{number}"
+            answer = chat(several, f"number {number}", grammar=f'root ::= "mark-{number}"')
+            assert text_of(answer) == f"mark-{number}"
         begun(lines)
         assert counted(several)["pop_queue_length"] == 0
 
@@ -77,11 +77,11 @@ def test_concurrent_answers_equal_lone_answers(several, client):
 
     with ThreadPoolExecutor(N_CLIENTS) as clients:
         for _ in range(3):
-            found = list(clients.map(ask, range(N_CLIENTS)))
-            assert [marked for _, marked in found] == [f"mark-{n}" for n in range(N_CLIENTS)]
+            pairs = list(clients.map(ask, range(N_CLIENTS)))
+            assert [marked for _, marked in pairs] == [f"mark-{n}" for n in range(N_CLIENTS)]
     # The first token depends on the prompt only; later ones may depend on the batches.
     alone = [text_of(chat(client, prompt, max_tokens=2)) for prompt in prompts]
-    same = sum(one[0][:1] == other[:1] for one, other in zip(found, alone, strict=True))
+    same = sum(pair[0][:1] == other[:1] for pair, other in zip(pairs, alone, strict=True))
     assert same >= N_CLIENTS - 1
 
 
@@ -100,8 +100,8 @@ def test_stream_reports_queue_place_and_progress(several):
     with ExitStack() as running:
         for number in range(SLOTS):
             lines = running.enter_context(endless(several, f"{number} {LONG * 6}"))
-            said = list(takewhile(lambda line: not is_text(line), lines))
-        assert any(re.fullmatch(r": read \d+ of \d+", line) for line in said)
+            comments = list(takewhile(lambda line: not is_text(line), lines))
+        assert any(re.fullmatch(r": read \d+ of \d+", line) for line in comments)
         with endless(several, "one more") as lines:
             assert ": queued 1" in (next(lines), next(lines), next(lines), next(lines))
             assert counted(several)["pop_queue_length"] == 1
@@ -166,8 +166,10 @@ def test_idle_server_refills_every_sequence(path):
     with asking(app_of(model, NAME)) as client:
         with ThreadPoolExecutor(2) as clients:
             list(clients.map(lambda text: chat(client, text), ["one. " + LONG, "two. " + LONG]))
-        wait_for(lambda: not any(each.refiller.n_refillable for each in model.engine.sequences))
-        caches = [each.cache for each in model.engine.sequences]
+        wait_for(
+            lambda: not any(sequence.refiller.n_refillable for sequence in model.engine.sequences)
+        )
+        caches = [sequence.cache for sequence in model.engine.sequences]
         assert all(cache.n_exact == cache.n_tokens > 200 for cache in caches)
         for text in ("one. " + LONG, "two. " + LONG):
             pop = chat(client, text).json()["usage"]["pop"]
@@ -255,15 +257,15 @@ def test_lone_client_always_gets_the_same_slot(path, monkeypatch):
 def test_repeatable_answers_have_the_same_probabilities(path):
     """There are more prompts than slots, so slots would keep rows of other prompts."""
     prompts = [f"number {number}, {LONG[: 40 * number]}" for number in range(6)]
-    found: list[set[str]] = [set() for _ in prompts]
+    answers: list[set[str]] = [set() for _ in prompts]
     order = random.Random(1)
     sent = {"max_tokens": 4, "logprobs": True, "top_logprobs": 2, "repeatable": True}
     with opened(path, n_ctx=N_CTX, n_parallel=3) as model, asking(app_of(model, NAME)) as client:
         for _ in range(40):
             number = order.randrange(len(prompts))
             choice = chat(client, prompts[number], **sent).json()["choices"][0]
-            found[number].add(json.dumps([choice["message"]["content"], choice["logprobs"]]))
-    assert [len(each) for each in found] == [1] * len(prompts)
+            answers[number].add(json.dumps([choice["message"]["content"], choice["logprobs"]]))
+    assert [len(texts) for texts in answers] == [1] * len(prompts)
 
 
 def test_props_report_number_of_slots(several):

@@ -26,39 +26,39 @@ def client(tmp_path_factory):
         yield client
 
 
-def create(client: Any, said: Any = LONG, **body: Any) -> Any:
-    fixed = {"model": NAME, "input": said, "temperature": 0, "max_output_tokens": 8}
+def create(client: Any, content: Any = LONG, **body: Any) -> Any:
+    fixed = {"model": NAME, "input": content, "temperature": 0, "max_output_tokens": 8}
     return client.post("/v1/responses", json=fixed | body)
 
 
 def whole(response: Any) -> Response:
     assert response.status_code == 200, response.text
-    found: Response = Response.model_validate_json(response.text)
-    return found
+    parsed: Response = Response.model_validate_json(response.text)
+    return parsed
 
 
 def events(response: Any) -> list[Any]:
-    found = []
+    parsed = []
     for block in response.text.strip().split("\n\n"):
         if not block.startswith(":"):
             kind, data = block.split("\n")
-            found.append(EVENT.validate_json(data.removeprefix("data: ")))
-            assert kind == f"event: {found[-1].type}"
-    assert [event.sequence_number for event in found] == [*range(len(found))]
-    return found
+            parsed.append(EVENT.validate_json(data.removeprefix("data: ")))
+            assert kind == f"event: {parsed[-1].type}"
+    assert [event.sequence_number for event in parsed] == [*range(len(parsed))]
+    return parsed
 
 
 def test_response_equals_chat(client):
-    found = whole(create(client))
-    assert found.output_text == message_of(chat(client))[0]["content"] != ""
-    assert (found.status, found.output[0].type) == ("incomplete", "message")
-    assert found.incomplete_details and found.incomplete_details.reason == "max_output_tokens"
-    assert found.usage and found.usage.output_tokens == 8
+    answer = whole(create(client))
+    assert answer.output_text == message_of(chat(client))[0]["content"] != ""
+    assert (answer.status, answer.output[0].type) == ("incomplete", "message")
+    assert answer.incomplete_details and answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.usage and answer.usage.output_tokens == 8
     assert create(client).json()["usage"]["pop"]["reading"] in ("short", None)
 
 
 def test_instructions_and_items_become_chat_messages(client):
-    said = [
+    items = [
         {"role": "user", "content": [{"type": "input_text", "text": "one"}]},
         {"type": "message", "role": "assistant", "content": "two"},
         {"type": "reasoning", "summary": []},
@@ -66,8 +66,8 @@ def test_instructions_and_items_become_chat_messages(client):
     ]
     roles = [("system", "Be brief."), ("user", "one"), ("assistant", "two"), ("user", LONG)]
     messages = [{"role": role, "content": content} for role, content in roles]
-    found = whole(create(client, said, instructions="Be brief."))
-    assert found.output_text == message_of(chat(client, messages=messages))[0]["content"]
+    answer = whole(create(client, items, instructions="Be brief."))
+    assert answer.output_text == message_of(chat(client, messages=messages))[0]["content"]
 
 
 def test_stream_builds_the_complete_answer(client):

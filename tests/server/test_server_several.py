@@ -29,10 +29,10 @@ def texts(response) -> list[str]:
 def test_each_prompt_of_a_list_is_answered(client):
     alone = [complete(client, prompt) for prompt in PROMPTS]
     together = complete(client, PROMPTS)
-    assert texts(together) == [one.json()["choices"][0]["text"] for one in alone]
+    assert texts(together) == [answer.json()["choices"][0]["text"] for answer in alone]
     usage = together.json()["usage"]
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
-        assert usage[name] == sum(one.json()["usage"][name] for one in alone)
+        assert usage[name] == sum(answer.json()["usage"][name] for answer in alone)
     assert usage["pop"]["reason"] is None
 
 
@@ -51,13 +51,13 @@ def test_n_answers_have_different_seeds(client):
 def test_chat_with_several_answers(client):
     warm = {"temperature": 1.5, "seed": 5}
     choices = chat(client, n=2, **warm).json()["choices"]
-    said = [choice["message"]["content"] for choice in choices]
-    assert said == [text_of(chat(client, **warm | {"seed": seed})) for seed in (5, 6)]
+    contents = [choice["message"]["content"] for choice in choices]
+    assert contents == [text_of(chat(client, **warm | {"seed": seed})) for seed in (5, 6)]
 
 
 def test_stream_of_several_answers(client):
-    asked = {"stream": True, "stream_options": {"include_usage": True}}
-    *pieces, figures = events(complete(client, PROMPTS, **asked))
+    fields = {"stream": True, "stream_options": {"include_usage": True}}
+    *pieces, figures = events(complete(client, PROMPTS, **fields))
     streamed = ["", "", ""]
     for piece in pieces:
         (choice,) = piece["choices"]
@@ -96,9 +96,9 @@ def test_suffix_infills(filler):
     before, after = "def f(", "): <|fim_middle|>"  # plain text here
     tokens = by_hand(model, before, after)
     expected = texts(complete(client, tokens))
-    found = complete(client, before, suffix=after)
-    assert texts(found) == expected
-    assert found.json()["usage"]["prompt_tokens"] == len(tokens)
+    answer = complete(client, before, suffix=after)
+    assert texts(answer) == expected
+    assert answer.json()["usage"]["prompt_tokens"] == len(tokens)
     assert (
         texts(complete(client, model.engine.context.vocabulary.tokenize(before), suffix=after))
         == expected

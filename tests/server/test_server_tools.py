@@ -144,8 +144,8 @@ def test_logprobs_cover_all_tokens(client):
     response = chat(client, **FORCED | {"max_tokens": 12}, logprobs=True)
     assert len(response.json()["choices"][0]["logprobs"]["content"]) == 12
     streamed = events(chat(client, **FORCED | {"max_tokens": 12}, logprobs=True, stream=True))
-    each = [event["choices"][0]["logprobs"] for event in streamed]
-    assert sum(len(found["content"]) for found in each if found) == 12
+    entries = [event["choices"][0]["logprobs"] for event in streamed]
+    assert sum(len(entry["content"]) for entry in entries if entry) == 12
 
 
 def test_usage_lists_ignored_tool_keywords(client):
@@ -174,18 +174,22 @@ def test_schema_bombs_are_400(client):
 
 def test_ollama_calls_have_object_arguments(client):
     few = {"temperature": 0, "num_predict": 4}
-    asked = {"model": NAME, "messages": TURN[:1], "tools": [DOUBLE], "options": few}
-    answer = client.post("/api/chat", json=asked | {"stream": False})
+    fields = {"model": NAME, "messages": TURN[:1], "tools": [DOUBLE], "options": few}
+    answer = client.post("/api/chat", json=fields | {"stream": False})
     assert "tool_calls" not in answer.json()["message"]
     call = {"function": {"name": "double", "arguments": {"n": 1}}}
-    told = [TURN[0], {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "2"}]
+    messages = [
+        TURN[0],
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+    ]
     for stream in (False, True):
-        answer = client.post("/api/chat", json=asked | {"messages": told, "stream": stream})
+        answer = client.post("/api/chat", json=fields | {"messages": messages, "stream": stream})
         assert answer.status_code == 200, answer.text
 
 
 def test_ollama_sends_complete_calls_last():
-    said = [
+    pieces = [
         Piece("Hm."),
         Piece(call=ToolCall("a", "double", "")),
         Piece(call=ToolCall("", "", '{"n":')),
@@ -198,12 +202,12 @@ def test_ollama_sends_complete_calls_last():
     reply = OllamaChatReply(served)
     reply.begin(0, Task(Prompt([1]), TurnOptions(), reason="test"))
     calls = [{"function": {"name": "double", "arguments": {"n": 2}}}]
-    whole = reply.whole(replace(end, pieces=said))["message"]
+    whole = reply.whole(replace(end, pieces=pieces))["message"]
     assert whole == {"role": "assistant", "content": "Hm.", "tool_calls": calls}
-    events = [event for piece in said for event in reply.pieces(piece, ())]
-    told, last = reply.ending(end)
+    events = [event for piece in pieces for event in reply.pieces(piece, ())]
+    update, last = reply.ending(end)
     assert [event["message"]["content"] for event in events] == ["Hm."]
-    assert told["message"]["tool_calls"] == calls and last["done_reason"] == "length"
+    assert update["message"]["tool_calls"] == calls and last["done_reason"] == "length"
 
 
 def test_stop_string_does_not_cut_a_call(client):
@@ -238,16 +242,16 @@ def test_tool_schema_with_references(client, schema):
 @pytest.mark.parametrize("name", ["call", "calls"])
 def test_tool_named_like_a_grammar_rule(client, name):
     body = FORCED | {"tools": [function(name, n={"enum": [1, 2]})], "parallel_tool_calls": False}
-    [(given, arguments)] = called(message_of(chat(client, **body))[0])
-    assert (given, arguments["n"] in (1, 2)) == (name, True)
+    [(function_name, arguments)] = called(message_of(chat(client, **body))[0])
+    assert (function_name, arguments["n"] in (1, 2)) == (name, True)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_answer_beside_tools_matches_the_schema(client, stream):
     form = {"type": "json_object", "schema": {"enum": ["57", "58"]}}
-    asked = {"tools": TOOLS, "response_format": form, "max_tokens": 600, "stream": stream}
+    fields = {"tools": TOOLS, "response_format": form, "max_tokens": 600, "stream": stream}
     # A bias makes the random model choose the schema's first character.
-    response = chat(client, "a", **asked, logit_bias={'"': 50})
+    response = chat(client, "a", **fields, logit_bias={'"': 50})
     message, _ = ({}, "") if stream else message_of(response)
     content = joined(events(response))[1] if stream else message["content"]
     assert content in ('"57"', '"58"')
@@ -255,8 +259,8 @@ def test_answer_beside_tools_matches_the_schema(client, stream):
 
 def test_calls_stay_possible_beside_schema(client):
     form = {"type": "json_object", "schema": {"enum": ["57"]}}
-    asked = {"tools": TOOLS, "parallel_tool_calls": False, "max_tokens": 600}
-    message, reason = message_of(chat(client, **asked, response_format=form))
+    fields = {"tools": TOOLS, "parallel_tool_calls": False, "max_tokens": 600}
+    message, reason = message_of(chat(client, **fields, response_format=form))
     assert called(message) and reason == "tool_calls"
 
 
@@ -271,12 +275,12 @@ def test_required_call_beside_schema(client):
 @pytest.mark.parametrize("mode", ["auto", "required"])
 def test_only_allowed_tools_are_called(client, mode):
     choice = {"mode": mode, "tools": [{"type": "function", "function": {"name": "double"}}]}
-    asked = {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": choice}}
-    message, _ = message_of(chat(client, **asked, max_tokens=600 if mode == "required" else 8))
+    fields = {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": choice}}
+    message, _ = message_of(chat(client, **fields, max_tokens=600 if mode == "required" else 8))
     if mode == "required":
         assert [name for name, _ in called(message)] == ["double"]
     every = chat(client, tools=TOOLS, max_tokens=1).json()["usage"]["prompt_tokens"]
-    assert chat(client, **asked, max_tokens=1).json()["usage"]["prompt_tokens"] == every
+    assert chat(client, **fields, max_tokens=1).json()["usage"]["prompt_tokens"] == every
 
 
 @pytest.mark.parametrize(
