@@ -25,34 +25,29 @@ from pop_local.engine.prompt.prompt import Prompt
 def read(
     states: CacheStates, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None = None
 ) -> Read:
-    """Read a prompt, reusing its cached prefix, and compute the last row's logits.
+    """Read a prompt, reusing cached rows, and compute the last row's logits.
+
+    | cached rows                | rows to decode                                   |
+    |----------------------------|--------------------------------------------------|
+    | an edited prompt's rows    | the edit's rows, in place                        |
+    | the whole prompt           | none, or the last row if its logits are lost     |
+    | a prefix of the prompt     | all rows from the prefix (or a checkpoint) onward |
 
     Raises PopError if the prompt does not fit in the context or cannot be decoded. If interrupted,
     raises PrefillStoppedError or the signal handler's exception. Decoded rows stay cached.
     """
     if not len(prompt):
         raise PopError("the prompt is empty", "add text to the prompt")
-    cache = states.cache
-    cache.epoch += 1
-    tokens = np.asarray(prompt.tokens, np.int32)
+    cache, tokens = states.cache, np.asarray(prompt.tokens, np.int32)
     deep = _deep_rows(cache, tokens, rule)
-    reusable = ReusableRows(cache, prompt, rule)
-    states.stash(reusable.count, reusable.end)
-    n_usable = 0
-    if rule.reuse is not Reuse.OFF:
-        states.restore_best(reusable.count)
-        must_be_full = deep.copy()
-        must_be_full[: rule.sink_tokens] = True
-        must_be_full[max(prompt.text_from, len(prompt) - rule.tail_tokens) :] = True
-        n_same = states.n_same(prompt)
-        n_usable = n_leading(~must_be_full[:n_same] | cache.rows.is_full[:n_same])
-        sources = reusable.edit(cache, n_usable, must_be_full)
-        if sources is not None:
-            cache.make_room(len(prompt) - cache.n_tokens)
-            if move_rows(cache, tokens, sources):
-                return EditedReading(cache, tokens, sources, deep, rule, on_prefill).complete()
-            # The memory cannot move rows. The second call stashes the rows that will be replaced.
-            return read(states, prompt, replace(rule, reuse=Reuse.EXACT), on_prefill)
+    n_usable, sources = _find_reusable(states, prompt, rule, deep)
+    if sources is not None:
+        cache.make_room(len(prompt) - cache.n_tokens)
+        if move_rows(cache, tokens, sources):
+            return EditedReading(cache, tokens, sources, deep, rule, on_prefill).complete()
+        # The memory cannot move rows. The second search stashes the rows that will be replaced.
+        prefix_only = replace(rule, reuse=Reuse.EXACT)
+        n_usable, _ = _find_reusable(states, prompt, prefix_only, deep)
     if n_usable == len(prompt) == cache.n_tokens and cache.has_logits:
         return Read(
             len(prompt),
@@ -62,12 +57,34 @@ def read(
             n_stale=cache.rows.n_stale(len(prompt)),
             is_short=cache.settings.is_pruning,
         )
-    # Logits need a decoded token, so the last token is read again if all tokens are cached.
     n_kept = prompt.whole(min(n_usable, len(prompt) - 1))
     cache.has_logits = False
     if not cache.truncate(n_kept) and not cache.truncate(cache.checkpoints.best(n_kept)):
         cache.clear()
     return append(cache, prompt.from_row(cache.n_tokens), rule, on_prefill, deep[cache.n_tokens :])
+
+
+def _find_reusable(
+    states: CacheStates, prompt: Prompt, rule: RowRule, deep: NDArray[np.bool_]
+) -> tuple[int, NDArray[np.int32] | None]:
+    """Load the best cached rows for a prompt and stash the rows that reading it would drop.
+
+    Returns the length of the reusable prefix and, for an edited prompt, each token's cached row
+    (see ReusableRows.edit).
+    """
+    cache = states.cache
+    cache.epoch += 1
+    reusable = ReusableRows(cache, prompt, rule)
+    states.stash(reusable.count, reusable.end)
+    if rule.reuse is Reuse.OFF:
+        return 0, None
+    states.restore_best(reusable.count)
+    must_be_full = deep.copy()
+    must_be_full[: rule.sink_tokens] = True
+    must_be_full[max(prompt.text_from, len(prompt) - rule.tail_tokens) :] = True
+    n_same = states.n_same(prompt)
+    n_usable = n_leading(~must_be_full[:n_same] | cache.rows.is_full[:n_same])
+    return n_usable, reusable.edit(cache, n_usable, must_be_full)
 
 
 def append(
