@@ -251,14 +251,18 @@ def test_a_file_with_impossible_rows_is_removed(pop_file, folder, changes):
     assert not files(folder)
 
 
-@pytest.mark.parametrize("cells", ["empty", "cut", "of fewer rows"])
-def test_a_state_with_incomplete_cells_is_refused(pop_file, cells):
+@pytest.mark.parametrize("cells", ["empty", "cut", "of fewer rows", "of 4 GB"])
+def test_rejects_state_with_invalid_cells(pop_file, cells):
     with opened(pop_file) as model:
         read(model, OLD)
         state = first_of(model).states.save()
         first_of(model).cache.truncate(10)
-        fewer = first_of(model).states.save().cells
-        content = {"empty": b"", "cut": state.cells[:-1]}.get(cells, fewer)
+        content = {
+            "empty": b"",
+            "cut": state.cells[:-1],
+            "of fewer rows": first_of(model).states.save().cells,
+            "of 4 GB": b"\xff" * 4 + state.cells[4:],
+        }[cells]
         with pytest.raises(PopError, match="the saved state does not match"):
             first_of(model).states.restore(replace(state, cells=content))
         assert first_of(model).cache.n_tokens == 0

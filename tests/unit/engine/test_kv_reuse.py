@@ -2,7 +2,6 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,11 +71,11 @@ def test_switching_to_the_current_mode_keeps_the_cache(pop_file):
 def test_noise_is_above_that_of_the_unpatched_library(pop_file, unpatched_lib):
     """NOISE is the tests' tolerance for other batch shapes."""
     last = Step("decode", "last", tokens=tuple(prompt(200)))
-    one, *others = (
+    first, *others = (
         run(Job(str(pop_file), (last,), lib=str(unpatched_lib), n_ubatch=n_ubatch))["last"]
         for n_ubatch in (64, 71, 7, 1)
     )
-    assert 0 < max(np.abs(other - one).max() for other in others) < NOISE
+    assert 0 < max(np.abs(other - first).max() for other in others) < NOISE
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -173,18 +172,9 @@ def test_new_rows_do_not_replace_a_restored_windows_rows(tmp_path):
         first_of(model).states.restore(state)
         read(model, question)
         assert model.read(Prompt(later)).n_cached == 70
-        found = last_logits(model)
+        logits = last_logits(model)
         first_of(model).cache.clear()
-        np.testing.assert_allclose(found, read(model, later), rtol=0, atol=NOISE)
-
-
-def test_a_state_that_declares_a_large_size_is_refused(pop_file):
-    """llama.cpp would allocate 4 GB."""
-    with opened(pop_file) as model:
-        read(model, prompt(100))
-        state = first_of(model).states.save()
-        with pytest.raises(PopError, match="does not match"):
-            first_of(model).states.restore(replace(state, cells=b"\xff" * 4 + state.cells[4:]))
+        np.testing.assert_allclose(logits, read(model, later), rtol=0, atol=NOISE)
 
 
 def test_a_restored_prompt_has_the_same_answer(pop_file):

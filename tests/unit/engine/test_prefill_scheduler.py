@@ -48,16 +48,21 @@ def simulated(arrivals: dict[int, QueuedPrompt], until: int = 10**6) -> dict[Que
     return ends
 
 
-def test_short_prompt_waits_for_one_chunk_of_a_long_one():
-    long, short = queued(7000), queued(10, 10_000)
-    ends = simulated({0: long, 300: short})
-    assert ends == {short: 2 * CHUNK + 10, long: 7010}
-
-
-def test_fewest_rows_left_go_first():
-    """The first prompt has only 600 rows left when the second one with 700 rows arrives."""
-    first, second, third = queued(1368, 0), queued(700, 10_000), queued(100, 20_000)
-    assert list(simulated({0: first, 768: second, 769: third})) == [third, first, second]
+@pytest.mark.parametrize(
+    ("arrivals", "order"),
+    [
+        ({0: 7000, 300: 10}, [(300, 2 * CHUNK + 10), (0, 7010)]),
+        # The first prompt has only 600 rows left when the second one with 700 rows arrives.
+        ({0: 1368, 768: 700, 769: 100}, [(769, 1124), (0, 1468), (768, 2168)]),
+        (dict.fromkeys(range(4), 3000), [(n, 3000 * (n + 1)) for n in range(4)]),
+    ],
+    ids=["short", "fewest rows left", "equal"],
+)
+def test_reads_prompt_with_fewest_rows_left(arrivals, order):
+    prompts = {at: queued(n_rows, 10_000 * at) for at, n_rows in arrivals.items()}
+    ends = simulated(prompts)
+    arrival = {prompt: at for at, prompt in prompts.items()}
+    assert [(arrival[prompt], end) for prompt, end in ends.items()] == order
 
 
 def test_a_question_is_not_overtaken_by_shorter_ones():
@@ -66,12 +71,6 @@ def test_a_question_is_not_overtaken_by_shorter_ones():
     arrivals = {0: long, 300: question}
     arrivals |= {301 + 10 * n: queued(10, 20_000 + 100 * n) for n in range(400)}
     assert simulated(arrivals)[question] == 2 * CHUNK + 49
-
-
-def test_equal_prompts_are_read_one_after_the_other():
-    prompts = [queued(3000, 10_000 * n) for n in range(4)]
-    ends = simulated(dict(enumerate(prompts)))
-    assert list(ends.values()) == [3000, 6000, 9000, 12_000]
 
 
 def test_a_long_prompt_is_never_starved():
@@ -87,16 +86,16 @@ def test_ageing_delays_short_prompts_by_one_chunk_only():
     long = queued(4000)
     shorts = {300 * n + 1: queued(100, 10_000 * n) for n in range(1, 60)}
     ends = simulated({0: long} | shorts)
-    waits = [ends[each] - at for at, each in shorts.items()]
+    waits = [ends[short] - at for at, short in shorts.items()]
     assert max(waits) <= 2 * CHUNK + AGE_CHUNKS * 100
 
 
 def test_ageing_starts_anew_with_the_next_oldest_prompt():
     scheduler = PrefillScheduler()
     first, second, third = queued(2000), queued(2000, 10_000), queued(2000, 20_000)
-    for each in (first, second, third):
-        scheduler.add(each)
-        scheduler.record(each, 2000)
+    for prompt in (first, second, third):
+        scheduler.add(prompt)
+        scheduler.record(prompt, 2000)
     for n_left in range(1900, 1900 - 100 * AGE_CHUNKS, -100):
         scheduler.record(second if n_left % 200 else third, n_left)
     assert scheduler.next() is first
@@ -109,9 +108,9 @@ def test_an_estimate_of_cached_rows_does_not_count_as_reading():
     long, cached = queued(7000), queued(6900, 10_000)
     scheduler.add(long)
     scheduler.record(long, 7000)
-    for each in [cached, *(queued(6900, 20_000 * n) for n in range(1, AGE_CHUNKS))]:
-        scheduler.add(each)
-        scheduler.record(each, 50)
+    for prompt in [cached, *(queued(6900, 20_000 * n) for n in range(1, AGE_CHUNKS))]:
+        scheduler.add(prompt)
+        scheduler.record(prompt, 50)
     assert scheduler.next() is cached
 
 

@@ -29,63 +29,65 @@ def pop_file(tmp_path_factory):
 
 @pytest.fixture
 def chat(pop_file):
-    def dialogue(*lines, mode="idle", **options):
+    def open_dialogue(*lines, mode="idle", **options):
         model = opened(pop_file, keep_states=mode != "off", **options)
         sampling = {"temperature": 0.0, "max_tokens": 4}
         screen = Transcript(*lines)
         return Dialogue(model, lambda *_: model, screen, sampling=sampling, refill=mode)
 
-    return dialogue
+    return open_dialogue
 
 
 def test_rows_are_refilled_while_the_user_types(chat):
-    begun = chat()
-    assert refill.status(begun) == ""
-    begun.ask(WORDS)
-    assert first_of(begun.model).cache.n_exact == 0
-    with refill.idling(begun):
-        wait_for(lambda: first_of(begun.model).refiller.n_refillable == 0)
-    n_tokens = first_of(begun.model).cache.n_tokens
-    assert first_of(begun.model).cache.n_exact == n_tokens > 200
-    assert first_of(begun.model).states.key == FULL
-    assert refill.status(begun) == f"Cache: {n_tokens} of {n_tokens} tokens have exact values"
-    assert refill.status_bar(begun) == ""
+    dialogue = chat()
+    assert refill.status(dialogue) == ""
+    dialogue.ask(WORDS)
+    assert first_of(dialogue.model).cache.n_exact == 0
+    with refill.idling(dialogue):
+        wait_for(lambda: first_of(dialogue.model).refiller.n_refillable == 0)
+    n_tokens = first_of(dialogue.model).cache.n_tokens
+    assert first_of(dialogue.model).cache.n_exact == n_tokens > 200
+    assert first_of(dialogue.model).states.key == FULL
+    assert refill.status(dialogue) == f"Cache: {n_tokens} of {n_tokens} tokens have exact values"
+    assert refill.status_bar(dialogue) == ""
 
 
 @pytest.mark.parametrize("pause_s", [0, 0.002, 0.01, 0.03])
 def test_an_early_line_stops_refilling(chat, pause_s):
-    begun = chat()
-    begun.ask(WORDS)
-    with refill.idling(begun):
+    dialogue = chat()
+    dialogue.ask(WORDS)
+    with refill.idling(dialogue):
         time.sleep(pause_s)
-    n_exact = first_of(begun.model).cache.n_exact
+    n_exact = first_of(dialogue.model).cache.n_exact
     assert not any(thread.name == "pop-local idle" for thread in threading.enumerate())
-    begun.ask("and now?")
-    assert begun.session.answer_stats[-1].n_refilled == n_exact
-    assert first_of(begun.model).cache.n_exact <= first_of(begun.model).cache.n_tokens
+    dialogue.ask("and now?")
+    assert dialogue.session.answer_stats[-1].n_refilled == n_exact
+    assert first_of(dialogue.model).cache.n_exact <= first_of(dialogue.model).cache.n_tokens
 
 
 def test_off_refills_nothing(chat):
-    begun = chat(mode="off")
-    begun.ask(WORDS)
-    with refill.idling(begun):
+    dialogue = chat(mode="off")
+    dialogue.ask(WORDS)
+    with refill.idling(dialogue):
         pass
-    assert (first_of(begun.model).cache.n_exact, refill.status(begun)) == (0, "")
+    assert (first_of(dialogue.model).cache.n_exact, refill.status(dialogue)) == (0, "")
+    run_command(dialogue, "/stats")
+    assert "tokens have exact values" not in dialogue.screen.shown
 
 
-def talked(begun):
+def talked(dialogue):
     """Return the shown text after all lines were processed."""
-    converse(begun, begun.screen.read_line)
-    return begun.screen.shown
+    converse(dialogue, dialogue.screen.read_line)
+    return dialogue.screen.shown
 
 
 @pytest.mark.parametrize(
     "lines", [("/clear",), ("/full on",), ("/full on", "/full off"), ("/retry",), ("/undo",), ()]
 )
 def test_the_rest_is_refilled_after_other_commands(chat, lines):
-    begun = chat(WORDS, *lines, WORDS[::-1])
-    assert "!" not in talked(begun)
-    model = begun.model
+    dialogue = chat(WORDS, *lines, WORDS[::-1])
+    assert "!" not in talked(dialogue)
+    model = dialogue.model
     first_of(model).refiller.refill()
     assert first_of(model).cache.n_exact == first_of(model).cache.n_tokens > 200
     tokens = first_of(model).cache.tokens[: first_of(model).cache.n_tokens].tolist()
@@ -94,48 +96,43 @@ def test_the_rest_is_refilled_after_other_commands(chat, lines):
 
 
 def test_rows_whose_states_were_dropped_stay_pruned(chat):
-    begun = chat()
-    begun.ask(WORDS)
-    begun.model.engine.set_refill(False)
-    begun.model.engine.set_refill(True)
-    begun.ask("what?")
-    assert first_of(begun.model).refiller.refill() == 0
-    assert first_of(begun.model).cache.n_exact < 200
-
-
-def test_stats_report_progress(chat):
-    assert "tokens have exact values" in talked(chat(WORDS, "/stats"))
-    assert "tokens have exact values" not in talked(chat(WORDS, "/stats", mode="off"))
+    dialogue = chat()
+    dialogue.ask(WORDS)
+    dialogue.model.engine.set_refill(False)
+    dialogue.model.engine.set_refill(True)
+    dialogue.ask("what?")
+    assert first_of(dialogue.model).refiller.refill() == 0
+    assert first_of(dialogue.model).cache.n_exact < 200
 
 
 def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(chat):
-    begun = chat()
-    begun.ask(WORDS)
-    with refill.idling(begun):
-        wait_for(lambda: first_of(begun.model).refiller.n_refillable == 0)
-    n_tokens = first_of(begun.model).cache.n_tokens
-    run_command(begun, "/stats")
+    dialogue = chat()
+    dialogue.ask(WORDS)
+    with refill.idling(dialogue):
+        wait_for(lambda: first_of(dialogue.model).refiller.n_refillable == 0)
+    n_tokens = first_of(dialogue.model).cache.n_tokens
+    run_command(dialogue, "/stats")
     caught_up = f"{n_tokens} tokens ran through the layers that they had skipped."
-    assert f"After fast reading, {caught_up}" in begun.screen.shown
-    begun.ask("and now?")
-    run_command(begun, "/stats")
-    assert begun.screen.shown.count(caught_up) == 2
+    assert f"After fast reading, {caught_up}" in dialogue.screen.shown
+    dialogue.ask("and now?")
+    run_command(dialogue, "/stats")
+    assert dialogue.screen.shown.count(caught_up) == 2
 
 
 def test_the_status_bar_shows_the_tokens_of_this_conversation(chat):
-    begun = chat()
-    begun.ask(WORDS)
-    n_tokens = first_of(begun.model).cache.n_tokens
-    assert refill.status_bar(begun) == f"Catching up: 0 of {n_tokens} tokens have exact values"
-    begun.forget()
-    assert refill.status_bar(begun) == ""
+    dialogue = chat()
+    dialogue.ask(WORDS)
+    n_tokens = first_of(dialogue.model).cache.n_tokens
+    assert refill.status_bar(dialogue) == f"Catching up: 0 of {n_tokens} tokens have exact values"
+    dialogue.forget()
+    assert refill.status_bar(dialogue) == ""
 
 
 def test_full_off_keeps_a_cache_that_is_exact(chat):
-    begun = chat("/full on", WORDS, "/full off")
-    talked(begun)
-    cache = first_of(begun.model).cache
-    assert first_of(begun.model).settings.mode is Mode.CONTEXT
+    dialogue = chat("/full on", WORDS, "/full off")
+    talked(dialogue)
+    cache = first_of(dialogue.model).cache
+    assert first_of(dialogue.model).settings.mode is Mode.CONTEXT
     assert cache.n_exact == cache.n_tokens > 200
 
 
@@ -144,17 +141,17 @@ def test_a_larger_context_keeps_the_cached_rows(pop_file, switch):
     models = [opened(pop_file, n_ctx=n_ctx) for n_ctx in (512, 1024)]
     screen = Transcript(f"/full {switch}", WORDS)
     sampling = {"temperature": 0.0, "max_tokens": 4}
-    begun = Dialogue(models[0], lambda *_: models[1], screen, sampling=sampling)
-    converse(begun, screen.read_line)
+    dialogue = Dialogue(models[0], lambda *_: models[1], screen, sampling=sampling)
+    converse(dialogue, screen.read_line)
     before = first_of(models[0]).cache.tokens.tolist()
-    assert begun.enlarge(1024)
-    assert first_of(begun.model).cache.tokens.tolist() == before
+    assert dialogue.enlarge(1024)
+    assert first_of(dialogue.model).cache.tokens.tolist() == before
     assert len(before) > 200
 
 
 def test_ctrl_c_during_the_end_stops_refilling(chat, monkeypatch):
-    begun = chat()
-    begun.ask(WORDS)
+    dialogue = chat()
+    dialogue.ask(WORDS)
     joined = threading.Thread.join
     pressed = iter([True])
 
@@ -163,7 +160,7 @@ def test_ctrl_c_during_the_end_stops_refilling(chat, monkeypatch):
             raise KeyboardInterrupt
         joined(thread, timeout)
 
-    with pytest.raises(KeyboardInterrupt), refill.idling(begun):
+    with pytest.raises(KeyboardInterrupt), refill.idling(dialogue):
         monkeypatch.setattr(threading.Thread, "join", join)
     assert not any(thread.name == "pop-local idle" for thread in threading.enumerate())
 
@@ -194,14 +191,14 @@ def test_a_repeatable_answer_equals_the_first_one(pop_file, by):
             answer = client.post("/v1/completions", json=body).json()
             return answer["choices"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
 
-        wanted = {} if by == "server" else {"repeatable": True}
-        first, _ = ask(WORDS, **wanted)
+        options = {} if by == "server" else {"repeatable": True}
+        first, _ = ask(WORDS, **options)
         for prompt in (WORDS + "i j k", "another", WORDS[:99]):
             ask(prompt, repeatable=False)
-            assert ask(WORDS, **wanted) == (first, 0)
+            assert ask(WORDS, **options) == (first, 0)
             wait_for(lambda: first_of(model).refiller.n_refillable == 0)
-        found, n_cached = ask(WORDS, repeatable=False)
-        assert n_cached > 0 and found != first
+        answer, n_cached = ask(WORDS, repeatable=False)
+        assert n_cached > 0 and answer != first
 
 
 def test_a_server_answers_after_an_error_in_refilling(pop_file, monkeypatch):

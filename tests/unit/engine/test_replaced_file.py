@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 from pop_base.errors import PopError
-from pop_local.config import settings
 from support.calls import greedy, opened, prompt
 from support.converted import paired
 from support.synthetic import make_gguf
@@ -40,12 +39,6 @@ def test_a_file_that_was_replaced_is_refused(pair, tmp_path, change, which):
         for tokens in (prompt(40), prompt(40, seed=1)):
             with pytest.raises(PopError, match=f"{path.name} was changed after it was opened"):
                 greedy(model, tokens)
-
-
-def test_an_answer_reads_no_settings(pair, tmp_path, monkeypatch):
-    with opened(tmp_path / "llama.gguf", sidecar=pair.sidecar) as model:
-        monkeypatch.setattr(settings, "load", lambda: pytest.fail("settings were read"))
-        assert greedy(model, prompt(40))
 
 
 def test_a_deleted_or_unmapped_file_keeps_working(tmp_path):

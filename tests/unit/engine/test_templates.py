@@ -16,7 +16,7 @@ from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt import templates
-from pop_local.engine.prompt.prompter import Prompter, _without_system
+from pop_local.engine.prompt.prompter import _without_system
 from pop_local.engine.prompt.templates import Template
 from support.child_limits import call_limit
 from support.synthetic import make_gguf
@@ -110,12 +110,6 @@ def test_pictures_move_with_the_text_after_the_system_prompt():
     [joined] = _without_system(said)
     assert joined.content == "ab\ncd"
     assert [offset for offset, _ in joined.pictures] == [3, 5]
-
-
-def test_a_template_beyond_its_limits_is_an_error_of_a_fit(in_a_hurry, tmp_path):
-    path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=ENDLESS)
-    with loaded(path, n_threads=1) as context, pytest.raises(PopError, match="more than 1 s"):
-        Prompter(context).before_question()
 
 
 def test_an_interrupted_render_is_not_the_next_ones_result(vocab):

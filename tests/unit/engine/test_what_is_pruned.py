@@ -16,7 +16,7 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.ui.hints import hint_of
 from support.calls import NOISE, evaluated, first_of, greedy, opened, prompt, read
-from support.converted import converted, tiny
+from support.converted import converted
 from support.shapes import read_shape
 from support.synthetic import add_keys, make_gguf, renamed
 
@@ -62,13 +62,6 @@ def test_prompts_below_the_files_minimum_run_full(tmp_path):
     assert evaluated(model, prompt(50)) == Counters(33, 17)
 
 
-def test_prompts_hardly_longer_than_their_full_rows_run_full(pop_file):
-    model = opened(pop_file)
-    assert evaluated(model, prompt(33)) == Counters(0, 33)
-    first_of(model).cache.clear()
-    assert evaluated(model, prompt(34)) == Counters(17, 17)
-
-
 def test_another_boundary_prunes_other_layers(pop_file):
     model = opened(pop_file)
     at_four = read(model, prompt(200))
@@ -108,15 +101,8 @@ def test_greedy_takes_the_token_that_llama_cpps_samplers_take(pop_file):
     for options in ({"top_k": 1, "seed": 3}, {"temperature": 0.0, "repeat_penalty": 1.0001}):
         first_of(model).cache.clear()
         model.read(Prompt(prompt(100)))
-        theirs = list(islice(model.engine.sampled(TurnOptions(**options)), 20))
-        assert ours == theirs
-
-
-@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"])
-def test_every_architecture_reads_and_answers(tmp_path, arch):
-    model = opened(tiny(tmp_path, arch))
-    assert evaluated(model, prompt(150)) == Counters(133, 17)
-    assert len(greedy(model, prompt(150), 5)) == 5
+        expected = list(islice(model.engine.sampled(TurnOptions(**options)), 20))
+        assert ours == expected
 
 
 # --- errors
