@@ -242,16 +242,10 @@ def test_default_values_of_unsupported_fields_are_accepted(client):
     assert text_of(chat(client, **usual)) == text_of(chat(client))
 
 
-def test_n_predict_overrides_max_tokens(client):
-    answer = complete(client, n_predict=3, max_tokens=9).json()
-    assert answer["usage"]["completion_tokens"] == 3
-    assert chat(client, n_predict=3, max_tokens=9).json()["usage"]["completion_tokens"] == 3
-
-
 @pytest.mark.parametrize("ask", [chat, complete])
-def test_max_completion_tokens(client, ask):
-    answer = ask(client, max_completion_tokens=3, max_tokens=None).json()
-    assert answer["usage"]["completion_tokens"] == 3
+@pytest.mark.parametrize("limits", [{"n_predict": 3}, {"max_completion_tokens": 3}])
+def test_newer_limits_override_max_tokens(client, ask, limits):
+    assert ask(client, max_tokens=9, **limits).json()["usage"]["completion_tokens"] == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,6 +1,7 @@
 """A model whose output is NaN ends each answer with one error, whichever API is used."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,41 +10,27 @@ from pop_base.errors import PopError
 from pop_converter.gguf.header import read_header
 from support.calls import opened
 from support.filling import make_filler
-from support.server_requests import N_CTX, NAME
+from support.server_requests import N_CTX, NAME, body_for
 from support.serving import app_of, asking
 from support.synthetic import TEMPLATE, make_gguf
 
+CHAT = "/v1/chat/completions"
 PARAMETERS = {"type": "object", "properties": {"n": {"type": "integer"}}}
 FUNCTION = {"name": "double", "parameters": PARAMETERS}
 TOOL = {"name": "double", "input_schema": PARAMETERS}
-MESSAGES = {"messages": [{"role": "user", "content": "one two"}], "max_tokens": 4}
-TEXT = {"prompt": "one two", "max_tokens": 4}
-REQUESTS = {
-    "openai": ("/v1/chat/completions", MESSAGES),
-    "openai, sampled": ("/v1/chat/completions", MESSAGES | {"temperature": 1.0}),
-    "openai, logprobs": ("/v1/chat/completions", MESSAGES | {"logprobs": True, "top_logprobs": 2}),
-    "openai, schema": (
-        "/v1/chat/completions",
-        MESSAGES | {"response_format": {"type": "json_object"}},
-    ),
-    "openai, tools": (
-        "/v1/chat/completions",
-        MESSAGES | {"tools": [{"type": "function", "function": FUNCTION}]},
-    ),
-    "openai, text": ("/v1/completions", TEXT | {"logprobs": 2}),
-    "responses": ("/v1/responses", {"input": "one two"}),
-    "responses, tools": (
-        "/v1/responses",
-        {"input": "one two", "tools": [{"type": "function", **FUNCTION}]},
-    ),
-    "anthropic, tools": ("/v1/messages", MESSAGES | {"model": NAME, "tools": [TOOL]}),
-    "ollama, schema": ("/api/chat", MESSAGES | {"model": NAME, "format": {"type": "integer"}}),
-    "anthropic": ("/v1/messages", MESSAGES | {"model": NAME}),
-    "ollama": ("/api/chat", MESSAGES | {"model": NAME}),
-    "ollama, text": ("/api/generate", {"model": NAME, "prompt": "one two"}),
-    "llama-server": ("/completion", {"prompt": "one two", "n_predict": 4, "n_probs": 2}),
-    "embeddings": ("/v1/embeddings", {"input": "one two"}),
-}
+REQUESTS: list[tuple[str, dict[str, Any]]] = [
+    *((route, {}) for route in (CHAT, "/v1/responses", "/v1/messages", "/v1/embeddings")),
+    *((route, {}) for route in ("/api/chat", "/api/generate", "/api/embed")),
+    (CHAT, {"temperature": 1.0}),
+    (CHAT, {"logprobs": True, "top_logprobs": 2}),
+    (CHAT, {"response_format": {"type": "json_object"}}),
+    (CHAT, {"tools": [{"type": "function", "function": FUNCTION}]}),
+    ("/v1/completions", {"logprobs": 2}),
+    ("/v1/responses", {"tools": [{"type": "function", **FUNCTION}]}),
+    ("/v1/messages", {"tools": [TOOL]}),
+    ("/api/chat", {"format": {"type": "integer"}}),
+    ("/completion", {"n_probs": 2}),
+]
 
 
 def broken_model(path, name: str, value: float):
@@ -75,13 +62,11 @@ def client(model):
 
 
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize(("path", "body"), REQUESTS.values(), ids=REQUESTS.keys())
-def test_every_api_reports_one_error(client, path, body, streams):
-    if streams and path == "/v1/embeddings":
-        pytest.skip("embeddings have no streams")
-    response = client.post(
-        path, json=body | ({} if path == "/v1/embeddings" else {"stream": streams})
-    )
+@pytest.mark.parametrize(("route", "fields"), REQUESTS)
+def test_every_api_reports_one_error(client, route, fields, streams):
+    streams = streams and "embed" not in route
+    body = body_for(route, "one two") | {"stream": streams}
+    response = client.post(route, json=body | fields)
     assert response.text.count("is NaN or infinite") == 1
     assert "unexpected" not in response.text and "NaN," not in response.text
     assert streams or response.status_code == 500
