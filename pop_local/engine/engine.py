@@ -16,7 +16,6 @@ from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.decode.grammar_mask import Constraint, TokenTries
 from pop_local.engine.decode.sampler import Sampler, recommended
-from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.images.mmproj import Mmproj
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -27,6 +26,7 @@ from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompter import Prompter
+from pop_local.engine.refill import Refiller
 from pop_local.engine.sequence import CachedSequence
 from pop_local.engine.tools.call_form import CallConstraint
 

@@ -11,7 +11,6 @@ from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.sequence_settings import SequenceSettings
 from pop_local.engine.decode.sampler import Sampler
-from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
@@ -21,6 +20,7 @@ from pop_local.engine.prefill.plan import RowRule
 from pop_local.engine.prefill.read import read
 from pop_local.engine.prefill.reading import OnPrefill, Read
 from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.refill import Refiller
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from pop_base.errors import PopError
 from pop_local.engine.cache.saved_state import SavedState
-from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.model import PopModel
+from pop_local.engine.prefill.deep_rows import find_deep_rows
 from pop_local.engine.prefill.plan import plan_prefill
 from pop_local.engine.prefill.read import append
 from pop_local.engine.prompt.prompt import Prompt

@@ -19,9 +19,9 @@ import numpy as np
 
 from pop_base.errors import PopError
 from pop_base.progress import Progress, Ran, counting
-from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
+from pop_local.engine.prefill.deep_rows import find_deep_rows
 from pop_local.engine.prefill.plan import NO_FULL_ROWS, plan_prefill
 from pop_local.engine.prefill.reading import Read
 from pop_local.engine.prompt.prompt import Prompt

@@ -19,10 +19,10 @@ from pop_local.engine.cache import checkpoints as checkpoints_module
 from pop_local.engine.cache.align import MIN_RUN, find_runs, in_order, window_hashes
 from pop_local.engine.cache.disk_store import SUFFIX, DiskStore, clear_folder
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import read as read_module
+from pop_local.engine.prefill.deep_rows import find_deep_rows
 from pop_local.engine.prompt.prompt import Prompt
 from support import recipes
 from support.calls import NOISE, first_of, opened, prompt, read, set_rule

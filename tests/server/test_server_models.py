@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.depth.refiller import Refiller
+from pop_local.engine.refill import Refiller
 from pop_local.server.api_errors import ApiError
 from pop_local.server.app import create_app
 from pop_local.server.model_listing import ModelFile

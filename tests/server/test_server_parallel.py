@@ -12,8 +12,8 @@ import httpx2
 import pytest
 
 from pop_local.engine.chat_messages import Chunk
-from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.llama.devices import has_kernels
+from pop_local.engine.refill import Refiller
 from pop_local.server.worker import Job
 from support.calls import opened, wait_for
 from support.chat_tools import function

@@ -12,9 +12,9 @@ from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.checkpoints import END_ROWS, EVERY
 from pop_local.engine.cache.kv_cache import KvCache, move_rows
 from pop_local.engine.cache.rows import n_leading
-from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import Counters
 from pop_local.engine.llama.batch import Outputs
+from pop_local.engine.prefill.deep_rows import find_deep_rows
 from pop_local.engine.prefill.edit import ReusableRows
 from pop_local.engine.prefill.plan import NO_FULL_ROWS, Reuse, RowRule, plan_prefill, split_at
 from pop_local.engine.prefill.read_edited import EditedReading

@@ -19,8 +19,8 @@ from pop_converter.popfile.format import Binding, DeepRows
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted, check_target
 from pop_converter.popfile.sidecar import bind, measure_sidecar, write_trial
-from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.model import PopModel
+from pop_local.engine.prefill.deep_rows import find_deep_rows
 from pop_local.measure.forced import forced
 from pop_local.measure.heldout import shipped_text, tokenize
 from pop_local.measure.lookups import LookupReference, LookupSettings

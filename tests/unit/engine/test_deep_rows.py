@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pop_converter.popfile.format import DeepRows
-from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.prefill.deep_rows import find_deep_rows
 from pop_local.engine.prefill.read import append as read_after
 from pop_local.engine.prompt.prompt import Prompt
 from support.calls import append, first_of, opened, set_rule

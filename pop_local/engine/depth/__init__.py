@@ -1,1 +1,0 @@
-"""Rows that run through all layers: refilled rows and deep rows."""
