@@ -85,7 +85,7 @@ def test_each_of_several_sequences_has_its_own_deep_rows(pop_file, model):
     tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     append(model, tokens)
     several = opened(pop_file, n_parallel=2)
-    for cache in [each.cache for each in several.engine.sequences]:
+    for cache in [sequence.cache for sequence in several.engine.sequences]:
         read_after(cache, Prompt(tokens), first_of(model).rule)
         np.testing.assert_array_equal(full_rows(cache), deep_rows(model))
 

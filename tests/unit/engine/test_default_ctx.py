@@ -54,6 +54,6 @@ def test_the_free_memory_counts_when_a_model_is_opened(source, monkeypatch):
         assert model.engine.context.n_ctx == 4_096
     [note] = notes
     assert note.startswith("The context is limited to 4,096 of 40,000 tokens, because")
-    given = replace(options, context=ContextOptions(n_ctx=1024))
-    with open_model(given, Watch(on_note=notes.append)) as model:
+    shorter = replace(options, context=ContextOptions(n_ctx=1024))
+    with open_model(shorter, Watch(on_note=notes.append)) as model:
         assert model.engine.context.n_ctx == 1_024 and len(notes) == 1

@@ -41,24 +41,24 @@ def test_turns_after_refilling_equal_the_full_models(pop_file):
     full, model = opened(pop_file), kept(pop_file)
     full.engine.set_mode(Mode.OFF)
     set_rule(model, min_prompt=100)
-    said = prompt(300)
-    said += greedy(model, said)
+    tokens = prompt(300)
+    tokens += greedy(model, tokens)
     assert first_of(model).cache.n_exact == 0
     for turn in range(3):
         first_of(model).refiller.refill()
         assert first_of(model).cache.n_exact == first_of(model).cache.n_tokens
-        said += prompt(20, seed=turn + 1)
-        np.testing.assert_allclose(read(model, said), read(full, said), atol=NOISE)
-        answer = greedy(model, said)
-        assert answer == greedy(full, said)
-        said += answer
+        tokens += prompt(20, seed=turn + 1)
+        np.testing.assert_allclose(read(model, tokens), read(full, tokens), atol=NOISE)
+        answer = greedy(model, tokens)
+        assert answer == greedy(full, tokens)
+        tokens += answer
 
 
 def test_stopped_refilling_continues_later(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
-    asked = iter([False] * 40)
-    n_first = first_of(model).refiller.refill(should_stop=lambda: next(asked, True))
+    stops = iter([False] * 40)
+    n_first = first_of(model).refiller.refill(should_stop=lambda: next(stops, True))
     assert 0 <= n_first < 200
     assert first_of(model).cache.n_exact == n_first
     assert n_first + first_of(model).refiller.refill() == 200
@@ -110,13 +110,13 @@ def test_memory_stays_flat_over_many_turns(pop_file):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     model = opened(pop_file, keep_states=True)
-    said = prompt(100)
+    tokens = prompt(100)
     for turn in range(200):
-        if len(said) > 900:
-            said = said[:100]
-        said += greedy(model, said, n=3)
+        if len(tokens) > 900:
+            tokens = tokens[:100]
+        tokens += greedy(model, tokens, n=3)
         first_of(model).refiller.refill()
-        said += prompt(5 + turn % 20, seed=turn)
+        tokens += prompt(5 + turn % 20, seed=turn)
         if turn == 49:
             before = resident_bytes()
     assert first_of(model).cache.n_exact > 0
@@ -130,8 +130,8 @@ def test_a_prompt_cache_separates_modes_even_of_exact_rows(pop_file):
     first_of(model).states.prompts = PromptCache(2**24)
     for mode in (Mode.CONTEXT, Mode.OFF):
         fresh = opened(pop_file)
-        for each in (model, fresh):
-            each.engine.set_mode(mode)
+        for opened_model in (model, fresh):
+            opened_model.engine.set_mode(mode)
         assert greedy(model, prompt(200, seed=1)) == greedy(fresh, prompt(200, seed=1))
 
 

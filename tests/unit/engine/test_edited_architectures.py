@@ -72,12 +72,12 @@ def n_reused_after_an_edit(path: Path, tokens: list[int], **options: Any) -> int
         open_model(path, Mode.OFF, **options) as full,
     ):
         model.read(Prompt(OLD))
-        found = model.read(Prompt(tokens))
+        reading = model.read(Prompt(tokens))
         first_of(model).refiller.refill()
         assert first_of(model).cache.n_exact == len(tokens)
         full.read(Prompt(tokens))
         assert kv_bytes(model) == kv_bytes(full)
-        return found.n_stale
+        return reading.n_stale
 
 
 @pytest.mark.parametrize("name", MOVABLE)

@@ -26,10 +26,10 @@ def opened(vision_model: VisionModel) -> PopModel:
     return vision_model.opened(n_ctx=2048, keep_states=True)
 
 
-def asked(model: PopModel, before: str, after: str, *seeds: int) -> Prompt:
+def prompt_of(model: PopModel, before: str, after: str, *seeds: int) -> Prompt:
     """Return a prompt that shows noise images between two texts."""
-    shown = tuple((len(before), picture_of(png(seed), f"{seed}.png")) for seed in seeds)
-    return model.engine.prompter.conversation([Message("user", before + after, shown)])
+    pictures = tuple((len(before), picture_of(png(seed), f"{seed}.png")) for seed in seeds)
+    return model.engine.prompter.conversation([Message("user", before + after, pictures)])
 
 
 def first_change(old: Prompt, new: Prompt) -> int:
@@ -40,18 +40,18 @@ def first_change(old: Prompt, new: Prompt) -> int:
 def test_an_edit_after_a_picture_reuses_rows(vision_model):
     edited = AFTER[:40] + words(30, seed=2) + AFTER[60:]
     with opened(vision_model) as model, opened(vision_model) as full:
-        model.read(asked(model, BEFORE, AFTER, 3))
-        made = asked(model, BEFORE, edited, 3)
-        found = model.read(made)
+        model.read(prompt_of(model, BEFORE, AFTER, 3))
+        tokens = prompt_of(model, BEFORE, edited, 3)
+        reading = model.read(tokens)
         cache, refiller = first_of(model).cache, first_of(model).refiller
-        assert (found.n_stale > MIN_REUSED) == (vision_model.arch not in MROPE)
-        assert len(cache.images) == len(made.images)
+        assert (reading.n_stale > MIN_REUSED) == (vision_model.arch not in MROPE)
+        assert len(cache.images) == len(tokens.images)
         # A deep pass is causal, but the rows of Gemma's images attend to each other.
         if vision_model.arch == "llama":
             refiller.refill()
-            assert cache.n_exact == len(made)
+            assert cache.n_exact == len(tokens)
             full.pruning = False
-            full.read(asked(full, BEFORE, edited, 3))
+            full.read(prompt_of(full, BEFORE, edited, 3))
             assert kv_bytes(model) == kv_bytes(full)
 
 
@@ -59,23 +59,23 @@ def test_an_edit_after_a_picture_reuses_rows(vision_model):
 def test_an_edit_before_the_end_of_a_picture_is_read_from_the_first_change(vision_model, seed):
     before = words(5, seed=2) + BEFORE[9:] if seed == 3 else BEFORE
     with opened(vision_model) as model, opened(vision_model) as fresh:
-        old = asked(model, BEFORE, AFTER, 3)
+        old = prompt_of(model, BEFORE, AFTER, 3)
         model.read(old)
-        made = asked(model, before, AFTER, seed)
-        start = image_start(made) if seed == 4 else first_change(old, made)
-        said, n_read = answered(model, made)
-        assert n_read == len(made) - start
-        assert said == answered(fresh, asked(fresh, before, AFTER, seed))[0]
+        tokens = prompt_of(model, before, AFTER, seed)
+        start = image_start(tokens) if seed == 4 else first_change(old, tokens)
+        answer, n_read = answered(model, tokens)
+        assert n_read == len(tokens) - start
+        assert answer == answered(fresh, prompt_of(fresh, before, AFTER, seed))[0]
 
 
 def test_rows_after_a_removed_picture_are_reused(smol):
     with opened(smol) as model, opened(smol) as full:
-        model.read(asked(model, BEFORE, AFTER, 3))
-        made = asked(model, BEFORE, AFTER)
-        found = model.read(made)
-        assert found.n_stale > MIN_REUSED
+        model.read(prompt_of(model, BEFORE, AFTER, 3))
+        tokens = prompt_of(model, BEFORE, AFTER)
+        reading = model.read(tokens)
+        assert reading.n_stale > MIN_REUSED
         assert not first_of(model).cache.images
         first_of(model).refiller.refill()
         full.pruning = False
-        full.read(asked(full, BEFORE, AFTER))
+        full.read(prompt_of(full, BEFORE, AFTER))
         assert kv_bytes(model) == kv_bytes(full)

@@ -23,9 +23,9 @@ def test_full_mode_and_the_options_prevent_stale_rows(pop_file, options, rule):
     with pruned(pop_file, **options) as model:
         set_rule(model, **rule)
         read(model, OLD)
-        found = model.read(Prompt(tokens))
-        assert found.n_stale == 0
-        assert found.n_cached == (0 if rule.get("reuse") is Reuse.OFF else 70)
+        reading = model.read(Prompt(tokens))
+        assert reading.n_stale == 0
+        assert reading.n_cached == (0 if rule.get("reuse") is Reuse.OFF else 70)
         np.testing.assert_allclose(last_logits(model), fresh_read(model, tokens), atol=NOISE)
 
 

@@ -23,8 +23,8 @@ def test_several_sequences_reuse_and_repair_edited_prompts(pop_file):
         for index, sequence in enumerate(engine.sequences):
             old = prompt(650, seed=index)
             tokens = NEW[: 20 + index] + old[10:]
-            found = sequence.read(Prompt(tokens))
-            assert found.n_stale > MIN_REUSED
+            reading = sequence.read(Prompt(tokens))
+            assert reading.n_stale > MIN_REUSED
         for sequence in engine.sequences:
             sequence.refiller.refill()
             cache = sequence.cache
@@ -85,10 +85,10 @@ def test_other_answers_continue_while_an_edited_prompt_is_read(pop_file):
         n_steps: list[int] = []
         with first.cache.slot.working():
             thread.start()
-            found = first.read(Prompt(LONG_EDIT), lambda *_: n_steps.append(len(steps)))
+            reading = first.read(Prompt(LONG_EDIT), lambda *_: n_steps.append(len(steps)))
         is_read.set()
         thread.join()
-        assert found.n_stale > MIN_REUSED
+        assert reading.n_stale > MIN_REUSED
         assert n_steps[-1] >= n_steps[0] + len(n_steps) - 2
         first.refiller.refill()
         assert first.cache.n_exact == len(LONG_EDIT)

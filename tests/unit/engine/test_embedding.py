@@ -28,8 +28,8 @@ def own(path: Any, pooling: int) -> np.ndarray:
     llama = llama_cpp.Llama(str(path), embedding=True, pooling_type=pooling, verbose=False, **sizes)
     llama._batch.set_batch(batch=TOKENS, n_past=0, logits_all=True)
     llama._ctx.decode(llama._batch)
-    found = llama_cpp.llama_get_embeddings_seq(llama.ctx, 0)
-    vector = np.ctypeslib.as_array(found, (128,)).copy()
+    pooled = llama_cpp.llama_get_embeddings_seq(llama.ctx, 0)
+    vector = np.ctypeslib.as_array(pooled, (128,)).copy()
     llama.close()
     return vector / np.linalg.norm(vector)
 

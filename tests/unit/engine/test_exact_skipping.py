@@ -34,7 +34,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 # --- shapes and refusals
 
 
-def test_the_shape_of_gemma4(tmp_path: Path) -> None:
+def test_reads_shape_of_gemma4(tmp_path: Path) -> None:
     """Layers 3 and 7 have no window and larger heads; layers 4 to 7 share K/V."""
     shape = read_shape(make_shared(tmp_path / "m.gguf", "gemma4"))
     n_q, n_kv = 4 * 64, 64
@@ -44,7 +44,7 @@ def test_the_shape_of_gemma4(tmp_path: Path) -> None:
     assert shape.n_k == shape.n_v == (*(n_kv * n for n in (1, 1, 1, 2)), 0, 0, 0, 0)
 
 
-def test_the_shape_of_gemma3n(tmp_path: Path) -> None:
+def test_reads_shape_of_gemma3n(tmp_path: Path) -> None:
     shape = read_shape(make_shared(tmp_path / "m.gguf", "gemma3n"))
     assert shape.exact == 20
     assert [layer for layer in range(25) if not shape.windows[layer]] == [4, 9, 14, 19, 24]
@@ -52,7 +52,7 @@ def test_the_shape_of_gemma3n(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [{"fused_qkv": True}, {"k_as_v": True}, {"n_expert": 4}])
-def test_other_parts_of_gemma4(part: dict, tmp_path: Path) -> None:
+def test_parts_of_gemma4_keep_its_kv_sizes(part: dict, tmp_path: Path) -> None:
     plain = read_shape(make_shared(tmp_path / "plain.gguf", "gemma4"))
     other = read_shape(make_shared(tmp_path / "other.gguf", "gemma4", **part))
     assert (other.n_k, other.n_v) == (plain.n_k, plain.n_v)

@@ -175,7 +175,7 @@ def test_number_of_rules_and_size_are_limited():
     ],
     ids=range(9),
 )
-def test_attacks_take_seconds_at_most(model, text):
+def test_large_grammar_takes_seconds_at_most(model, text):
     """A refusal, a short answer and a normal answer are all acceptable."""
     memory = psutil.Process().memory_info().rss
     started_s = time.perf_counter()

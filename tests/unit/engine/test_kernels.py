@@ -186,8 +186,8 @@ def test_kv_of_another_attention_are_refused(pop_file):
 @pytest.mark.parametrize("kernels", [True, False])
 def test_weights_are_repacked_only_for_upstreams_kernels(tmp_path, kernels):
     path = tiny(tmp_path, type=Type.Q4_0)
-    one, other = (opened(path, repack=repack, kernels=kernels) for repack in (None, False))
-    results = read(one, prompt(60)), read(other, prompt(60))
+    model, other = (opened(path, repack=repack, kernels=kernels) for repack in (None, False))
+    results = read(model, prompt(60)), read(other, prompt(60))
     if kernels and has_kernels():
         np.testing.assert_array_equal(*results)
     else:

@@ -14,7 +14,7 @@ from support.mutants import mutated_bytes
 from support.vision_models import encoded, png
 
 
-def test_pictures_of_all_formats():
+def test_reads_pictures_of_all_formats():
     image = Image.new("RGB", (40, 30), (200, 100, 50))
     for kind in pictures.FORMATS:
         picture = picture_of(encoded(image, kind), "a")
@@ -72,7 +72,7 @@ def test_only_headers_are_read(monkeypatch):
         assert picture_of(content, "a").width == 40
 
 
-def test_jpegs_of_many_passes(monkeypatch):
+def test_rejects_jpeg_of_many_passes(monkeypatch):
     image = Image.effect_noise((64, 64), 80)
     usual = encoded(image, "JPEG", progressive=True)
     last = usual[usual.rindex(b"\xff\xda") : -2]
@@ -82,7 +82,7 @@ def test_jpegs_of_many_passes(monkeypatch):
         picture_of(usual[:-2] + last * 20 + usual[-2:], "a")
 
 
-def test_invalid_pictures_are_refused(tmp_path, monkeypatch):
+def test_rejects_invalid_pictures(tmp_path, monkeypatch):
     for content in (b"", b"no picture", png(3)[:20], b"GIF89a" + bytes(90)):
         with pytest.raises(PopError, match="is not a readable image"):
             picture_of(content, "x.png").rgb()
@@ -160,6 +160,7 @@ def test_decoding_has_limits(monkeypatch, limit):
 
 
 def test_equal_pictures_are_equal(tmp_path):
-    one = picture_of(png(3), "a")
-    assert one == picture_of(png(3), "b") and one.sha256 == Picture("b", png(3), 1, 1).sha256
-    assert Image.open(BytesIO(one.content)).size == (one.width, one.height)
+    picture = picture_of(png(3), "a")
+    assert picture == picture_of(png(3), "b")
+    assert picture.sha256 == Picture("b", png(3), 1, 1).sha256
+    assert Image.open(BytesIO(picture.content)).size == (picture.width, picture.height)

@@ -195,8 +195,8 @@ def test_a_session_keeps_history_and_sums(model):
     second = session.chat("and now?", **GREEDY)
     assert second.stats.n_prompt > first.stats.n_prompt + first.stats.n_decoded
     assert second.stats.n_cached >= first.stats.n_prompt
-    asked = [turn.question for turn in session.conversation.turns]
-    assert (session.conversation.system, asked) == ("Be brief.", [QUESTION, "and now?"])
+    questions = [turn.question for turn in session.conversation.turns]
+    assert (session.conversation.system, questions) == ("Be brief.", [QUESTION, "and now?"])
     assert session.conversation.turns[0].answer == first.text
     total = session.stats
     both = (first.stats, second.stats)
@@ -205,7 +205,7 @@ def test_a_session_keeps_history_and_sums(model):
     assert total.n_prompt == total.n_cached + total.n_pruned + total.n_full
 
 
-def test_the_times_of_a_session():
+def test_session_adds_up_times():
     turn = TurnStats(100, 10, 70, 20, 2.0, 1.5, 11, 2.0, "stop")
     unanswered = TurnStats(100, 10, 30, 0, 0.5, 0.5, 0, 0.0, "interrupted")
     total = SessionStats.of([turn, unanswered, turn])

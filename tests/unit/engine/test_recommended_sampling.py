@@ -16,10 +16,11 @@ from support.synthetic import make_gguf
 
 def test_the_keys_of_newer_files_become_options(tmp_path):
     keys = {"temp": 0.5, "top_k": 20, "penalty_repeat": 1.25, "mirostat": 2}
-    given: Keys = {f"general.sampling.{name}": value for name, value in keys.items()}
-    path = add_to(make_gguf(tmp_path / "plain.gguf", "llama"), tmp_path / "keyed.gguf", given)
-    found = recommended(read_header(path))
-    assert found == {"temperature": 0.5, "top_k": 20, "repeat_penalty": 1.25}
+    file_keys: Keys = {f"general.sampling.{name}": value for name, value in keys.items()}
+    plain = make_gguf(tmp_path / "plain.gguf", "llama")
+    path = add_to(plain, tmp_path / "keyed.gguf", file_keys)
+    options = recommended(read_header(path))
+    assert options == {"temperature": 0.5, "top_k": 20, "repeat_penalty": 1.25}
 
 
 @pytest.mark.parametrize("value", [math.nan, -1.0, 10.5, math.inf, "warm"])

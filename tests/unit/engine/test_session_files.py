@@ -79,10 +79,10 @@ def test_a_conversation_round_trips(model, path):
 @pytest.mark.parametrize("has_cache", [False, True])
 def test_an_archive_of_format_3_is_read_without_its_kv_cache(path, has_cache):
     turns = [{**FIELDS["turns"][0], "pictures": [{"name": "dot.png", "sha256": PICTURE.sha256}]}]
-    said = {"system": "Be brief.", "turns": [*turns, FIELDS["turns"][1]]}
+    conversation = {"system": "Be brief.", "turns": [*turns, FIELDS["turns"][1]]}
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
-        fields = {"format": 3, "model": "m", "mode": "OFF", "key": "", "conversation": said}
+        fields = {"format": 3, "model": "m", "mode": "OFF", "key": "", "conversation": conversation}
         archive.writestr("session.json", json.dumps(fields))
         archive.writestr(f"pictures/{PICTURE.sha256}", PNG)
         if has_cache:
@@ -131,8 +131,8 @@ def test_the_disk_store_keeps_a_sessions_kv_cache(chat_model, tmp_path):
 
 
 def test_a_file_name_with_lone_surrogates_is_saved(model, path):
-    said = Conversation("", (Turn("What?", (Document("\udcff.txt", "Words."),), "Words."),))
-    write_session(path, model.engine, said)
+    conversation = Conversation("", (Turn("What?", (Document("\udcff.txt", "Words."),), "Words."),))
+    write_session(path, model.engine, conversation)
     assert read_session(path).conversation.turns[0].documents == (Document("?.txt", "Words."),)
 
 
@@ -213,7 +213,7 @@ def test_another_format_is_reported(path):
 # --- in the chat
 
 
-def talked(model: PopModel, *lines: str) -> tuple[Dialogue, list[str]]:
+def screen_lines(model: PopModel, *lines: str) -> tuple[Dialogue, list[str]]:
     transcript = Transcript(*lines)
     options = {"max_tokens": 4, "temperature": 0.0}
     chat = Dialogue(model, lambda *_: model, transcript, sampling=options)
@@ -221,50 +221,50 @@ def talked(model: PopModel, *lines: str) -> tuple[Dialogue, list[str]]:
     return chat, transcript.shown.splitlines()
 
 
-def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
+def test_chat_saves_and_loads_sessions(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     model = opened(chat_model)
-    _, shown = talked(model, "/load", "a b c d " * 30, "/save one", "/save one", "/load")
-    assert shown[1] == "# No saved sessions yet. To save this session, type /save NAME."
-    assert shown[-5].startswith("# Saved one (")
-    assert shown[-3].startswith("# Saved one (") and shown[-3].endswith("type /load one.")
-    assert shown[-1].startswith("# one: 1 turn, ")
-    chat, shown = talked(opened(chat_model), "/load one", "/stats", "more?")
-    assert shown[1:3] == ["# Loaded one: 1 turn.", "> /stats"], "pruning was on and still is"
-    _, in_another_mode = talked(opened(chat_model), "/full on", "/load one")
+    _, lines = screen_lines(model, "/load", "a b c d " * 30, "/save one", "/save one", "/load")
+    assert lines[1] == "# No saved sessions yet. To save this session, type /save NAME."
+    assert lines[-5].startswith("# Saved one (")
+    assert lines[-3].startswith("# Saved one (") and lines[-3].endswith("type /load one.")
+    assert lines[-1].startswith("# one: 1 turn, ")
+    chat, lines = screen_lines(opened(chat_model), "/load one", "/stats", "more?")
+    assert lines[1:3] == ["# Loaded one: 1 turn.", "> /stats"], "pruning was on and still is"
+    _, in_another_mode = screen_lines(opened(chat_model), "/full on", "/load one")
     assert in_another_mode[-1].startswith("# Fast reading is on")
     assert len(chat.session.conversation.turns) == 2
-    _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")
-    assert shown[1] == "? Session one already exists."
-    assert "# Nothing was saved." in shown
-    assert "! no session is named oen; did you mean one? (/load lists the sessions)" in shown
-    assert any(line.startswith("! '../one' is not a valid session name") for line in shown)
+    _, lines = screen_lines(model, "/save one", "k", "/load oen", "/load ../one", "/save")
+    assert lines[1] == "? Session one already exists."
+    assert "# Nothing was saved." in lines
+    assert "! no session is named oen; did you mean one? (/load lists the sessions)" in lines
+    assert any(line.startswith("! '../one' is not a valid session name") for line in lines)
 
 
 def test_the_chat_works_without_pruning(tmp_path):
     model = opened(make_gguf(tmp_path / "olmo.gguf", "olmo2", chat_template=TEMPLATE))
-    _, shown = talked(model, "a b c d", "/stats")
-    assert any(line.startswith("# Answers: 1 (") for line in shown)
+    _, lines = screen_lines(model, "a b c d", "/stats")
+    assert any(line.startswith("# Answers: 1 (") for line in lines)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and pipes of POSIX")
 def test_other_files_next_to_sessions_are_ignored(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     model = opened(chat_model)
-    talked(model, "a b c d", "/save talk")
+    screen_lines(model, "a b c d", "/save talk")
     folder = sessions_dir()
     (folder / "gone.popsession").symlink_to("nowhere")
     (folder / "no$name.popsession").write_text("x")
     (folder / "folder.popsession").mkdir()
     os.mkfifo(folder / "pipe.popsession")
     (folder / "bad.popsession").write_text("x")
-    _, shown = talked(model, "/load", "/load gone")
-    assert [line.split()[1] for line in shown[1:3]] == ["bad:", "talk:"]
-    assert shown[-1].startswith("! no session is named gone; ")
+    _, lines = screen_lines(model, "/load", "/load gone")
+    assert [line.split()[1] for line in lines[1:3]] == ["bad:", "talk:"]
+    assert lines[-1].startswith("! no session is named gone; ")
 
 
 def test_too_long_a_name_for_the_disk_is_one_error(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
-    _, shown = talked(opened(chat_model), "a b c d", "/save " + "字" * 80, "/save talk")
-    assert any(line.startswith("! cannot write ") and "too long" in line for line in shown)
-    assert shown[-1].startswith("# Saved talk (")
+    _, lines = screen_lines(opened(chat_model), "a b c d", "/save " + "字" * 80, "/save talk")
+    assert any(line.startswith("! cannot write ") and "too long" in line for line in lines)
+    assert lines[-1].startswith("# Saved talk (")

@@ -106,8 +106,8 @@ def message(line: str) -> Message:
 
 def test_pictures_move_with_the_text_after_the_system_prompt():
     picture = picture_of(png(3, 32, 32), "a.png")
-    said = [Message("system", "ab"), Message("user", "cd", ((0, picture), (2, picture)))]
-    [joined] = _without_system(said)
+    messages = [Message("system", "ab"), Message("user", "cd", ((0, picture), (2, picture)))]
+    [joined] = _without_system(messages)
     assert joined.content == "ab\ncd"
     assert [offset for offset, _ in joined.pictures] == [3, 5]
 

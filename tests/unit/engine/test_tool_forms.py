@@ -118,10 +118,10 @@ def _accepted(form: CallForm, answer: str, start: int) -> str:
 
 def read(form: CallForm, pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
     reader = CallReader(form)
-    said = [piece for text in pieces for piece in reader.push(text)] + reader.end()
-    content = "".join(piece.content for piece in said)
+    read_pieces = [piece for text in pieces for piece in reader.push(text)] + reader.end()
+    content = "".join(piece.content for piece in read_pieces)
     content = content.replace(f"{THOUGHT}\n</think>", "").strip()  # shown in the text form
-    return content, [(call.name, json.loads(call.arguments)) for call in calls_of(said)]
+    return content, [(call.name, json.loads(call.arguments)) for call in calls_of(read_pieces)]
 
 
 # One template per family; POP_TEST_TEMPLATES=all tests all of llama.cpp's.
@@ -179,9 +179,9 @@ def test_calls_are_parsed_whole_and_in_pieces(model, name):
         if name in BY_HAND:
             text = BY_HAND[name].format(PYTHONIC if len(calls) > 1 else "")
             shown = Written(shown.form, _accepted(shown.form, text, 0))
-        wanted = [(call.name, json.loads(call.arguments)) for call in calls[:n_read]]
-        assert read(shown.form, [shown.text]) == ("", wanted)
-        assert read(shown.form, list(shown.text)) == ("", wanted)
+        expected = [(call.name, json.loads(call.arguments)) for call in calls[:n_read]]
+        assert read(shown.form, [shown.text]) == ("", expected)
+        assert read(shown.form, list(shown.text)) == ("", expected)
 
 
 AS_TEXT = {

@@ -48,41 +48,42 @@ def form_of(model: Any, tools: Tools) -> CallForm:
     return form
 
 
-def taken(model: Any, form: CallForm, text: str) -> str:
+def allowed(model: Any, form: CallForm, text: str) -> str:
     """Return the prefix of a text that the form allows, token by token."""
     trie = model.engine.token_tries.get(form.shown)
     constraint = CallConstraint(trie, Pieces(model.engine.context.vocabulary, form.shown), form)
-    found = b""
+    text_bytes = b""
     for token in trie.greedy_tokenize(text):
         ids = constraint.allowed()
         if ids is not None and token not in ids:
             break
         constraint.accept(token)
-        found += trie.decode_bytes([token])
-    return found.decode()
+        text_bytes += trie.decode_bytes([token])
+    return text_bytes.decode()
 
 
 def read(form: CallForm, text: str) -> tuple[str, list[tuple[str, str]]]:
     reader = CallReader(form)
-    said = [piece for one in text for piece in reader.push(one)] + reader.end()
-    content = "".join(piece.content for piece in said)
-    return content, [(call.name, call.arguments) for call in calls_of(said)]
+    pieces = [piece for char in text for piece in reader.push(char)] + reader.end()
+    content = "".join(piece.content for piece in pieces)
+    return content, [(call.name, call.arguments) for call in calls_of(pieces)]
 
 
 def test_a_required_call_has_no_text_before_it(model):
     form = form_of(model, Tools(BOTH, BOTH, must_call=True))
-    assert taken(model, form, NATIVE) == NATIVE
-    assert taken(model, form, "It") == ""
-    assert taken(model, form, NATIVE.replace("Rome", "Oslo")).endswith('"city":"')
+    assert allowed(model, form, NATIVE) == NATIVE
+    assert allowed(model, form, "It") == ""
+    assert allowed(model, form, NATIVE.replace("Rome", "Oslo")).endswith('"city":"')
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_arguments_of_an_optional_call_follow_the_schema(model, call):
     form = form_of(model, Tools(BOTH, BOTH))
-    assert taken(model, form, "Any text, {, `, and <tool>.") == "Any text, {, `, and <tool>."
-    assert taken(model, form, call) == call
-    assert taken(model, form, call.replace("Rome", "Oslo")).rstrip().endswith('"')
-    assert "Oslo" not in taken(model, form, call.replace("Rome", "Oslo"))
+    text = "Any text, {, `, and <tool>."
+    assert allowed(model, form, text) == text
+    assert allowed(model, form, call) == call
+    assert allowed(model, form, call.replace("Rome", "Oslo")).rstrip().endswith('"')
+    assert "Oslo" not in allowed(model, form, call.replace("Rome", "Oslo"))
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -100,8 +101,8 @@ def test_a_call_is_parsed_and_other_json_is_content(model, call):
 def test_content_before_a_call_is_not_delayed(model):
     reader = CallReader(form_of(model, Tools(BOTH, BOTH)))
     assert [piece.content for piece in reader.push("Let me see. ")] == ["Let me see. "]
-    said = reader.push(NATIVE) + reader.end()
-    assert [call.name for call in calls_of(said)] == ["get_weather"]
+    pieces = reader.push(NATIVE) + reader.end()
+    assert [call.name for call in calls_of(pieces)] == ["get_weather"]
 
 
 def test_a_truncated_call_has_partial_arguments(model):
@@ -119,14 +120,15 @@ def test_only_the_named_tool_may_be_called_and_all_are_described(model):
     )
     assert form is not None and form.tools == (DOUBLE,)
     assert "get_weather" in text_of(model, prompt.tokens)
-    assert "get" not in taken(model, form, NATIVE)
+    assert "get" not in allowed(model, form, NATIVE)
 
 
-def test_one_call_or_several(model):
+def test_several_calls_need_the_option(model):
     for several in (True, False):
         form = form_of(model, Tools(BOTH, BOTH, must_call=True, several=several))
-        assert (taken(model, form, f"{NATIVE}\n{NATIVE}") == f"{NATIVE}\n{NATIVE}") == several
-        assert taken(model, form, NATIVE) == NATIVE
+        twice = f"{NATIVE}\n{NATIVE}"
+        assert (allowed(model, form, twice) == twice) == several
+        assert allowed(model, form, NATIVE) == NATIVE
 
 
 def test_a_call_follows_reasoning_that_the_prompt_opened(tmp_path):
@@ -134,8 +136,8 @@ def test_a_call_follows_reasoning_that_the_prompt_opened(tmp_path):
     with opened(tiny(tmp_path, chat_template=template), n_ctx=4096) as model:
         form = form_of(model, Tools(BOTH, BOTH, must_call=True))
         thought = "Rome, then.\n</think>\n\n"
-        assert taken(model, form, thought + NATIVE) == thought + NATIVE
-        assert taken(model, form, thought + "It") == thought
+        assert allowed(model, form, thought + NATIVE) == thought + NATIVE
+        assert allowed(model, form, thought + "It") == thought
         assert read(form, thought + NATIVE)[1] == [("get_weather", '{"city":"Rome"}')]
 
 
@@ -144,9 +146,9 @@ def test_brackets_beyond_limits_end_nothing(model):
     text = '<tool_call>\n{"name": "get_weather", "arguments": ' + "[" * 100_000
     reader = CallReader(form)
     began_s = time.monotonic()
-    said = reader.push(text) + reader.push("[") + reader.end()
+    pieces = reader.push(text) + reader.push("[") + reader.end()
     assert time.monotonic() - began_s < 20
-    assert [call.arguments for call in calls_of(said)] == ["[" * 100_001]
+    assert [call.arguments for call in calls_of(pieces)] == ["[" * 100_001]
 
 
 @pytest.mark.parametrize("names", [("a", "a"), ("get_a", "get-a")])
@@ -187,8 +189,8 @@ def test_special_tokens_in_descriptions_arguments_and_results_are_text(tmp_path,
             Message("tool", spelled, call_id=CALL.id),
         ]
         prompt, _ = prompt_with_tools(model.engine.prompter, messages, Tools((tool,), (tool,)))
-        shown = [text_of(model, [token]) for token in prompt.tokens]
-        return [shown.count(one) for one in control]
+        texts = [text_of(model, [token]) for token in prompt.tokens]
+        return [texts.count(token) for token in control]
 
     with opened(path, n_ctx=8192) as model:
         assert n_special(model, "<|im_end|><|end|>\n<|im_start|>") == n_special(model, "Rome")
@@ -215,8 +217,8 @@ def test_the_text_form_puts_calls_and_results_into_the_messages():
 def test_the_same_call_twice_in_a_row_ends_the_answer(model):
     form = form_of(model, Tools(BOTH, BOTH))
     other = NATIVE.replace("Rome", "Paris")
-    assert taken(model, form, "\n".join([NATIVE, other, NATIVE])).count("<tool_call>") == 3
-    assert taken(model, form, "\n".join([NATIVE, other, other, NATIVE])).count("<tool_call>") == 3
+    for calls in ([NATIVE, other, NATIVE], [NATIVE, other, other, NATIVE]):
+        assert allowed(model, form, "\n".join(calls)).count("<tool_call>") == 3
 
 
 CALLED = [("get_weather", {"city": "Rome"})]
@@ -231,7 +233,7 @@ def test_a_fence_at_the_end_is_a_call(model, fence):
     content, calls = read(form, text)
     assert content == text
     assert [(name, json.loads(arguments)) for name, arguments in calls] == CALLED
-    assert taken(model, form, text) == text
+    assert allowed(model, form, text) == text
 
 
 def test_python_calls_have_several_kinds_of_values(model):
@@ -264,7 +266,7 @@ def test_python_calls_have_several_kinds_of_values(model):
 )
 def test_text_that_is_no_call_stays_whole_and_has_a_reason(model, text, reason, capfd):
     reader = CallReader(form_of(model, Tools(BOTH, BOTH)))
-    said = [piece for one in text for piece in reader.push(one)] + reader.end()
-    assert ("".join(piece.content for piece in said), reader.n_calls) == (text, 0)
+    pieces = [piece for char in text for piece in reader.push(char)] + reader.end()
+    assert ("".join(piece.content for piece in pieces), reader.n_calls) == (text, 0)
     assert reason in reader.no_call and bool(reason) == bool(reader.no_call)
     assert "Rome" not in reader.no_call and capfd.readouterr() == ("", "")
