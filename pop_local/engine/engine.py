@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.engine.answer import Answering, answer
-from pop_local.engine.cache.cache_keys import CacheKeys
-from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.saved_states import SavedStates
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.decode.grammar_mask import Constraint, TokenTries
 from pop_local.engine.decode.sampler import Sampler, recommended
@@ -86,8 +85,7 @@ class Engine:
         slots: Sequence[Slot] = batched_slots(context, n) if n > 1 else [Slot(context)]
         for slot in slots:
             cache = KvCache(slot, vision)
-            keys = CacheKeys(cache, vision)
-            states = CacheStates(cache, keys, options.prompt_cache)
+            states = SavedStates(cache, options.prompt_cache, vision)
             sequences.append(CachedSequence(states, Refiller(cache), rule))
         engine = cls(
             options, context, tuple(sequences), prompter, vision, TokenTries(context.vocabulary)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pop_base.errors import PopError
-from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.saved_states import SavedStates
 from pop_local.engine.cache.sequence_settings import SequenceSettings
 from pop_local.engine.decode.sampler import Sampler
 from pop_local.engine.llama import backend
@@ -32,7 +32,7 @@ class CachedSequence:
     to OFF. If `keeps_exact` is True, exact rows are kept after any mode change.
     """
 
-    states: CacheStates
+    states: SavedStates
     refiller: Refiller
     rule: RowRule
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 
-from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.cache.saved_states import SavedStates
 from pop_local.engine.refill import Refiller
 from pop_local.server.api_errors import ApiError
 from pop_local.server.app import create_app
@@ -308,7 +308,7 @@ def test_model_closes_if_storing_its_prompt_fails(library, expected, monkeypatch
     with asked(library, ram_bytes=1 << 40) as client:
         for name in ("one", "two"):
             complete(client, model=name)
-        monkeypatch.setattr(CacheStates, "store", store)
+        monkeypatch.setattr(SavedStates, "store", store)
         library.behind.registry = replace(library.behind.registry, ram_bytes=0)
         assert text_of(complete(client, model="three")) == expected["three"]
         assert library.open_ones == ["three"]

@@ -9,10 +9,7 @@ from pop_converter.gguf.header import Header, read_header
 from pop_converter.gguf.source import SAMPLED_BYTES, Source
 from pop_converter.popfile.format import PopMeta, encode_keys
 from pop_converter.projection import TENSOR_MARK, Projection
-from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.cache.saved_state import FULL
-from pop_local.engine.images.mmproj import Mmproj
-from pop_local.engine.llama.backend import Mode, bindings
+from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
 
 # Fields of llama_context_params that affect K/V. Flash attention determines V's layout.
@@ -23,34 +20,13 @@ _FIELDS = (
 )
 
 
-class CacheKeys:
-    """Keys for the rows that a sequence computes with its current settings."""
+def model_key(context: Context) -> str:
+    """Return a key for a model and its options. A model and its conversion share a key.
 
-    def __init__(self, cache: KvCache, vision: Mmproj | None = None) -> None:
-        self._cache, self._vision = cache, vision
-        files = cache.context.files
-        self._conversion = conversion(files.meta, files.source, files.sidecar)
-        # Both hashes are computed now, because the files may be deleted later. A model and its
-        # conversion share a model hash, which distinguishes models of the same shape.
-        self._model_hash = _tensors_hash(files.source.parts, are_fitted=False)
-
-    @property
-    def model(self) -> str:
-        """Key for the model, its options, and its vision encoder, regardless of mode."""
-        images = self._vision.key if self._vision else ""
-        return f"model {self._model_hash}{opened_with(self._cache.context)}, images {images}"
-
-    @property
-    def mode(self) -> str:
-        """Key for rows prefilled in the current mode."""
-        settings = self._cache.settings
-        if settings.mode is Mode.OFF or settings.exact:
-            return FULL
-        return f"mode {settings.mode.name}, boundary {settings.boundary}, {self._conversion}"
-
-    def accepts(self, key: str) -> bool:
-        """Return whether a prompt can extend rows cached under the given key."""
-        return key in (FULL, self.mode)
+    The key distinguishes models of the same shape.
+    """
+    tensors = _tensors_hash(context.files.source.parts, are_fitted=False)
+    return f"model {tensors}{opened_with(context)}"
 
 
 def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:

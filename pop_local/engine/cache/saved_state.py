@@ -21,7 +21,7 @@ import numpy as np
 from pop_local.engine.cache.rows import NO_STALE
 from pop_local.engine.images.mmproj import NO_TOKEN
 
-# Key of rows whose K/V are identical to the full model's (see CacheStates.key).
+# Key of rows whose K/V are identical to the full model's (see SavedStates.key).
 FULL = "mode OFF"
 # Errors raised for a damaged or foreign archive. RuntimeError covers encrypted archives and deeply
 # nested JSON, and OverflowError an infinite number.
@@ -43,8 +43,8 @@ class SavedState:
     """A sequence's used cells, with each row's token, position, and depth.
 
     `tokens`: int32 [n]. `is_full`: bool [n]. `positions`: int32 [n + 1] (see CachedRows). `images`:
-    see Prompt.n_equal. `key`: CacheStates.key. `model`: CacheKeys.model. CachedRows describes the
-    other fields.
+    see Prompt.n_equal. `key`: SavedStates.key. `model`: SavedStates.model_key. CachedRows describes
+    the other fields.
     """
 
     key: str

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from pop_base.errors import PopError
 from pop_converter.popfile.format import DeepRows
-from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.checkpoints import END_ROWS, EVERY
 from pop_local.engine.cache.kv_cache import KvCache, move_rows
 from pop_local.engine.cache.rows import n_leading
+from pop_local.engine.cache.saved_states import SavedStates
 from pop_local.engine.llama.backend import Counters
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.prefill.deep_rows import find_deep_rows
@@ -23,7 +23,7 @@ from pop_local.engine.prompt.prompt import Prompt
 
 
 def read(
-    states: CacheStates, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None = None
+    states: SavedStates, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None = None
 ) -> Read:
     """Read a prompt, reusing cached rows, and compute the last row's logits.
 
@@ -65,7 +65,7 @@ def read(
 
 
 def _find_reusable(
-    states: CacheStates, prompt: Prompt, rule: RowRule, deep: NDArray[np.bool_]
+    states: SavedStates, prompt: Prompt, rule: RowRule, deep: NDArray[np.bool_]
 ) -> tuple[int, NDArray[np.int32] | None]:
     """Load the best cached rows for a prompt and stash the rows that reading it would drop.
 

@@ -6,10 +6,12 @@ from contextlib import suppress
 import numpy as np
 
 from pop_base.errors import PopError
-from pop_local.engine.cache.cache_keys import CacheKeys
+from pop_local.engine.cache.cache_keys import conversion, model_key
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.cache.saved_state import FULL, CountReusable, SavedState
+from pop_local.engine.images.mmproj import Mmproj
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 
 # If a prompt would drop at least this many trailing rows, they are stored in case another
@@ -17,16 +19,22 @@ from pop_local.engine.prompt.prompt import Prompt
 MIN_LOST = 256
 
 
-class CacheStates:
-    """Saves and restores a KV cache's states. `prompts`: the prompt cache, if any.
+class SavedStates:
+    """The saved states of a KV cache's prompts. `prompts`: the prompt cache, if any.
 
     `scope`: the owner of the cached rows, or "" if shared. Prompts never reuse another owner's
     rows. Otherwise, response times and cached-token counts would reveal that owner's prompts.
     """
 
-    def __init__(self, cache: KvCache, keys: CacheKeys, prompts: PromptCache | None) -> None:
-        self.cache, self.keys, self.prompts = cache, keys, prompts
+    def __init__(
+        self, cache: KvCache, prompts: PromptCache | None, vision: Mmproj | None = None
+    ) -> None:
+        self.cache, self.prompts, self._vision = cache, prompts, vision
         self.scope = ""
+        files = cache.context.files
+        # The keys contain hashes, which are computed now because the files may be deleted later.
+        self._conversion = conversion(files.meta, files.source, files.sidecar)
+        self._model_key = model_key(cache.context)
 
     def set_scope(self, scope: str) -> None:
         """Set the owner. If the owner changes, store the cached rows and empty the KV cache."""
@@ -35,10 +43,27 @@ class CacheStates:
             self.cache.clear()
         self.scope = scope
 
+    # Keys
+
+    @property
+    def model_key(self) -> str:
+        """Key for the model, its options, and its vision encoder, regardless of mode."""
+        return f"{self._model_key}, images {self._vision.key if self._vision else ''}"
+
+    @property
+    def mode_key(self) -> str:
+        """Key for rows prefilled in the current mode."""
+        settings = self.cache.settings
+        if settings.mode is Mode.OFF or settings.exact:
+            return FULL
+        return f"mode {settings.mode.name}, boundary {settings.boundary}, {self._conversion}"
+
     @property
     def key(self) -> str:
         """Key for the cached rows. Caches with different keys are never combined."""
-        return FULL if 0 < self.cache.n_tokens == self.cache.n_exact else self.keys.mode
+        return FULL if 0 < self.cache.n_tokens == self.cache.n_exact else self.mode_key
+
+    # One state
 
     def n_same(self, prompt: Prompt) -> int:
         """Return how many of a prompt's leading rows are cached."""
@@ -52,7 +77,7 @@ class CacheStates:
             n = cache.n_tokens
             return SavedState(
                 key=self.key,
-                model=self.keys.model,
+                model=self.model_key,
                 tokens=cache.tokens.copy(),
                 is_full=cache.rows.is_full[:n].copy(),
                 positions=cache.rows.positions[: n + 1].copy(),
@@ -67,14 +92,14 @@ class CacheStates:
 
         Raises PopError if the state does not fit or was saved with a different model or mode.
         """
-        if state.model != self.keys.model:
+        if state.model != self.model_key:
             raise PopError(
                 "the state was saved with a different model or different options",
                 "submit the prompt again",
             )
-        if not self.keys.accepts(state.key):
+        if state.key not in (FULL, self.mode_key):
             raise PopError(
-                f"the state was computed in {state.key}, but the model is in {self.keys.mode}",
+                f"the state was computed in {state.key}, but the model is in {self.mode_key}",
                 "switch the model's mode first, or submit the prompt again",
             )
         with self.cache.context.locked():
@@ -124,18 +149,18 @@ class CacheStates:
     @property
     def _prompts_key(self) -> str:
         owner = f", client {self.scope}" if self.scope else ""
-        return f"{self.keys.model}, {self.keys.mode}{owner}"
+        return f"{self.model_key}, {self.mode_key}{owner}"
 
     # Other sequences
 
-    def share(self, other: "CacheStates", prompt: Prompt) -> None:
+    def share(self, other: "SavedStates", prompt: Prompt) -> None:
         """Share the rows of the longest prompt prefix that another sequence has cached.
 
         Does nothing if this sequence already has these rows or if the mode keys differ.
         """
         with self.cache.slot.locked():
             n = prompt.whole(other.n_same(prompt))
-            if n <= self.n_same(prompt) or other.keys.mode != self.keys.mode:
+            if n <= self.n_same(prompt) or other.mode_key != self.mode_key:
                 return
             self.stash(prompt.n_equal)
             self.cache.share(other.cache, n)
