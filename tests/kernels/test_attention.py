@@ -16,7 +16,7 @@ from support.kernels import (
     narrowed,
     require_covered,
     rms,
-    seen,
+    visible_mask,
 )
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -27,15 +27,15 @@ MARGIN = 2
 SINKS = np.array([-1, 0, 3, 9], np.float32)
 
 
-def check(op: Attention, got: np.ndarray) -> None:
+def check(op: Attention, actual: np.ndarray) -> None:
     """Compare a covered result with float64 and its ideal; others must equal upstream's."""
-    want = expected_attention(op)
-    error, ideal = rms(got - want), rms(expected_attention(op, ideal=True) - want)
+    expected = expected_attention(op)
+    error, ideal = rms(actual - expected), rms(expected_attention(op, ideal=True) - expected)
     if is_covered(op):
         assert error <= MARGIN * ideal, f"{error / ideal} of the ideal's error"
     else:
-        np.testing.assert_array_equal(got, compute(op, Rows.NONE))
-        assert error <= 0.02 * rms(want)
+        np.testing.assert_array_equal(actual, compute(op, Rows.NONE))
+        assert error <= 0.02 * rms(expected)
 
 
 def with_heads(n_heads: int, n_kv_heads: int) -> Make:
@@ -49,12 +49,12 @@ def several_sequences(rng: np.random.Generator) -> Attention:
     position, now = rng.permutation(n_kv), rng.integers(0, n_kv, n_rows)
     cells = (of_row[:, None] == of_cell) & (position <= now[:, None])
     cells[:, 0] = True
-    return attention(rng, n_kv=n_kv, mask=seen(cells))
+    return attention(rng, n_kv=n_kv, mask=visible_mask(cells))
 
 
 def streams(rng: np.random.Generator) -> Attention:
     op = attention(rng, n_streams=3, n_kv=130)
-    masks = [causal(40, 130), causal(40, 130, window=20), seen(rng.random((40, 130)) < 0.5)]
+    masks = [causal(40, 130), causal(40, 130, window=20), visible_mask(rng.random((40, 130)) < 0.5)]
     return replace(op, mask=np.concatenate(masks))
 
 
@@ -95,7 +95,7 @@ COVERED: dict[str, Make] = {
     "rows that fill no tile": lambda rng: attention(rng, n_rows=70, n_kv=333),
     "many rows and heads": lambda rng: attention(rng, 150, n_kv=170, n_heads=12),
     "a sliding window": lambda rng: attention(rng, n_kv=300, mask=causal(40, 300, window=33)),
-    "no causal mask": lambda rng: attention(rng, mask=seen(np.ones((40, 100), bool))),
+    "no causal mask": lambda rng: attention(rng, mask=visible_mask(np.ones((40, 100), bool))),
     "several sequences": several_sequences,
     "streams": streams,
     "streams with one mask": lambda rng: attention(rng, n_streams=2),
@@ -133,11 +133,11 @@ OTHER: dict[str, Make] = {
 def test_errors_are_those_of_16_bits(name: str, rng: np.random.Generator) -> None:
     op = (COVERED | OTHER)[name](rng)
     assert is_covered(op) == (name in COVERED)
-    got = compute(op)
-    check(op, got)
+    actual = compute(op)
+    check(op, actual)
     if op.mask is not None:
         blind = np.broadcast_to((op.mask == -np.inf).all(-1)[:, 0], op.q.shape[:2])
-        assert not got[blind].any()
+        assert not actual[blind].any()
 
 
 @pytest.mark.parametrize("make", COVERED.values(), ids=COVERED.keys())
@@ -145,25 +145,25 @@ def test_result_of_a_row_depends_only_on_visible_cells(
     make: Make, rng: np.random.Generator
 ) -> None:
     op = make(rng)
-    want = compute(op)
+    expected = compute(op)
     for n_threads in (2, 3):
-        np.testing.assert_array_equal(compute(op, n_threads=n_threads), want)
+        np.testing.assert_array_equal(compute(op, n_threads=n_threads), expected)
     for n_rows in {1, 5, 17, 39} - {*range(op.q.shape[1], 40)}:
-        np.testing.assert_array_equal(compute(first_rows(op, n_rows)), want[..., :n_rows, :, :])
+        np.testing.assert_array_equal(compute(first_rows(op, n_rows)), expected[..., :n_rows, :, :])
     if op.mask is not None:
         last = replace(op, q=op.q[:, -1:], mask=np.ascontiguousarray(op.mask[:, :, -1:]))
-        np.testing.assert_array_equal(compute(last), want[..., -1:, :, :])
+        np.testing.assert_array_equal(compute(last), expected[..., -1:, :, :])
 
 
 def test_nan_row_changes_no_other_row(rng: np.random.Generator) -> None:
     op = attention(rng)
-    want = compute(op)
+    expected = compute(op)
     q = op.q.copy()
     q[:, 5] = np.nan
     others = np.arange(40) != 5
-    got = compute(replace(op, q=q))
-    np.testing.assert_array_equal(got[:, others], want[:, others])
-    assert np.isnan(got[:, 5]).all()
+    actual = compute(replace(op, q=q))
+    np.testing.assert_array_equal(actual[:, others], expected[:, others])
+    assert np.isnan(actual[:, 5]).all()
 
 
 def test_invisible_cells_change_nothing(rng: np.random.Generator) -> None:
@@ -171,21 +171,21 @@ def test_invisible_cells_change_nothing(rng: np.random.Generator) -> None:
 
     The first two cells stay unchanged, because they set K's bias.
     """
-    op = attention(rng, n_kv=333, mask=seen(rng.random((40, 333)) < 0.3))
+    op = attention(rng, n_kv=333, mask=visible_mask(rng.random((40, 333)) < 0.3))
     require_covered(op)
     assert op.mask is not None
     op.mask[..., :70] = op.mask[..., 190:196] = op.mask[..., 200:] = -np.inf
-    want = compute(op)
+    expected = compute(op)
     hidden = (op.mask == -np.inf).all((0, 1, 2)) & (np.arange(333) > 1)
     k, v = op.k.data.copy(), op.v.data.copy()
     # The largest float16 value.
     k.view("<f2")[:, :333][:, hidden] = v.view("<f2")[:, :333][:, hidden] = 65504
     np.testing.assert_array_equal(
-        compute(replace(op, k=Stored(Type.F16, k), v=Stored(Type.F16, v))), want
+        compute(replace(op, k=Stored(Type.F16, k), v=Stored(Type.F16, v))), expected
     )
     for n_kv in (200, 256):
         shorter = replace(op, n_kv=n_kv, mask=np.ascontiguousarray(op.mask[..., :n_kv]))
-        np.testing.assert_array_equal(compute(shorter), want)
+        np.testing.assert_array_equal(compute(shorter), expected)
 
 
 def poisoned(op: Attention, name: str, cell: int, value: float) -> Attention:
@@ -225,18 +225,18 @@ def test_broken_cells_break_the_rows_that_see_them(
     """Also where upstream's result happens to be finite, because a score is infinite."""
     op = make(rng)
     assert op.mask is not None and is_covered(op)
-    want = compute(op)
+    expected = compute(op)
     for cell in (2, 7, op.n_kv - 2):
         broken = poisoned(op, name, cell, value)
         sees = np.broadcast_to(op.mask[0, 0, :, cell] != -np.inf, op.q.shape[1])
-        hit = np.zeros(want.shape[:3], bool)
-        hit[:, sees, want.shape[2] // 2 :] = True
+        hit = np.zeros(expected.shape[:3], bool)
+        hit[:, sees, expected.shape[2] // 2 :] = True
         for n_threads in (1, 3):
-            got = compute(broken, n_threads=n_threads)
-            assert np.isnan(got[hit]).all()
-            np.testing.assert_array_equal(got[~hit], want[~hit])
+            actual = compute(broken, n_threads=n_threads)
+            assert np.isnan(actual[hit]).all()
+            np.testing.assert_array_equal(actual[~hit], expected[~hit])
         upstream = compute(broken, Rows.NONE)
-        assert np.isnan(got[~np.isfinite(upstream).all(-1)]).all()
+        assert np.isnan(actual[~np.isfinite(upstream).all(-1)]).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -247,19 +247,19 @@ def test_broken_first_cells_change_no_row_of_another_sequence(
     """The bias of K is read from the first two cells."""
     cells = np.ones((40, 100), bool)
     cells[:, :2] = False
-    op = replace(biased_keys(rng), n_kv=100, mask=seen(cells), softcap=softcap)
+    op = replace(biased_keys(rng), n_kv=100, mask=visible_mask(cells), softcap=softcap)
     broken = op
     for cell in (0, 1):
         broken = poisoned(broken, "k", cell, value)
-    got, want = compute(broken), compute(op)
-    assert rms(got - want) <= 1e-3 * rms(want)
+    actual, expected = compute(broken), compute(op)
+    assert rms(actual - expected) <= 1e-3 * rms(expected)
 
 
 def test_streams_equal_separate_computations(rng: np.random.Generator) -> None:
     op = streams(rng)
     require_covered(op)
     assert op.mask is not None
-    want = compute(op)
+    expected = compute(op)
     for stream in range(3):
         part = slice(stream, stream + 1)
         alone = replace(
@@ -269,7 +269,7 @@ def test_streams_equal_separate_computations(rng: np.random.Generator) -> None:
             v=Stored(op.v.type, op.v.data[part]),
             mask=op.mask[part],
         )
-        np.testing.assert_array_equal(compute(alone), want[part])
+        np.testing.assert_array_equal(compute(alone), expected[part])
 
 
 @pytest.mark.parametrize("large", [30.0, 3e4])
@@ -277,7 +277,7 @@ def test_large_scores_stay_finite(large: float, rng: np.random.Generator) -> Non
     """A single cell receives the whole probability."""
     op = attention(rng)
     op = replace(op, q=(large * op.q).astype(np.float32))
-    got = compute(op)
-    assert np.isfinite(got).all()
+    actual = compute(op)
+    assert np.isfinite(actual).all()
     if large == 30:
-        check(op, got)
+        check(op, actual)

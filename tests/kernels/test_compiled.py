@@ -40,7 +40,7 @@ def native(requirements, tmp_path_factory) -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize("type_", DECODED, ids=lambda type_: type_.name)
-def test_products_without_vbmi_and_gfni(type_, portable, rng):
+def test_products_need_neither_vbmi_nor_gfni(type_, portable, rng):
     for n_in in (256, 768, *((32, 96, 128, 192, 640, 1056) if block(type_) == 32 else ())):
         op = mul_mat(rng, type_, 7, n_out=77, n_in=n_in)
         for n_rows in (1, 2, 5, 7):
@@ -54,5 +54,5 @@ def test_products_without_vbmi_and_gfni(type_, portable, rng):
 def test_rows_of_weights_may_have_gaps(type_, native, rng):
     op = mul_mat(rng, type_, 3, n_out=77, n_in=640 if block(type_) == 32 else 768)
     apart = np.pad(op.weights.data, ((0, 0), (0, 64)), constant_values=255)
-    got = multiply(native, MulMat(Stored(type_, apart), op.x))
-    check_product(got, op.weights, op.x)
+    actual = multiply(native, MulMat(Stored(type_, apart), op.x))
+    check_product(actual, op.weights, op.x)

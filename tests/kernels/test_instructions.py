@@ -22,9 +22,11 @@ LESSER = ("avx512vnni", "avxvnni", "avx2")
 
 
 @pytest.mark.parametrize("name", LESSER)
-def test_products_of_lesser_kernels(name: str, kernels: str, rng: np.random.Generator) -> None:
+def test_lesser_kernels_have_the_same_errors(
+    name: str, kernels: str, rng: np.random.Generator
+) -> None:
     if name == kernels:
-        pytest.skip("all tests are about these")
+        pytest.skip("the other tests cover these kernels")
     ops: dict[tuple[object, ...], Op] = {}
     for type_ in QUANTISED:
         many = mul_mat(rng, type_, 40, n_out=77, n_in=768)
@@ -39,31 +41,31 @@ def test_products_of_lesser_kernels(name: str, kernels: str, rng: np.random.Gene
         pytest.skip("these kernels are not in the library")
     results = dict(zip(ops, child.results, strict=True))
     for key, op in ops.items():
-        got = results[key]
+        actual = results[key]
         if "extreme" in key:
             assert isinstance(op, MulMat)
-            check_extreme(got, op, name)
+            check_extreme(actual, op, name)
         elif isinstance(op, MulMatId):
             for expert in range(len(op.weights.data)):
                 rows = op.ids[:, 0] == expert
                 if rows.any():
                     stored = Stored(op.weights.type, op.weights.data[expert])
-                    check_product(got[rows], stored, op.x[rows])
+                    check_product(actual[rows], stored, op.x[rows])
         elif key[1] in N_ROWS:
-            np.testing.assert_array_equal(got, results[key[0], 40][: len(got)])
+            np.testing.assert_array_equal(actual, results[key[0], 40][: len(actual)])
         elif "no number" in key:
-            assert np.isnan(got[3]).all()
+            assert np.isnan(actual[3]).all()
             others = np.arange(40) != 3
-            np.testing.assert_array_equal(got[others], results[key[0], 40][others])
+            np.testing.assert_array_equal(actual[others], results[key[0], 40][others])
         else:
             assert isinstance(op, MulMat)
-            check_product(got, op.weights, op.x)
+            check_product(actual, op.weights, op.x)
 
 
 @pytest.mark.parametrize("name", LESSER)
-def test_products_of_few_rows(name: str, kernels: str, rng: np.random.Generator) -> None:
+def test_lesser_kernels_compute_few_rows(name: str, kernels: str, rng: np.random.Generator) -> None:
     if name == kernels:
-        pytest.skip("all tests are about these")
+        pytest.skip("the other tests cover these kernels")
     ops: list[Op] = [
         first_rows(mul_mat(rng, type_, 4, n_out=77, n_in=n_in), n_rows)
         for type_ in QUANTISED
@@ -74,9 +76,9 @@ def test_products_of_few_rows(name: str, kernels: str, rng: np.random.Generator)
     child = in_child(ops + ends, env={"GGML_POP_KERNELS": name}, rows=Rows.FAST)
     if child.kernels != name:
         pytest.skip("these kernels are not in the library")
-    for op, got in zip(ops + ends, child.results, strict=True):
+    for op, actual in zip(ops + ends, child.results, strict=True):
         assert isinstance(op, MulMat)
         if len(op.x) == 2:
-            check_extreme(got, op, name)
+            check_extreme(actual, op, name)
         else:
-            check_product(got, op.weights, op.x)
+            check_product(actual, op.weights, op.x)

@@ -55,16 +55,16 @@ def test_result_of_a_row_does_not_depend_on_the_others(
 ) -> None:
     op = mul_mat(rng, type_, 40, n_out=77, n_in=768)
     require_covered(op)
-    want = compute(op)
-    check_product(want, op.weights, op.x)
+    expected = compute(op)
+    check_product(expected, op.weights, op.x)
     for n_rows in range(1, 40):
-        np.testing.assert_array_equal(compute(first_rows(op, n_rows)), want[:n_rows])
-    np.testing.assert_array_equal(compute(replace(op, x=op.x[7:20])), want[7:20])
+        np.testing.assert_array_equal(compute(first_rows(op, n_rows)), expected[:n_rows])
+    np.testing.assert_array_equal(compute(replace(op, x=op.x[7:20])), expected[7:20])
     x, others = op.x.copy(), ~np.isin(np.arange(40), (3, 9, 39))
     x[[3, 9, 39], [0, 301, 767]] = np.nan
-    got = compute(replace(op, x=x))
-    assert np.isnan(got[~others]).all()
-    np.testing.assert_array_equal(got[others], want[others])
+    actual = compute(replace(op, x=x))
+    assert np.isnan(actual[~others]).all()
+    np.testing.assert_array_equal(actual[others], expected[others])
 
 
 @each_type
@@ -74,9 +74,9 @@ def test_number_of_threads_changes_nothing(type_: Type, rng: np.random.Generator
         require_covered(op)
         for n_rows in (1, 7, 70):
             part = first_rows(op, n_rows)
-            want = compute(part)
+            expected = compute(part)
             for n_threads in (2, 3):
-                np.testing.assert_array_equal(compute(part, n_threads=n_threads), want)
+                np.testing.assert_array_equal(compute(part, n_threads=n_threads), expected)
 
 
 @each_quantised
@@ -85,10 +85,10 @@ def test_few_rows_have_the_same_errors(type_: Type, rng: np.random.Generator) ->
         op = mul_mat(rng, type_, 24, 77, n_in)
         for n_rows in (1, 2, 3, 5, 8, 17, 24):
             part = replace(op, x=op.x[:n_rows])
-            got = compute(part, Rows.FAST)
+            actual = compute(part, Rows.FAST)
             if not is_decoded_upstream(type_):
-                check_product(got, op.weights, part.x)
-            np.testing.assert_array_equal(compute(part, Rows.FAST, n_threads=3), got)
+                check_product(actual, op.weights, part.x)
+            np.testing.assert_array_equal(compute(part, Rows.FAST, n_threads=3), actual)
 
 
 @each_quantised
@@ -97,18 +97,18 @@ def test_result_of_a_row_does_not_depend_on_a_few_others(
 ) -> None:
     """On all processors, four rows are computed by a kernel for few rows."""
     op = mul_mat(rng, type_, 4, n_out=300, n_in=max(widths(type_)))
-    want = compute(op, Rows.FAST)
+    expected = compute(op, Rows.FAST)
     if is_decoded_upstream(type_):
-        np.testing.assert_array_equal(want, compute(op, Rows.NONE))
+        np.testing.assert_array_equal(expected, compute(op, Rows.NONE))
         return
-    assert not np.array_equal(want, compute(op, Rows.NONE))
+    assert not np.array_equal(expected, compute(op, Rows.NONE))
     for n_rows in (1, 2, 3):
-        np.testing.assert_array_equal(compute(first_rows(op, n_rows), Rows.FAST), want[:n_rows])
+        np.testing.assert_array_equal(compute(first_rows(op, n_rows), Rows.FAST), expected[:n_rows])
     x, others = op.x.copy(), np.arange(4) != 2
     x[2, 301] = np.nan
-    got = compute(replace(op, x=x), Rows.FAST)
-    assert np.isnan(got[2]).all()
-    np.testing.assert_array_equal(got[others], want[others])
+    actual = compute(replace(op, x=x), Rows.FAST)
+    assert np.isnan(actual[2]).all()
+    np.testing.assert_array_equal(actual[others], expected[others])
 
 
 @pytest.mark.parametrize("type_", FLOATS, ids=lambda type_: type_.name)
@@ -116,9 +116,9 @@ def test_few_rows_of_floats_get_one_of_two_results(type_: Type, rng: np.random.G
     op = mul_mat(rng, type_, 40, n_out=77, n_in=768)
     for n_rows in (1, 5, 8, 24, 40):
         part = first_rows(op, n_rows)
-        got = compute(part, Rows.FAST)
+        actual = compute(part, Rows.FAST)
         both = compute(part), compute(part, Rows.NONE)
-        assert any(np.array_equal(got, result) for result in both)
+        assert any(np.array_equal(actual, result) for result in both)
 
 
 @each_quantised
@@ -143,9 +143,9 @@ def test_blocks_of_zeros_give_zeros(type_: Type, rng: np.random.Generator) -> No
     x[2:5] = 0
     x[:, 32:64] = 0
     op = replace(op, weights=Stored(type_, data.reshape(40, -1)), x=x)
-    got = compute(op)
-    check_product(got, op.weights, x)
-    assert not got[2:5].any() and np.abs(got[:, ::3]).max() < 1e-30
+    actual = compute(op)
+    check_product(actual, op.weights, x)
+    assert not actual[2:5].any() and np.abs(actual[:, ::3]).max() < 1e-30
 
 
 @each_quantised
@@ -178,19 +178,21 @@ def test_broken_weights_change_no_other_output(type_: Type, rng: np.random.Gener
         pytest.skip("this type's scales cannot be NaN")
     n_in = 640 if block(type_) == 32 else 768
     op = mul_mat(rng, type_, 3, n_out=77, n_in=n_in)
-    want, others = compute(op, Rows.FAST), ~np.isin(np.arange(77), (1, 40, 76))
+    expected, others = compute(op, Rows.FAST), ~np.isin(np.arange(77), (1, 40, 76))
     data = op.weights.data.reshape(77, n_in // block(type_), -1).copy()
     for row in np.flatnonzero(~others):
         for at in SCALES[type_]:
             put_scale(data[row], at, np.full(data.shape[1], np.nan))
-    got = compute(replace(op, weights=Stored(type_, data.reshape(77, -1))), Rows.FAST)
-    assert np.isnan(got[:, ~others]).all()
-    np.testing.assert_array_equal(got[:, others], want[:, others])
+    actual = compute(replace(op, weights=Stored(type_, data.reshape(77, -1))), Rows.FAST)
+    assert np.isnan(actual[:, ~others]).all()
+    np.testing.assert_array_equal(actual[:, others], expected[:, others])
 
 
 @pytest.mark.parametrize("type_", [Type.Q4_K, Type.Q5_0, Type.Q8_0, *FLOATS], ids=lambda t: t.name)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
-def test_several_matrices(type_: Type, permuted: bool, rng: np.random.Generator) -> None:
+def test_each_head_has_its_own_matrix(
+    type_: Type, permuted: bool, rng: np.random.Generator
+) -> None:
     """Weights have one or two heads, and rows six heads in two streams, as in plain attention."""
     for n_weights in (1, 2):
         stored = weights(rng, type_, 1, n_weights, 33, 256)
@@ -203,5 +205,5 @@ def test_several_matrices(type_: Type, permuted: bool, rng: np.random.Generator)
         if is_covered(op):
             check_product(compute(op, n_threads=2), of_each_head, x)
         # Upstream's activations have one scale per 256 values.
-        got, want = compute(op), np.einsum("nhrk,mhok->nhro", x, of_each_head.values)
-        assert rms(got - want) <= 0.05 * rms(want)
+        actual, expected = compute(op), np.einsum("nhrk,mhok->nhro", x, of_each_head.values)
+        assert rms(actual - expected) <= 0.05 * rms(expected)

@@ -52,7 +52,7 @@ KINDS: dict[str, Make] = {
 every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
 
 
-def expected(op: Glu | RmsNormMul) -> np.ndarray:
+def reference(op: Glu | RmsNormMul) -> np.ndarray:
     return expected_glu(op) if isinstance(op, Glu) else expected_rms_norm_mul(op)
 
 
@@ -62,8 +62,8 @@ def test_errors_are_those_of_float32(
     make: Make, shape: tuple[int, ...], rng: np.random.Generator
 ) -> None:
     op = make(rng, *shape)
-    want = expected(op)
-    np.testing.assert_allclose(compute(op, Rows.FAST), want, rtol=1e-5, atol=1e-20)
+    expected = reference(op)
+    np.testing.assert_allclose(compute(op, Rows.FAST), expected, rtol=1e-5, atol=1e-20)
 
 
 @every_kind
@@ -73,7 +73,7 @@ def test_rows_with_an_incomplete_vector_are_right(
 ) -> None:
     """Upstream's gelu uses a table in float16."""
     op = make(rng, 7, n_values)
-    np.testing.assert_allclose(compute(op, Rows.FAST), expected(op), rtol=0.01, atol=2e-3)
+    np.testing.assert_allclose(compute(op, Rows.FAST), reference(op), rtol=0.01, atol=2e-3)
 
 
 @every_kind
@@ -91,12 +91,12 @@ def test_result_of_a_row_does_not_depend_on_the_others(
     make: Make, rng: np.random.Generator
 ) -> None:
     op = make(rng, 41, 208)
-    want = compute(op)
+    expected = compute(op)
     for n_threads in (2, 3):
-        np.testing.assert_array_equal(compute(op, n_threads=n_threads), want)
+        np.testing.assert_array_equal(compute(op, n_threads=n_threads), expected)
     for n_rows in (1, 2, 17):
         part = first_rows(op, n_rows)
-        np.testing.assert_array_equal(compute(part, n_threads=2), want[:n_rows])
+        np.testing.assert_array_equal(compute(part, n_threads=2), expected[:n_rows])
 
 
 @every_kind
@@ -113,12 +113,12 @@ def test_nan_spreads_only_in_its_row(make: Make, rng: np.random.Generator) -> No
     x = op.x.copy()
     x[4, 37] = np.nan
     changed = replace(op, x=x, y=x) if isinstance(op, Glu) and op.y is op.x else replace(op, x=x)
-    want, got = compute(op), compute(changed)
+    expected, actual = compute(op), compute(changed)
     row = isinstance(op, RmsNormMul)
-    hit = np.zeros(want.shape, bool)
+    hit = np.zeros(expected.shape, bool)
     hit[4, slice(None) if row else 37] = True
-    assert np.isnan(got[hit]).all()
-    np.testing.assert_array_equal(got[~hit], want[~hit])
+    assert np.isnan(actual[hit]).all()
+    np.testing.assert_array_equal(actual[~hit], expected[~hit])
 
 
 @pytest.mark.parametrize("make", [geglu, swiglu_oai])
@@ -141,7 +141,7 @@ def test_norms_of_zeros_are_zeros(rng: np.random.Generator) -> None:
 def test_epsilon_of_the_norm_is_used(rng: np.random.Generator) -> None:
     for eps in (0, 1e-12, 1.0):
         op = replace(rms_norm_mul(rng, 20, 96), eps=eps)
-        np.testing.assert_allclose(compute(op), expected(op), rtol=1e-5)
+        np.testing.assert_allclose(compute(op), reference(op), rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (5, 6, 96), (7, 100), (2, 3, 5, 64)])

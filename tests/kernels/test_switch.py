@@ -47,9 +47,9 @@ def assert_same(some: list[np.ndarray], others: list[np.ndarray]) -> None:
 @pytest.mark.parametrize("type_", QUANTISED, ids=lambda type_: type_.name)
 def test_our_kernels_compute_products(type_: Type, kernels: str, rng: np.random.Generator) -> None:
     for op in (mul_mat(rng, type_, 64, 256), mul_mat_id(rng, type_, (64, 64), n_out=256)):
-        got = compute(op, Rows.FAST)
-        assert not np.array_equal(got, compute(op, Rows.NONE))
-        np.testing.assert_array_equal(got, compute(op, Rows.ALL))
+        actual = compute(op, Rows.FAST)
+        assert not np.array_equal(actual, compute(op, Rows.NONE))
+        np.testing.assert_array_equal(actual, compute(op, Rows.ALL))
     if type_ == Type.Q2_K and kernels in ("amx", "avx512vnni"):
         return  # llama.cpp's kernels decode it
     for op in (mul_mat(rng, type_, 1, 256), mul_mat_id(rng, type_, (1, 0, 1), n_out=256)):
@@ -59,9 +59,9 @@ def test_our_kernels_compute_products(type_: Type, kernels: str, rng: np.random.
 @pytest.mark.parametrize("type_", [Type.F16, Type.Q8_0], ids=lambda type_: type_.name)
 def test_our_kernels_compute_attention(type_: Type, kernels: str, rng: np.random.Generator) -> None:
     op = attention(rng, n_rows=128, n_kv=256, n_heads=6, type_=type_)
-    got = compute(op, Rows.FAST)
-    assert not np.array_equal(got, compute(op, Rows.NONE))
-    np.testing.assert_array_equal(got, compute(op, Rows.ALL))
+    actual = compute(op, Rows.FAST)
+    assert not np.array_equal(actual, compute(op, Rows.NONE))
+    np.testing.assert_array_equal(actual, compute(op, Rows.ALL))
 
 
 def test_rows_none_gives_upstreams_bits(unpatched_lib: Path) -> None:
@@ -90,8 +90,8 @@ def test_name_of_missing_kernels_selects_lesser_ones(kernels: str) -> None:
 
 def test_reference_implementation_is_unchanged(kernels: str) -> None:
     for op in samples():
-        want = compute(op, Rows.NONE, reference=True)
-        np.testing.assert_array_equal(compute(op, Rows.ALL, reference=True), want)
+        expected = compute(op, Rows.NONE, reference=True)
+        np.testing.assert_array_equal(compute(op, Rows.ALL, reference=True), expected)
 
 
 def test_no_kernel_reads_past_a_tensor(kernels: str) -> None:

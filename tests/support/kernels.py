@@ -277,10 +277,10 @@ def attention(
 def causal(n_rows: int, n_kv: int, window: int = 0) -> np.ndarray:
     """Return the mask of a prompt's last rows, each of which sees `window` cells (0: all)."""
     distance = np.arange(n_kv - n_rows, n_kv)[:, None] - np.arange(n_kv)
-    return seen((distance >= 0) & ((distance < window) | (window == 0)))
+    return visible_mask((distance >= 0) & ((distance < window) | (window == 0)))
 
 
-def seen(cells: np.ndarray) -> np.ndarray:
+def visible_mask(cells: np.ndarray) -> np.ndarray:
     """Return the mask, float16 [1, 1, n_rows, n_kv], of the visible cells."""
     return np.where(cells, 0.0, -np.inf).astype(np.float16)[None, None]
 
