@@ -63,8 +63,6 @@ class Api:
             self.models.stop()
             await run_in_threadpool(self.models.join)
 
-    # Request bodies
-
     async def read(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
         """Read and validate a request's body.
 
@@ -92,8 +90,6 @@ class Api:
                 message = "JSON cannot contain NaN, Infinity, or numbers beyond 1e308"
                 raise ApiError(400, message) from error
         return body
-
-    # Models
 
     def require_file(self, request: Request, name: str | None) -> ModelFile:
         """Return the file for the requested or default model. Raises ApiError."""
@@ -123,8 +119,6 @@ class Api:
         request.state.held.callback(lease.end)
         self._disconnected(request).add_done_callback(lambda _: lease.refuse(client_gone()))
         return await lease.served
-
-    # Tasks
 
     async def work(
         self, request: Request, served: ServedModel, function: Callable[[], Result]

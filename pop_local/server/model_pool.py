@@ -178,8 +178,6 @@ class ModelPool:
                 pool._described(ModelFile(name, path))
         return pool
 
-    # By name
-
     def find(self, name: str | None) -> ModelFile | None:
         return find(name, self.registry.files()) if name else None
 
@@ -233,8 +231,6 @@ class ModelPool:
             log.warning("skipping %s: %s", file.name, printable(str(error)))
             self._damaged.add(file.path)
             return None
-
-    # Leases
 
     async def lease(self, file: ModelFile) -> Lease:
         """Create a lease for a model. The caller must call the lease's `end` method.
@@ -317,8 +313,6 @@ class ModelPool:
                 n_bytes -= served.needed_bytes
         return idle if n_bytes <= limit or len(idle) == len(self._loaded) else None
 
-    # Opening and closing
-
     def load(self, file: ModelFile) -> ServedModel:
         """Open a model without starting its worker. Raises PopError or StoppedError."""
         with stopped_by(self.stopping.is_set):
@@ -377,8 +371,6 @@ class ModelPool:
         # /health needs no key, and the reason may contain a path.
         self._problem = f"cannot open {file.name}: see the server log for details"
         return ApiError(500, f"cannot open {file.name}: {reason}", param="model")
-
-    # Life cycle
 
     def start(self) -> None:
         """Start the open models' workers. Must be called from the event loop."""

@@ -178,10 +178,15 @@ class Reply:
         return head | model | {"choices": choices}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
+        # If two tokens have the same text, the more likely token's value is used.
+        tops = [
+            {_text(choice): choice.logprob for choice in (token, *reversed(token.top))}
+            for token in logprobs
+        ]
         return {
             "tokens": list(map(_text, logprobs)),
             "token_logprobs": [token.logprob for token in logprobs],
-            "top_logprobs": list(map(_top, logprobs)),
+            "top_logprobs": tops,
         }
 
 
@@ -251,12 +256,6 @@ def call_json(call: ToolCall) -> Json:
     if not call.name:
         return {"function": function}
     return {"id": call.id, "type": "function", "function": {"name": call.name, **function}}
-
-
-def _top(token: TokenLogprob) -> Json:
-    """Map the texts of the generated token and of the most likely tokens to log probabilities."""
-    # If two tokens have the same text, the more likely token's value is used.
-    return {_text(choice): choice.logprob for choice in (token, *reversed(token.top))}
 
 
 def chat_logprob(token: TokenLogprob) -> Json:

@@ -88,10 +88,6 @@ class FormatOptions(LenientBody):
     format: ResponseFormat | None = None
 
 
-def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "json_schema", "schema": schema}
-
-
 def image_part(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 

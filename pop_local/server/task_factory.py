@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from pop_local.config.limits import MOST_SEED
 from pop_local.config.sampler_options import SAMPLER_OPTIONS
@@ -70,21 +69,14 @@ class TaskFactory:
         self._check_length(len(prompt), "messages")
         n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = self._options(body, body.limit, n_top_logprobs)
-        options = replace(options, calls=calls, ends_repeats=True)
-        reason = self._full_reason(body.pop)
-        return _seeded(Task(prompt, options, reason, **self._how(body)), body.n)
+        return self._tasks(prompt, replace(options, calls=calls, ends_repeats=True), body)
 
     def completions(self, body: bodies.CompletionBody) -> list[Task]:
         """Return `n` tasks for each prompt, each with a different seed. Raises ApiError."""
         prompts = self._tokens(bodies.as_prompts(body.prompt), "prompt", body.suffix)
         max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
         options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
-        reason = self._full_reason(body.pop)
-        tasks: list[Task] = []
-        for tokens in prompts:
-            task = Task(Prompt(tokens), options, reason, **self._how(body))
-            tasks += _seeded(task, body.n)
-        return tasks
+        return [task for tokens in prompts for task in self._tasks(Prompt(tokens), options, body)]
 
     def embeddings(self, body: bodies.EmbeddingsBody) -> list[Task]:
         if body.dimensions not in (None, n_embd := self.model.engine.context.files.n_embd):
@@ -97,6 +89,23 @@ class TaskFactory:
         prompts = map(Prompt, self._tokens(texts, "input"))
         reason = "embeddings require all layers"
         return [Task(prompt, TurnOptions(), reason, embeds=True) for prompt in prompts]
+
+    def _tasks(
+        self, prompt: Prompt, options: TurnOptions, body: bodies.GenerationBody
+    ) -> list[Task]:
+        """Return `n` tasks for a prompt. If the request has a seed, they use consecutive seeds."""
+        task = Task(
+            prompt,
+            options,
+            self._full_reason(body.pop),
+            reports=bool(body.stream and body.return_progress),
+            alone=self._is_alone(body),
+        )
+        n, seed = body.n or 1, options.seed
+        if seed is None:
+            return [task] * n
+        seeds = [(seed + number) % (MOST_SEED + 1) for number in range(n)]
+        return [replace(task, options=replace(options, seed=value)) for value in seeds]
 
     def _full_reason(self, pop: bool | None) -> str | None:
         """Return the reason for a full read, or None if the prompt is pruned. Raises ApiError."""
@@ -183,14 +192,12 @@ class TaskFactory:
             grammar=self._grammar(body),
             logit_bias=self._logit_bias(body),
             n_top_logprobs=n_top_logprobs,
-            repeatable=self._how(body)["alone"] or body.cache_prompt is False,
+            repeatable=self._is_alone(body) or body.cache_prompt is False,
             **{**self.model.engine.recommended, **sampling},
         )
 
-    def _how(self, body: bodies.GenerationBody) -> dict[str, Any]:
-        """Return the values of the Task fields `reports` and `alone`."""
-        alone = self._repeatable if body.repeatable is None else body.repeatable
-        return {"reports": bool(body.stream and body.return_progress), "alone": alone}
+    def _is_alone(self, body: bodies.GenerationBody) -> bool:
+        return self._repeatable if body.repeatable is None else body.repeatable
 
     def _logit_bias(self, body: bodies.GenerationBody) -> tuple[tuple[int, float], ...]:
         """Return (token, bias) pairs. A string's bias applies to each of its tokens."""
@@ -211,15 +218,6 @@ class TaskFactory:
             grammar = Grammar.of_gbnf(gbnf) if schema is None else Grammar.of_schema(schema)
             Constraint(self.model.engine.token_tries.get(), grammar).allowed()
         return grammar
-
-
-def _seeded(task: Task, n: int | None) -> list[Task]:
-    """Return `n` copies of a task. If the task has a seed, the copies use consecutive seeds."""
-    seed = task.options.seed
-    if seed is None:
-        return [task] * (n or 1)
-    seeds = [(seed + number) % (MOST_SEED + 1) for number in range(n or 1)]
-    return [replace(task, options=replace(task.options, seed=value)) for value in seeds]
 
 
 def _message(message: bodies.ChatMessage, images: Iterator[Picture]) -> Message:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -135,11 +136,11 @@ class CountTokensBody(bodies.ModelRequest):
 
     def chat(self) -> bodies.ChatBody:
         system = [{"role": "system", "content": list(map(_part, self.system))}]
-        messages = [
-            chat_message for message in self.messages for chat_message in message.chat_messages()
-        ]
         chat = self.model_dump(include=_SAME)
-        chat["messages"] = [*system[: len(self.system)], *messages]
+        chat["messages"] = [
+            *system[: len(self.system)],
+            *chain.from_iterable(message.chat_messages() for message in self.messages),
+        ]
         chat["stop"] = [stop for stop in self.stop_sequences or () if stop] or None
         if self.output_config is not None:
             chat["response_format"] = self.output_config.format

@@ -85,7 +85,7 @@ class OllamaBody(bodies.ModelRequest):
         if self.format == "json":
             fields["response_format"] = {"type": "json_object"}
         elif isinstance(self.format, dict):
-            fields["response_format"] = bodies.schema_format(self.format)
+            fields["response_format"] = {"type": "json_schema", "schema": self.format}
         elif self.format:
             raise ApiError(400, 'format must be "json" or a JSON schema', param="format")
         return fields | {"model": self.model, "stream": self.stream is not False}
@@ -192,11 +192,10 @@ class OllamaChatReply(OllamaReply):
         message: Json = {"role": "assistant", "content": replies.text_of(pieces)}
         if reasoning := replies.reasoning_of(pieces):
             message["thinking"] = reasoning
-        calls = [(call.name, replies.arguments_of(call.arguments)) for call in calls_of(pieces)]
         functions = [
-            {"function": {"name": name, "arguments": arguments}}
-            for name, arguments in calls
-            if arguments is not None
+            {"function": {"name": call.name, "arguments": arguments}}
+            for call in calls_of(pieces)
+            if (arguments := replies.arguments_of(call.arguments)) is not None
         ]
         return {"message": message | ({"tool_calls": functions} if functions else {})}
 

@@ -79,16 +79,16 @@ class ReasoningItem(bodies.LenientBody):
     type: Literal["reasoning"]
 
 
-def _typed(item: Any) -> Any:
-    return {"type": "message", **item} if isinstance(item, dict) and "role" in item else item
-
-
 InputItem = Annotated[
     Annotated[
         MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem,
         Field(discriminator="type"),
     ],
-    BeforeValidator(_typed),
+    BeforeValidator(
+        lambda item: (
+            {"type": "message", **item} if isinstance(item, dict) and "role" in item else item
+        )
+    ),
 ]
 
 
