@@ -18,7 +18,7 @@ from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.prefill.plan import Reuse
 from pop_local.engine.prefill.reading import PrefillStoppedError
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.sequence import CachedSequence
+from pop_local.engine.sequence import Sequence
 from pop_local.engine.tools.call_form import CallConstraint
 from pop_local.engine.turn_options import TurnOptions
 
@@ -51,7 +51,7 @@ class ContextFullError(PopError):
 
 
 def answer(
-    sequence: CachedSequence,
+    sequence: Sequence,
     render: Callable[[], Prompt],
     options: TurnOptions,
     constraint: Callable[[], Allowed | None] = lambda: None,
@@ -77,7 +77,7 @@ class _Turn:
 
     def __init__(
         self,
-        sequence: CachedSequence,
+        sequence: Sequence,
         render: Callable[[], Prompt],
         options: TurnOptions,
         constraint: Callable[[], Allowed | None],

@@ -26,11 +26,11 @@ from pop_local.engine.prefill.plan import RowRule
 from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompter import Prompter
 from pop_local.engine.refill import Refiller
-from pop_local.engine.sequence import CachedSequence
+from pop_local.engine.sequence import Sequence
 from pop_local.engine.tools.call_form import CallConstraint
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Iterable
 
     from pop_converter.popfile.format import PopMeta
     from pop_local.engine.decode.sampler import Allowed
@@ -49,7 +49,7 @@ class Engine:
 
     options: EngineOptions
     context: Context
-    sequences: tuple[CachedSequence, ...]
+    sequences: tuple[Sequence, ...]
     prompter: Prompter
     vision: Mmproj | None
     token_tries: TokenTries
@@ -82,11 +82,11 @@ class Engine:
             _ = prompter.template  # raises for a broken template
         rule, sequences = _rule(options, meta), []
         n = options.context.n_sequences
-        slots: Sequence[Slot] = batched_slots(context, n) if n > 1 else [Slot(context)]
+        slots: Iterable[Slot] = batched_slots(context, n) if n > 1 else [Slot(context)]
         for slot in slots:
             cache = KvCache(slot, vision)
             states = SavedStates(cache, options.prompt_cache, vision)
-            sequences.append(CachedSequence(states, Refiller(cache), rule))
+            sequences.append(Sequence(states, Refiller(cache), rule))
         engine = cls(
             options, context, tuple(sequences), prompter, vision, TokenTries(context.vocabulary)
         )
@@ -104,7 +104,7 @@ class Engine:
     # Settings of all sequences
 
     def set_mode(self, mode: Mode, *, keeps_exact: bool = False) -> None:
-        """Switch the prefill mode (see CachedSequence.set_mode)."""
+        """Switch the prefill mode (see Sequence.set_mode)."""
         for sequence in self.sequences:
             sequence.set_mode(mode, keeps_exact=keeps_exact)
 
@@ -130,7 +130,7 @@ class Engine:
         self,
         prompt: Prompt | Callable[[], Prompt],
         options: TurnOptions,
-        sequence: CachedSequence | None = None,
+        sequence: Sequence | None = None,
     ) -> Answering:
         """Answer a prompt. The last chunk contains the statistics.
 

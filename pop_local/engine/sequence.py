@@ -1,6 +1,6 @@
 """Read prompts into a sequence's KV cache and sample tokens."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ from pop_local.engine.refill import Refiller
 
 
 @dataclass(frozen=True)
-class CachedSequence:
+class Sequence:
     """A KV cache, its saved states, its refiller, and the rule that selects full rows.
 
     Changing the boundary empties the cache. Changing the mode also empties the cache, unless the
@@ -111,7 +111,7 @@ class CachedSequence:
         with self.cache.context.locked():
             return read(self.states, prompt, self.rule, on_prefill)
 
-    def step(self, tokens: Sequence[int]) -> np.ndarray:
+    def step(self, tokens: list[int]) -> np.ndarray:
         """Append an answer's next tokens and return their logits, float32 [n, n_vocab].
 
         All layers compute the rows unless the mode is ALWAYS. The logits are valid until the next

@@ -4,7 +4,7 @@ import threading
 
 from pop_local.engine.engine import Engine
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.sequence import CachedSequence
+from pop_local.engine.sequence import Sequence
 
 
 class SlotScheduler:
@@ -48,7 +48,7 @@ class SlotScheduler:
             sequence.states.store()
             sequence.cache.clear()
 
-    def sequence(self, index: int) -> CachedSequence:
+    def sequence(self, index: int) -> Sequence:
         return self._engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:

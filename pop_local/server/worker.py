@@ -19,7 +19,7 @@ from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill_scheduler import PrefillTurns, QueuedPrompt
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.sequence import CachedSequence
+from pop_local.engine.sequence import Sequence
 from pop_local.engine.slot_scheduler import SlotScheduler
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.api_errors import ApiError, client_gone, stopping
@@ -312,7 +312,7 @@ class Worker(threading.Thread):
         if len(self._seen_s) == 1:
             self._slots.clear()
 
-    def _answer(self, job: Job, sequence: CachedSequence, queued: QueuedPrompt) -> Iterator[Chunk]:
+    def _answer(self, job: Job, sequence: Sequence, queued: QueuedPrompt) -> Iterator[Chunk]:
         def should_stop() -> bool:
             self._seen_s[job] = time.monotonic()
             return self._is_over(job)

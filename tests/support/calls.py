@@ -20,7 +20,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import read as prefill
 from pop_local.engine.prefill.reading import OnPrefill, Read
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.sequence import CachedSequence
+from pop_local.engine.sequence import Sequence
 from pop_local.engine.turn_options import TurnOptions
 
 N_VOCAB = 384
@@ -56,7 +56,7 @@ def opened(path: Path, **options: Any) -> PopModel:
     return PopModel(EngineOptions.of(path, **defaults | options))
 
 
-def first_of(model: PopModel) -> CachedSequence:
+def first_of(model: PopModel) -> Sequence:
     return model.engine.sequences[0]
 
 
