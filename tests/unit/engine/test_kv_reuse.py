@@ -61,13 +61,6 @@ def test_reads_rows_again_that_a_window_dropped(tmp_path, is_declared):
     np.testing.assert_allclose(read(model, tokens), expected, atol=NOISE)
 
 
-def test_switching_to_the_current_mode_keeps_the_cache(pop_file):
-    model = opened(pop_file)
-    read(model, prompt(100))
-    model.engine.set_mode(Mode.CONTEXT)
-    assert evaluated(model, prompt(100) + prompt(40, seed=1)) == Counters(24, 16)
-
-
 def test_noise_is_above_that_of_the_unpatched_library(pop_file, unpatched_lib):
     """NOISE is the tests' tolerance for other batch shapes."""
     last = Step("decode", "last", tokens=tuple(prompt(200)))
@@ -247,15 +240,6 @@ def test_a_prompt_cache_finds_only_states_of_its_own_mode(pop_file):
         assert again == expected[mode]
         assert counters.n_context == 0, "the prompt was in the cache"
         assert counters.n_full < 30
-
-
-def test_truncating_beyond_the_cache_changes_nothing(pop_file):
-    model = opened(pop_file)
-    expected = greedy(opened(pop_file), prompt(120))
-    read(model, prompt(100))
-    assert first_of(model).cache.truncate(105)
-    assert first_of(model).cache.n_tokens == 100
-    assert greedy(model, prompt(120)) == expected
 
 
 def test_a_state_that_cannot_be_truncated_is_dropped(pop_file, monkeypatch):

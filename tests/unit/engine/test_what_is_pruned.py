@@ -23,13 +23,6 @@ from support.synthetic import add_keys, make_gguf, renamed
 # --- pruning
 
 
-def test_a_converted_model_starts_pruning_at_its_boundary(pop_file):
-    model = opened(pop_file)
-    assert (first_of(model).settings.mode, first_of(model).settings.boundary) == (Mode.CONTEXT, 4)
-    assert model.engine.context.files.meta is not None
-    assert model.engine.context.files.meta.tail_tokens == 16
-
-
 @pytest.mark.parametrize("n_tokens", [17, 18, 64, 65, 80, 200])
 def test_only_sink_and_tail_are_full_whatever_the_batches(tmp_path, n_tokens):
     source = make_gguf(tmp_path / "m.gguf", "llama")
