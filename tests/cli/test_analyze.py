@@ -127,7 +127,7 @@ def test_no_boundary_is_chosen_outside_the_budget(model, monkeypatch):
 
 
 def _boundaries(depths: list[DepthCost]) -> list[int]:
-    return [each.boundary for each in worth_measuring(depths)]
+    return [depth.boundary for depth in worth_measuring(depths)]
 
 
 def test_prose_is_measured_down_to_one_boundary_past_hope():

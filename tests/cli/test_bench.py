@@ -43,14 +43,14 @@ def report(*arguments: object) -> dict:
 
 
 def test_json_is_one_object_of_the_agreed_shape(pop_file):
-    found = report(pop_file, "--prompt", "100,200", "--repeat", 2)
+    result = report(pop_file, "--prompt", "100,200", "--repeat", 2)
     where = {"boundary", "n_layer", "is_exact", "min_prompt"}
     how = {"backend", "kernels", "upstream"}
-    assert set(found) == {"model", "sidecar", "rows"} | where | how
-    assert (found["boundary"], found["n_layer"], found["is_exact"]) == (4, 8, False)
-    assert found["model"] == str(pop_file)
-    assert "1 thread" in found["backend"]
-    for n_prompt, row in zip([100, 200], found["rows"], strict=True):
+    assert set(result) == {"model", "sidecar", "rows"} | where | how
+    assert (result["boundary"], result["n_layer"], result["is_exact"]) == (4, 8, False)
+    assert result["model"] == str(pop_file)
+    assert "1 thread" in result["backend"]
+    for n_prompt, row in zip([100, 200], result["rows"], strict=True):
         assert (row["n_prompt"], row["n_pruned"]) == (n_prompt, n_prompt - 17)
         for name in ("full_ttft_s", "pop_ttft_s", "speedup"):
             assert set(row[name]) == SPREAD
@@ -165,16 +165,16 @@ def test_a_long_measurement_states_its_duration_first(pop_file):
 def test_bench_measures_upstream_where_our_kernels_compute(pop_file, monkeypatch):
     monkeypatch.setattr(workflow, "cpu_kernels", lambda: "some")
     monkeypatch.setattr(workflow, "has_kernels", lambda: True)
-    found = report(pop_file, "--prompt", "100", "--repeat", 1, "--gpu-layers", 0)
-    assert found["kernels"] == "some"
-    assert "flash attention" in found["upstream"]
-    assert set(found["rows"][0]["upstream_ttft_s"]) == SPREAD
+    result = report(pop_file, "--prompt", "100", "--repeat", 1, "--gpu-layers", 0)
+    assert result["kernels"] == "some"
+    assert "flash attention" in result["upstream"]
+    assert set(result["rows"][0]["upstream_ttft_s"]) == SPREAD
 
 
 def test_a_model_that_rows_leave_exactly_needs_no_conversion(tmp_path):
     model = make_shared(tmp_path / "shared.gguf", "gemma4")
-    found = report(model, "--prompt", "100", "--repeat", 1)
-    [row] = found["rows"]
+    result = report(model, "--prompt", "100", "--repeat", 1)
+    [row] = result["rows"]
     assert (row["n_pruned"], row["n_skipped_exact"]) == (0, 99)
     table = bench(model, "--prompt", "100", "--repeat", 1).stdout
     assert "skip layers 4 to 7 of 8, exactly" in " ".join(table.split())

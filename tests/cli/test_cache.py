@@ -29,8 +29,8 @@ def ask(model: Path, question: str, *options: str) -> dict[str, int]:
     shared = ("--threads", "1", "--max-tokens", "1", "--ctx", "1024", "--json")
     result = called("run", str(model), question, *shared, *options)
     assert result.returncode == 0, result.stderr
-    found: dict[str, int] = json.loads(result.stdout)["stats"]
-    return found
+    report: dict[str, int] = json.loads(result.stdout)["stats"]
+    return report
 
 
 def test_a_prompt_is_stored_on_request_and_found_by_the_next_command(model):
@@ -77,5 +77,5 @@ def test_a_quantized_cache_is_smaller_and_stored_under_its_own_key(model):
     assert ask(model, TEXT, "--cache-disk", "1", *types)["n_cached"] == 0
     assert ask(model, TEXT + "and more", "--cache-disk", "1", *types)["n_cached"] > 0
     shown = DiskStore(settings.prompts_dir(), 2**30).stored()
-    per_token = sorted(each.size_bytes / len(each.tokens) for each in shown)
+    per_token = sorted(state.size_bytes / len(state.tokens) for state in shown)
     assert 0.5 < per_token[0] / per_token[-1] < 0.6  # 34 bytes instead of 64 for 32 values

@@ -44,8 +44,8 @@ print(json.dumps(found))
 def help_without_heavy() -> dict[str, tuple[str, str]]:
     """Return each command's error and help without torch and llama_cpp."""
     done = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, timeout=60)
-    found: dict[str, tuple[str, str]] = json.loads(done.stdout)
-    return found
+    report: dict[str, tuple[str, str]] = json.loads(done.stdout)
+    return report
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -75,11 +75,11 @@ def test_options_of_llama_cpp_work(tiny):
     limits = ("-c", 64, "-n", 3, "-t", 1, "-ngl", 0, "--temp", 0, "-ctk", "q8_0", "-sys", "Hi")
     done = called("run", "-m", tiny, "-p", "hello", *limits, "--json")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["stats"]["n_decoded"] == 3
+    report = json.loads(done.stdout)
+    assert report["stats"]["n_decoded"] == 3
     same = ("--ctx", 64, "--max-tokens", 3, "--threads", 1, "--gpu-layers", 0, "--temperature", 0)
     more = ("--cache-type-k", "q8_0", "--system", "Hi", "--json")
-    assert found["text"] == json.loads(called("run", tiny, "hello", *same, *more).stdout)["text"]
+    assert report["text"] == json.loads(called("run", tiny, "hello", *same, *more).stdout)["text"]
     assert "--temp " not in called("run", "--help").stdout
     wrong = called("run", tiny, "hello", "-t", "x", COLUMNS="200")
     assert wrong.returncode == 2

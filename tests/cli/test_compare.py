@@ -44,16 +44,18 @@ def compared(*arguments: object):
 
 
 def test_both_answers_are_compared(pop_file, mine):
-    found = compared(pop_file, mine)
-    first, second, short = found["answers"]
-    assert found["n"] == 3
-    assert found["n_judged"] == 2
-    assert found["full_hits"] == found["pruned_hits"] == 1
-    assert (found["n_only_full"], found["n_only_pruned"], found["p_value"]) == (0, 0, 1)
+    report = compared(pop_file, mine)
+    first, second, short = report["answers"]
+    assert report["n"] == 3
+    assert report["n_judged"] == 2
+    assert report["full_hits"] == report["pruned_hits"] == 1
+    assert (report["n_only_full"], report["n_only_pruned"], report["p_value"]) == (0, 0, 1)
     assert (first["is_full_right"], second["is_pruned_right"]) == (True, False)
     assert short["is_full_right"] is None
-    assert (short["first_difference"], found["n_unpruned"]) == (None, 2)
-    assert found["n_same"] == sum(each["first_difference"] is None for each in found["answers"])
+    assert (short["first_difference"], report["n_unpruned"]) == (None, 2)
+    assert report["n_same"] == sum(
+        answer["first_difference"] is None for answer in report["answers"]
+    )
     assert first["full"]["n_pruned"] == 0 < first["pruned"]["n_pruned"]
     assert min(first["full"]["ttft_s"], first["pruned"]["ttft_s"]) > 0
     for mode in ("full", "pruned"):
@@ -72,10 +74,10 @@ def test_a_table_shows_what_differs(pop_file, mine):
     assert f"p = 1, {odds} (McNemar's exact test)" in facts
     assert "Read in full 2 of 3 prompts. Short or mostly cached prompts" in facts
     assert re.search(r"fast reading: [\d.]+ s \(\d+\.\d\dx\)\. Each prompt was timed once\.", facts)
-    found = compared(pop_file, mine)
+    report = compared(pop_file, mine)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert found["n_same"] < 3
-    assert len(rows) == 2 + 3 - found["n_same"]
+    assert report["n_same"] < 3
+    assert len(rows) == 2 + 3 - report["n_same"]
 
 
 def test_prompts_that_do_not_fit_are_named(pop_file, mine):

@@ -138,7 +138,7 @@ def test_a_split_model_is_fitted(tmp_path, letters, empty_first):
     dst = tmp_path / "model.pop.gguf"
     added = [tensor.name for tensor in read_header(dst).tensors if "pop_" in tensor.name]
     assert added
-    copied = [each for each in gguf.GGUFReader(dst).tensors if each.name not in added]
+    copied = [tensor for tensor in gguf.GGUFReader(dst).tensors if tensor.name not in added]
     for old, new in zip(gguf.GGUFReader(whole).tensors, copied, strict=True):
         assert (old.name, old.data.tobytes()) == (new.name, new.data.tobytes())
 

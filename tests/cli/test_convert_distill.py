@@ -78,7 +78,7 @@ def test_distilled_fits_are_tried_from_the_fastest_candidate(tiny, letters, tmp_
     )
     report = json.loads(done.stdout)
     assert report["distilled"] is True
-    assert [each["distilled"] for each in report["tried"][-5:]] == [False, *[True] * 4]
+    assert [trial["distilled"] for trial in report["tried"][-5:]] == [False, *[True] * 4]
 
 
 def test_a_named_boundary_is_distilled_if_its_plain_fit_is_outside(
@@ -113,10 +113,11 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
     search.plain, search.distilled = [plain], [distilled]
     windows = np.array([0.002, 0.01, 0.02, 0.04])
     changes = more + np.array([-0.001, 0.001, 0.001, -0.001])
-    for each, kls in ((plain, windows), (distilled, windows + changes)):
+    for candidate, kls in ((plain, windows), (distilled, windows + changes)):
         scores: Any = [SimpleNamespace(divergence=SimpleNamespace(kl=kl)) for kl in kls[:, None]]
         quality: Any = SimpleNamespace(kl_mean=Estimate(kls.mean(), 0.008))
-        each.scores, each.measured, each.lookups, each.is_inside = scores, quality, unused, True
+        candidate.scores, candidate.measured, candidate.lookups = scores, quality, unused
+        candidate.is_inside = True
     assert search.fastest() is (distilled if is_taken else plain)
 
 

@@ -57,14 +57,14 @@ def test_the_deepest_boundary_inside_is_written_with_its_figures(
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
     assert done.exit_code == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert (found["boundary"], found["projection"]) == (2, "fitted")
-    assert [trial["in_budget"] for trial in found["tried"]] == [True] * len(found["tried"])
-    last = found["tried"][-1]
+    report = json.loads(done.stdout)
+    assert (report["boundary"], report["projection"]) == (2, "fitted")
+    assert [trial["in_budget"] for trial in report["tried"]] == [True] * len(report["tried"])
+    last = report["tried"][-1]
     assert (last["boundary"], last["n_windows"]) == (2, 2)
-    assert last["kl_mean"] == found["measured"]["kl_mean"] > 0
-    assert last["kl_se"] == found["measured"]["kl_se"] > 0
-    assert 1 < last["speedup_limit"] == found["speedup_limit"]
+    assert last["kl_mean"] == report["measured"]["kl_mean"] > 0
+    assert last["kl_se"] == report["measured"]["kl_se"] > 0
+    assert 1 < last["speedup_limit"] == report["speedup_limit"]
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
     assert (meta.budget.quality, meta.budget.max_kl) == ("custom", 50)
@@ -74,7 +74,7 @@ def test_the_deepest_boundary_inside_is_written_with_its_figures(
     assert not names(temporary)
     assert last["lookups"]["n"] == meta.measured.lookups_n > 0
     assert last["lookups"]["logprob_lost"] == meta.measured.lookups_logprob_lost
-    assert found["verdict"].endswith("Use --full to avoid any loss.")
+    assert report["verdict"].endswith("Use --full to avoid any loss.")
 
 
 def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monkeypatch):
@@ -82,13 +82,13 @@ def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monk
     monkeypatch.setattr(searching.Search, "trade_rows", TRADE_ROWS)
     done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
     assert done.exit_code == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert [each["deep_rows"] for each in found["tried"][-2:]] == ["spelling", "none"]
-    assert (found["boundary"], found["deep_rows"], found["deep_share"]) == (2, "none", 0)
+    report = json.loads(done.stdout)
+    assert [trial["deep_rows"] for trial in report["tried"][-2:]] == ["spelling", "none"]
+    assert (report["boundary"], report["deep_rows"], report["deep_share"]) == (2, "none", 0)
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.deep_rows is DeepRows.NONE
     assert meta.budget.tried.endswith("2 (names) inside, 2 (spelling) inside, 2 inside")
-    limits = [each["speedup_limit"] for each in found["tried"][-3:]]
+    limits = [trial["speedup_limit"] for trial in report["tried"][-3:]]
     assert limits == sorted(limits) and limits[0] < limits[-1]
 
 
@@ -96,7 +96,7 @@ def test_each_stage_ends_at_100_percent(tiny, tmp_path):
     ends: list[tuple[str, tuple[int, int]]] = []
     watch = Watch(
         on_stage=lambda name, unit: ends.append((name, (0, 1))),
-        on_progress=lambda *each: ends.append((ends.pop()[0], each)),
+        on_progress=lambda *step: ends.append((ends.pop()[0], step)),
     )
     budget = replace(
         BALANCED, max_kl=50.0, max_ppl_ratio=1e3, max_copy_ratio=1e3, max_lost_lookups=1.0

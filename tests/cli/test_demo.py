@@ -49,12 +49,12 @@ def short(monkeypatch):
 
 
 def test_json_has_all_figures_and_the_counters_add_up(tiny_file, short):
-    found = json.loads(demo(tiny_file, *WIDE, "--pairs", 1, "--json").stdout)
-    full, pop = found["full"], found["pop"]
-    assert (full["n_pruned"], full["n_full"]) == (0, found["n_prompt"])
-    assert (pop["n_pruned"], pop["n_full"]) == (found["n_prompt"] - 17, 17)
-    assert found["speedup"]["median"] == pytest.approx(full["ttft_s"] / pop["ttft_s"])
-    assert found["limit"] > 1
+    report = json.loads(demo(tiny_file, *WIDE, "--pairs", 1, "--json").stdout)
+    full, pop = report["full"], report["pop"]
+    assert (full["n_pruned"], full["n_full"]) == (0, report["n_prompt"])
+    assert (pop["n_pruned"], pop["n_full"]) == (report["n_prompt"] - 17, 17)
+    assert report["speedup"]["median"] == pytest.approx(full["ttft_s"] / pop["ttft_s"])
+    assert report["limit"] > 1
     assert full["text"] and pop["text"]
 
 

@@ -80,9 +80,9 @@ def test_a_model_without_keys_has_no_boundary_to_measure(tmp_path, text):
 
 def test_a_model_that_rows_leave_exactly_is_measured_at_an_earlier_depth(tmp_path, text):
     model = converted(make_shared(tmp_path / "g.gguf", "gemma4"), tmp_path, boundary=2)
-    found = measured(model, "--text", text)
-    assert (found["boundary"], found["n_pruned"]) == (2, 2 * (60 - 1 - 16))
-    assert found["speedup_limit"] > 1
+    report = measured(model, "--text", text)
+    assert (report["boundary"], report["n_pruned"]) == (2, 2 * (60 - 1 - 16))
+    assert report["speedup_limit"] > 1
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,8 @@ def test_names_of_the_table(hub, tmp_path, monkeypatch):
 def test_the_table_has_no_name_of_the_catalog_and_each_is_one_of_a_hub():
     known = hub_names()
     assert len({model_names.plain(name) for name in known}) == len(known) >= 30
-    for each in load_catalog():
-        assert not any(hub_name(alias) for alias in (each.name, *each.aliases))
+    for entry in load_catalog():
+        assert not any(hub_name(alias) for alias in (entry.name, *entry.aliases))
     assert all(repo.count("/") == 1 for repo in known.values())
 
 

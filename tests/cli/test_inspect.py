@@ -28,26 +28,26 @@ def converted(tiny: Path) -> Path:
 
 
 def test_unconverted_file(tiny):
-    found = json.loads(inspect(tiny, "--json").stdout)
-    assert found["architecture"] == "llama"
-    assert found["skipping"]["fits_from"] == 1
-    assert found["n_layer"] == 8
-    assert found["boundary"] is None
-    assert found["pop"] is None
-    assert found["opens_in_stock_llama_cpp"]
-    assert found["size_bytes"] == tiny.stat().st_size
+    report = json.loads(inspect(tiny, "--json").stdout)
+    assert report["architecture"] == "llama"
+    assert report["skipping"]["fits_from"] == 1
+    assert report["n_layer"] == 8
+    assert report["boundary"] is None
+    assert report["pop"] is None
+    assert report["opens_in_stock_llama_cpp"]
+    assert report["size_bytes"] == tiny.stat().st_size
 
 
 def test_converted_file(tiny, converted):
-    found = json.loads(inspect(converted, "--json").stdout)
-    assert (found["boundary"], found["n_skipped"]) == (5, 3)
-    assert found["pop"]["schedule"] == "FFFFFSSS"
-    assert found["pop"]["projection"] == "own"
-    assert found["pop"]["tail_tokens"] == 7
-    assert found["pop"]["source_name"] == tiny.name
-    assert found["opens_in_stock_llama_cpp"]
+    report = json.loads(inspect(converted, "--json").stdout)
+    assert (report["boundary"], report["n_skipped"]) == (5, 3)
+    assert report["pop"]["schedule"] == "FFFFFSSS"
+    assert report["pop"]["projection"] == "own"
+    assert report["pop"]["tail_tokens"] == 7
+    assert report["pop"]["source_name"] == tiny.name
+    assert report["opens_in_stock_llama_cpp"]
     sha256 = hashlib.sha256(tiny.read_bytes()).hexdigest()
-    assert found["pop"]["source_sha256"] == sha256
+    assert report["pop"]["source_sha256"] == sha256
 
 
 def test_converted_file_for_people(converted):

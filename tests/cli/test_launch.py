@@ -47,8 +47,8 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     handler = signal.getsignal(signal.SIGINT)
     for name in ("bin", "home", "work"):
         (tmp_path / name).mkdir()
-    for each in AGENTS.values():
-        program = tmp_path / "bin" / each.program
+    for entry in AGENTS.values():
+        program = tmp_path / "bin" / entry.program
         program.write_text(AGENT)
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")

@@ -102,9 +102,9 @@ def test_the_catalogs_models_are_shown_that_are_not_here(store):
     assert body[0][2] == "98.4 MB"
     names = [row[0] for row in rows(pop_local("list", "--markdown").stdout)]
     assert "gemma-3-270m.Q4_K_M" in names
-    found = json.loads(pop_local("list", "--json").stdout)["not_fetched"]
-    assert [model["name"] for model in found] == absent
-    assert found[0]["size_bytes"] == models.find("smollm2").size_bytes
+    report = json.loads(pop_local("list", "--json").stdout)["not_fetched"]
+    assert [model["name"] for model in report] == absent
+    assert report[0]["size_bytes"] == models.find("smollm2").size_bytes
 
 
 def test_the_folder_is_shown_if_two_models_are_alike(tmp_path, monkeypatch):
@@ -133,9 +133,9 @@ def test_a_model_of_the_user_is_listed_and_removed_in_a_clone(store, monkeypatch
 
 
 def test_json_has_files_and_sizes(store):
-    found = json.loads(pop_local("list", "--json").stdout)
-    assert found["folder"] == str(store)
-    by_name = {model["name"]: model for model in found["models"]}
+    report = json.loads(pop_local("list", "--json").stdout)
+    assert report["folder"] == str(store)
+    by_name = {model["name"]: model for model in report["models"]}
     parts = sorted(map(str, store.glob("parted-*.gguf")))
     assert len(parts) > 1
     assert by_name["parted"]["files"] == parts

@@ -156,7 +156,7 @@ def test_a_copy_of_any_name_is_known_by_its_hash(shipped, tmp_path):
     shutil.copy(tmp_path / "tiny.gguf", copy)
     assert files(str(copy)) == ModelFiles(copy, shipped)
     assert PopModel.open(copy, n_ctx=64, n_threads=1).engine.sequences[0].settings.boundary == 5
-    [listed] = [each for each in stock(tmp_path) if each.name == "copy"]
+    [listed] = [stored for stored in stock(tmp_path) if stored.name == "copy"]
     assert (listed.boundary, listed.sidecar) == (5, None)
     content = bytearray(copy.read_bytes())
     content[content.index(b"attn_q")] ^= 1

@@ -63,10 +63,10 @@ def fitted(tmp_path) -> Pair:
 def test_the_sidecar_is_next_to_the_unchanged_model(base):
     before = base.read_bytes()
     done = convert(base, "--boundary", 4, "--json")
-    found = json.loads(done.stdout)
+    report = json.loads(done.stdout)
     written = base.with_name("tiny.pop-sidecar.gguf")
-    assert (found["output"], found["form"], found["boundary"]) == (str(written), "sidecar", 4)
-    assert found["source_sha256"] == hashlib.sha256(before).hexdigest()
+    assert (report["output"], report["form"], report["boundary"]) == (str(written), "sidecar", 4)
+    assert report["source_sha256"] == hashlib.sha256(before).hexdigest()
     assert names(base.parent) == {base.name, written.name}
     assert base.read_bytes() == before
     assert written.stat().st_size < 2048
@@ -127,13 +127,13 @@ def test_a_model_of_the_catalog(base, sidecar, monkeypatch, tmp_path):
 
 def test_run(base, sidecar):
     arguments = ("run", base, "word " * 40, "--json", "--max-tokens", 2, "--threads", 1)
-    found = json.loads(command(*arguments).stdout)
-    assert (found["boundary"], found["full"]) == (4, False)
-    assert found["stats"]["n_pruned"] > 0
+    report = json.loads(command(*arguments).stdout)
+    assert (report["boundary"], report["full"]) == (4, False)
+    assert report["stats"]["n_pruned"] > 0
     done = command(*arguments, "--full")
     assert "Sidecar:" not in done.stderr
-    found = json.loads(done.stdout)
-    assert found["stats"]["n_pruned"] == 0
+    report = json.loads(done.stdout)
+    assert report["stats"]["n_pruned"] == 0
     elsewhere = sidecar.rename(base.with_name("other.gguf"))
     assert json.loads(command(*arguments).stdout)["boundary"] == 0
     assert json.loads(command(*arguments, "--sidecar", elsewhere).stdout)["boundary"] == 4
@@ -154,17 +154,17 @@ def test_eval(fitted, tmp_path):
     text.write_text("abc wow def " * 200)
     windows = ("--text", text, "--windows", 2, "--context", 64, "--continuation", 8)
     arguments = ("eval", fitted.base, *windows, "--lookups", 0, "--json", "--threads", 1)
-    found = json.loads(command(*arguments).stdout)
-    assert (found["projection"], found["boundary"]) == ("fitted", 4)
+    report = json.loads(command(*arguments).stdout)
+    assert (report["projection"], report["boundary"]) == ("fitted", 4)
     alone = command("eval", fitted.single, *arguments[2:])
-    assert found["kl_mean"] == json.loads(alone.stdout)["kl_mean"]
+    assert report["kl_mean"] == json.loads(alone.stdout)["kl_mean"]
 
 
 def test_inspect_of_the_model(base, sidecar):
-    found = json.loads(command("inspect", base, "--json").stdout)
-    assert found["sidecar"] == str(sidecar)
-    assert found["boundary"] == 4
-    assert found["opens_in_stock_llama_cpp"]
+    report = json.loads(command("inspect", base, "--json").stdout)
+    assert report["sidecar"] == str(sidecar)
+    assert report["boundary"] == 4
+    assert report["opens_in_stock_llama_cpp"]
     lines = command("inspect", base).stdout.splitlines()
     assert any(line.startswith("Sidecar") and str(sidecar) in line for line in lines)
     assert any(line.endswith("opens this file") for line in lines)

@@ -158,10 +158,10 @@ def test_run_reads_files_and_pipes_before_the_question(model, tmp_path):
 def test_run_warns_of_a_base_model(model, tmp_path):
     base = make_gguf(tmp_path / "base.gguf", "llama")
     shown = [
-        called("run", each, "Once upon", "--max-tokens", "2", *ANSWER_OPTIONS).stderr
-        for each in (base, model)
+        called("run", file, "Once upon", "--max-tokens", "2", *ANSWER_OPTIONS).stderr
+        for file in (base, model)
     ]
-    assert ["This base model has no chat template" in each for each in shown] == [True, False]
+    assert ["This base model has no chat template" in warning for warning in shown] == [True, False]
 
 
 def test_run_prints_the_same_answer_with_and_without_json(model):
