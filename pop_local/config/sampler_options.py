@@ -1,6 +1,7 @@
 """The list of sampling options.
 
-The sampler chain, command line, settings, request bodies, and `/set` are derived from this list.
+The sampler chain, command line, settings, request bodies, and the chat's parameters are derived
+from this list.
 """
 
 from dataclasses import dataclass, field, fields

@@ -10,6 +10,7 @@ from string import Formatter
 import pytest
 from rich.console import Console
 
+import pop_base
 import pop_converter
 import pop_local
 from pop_base.errors import PopError
@@ -20,7 +21,6 @@ from pop_local.ui.console import THEME
 from pop_local.ui.hints import hint_of, hints_for
 
 ROOMS = (
-    "base",
     "engine",
     "measure",
     "calibration",
@@ -32,6 +32,7 @@ ROOMS = (
     "research",
 )
 FOLDERS = (
+    Path(pop_base.__file__).parent,
     Path(pop_converter.__file__).parent,
     *(Path(pop_local.__file__).parent / room for room in ROOMS),
 )
