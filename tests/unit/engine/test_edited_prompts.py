@@ -29,6 +29,14 @@ def arch_file(request, tmp_path_factory):
     return tiny(tmp_path_factory.mktemp(request.param), request.param)
 
 
+@pytest.fixture
+def model(pop_file):
+    """Return a model that has read OLD."""
+    with pruned(pop_file) as model:
+        read(model, OLD)
+        yield model
+
+
 def fresh(path, tokens: Tokens, **options: Any) -> tuple[bytes, np.ndarray]:
     """Return the state and logits after a full reading of an empty cache."""
     with pruned(path, full=True, **options) as model:
@@ -77,10 +85,8 @@ def test_an_edit_decodes_only_new_rows_and_a_refill_makes_the_cache_exact(arch_f
         ("the oldest quarter removed", 520 // 4),
     ],
 )
-def test_as_many_last_rows_are_decoded_again_as_tokens_changed(pop_file, name, n_rows):
-    with pruned(pop_file) as model:
-        read(model, OLD)
-        assert model.read(Prompt(EDITS[name])).counters.n_rows == n_rows
+def test_as_many_last_rows_are_decoded_again_as_tokens_changed(model, name, n_rows):
+    assert model.read(Prompt(EDITS[name])).counters.n_rows == n_rows
 
 
 def test_a_state_is_chosen_only_if_its_edit_pays(pop_file):
@@ -93,12 +99,10 @@ def test_a_state_is_chosen_only_if_its_edit_pays(pop_file):
         assert model.read(Prompt(tokens)).n_cached == 100
 
 
-def test_a_prompt_may_repeat_its_beginning(pop_file):
+def test_a_prompt_may_repeat_its_beginning(model, pop_file):
     tokens = OLD[:150] + OLD
-    with pruned(pop_file) as model:
-        read(model, OLD)
-        assert model.read(Prompt(tokens)).counters.n_rows == 150
-        assert repaired(model)[0] == fresh(pop_file, tokens)[0]
+    assert model.read(Prompt(tokens)).counters.n_rows == 150
+    assert repaired(model)[0] == fresh(pop_file, tokens)[0]
 
 
 @pytest.mark.parametrize(
@@ -165,14 +169,12 @@ def test_all_rows_are_dropped_if_invalid_ones_cannot_be_removed(tmp_path, aborte
         assert cache.n_tokens == cache.slot.cells.end == 0
 
 
-def test_small_changes_of_the_logits_show_that_stale_rows_are_used(pop_file):
+def test_small_changes_of_the_logits_show_that_stale_rows_are_used(model):
     """Stale rows are approximate: other logits than a fresh pruned reading's, but close ones."""
     tokens = EDITS["a changed line"]
-    with pruned(pop_file) as model:
-        read(model, OLD)
-        edited = read(model, tokens)
-        first_of(model).cache.clear()
-        expected = read(model, tokens)
+    edited = read(model, tokens)
+    first_of(model).cache.clear()
+    expected = read(model, tokens)
     assert np.abs(edited - expected).max() > NOISE
     assert np.corrcoef(edited, expected)[0, 1] > 0.9
 
@@ -188,37 +190,33 @@ def test_random_operations_are_repaired(tmp_path, arch, seed):
         assert operations.n_equal > 0
 
 
-def test_a_repair_that_stops_at_every_chunk_completes_later(pop_file):
+def test_a_repair_that_stops_at_every_chunk_completes_later(model, pop_file):
     tokens = EDITS["an inserted passage"]
-    with pruned(pop_file) as model:
-        read(model, OLD)
-        read(model, tokens)
-        refiller, cache = first_of(model).refiller, first_of(model).cache
-        n_stops = 0
-        while cache.n_exact < len(tokens):
-            refiller.refill(stop_after(2 + 20 * n_stops))
-            n_stops += 1
-            assert n_stops < 1000
-        assert n_stops > 3
-        assert kv_bytes(model) == fresh(pop_file, tokens)[0]
+    read(model, tokens)
+    refiller, cache = first_of(model).refiller, first_of(model).cache
+    n_stops = 0
+    while cache.n_exact < len(tokens):
+        refiller.refill(stop_after(2 + 20 * n_stops))
+        n_stops += 1
+        assert n_stops < 1000
+    assert n_stops > 3
+    assert kv_bytes(model) == fresh(pop_file, tokens)[0]
 
 
 @pytest.mark.parametrize("after", [0, 20, 60, 100, 150])
-def test_a_stopped_read_keeps_the_rows_after_its_gap(pop_file, after):
+def test_a_stopped_read_keeps_the_rows_after_its_gap(model, pop_file, after):
     tokens = OLD[:200] + NEW[:150] + OLD[200:]
-    with pruned(pop_file) as model:
-        read(model, OLD)
-        with pytest.raises(PrefillStoppedError) as stopped:
-            model.engine.sequences[0].read(Prompt(tokens), stopping(after))
-        n_decoded = stopped.value.read.counters.n_rows
-        cache = first_of(model).cache
-        assert n_decoded == min(150, -(-after // 64) * 64)
-        assert cache.tokens.tolist() == OLD[:200] + NEW[:n_decoded] + OLD[200:-125]
-        assert cache.slot.cells.end == cache.n_tokens == n_decoded + stopped.value.read.n_cached
-        reading = model.read(Prompt(tokens))
-        assert reading.counters.n_rows == 150 - n_decoded + 125
-        assert reading.n_stale == 500 - 125 == stopped.value.read.n_stale
-        assert repaired(model)[0] == fresh(pop_file, tokens)[0]
+    with pytest.raises(PrefillStoppedError) as stopped:
+        model.engine.sequences[0].read(Prompt(tokens), stopping(after))
+    n_decoded = stopped.value.read.counters.n_rows
+    cache = first_of(model).cache
+    assert n_decoded == min(150, -(-after // 64) * 64)
+    assert cache.tokens.tolist() == OLD[:200] + NEW[:n_decoded] + OLD[200:-125]
+    assert cache.slot.cells.end == cache.n_tokens == n_decoded + stopped.value.read.n_cached
+    reading = model.read(Prompt(tokens))
+    assert reading.counters.n_rows == 150 - n_decoded + 125
+    assert reading.n_stale == 500 - 125 == stopped.value.read.n_stale
+    assert repaired(model)[0] == fresh(pop_file, tokens)[0]
 
 
 def test_rows_that_have_left_a_window_are_not_reused(tmp_path):
@@ -238,18 +236,16 @@ def test_rows_do_not_move_if_every_layer_has_a_window(tmp_path):
         assert model.read(Prompt(EDITS["a longer first line"])).n_stale == 0
 
 
-def test_answers_continue_after_stale_rows(pop_file):
+def test_answers_continue_after_stale_rows(model, pop_file):
     tokens = EDITS["a removed passage"]
-    with pruned(pop_file) as model:
-        read(model, OLD)
-        read(model, tokens)
-        for token in NEW[:5]:
-            model.engine.sequences[0].step([token])
-        longer = tokens + NEW[:5] + NEW[100:140]
-        reading = model.read(Prompt(longer))
-        assert reading.n_cached == len(tokens) + 5
-        assert reading.n_stale > 0
-        assert repaired(model)[0] == fresh(pop_file, longer)[0]
+    read(model, tokens)
+    for token in NEW[:5]:
+        model.engine.sequences[0].step([token])
+    longer = tokens + NEW[:5] + NEW[100:140]
+    reading = model.read(Prompt(longer))
+    assert reading.n_cached == len(tokens) + 5
+    assert reading.n_stale > 0
+    assert repaired(model)[0] == fresh(pop_file, longer)[0]
 
 
 def test_the_prompt_cache_finds_the_state_that_an_edit_can_reuse(pop_file):
@@ -263,35 +259,31 @@ def test_the_prompt_cache_finds_the_state_that_an_edit_can_reuse(pop_file):
         assert reading.counters.n_rows == 5 + 45
 
 
-def test_a_restored_state_catches_up_from_its_exact_rows(pop_file, tmp_path):
+def test_a_restored_state_catches_up_from_its_exact_rows(model, pop_file, tmp_path):
     tokens = EDITS["an inserted passage"]
-    with pruned(pop_file) as model:
-        read(model, OLD)
-        first_of(model).refiller.refill()
-        read(model, tokens)
-        states, cache = first_of(model).states, first_of(model).cache
-        n_exact = cache.n_exact
-        assert 100 < n_exact < len(tokens)
-        saved = states.save()
-        cache.clear()
-        states.restore(saved)
-        assert cache.n_exact == n_exact
-        first_of(model).refiller.refill()
-        assert kv_bytes(model) == fresh(pop_file, tokens)[0]
+    first_of(model).refiller.refill()
+    read(model, tokens)
+    states, cache = first_of(model).states, first_of(model).cache
+    n_exact = cache.n_exact
+    assert 100 < n_exact < len(tokens)
+    saved = states.save()
+    cache.clear()
+    states.restore(saved)
+    assert cache.n_exact == n_exact
+    first_of(model).refiller.refill()
+    assert kv_bytes(model) == fresh(pop_file, tokens)[0]
 
 
 @pytest.mark.parametrize(("name", "redone"), [("a longer first line", 8), ("a changed line", 0)])
-def test_full_rows_that_move_close_to_a_change_are_decoded_again(pop_file, name, redone):
+def test_full_rows_that_move_close_to_a_change_are_decoded_again(model, name, redone):
     tokens = EDITS[name]
     must_be_full = np.zeros(len(tokens), bool)
     must_be_full[[100, 105, 200, 541, 542]] = True
-    with pruned(pop_file) as model:
-        read(model, OLD)
-        cache, rule = first_of(model).cache, first_of(model).rule
-        cache.rows.is_full[:] = True
-        reusable = edit.ReusableRows(cache, Prompt(tokens), rule)
-        without = reusable.edit(cache, 0, np.zeros(len(tokens), bool))
-        sources = reusable.edit(cache, 0, must_be_full)
+    cache, rule = first_of(model).cache, first_of(model).rule
+    cache.rows.is_full[:] = True
+    reusable = edit.ReusableRows(cache, Prompt(tokens), rule)
+    without = reusable.edit(cache, 0, np.zeros(len(tokens), bool))
+    sources = reusable.edit(cache, 0, must_be_full)
     again = np.flatnonzero(sources != without)
     # Between rows 100 and 105, another batch would take longer than four more rows.
     assert again.tolist() == [*range(100, 106), 200, 541][:redone]
