@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import gguf
 import pytest
@@ -157,7 +158,7 @@ def test_rejects_wrong_parts(tmp_path):
     with pytest.raises(FormatError, match="not the first part") as raised:
         read_shape(parts[1])
     assert str(parts[0]) in raised.value.hint
-    renamed = shutil.copy(parts[0], tmp_path / "renamed.gguf")
+    renamed = Path(shutil.copy(parts[0], tmp_path / "renamed.gguf"))
     with pytest.raises(FormatError, match="its name is not in the required format"):
         read_shape(renamed)
     content = parts[1].read_bytes()
