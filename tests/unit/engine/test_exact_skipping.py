@@ -151,7 +151,7 @@ def test_a_boundary_in_the_sharing_layers_is_refused(shared: Path) -> None:
 
 def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     model = ScriptedModel(["One.", figures(n_pruned=0, n_skipped_exact=983, exact_layer=15)])
-    first_of(model).settings.boundary, first_of(model).settings.exact = 0, 15
+    model.settings.boundary, model.settings.exact = 0, 15
     lines = talk(model, "/full", "hello", "/stats", "/full on", "/full")
     on = "# Exact skipping is on: prompt tokens skip layers 15 and up. The answers stay the same."
     off = "# Exact skipping is off: prompts run through all layers. The answers stay the same."

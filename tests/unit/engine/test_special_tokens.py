@@ -1,10 +1,11 @@
 """Special tokens come from templates, never from messages."""
 
+from collections.abc import Iterable
 from itertools import cycle
 
 import pytest
 
-from pop_local.engine.chat_messages import Message
+from pop_local.engine.chat_messages import Message, Role
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.prompt.templates import Template
 from support.calls import opened, text_of
@@ -71,7 +72,7 @@ def with_template(model, name: str):
 
 def talk(system: str, *contents: str) -> list[Message]:
     """Return alternating messages, starting with the user's."""
-    roles = cycle(["user", "assistant"])
+    roles: Iterable[Role] = cycle(("user", "assistant"))
     messages = [Message(role, text) for role, text in zip(roles, contents, strict=False)]
     return [Message("system", system), *messages]
 

@@ -14,7 +14,6 @@ from pop_local.ui.chat.repl import LEAVE_HINT, converse
 from pop_local.ui.chat.slash import COMMANDS, HELP_NOTES, run_command
 from pop_local.ui.ctrl_c import CtrlC
 from pop_local.ui.views.stats import stats_line
-from support.calls import first_of
 from support.scripted_chat import (
     STATS,
     STATS_LINE,
@@ -65,7 +64,7 @@ def test_pop_is_switched_and_shown():
         "> /full maybe",
         "# /full accepts on or off, not maybe.",
     ]
-    assert first_of(model).settings.mode is Mode.CONTEXT
+    assert model.settings.mode is Mode.CONTEXT
 
 
 def test_full_is_refused_without_a_conversion():

@@ -9,7 +9,6 @@ from pop_local.config.sampler_options import SAMPLER_OPTIONS
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn_options import TurnOptions
-from support.calls import first_of
 from support.scripted_chat import (
     STATS,
     STATS_LINE,
@@ -131,7 +130,7 @@ def test_model_that_cannot_be_pruned_switches_nothing_off():
     plain, other = ScriptedModel(), ScriptedModel()
     plain.convert(boundary=0)
     talk(plain, "/model other", others={"other": other})
-    assert first_of(other).settings.mode is Mode.CONTEXT
+    assert other.settings.mode is Mode.CONTEXT
 
 
 def test_missing_model_keeps_the_open_model():
@@ -230,7 +229,7 @@ def test_dropping_turns_makes_room(key, n_messages):
 def test_switch_is_kept_by_a_larger_context(switch, mode):
     """Open the larger context in the other mode, as --full does, and keep the mode."""
     model, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
-    first_of(larger).settings.mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT
+    larger.settings.mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT
     transcript = talk(model, f"/full {switch}", "a " * 13, "l", sampling={}, others={1024: larger})
-    assert first_of(larger).settings.mode is mode
+    assert larger.settings.mode is mode
     assert transcript[-2:] == ["z", STATS_LINE]
