@@ -14,7 +14,7 @@ from support.chat_tools import DOUBLE, QWEN, TEMPLATES, WEATHER
 from support.converted import tiny
 from support.mutants import mutated_bytes, mutated_json
 from support.server_requests import NAME
-from support.serving import app_of, asking
+from support.serving import app_client, app_of
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +98,7 @@ def client(tmp_path_factory):
     folder = tmp_path_factory.mktemp("apis")
     template = TEMPLATES[QWEN].read_text()
     path = tiny(folder, boundary=1, chat_template=template, n_layer=2, n_embd=64, n_ff=64)
-    with opened(path, n_ctx=2048) as model, asking(app_of(model, NAME)) as client:
+    with opened(path, n_ctx=2048) as model, app_client(app_of(model, NAME)) as client:
         yield client
 
 

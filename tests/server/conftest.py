@@ -9,7 +9,7 @@ from support.converted import tiny
 from support.filling import make_filler
 from support.library import NAMES, Library
 from support.server_requests import N_CTX, NAME, complete, text_of
-from support.serving import app_of, asking
+from support.serving import app_client, app_of
 from support.synthetic import TEMPLATE, make_gguf
 
 
@@ -24,7 +24,7 @@ def client(path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "_MIN_BODY_BYTES", 100_000)
         app = app_of(model, NAME)
-    with asking(app) as client:
+    with app_client(app) as client:
         yield client
     model.close()
 
@@ -41,7 +41,7 @@ def full(path):
 def filler(tmp_path_factory):
     """A model that can infill, and its client."""
     model = opened(make_filler(tmp_path_factory.mktemp("fim")), n_ctx=N_CTX)
-    with asking(app_of(model, NAME)) as client:
+    with app_client(app_of(model, NAME)) as client:
         yield model, client
     model.close()
 
@@ -60,7 +60,7 @@ def expected(folder):
     texts = {}
     for name in NAMES:
         model = opened(folder / f"{name}.gguf", n_ctx=N_CTX)
-        with asking(app_of(model, name)) as client:
+        with app_client(app_of(model, name)) as client:
             texts[name] = text_of(complete(client))
         model.close()
     assert len(set(texts.values())) == len(NAMES)

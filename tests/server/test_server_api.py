@@ -11,7 +11,7 @@ from pop_local.server.request_bodies import ChatBody
 from pop_local.server.task_factory import TaskFactory
 from support.calls import log_softmax, opened, read
 from support.server_requests import LONG, N_CTX, NAME, chat, complete, events, text_of
-from support.serving import app_of, asking, counted
+from support.serving import app_client, app_of, metric_values
 from support.synthetic import TEMPLATE, make_gguf
 
 # --- endpoints and answers
@@ -27,9 +27,9 @@ def test_health_models_and_metrics(client):
 
 
 def test_usage_and_metrics_report_counters(client):
-    before = counted(client)
+    before = metric_values(client)
     usage = complete(client, "unlike others: " + LONG).json()["usage"]
-    after = counted(client)
+    after = metric_values(client)
     n_cached, pop = usage["prompt_tokens_details"]["cached_tokens"], usage["pop"]
     assert pop["n_pruned"] > 100
     assert n_cached + pop["n_pruned"] + pop["n_full"] == usage["prompt_tokens"]
@@ -56,9 +56,9 @@ def test_next_request_reuses_cached_prefix(client):
 
 def test_an_edited_prompt_reports_its_stale_tokens(client):
     complete(client, "Monday. " + 2 * LONG)
-    before = counted(client)
+    before = metric_values(client)
     usage = complete(client, "Tuesday morning. " + 2 * LONG).json()["usage"]
-    after = counted(client)
+    after = metric_values(client)
     n_cached, pop = usage["prompt_tokens_details"]["cached_tokens"], usage["pop"]
     assert 256 < pop["n_stale"] <= n_cached
     assert n_cached + pop["n_pruned"] + pop["n_full"] == usage["prompt_tokens"]
@@ -267,7 +267,7 @@ def test_last_token_has_logprob_for_any_text(tmp_path):
     control = [f"<|{n}|>" for n in range(200)]
     path = make_gguf(tmp_path / "control.gguf", "llama", n_vocab=512, control=control)
     fields = {"max_tokens": 1, "logprobs": 1, "temperature": 10.0}
-    with asking(app_of(opened(path), NAME)) as client:
+    with app_client(app_of(opened(path), NAME)) as client:
         choices = [complete(client, seed=n, **fields).json()["choices"][0] for n in range(12)]
     texts = [choice["text"] for choice in choices]
     assert "" in texts and any(texts)
@@ -290,7 +290,7 @@ def test_logprobs_false_is_none(client):
 def test_grammar_excludes_open_reasoning(tmp_path):
     thinks = TEMPLATE + "<think>\n"
     path = make_gguf(tmp_path / "thinks.gguf", "llama", chat_template=thinks)
-    with asking(app_of(opened(path), NAME)) as client:
+    with app_client(app_of(opened(path), NAME)) as client:
         assert text_of(chat(client)).startswith("<think>")
         response_format = {"type": "json_object", "schema": {"enum": [5]}}
         assert json.loads(text_of(chat(client, response_format=response_format))) == 5

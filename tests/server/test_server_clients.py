@@ -20,7 +20,7 @@ from pop_local.server.api_errors import ApiError
 from pop_local.server.client_limits import ClientLimiter
 from support.calls import opened, wait_for
 from support.server_requests import LONG, N_CTX, NAME, text_of
-from support.serving import Served, app_of, asking, served
+from support.serving import Served, app_client, app_of, served
 
 ALICE, BOB = ({"Authorization": f"Bearer {name}"} for name in ("alice", "bob"))
 KEYS = AccessRules(api_keys=("alice", "bob"))
@@ -59,7 +59,7 @@ def test_repeatable_requests_of_a_client_let_others_in(path):
     """Each of them runs alone, so several in a row would stop all other answers."""
     with (
         opened(path, n_ctx=N_CTX, n_parallel=2) as model,
-        asking(app_of(model, NAME, rules=KEYS)) as client,
+        app_client(app_of(model, NAME, rules=KEYS)) as client,
         ThreadPoolExecutor(5) as clients,
     ):
         ask(client, BOB)
@@ -117,7 +117,7 @@ def test_grammar_bombs_do_not_delay_other_clients(model, monkeypatch):
     monkeypatch.setattr(Grammar, "of_schema", slow)
     app = app_of(model, NAME, rules=KEYS, max_waiting=3)
     form = {"type": "json_object", "schema": {"bomb": 1}}
-    with asking(app) as client, ThreadPoolExecutor(8) as threads:
+    with app_client(app) as client, ThreadPoolExecutor(8) as threads:
         bombs = [threads.submit(ask, client, ALICE, response_format=form) for _ in range(5)]
         wait_for(lambda: any(bomb.done() for bomb in bombs))
         refused = next(bomb.result() for bomb in bombs if bomb.done())
@@ -142,7 +142,7 @@ def n_cached(client: TestClient, headers: dict[str, str]) -> int:
 def test_cached_tokens_reveal_no_other_clients_prompt(path, n_parallel):
     prompts = PromptCache(1 << 26)
     model = opened(path, n_ctx=N_CTX, n_parallel=n_parallel, prompt_cache=prompts)
-    with asking(app_of(model, NAME, rules=KEYS)) as client:
+    with app_client(app_of(model, NAME, rules=KEYS)) as client:
         assert n_cached(client, ALICE) == 0
         assert n_cached(client, BOB) == 0
         assert n_cached(client, ALICE) > 100
@@ -161,7 +161,7 @@ def test_cached_tokens_reveal_no_other_clients_prompt(path, n_parallel):
 )
 def test_clients_that_share_a_cache(path, rules, addresses, is_shared):
     model = opened(path, n_ctx=N_CTX)
-    with asking(app_of(model, NAME, rules=rules)) as server:
+    with app_client(app_of(model, NAME, rules=rules)) as server:
         counts = []
         for address, headers in zip(addresses, (ALICE, BOB), strict=True):
             client = TestClient(server.app, "http://localhost:8080", client=(address, 1))
@@ -173,7 +173,7 @@ def test_clients_that_share_a_cache(path, rules, addresses, is_shared):
 
 def test_stored_responses_belong_to_one_client(model):
     body = {"input": LONG, "max_output_tokens": 2}
-    with asking(app_of(model, NAME, rules=KEYS)) as client:
+    with app_client(app_of(model, NAME, rules=KEYS)) as client:
         name = client.post("/v1/responses", json=body, headers=ALICE).json()["id"]
         path, later = f"/v1/responses/{name}", body | {"previous_response_id": name}
         assert client.get(path, headers=BOB).status_code == 404
@@ -189,7 +189,7 @@ def test_slots_hide_other_clients_prompt_lengths(model):
     (served_model,) = app.state.models.loaded
     alice = KEYS.cache_scope(hashlib.sha256(b"alice").hexdigest()[:16])
     job: Any = SimpleNamespace(read=(3, 9), left_s=1.0)
-    with asking(app) as client:
+    with app_client(app) as client:
         served_model.worker.running[0] = job
         model.engine.sequences[0].states.set_scope(alice)
         [[own], [other]] = (

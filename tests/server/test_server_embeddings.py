@@ -9,7 +9,7 @@ from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.embedding import embedding
 from support.calls import first_of, opened
 from support.server_requests import LONG, N_CTX, NAME, chat
-from support.serving import app_of, asking
+from support.serving import app_client, app_of
 
 
 def test_embeddings(client, full):
@@ -39,7 +39,7 @@ def test_embeddings(client, full):
 def test_embeddings_keep_prompt_cache(path):
     with opened(path, n_ctx=N_CTX) as model:
         first_of(model).states.prompts = PromptCache(1 << 24)
-        with asking(app_of(model, NAME)) as client:
+        with app_client(app_of(model, NAME)) as client:
             chat(client)
             client.post("/v1/embeddings", json={"input": "another text"})
             usage = chat(client).json()["usage"]

@@ -9,7 +9,7 @@ from pop_local.server.access import AccessRules
 from support.calls import opened
 from support.converted import tiny
 from support.program import called
-from support.serving import app_of, asking, counted
+from support.serving import app_client, app_of, metric_values
 
 NAME = "tiny"
 ORIGINS = ("https://friend.example", "app://notes")
@@ -27,7 +27,7 @@ def model(tmp_path_factory):
 
 
 def test_api_key_is_required(model):
-    client = asking(app_of(model, NAME, rules=AccessRules(api_keys=("secret",))))
+    client = app_client(app_of(model, NAME, rules=AccessRules(api_keys=("secret",))))
     for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
         refused = client.get("/v1/models", headers=header)
         assert refused.status_code == 401
@@ -79,7 +79,7 @@ def test_api_key_is_required(model):
     ],
 )
 def test_keyless_server_accepts_only_local_hosts(model, host, headers, code):
-    client = asking(app_of(model, NAME, rules=AccessRules(host=host, origins=ORIGINS)))
+    client = app_client(app_of(model, NAME, rules=AccessRules(host=host, origins=ORIGINS)))
     response = client.get("/v1/models", headers=headers)
     if code is None:
         assert response.status_code == 200
@@ -92,18 +92,18 @@ def test_keyless_server_accepts_only_local_hosts(model, host, headers, code):
 
 
 def test_simple_cors_request_is_refused(model):
-    client = asking(app_of(model, NAME))
-    before = counted(client)
+    client = app_client(app_of(model, NAME))
+    before = metric_values(client)
     headers = {"Origin": "https://evil.example", "Content-Type": "text/plain"}
     body = json.dumps({"prompt": 5})  # an accepted request would get a 400
     assert client.post("/v1/completions", content=body, headers=headers).status_code == 403
-    after = counted(client)
+    after = metric_values(client)
     refused = 'pop_requests_total{path="/v1/completions",status="403"}'
     assert after[refused] == before.get(refused, 0) + 1
 
 
 def test_any_origin_with_key_is_accepted(model):
-    client = asking(app_of(model, NAME, rules=AccessRules(api_keys=("secret",))))
+    client = app_client(app_of(model, NAME, rules=AccessRules(api_keys=("secret",))))
     page = {"Host": "box.example", "Origin": "https://page.example"}
     allowed = client.options("/v1/chat/completions", headers=page | PREFLIGHT)
     assert allowed.status_code == 200
@@ -136,7 +136,7 @@ def test_any_origin_with_key_is_accepted(model):
     ],
 )
 def test_local_origins_are_allowed_without_key(model, origin, is_allowed):
-    client = asking(app_of(model, NAME, rules=AccessRules(origins=ORIGINS)))
+    client = app_client(app_of(model, NAME, rules=AccessRules(origins=ORIGINS)))
     page = {"Origin": origin}
     allowed = client.options("/api/chat", headers=page | PREFLIGHT)
     assert allowed.status_code == (200 if is_allowed else 400)
@@ -157,7 +157,7 @@ def test_command_passes_origins_and_strictness(model, monkeypatch):
     statuses: list[int] = []
 
     def ask_instead(app, listening):
-        client = asking(app)
+        client = app_client(app)
         for origin in ("https://friend.example", "https://evil.example"):
             statuses.append(client.get("/v1/models", headers={"Origin": origin}).status_code)
         statuses.append(client.post("/api/show", json={"model": "other"}).status_code)

@@ -16,17 +16,17 @@ from pop_local.server.app import create_app
 from pop_local.server.model_pool import ModelPool
 from support.calls import opened, wait_for
 from support.converted import converted
-from support.library import NAMES, Library, asked
+from support.library import NAMES, Library, library_client
 from support.program import called
 from support.server_requests import LONG, N_CTX, chat, complete, text_of
-from support.serving import LOCAL, app_of, asking, served
+from support.serving import LOCAL, app_client, app_of, served
 
 
 def test_damaged_file_closes_no_model(folder, tmp_path, expected):
     shutil.copy(folder / "one.gguf", tmp_path)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
     library = Library(tmp_path)
-    with asked(library) as client:
+    with library_client(library) as client:
         assert text_of(complete(client, model="one")) == expected["one"]
         for _ in range(2):
             response = complete(client, model="broken")
@@ -41,14 +41,14 @@ def test_damaged_file_is_never_the_default(folder, tmp_path, expected):
     shutil.copy(folder / "one.gguf", tmp_path)
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
     pool = ModelPool.of_folder(tmp_path, Library(tmp_path).registry(), "")
-    with asking(create_app(pool, LOCAL)) as client:
+    with app_client(create_app(pool, LOCAL)) as client:
         for more in ({}, {"model": "gpt-4o"}):
             assert text_of(complete(client, **more)) == expected["one"]
     pool.close()
 
 
 def test_loading_error_reaches_every_waiting_request(library, expected, caplog):
-    with asked(library) as client, ThreadPoolExecutor(3) as others:
+    with library_client(library) as client, ThreadPoolExecutor(3) as others:
         assert text_of(complete(client, model="one")) == expected["one"]
         library.problem = PopError("the memory is full", "take a smaller context")
         library.may_open.clear()
@@ -70,7 +70,7 @@ def test_loading_error_reaches_every_waiting_request(library, expected, caplog):
 
 
 def test_unknown_names_get_the_default_model(library, expected):
-    with asked(library) as client:
+    with library_client(library) as client:
         answer = complete(client)
         assert answer.json()["model"] == "one"  # initially the first
         assert text_of(complete(client, model="two")) == expected["two"]
@@ -78,7 +78,7 @@ def test_unknown_names_get_the_default_model(library, expected):
         answer = complete(client, model="gpt-4o")
         assert (answer.json()["model"], answer.headers["x-model"]) == ("two", "two")
         assert client.get("/v1/models/gpt-4o").status_code == 404
-    with asked(library, default="three", strict_model=True) as client:
+    with library_client(library, default="three", strict_model=True) as client:
         assert text_of(complete(client)) == expected["three"]
         refused = complete(client, model="gpt-4o")
         assert refused.status_code == 404
@@ -89,13 +89,13 @@ def test_unknown_names_get_the_default_model(library, expected):
 def test_catalog_names_find_files(folder, tmp_path, expected):
     shutil.copy(folder / "one.gguf", tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf")
     shutil.copy(folder / "two.gguf", tmp_path)
-    with asked(Library(tmp_path)) as client:
+    with library_client(Library(tmp_path)) as client:
         assert text_of(complete(client, model="two")) == expected["two"]
         assert text_of(complete(client, model="smollm2")) == expected["one"]
 
 
 def test_folder_may_be_empty(folder, tmp_path, expected):
-    with asked(Library(tmp_path)) as client:
+    with library_client(Library(tmp_path)) as client:
         assert client.get("/v1/models").json()["data"] == []
         assert complete(client, model="one").status_code == 404
         assert complete(client).status_code == 404
@@ -118,7 +118,7 @@ def test_listings_open_no_model(folder, tmp_path, caplog):
         shutil.copy(folder / "two.gguf", Path(os.fsdecode(bytes(tmp_path) + b"/z\xff.gguf")))
         names += ["z\\xff"]
     caplog.set_level(logging.WARNING, "pop_local.server")
-    with asked(library) as client:
+    with library_client(library) as client:
         cards = client.get("/v1/models").json()["data"]
         assert [card["id"] for card in cards] == names
         assert not any(card["pop"]["loaded"] for card in cards)
@@ -173,7 +173,7 @@ def test_command_serves_a_folder(folder, expected, monkeypatch):
 
     def ask_instead(app, listening):
         texts.append(",".join(served.name for served in app.state.models.loaded))
-        with asking(app) as client:
+        with app_client(app) as client:
             texts.append(text_of(complete(client)))
             texts.append(text_of(complete(client, model="two")))
 
@@ -206,7 +206,7 @@ def replaced(path: Path, source: Path) -> None:
 def test_replaced_file_is_reopened(folder, tmp_path, expected, ram_bytes):
     for name in ("one", "three"):
         shutil.copy(folder / f"{name}.gguf", tmp_path)
-    with asked(Library(tmp_path), ram_bytes=ram_bytes) as client:
+    with library_client(Library(tmp_path), ram_bytes=ram_bytes) as client:
         assert text_of(complete(client, model="three")) == expected["three"]
         assert text_of(complete(client, model="one")) == expected["one"]
         replaced(tmp_path / "one.gguf", folder / "two.gguf")
@@ -220,7 +220,7 @@ def test_replaced_file_is_reopened(folder, tmp_path, expected, ram_bytes):
 def test_file_replaced_during_an_answer_is_reopened(folder, tmp_path, expected):
     shutil.copy(folder / "one.gguf", tmp_path)
     body = {"model": "one", "prompt": LONG, "temperature": 0, "max_tokens": 200, "stream": True}
-    with asked(Library(tmp_path)) as client, ThreadPoolExecutor(1) as other:
+    with library_client(Library(tmp_path)) as client, ThreadPoolExecutor(1) as other:
         with client.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
             next(lines)
@@ -238,7 +238,7 @@ def test_health_reports_an_only_model_that_cannot_be_reopened(
 ):
     shutil.copy(folder / "one.gguf", tmp_path)
     library = Library(tmp_path)
-    with asked(library) as client:
+    with library_client(library) as client:
         assert text_of(complete(client)) == expected["one"]
         (tmp_path / "damaged").write_bytes(b"GGUF" + bytes(100))
         replaced(tmp_path / "one.gguf", tmp_path / "damaged" if is_damaged else folder / "two.gguf")
@@ -256,7 +256,7 @@ def test_health_reports_an_only_model_that_cannot_be_reopened(
 
 def test_new_sidecar_changes_the_listing(folder, tmp_path):
     path = Path(shutil.copy(folder / "one.gguf", tmp_path))
-    with asked(Library(tmp_path)) as client:
+    with library_client(Library(tmp_path)) as client:
         assert client.get("/v1/models/one").json()["pop"]["boundary"] == 0
         sidecar = converted(path, tmp_path, boundary=4)
         assert client.get(f"/v1/models/{sidecar.stem}").json()["pop"]["boundary"] == 4
@@ -265,7 +265,7 @@ def test_new_sidecar_changes_the_listing(folder, tmp_path):
 def test_replaced_file_of_a_lone_model_is_reopened(folder, tmp_path, expected):
     path = Path(shutil.copy(folder / "one.gguf", tmp_path))
     app = app_of(opened(path, n_ctx=N_CTX), "mine")
-    with asking(app) as client:
+    with app_client(app) as client:
         assert text_of(complete(client)) == expected["one"]
         replaced(path, folder / "two.gguf")
         assert text_of(complete(client)) == expected["two"]
@@ -280,7 +280,7 @@ def test_names_that_are_not_utf_8_are_all_served(folder, tmp_path, expected):
     for name in (b"a\xfe", b"a\xff"):
         shutil.copy(folder / "one.gguf", os.fsdecode(bytes(tmp_path) + b"/" + name + b".gguf"))
     Path(os.fsdecode(bytes(tmp_path) + b"/b\xff.gguf")).write_bytes(b"GGUF" + bytes(100))
-    with asked(Library(tmp_path)) as client:
+    with library_client(Library(tmp_path)) as client:
         names = [card["id"] for card in client.get("/v1/models").json()["data"]]
         assert names == ["a\\xfe", "a\\xff"]
         for name in names:

@@ -15,7 +15,7 @@ from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt import prompter
 from pop_local.server import request_images, task_factory
-from support.serving import app_of, asking, counted
+from support.serving import app_client, app_of, metric_values
 from support.vision_models import encoded, make_vision_model, png
 
 LONG = "a b c d e f g h " * 8
@@ -31,7 +31,7 @@ def client(path: Path) -> Iterator[TestClient]:
     model = PopModel(
         EngineOptions.of(path, mmproj=path.parent / "mmproj.gguf", n_ctx=1024, n_threads=1)
     )
-    with asking(app_of(model, "tiny")) as client:
+    with app_client(app_of(model, "tiny")) as client:
         yield client
     model.close()
 
@@ -53,7 +53,7 @@ def post(client: TestClient, *parts: dict[str, Any]) -> Any:
     return client.post("/v1/chat/completions", json=body)
 
 
-def asked(client: TestClient, *parts: dict[str, Any]) -> dict[str, Any]:
+def usage_of(client: TestClient, *parts: dict[str, Any]) -> dict[str, Any]:
     response = post(client, *parts)
     assert response.status_code == 200, response.text
     usage: dict[str, Any] = response.json()["usage"]
@@ -61,21 +61,21 @@ def asked(client: TestClient, *parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_image_counters(client):
-    usage = asked(client, image(data_url(png(3))), text(LONG))
+    usage = usage_of(client, image(data_url(png(3))), text(LONG))
     assert usage["pop"]["n_image"] > 0
     assert usage["pop"]["encode_s"] > 0
-    figures = counted(client)
+    figures = metric_values(client)
     assert figures["pop_image_tokens_total"] == usage["pop"]["n_image"]
     assert figures["pop_encode_seconds_total"] > 0
-    cached = asked(client, image(data_url(png(3))), text(LONG))
+    cached = usage_of(client, image(data_url(png(3))), text(LONG))
     assert cached["pop"]["encode_s"] == 0
     assert client.get("/v1/models").json()["data"][0]["pop"]["images"] is True
 
 
 def test_parts_keep_order(client):
     picture = image(data_url(png(3)))
-    before = asked(client, text("a b c"), picture)
-    assert asked(client, picture, text("a b c"))["prompt_tokens_details"]["cached_tokens"] < 10
+    before = usage_of(client, text("a b c"), picture)
+    assert usage_of(client, picture, text("a b c"))["prompt_tokens_details"]["cached_tokens"] < 10
     assert before["pop"]["n_image"] > 0
 
 
@@ -126,7 +126,7 @@ def test_images_beyond_context_are_refused(path):
     vision = path.parent / "mmproj.gguf"
     options = EngineOptions.of(path, mmproj=vision, n_ctx=256, n_threads=1)
     pictures = [image(data_url(png(seed))) for seed in range(20)]
-    with PopModel(options) as model, asking(app_of(model, "tiny")) as client:
+    with PopModel(options) as model, app_client(app_of(model, "tiny")) as client:
         response = post(client, *pictures, text("a"))
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
@@ -179,7 +179,7 @@ def test_base64_with_line_breaks(client):
     lines = base64.encodebytes(png(3)).decode()
     for ends in ("\n", "\r\n"):
         url = "data:image/png;base64," + lines.replace("\n", ends)
-        assert asked(client, image(url), text("a"))["pop"]["n_image"] > 0
+        assert usage_of(client, image(url), text("a"))["pop"]["n_image"] > 0
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_server_without_vision_refuses_images(path, monkeypatch, lacks):
     vision = None if lacks == "mmproj" else path.parent / "mmproj.gguf"
     monkeypatch.setattr(prompter, "has_pillow", lambda: lacks != "Pillow")
     model = PopModel(EngineOptions.of(path, mmproj=vision, n_ctx=1024, n_threads=1))
-    with asking(app_of(model, "tiny")) as client:
+    with app_client(app_of(model, "tiny")) as client:
         assert client.get("/v1/models").json()["data"][0]["pop"]["images"] is False
         response = post(client, image(data_url(png(3))), text("a"))
         assert response.status_code == 400
@@ -226,7 +226,7 @@ def of_ollama(client: TestClient, *images: str, endpoint: str = "chat", words: s
 
 @pytest.mark.parametrize("endpoint", ["chat", "generate"])
 def test_ollama_images_precede_text(client, endpoint):
-    expected = asked(client, image(data_url(png(3))), text(LONG))
+    expected = usage_of(client, image(data_url(png(3))), text(LONG))
     answer = of_ollama(client, letters(png(3)), endpoint=endpoint, words=LONG).json()
     assert answer["prompt_eval_count"] == expected["prompt_tokens"]
     assert answer["pop"]["n_image"] == expected["pop"]["n_image"] > 0

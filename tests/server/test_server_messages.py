@@ -11,7 +11,7 @@ from support.calls import opened
 from support.chat_tools import DOUBLE, QWEN, TEMPLATES
 from support.converted import tiny
 from support.server_requests import LONG, NAME, chat, message_of
-from support.serving import app_of, asking
+from support.serving import app_client, app_of
 
 TOOL = {"name": "double", "input_schema": DOUBLE["function"]["parameters"]}
 FORCED = {"tools": [TOOL], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
@@ -21,7 +21,7 @@ ASKED = {"role": "user", "content": LONG}
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
     path = tiny(tmp_path_factory.mktemp("api"), chat_template=TEMPLATES[QWEN].read_text())
-    with opened(path, n_ctx=8192) as model, asking(app_of(model, NAME)) as client:
+    with opened(path, n_ctx=8192) as model, app_client(app_of(model, NAME)) as client:
         yield client
 
 

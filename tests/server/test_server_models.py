@@ -24,13 +24,13 @@ from pop_local.server.model_listing import ModelFile
 from pop_local.server.model_pool import Lease, ModelPool
 from support.calls import opened, wait_for
 from support.converted import converted
-from support.library import NAMES, Library, asked
+from support.library import NAMES, Library, library_client
 from support.server_requests import LONG, N_CTX, complete, text_of
-from support.serving import LOCAL, counted, served
+from support.serving import LOCAL, metric_values, served
 
 
 def test_one_model_is_open_at_a_time(library, expected):
-    with asked(library) as client:
+    with library_client(library) as client:
         for name in ("one", "two", "one", "TWO", "two:LATEST", "two.gguf"):
             answer = complete(client, model=name).json()
             model_name = name.lower().removesuffix(":latest").removesuffix(".gguf")
@@ -50,7 +50,7 @@ def test_one_model_is_open_at_a_time(library, expected):
 
 def test_get_requests_open_and_close_no_model(library):
     paths = ("props", "v1/models", "v1/models/two", "api/tags", "api/ps", "health", "metrics")
-    with asked(library) as client:
+    with library_client(library) as client:
         complete(client, model="one", max_tokens=1)
         for path in paths:
             assert client.get(f"/{path}", params={"model": "two"}).status_code == 200
@@ -65,7 +65,7 @@ def test_get_requests_open_and_close_no_model(library):
 
 def test_stream_keeps_its_model_open(library, expected):
     body = {"model": "one", "prompt": LONG, "temperature": 0, "max_tokens": 200, "stream": True}
-    with asked(library) as client, ThreadPoolExecutor(1) as other:
+    with library_client(library) as client, ThreadPoolExecutor(1) as other:
         with client.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
             next(lines)
@@ -77,22 +77,22 @@ def test_stream_keeps_its_model_open(library, expected):
 
 
 def test_models_stay_open_within_ram(library, expected):
-    with asked(library, ram_bytes=1 << 40) as client:
+    with library_client(library, ram_bytes=1 << 40) as client:
         for name in NAMES * 2:
             assert text_of(complete(client, model=name)) == expected[name]
         assert library.open_ones == list(NAMES)
         (first, *_) = library.behind.loaded
     library.models.clear()
-    with asked(library, ram_bytes=int(first.needed_bytes * 2.5)) as client:
+    with library_client(library, ram_bytes=int(first.needed_bytes * 2.5)) as client:
         for name in ("one", "two", "one", "three"):
             assert text_of(complete(client, model=name)) == expected[name]
         assert library.open_ones == ["one", "three"]  # two is the least recently used
-        figures = counted(client)
+        figures = metric_values(client)
         assert figures["pop_models_open"] == 2 and figures["pop_queue_length"] == 0
 
 
 def test_model_beyond_ram_is_open_alone(library, expected, caplog):
-    with asked(library, ram_bytes=1000) as client:
+    with library_client(library, ram_bytes=1000) as client:
         for name in ("one", "two"):
             assert text_of(complete(client, model=name)) == expected[name]
             assert library.open_ones == [name]
@@ -110,7 +110,7 @@ def test_concurrent_requests_for_two_models(library, expected, ram_bytes, n_para
             matches.append(text_of(complete(client, model=name)) == expected[name])
         return matches
 
-    with asked(library, ram_bytes=ram_bytes) as client, ThreadPoolExecutor(8) as threads:
+    with library_client(library, ram_bytes=ram_bytes) as client, ThreadPoolExecutor(8) as threads:
         assert list(threads.map(ask, range(8))) == [[True] * 8] * 8
     if ram_bytes:
         assert len(library.models) == 2
@@ -292,7 +292,7 @@ def test_refilled_model_can_be_closed(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Refiller, "refill", refill)
     library = Library(tmp_path)
     monkeypatch.setattr(library, "open", lambda path: opened(path, n_ctx=N_CTX, keep_states=True))
-    with asked(library) as client:
+    with library_client(library) as client:
         for name in ("one.pop", "two.pop", "one.pop"):
             works.clear()
             answer = complete(client, model=name).json()
@@ -305,7 +305,7 @@ def test_model_closes_if_storing_its_prompt_fails(library, expected, monkeypatch
     def store(self):
         raise MemoryError
 
-    with asked(library, ram_bytes=1 << 40) as client:
+    with library_client(library, ram_bytes=1 << 40) as client:
         for name in ("one", "two"):
             complete(client, model=name)
         monkeypatch.setattr(SavedStates, "store", store)
@@ -317,7 +317,7 @@ def test_model_closes_if_storing_its_prompt_fails(library, expected, monkeypatch
 @pytest.mark.parametrize("n_parallel", [1, 2])
 def test_cached_prompts_survive_closing(library, expected, n_parallel):
     library.prompts, library.n_parallel = PromptCache(1 << 26), n_parallel
-    with asked(library) as client:
+    with library_client(library) as client:
         for name in ("one", "two", "one", "two"):
             answer = complete(client, model=name)
         assert text_of(answer) == expected["two"]

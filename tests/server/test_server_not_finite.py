@@ -11,7 +11,7 @@ from pop_converter.gguf.header import read_header
 from support.calls import opened
 from support.filling import make_filler
 from support.server_requests import N_CTX, NAME, body_for
-from support.serving import app_of, asking
+from support.serving import app_client, app_of
 from support.synthetic import TEMPLATE, make_gguf
 
 CHAT = "/v1/chat/completions"
@@ -57,7 +57,7 @@ def model(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(model):
-    with asking(app_of(model, NAME)) as client:
+    with app_client(app_of(model, NAME)) as client:
         yield client
 
 
@@ -80,7 +80,7 @@ def test_every_api_reports_one_error(client, route, fields, streams):
 def test_infill_reports_one_error(tmp_path, streams):
     path = damage(make_filler(tmp_path), "output_norm.weight", np.nan)
     body = {"input_prefix": "a", "input_suffix": "b", "n_predict": 4, "stream": streams}
-    with opened(path, n_ctx=N_CTX) as model, asking(app_of(model, NAME)) as client:
+    with opened(path, n_ctx=N_CTX) as model, app_client(app_of(model, NAME)) as client:
         assert client.post("/infill", json=body).text.count("is NaN or infinite") == 1
 
 

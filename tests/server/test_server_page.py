@@ -22,7 +22,7 @@ from support.calls import opened
 from support.paths import ROOT
 from support.program import called
 from support.server_requests import NAME
-from support.serving import app_of, asking
+from support.serving import app_client, app_of
 
 STATIC = ROOT / "pop_local" / "server" / "page" / "static"
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
@@ -114,7 +114,7 @@ def test_wheel_contains_the_page():
 
 
 def test_page_needs_no_key(path):
-    client = asking(app_of(opened(path), NAME, rules=AccessRules(api_keys=("secret",))))
+    client = app_client(app_of(opened(path), NAME, rules=AccessRules(api_keys=("secret",))))
     assert client.get("/", headers=BROWSER).status_code == 200
     assert client.get("/page/main.js").status_code == 200
     assert sent(client, b"text", Authorization="Bearer secret").json()["text"] == "text"
@@ -223,7 +223,7 @@ def test_web_option_opens_the_browser(path, monkeypatch):
 
     def serve_instead(app, listening):
         served_at.append("http://127.0.0.1:{1}".format(*listening.getsockname()))
-        assert asking(app).get("/", headers=BROWSER).status_code == 200
+        assert app_client(app).get("/", headers=BROWSER).status_code == 200
 
     monkeypatch.setattr("webbrowser.open", opened_at.append)
     monkeypatch.setattr("pop_local.server.app.run_app", serve_instead)

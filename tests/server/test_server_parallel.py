@@ -18,7 +18,7 @@ from pop_local.server.worker import Job
 from support.calls import opened, wait_for
 from support.chat_tools import function
 from support.server_requests import LONG, N_CTX, NAME, chat, complete, message_of, text_of
-from support.serving import app_of, asking, counted, served
+from support.serving import app_client, app_of, metric_values, served
 
 ENDLESS = "root ::= [a-z] root"
 N_CLIENTS = 6
@@ -63,7 +63,7 @@ def test_short_request_during_long_answer(several):
             answer = chat(several, f"number {number}", grammar=f'root ::= "mark-{number}"')
             assert text_of(answer) == f"mark-{number}"
         begun(lines)
-        assert counted(several)["pop_queue_length"] == 0
+        assert metric_values(several)["pop_queue_length"] == 0
 
 
 def test_concurrent_answers_equal_lone_answers(several, client):
@@ -104,7 +104,7 @@ def test_stream_reports_queue_place_and_progress(several):
         assert any(re.fullmatch(r": read \d+ of \d+", line) for line in comments)
         with endless(several, "one more") as lines:
             assert ": queued 1" in (next(lines), next(lines), next(lines), next(lines))
-            assert counted(several)["pop_queue_length"] == 1
+            assert metric_values(several)["pop_queue_length"] == 1
 
 
 def test_short_prompt_is_answered_while_a_long_one_is_read(several):
@@ -163,7 +163,7 @@ def test_concurrent_tool_calls(several):
 
 def test_idle_server_refills_every_sequence(path):
     model = opened(path, n_ctx=N_CTX, n_parallel=2, keep_states=True)
-    with asking(app_of(model, NAME)) as client:
+    with app_client(app_of(model, NAME)) as client:
         with ThreadPoolExecutor(2) as clients:
             list(clients.map(lambda text: chat(client, text), ["one. " + LONG, "two. " + LONG]))
         wait_for(
@@ -184,7 +184,7 @@ def test_slots_count_the_rows_of_each_answer_that_can_catch_up(path, monkeypatch
 
     monkeypatch.setattr(Refiller, "refill", refill_nothing)
     model = opened(path, n_ctx=N_CTX, n_parallel=2, keep_states=True)
-    with asking(app_of(model, NAME)) as client:
+    with app_client(app_of(model, NAME)) as client:
         prompts = ("one. " + LONG, "two. " + 2 * LONG)
         pops = [chat(client, prompt).json()["usage"]["pop"] for prompt in prompts]
         behind = {slot["job"]: slot["n_behind"] for slot in client.get("/slots").json()}
@@ -216,7 +216,7 @@ def test_waiting_repeatable_answer_stops_without_changing_others(path, ends):
     model = opened(path, n_ctx=N_CTX, n_parallel=2)
     app = app_of(model, NAME)
     (served,) = app.state.models.loaded
-    with asking(app) as client, ThreadPoolExecutor(2) as clients:
+    with app_client(app) as client, ThreadPoolExecutor(2) as clients:
         endless_answer = clients.submit(chat, client, grammar=ENDLESS, max_tokens=900)
         wait_for(lambda: served.worker.running)
         waiting = clients.submit(chat, client, "a", repeatable=True)
@@ -242,7 +242,10 @@ def test_lone_client_always_gets_the_same_slot(path, monkeypatch):
             time.sleep(0.05)  # the client is faster than this thread
 
     monkeypatch.setattr(Job, "put", put_slowly)
-    with opened(path, n_ctx=N_CTX, n_parallel=4) as model, asking(app_of(model, NAME)) as client:
+    with (
+        opened(path, n_ctx=N_CTX, n_parallel=4) as model,
+        app_client(app_of(model, NAME)) as client,
+    ):
         answers = {text_of(chat(client)) for _ in range(6)}
         assert len(answers) == 1
         # The answer is longer than the prompt.
@@ -260,7 +263,10 @@ def test_repeatable_answers_have_the_same_probabilities(path):
     answers: list[set[str]] = [set() for _ in prompts]
     order = random.Random(1)
     sent = {"max_tokens": 4, "logprobs": True, "top_logprobs": 2, "repeatable": True}
-    with opened(path, n_ctx=N_CTX, n_parallel=3) as model, asking(app_of(model, NAME)) as client:
+    with (
+        opened(path, n_ctx=N_CTX, n_parallel=3) as model,
+        app_client(app_of(model, NAME)) as client,
+    ):
         for _ in range(40):
             number = order.randrange(len(prompts))
             choice = chat(client, prompts[number], **sent).json()["choices"][0]

@@ -19,7 +19,7 @@ from pop_local.server.worker import Task, Worker
 from support.calls import opened
 from support.program import called
 from support.server_requests import BOMB, N_CTX, NAME, chat, complete, text_of
-from support.serving import app_of, asking
+from support.serving import app_client, app_of
 
 
 @pytest.fixture(scope="module")
@@ -196,14 +196,14 @@ def test_default_model_is_reported_in_header_and_log(client, caplog):
 
 
 def test_header_encodes_model_name(model):
-    named = asking(app_of(model, "a\nb \u20ac"))
+    named = app_client(app_of(model, "a\nb \u20ac"))
     other = named.post("/api/show", json={"model": "gpt-4o"})
     assert other.headers["x-model"] == "a%0Ab %E2%82%AC"
 
 
 def test_grammar_bomb_is_400(path):
     model = opened(path, n_ctx=N_CTX)
-    with asking(app_of(model, NAME)) as client:
+    with app_client(app_of(model, NAME)) as client:
         response = complete(client, grammar=f'root ::= a0 "z"\n{BOMB[:-2]}"a"')
         assert response.status_code == 400
         assert response.json()["error"]["code"] == "invalid_grammar"
@@ -216,7 +216,7 @@ def test_grammar_bomb_is_400(path):
 
 
 def test_full_queue_is_503(path):
-    with asking(app_of(opened(path), NAME, max_waiting=0)) as client:
+    with app_client(app_of(opened(path), NAME, max_waiting=0)) as client:
         response = complete(client)
         assert response.status_code == 503
         assert "try again later" in response.json()["error"]["message"]
@@ -272,7 +272,7 @@ def test_unconverted_model_reports_reason(tmp_path):
     from support.synthetic import make_gguf
 
     model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
-    with asking(app_of(model, NAME)) as client:
+    with app_client(app_of(model, NAME)) as client:
         pop = complete(client).json()["usage"]["pop"]
         assert (pop["n_pruned"], pop["reason"]) == (0, "the model has no pruning keys")
         assert complete(client, pop=False).status_code == 200

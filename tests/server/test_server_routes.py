@@ -16,9 +16,9 @@ from starlette.routing import Route
 from pop_local.server.access import AccessRules
 from pop_local.server.app import create_app
 from pop_local.server.model_pool import ModelPool
-from support.library import NAMES, Library, asked
+from support.library import NAMES, Library, library_client
 from support.server_requests import BOMB, LONG, N_CTX, NAME, body_for, chat, error_of, text_of
-from support.serving import LOCAL, app_of, asking
+from support.serving import LOCAL, app_client, app_of
 
 APP = create_app(ModelPool(Library(Path()).registry()), LOCAL)
 ROUTES: dict[str, set[str]] = {
@@ -43,7 +43,7 @@ def test_application_has_routes_of_every_api():
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_route_requires_the_key(full, route):
-    client = asking(app_of(full, NAME, rules=AccessRules(api_keys=("secret",))))
+    client = app_client(app_of(full, NAME, rules=AccessRules(api_keys=("secret",))))
     method = "GET" if "GET" in ROUTES[route] else "POST"
     refused = client.request(method, route)
     assert (refused.status_code == 401) is (route not in KEYLESS)
@@ -86,7 +86,7 @@ def test_malformed_bodies_are_refused(client, route):
 
 @pytest.mark.parametrize("route", BODIES)
 def test_strict_server_refuses_unknown_models(full, route):
-    client = asking(app_of(full, NAME, strict_model=True))
+    client = app_client(app_of(full, NAME, strict_model=True))
     response = client.post(route, json=body_for(route) | {"model": "gpt-4o"})
     assert response.status_code == 404
     assert error_of(response) == f"no model named 'gpt-4o' exists; this server serves {NAME!r}"
@@ -94,7 +94,7 @@ def test_strict_server_refuses_unknown_models(full, route):
 
 def test_each_route_opens_the_named_model(library):
     """The models have no tokens for infilling."""
-    with asked(library) as client:
+    with library_client(library) as client:
         for number, route in enumerate(BODIES):
             name = NAMES[number % 3]
             response = client.post(route, json=body_for(route) | {"model": name})

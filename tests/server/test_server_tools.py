@@ -24,7 +24,7 @@ from support.chat_tools import DOUBLE, QWEN, TEMPLATES, WEATHER, function
 from support.child_limits import call_limit
 from support.converted import tiny
 from support.server_requests import NAME, chat, events, message_of
-from support.serving import app_of, asking
+from support.serving import app_client, app_of
 from support.synthetic import TEMPLATE
 
 TOOLS = [WEATHER, DOUBLE]
@@ -51,7 +51,7 @@ for _ in range(150):
 def client(request, tmp_path_factory):
     template = TEMPLATES[QWEN].read_text() if request.param == "native" else TEMPLATE
     path = tiny(tmp_path_factory.mktemp("tools"), chat_template=template)
-    with opened(path, n_ctx=8192) as model, asking(app_of(model, NAME)) as client:
+    with opened(path, n_ctx=8192) as model, app_client(app_of(model, NAME)) as client:
         yield client
 
 

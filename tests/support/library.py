@@ -16,7 +16,7 @@ from pop_local.server.model_listing import models_in
 from pop_local.server.model_pool import ModelPool, ModelRegistry
 from support.calls import opened
 from support.server_requests import N_CTX
-from support.serving import LOCAL, asking
+from support.serving import LOCAL, app_client
 
 NAMES = ("one", "three", "two")
 
@@ -65,9 +65,9 @@ class Library:
 
 
 @contextmanager
-def asked(library: Library, *, default: str = "", **how) -> Iterator[TestClient]:
+def library_client(library: Library, *, default: str = "", **how) -> Iterator[TestClient]:
     library.behind = models = ModelPool(replace(library.registry(), **how), default)
-    with asking(create_app(models, LOCAL)) as client:
+    with app_client(create_app(models, LOCAL)) as client:
         yield client
     assert not any(models._n_leases.values())
     assert models.n_waiting() == 0

@@ -84,11 +84,11 @@ def app_of(model: PopModel, name: str, *, rules=LOCAL, **how) -> Starlette:
     return create_app(models, rules)
 
 
-def asking(app: Starlette) -> TestClient:
+def app_client(app: Starlette) -> TestClient:
     """Return a client of an application; its workers run while the client is open."""
     return TestClient(app, base_url="http://localhost:8080")
 
 
-def counted(client: TestClient) -> dict[str, float]:
+def metric_values(client: TestClient) -> dict[str, float]:
     lines = client.get("/metrics").text.splitlines()
     return {k: float(v) for k, v in (x.split(" ") for x in lines if not x.startswith("#"))}

@@ -17,7 +17,7 @@ from pop_local.ui.chat.slash import run_command
 from support.calls import NOISE, first_of, opened, read, wait_for
 from support.converted import tiny
 from support.scripted_chat import Transcript
-from support.serving import app_of, asking
+from support.serving import app_client, app_of
 
 WORDS = "a b c d e f g h " * 40
 
@@ -167,7 +167,7 @@ def test_ctrl_c_during_the_end_stops_refilling(chat, monkeypatch):
 
 def test_a_server_refills_between_requests(pop_file):
     model = opened(pop_file, keep_states=True)
-    with asking(app_of(model, "tiny")) as client:
+    with app_client(app_of(model, "tiny")) as client:
         body = {"model": "tiny", "prompt": WORDS, "max_tokens": 2, "temperature": 0}
         first = client.post("/v1/completions", json=body).json()["usage"]["pop"]
         assert (first["n_refilled"], first["n_exact"]) == (0, 0)
@@ -184,7 +184,7 @@ def test_a_server_refills_between_requests(pop_file):
 def test_a_repeatable_answer_equals_the_first_one(pop_file, by):
     model = opened(pop_file, keep_states=True)
     first_of(model).states.prompts = PromptCache(1 << 26)
-    with asking(app_of(model, "tiny", repeatable=by == "server")) as client:
+    with app_client(app_of(model, "tiny", repeatable=by == "server")) as client:
 
         def ask(prompt: str, **more: bool):
             body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 1} | more
@@ -208,7 +208,7 @@ def test_a_server_answers_after_an_error_in_refilling(pop_file, monkeypatch):
         raise RuntimeError
 
     monkeypatch.setattr(first_of(model).refiller, "refill", refill)
-    with asking(app_of(model, "tiny")) as client:
+    with app_client(app_of(model, "tiny")) as client:
         for _ in range(2):
             body = {"prompt": WORDS, "max_tokens": 2}
             assert client.post("/v1/completions", json=body).status_code == 200
