@@ -32,6 +32,11 @@ from support.raw import Job, Step, run
 from support.synthetic import make_gguf
 
 
+@pytest.fixture
+def model(pop_file):
+    return opened(pop_file)
+
+
 @pytest.mark.parametrize("first", MODES)
 def test_switching_never_reuses_the_other_modes_cache(pop_file, first):
     (second,) = (mode for mode in MODES if mode is not first)
@@ -72,8 +77,7 @@ def test_noise_is_above_that_of_the_unpatched_library(pop_file, unpatched_lib):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_beginning_of_a_prompt_is_reused(pop_file, mode):
-    model = opened(pop_file)
+def test_the_beginning_of_a_prompt_is_reused(model, pop_file, mode):
     model.engine.set_mode(mode)
     answered = prompt(100) + greedy(model, prompt(100))
     longer = answered + prompt(40, seed=1)
@@ -93,8 +97,7 @@ def test_the_beginning_of_a_prompt_is_reused(pop_file, mode):
     assert at_once < NOISE if mode is Mode.OFF else at_once > NOISE
 
 
-def test_a_cached_context_token_does_not_end_up_in_a_prompts_tail(pop_file):
-    model = opened(pop_file)
+def test_a_cached_context_token_does_not_end_up_in_a_prompts_tail(model, pop_file):
     tokens = prompt(200)
     read(model, tokens)
     shorter = tokens[:150]
@@ -104,16 +107,14 @@ def test_a_cached_context_token_does_not_end_up_in_a_prompts_tail(pop_file):
     np.testing.assert_allclose(reused, expected, atol=NOISE)
 
 
-def test_the_same_prompt_again_evaluates_nothing(pop_file):
-    model = opened(pop_file)
+def test_the_same_prompt_again_evaluates_nothing(model):
     first = read(model, prompt(100))
     assert evaluated(model, prompt(100)) == Counters(0, 0)
     np.testing.assert_array_equal(last_logits(model), first)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_saved_state_is_restored(pop_file, mode):
-    model = opened(pop_file)
+def test_a_saved_state_is_restored(model, mode):
     model.engine.set_mode(mode)
     read(model, prompt(100))
     state = first_of(model).states.save()
@@ -126,8 +127,7 @@ def test_a_saved_state_is_restored(pop_file, mode):
     assert counters.n_context + counters.n_full == 30
 
 
-def test_a_saved_state_of_another_mode_or_boundary_is_refused(pop_file):
-    model = opened(pop_file)
+def test_a_saved_state_of_another_mode_or_boundary_is_refused(model):
     read(model, prompt(100))
     state = first_of(model).states.save()
     model.engine.set_mode(Mode.OFF)
@@ -147,8 +147,7 @@ def n_read(model, tokens) -> int:
 
 
 @pytest.mark.parametrize(("capacity_bytes", "is_kept"), [(2**24, True), (2**10, False)])
-def test_alternating_prompts_are_cached_within_a_limit(pop_file, capacity_bytes, is_kept):
-    model = opened(pop_file)
+def test_alternating_prompts_are_cached_within_a_limit(model, capacity_bytes, is_kept):
     first_of(model).states.prompts = PromptCache(capacity_bytes)
     first, second = prompt(100), prompt(100, seed=1)
     assert [n_read(model, first), n_read(model, second)] == [100, 100]
@@ -170,8 +169,7 @@ def test_new_rows_do_not_replace_a_restored_windows_rows(tmp_path):
         np.testing.assert_allclose(logits, read(model, later), rtol=0, atol=NOISE)
 
 
-def test_a_restored_prompt_has_the_same_answer(pop_file):
-    model = opened(pop_file)
+def test_a_restored_prompt_has_the_same_answer(model):
     longer = prompt(100) + prompt(40, seed=1)
     read(model, prompt(100))
     expected = read(model, longer)
@@ -183,8 +181,7 @@ def test_a_restored_prompt_has_the_same_answer(pop_file):
     np.testing.assert_array_equal(last_logits(model), expected)
 
 
-def test_a_longer_prompt_replaces_its_prefix(pop_file):
-    model = opened(pop_file)
+def test_a_longer_prompt_replaces_its_prefix(model):
     cache = PromptCache(2**24)
     first_of(model).states.prompts = cache
     for n_tokens in (100, 120, 140):
@@ -193,8 +190,7 @@ def test_a_longer_prompt_replaces_its_prefix(pop_file):
     assert len(cache) == 2
 
 
-def test_an_excess_state_evicts_the_oldest(pop_file):
-    model = opened(pop_file)
+def test_an_excess_state_evicts_the_oldest(model):
     n_read(model, prompt(100))
     cache = PromptCache(3 * len(first_of(model).cache.slot.cells.state()))
     first_of(model).states.prompts = cache
@@ -222,8 +218,7 @@ def test_models_in_several_threads_share_a_cache():
     assert len(cache) == 100
 
 
-def test_a_prompt_cache_finds_only_states_of_its_own_mode(pop_file):
-    model = opened(pop_file)
+def test_a_prompt_cache_finds_only_states_of_its_own_mode(model):
     first_of(model).states.prompts = PromptCache(2**24)
     tokens = prompt(100)
     expected = {}
@@ -242,9 +237,8 @@ def test_a_prompt_cache_finds_only_states_of_its_own_mode(pop_file):
         assert counters.n_full < 30
 
 
-def test_a_state_that_cannot_be_truncated_is_dropped(pop_file, monkeypatch):
+def test_a_state_that_cannot_be_truncated_is_dropped(model, monkeypatch):
     """Recurrent states are like this after an interrupted prefill."""
-    model = opened(pop_file)
     for use in (lambda: append(model, [1]), first_of(model).states.save):
         read(model, prompt(100))
         with monkeypatch.context() as patched, pytest.raises(PopError, match="ahead of the cached"):
@@ -276,7 +270,6 @@ def test_a_cached_prompt_of_a_larger_context_is_read_again(pop_file):
     assert n_read(small, prompt(200)) == 200
 
 
-def test_an_empty_prompt_is_an_error(pop_file):
-    model = opened(pop_file)
+def test_an_empty_prompt_is_an_error(model):
     with pytest.raises(PopError, match="the prompt is empty"):
         model.read(Prompt([]))

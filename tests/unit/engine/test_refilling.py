@@ -38,8 +38,12 @@ def chat(pop_file):
     return open_dialogue
 
 
-def test_rows_are_refilled_while_the_user_types(chat):
-    dialogue = chat()
+@pytest.fixture
+def dialogue(chat):
+    return chat()
+
+
+def test_rows_are_refilled_while_the_user_types(dialogue):
     assert refill.status(dialogue) == ""
     dialogue.ask(WORDS)
     assert first_of(dialogue.model).cache.n_exact == 0
@@ -53,8 +57,7 @@ def test_rows_are_refilled_while_the_user_types(chat):
 
 
 @pytest.mark.parametrize("pause_s", [0, 0.002, 0.01, 0.03])
-def test_an_early_line_stops_refilling(chat, pause_s):
-    dialogue = chat()
+def test_an_early_line_stops_refilling(dialogue, pause_s):
     dialogue.ask(WORDS)
     with refill.idling(dialogue):
         time.sleep(pause_s)
@@ -95,8 +98,7 @@ def test_the_rest_is_refilled_after_other_commands(chat, lines):
     np.testing.assert_allclose(read(model, tokens), read(full, tokens), atol=NOISE)
 
 
-def test_rows_whose_states_were_dropped_stay_pruned(chat):
-    dialogue = chat()
+def test_rows_whose_states_were_dropped_stay_pruned(dialogue):
     dialogue.ask(WORDS)
     dialogue.model.engine.set_refill(False)
     dialogue.model.engine.set_refill(True)
@@ -105,8 +107,7 @@ def test_rows_whose_states_were_dropped_stay_pruned(chat):
     assert first_of(dialogue.model).cache.n_exact < 200
 
 
-def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(chat):
-    dialogue = chat()
+def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(dialogue):
     dialogue.ask(WORDS)
     with refill.idling(dialogue):
         wait_for(lambda: first_of(dialogue.model).refiller.n_refillable == 0)
@@ -119,8 +120,7 @@ def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(chat):
     assert dialogue.screen.shown.count(caught_up) == 2
 
 
-def test_the_status_bar_shows_the_tokens_of_this_conversation(chat):
-    dialogue = chat()
+def test_the_status_bar_shows_the_tokens_of_this_conversation(dialogue):
     dialogue.ask(WORDS)
     n_tokens = first_of(dialogue.model).cache.n_tokens
     assert refill.status_bar(dialogue) == f"Catching up: 0 of {n_tokens} tokens have exact values"
@@ -149,8 +149,7 @@ def test_a_larger_context_keeps_the_cached_rows(pop_file, switch):
     assert len(before) > 200
 
 
-def test_ctrl_c_during_the_end_stops_refilling(chat, monkeypatch):
-    dialogue = chat()
+def test_ctrl_c_during_the_end_stops_refilling(dialogue, monkeypatch):
     dialogue.ask(WORDS)
     joined = threading.Thread.join
     pressed = iter([True])
