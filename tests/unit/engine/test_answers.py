@@ -6,11 +6,10 @@ import pytest
 
 from pop_base.errors import PopError, StoppedError
 from pop_local.engine.chat_messages import Message
-from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
-from support.calls import append, first_of
+from support.calls import append, first_of, opened
 from support.conversations import ask
 
 QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 4 + "Who sells coffee?")
@@ -19,7 +18,7 @@ QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 4 + 
 @pytest.fixture(scope="module")
 def opened_chat_model(chat_model) -> PopModel:
     """Open the model with batches of 64 tokens, so that a prompt has several."""
-    return PopModel(EngineOptions.of(chat_model, n_ctx=1024, n_threads=1, n_batch=64, n_ubatch=64))
+    return opened(chat_model)
 
 
 def test_token_counts_add_up(model):
@@ -64,7 +63,7 @@ def test_an_answer_ends_at_its_limit_and_at_a_stop_string(model):
 
 
 def test_an_answer_ends_where_the_context_does(chat_model):
-    small = PopModel(EngineOptions.of(chat_model, n_ctx=256, n_threads=1))
+    small = opened(chat_model, n_ctx=256)
     _, stats = ask(small, Message("user", "Who?"), max_tokens=None)
     assert stats.finish_reason == "length"
     assert stats.n_prompt + stats.n_decoded == small.engine.context.n_ctx

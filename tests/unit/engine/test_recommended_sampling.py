@@ -7,8 +7,7 @@ import pytest
 from pop_converter.gguf.header import read_header
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.decode.sampler import recommended
-from pop_local.engine.engine_options import EngineOptions
-from pop_local.engine.model import PopModel
+from support.calls import opened
 from support.converted import tiny
 from support.pop_files import Keys, add_to
 from support.synthetic import make_gguf
@@ -31,9 +30,7 @@ def test_an_invalid_number_is_ignored(tmp_path, value):
 
 
 def test_the_model_answers_as_its_file_recommends(tmp_path):
-    model = PopModel(
-        EngineOptions.of(tiny(tmp_path, chat_template="{{ messages[0]['content'] }}"), n_threads=1)
-    )
+    model = opened(tiny(tmp_path, chat_template="{{ messages[0]['content'] }}"))
     question = [Message("user", "a b c d")]
 
     def answer(**options: float) -> str:

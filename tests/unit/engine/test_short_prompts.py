@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_local.cli import app
 from pop_local.engine.chat_messages import Message
-from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
@@ -17,7 +16,7 @@ from pop_local.ui.views.stats import stats_line
 from pop_local.workflows.conversion.conversion_plan import Boundary, ConvertOptions, RowOptions
 from pop_local.workflows.conversion.convert_model import convert
 from pop_local.workflows.hardware import Hardware
-from support.calls import first_of
+from support.calls import first_of, opened
 from support.converted import converted
 from support.shapes import read_pop_meta, read_shape
 from support.synthetic import make_gguf
@@ -50,11 +49,7 @@ def picky(tmp_path_factory) -> PopModel:
     """Return a model that does not prune prompts of less than 120 tokens."""
     folder = tmp_path_factory.mktemp("picky")
     source = make_gguf(folder / "m.gguf", "llama")
-    return PopModel(
-        EngineOptions.of(
-            converted(source, folder, boundary=4, min_prompt=120), n_ctx=512, n_threads=1
-        )
-    )
+    return opened(converted(source, folder, boundary=4, min_prompt=120), n_ctx=512)
 
 
 @pytest.mark.parametrize(

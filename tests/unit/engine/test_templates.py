@@ -12,12 +12,11 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from pop_base.errors import PopError
 from pop_local.calibration.activations import loaded
 from pop_local.engine.chat_messages import Message
-from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.images.pictures import picture_of
-from pop_local.engine.model import PopModel
 from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompter import _without_system
 from pop_local.engine.prompt.templates import Template
+from support.calls import opened
 from support.child_limits import call_limit
 from support.synthetic import make_gguf
 from support.vision_models import png
@@ -77,7 +76,7 @@ def in_a_hurry():
 def test_a_runaway_template_is_an_error_only_for_its_model(in_a_hurry, tmp_path, template, vocab):
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=template)
     with pytest.raises(PopError, match=f"chat template .*{WILD[template]}"):
-        PopModel(EngineOptions.of(path, n_threads=1, n_ctx=128)).chat("hello")
+        opened(path, n_ctx=128).chat("hello")
     assert "Be brief." in Template(FAIR[0], vocab).render(MESSAGES)
 
 
@@ -88,7 +87,7 @@ def test_without_a_system_role_the_user_message_has_the_system_prompt(tmp_path, 
         "{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
     path = make_gguf(tmp_path / "plain.gguf", "llama", chat_template=template)
-    with PopModel(EngineOptions.of(path, n_threads=1, n_ctx=256)) as model:
+    with opened(path, n_ctx=256) as model:
         conversation = model.engine.prompter.conversation
         for lines, equivalent in (
             (["system A", "user B", "assistant C"], ["user A\nB", "assistant C"]),
