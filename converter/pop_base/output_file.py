@@ -95,7 +95,7 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
 
 def make_private(folder: Path) -> None:
     """Create a folder and its missing parents with mode 0700. Raises OSError."""
-    for missing in [each for each in (folder, *folder.parents) if not each.exists()][::-1]:
+    for missing in [path for path in (folder, *folder.parents) if not path.exists()][::-1]:
         missing.mkdir(mode=0o700, exist_ok=True)
         missing.chmod(0o700)  # mkdir applies the umask
 

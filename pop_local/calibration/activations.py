@@ -33,10 +33,10 @@ def loaded(path: Path, *, n_threads: int | None = None, n_gpu_layers: int = -1) 
 class WindowReader:
     """A reader that returns the requested activations for one window at a time."""
 
-    def __init__(self, context: Context, wanted: TapRequest) -> None:
-        self._slot, self._wanted = Slot(context), wanted
+    def __init__(self, context: Context, request: TapRequest) -> None:
+        self._slot, self._request = Slot(context), request
         self._slot.begin_prefill()
-        taps.set_taps(context.ctx, wanted)
+        taps.set_taps(context.ctx, request)
 
     def window(self, tokens: Sequence[int]) -> Tapped:
         """Run a window of two or more tokens, starting with an empty KV cache.
@@ -48,7 +48,7 @@ class WindowReader:
             self._slot.decode(tokens, 0, Outputs.NONE)
             self._slot.raise_if_stopped()
         tapped = taps.take(self._slot.context.ctx)
-        if tapped is None or not tapped.has(self._wanted):
+        if tapped is None or not tapped.has(self._request):
             raise PopError(
                 "the backend does not return activations for this model's layers",
                 "reinstall the backend, or convert with the model's own projections",

@@ -45,11 +45,11 @@ def carrier_windows(
     filler = context.vocabulary.tokenize(prose[: 8 * n_tokens])
     for i, (window, marked) in enumerate(zip(windows, answers, strict=True)):
         try:
-            text, answer_spans = _written(context, rng, n_tokens - len(prefix), prose)
+            text, answer_spans = _write_document(context, rng, n_tokens - len(prefix), prose)
         except PopError:
             return CarrierWindows(windows[:i], answers[:i])
         tokens = context.vocabulary.tokenize(text)
-        is_answer = _marked(context, tokens, text, answer_spans)
+        is_answer = _mark_answers(context, tokens, text, answer_spans)
         # With a tiny vocabulary, the text may be too long. Its start is cut, since the questions
         # at its end must be kept.
         tokens, is_answer = tokens[-n_tokens + len(prefix) :], is_answer[-n_tokens + len(prefix) :]
@@ -59,7 +59,7 @@ def carrier_windows(
     return CarrierWindows(windows, answers)
 
 
-def _written(
+def _write_document(
     context: Context, rng: np.random.Generator, n_tokens: int, prose: str
 ) -> tuple[str, list[Span]]:
     """Build a document with at least one question and as many more as fit in `n_tokens`."""
@@ -78,7 +78,7 @@ def _written(
     return with_answers(replace(carrier, questions=carrier.questions[:1]))
 
 
-def _marked(
+def _mark_answers(
     context: Context, tokens: Sequence[int], text: str, answers: Sequence[Span]
 ) -> list[bool]:
     """Return a mask of the tokens that overlap an answer."""
@@ -92,4 +92,4 @@ def _marked(
         start = len(text[:first].encode()) + shift
         end = len(text[:last].encode()) + shift
         marked |= (ends > start) & (starts < end)
-    return [bool(each) for each in marked]
+    return [bool(flag) for flag in marked]

@@ -100,7 +100,7 @@ def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Fit
     return plan_needs(plans, source, options, n_sampled)
 
 
-def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[Plan, ...]:
+def thin_out(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[Plan, ...]:
     """Return the first plan and as many evenly spaced later plans as one pass can handle.
 
     The sums may use up to MOST_SUMS_BYTES or the options' `memory_bytes`, whichever is larger.

@@ -66,9 +66,9 @@ def draw(logits: NDArray[np.float32], chance: float) -> int:
     weights = np.exp(logits - logits.max())
     starts = np.arange(0, weights.size, _BLOCK)
     ends = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
-    wanted = chance * ends[-1]
-    block = min(int(np.searchsorted(ends, wanted, side="right")), starts.size - 1)
+    threshold = chance * ends[-1]
+    block = min(int(np.searchsorted(ends, threshold, side="right")), starts.size - 1)
     before = ends[block - 1] if block else 0.0
     within = np.cumsum(weights[starts[block] :][:_BLOCK], dtype=np.float64)
-    offset = int(np.searchsorted(within, wanted - before, side="right"))
+    offset = int(np.searchsorted(within, threshold - before, side="right"))
     return int(starts[block]) + min(offset, within.size - 1)

@@ -88,8 +88,8 @@ def own_text(context: Context, count: int, on_progress: Progress) -> Calibration
 def first_token(context: Context) -> int:
     """Return the BOS token or, if the vocabulary has none, the EOS token (0 if it has neither)."""
     api, vocab = bindings(), context.vocabulary.pointer
-    found = (api.llama_vocab_bos(vocab), api.llama_vocab_eos(vocab))
-    return next((int(token) for token in found if token >= 0), 0)
+    tokens = (api.llama_vocab_bos(vocab), api.llama_vocab_eos(vocab))
+    return next((int(token) for token in tokens if token >= 0), 0)
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,11 @@ def distill_text(
     carriers = carrier_windows(context, n_windows // SHARE, N_WINDOW, groups[0][0], SEED + 1)
     every = np.concatenate([text.windows, _spread(context, groups, n_windows)])
     _, first = np.unique(every, axis=0, return_index=True)
-    chosen = every[np.sort(first)[: n_windows - len(carriers.windows)]]
-    windows = np.concatenate([chosen, carriers.windows])
+    distinct = every[np.sort(first)[: n_windows - len(carriers.windows)]]
+    windows = np.concatenate([distinct, carriers.windows])
     weights = np.ones(windows.shape, np.float32)
     # Each row predicts the next token.
-    weights[len(chosen) :, :-1] += _ANSWER_WEIGHT * carriers.answers[:, 1:]
+    weights[len(distinct) :, :-1] += _ANSWER_WEIGHT * carriers.answers[:, 1:]
     return DistillText(windows, weights)
 
 
@@ -132,8 +132,8 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
     carriers = carrier_windows(context, count // SHARE, N_WINDOW, groups[0][0], SEED).windows
     windows = np.concatenate([carriers, _spread(context, groups, count - len(carriers))])
     if windows.size < least:
-        found = f"{windows.size:,} tokens in complete {N_WINDOW}-token windows"
-        raise _too_short(paths, found, least)
+        amount = f"{windows.size:,} tokens in complete {N_WINDOW}-token windows"
+        raise _too_short(paths, amount, least)
     if np.unique(windows).size < _LEAST_DISTINCT:
         raise CalibrationError(
             f"{_names(paths)} contains fewer than {_LEAST_DISTINCT} distinct tokens",
@@ -158,9 +158,9 @@ def require_text(paths: Sequence[Path], n_embd: int) -> None:
         raise _too_short(paths, f"{n_bytes:,} bytes", least)
 
 
-def _too_short(paths: Sequence[Path], found: str, least: int) -> CalibrationError:
+def _too_short(paths: Sequence[Path], amount: str, least: int) -> CalibrationError:
     return CalibrationError(
-        f"{_names(paths)} contains only {found}, but this model needs at least {least:,} tokens",
+        f"{_names(paths)} contains only {amount}, but this model needs at least {least:,} tokens",
         "use more text, or the default text",
     )
 
@@ -180,13 +180,13 @@ def _spread(context: Context, parts: Sequence[str | Sequence[str]], count: int) 
     If a part is too short to fill its share, longer parts make up the difference.
     """
     sizes = [len(part) if isinstance(part, str) else sum(map(len, part)) for part in parts]
-    found: list[Windows] = []
+    groups: list[Windows] = []
     for n_done, number in enumerate(np.argsort(sizes, kind="stable")):
         part, n = parts[number], count // (len(parts) - n_done)
         windows = _cut(context, part, n) if isinstance(part, str) else _spread(context, part, n)
-        found.append(windows)
+        groups.append(windows)
         count -= len(windows)
-    return np.concatenate(found)
+    return np.concatenate(groups)
 
 
 def _texts() -> list[str]:
@@ -219,7 +219,9 @@ def _cut(context: Context, text: str, count: int) -> Windows:
     else:
         tokens = context.vocabulary.tokenize(text)
         n_whole = len(tokens) // n_text
-        chosen = [i * n_whole // count for i in range(count)] if n_whole > count else range(n_whole)
-        parts = [tokens[i * n_text : (i + 1) * n_text] for i in chosen]
+        numbers = (
+            [i * n_whole // count for i in range(count)] if n_whole > count else range(n_whole)
+        )
+        parts = [tokens[i * n_text : (i + 1) * n_text] for i in numbers]
     whole = [prefix + part for part in parts if len(part) == n_text]
     return np.array(whole, np.int32).reshape(-1, N_WINDOW)

@@ -67,7 +67,7 @@ def find_on_hub(name: str) -> HubModel:
     from huggingface_hub import hf_hub_url
 
     repo = match["repo"]
-    with _explained(repo):
+    with _explain_errors(repo):
         info = _client().model_info(repo, files_metadata=True)
         headers = _client()._build_hf_headers()
     token = {key: headers[key] for key in headers if key.lower() == "authorization"}
@@ -113,7 +113,7 @@ def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: b
         advance(before + done, total)
 
     for file, target in missing:
-        with _explained(model.repo):
+        with _explain_errors(model.repo):
             # Check access here, since even a gated model's description is public.
             _client().get_hf_file_metadata(url=file.url)
         download(file, target, advance_all)
@@ -130,7 +130,7 @@ def _client() -> "HfApi":
 
 
 @contextmanager
-def _explained(repo: str) -> Iterator[None]:
+def _explain_errors(repo: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     try:

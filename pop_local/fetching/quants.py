@@ -35,14 +35,14 @@ class QuantFile:
 def _complete_models(files: Sequence[str]) -> list[QuantFile]:
     """Return the models and helper files whose parts are all in the repository."""
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
-    found = []
+    models = []
     for name in sorted(by_name):
         part = part_of(name)
         names = part_names(part.stem, part.count) if part else [name]
         if name == names[0] and by_name.keys() >= set(names):
             stem = part.stem if part else name.removesuffix(SUFFIX)
-            found.append(QuantFile(stem, tuple(by_name[each] for each in names)))
-    return found
+            models.append(QuantFile(stem, tuple(by_name[part_name] for part_name in names)))
+    return models
 
 
 def choose_mmproj(files: Sequence[str], model: str) -> str | None:
@@ -58,9 +58,9 @@ def choose_mmproj(files: Sequence[str], model: str) -> str | None:
         kind = [*kinds, True].index(True)
         return path.parent != of.parent, -n_shared(path.name, of.name), kind, path.name
 
-    found = [PurePosixPath(file) for file in files if file.lower().endswith(SUFFIX)]
-    found = [path for path in found if "mmproj" in path.name.lower()]
-    return str(min(found, key=distance)) if found else None
+    paths = [PurePosixPath(file) for file in files if file.lower().endswith(SUFFIX)]
+    paths = [path for path in paths if "mmproj" in path.name.lower()]
+    return str(min(paths, key=distance)) if paths else None
 
 
 def usual_ending(file: str) -> str:
@@ -68,41 +68,41 @@ def usual_ending(file: str) -> str:
     return file[: -len(SUFFIX)] + SUFFIX
 
 
-def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
-    """Return the model whose name contains `wanted`, or the default model if `wanted` is "".
+def choose(repo: str, files: Sequence[str], name: str) -> QuantFile:
+    """Return the model whose name contains `name`, or the default model if `name` is "".
 
     Raises PopError unless exactly one model matches. The error's hint lists the models, if any.
     """
-    known = _complete_models(files)
-    if not known:
+    candidates = _complete_models(files)
+    if not candidates:
         raise PopError(
             f"{repo} contains no complete GGUF model", "search for a repository with GGUF files"
         )
-    models = [choice for choice in known if not _HELPERS.search(choice.name)]
-    if not wanted and len(models) != 1:
-        known = models
-        wanted = next((quant for quant in PREFERRED if _matching(models, quant)), "")
-        if not wanted:
+    models = [choice for choice in candidates if not _HELPERS.search(choice.name)]
+    if not name and len(models) != 1:
+        candidates = models
+        name = next((quant for quant in PREFERRED if _matching(models, quant)), "")
+        if not name:
             raise PopError(f"{repo} contains multiple models", _listed(repo, models))
-    found = _named(known, models, wanted) if wanted else models
-    if not found:
-        raise PopError(f"{repo} contains no file named {wanted!r}", _listed(repo, models))
-    if len(found) > 1:
-        raise PopError(f"{wanted!r} matches {len(found)} files in {repo}", _listed(repo, found))
-    return found[0]
+    matches = _named(candidates, models, name) if name else models
+    if not matches:
+        raise PopError(f"{repo} contains no file named {name!r}", _listed(repo, models))
+    if len(matches) > 1:
+        raise PopError(f"{name!r} matches {len(matches)} files in {repo}", _listed(repo, matches))
+    return matches[0]
 
 
-def _named(known: list[QuantFile], models: list[QuantFile], wanted: str) -> list[QuantFile]:
-    exact = [choice for choice in known if wanted in (choice.name, *choice.files)]
-    stem = wanted.lower().removesuffix(".gguf")
-    by_file_name = [c for c in known if c.name.lower().rpartition("/")[2] == stem]
-    return exact or by_file_name or _matching(models, wanted)
+def _named(candidates: list[QuantFile], models: list[QuantFile], name: str) -> list[QuantFile]:
+    exact = [choice for choice in candidates if name in (choice.name, *choice.files)]
+    stem = name.lower().removesuffix(".gguf")
+    by_file_name = [c for c in candidates if c.name.lower().rpartition("/")[2] == stem]
+    return exact or by_file_name or _matching(models, name)
 
 
-def _matching(models: list[QuantFile], wanted: str) -> list[QuantFile]:
-    """Return the models whose names contain `wanted` as a word or, failing that, as a substring."""
-    contained = [choice for choice in models if wanted.lower() in choice.name.lower()]
-    whole = [choice for choice in contained if _word(wanted).search(choice.name.lower())]
+def _matching(models: list[QuantFile], name: str) -> list[QuantFile]:
+    """Return the models whose names contain `name` as a word or, failing that, as a substring."""
+    contained = [choice for choice in models if name.lower() in choice.name.lower()]
+    whole = [choice for choice in contained if _word(name).search(choice.name.lower())]
     return whole or contained
 
 

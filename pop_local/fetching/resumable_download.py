@@ -70,11 +70,11 @@ def download(remote: RemoteFile, target: Path, advance: Progress) -> None:
         if not remote.sha256 or partial.is_symlink() or _size(partial) > remote.size_bytes:
             partial.unlink(missing_ok=True)
         _receive(remote, partial, advance)
-        if remote.sha256 and (found := file_sha256(partial)) != remote.sha256:
+        if remote.sha256 and (sha256 := file_sha256(partial)) != remote.sha256:
             partial.unlink()
             raise PopError(
                 f"the hub sent a damaged or incorrect file for {target.name}:"
-                f" its SHA-256 is {found}, but {remote.sha256} was expected",
+                f" its SHA-256 is {sha256}, but {remote.sha256} was expected",
                 "the download was deleted; try again",
             )
         with partial.open("r+b") as file:

@@ -106,8 +106,8 @@ def limits_in_words(budget: Budget) -> str:
 
 def figures_in_words(quality: "Quality", lookups: "Lookups | None" = None) -> str:
     """Describe the metrics that have limits, in the same order as `limits_in_words`."""
-    found = [f"KL {quality.kl_mean.value:.4g}", f"perplexity ratio {quality.ppl_ratio.value:.3f}"]
-    found.append(f"copy ratio {quality.copy_ppl_ratio.value:.3f}")
+    figures = [f"KL {quality.kl_mean.value:.4g}", f"perplexity ratio {quality.ppl_ratio.value:.3f}"]
+    figures.append(f"copy ratio {quality.copy_ppl_ratio.value:.3f}")
     if lookups is not None:
-        found.append(f"{lookups.lost} of {lookups.full} look-ups lost")
-    return ", ".join(found)
+        figures.append(f"{lookups.lost} of {lookups.full} look-ups lost")
+    return ", ".join(figures)

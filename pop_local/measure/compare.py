@@ -80,19 +80,19 @@ class Comparison:
 
     @property
     def different(self) -> tuple[Compared, ...]:
-        return tuple(each for each in self.answers if each.first_difference is not None)
+        return tuple(pair for pair in self.answers if pair.first_difference is not None)
 
     @property
     def n_judged(self) -> int:
-        return sum(each.is_full_right is not None for each in self.answers)
+        return sum(pair.is_full_right is not None for pair in self.answers)
 
     @property
     def full_hits(self) -> int:
-        return sum(each.is_full_right is True for each in self.answers)
+        return sum(pair.is_full_right is True for pair in self.answers)
 
     @property
     def pruned_hits(self) -> int:
-        return sum(each.is_pruned_right is True for each in self.answers)
+        return sum(pair.is_pruned_right is True for pair in self.answers)
 
     @property
     def n_only_full(self) -> int:
@@ -109,16 +109,16 @@ class Comparison:
 
     @property
     def full_ttft_s(self) -> float:
-        return sum(each.full.ttft_s for each in self.answers)
+        return sum(pair.full.ttft_s for pair in self.answers)
 
     @property
     def pruned_ttft_s(self) -> float:
-        return sum(each.pruned.ttft_s for each in self.answers)
+        return sum(pair.pruned.ttft_s for pair in self.answers)
 
     @property
     def n_unpruned(self) -> int:
         """Return the number of prompts that were left unpruned (too short or already cached)."""
-        return sum(each.pruned.n_pruned == 0 for each in self.answers)
+        return sum(pair.pruned.n_pruned == 0 for pair in self.answers)
 
 
 def mcnemar(n_first: int, n_second: int) -> float:
@@ -182,29 +182,29 @@ def _prompt(path: Path, number: int, line: str) -> ComparedPrompt:
 
 def _messages(entry: dict[str, Any], folder: Path) -> tuple[Message, ...]:
     if "prompt" in entry:
-        documents = tuple(_document(each, folder) for each in entry.get("documents", ()))
-        shown = tuple(read_picture(folder / _text(each)) for each in entry.get("images", ()))
-        messages = Turn(_text(entry["prompt"]), documents, pictures=shown).messages
+        documents = tuple(_document(item, folder) for item in entry.get("documents", ()))
+        pictures = tuple(read_picture(folder / _text(item)) for item in entry.get("images", ()))
+        messages = Turn(_text(entry["prompt"]), documents, pictures=pictures).messages
     else:
-        messages = [Message(each["role"], _text(each["content"])) for each in entry["messages"]]
+        messages = [Message(item["role"], _text(item["content"])) for item in entry["messages"]]
     if not messages or any(message.role not in _ROLES for message in messages):
         raise ValueError
     return tuple(messages)
 
 
-def _document(given: Any, folder: Path) -> Document:
-    if isinstance(given, str):
-        return Document("", given)
-    return read_document(folder / _text(given["file"]))
+def _document(value: Any, folder: Path) -> Document:
+    if isinstance(value, str):
+        return Document("", value)
+    return read_document(folder / _text(value["file"]))
 
 
-def _text(given: Any) -> str:
-    if not isinstance(given, str):
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
         raise TypeError
-    return given
+    return value
 
 
-def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answered:
+def answer_prompt(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answered:
     """Answer a prompt greedily with the model's current pruning settings.
 
     Any prefix shared with the previous prompt stays cached. Raises PopError if the prompt does not
@@ -217,11 +217,13 @@ def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answer
         raise
     stats = chunks[-1].stats
     assert stats is not None
-    shared = {each.name: getattr(stats, each.name) for each in fields(Answered)[1:]}
+    shared = {it.name: getattr(stats, it.name) for it in fields(Answered)[1:]}
     return Answered("".join(chunk.text for chunk in chunks), **shared)
 
 
-def compared(model: PopModel, prompt: ComparedPrompt, full: Answered, pruned: Answered) -> Compared:
+def compare_pair(
+    model: PopModel, prompt: ComparedPrompt, full: Answered, pruned: Answered
+) -> Compared:
     """Compare the full and pruned answers with each other and with the expected answer."""
     tokenize = model.engine.context.vocabulary.tokenize
     return Compared(
@@ -239,4 +241,4 @@ def _first_difference(first: Sequence[int], second: Sequence[int]) -> int | None
         return None
     pairs = enumerate(zip(first, second, strict=False))
     shorter = min(len(first), len(second))
-    return next((index for index, (one, other) in pairs if one != other), shorter)
+    return next((index for index, (token, other) in pairs if token != other), shorter)

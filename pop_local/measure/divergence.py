@@ -54,7 +54,7 @@ def predictions(logits: Logits) -> Predictions:
     return Predictions(logits, log_z, logits.argmax(axis=1))
 
 
-def halved(predicted: Predictions) -> Predictions:
+def to_half(predicted: Predictions) -> Predictions:
     """Return the predictions as log-probabilities in half precision, which halves memory use.
 
     Half precision adds an error of about 1e-6 to the KL. The field `top1` stays unchanged.

@@ -160,8 +160,8 @@ class LookupReference:
         lost, gained = rights.count((True, False)), rights.count((False, True))
         n_each = np.array([len(of_document) for of_document in self.full])
         logs = [
-            np.array([sum(answer.logprob for answer in of_document) for of_document in each])
-            for each in (self.full, answers)
+            np.array([sum(answer.logprob for answer in of_document) for of_document in by_document])
+            for by_document in (self.full, answers)
         ]
         return Lookups(
             n=len(rights),
@@ -197,7 +197,7 @@ def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDoc
         )
         # The document includes the blank line, which most vocabularies merge with a period.
         tokens = (*vocabulary.bos, *vocabulary.tokenize(carrier.text + "\n\n"))
-        questions = tuple(_tokenize_question(model, each) for each in carrier.questions)
+        questions = tuple(_tokenize_question(model, question) for question in carrier.questions)
         documents.append(LookupDocument(tokens, questions))
     return tuple(documents)
 
@@ -228,34 +228,34 @@ def answer_questions(
 ) -> tuple[LookupAnswer, ...]:
     """Answer questions about the context in `reader`, and call `ran(1)` after each answer."""
     answers = []
-    for each in questions:
-        answers.append(_answer(reader, each))
+    for question in questions:
+        answers.append(_answer(reader, question))
         ran(1)
     return tuple(answers)
 
 
-def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
+def _answer(reader: Forced, question: TokenizedQuestion) -> LookupAnswer:
     with reader.branch():
-        reader.extend(asked.tokens)
+        reader.extend(question.tokens)
         # The last token is repeated, but not decoded, to get the row that follows the right answer.
-        logits = reader.predict((*asked.answer, asked.answer[-1]))
+        logits = reader.predict((*question.answer, question.answer[-1]))
         predicted = predictions(logits)
-        found = likelihood(predicted, np.asarray((*asked.answer, asked.answer[-1])))
-        n_right = len(asked.answer)
-        if not (first := found.is_top1[:-1]).all():
+        scores = likelihood(predicted, np.asarray((*question.answer, question.answer[-1])))
+        n_right = len(question.answer)
+        if not (first := scores.is_top1[:-1]).all():
             n_right = int(first.argmin())
-        text = _continue(reader, asked, n_right, int(predicted.top1[n_right]))
-    logprob = -float(found.nll[:-1].sum())
-    return LookupAnswer(is_right(text, asked.question.answer), logprob, text)
+        text = _continue(reader, question, n_right, int(predicted.top1[n_right]))
+    logprob = -float(scores.nll[:-1].sum())
+    return LookupAnswer(is_right(text, question.question.answer), logprob, text)
 
 
-def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
+def _continue(reader: Forced, question: TokenizedQuestion, n_right: int, token: int) -> str:
     """Return the first line of the greedy answer. The answer's first `n_right` tokens are known.
 
     After a complete correct answer, generates one more token to check whether the value continues.
     """
-    model, tokens = reader.model, list(asked.answer[:n_right])
-    n_most = len(asked.answer) + (_N_LEEWAY if n_right < len(asked.answer) else 1)
+    model, tokens = reader.model, list(question.answer[:n_right])
+    n_most = len(question.answer) + (_N_LEEWAY if n_right < len(question.answer) else 1)
     n_decoded = 0
     while not model.engine.context.vocabulary.is_end(token):
         tokens.append(token)

@@ -20,9 +20,9 @@ from pop_local.measure.divergence import (
     Likelihood,
     Predictions,
     divergence,
-    halved,
     likelihood,
     predictions,
+    to_half,
 )
 from pop_local.measure.estimate import Estimate, exp_mean, mean, quantile, ratio
 from pop_local.measure.forced import FULL, Forced, Pruning, forced
@@ -174,7 +174,7 @@ def read_reference(
         ran = counting(len(windows) + settings.n_draws, on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
         full = [
-            replace(scores, predicted=halved(scores.predicted))
+            replace(scores, predicted=to_half(scores.predicted))
             for scores in _read_full(reader, windows, ran)
         ]
         return QualityReference(settings, windows, full, repeated)

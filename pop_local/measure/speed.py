@@ -158,7 +158,7 @@ def run_rounds(
         for way in order:
             runs[way].append(ways[way]())
         ran()
-    return [each[1:] for each in runs]
+    return [results[1:] for results in runs]
 
 
 def run(
@@ -213,5 +213,5 @@ def text_prompt(model: PopModel, n_prompt: int) -> Prompt:
 
 def spread(values: Iterable[float]) -> Spread:
     """Return the median, minimum, and maximum of the values."""
-    known = list(values)
-    return Spread(statistics.median(known), min(known), max(known))
+    samples = list(values)
+    return Spread(statistics.median(samples), min(samples), max(samples))

@@ -13,13 +13,13 @@ _INVISIBLE = 0.01
 _BY_CHANCE, _LEAST_P = 2.0, 0.05
 
 
-def verdict_in_words(found: Measured) -> str:
+def verdict_in_words(metrics: Measured) -> str:
     """Describe the loss that pruning causes on prose and on exact strings."""
-    return f"Prose: {_prose(found)}. Exact strings: {_strings(found)}."
+    return f"Prose: {_prose(metrics)}. Exact strings: {_strings(metrics)}."
 
 
-def _prose(found: Measured) -> str:
-    more, error = found.ppl_ratio - 1, found.ppl_ratio_se
+def _prose(metrics: Measured) -> str:
+    more, error = metrics.ppl_ratio - 1, metrics.ppl_ratio_se
     if more + _BY_CHANCE * error <= _INVISIBLE:
         return "no visible loss"
     if more <= _BY_CHANCE * error:
@@ -27,24 +27,24 @@ def _prose(found: Measured) -> str:
     return f"perplexity {more:.1%} higher"
 
 
-def _strings(found: Measured) -> str:
-    if not found.lookups_n:
+def _strings(metrics: Measured) -> str:
+    if not metrics.lookups_n:
         return "not measured"
-    if not found.lookups_full:
-        return f"the full model answers none of the {found.lookups_n} questions correctly"
-    return f"{found.lookups_lost or 'none'} of {found.lookups_full} lost"
+    if not metrics.lookups_full:
+        return f"the full model answers none of the {metrics.lookups_n} questions correctly"
+    return f"{metrics.lookups_lost or 'none'} of {metrics.lookups_full} lost"
 
 
-def comparison_in_words(found: "Comparison") -> str:
+def comparison_in_words(comparison: "Comparison") -> str:
     """State how many correct answers become wrong with pruning, or how many answers change."""
-    if not found.n_judged:
-        n, n_changed = len(found.answers), len(found.different)
+    if not comparison.n_judged:
+        n, n_changed = len(comparison.answers), len(comparison.different)
         return f"Fast reading changed {n_changed} of {n} answers. No expected answers were given."
-    n_lost = found.n_only_full or "none"
-    lost = f"Fast reading makes {n_lost} of {found.full_hits} correct answers wrong"
-    if found.n_only_pruned:
-        lost += f" and corrects {found.n_only_pruned} of the others"
-    if found.n_only_full + found.n_only_pruned:
-        certainty = "may be" if found.p_value >= _LEAST_P else "is unlikely to be"
+    n_lost = comparison.n_only_full or "none"
+    lost = f"Fast reading makes {n_lost} of {comparison.full_hits} correct answers wrong"
+    if comparison.n_only_pruned:
+        lost += f" and corrects {comparison.n_only_pruned} of the others"
+    if comparison.n_only_full + comparison.n_only_pruned:
+        certainty = "may be" if comparison.p_value >= _LEAST_P else "is unlikely to be"
         lost = f"{lost}, which {certainty} due to chance"
     return f"{lost}."

@@ -47,17 +47,17 @@ def find_mmproj(model: Path) -> Path | None:
 
     An mmproj named after a different model is ignored, even if that model is not in the folder.
     """
-    found = [path for path in sorted(model.parent.glob("*mmproj*.gguf")) if path != model]
+    mmprojs = [path for path in sorted(model.parent.glob("*mmproj*.gguf")) if path != model]
     named = model.with_name(mmproj_name(model.name))
-    chosen = named if named in found else found[0] if len(found) == 1 else None
-    if chosen is None or not is_mmproj(chosen):
+    mmproj = named if named in mmprojs else mmprojs[0] if len(mmprojs) == 1 else None
+    if mmproj is None or not is_mmproj(mmproj):
         return None
-    if chosen == named or not _words(chosen.name):
-        return chosen
-    others = {path.name for path in model.parent.glob("*.gguf") if path not in found}
+    if mmproj == named or not _words(mmproj.name):
+        return mmproj
+    others = {path.name for path in model.parent.glob("*.gguf") if path not in mmprojs}
     rivals = [name for name in others if _words(name) != _words(model.name)]
-    most = max((n_shared(chosen.name, name) for name in rivals), default=0)
-    return chosen if 0 < n_shared(chosen.name, model.name) >= most else None
+    most = max((n_shared(mmproj.name, name) for name in rivals), default=0)
+    return mmproj if 0 < n_shared(mmproj.name, model.name) >= most else None
 
 
 def orphans(folder: Path, gone: Collection[Path]) -> tuple[Path, ...]:

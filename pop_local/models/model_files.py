@@ -54,17 +54,17 @@ def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
 
     A split model's parts count as one model and are sorted by name. Sidecars are excluded.
     """
-    found: dict[str, tuple[Path, ...]] = {}
+    models: dict[str, tuple[Path, ...]] = {}
     parts: dict[tuple[str, int], list[Path]] = {}
     for path in _files(folder, SUFFIX):
         if part := part_of(path.name):
             parts.setdefault((part.stem, part.count), []).append(path)
         elif not path.name.endswith(SIDECAR_SUFFIX):
-            found[path.name.removesuffix(SUFFIX)] = (path,)
+            models[path.name.removesuffix(SUFFIX)] = (path,)
     for (stem, count), paths in parts.items():
-        name = part_names(stem, count)[0].removesuffix(SUFFIX) if stem in found else stem
-        found[name] = tuple(paths)
-    return found
+        name = part_names(stem, count)[0].removesuffix(SUFFIX) if stem in models else stem
+        models[name] = tuple(paths)
+    return models
 
 
 def parts_folder(model: Path) -> Path:
@@ -74,8 +74,8 @@ def parts_folder(model: Path) -> Path:
 
 def stock(folder: Path) -> tuple[StoredModel, ...]:
     """Return a folder's models, orphaned sidecars, and unfinished downloads, sorted by name."""
-    found = map(_examined, _unread(folder))
-    return tuple(sorted(found, key=lambda model: model.name.lower()))
+    models = map(_examine, _unread(folder))
+    return tuple(sorted(models, key=lambda model: model.name.lower()))
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
@@ -88,26 +88,26 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
         raise PopError(f"{name} is not in the models folder", f"choose a file in {folder}")
     groups = {model.name: model.all_files for model in _unread(folder)}
     groups |= {path.name.removesuffix(SUFFIX): (path,) for path in _files(folder, SIDECAR_SUFFIX)}
-    if known := known_name(path.name.removeprefix("."), groups):
-        return groups[known]
+    if match := known_name(path.name.removeprefix("."), groups):
+        return groups[match]
     raise PopError(
         f"the folder {folder} contains no model named {name!r}",
-        nearest_hint(path.name, {known: known for known in groups}, "check the name"),
+        nearest_hint(path.name, {match: match for match in groups}, "check the name"),
         cause="unknown-model",
     )
 
 
-def known_name(name: str, known: Collection[str]) -> str | None:
-    """Return the name in `known` that matches `name`, or None. Ignores case and the suffix .gguf.
+def known_name(name: str, names: Collection[str]) -> str | None:
+    """Return the name in `names` that matches `name`, or None. Ignores case and the suffix .gguf.
 
     A name with the same capitalization takes precedence.
     """
-    for wanted in (name, name.removesuffix(SUFFIX)):
-        if wanted in known:
-            return wanted
+    for variant in (name, name.removesuffix(SUFFIX)):
+        if variant in names:
+            return variant
     lower = name.lower()
     wanted_lower = (lower, lower.removesuffix(SUFFIX))
-    return next((each for each in known if each.lower() in wanted_lower), None)
+    return next((candidate for candidate in names if candidate.lower() in wanted_lower), None)
 
 
 def total_bytes(files: Iterable[Path]) -> int:
@@ -126,8 +126,8 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _files(folder: Path, suffix: str) -> list[Path]:
-    found = folder.glob(f"*{suffix}")
-    return sorted(path for path in found if not (path.name.startswith(".") or path.is_dir()))
+    paths = folder.glob(f"*{suffix}")
+    return sorted(path for path in paths if not (path.name.startswith(".") or path.is_dir()))
 
 
 def _unread(folder: Path) -> Iterator[StoredModel]:
@@ -146,17 +146,17 @@ def _unread(folder: Path) -> Iterator[StoredModel]:
             yield StoredModel(path.name.removeprefix("."), (path,), problem=_UNFINISHED)
 
 
-def _examined(found: StoredModel) -> StoredModel:
+def _examine(model: StoredModel) -> StoredModel:
     # A link counts as its target's size.
-    here = [path.resolve() for path in found.all_files if path.exists()]
-    found = replace(found, size_bytes=total_bytes(here))
-    if found.problem:
-        return found
+    here = [path.resolve() for path in model.all_files if path.exists()]
+    model = replace(model, size_bytes=total_bytes(here))
+    if model.problem:
+        return model
     try:
-        source = read_source(found.files[0])
+        source = read_source(model.files[0])
         architecture = source.first.get("general.architecture")
-        found = replace(found, architecture=str(architecture) if architecture else None)
-        meta = pop_of(source, found.sidecar or sidecar_of(source))
+        model = replace(model, architecture=str(architecture) if architecture else None)
+        meta = pop_of(source, model.sidecar or sidecar_of(source))
     except PopError as error:
-        return replace(found, problem=error.message.removeprefix(f"{found.files[0]} "))
-    return replace(found, boundary=meta.boundary, projection=meta.projection) if meta else found
+        return replace(model, problem=error.message.removeprefix(f"{model.files[0]} "))
+    return replace(model, boundary=meta.boundary, projection=meta.projection) if meta else model

@@ -120,15 +120,15 @@ def hub_name(name: str) -> str | None:
         return name
     if match := _HUB_URL.fullmatch(name):
         return HUB_PREFIX + match["repo"] + (f":{unquote(match['file'])}" if match["file"] else "")
-    repos = (repo for known, repo in hub_names().items() if plain(known) == plain(name))
+    repos = (repo for short_name, repo in hub_names().items() if plain(short_name) == plain(name))
     return next((HUB_PREFIX + repo for repo in repos), None)
 
 
 def record_fetched(name: str, file: Path) -> None:
     """Record a file's hub name in the file's folder."""
-    known = _fetched(file.parent) | {name.lower(): file.name}
+    files_by_name = _fetched(file.parent) | {name.lower(): file.name}
     with replacing(file.with_name(_FETCHED), force=True) as output:
-        output.write(json.dumps(known, indent=1).encode())
+        output.write(json.dumps(files_by_name, indent=1).encode())
 
 
 def _fetched(folder: Path) -> dict[str, str]:
@@ -157,8 +157,8 @@ def models_dirs() -> tuple[Path, ...]:
 
     The `models_dir` setting replaces the defaults (a clone's models/ and the user's data folder).
     """
-    if chosen := settings.get("models_dir"):
-        return (Path(str(chosen)),)
+    if folder := settings.get("models_dir"):
+        return (Path(str(folder)),)
     users = platformdirs.user_data_path("pop-local") / "models"
     is_clone = all(Path(part).is_dir() for part in _CLONE)
     return (Path("models"), users) if is_clone else (users,)
@@ -172,7 +172,7 @@ def stored_file(*files: str) -> Path | None:
 
 def not_fetched() -> tuple[CatalogModel, ...]:
     """Return the catalog models that are not in any models folder."""
-    return tuple(each for each in load_catalog() if not stored_file(each.pop_file, each.file))
+    return tuple(model for model in load_catalog() if not stored_file(model.pop_file, model.file))
 
 
 def find(name: str) -> CatalogModel:
@@ -184,9 +184,9 @@ def find(name: str) -> CatalogModel:
 
 def lookup(name: str) -> CatalogModel | None:
     """Find a catalog model by name or alias, ignoring case. Return None if no model matches."""
-    wanted = name.lower().removesuffix(":latest")  # Ollama's clients append the tag
+    alias = name.lower().removesuffix(":latest")  # Ollama's clients append the tag
     for model in load_catalog():
-        if wanted in (model.name.lower(), *model.aliases):
+        if alias in (model.name.lower(), *model.aliases):
             return model
     return None
 
@@ -197,17 +197,17 @@ def stored_model(name: str) -> Path | None:
     File names take precedence over catalog names, because `list` and `rm` use file names.
     """
     here = _here()
-    if known := known_name(name, here):
-        return here[known][0]
+    if match := known_name(name, here):
+        return here[match][0]
     fetched = (_fetched(folder).get((hub_name(name) or "").lower()) for folder in models_dirs())
     return next((path for file in fetched if file and (path := stored_file(file))), None)
 
 
 def _here() -> dict[str, tuple[Path, ...]]:
-    found: dict[str, tuple[Path, ...]] = {}
+    models: dict[str, tuple[Path, ...]] = {}
     for folder in reversed(models_dirs()):
-        found |= models_by_name(folder)
-    return found
+        models |= models_by_name(folder)
+    return models
 
 
 def resolve(model: str, *, base: bool = False) -> Path:
@@ -271,8 +271,8 @@ def _unknown(message: str, name: str, here: dict[str, str]) -> PopError:
             "download the file with a browser or with `curl -LO`, and pass its path",
         )
     catalog = load_catalog()
-    known = {alias: model.short_name for model in catalog for alias in (model.name, *model.aliases)}
-    known |= {hub: hub for hub in hub_names()}
+    names = {alias: model.short_name for model in catalog for alias in (model.name, *model.aliases)}
+    names |= {hub: hub for hub in hub_names()}
     listed = f"pass {', '.join(model.short_name for model in catalog)} or a GGUF file"
-    hint = nearest_hint(name, here | known) or listed
+    hint = nearest_hint(name, here | names) or listed
     return PopError(message, hint, cause="unknown-model")

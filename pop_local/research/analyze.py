@@ -103,8 +103,8 @@ def analyze(
         raise PopError(f"{source.first.path} is already converted", "use the original model")
     run = _Run(source, hardware, watch)
     depths, reference = run.probed()
-    found, calibration = run.measured(reference, worth_measuring(depths))
-    measured = {depth.boundary: depth for depth in found}
+    fitted_depths, calibration = run.measured(reference, worth_measuring(depths))
+    measured = {depth.boundary: depth for depth in fitted_depths}
     depths = tuple(measured.get(depth.boundary, depth) for depth in depths)
     return Analysis(
         model=source.first.path,
@@ -162,13 +162,13 @@ class _Run:
         to_fit = [plan for plan in plans if plan.fitted_layers]
         fitted = PlanFitter(runner, self._fit_options).fit(to_fit)
         fits = dict(zip(to_fit, fitted, strict=True))
-        found = []
+        depths = []
         for depth, plan in zip(tried, plans, strict=True):
             with runner.tried(plan, fits.get(plan), n_ctx=_N_CTX) as model:
                 advance = self.watch.stage(f"Measuring boundary {plan.boundary}")
                 quality = measure_against(reference, model, Pruning(plan.boundary), advance)
-            found.append(replace(depth, quality=quality, projection=plan.projection))
-        return found, fitted[0].calibration if fitted else None
+            depths.append(replace(depth, quality=quality, projection=plan.projection))
+        return depths, fitted[0].calibration if fitted else None
 
 
 def measure_copying(

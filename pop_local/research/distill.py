@@ -152,15 +152,15 @@ def distill(
     passes = [rng.permutation(n_windows)[: n_each * n_batch] for _ in range(_N_PASSES)]
     order = np.concatenate(passes).tolist()
     for step in range(n_steps):
-        chosen = order[step * n_batch : (step + 1) * n_batch]
-        shares = _CONTEXT if max(chosen) < len(reference.text.windows) else _COPY_CONTEXT
+        batch = order[step * n_batch : (step + 1) * n_batch]
+        shares = _CONTEXT if max(batch) < len(reference.text.windows) else _COPY_CONTEXT
         low, high = (int(share * n_tokens) for share in shares)
         n_context = int(rng.integers(low, max(high, low + 1)))
         for group in optimizer.param_groups:
             warm = min(1.0, (step + 1) / _N_WARM)
             group["lr"] = _STEP * warm * (1 + cos(pi * step / n_steps)) / 2
         optimizer.zero_grad()
-        student.loss(chosen, n_context).backward()
+        student.loss(batch, n_context).backward()
         optimizer.step()
         ran(n_step)
     return student.trained()
@@ -169,13 +169,13 @@ def distill(
 def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
     """Copy some of the windows [n, n_tokens], and end each copy with a passage from its context."""
     n_windows, n_tokens = windows.shape
-    made = windows[rng.permutation(n_windows)[: round(_COPIES * n_windows)]].copy()
-    for window in made:
+    copies = windows[rng.permutation(n_windows)[: round(_COPIES * n_windows)]].copy()
+    for window in copies:
         n_passage = min(int(rng.integers(*_PASSAGE)), n_tokens // 3)
         n_context = int(_COPY_CONTEXT[0] * n_tokens)
         begin = int(rng.integers(1, max(2, n_context - n_passage)))
         window[n_tokens - n_passage :] = window[begin : begin + n_passage]
-    return made
+    return copies
 
 
 class _Student:
@@ -208,8 +208,8 @@ class _Student:
         mean[-1] = 0
         self._inputs -= mean
         self._mean = mean
-        each = -(-self._inputs.shape[1] // _ROWS_EACH)
-        rows = context[:, ::each].flatten(0, 1)
+        stride = -(-self._inputs.shape[1] // _ROWS_EACH)
+        rows = context[:, ::stride].flatten(0, 1)
         self._gains, self._units, self._changes = {}, {}, {}
         for layer, weights in self._weights.items():
             gain = torch.tensor(start.projections[layer].gain)
@@ -224,28 +224,28 @@ class _Student:
     def changes(self) -> list[Tensor]:
         return list(self._changes.values())
 
-    def loss(self, chosen: list[int], n_context: int) -> Tensor:
+    def loss(self, batch: list[int], n_context: int) -> Tensor:
         """Return the weighted mean of `kl` over the answer rows."""
-        weights = self._reference.weights[chosen][:, n_context:]
-        return (self.kl(chosen, n_context) * weights).sum() / weights.sum()
+        weights = self._reference.weights[batch][:, n_context:]
+        return (self.kl(batch, n_context) * weights).sum() / weights.sum()
 
-    def kl(self, chosen: list[int], n_context: int) -> Tensor:
+    def kl(self, batch: list[int], n_context: int) -> Tensor:
         """Return KL(full || pruned) [n, n_answer] in nats for the chosen windows' answer rows.
 
         The KL is computed over the tokens that are likely in at least one answer row. With a large
         vocabulary, computing all logits would dominate the run time.
         """
         reference = self._reference
-        tokens = torch.unique(reference.likely[chosen][:, n_context:])
+        tokens = torch.unique(reference.likely[batch][:, n_context:])
         with torch.no_grad():
-            last = reference.last[chosen][:, n_context:]
+            last = reference.last[batch][:, n_context:]
             full = self._decoder.logits(last, tokens).log_softmax(-1)
-        pruned = self._decoder.logits(self._last(chosen, n_context), tokens).log_softmax(-1)
+        pruned = self._decoder.logits(self._last(batch, n_context), tokens).log_softmax(-1)
         return functional.kl_div(pruned, full, reduction="none", log_target=True).sum(-1)
 
-    def _last(self, chosen: list[int], n_context: int) -> Tensor:
+    def _last(self, batch: list[int], n_context: int) -> Tensor:
         """Return the last layer's output [n_chosen, n_answer, n_embd] for the answer rows."""
-        states, inputs = self._reference.states[chosen], self._inputs[chosen]
+        states, inputs = self._reference.states[batch], self._inputs[batch]
         n_sink = _n_sink(self._start.n_sink, states.shape[1])
         every = torch.arange(states.shape[1])
         full, context = torch.cat([every[:n_sink], every[n_context:]]), every[n_sink:n_context]
@@ -265,7 +265,7 @@ class _Student:
 
     @torch.no_grad()
     def trained(self) -> dict[int, KvProjection]:
-        found = {}
+        projections = {}
         for layer, before in self._start.projections.items():
             changed = self._changed(layer)
             changed[:, -1] -= changed @ (self._gains[layer] * self._mean)
@@ -277,13 +277,13 @@ class _Student:
                 )
             n_embd = len(before.gain)
             wide = np.ascontiguousarray(after[:, n_embd:-1])
-            found[layer] = replace(
+            projections[layer] = replace(
                 before,
                 weight=np.ascontiguousarray(after[:, :n_embd]),
                 bias=np.ascontiguousarray(after[:, -1]),
                 wide=wide if before.wide is not None else None,
             )
-        return found
+        return projections
 
 
 def _units(rows: Tensor, weights: Tensor) -> Tensor:
@@ -299,9 +299,9 @@ def _units(rows: Tensor, weights: Tensor) -> Tensor:
     return units
 
 
-def _n_sink(wanted: int, n_tokens: int) -> int:
+def _n_sink(n_sink: int, n_tokens: int) -> int:
     # With more sinks, short windows would have no context rows.
-    return min(wanted, n_tokens // 4)
+    return min(n_sink, n_tokens // 4)
 
 
 def memory(plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype) -> int:

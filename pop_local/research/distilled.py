@@ -66,8 +66,8 @@ class Distiller:
         matrices = self.require(plan)
         n_windows = self.options.n_distilled(plan.shape.n_embd)
         with loaded(self.source.first.path, **vars(self.hardware)) as context:
-            chosen = distill_text(context, text, self.options.texts, n_windows)
-        return self.trained(plan, fitted, self.read(plan.boundary, chosen, matrices), matrices)
+            windows = distill_text(context, text, self.options.texts, n_windows)
+        return self.trained(plan, fitted, self.read(plan.boundary, windows, matrices), matrices)
 
     def read(self, boundary: int, text: DistillText, matrices: torch.dtype) -> TeacherStates:
         """Run the full model on the text's windows to distill the fit at a boundary."""
@@ -89,8 +89,12 @@ class Distiller:
         stage = self.watch.stage(f"Distilling boundary {plan.boundary}")
         with computing("distilling", _HINT, cause="no-memory-to-distill"):
             decoder = Decoder(self.source, matrices)
-            found = distill(decoder, start, reference, seed=SEED, on_progress=stage)
-        new = [each for layer, made in found.items() for each in fit.encode(layer, made, kv_type)]
+            projections = distill(decoder, start, reference, seed=SEED, on_progress=stage)
+        new = [
+            tensor
+            for layer, projection in projections.items()
+            for tensor in fit.encode(layer, projection, kv_type)
+        ]
         names = {tensor.name for tensor in new}
         kept = [tensor for tensor in fitted.tensors if tensor.name not in names]
         calibration = replace(fitted.calibration, n_distilled=int(reference.text.windows.size))

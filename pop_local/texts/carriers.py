@@ -92,8 +92,8 @@ def make_carrier(
     pieces = [between[0]]
     for block, paragraph in zip(blocks, between[1:], strict=True):
         pieces += [block, paragraph]
-    chosen = _even_over_kinds(rng, questions)[:n_questions]
-    return Carrier("\n\n".join(filter(None, pieces)), tuple(chosen))
+    selection = _even_over_kinds(rng, questions)[:n_questions]
+    return Carrier("\n\n".join(filter(None, pieces)), tuple(selection))
 
 
 def with_answers(carrier: Carrier) -> tuple[str, list[Span]]:
@@ -120,10 +120,10 @@ def _even_over_kinds(
 
 def _sentences(prose: str) -> list[str]:
     parts = [part.strip(" *") + "." for part in " ".join(prose.split()).split(". ")]
-    found = [part for part in parts if 20 < len(part) < 400]
-    if not found:
+    sentences = [part for part in parts if 20 < len(part) < 400]
+    if not sentences:
         raise PopError("the prose for look-up documents contains no sentences", "pass longer prose")
-    return found
+    return sentences
 
 
 def _paragraphs(
@@ -139,7 +139,7 @@ def _paragraphs(
             break
         used += count(" " + sentence)
         paragraphs[min(n * used // max(1, n_tokens), n - 1)].append(sentence)
-    return [" ".join(each) for each in paragraphs]
+    return [" ".join(paragraph) for paragraph in paragraphs]
 
 
 class _Writer:
@@ -189,10 +189,10 @@ class _Writer:
 
     def _new_value(self, kind: str) -> str:
         while True:
-            found = value(self._rng, kind, self._words)
-            if not any(found in other or other in found for other in self._seen):
-                self._seen.append(found)
-                return found
+            candidate = value(self._rng, kind, self._words)
+            if not any(candidate in other or other in candidate for other in self._seen):
+                self._seen.append(candidate)
+                return candidate
 
 
 def _cycle(rng: np.random.Generator, items: Sequence[_T]) -> Iterator[_T]:

@@ -166,17 +166,17 @@ def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
     and hidden files are skipped. Raises PopError if an input cannot be read or has no new text.
     """
     seen: set[str] = set()
-    found: list[list[str]] = []
+    groups: list[list[str]] = []
     for path in paths:
         is_folder = path.is_dir()
         texts = _in_folder(path, most_chars, seen) if is_folder else _new(read_text(path), seen)
-        found.append(texts)
+        groups.append(texts)
         if not texts:
             raise PopError(
                 f"{path} contains no text other than copies of files that were already read",
                 "pass another file, or a folder of text files",
             )
-    return found
+    return groups
 
 
 def _in_folder(folder: Path, most_chars: int, seen: set[str]) -> list[str]:
@@ -184,10 +184,10 @@ def _in_folder(folder: Path, most_chars: int, seen: set[str]) -> list[str]:
         return "" if len(file.parts) == 1 else file.parts[0], file.suffix.lower()
 
     files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    shown = [file for file in files if not any(part.startswith(".") for part in file.parts)]
-    shown.sort(key=lambda file: (kind(file), _sha256(file.as_posix())))
+    visible = [file for file in files if not any(part.startswith(".") for part in file.parts)]
+    visible.sort(key=lambda file: (kind(file), _sha256(file.as_posix())))
     texts = []
-    for _, group in groupby(shown, kind):
+    for _, group in groupby(visible, kind):
         parts: list[str] = []
         for file in group:
             with suppress(PopError):

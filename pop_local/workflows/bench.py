@@ -168,9 +168,9 @@ def _context(source: Source, options: BenchOptions) -> int:
 
 def _backend(model: PopModel, hardware: Hardware) -> tuple[str, str]:
     """Describe the device and the CPU kernels. On a GPU, the second string is "" instead."""
-    found = devices()
-    gpus = [device for device in found if device.is_gpu]
-    device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]
+    all_devices = devices()
+    gpus = [device for device in all_devices if device.is_gpu]
+    device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else all_devices[-1]
     n_threads = model.engine.context.n_threads
     threads = f"{n_threads} thread{'s' * (n_threads > 1)}"
     kernels = "" if device.is_gpu else cpu_kernels()

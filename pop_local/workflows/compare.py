@@ -6,7 +6,7 @@ from pathlib import Path
 from pop_base.progress import Watch, counting
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
-from pop_local.measure.compare import Comparison, answered, compared, read_prompts
+from pop_local.measure.compare import Comparison, answer_prompt, compare_pair, read_prompts
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import not_converted, opened
@@ -31,7 +31,7 @@ def compare_answers(
     (default: the model's context length or 8,192, whichever is smaller). `mmproj` is the image
     encoder (default: the mmproj next to the model). Raises PopError or StoppedError.
     """
-    given = read_prompts(Path(prompts))
+    prompt_file = read_prompts(Path(prompts))
     files = model_files(os.fspath(model), sidecar, watch)
     if pop_of(read_source(files.path), files.sidecar) is None:
         why = ", so there is nothing to compare"
@@ -41,10 +41,10 @@ def compare_answers(
         both = []
         for name, is_pruning in (("full", False), ("pruned", True)):
             loaded.pruning = is_pruning
-            ran, answers = counting(len(given.prompts), watch.stage(f"Answering, {name}")), []
-            for prompt in given.prompts:
-                answers.append(answered(loaded, prompt, max_tokens))
+            ran, answers = counting(len(prompt_file.prompts), watch.stage(f"Answering, {name}")), []
+            for prompt in prompt_file.prompts:
+                answers.append(answer_prompt(loaded, prompt, max_tokens))
                 ran(1)
             both.append(answers)
-        triples = zip(given.prompts, *both, strict=True)
-        return Comparison(given, tuple(compared(loaded, *each) for each in triples))
+        triples = zip(prompt_file.prompts, *both, strict=True)
+        return Comparison(prompt_file, tuple(compare_pair(loaded, *triple) for triple in triples))

@@ -22,7 +22,7 @@ from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import Quality, QualitySettings, measure_pruning
 from pop_local.measure.verdict import verdict_in_words
 from pop_local.workflows.hardware import Hardware
-from pop_local.workflows.measuring import measured, not_converted, opened
+from pop_local.workflows.measuring import not_converted, opened, stored_metrics
 from pop_local.workflows.open import model_files
 
 
@@ -63,7 +63,7 @@ class Evaluation:
     @property
     def verdict(self) -> str:
         """Describe the loss. Raises PopError if a metric is NaN."""
-        return verdict_in_words(measured(self.quality, self.lookups))
+        return verdict_in_words(stored_metrics(self.quality, self.lookups))
 
 
 def evaluate(
@@ -86,17 +86,19 @@ def evaluate(
         why = ", so it has no boundary to measure"
         raise not_converted(model=files.path, cause="nothing-to-evaluate", consequence=why)
     text = shipped_text() if options.text is None else given_text(options.text)
-    asked = None
+    lookup_settings = None
     if options.n_lookups:
-        asked = LookupSettings.of_questions(options.n_lookups, options.settings.seed)
-    n_ctx, pruning = _n_ctx(source, options, asked), Pruning(meta.boundary)
+        lookup_settings = LookupSettings.of_questions(options.n_lookups, options.settings.seed)
+    n_ctx, pruning = _n_ctx(source, options, lookup_settings), Pruning(meta.boundary)
     with opened(files, hardware, watch, n_ctx=n_ctx, deep_rows=options.deep_rows) as loaded:
         rule, tokens = loaded.engine.sequences[0].rule, tokenize(loaded, text)
         advance = watch.stage("Measuring")
         quality = measure_pruning(loaded, tokens, options.settings, pruning, advance)
         lookups = None
-        if asked is not None:
-            lookups = measure_lookups(loaded, asked, pruning, watch.stage("Running look-ups"))
+        if lookup_settings is not None:
+            lookups = measure_lookups(
+                loaded, lookup_settings, pruning, watch.stage("Running look-ups")
+            )
         macs = loaded.engine.context.files.macs
         limit = speedup_limit(macs, LIMIT_PROMPT, meta.boundary, _n_full(rule, quality))
     return Evaluation(
@@ -120,14 +122,14 @@ def _n_full(rule: RowRule, quality: Quality) -> int:
 
 def _n_ctx(source: Source, options: EvaluateOptions, lookups: LookupSettings | None) -> int:
     """Return the context length in tokens. Raises PopError if the windows need a longer context."""
-    settings, given = options.settings, options.n_ctx
+    settings, n_ctx = options.settings, options.n_ctx
     n_window = settings.n_context + settings.n_continuation
     needed = max(n_window, 2 * N_REPEATED + 1, lookups.n_ctx if lookups else 0)
-    limit = given or trained_ctx(source.first)
+    limit = n_ctx or trained_ctx(source.first)
     if limit is not None and limit < needed:
         raise PopError(
             f"the measurement needs a context of {needed} tokens, but the limit is {limit}",
             "use shorter windows, or turn off look-ups",
             cause="windows-too-long",
         )
-    return given or needed
+    return n_ctx or needed

@@ -48,18 +48,18 @@ def row_options(plan: Plan) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in names}
 
 
-def measured(quality: Quality, lookups: Lookups | None = None) -> Measured:
+def stored_metrics(quality: Quality, lookups: Lookups | None = None) -> Measured:
     """Return the metrics to store in a converted file. Raises PopError if a metric is NaN."""
     names = {field.name for field in fields(Measured)} & {field.name for field in fields(Quality)}
-    found = {name: getattr(quality, name).value for name in names}
-    if any(map(isnan, found.values())):
+    metrics = {name: getattr(quality, name).value for name in names}
+    if any(map(isnan, metrics.values())):
         raise PopError("the model's predictions contain NaN values", "download the model again")
-    found |= {error: getattr(quality, name).se or 0.0 for error, name in _ERRORS.items()}
+    metrics |= {error: getattr(quality, name).se or 0.0 for error, name in _ERRORS.items()}
     if lookups is None:
-        return Measured(**found)
+        return Measured(**metrics)
     lost = lookups.logprob_lost
     return Measured(
-        **found,
+        **metrics,
         **{f"lookups_{name}": getattr(lookups, name) for name in _COUNTS},
         lookups_logprob_lost=lost.value,
         lookups_logprob_se=lost.se or 0.0,

@@ -34,17 +34,17 @@ def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -
 
 
 def _from_hub(name: str, hub: str, folder: Path, watch: Watch, *, force: bool) -> Path:
-    found = find_on_hub(hub)
-    files = ", ".join(file.name for file in found.files)
-    watch.on_note(f"{found.repo}: {files} ({size(found.size_bytes)}), license: {found.license}")
-    if found.mmproj:
-        watch.on_note(f"Also fetching {found.mmproj.name}, which the model needs for images.")
-    is_here = all(path.exists() for path in found.targets(folder))
-    if not is_here and not watch.may(f"Fetch {size(found.size_bytes)} from {found.repo}?"):
+    model = find_on_hub(hub)
+    files = ", ".join(file.name for file in model.files)
+    watch.on_note(f"{model.repo}: {files} ({size(model.size_bytes)}), license: {model.license}")
+    if model.mmproj:
+        watch.on_note(f"Also fetching {model.mmproj.name}, which the model needs for images.")
+    is_here = all(path.exists() for path in model.targets(folder))
+    if not is_here and not watch.may(f"Fetch {size(model.size_bytes)} from {model.repo}?"):
         raise to_fetch(name)
-    advance = watch.stage(f"Fetching {found.repo}", Unit.BYTES)
-    path = fetch_from_hub(found, folder, advance, force=force)
-    if not all(file.sha256 for file in found.all_files):
+    advance = watch.stage(f"Fetching {model.repo}", Unit.BYTES)
+    path = fetch_from_hub(model, folder, advance, force=force)
+    if not all(file.sha256 for file in model.all_files):
         watch.on_warning(
             PopError("the hub provides no hash for this file, so the download was not verified")
         )

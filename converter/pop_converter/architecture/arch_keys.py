@@ -83,9 +83,9 @@ def require_loadable(header: Header) -> None:
     }
     wrong |= {name: not all(eps >= 0 for eps in numbers(name)) for name in _EPSILONS}
     for name in filter(wrong.__getitem__, wrong):
-        key, found = f"{arch}.{name}", ", ".join(map(str, numbers(name))) or "empty"
+        key, items = f"{arch}.{name}", ", ".join(map(str, numbers(name))) or "empty"
         raise FormatError(
-            f"{header.path} cannot be opened: the key {key} has an invalid value ({found})",
+            f"{header.path} cannot be opened: the key {key} has an invalid value ({items})",
             "download the file again",
         )
 

@@ -66,7 +66,7 @@ class LayerTensors(dict[str, TensorInfo]):
     @property
     def n_weights(self) -> int:
         # Vectors (norm gains) need no matrix product.
-        return sum(each.n_elements for each in self.values() if len(each.dims) > 1)
+        return sum(tensor.n_elements for tensor in self.values() if len(tensor.dims) > 1)
 
 
 def read_layers(source: Source, n_layer: int, *, repeat: bool) -> list[LayerTensors]:

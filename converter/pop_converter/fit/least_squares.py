@@ -229,7 +229,7 @@ def decode(layer: int, tensors: Mapping[str, NewTensor], own: KvProjection) -> K
         own,
         weight=np.vstack(weights),
         bias=np.concatenate(biases),
-        wide=np.vstack([decode_weight(each) for each in wide]) if wide else None,
+        wide=np.vstack([decode_weight(tensor) for tensor in wide]) if wide else None,
     )
 
 

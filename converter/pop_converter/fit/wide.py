@@ -80,18 +80,18 @@ def wide_input(
     every = Neurons(weights[f"{name}norm.weight"], gate, up, shape.arch in GELU)
     strength = np.linalg.norm(weights[f"{name}down.weight"], axis=0)
     spread = _spread(map(every, windows))
-    chosen = np.sort(np.argsort(-spread * strength, kind="stable")[:n_neurons])
-    scaled = np.asarray(up[chosen] / np.maximum(spread[chosen, None], 1e-6), np.float32)
-    return WideInput(previous, replace(every, gate=gate[chosen], up=scaled))
+    strongest = np.sort(np.argsort(-spread * strength, kind="stable")[:n_neurons])
+    scaled = np.asarray(up[strongest] / np.maximum(spread[strongest, None], 1e-6), np.float32)
+    return WideInput(previous, replace(every, gate=gate[strongest], up=scaled))
 
 
-def encode_input(boundary: int, made: WideInput, kind: KvType) -> tuple[NewTensor, ...]:
+def encode_input(boundary: int, inputs: WideInput, kind: KvType) -> tuple[NewTensor, ...]:
     """Encode a wide input as tensors."""
-    parts = {"prev": made.previous}
-    if made.neurons is not None:
-        parts |= {"ffn_gate": made.neurons.gate, "ffn_up": made.neurons.up}
+    parts = {"prev": inputs.previous}
+    if inputs.neurons is not None:
+        parts |= {"ffn_gate": inputs.neurons.gate, "ffn_up": inputs.neurons.up}
     name = f"blk.{boundary}.pop_"
-    return tuple(encode_weight(f"{name}{part}.weight", each, kind) for part, each in parts.items())
+    return tuple(encode_weight(f"{name}{part}.weight", rows, kind) for part, rows in parts.items())
 
 
 def decode_input(
@@ -99,16 +99,16 @@ def decode_input(
 ) -> WideInput:
     """Decode the tensors that `encode_input` returned."""
     name = f"blk.{boundary}.pop_"
-    found = {
+    parts = {
         part: decode_weight(tensors[f"{name}{part}.weight"])
         for part in ("prev", "ffn_gate", "ffn_up")
         if f"{name}{part}.weight" in tensors
     }
     neurons = None
-    if "ffn_up" in found:
+    if "ffn_up" in parts:
         gain = weights[f"blk.{boundary}.ffn_norm.weight"]
-        neurons = Neurons(gain, found["ffn_gate"], found["ffn_up"], shape.arch in GELU)
-    return WideInput(found["prev"], neurons)
+        neurons = Neurons(gain, parts["ffn_gate"], parts["ffn_up"], shape.arch in GELU)
+    return WideInput(parts["prev"], neurons)
 
 
 def _spread(windows: Iterable[Floats]) -> NDArray[np.float64]:

@@ -142,10 +142,10 @@ def read_content(source: Source, *, without: str) -> Content:
         ranges=(FileRange(first.path, first.data_start, first.size_bytes - first.data_start),),
         data_end=max(ends, default=0),
     )
-    return _joined(content, source) if source.is_split else content
+    return _join(content, source) if source.is_split else content
 
 
-def _joined(content: Content, source: Source) -> Content:
+def _join(content: Content, source: Source) -> Content:
     """Join all parts' tensors into one file's content. Each tensor is padded to the alignment."""
     rows, ranges, offset = [], [], 0
     for part in source.parts:
@@ -186,14 +186,14 @@ def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool
     `advance` receives the number of bytes in each step. Raises FormatError if a source cannot be
     read, and OSError if `written` cannot be read.
     """
-    expected, found = (memoryview(bytearray(CHUNK_BYTES)) for _ in range(2))
+    expected, actual = (memoryview(bytearray(CHUNK_BYTES)) for _ in range(2))
     with written.open("rb") as file:
         file.seek(start)
         for source_range in content.ranges:
             for chunk in _read(source_range, expected):
-                n_bytes = file.readinto(found[: len(chunk)])
+                n_bytes = file.readinto(actual[: len(chunk)])
                 # Comparing memoryviews directly is slow, since it is done element by element.
-                if not np.array_equal(np.asarray(chunk), np.asarray(found[:n_bytes])):
+                if not np.array_equal(np.asarray(chunk), np.asarray(actual[:n_bytes])):
                     return False
                 advance(len(chunk))
         added = all(file.read(len(blob)) == blob for blob in content.added)

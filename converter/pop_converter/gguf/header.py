@@ -152,10 +152,10 @@ class _Cursor:
 
     def count(self, most: int, what: str) -> int:
         """Read a 64-bit count. Raises FormatError if the count exceeds `most`."""
-        found = self.number("Q")
-        if found > most:
-            raise corrupt(self.path, f"the {what} ({found:,}) exceeds {most:,}")
-        return found
+        count = self.number("Q")
+        if count > most:
+            raise corrupt(self.path, f"the {what} ({count:,}) exceeds {most:,}")
+        return count
 
     def text(self) -> str:
         start = self.skip(self.count(_MAX_NAME_BYTES, "name length"))

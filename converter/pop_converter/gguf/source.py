@@ -100,7 +100,7 @@ def read_source(path: Path) -> Source:
     paths = [path.with_name(name) for name in part_names(part.stem, count)]
     if part.number != 1:
         raise FormatError(f"{path} is not the first part of a split model", f"pass {paths[0]}")
-    missing = [each.name for each in paths if not each.is_file()]
+    missing = [part_path.name for part_path in paths if not part_path.is_file()]
     if missing:
         raise FormatError(
             f"{path}: {len(missing)} of {count} parts are missing: {', '.join(missing)}",
@@ -131,11 +131,11 @@ def _sample(file: FileIO, start: int, n_bytes: int) -> bytes:
     Otherwise Linux could not cache this part of the file in large pages later.
     """
     file.seek(start)
-    found = file.read(n_bytes)
+    data = file.read(n_bytes)
     if sys.platform == "linux":
         first = start // SAMPLED_BYTES * SAMPLED_BYTES
         os.posix_fadvise(file.fileno(), first, 2 * SAMPLED_BYTES, os.POSIX_FADV_DONTNEED)
-    return found
+    return data
 
 
 def is_sidecar(header: Header) -> bool:

@@ -204,7 +204,7 @@ def pop_meta(header: Header) -> PopMeta | None:
         stored = str if issubclass(kind, Enum) else kind
         if type(value) is not stored:
             raise FormatError(f"{header.path}: {name} is not of type {stored.__name__}")
-        if issubclass(kind, Enum) and value not in [each.value for each in kind]:
+        if issubclass(kind, Enum) and value not in [member.value for member in kind]:
             raise FormatError(
                 f"{header.path}: {name} has an unknown value: {value!r}", CONVERT_AGAIN
             )
@@ -243,21 +243,23 @@ Group = TypeVar("Group", Calibration, Measured, Budget, Binding)
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
     """Return the keys that start with `prefix`, or None if there are none. Raises FormatError."""
-    found: dict[str, Any] = {field.name: header.get(prefix + field.name) for field in fields(group)}
-    if all(value is None for value in found.values()):
+    values: dict[str, Any] = {
+        field.name: header.get(prefix + field.name) for field in fields(group)
+    }
+    if all(value is None for value in values.values()):
         return None
     for field in fields(group):
-        if found[field.name] is None and field.default is not MISSING:
-            del found[field.name]
+        if values[field.name] is None and field.default is not MISSING:
+            del values[field.name]
             continue
-        if type(found[field.name]) is not field.type:
+        if type(values[field.name]) is not field.type:
             raise FormatError(
                 f"{header.path}: {prefix}{field.name} is missing or is not of type "
                 f"{field.type.__name__}",  # type: ignore[union-attr]
                 CONVERT_AGAIN,
             )
-        _in_range(header, prefix + field.name, found[field.name])
-    return group(**found)
+        _in_range(header, prefix + field.name, values[field.name])
+    return group(**values)
 
 
 def _in_range(header: Header, name: str, value: Any) -> Any:
@@ -311,9 +313,9 @@ def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
 def _encode_group(prefix: str, group: Group) -> list[bytes]:
     # Missing limits are not written.
     return [
-        _encode_key(prefix + each.name, value)
-        for each in fields(group)
-        if (value := getattr(group, each.name)) != NO_LIMIT or each.default != NO_LIMIT
+        _encode_key(prefix + field.name, value)
+        for field in fields(group)
+        if (value := getattr(group, field.name)) != NO_LIMIT or field.default != NO_LIMIT
     ]
 
 

@@ -130,8 +130,8 @@ def require_fit(plans: Sequence[Plan]) -> None:
     if all(plan.projection == Projection.OWN for plan in plans) and any(
         plan.n_skipped > 1 for plan in plans
     ):
-        found = skipping_of(plans[0].shape)
-        why = found.no_fit or f"a fit requires boundary {found.fits_from} or higher"
+        skipping = skipping_of(plans[0].shape)
+        why = skipping.no_fit or f"a fit requires boundary {skipping.fits_from} or higher"
         raise PlanError(
             f"no projections can be fitted for this {plans[0].shape.arch} model: {why}",
             "use the layers' own projections",

@@ -45,8 +45,8 @@ def sidecar_path(base: Source) -> Path:
 
 def existing_sidecar(base: Source) -> Path | None:
     """Return `sidecar_path(base)`, or None if the file does not exist or `base` is converted."""
-    found = sidecar_path(base)
-    return found if found.is_file() and pop_meta(base.first) is None else None
+    path = sidecar_path(base)
+    return path if path.is_file() and pop_meta(base.first) is None else None
 
 
 def read_sidecar(path: Path, base: Source) -> PopMeta:
@@ -97,13 +97,13 @@ def fitted_tensors(path: Path) -> dict[str, NewTensor]:
     header = read_header(path)
     try:
         with path.open("rb") as file:
-            found = {}
+            tensors = {}
             for tensor in header.tensors:
                 if TENSOR_MARK in tensor.name:
                     file.seek(header.data_start + tensor.offset)
                     data = file.read(tensor.size_bytes)
-                    found[tensor.name] = NewTensor(tensor.name, tensor.dims, tensor.type, data)
-            return found
+                    tensors[tensor.name] = NewTensor(tensor.name, tensor.dims, tensor.type, data)
+            return tensors
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from error
 
@@ -124,15 +124,15 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
         for part in ("k", "v")
         for kind in kinds
     }
-    found = {tensor.name for tensor in header.tensors}
+    names = {tensor.name for tensor in header.tensors}
     if is_wide:
         inputs = f"blk.{meta.boundary}.pop_"
         expected.add(f"{inputs}prev.weight")
         neurons = {f"{inputs}ffn_{part}.weight" for part in ("gate", "up")}
-        expected |= neurons if neurons & found else set()
-    if missing := sorted(expected - found):
+        expected |= neurons if neurons & names else set()
+    if missing := sorted(expected - names):
         raise FormatError(f"{header.path} has no tensor {missing[0]}", CONVERT_AGAIN)
-    if unknown := sorted(found - expected):
+    if unknown := sorted(names - expected):
         raise FormatError(
             f"{header.path} contains an unexpected tensor: {unknown[0]}", CONVERT_AGAIN
         )

@@ -88,7 +88,7 @@ def _planned_facts(conversion: Conversion) -> list[Fact]:
         return [*_plan_facts(conversion, plan, conversion.sizes), *budget, *fits]
     past = f"from {first.boundary} down to {plan.boundary}"
     if len(conversion.tried) < len(conversion.plans):
-        past = ", ".join(str(each.boundary) for each in conversion.tried)
+        past = ", ".join(str(candidate.boundary) for candidate in conversion.tried)
     where = [*budget, ("Boundaries", past)]
     if fewer := " and ".join(first.deep_rows.fewer):
         where.append(("Deep rows", f"'{first.deep_rows}' (the search may also try {fewer})"))

@@ -154,7 +154,7 @@ class Conversion:
         """Return the plans that a search may try. If fits need too much memory, omit some plans."""
         if self.fit is None or self.budget is None or self.not_counted:
             return self.plans
-        return costs.spaced(self.plans, self.source, self.fit)
+        return costs.thin_out(self.plans, self.source, self.fit)
 
     @cached_property
     def sizes(self) -> FileSizes:
@@ -217,9 +217,9 @@ def plan_conversion(
 class CopyingBrokenError(PopError):
     """Error for a model that can no longer copy from its prompt. `found` is the measured loss."""
 
-    def __init__(self, boundary: int, found: str) -> None:
+    def __init__(self, boundary: int, figures: str) -> None:
         hint = "skip fewer layers, or set a budget instead of a boundary"
-        message = f"at boundary {boundary}, the model can no longer copy from its prompt: {found}"
+        message = f"at boundary {boundary}, the model can no longer copy from its prompt: {figures}"
         super().__init__(message, hint, cause="copying-broken")
 
 

@@ -35,7 +35,7 @@ from pop_local.workflows.conversion.conversion_plan import (
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.search import Search
 from pop_local.workflows.conversion.trial_runner import FullModel, TrialRunner
-from pop_local.workflows.measuring import measured
+from pop_local.workflows.measuring import stored_metrics
 from pop_local.workflows.open import base_file
 
 # Numbers of windows and look-up documents for measuring a fit at a named boundary.
@@ -126,7 +126,7 @@ class ConversionRun:
         full = FullModel(self.runner, planned.plans[0])
         search = Search(self.runner, budget, self.fitter, full, planned.tried)
         best = search.run()
-        metrics = measured(best.quality, best.lookups)
+        metrics = stored_metrics(best.quality, best.lookups)
         return self._write(best.plan, best.fitted, lambda _: metrics, search.trials)
 
     def named(self) -> Converted:
@@ -177,7 +177,7 @@ class ConversionRun:
                     cause="outside-budget",
                 )
             )
-        return measured(quality, lookups)
+        return stored_metrics(quality, lookups)
 
     def _write(
         self,

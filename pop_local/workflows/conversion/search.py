@@ -96,8 +96,7 @@ class Search:
     @property
     def trials(self) -> tuple[Trial, ...]:
         return tuple(
-            Trial(each.plan, each.quality, bool(each.is_inside), each.lookups)
-            for each in self.judged
+            Trial(it.plan, it.quality, bool(it.is_inside), it.lookups) for it in self.judged
         )
 
     @property
@@ -107,7 +106,7 @@ class Search:
 
     @property
     def inside(self) -> list[Candidate]:
-        return [each for each in self.judged if each.is_inside and each.lookups is not None]
+        return [it for it in self.judged if it.is_inside and it.lookups is not None]
 
     def run(self) -> Candidate:
         """Return the fastest candidate within the budget. Its plan lists all candidates tried.
@@ -123,37 +122,38 @@ class Search:
         if not self.inside:
             raise self._over()
         self.trade_rows()
-        chosen = self.fastest()
-        figures = budgets.figures_in_words(chosen.quality, chosen.lookups)
-        self._note(f"Boundary {chosen} is the fastest within the budget: {figures}")
-        tried = ", ".join(
-            f"{each} {'inside' if each.is_inside else 'outside'}" for each in self.judged
-        )
-        plan = replace(chosen.plan, budget=replace(self.budget, tried=tried))
-        return replace(chosen, plan=plan)
+        best = self.fastest()
+        figures = budgets.figures_in_words(best.quality, best.lookups)
+        self._note(f"Boundary {best} is the fastest within the budget: {figures}")
+        tried = ", ".join(f"{it} {'inside' if it.is_inside else 'outside'}" for it in self.judged)
+        plan = replace(best.plan, budget=replace(self.budget, tried=tried))
+        return replace(best, plan=plan)
 
     def fastest(self) -> Candidate:
         """Return the fastest candidate within the budget (rule 6)."""
         best = max(self.inside, key=lambda it: (it.plan.speedup_limit, -it.quality.kl_mean.value))
-        for each in self.inside:
-            if each.plan.is_distilled and each.plan.speedup_limit == best.plan.speedup_limit:
-                pairs = zip(each.scores, best.scores, strict=True)
+        for candidate in self.inside:
+            if (
+                candidate.plan.is_distilled
+                and candidate.plan.speedup_limit == best.plan.speedup_limit
+            ):
+                pairs = zip(candidate.scores, best.scores, strict=True)
                 more = mean(np.stack([a.divergence.kl - b.divergence.kl for a, b in pairs]))
                 if more.value <= (more.se or 0):
-                    return each
+                    return candidate
         return best
 
     def _note(self, text: str) -> None:
         self.runner.watch.on_note(text)
 
     def _over(self) -> OverBudgetError:
-        shallowest = max(each.boundary for each in self.judged)
-        best = [each for each in self.judged if each.boundary == shallowest][-1]
+        shallowest = max(candidate.boundary for candidate in self.judged)
+        best = [candidate for candidate in self.judged if candidate.boundary == shallowest][-1]
         n_skipped, limits = best.plan.n_skipped, budgets.limits_in_words(self.budget)
-        found = budgets.figures_in_words(best.quality, best.lookups)
+        figures = budgets.figures_in_words(best.quality, best.lookups)
         return OverBudgetError(
-            f"the loss from skipping {n_skipped} layer{'s' * (n_skipped > 1)} ({found}) exceeds the"
-            f" budget ({limits})",
+            f"the loss from skipping {n_skipped} layer{'s' * (n_skipped > 1)} ({figures}) exceeds"
+            f" the budget ({limits})",
             self.trials,
         )
 
@@ -187,22 +187,22 @@ class Search:
 
     def bisect(self) -> None:
         """Find the deepest undistilled candidate within the budget (rule 2)."""
-        by_boundary = {each.boundary: each for each in self.plain}
+        by_boundary = {it.boundary: it for it in self.plain}
         while True:
             verdicts = self._verdicts()
-            if wanted := budgets.undecided(list(by_boundary), verdicts):
-                candidate = by_boundary[wanted[0]]
+            if targets := budgets.undecided(list(by_boundary), verdicts):
+                candidate = by_boundary[targets[0]]
                 if not candidate.is_ready:
-                    self.fit([by_boundary[each] for each in wanted])
+                    self.fit([by_boundary[it] for it in targets])
                 measure = self.settle if self._ran_lookups else self.judge
                 measure(candidate)
                 continue
-            deepest = min((each for each, passed in verdicts.items() if passed), default=None)
+            deepest = min((it for it, passed in verdicts.items() if passed), default=None)
             # The look-ups may reverse the deepest candidate's verdict.
             if deepest is None or self.settle(by_boundary[deepest]):
                 break
-        asked = [each for each in self.plain if each.lookups is not None]
-        failed = max((each.boundary for each in asked if not each.is_inside), default=0)
+        tested = [it for it in self.plain if it.lookups is not None]
+        failed = max((it.boundary for it in tested if not it.is_inside), default=0)
         for candidate in self.plain:
             # Candidates that passed on text alone skip more layers than one that failed.
             if candidate.is_inside and candidate.lookups is None and candidate.boundary < failed:
@@ -210,7 +210,7 @@ class Search:
 
     @property
     def _ran_lookups(self) -> bool:
-        return any(each.lookups is not None for each in self.plain)
+        return any(it.lookups is not None for it in self.plain)
 
     def _verdicts(self) -> dict[int, bool]:
         """Return the verdict on each measured boundary.
@@ -218,10 +218,10 @@ class Search:
         After any candidate has run look-ups, omits candidates that have passed the text test only.
         """
         return {
-            each.boundary: each.is_inside
-            for each in self.plain
-            if each.is_inside is not None
-            and (each.lookups is not None or not (self._ran_lookups and each.is_inside))
+            it.boundary: it.is_inside
+            for it in self.plain
+            if it.is_inside is not None
+            and (it.lookups is not None or not (self._ran_lookups and it.is_inside))
         }
 
     def _to_distill(self) -> list[Candidate]:
@@ -251,10 +251,10 @@ class Search:
         The search assumes that selecting fewer deep rows never improves quality.
         """
         ready = {it.boundary: it for it in (*self.plain, *self.distilled) if it.is_ready}
-        start = min(each.boundary for each in self.inside)
+        start = min(it.boundary for it in self.inside)
         for rule in self.plans[0].deep_rows.fewer:
             share = self.full.deep_share(rule)
-            for boundary in sorted(each for each in ready if each >= start):
+            for boundary in sorted(layer for layer in ready if layer >= start):
                 base = ready[boundary]
                 plan = replace(base.plan, deep_rows=rule, deep_share=share)
                 if plan.speedup_limit <= self.fastest().plan.speedup_limit:

@@ -40,7 +40,7 @@ def test_logits_equal_the_backends(tmp_path, name):
     assert mean_kl(expected, torch_logits(path, tokens)) < NOISE
 
 
-def halved(hyper: Hyper) -> tuple[Rope, ...]:
+def to_half(hyper: Hyper) -> tuple[Rope, ...]:
     return tuple(replace(rope, scale=rope.scale / 2) for rope in hyper.ropes)
 
 
@@ -48,11 +48,11 @@ def halved(hyper: Hyper) -> tuple[Rope, ...]:
     ("name", "wrong"),
     [
         ("llama", lambda h: {"interleaved": False}),
-        ("llama-scaled", lambda h: {"ropes": halved(h)}),
+        ("llama-scaled", lambda h: {"ropes": to_half(h)}),
         ("qwen3", lambda h: {"interleaved": True}),
         ("qwen2", lambda h: {"attention_scale": 2 * h.attention_scale}),
         ("gemma3", lambda h: {"windows": (0,) * 4}),
-        ("gemma3", lambda h: {"ropes": halved(h)}),
+        ("gemma3", lambda h: {"ropes": to_half(h)}),
         ("gemma3", lambda h: {"gelu": False}),
         ("gemma3", lambda h: {"embedding_scale": 1.0}),
     ],
