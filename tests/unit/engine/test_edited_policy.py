@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.edit import MIN_REUSED
 from pop_local.engine.prefill.plan import Reuse
 from pop_local.engine.prompt.prompt import Prompt
 from support.calls import NOISE, first_of, last_logits, prompt, read, set_rule
 from support.converted import tiny
-from support.edited_prompts import EDITS, NEW, OLD, Tokens, pruned
+from support.edited_prompts import EDITS, NEW, OLD, pruned
 
 
 @pytest.mark.parametrize(
@@ -26,12 +25,9 @@ def test_full_mode_and_the_options_prevent_stale_rows(pop_file, options, rule):
         reading = model.read(Prompt(tokens))
         assert reading.n_stale == 0
         assert reading.n_cached == (0 if rule.get("reuse") is Reuse.OFF else 70)
-        np.testing.assert_allclose(last_logits(model), fresh_read(model, tokens), atol=NOISE)
-
-
-def fresh_read(model: PopModel, tokens: Tokens) -> np.ndarray:
-    first_of(model).cache.clear()
-    return read(model, tokens)
+        logits = last_logits(model)
+        first_of(model).cache.clear()
+        np.testing.assert_allclose(logits, read(model, tokens), atol=NOISE)
 
 
 @pytest.mark.parametrize(

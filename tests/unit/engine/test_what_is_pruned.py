@@ -109,13 +109,6 @@ def test_an_oversized_prompt_reports_the_counts_and_changes_nothing(pop_file):
     np.testing.assert_allclose(read(model, prompt(100)), before, atol=NOISE)
 
 
-def test_an_oversized_context_is_refused_before_allocation(pop_file):
-    with pytest.raises(
-        PopError, match=r"a context of 100,000,000 tokens needs 204\.8 GB of memory"
-    ):
-        opened(pop_file, n_ctx=10**8)
-
-
 @pytest.fixture
 def set_free_memory(monkeypatch):
     """Return a function that sets the number of free bytes."""
@@ -132,7 +125,7 @@ def test_a_context_must_fit_next_to_other_programs(pop_file, set_free_memory):
     """Otherwise the system would kill the process."""
     set_free_memory(2_000_000)
     opened(pop_file, n_ctx=512)
-    with pytest.raises(PopError, match="is free") as refused:
+    with pytest.raises(PopError, match=r"a context of 1,024 tokens needs .* is free") as refused:
         opened(pop_file, n_ctx=1024)
     n_fits = refused.value.fields["n_fits"]
     assert isinstance(n_fits, int) and 512 <= n_fits < 1024
