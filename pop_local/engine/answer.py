@@ -175,16 +175,16 @@ class _Turn:
         return Chunk(text, stats, self._logprobs.take(math.inf if is_whole else self._n_shown))
 
     def _stats(self, reason: FinishReason) -> TurnStats:
-        found = self._read
-        counters = found.counters
+        read = self._read
+        counters = read.counters
         return TurnStats(
             n_prompt=len(self._prompt),
-            n_cached=found.n_cached,
+            n_cached=read.n_cached,
             n_pruned=counters.n_context,
             n_deep=counters.n_deep,
             n_refilled=self._n_refilled,
-            n_exact=found.n_exact,
-            n_stale=found.n_stale,
+            n_exact=read.n_exact,
+            n_stale=read.n_stale,
             n_skipped_exact=counters.n_exact,
             exact_layer=self._sequence.cache.settings.exact,
             n_full=counters.n_full,
@@ -194,8 +194,8 @@ class _Turn:
             decode_s=self._decode_s,
             finish_reason=reason,
             n_image=self._prompt.n_image,
-            encode_s=found.encode_s,
-            is_short=found.is_short,
+            encode_s=read.encode_s,
+            is_short=read.is_short,
             fit=_fit(self._context.files.meta) if counters.n_context else "",
             stop=self._text.stop,
             is_repeating=self._is_repeating,

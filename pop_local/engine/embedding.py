@@ -43,8 +43,8 @@ def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
         api.llama_set_embeddings(context.ctx, True)
         try:
             for n_rows in append_all(cache, tokens, _MAX_ROWS):
-                found = api.llama_get_embeddings(context.ctx)
-                rows = np.ctypeslib.as_array(found, (n_rows, context.files.n_embd))
+                pointer = api.llama_get_embeddings(context.ctx)
+                rows = np.ctypeslib.as_array(pointer, (n_rows, context.files.n_embd))
                 is_last = pooling == gguf.PoolingType.LAST
                 total = rows[-1].astype(np.float64) if is_last else total + rows.sum(0)
         finally:

@@ -51,8 +51,8 @@ class EngineOptions:
 
         `options`: fields of this class, fields of ContextOptions, or llama.cpp parameters.
         """
-        known = {each.name for each in fields(cls)}
-        own = {name: value for name, value in options.items() if name in known}
+        names = {option.name for option in fields(cls)}
+        own = {name: value for name, value in options.items() if name in names}
         own |= {name: Path(own[name]) for name in ("sidecar", "mmproj") if own.get(name)}
-        rest: Mapping[str, Any] = {name: options[name] for name in options.keys() - known}
+        rest: Mapping[str, Any] = {name: options[name] for name in options.keys() - names}
         return cls(os.fspath(model), context=ContextOptions.of(rest), **own)

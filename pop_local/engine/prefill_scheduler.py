@@ -61,7 +61,7 @@ class PrefillScheduler:
         """Remove a prompt if it is still queued."""
         if self._prompts[:1] == [prompt]:
             self._n_passed = 0
-        self._prompts = [one for one in self._prompts if one is not prompt]
+        self._prompts = [queued for queued in self._prompts if queued is not prompt]
 
     def record(self, prompt: QueuedPrompt, n_left: int) -> None:
         """Record that a prompt has `n_left` rows left to read."""
@@ -75,9 +75,9 @@ class PrefillScheduler:
         """Return the prompt that gets the next turn, or None if the queue is empty."""
         if not self._prompts:
             return None
-        shortest = min(self._prompts, key=lambda one: max(one.n_left, SHORT_ROWS))
+        shortest = min(self._prompts, key=lambda prompt: max(prompt.n_left, SHORT_ROWS))
         best = self._prompts[0] if self._n_passed >= AGE_CHUNKS else shortest
-        return next((one for one in self._prompts if best.should_wait_for(one)), best)
+        return next((prompt for prompt in self._prompts if best.should_wait_for(prompt)), best)
 
 
 class PrefillTurns:

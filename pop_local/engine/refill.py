@@ -102,5 +102,5 @@ class Refiller:
             decode_again(self._cache, rows.start, tokens, Outputs.NONE, np.ones(len(rows), bool))
 
     def _adapt(self, n_rows: int, took_s: float) -> None:
-        wanted = int(n_rows * self._chunk_s / max(took_s, 1e-6))
-        self._chunk = max(1, min(wanted, 2 * self._chunk, self._cache.context.n_ubatch))
+        n_target = int(n_rows * self._chunk_s / max(took_s, 1e-6))
+        self._chunk = max(1, min(n_target, 2 * self._chunk, self._cache.context.n_ubatch))

@@ -32,12 +32,12 @@ class SlotScheduler:
     def n_cached(self, prompt: Prompt, scope: str) -> int:
         """Return how many rows a prompt may reuse. Busy sequences share only the common prefix."""
         with self._lock:
-            found = [
-                each.n_reusable(prompt) if index in self._free else each.states.n_same(prompt)
-                for index, each in enumerate(self._engine.sequences)
-                if each.states.scope == scope
+            counts = [
+                sequence.n_reusable(prompt) if i in self._free else sequence.states.n_same(prompt)
+                for i, sequence in enumerate(self._engine.sequences)
+                if sequence.states.scope == scope
             ]
-            return max(found, default=0)
+            return max(counts, default=0)
 
     def give_back(self, index: int) -> None:
         self._free.append(index)
@@ -57,10 +57,10 @@ class SlotScheduler:
         Does nothing if sequence `index` can already reuse the whole prefix.
         """
         scope = self.sequence(index).states.scope
-        states = [each.states for each in self._engine.sequences]
-        states = [each for each in states if each.scope == scope]
+        states = [other.states for other in self._engine.sequences]
+        states = [other for other in states if other.scope == scope]
         if len(states) > 1:
-            best = max(states, key=lambda each: each.n_same(prompt))
+            best = max(states, key=lambda other: other.n_same(prompt))
             n_here = self.sequence(index).n_reusable(prompt)
             if best is not self.sequence(index).states and best.n_same(prompt) > n_here:
                 self.sequence(index).states.share(best, prompt)

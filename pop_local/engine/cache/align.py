@@ -59,8 +59,8 @@ def find_runs(
             for side in ("left", "right")
         )
         candidates = order[first : min(last, first + _MAX_CANDIDATES)].tolist()
-        found = (TokenRun(c, row, _n_equal(cached[c:], prompt[row:])) for c in candidates)
-        run = max(found, key=lambda each: each.n)
+        matches = (TokenRun(c, row, _n_equal(cached[c:], prompt[row:])) for c in candidates)
+        run = max(matches, key=lambda match: match.n)
         at = row + 1
         if run.n >= min_run:  # otherwise two different windows have the same hash
             runs.append(run)
@@ -79,12 +79,12 @@ def in_order(runs: Sequence[TokenRun]) -> list[TokenRun]:
         ]
         n_before, previous = max(before, default=(0, -1))
         best.append((n_before + run.n, previous))
-    chosen: list[TokenRun] = []
-    at = max(range(len(runs)), key=lambda each: best[each][0], default=-1)
+    path: list[TokenRun] = []
+    at = max(range(len(runs)), key=lambda run_index: best[run_index][0], default=-1)
     while at >= 0:
-        chosen.append(runs[at])
+        path.append(runs[at])
         at = best[at][1]
-    return chosen[::-1]
+    return path[::-1]
 
 
 def _n_equal(a: np.ndarray, b: np.ndarray) -> int:

@@ -49,11 +49,11 @@ def opened_with(context: Context) -> str:
     """Return a string listing the non-default options that affect saved K/V."""
     defaults = bindings().llama_context_default_params()
     defaults.flash_attn_type = 0
-    found = {name: getattr(context.settings, name) for name in _FIELDS}
-    given = [f"{k} {value:g}" for k, value in found.items() if value != getattr(defaults, k)]
+    fields = {name: getattr(context.settings, name) for name in _FIELDS}
+    options = [f"{k} {value:g}" for k, value in fields.items() if value != getattr(defaults, k)]
     if context.options.n_sequences > 1:
-        given.append("a state for each sequence")
-    return "".join(f", {each}" for each in given)
+        options.append("a state for each sequence")
+    return "".join(f", {option}" for option in options)
 
 
 def _tensors_hash(headers: Iterable[Header], *, are_fitted: bool, start: bytes = b"") -> str:

@@ -93,22 +93,22 @@ class DiskStore:
 
     def stored(self) -> list[StoredState]:
         """Return the readable states, least recently used first, and remove all other files."""
-        found: dict[Path, StoredState] = {}
+        states: dict[Path, StoredState] = {}
         for path, status in self._files():
             state = self._known.get(path)
             if state is None or state.size_bytes != status.st_size:
                 state = self._open(path, status)
             if state is not None:
-                found[path] = state
-        self._known = found  # a single assignment, because several threads read it
-        return list(found.values())
+                states[path] = state
+        self._known = states  # a single assignment, because several threads read it
+        return list(states.values())
 
     def find(self, key: str, count: CountReusable, n_least: int) -> SavedState | None:
         """Return the state with the most reusable rows if it has more than `n_least` such rows."""
         best, n_best = None, n_least
-        for each in self.stored():
-            if each.prompts_key == key and (n := count(each.tokens, each.images)) > n_best:
-                best, n_best = each, n
+        for state in self.stored():
+            if state.prompts_key == key and (n := count(state.tokens, state.images)) > n_best:
+                best, n_best = state, n
         return None if best is None else self._load(best)
 
     def _load(self, stored: StoredState) -> SavedState | None:
@@ -126,11 +126,11 @@ class DiskStore:
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
         """Return the state files and their stat results, least recently used first."""
-        found = []
+        files = []
         for path in self.folder.glob(f"*{SUFFIX}"):
             with suppress(OSError):
-                found.append((path, path.stat()))
-        return sorted(found, key=lambda each: each[1].st_mtime_ns)
+                files.append((path, path.stat()))
+        return sorted(files, key=lambda file: file[1].st_mtime_ns)
 
     def _open(self, path: Path, status: os.stat_result) -> StoredState | None:
         def read(archive: zipfile.ZipFile) -> StoredState:
@@ -184,10 +184,10 @@ class DiskStore:
 
     def _evict(self, newest_path: Path, prompts_key: str, newest: SavedState) -> None:
         """Remove states that `newest` extends. If space is short, remove the oldest states, too."""
-        for each in self.stored():
-            is_prefix = each.prompts_key == prompts_key and newest.extends(each.tokens, each.images)
-            if each.path != newest_path and is_prefix:
-                each.path.unlink(missing_ok=True)
+        for state in self.stored():
+            is_extended = newest.extends(state.tokens, state.images)
+            if state.path != newest_path and state.prompts_key == prompts_key and is_extended:
+                state.path.unlink(missing_ok=True)
         files = self._files()
         n_bytes = sum(status.st_size for _, status in files)
         for path, status in files:

@@ -49,8 +49,8 @@ class PromptCache:
                 while self.size_bytes > self.capacity_bytes:
                     evicted.append(self._states.pop(0))
         if self.store is not None:
-            for each in evicted:
-                self.store.add(*each)
+            for entry in evicted:
+                self.store.add(*entry)
 
     def best(self, key: str, count: CountReusable, n_least: int = 0) -> SavedState | None:
         """Return the state with the most reusable rows if it has more than `n_least` such rows."""
@@ -59,11 +59,11 @@ class PromptCache:
             for index, (other_key, state) in enumerate(self._states):
                 if other_key == key and (n := count(state.tokens, state.images)) > n_best:
                     best, n_best = index, n
-            found = None if best is None else self._states[best][1]
+            best_state = None if best is None else self._states[best][1]
             if best is not None:
                 self._states.append(self._states.pop(best))
         stored = None if self.store is None else self.store.find(key, count, n_best)
-        return found if stored is None else stored
+        return best_state if stored is None else stored
 
     def close(self) -> None:
         """Move all states to the store and wait until they are written."""
@@ -71,6 +71,6 @@ class PromptCache:
             return
         with self._lock:
             states, self._states = self._states, []
-        for each in states:
-            self.store.add(*each)
+        for entry in states:
+            self.store.add(*entry)
         self.store.close()

@@ -89,63 +89,63 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
 
 def _looped(name: str, body: list[re.Match[str]]) -> list[re.Match[str]]:
     """Rewrite `r ::= a r | b` as `(a)* (b)`, because recursion slows down decoding."""
-    several: list[list[re.Match[str]]] = [[]]
+    options: list[list[re.Match[str]]] = [[]]
     depth = 0
     for token in body:
         depth += {"(": 1, ")": -1}.get(token["mark"] or "", 0)
         if token["mark"] == "|" and not depth:
-            several.append([])
+            options.append([])
         else:
-            several[-1].append(token)
-    again = [each[:-1] for each in several if each and each[-1]["name"] == name]
-    last = [each for each in several if not each or each[-1]["name"] != name]
+            options[-1].append(token)
+    again = [option[:-1] for option in options if option and option[-1]["name"] == name]
+    last = [option for option in options if not option or option[-1]["name"] != name]
     if not again or not last or any(t["name"] == name for t in chain(*again, *last)):
         return body
     return [*_either(again), *_TOKEN.finditer("*"), *_either(last)]
 
 
-def _either(several: list[list[re.Match[str]]]) -> list[re.Match[str]]:
+def _either(options: list[list[re.Match[str]]]) -> list[re.Match[str]]:
     opened, bar, closed = _TOKEN.finditer("(|)")
-    _, *rest = chain.from_iterable([bar, *each] for each in several)
+    _, *rest = chain.from_iterable([bar, *option] for option in options)
     return [opened, *rest, closed]
 
 
 def _written(body: list[re.Match[str]], names: dict[str, str]) -> str:
-    found: list[str] = []
+    terms: list[str] = []
     is_empty = True
     for token in body:
         if token["mark"] and token["mark"] != "(" and is_empty:
-            found.append('""')
+            terms.append('""')
         if token["times"] and is_empty:
             raise ValueError(f"{token[0]} follows nothing")
         if token["name"]:
-            found.append(names[token["name"]])
+            terms.append(names[token["name"]])
         elif token["text"] is not None:
-            found.append(_literal(token["text"]))
+            terms.append(_literal(token["text"]))
         elif token["members"]:
-            found.append(f"/[{token['negated']}{_class(token['members'])}]/")
+            terms.append(f"/[{token['negated']}{_class(token['members'])}]/")
         else:
-            found.append(r"/(?s:.)/" if token["dot"] else re.sub(r"\s", "", token[0]))
+            terms.append(r"/(?s:.)/" if token["dot"] else re.sub(r"\s", "", token[0]))
         is_empty = token["mark"] in ("(", "|")
-    return " ".join([*found, '""'] if is_empty else found)
+    return " ".join([*terms, '""'] if is_empty else terms)
 
 
 def _literal(text: str) -> str:
-    letters = " ".join(f"/{_code(each)}/" for each in _whole(_LETTER, text))
+    letters = " ".join(f"/{_code(letter)}/" for letter in _whole(_LETTER, text))
     return f"({letters})" if letters else '""'
 
 
 def _class(members: str) -> str:
-    pairs = (_MEMBER.fullmatch(each) for each in _whole(_MEMBER, members))
+    pairs = (_MEMBER.fullmatch(member) for member in _whole(_MEMBER, members))
     return "".join("-".join(map(_code, filter(None, pair.groups()))) for pair in pairs if pair)
 
 
 def _whole(pattern: re.Pattern[str], text: str) -> list[str]:
     """Split text into matches of `pattern`. Raises ValueError for an undefined GBNF escape."""
-    found = [match[0] for match in pattern.finditer(text)]
-    if "".join(found) != text:
+    matches = [match[0] for match in pattern.finditer(text)]
+    if "".join(matches) != text:
         raise ValueError(f"{text!r} contains an escape that GBNF does not define")
-    return found
+    return matches
 
 
 def _code(letter: str) -> str:

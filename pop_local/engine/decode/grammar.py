@@ -103,8 +103,8 @@ class Grammar:
             warnings = _called(noun, "warnings", text)
         except RefusedError as error:
             raise GrammarError(f"{noun} is not valid: {short(error.message)}") from error
-        found = [*ignored, *(name for each in warnings for name in _named(each))]
-        return cls(text, tuple(dict.fromkeys(found)))
+        keywords = [*ignored, *(name for warning in warnings for name in _named(warning))]
+        return cls(text, tuple(dict.fromkeys(keywords)))
 
     @classmethod
     def of_gbnf(cls, gbnf: str, instead: Mapping[str, "JsonRule"] | None = None) -> "Grammar":
@@ -147,12 +147,12 @@ def json_rule(schema: Any) -> JsonRule:
     """Translate a JSON schema into Lark. Raises GrammarError if the schema is invalid."""
     try:
         # Copy the schema with JSON types only, because _prepared changes its argument.
-        given = {"allOf": [schema]} if isinstance(schema, bool) else schema
-        given = json.loads(json.dumps(given))
-        if not isinstance(given, dict):
+        copy = {"allOf": [schema]} if isinstance(schema, bool) else schema
+        copy = json.loads(json.dumps(copy))
+        if not isinstance(copy, dict):
             raise ValueError("the schema is not an object")
-        ignored = [name for part in _schemas(given) for name in _prepared(part)]
-        text = f"%json {json.dumps({**given, 'x-guidance': _OPTIONS})}"
+        ignored = [name for part in _schemas(copy) for name in _prepared(part)]
+        text = f"%json {json.dumps({**copy, 'x-guidance': _OPTIONS})}"
     except (RecursionError, TypeError, ValueError) as error:
         raise GrammarError(f"the JSON schema is not valid: {error}") from error
     return JsonRule(text, tuple(ignored))
@@ -182,8 +182,8 @@ def _named(warning: str) -> list[str]:
 
 def _schemas(part: Any) -> Iterator[dict[str, Any]]:
     if isinstance(part, list):
-        for each in part:
-            yield from _schemas(each)
+        for item in part:
+            yield from _schemas(item)
     elif isinstance(part, dict):
         yield part
         for name, below in part.items():
@@ -208,7 +208,7 @@ def _prepared(schema: dict[str, Any]) -> list[str]:
                 )
     patterns = _STRICTER.get(str(schema.get("format")), [])
     if patterns and isinstance(schema.setdefault("allOf", []), list):
-        schema["allOf"] += [{"pattern": each} for each in patterns]
+        schema["allOf"] += [{"pattern": pattern} for pattern in patterns]
     # llguidance counts a repeated name twice.
     n_least = schema.get("minProperties")
     return ["minProperties"] if isinstance(n_least, int) and n_least > 1 else []
@@ -216,7 +216,7 @@ def _prepared(schema: dict[str, Any]) -> list[str]:
 
 def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, (dict, list)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(each)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
     else:
         yield value

@@ -72,10 +72,10 @@ class Constraint:
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        found = np.flatnonzero(np.unpackbits(bits, count=self._n_vocab, bitorder="little"))
-        if not len(found):
+        tokens = np.flatnonzero(np.unpackbits(bits, count=self._n_vocab, bitorder="little"))
+        if not len(tokens):
             raise GrammarError("the grammar allows no token here")
-        return found
+        return tokens
 
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)

@@ -350,8 +350,8 @@ class Mmproj:
 
 def _require_layers(path: Path, names: Sequence[str]) -> None:
     """Raise PopError if a tensor is missing, because libmtmd would crash on a null pointer."""
-    found = [match for name in names if (match := _PART.fullmatch(name))]
-    parts = {(match[1], match[2]) for match in found}
-    for layer, part in product({match[1] for match in found}, {match[2] for match in found}):
+    matches = [match for name in names if (match := _PART.fullmatch(name))]
+    parts = {(match[1], match[2]) for match in matches}
+    for layer, part in product({match[1] for match in matches}, {match[2] for match in matches}):
         if (layer, part) not in parts:
             raise PopError(f"{path} has no tensor v.blk.{layer}.{part}", "download the file again")

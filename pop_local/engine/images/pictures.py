@@ -112,23 +112,23 @@ def _rgb(content: bytes, name: str, most: int) -> tuple[int, int, bytes]:
 
     with _opened(content, name) as opened:
         _orientation(opened)
-        shown: Image.Image = opened
+        image: Image.Image = opened
         if opened.mode.startswith("I"):  # convert would clip 16-bit gray at 255
-            shown = opened.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-            shown.info.pop("transparency", None)
+            image = opened.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+            image.info.pop("transparency", None)
         n_pixels = opened.width * opened.height
         if n_pixels > most:
-            if shown.mode in ("1", "P"):  # these modes cannot be scaled smoothly
-                shown = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
+            if image.mode in ("1", "P"):  # these modes cannot be scaled smoothly
+                image = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
             share = (most / n_pixels) ** 0.5
             size = opened.width * share, opened.height * share
-            shown.thumbnail(size, reducing_gap=1.1)  # the JPEG decoder scales first
-        shown = ImageOps.exif_transpose(shown)
-        if shown.has_transparency_data:
-            layer = shown.convert("RGBA")
-            shown = Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer)
-        shown = shown.convert("RGB")
-    return shown.width, shown.height, shown.tobytes()
+            image.thumbnail(size, reducing_gap=1.1)  # the JPEG decoder scales first
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            layer = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer)
+        image = image.convert("RGB")
+    return image.width, image.height, image.tobytes()
 
 
 class PictureDecoder:

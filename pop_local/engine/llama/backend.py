@@ -238,8 +238,8 @@ def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: 
     Raises PopError on failure. If the error's `status` is INVALID_ROWS, the caller must drop the
     rows from `start` onward.
     """
-    arrays = [np.ascontiguousarray(each, np.int32) for each in (sources, tokens)]
-    pointers = [each.ctypes.data_as(_POINTER) for each in arrays]
+    arrays = [np.ascontiguousarray(array, np.int32) for array in (sources, tokens)]
+    pointers = [array.ctypes.data_as(_POINTER) for array in arrays]
     call("llama_pop_move_rows", ctx, sequence, start, *pointers, len(sources))
 
 
@@ -257,10 +257,10 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
     The count assumes an empty cache and includes the last row's logits. Raises PopError.
     """
     logs.forget_errors()
-    found = int(require_patched().llama_pop_count_macs(ctx, n_tokens, n_full))
-    if found < 0:
+    n_macs = int(require_patched().llama_pop_count_macs(ctx, n_tokens, n_full))
+    if n_macs < 0:
         raise PopError(logs.first_error() or f"cannot count the operations for {n_tokens} tokens")
-    return found
+    return n_macs
 
 
 def set_reading(ctx: Any, reading: Reading) -> None:

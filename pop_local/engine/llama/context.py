@@ -61,22 +61,22 @@ class ContextOptions:
         return 1 if self.n_parallel is None else self.n_parallel
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "ContextOptions":
+    def of(cls, options: Mapping[str, Any]) -> "ContextOptions":
         """Create the options from keyword arguments. Raises TypeError for unknown arguments."""
         api = backend.bindings()
-        known = cls.__dataclass_fields__.keys() - {"others"}
-        others = {name: value for name, value in given.items() if name not in known}
+        names = cls.__dataclass_fields__.keys() - {"others"}
+        others = {name: value for name, value in options.items() if name not in names}
         structures = (api.llama_model_params, api.llama_context_params)
         # Fields that are pointers or callbacks cannot be set.
         fields = {
             name
-            for each in structures
-            for name, kind in each._fields_
+            for structure in structures
+            for name, kind in structure._fields_
             if issubclass(kind, ctypes._SimpleCData) and kind is not ctypes.c_void_p
         }
         if unknown := sorted(others.keys() - fields):
             raise TypeError(f"unknown option {unknown[0]!r}")
-        return cls(**{name: given[name] for name in given.keys() & known}, others=others)
+        return cls(**{name: options[name] for name in options.keys() & names}, others=others)
 
 
 class Context:
@@ -262,8 +262,8 @@ class Context:
 
     def logits(self, n_rows: int = 1) -> np.ndarray:
         """Return float32 logits [n_rows, n_vocab], which the next decode overwrites."""
-        found = self._api.llama_get_logits(self.ctx)
-        return np.ctypeslib.as_array(found, (n_rows, self.vocabulary.n_tokens))
+        pointer = self._api.llama_get_logits(self.ctx)
+        return np.ctypeslib.as_array(pointer, (n_rows, self.vocabulary.n_tokens))
 
     def close(self) -> None:
         """Stop the running batch, even if another thread is running it, and free the model.

@@ -97,8 +97,8 @@ def has_kernels() -> bool:
 
 def _cpu_variant(log: str) -> str:
     """Return the CPU variant from the library file name in ggml's log, or ""."""
-    found = re.search(r"loaded CPU backend from .*ggml-cpu-(.+)\.\w+$", log, re.MULTILINE)
-    return found[1] if found else ""
+    match = re.search(r"loaded CPU backend from .*ggml-cpu-(.+)\.\w+$", log, re.MULTILINE)
+    return match[1] if match else ""
 
 
 def default_threads() -> int:
@@ -125,12 +125,12 @@ def busy_cpus(n_threads: int) -> float:
 
 def devices() -> tuple[Device, ...]:
     """Return all devices in ggml's order, which puts the CPU last."""
-    found = []
+    all_devices = []
     for i in range(ggml("ggml_backend_dev_count", ctypes.c_size_t)):
         device = _POINTER(ggml("ggml_backend_dev_get", _POINTER, ctypes.c_size_t(i)))
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         ggml("ggml_backend_dev_memory", None, device, ctypes.byref(free), ctypes.byref(total))
-        found.append(
+        all_devices.append(
             Device(
                 name=ggml("ggml_backend_dev_name", ctypes.c_char_p, device).decode(),
                 description=ggml("ggml_backend_dev_description", ctypes.c_char_p, device).decode(),
@@ -139,7 +139,7 @@ def devices() -> tuple[Device, ...]:
                 memory_total_bytes=total.value,
             )
         )
-    return tuple(found)
+    return tuple(all_devices)
 
 
 def _built_in() -> Iterator[tuple[str, int]]:

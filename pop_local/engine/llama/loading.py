@@ -65,13 +65,13 @@ def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, param
         named = path if sidecar is None else f"{path} with {sidecar}"
         reason = logs.first_error() or "llama.cpp refuses it"
         raise PopError(f"{named} cannot be opened: {reason}")
-    wanted = meta.boundary if meta else 0
+    boundary = meta.boundary if meta else 0
     # -1: the architecture cannot be pruned.
-    found = max(0, backend.require_patched().llama_pop_model_boundary(model))
-    if found != wanted:
+    layer = max(0, backend.require_patched().llama_pop_model_boundary(model))
+    if layer != boundary:
         api.llama_model_free(model)
         raise PopError(
-            f"the backend's boundary is layer {found}, but the file's boundary is {wanted}",
+            f"the backend's boundary is layer {layer}, but the file's boundary is {boundary}",
             backend.INSTALL_HINT,
         )
     return model

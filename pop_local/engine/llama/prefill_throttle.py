@@ -60,5 +60,5 @@ class PrefillThrottle:
         return self._step_s[min(self._step_s, key=lambda n: abs(n - n_answers))]
 
 
-def _smoothed(known: float | None, seconds: float) -> float:
-    return known + _SMOOTHING * (seconds - known) if known else seconds
+def _smoothed(average: float | None, seconds: float) -> float:
+    return average + _SMOOTHING * (seconds - average) if average else seconds

@@ -50,19 +50,19 @@ class Tapped:
     v: dict[int, Rows] = field(default_factory=dict)
     mass: dict[int, Rows] = field(default_factory=dict)
 
-    def has(self, wanted: TapRequest) -> bool:
+    def has(self, request: TapRequest) -> bool:
         """Return whether all requested values are present. The `mass` values are optional."""
-        return self.states.keys() >= set(wanted.boundaries) and min(
+        return self.states.keys() >= set(request.boundaries) and min(
             self.k.keys(), self.v.keys(), key=len
-        ) >= set(wanted.layers)
+        ) >= set(request.layers)
 
 
-def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
+def set_taps(ctx: Any, request: TapRequest | None) -> None:
     """Request values from subsequent batches (no values if None). Raises PopError on failure."""
     backend.require_patched().llama_pop_remove_taps(ctx)
-    if wanted is not None:
+    if request is not None:
         # In the order of enum llama_pop_tap_kind.
-        kinds = (wanted.boundaries, wanted.layers, wanted.layers, wanted.weighing)
+        kinds = (request.boundaries, request.layers, request.layers, request.weighing)
         for kind, layers in enumerate(kinds):
             for layer in layers:
                 backend.call("llama_pop_add_tap", ctx, kind, layer)
@@ -75,19 +75,19 @@ def take(ctx: Any, used: Rows | None = None) -> Tapped | None:
     would take longer than copying the values.
     """
     library = backend.require_patched()
-    found = [_CTapped() for _ in range(library.llama_pop_n_tapped(ctx))]
-    for number, each in enumerate(found):
-        library.llama_pop_get_tapped(ctx, number, ctypes.byref(each))
-    if not found:
+    records = [_CTapped() for _ in range(library.llama_pop_n_tapped(ctx))]
+    for number, record in enumerate(records):
+        library.llama_pop_get_tapped(ctx, number, ctypes.byref(record))
+    if not records:
         return None
-    ends = np.cumsum([each.n_rows * each.n_cols for each in found])
+    ends = np.cumsum([record.n_rows * record.n_cols for record in records])
     block = used if used is not None and used.size >= ends[-1] else np.empty(ends[-1], np.float32)
-    tapped = Tapped(found[0].pos, found[0].n_rows, block)
+    tapped = Tapped(records[0].pos, records[0].n_rows, block)
     by_kind = (tapped.states, tapped.k, tapped.v, tapped.mass)
-    for number, (each, end) in enumerate(zip(found, ends, strict=True)):
-        rows = block[end - each.n_rows * each.n_cols : end]
+    for number, (record, end) in enumerate(zip(records, ends, strict=True)):
+        rows = block[end - record.n_rows * record.n_cols : end]
         library.llama_pop_read_tapped(ctx, number, rows.ctypes.data_as(ctypes.c_void_p))
-        values = by_kind[each.kind]
-        shape = (each.n_rows,) if values is tapped.mass else (each.n_rows, each.n_cols)
-        values[each.layer] = rows.reshape(shape)
+        values = by_kind[record.kind]
+        shape = (record.n_rows,) if values is tapped.mass else (record.n_rows, record.n_cols)
+        values[record.layer] = rows.reshape(shape)
     return tapped

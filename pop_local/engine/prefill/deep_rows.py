@@ -28,9 +28,9 @@ def find_deep_rows(context: Context, tokens: np.ndarray, criterion: DeepRows) ->
     the `criterion`, all its rows are deep. A control token or an image ends a word. Recurrent
     models have no deep rows, because scattered deep rows would split the batches.
     """
-    found = np.zeros(len(tokens), bool)
+    is_deep = np.zeros(len(tokens), bool)
     if criterion is DeepRows.NONE or not len(tokens) or context.is_recurrent:
-        return found
+        return is_deep
     pieces = _spelled(context, tokens)
     ends = np.cumsum([len(piece) for piece in pieces])
     starts = np.append(0, ends[:-1])
@@ -40,8 +40,8 @@ def find_deep_rows(context: Context, tokens: np.ndarray, criterion: DeepRows) ->
         if is_name or _SPELLED.search(word[0]):
             first = np.searchsorted(ends, word.start(), side="right")
             end = word.start() + len(word[0].rstrip(b".:!?"))
-            found[first : np.searchsorted(starts, end)] = True
-    return found
+            is_deep[first : np.searchsorted(starts, end)] = True
+    return is_deep
 
 
 def _is_name(text: bytes, word: re.Match[bytes]) -> bool:

@@ -132,8 +132,8 @@ def _follows_a_move(sources: NDArray[np.int32]) -> NDArray[np.bool_]:
     rows = np.arange(len(sources))
     is_change = np.diff(sources, prepend=-1) != 1
     n_since_change = rows - np.maximum.accumulate(np.where(is_change, rows, -_REDONE))
-    found: NDArray[np.bool_] = (sources >= 0) & (sources != rows) & (n_since_change < _REDONE)
-    return found
+    is_moved: NDArray[np.bool_] = (sources >= 0) & (sources != rows) & (n_since_change < _REDONE)
+    return is_moved
 
 
 def _n_last_redone(sources: NDArray[np.int32]) -> int:

@@ -102,7 +102,7 @@ def append(
     if prompt.images and prompt.text_from == len(prompt):
         raise PopError("the prompt ends with an image", "add a question after the image")
     n_at_once = min(cache.context.n_batch, cache.context.n_ubatch)
-    n = max((each.n_rows for each in prompt.images.values() if each.is_mutual), default=0)
+    n = max((image.n_rows for image in prompt.images.values() if image.is_mutual), default=0)
     if n > n_at_once:
         raise PopError(
             f"the image's {n} tokens must fit in one ubatch, but a ubatch holds only {n_at_once}",

@@ -127,9 +127,9 @@ class Prompter:
         """
         if self.has_template:
             with suppress(ValueError):
-                shown = self.template.render([{"role": "user", "content": _PROBE}])
-                before, found, _ = shown.partition(_PROBE)
-                return before if found else ""
+                text = self.template.render([{"role": "user", "content": _PROBE}])
+                before, probe, _ = text.partition(_PROBE)
+                return before if probe else ""
         return ""
 
     def count_picture(self, picture: Picture) -> int:
@@ -147,19 +147,19 @@ class Prompter:
         return self._vision.open(self.context.model, self.context.settings.n_threads_batch)
 
     def _with_pictures(
-        self, text: str, marks: Mapping[str, str], shown: Mapping[str, TokenizedPicture]
+        self, text: str, marks: Mapping[str, str], pictures: Mapping[str, TokenizedPicture]
     ) -> tuple[list[int], dict[int, ImageChunk]]:
         """Return the tokens and images of a rendered prompt that has one placeholder per image."""
-        pieces = re.split(f"([{''.join(shown)}])", text) if shown else [text]
-        if pieces[1::2] != list(shown):
+        pieces = re.split(f"([{''.join(pictures)}])", text) if pictures else [text]
+        if pieces[1::2] != list(pictures):
             raise PopError("the chat template omits images", "send one image at a time")
         tokens: list[int] = []
         images: dict[int, ImageChunk] = {}
         for piece in pieces:
-            if piece in shown:
-                found = shown[piece].images
-                images |= {len(tokens) + offset: image for offset, image in found.items()}
-                tokens += shown[piece].tokens
+            if piece in pictures:
+                chunks = pictures[piece].images
+                images |= {len(tokens) + offset: image for offset, image in chunks.items()}
+                tokens += pictures[piece].tokens
             elif piece and marks:
                 tokens += self._special.tokens(piece, dict(marks))
             elif piece:
@@ -208,7 +208,7 @@ def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Pic
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
     """Move system messages to the start of the next user message, as llama.cpp's chat.cpp does."""
-    found: list[Message] = []
+    kept: list[Message] = []
     held: Message | None = None
     for message in messages:
         if held is not None and message.role != "assistant":
@@ -220,5 +220,5 @@ def _without_system(messages: Sequence[Message]) -> list[Message]:
         if message.role == "system":
             held = message
         else:
-            found.append(message)
-    return found if held is None else [*found, replace(held, role="user")]
+            kept.append(message)
+    return kept if held is None else [*kept, replace(held, role="user")]

@@ -21,7 +21,7 @@ class SpecialTokens:
     def spelled(self, tokens: Iterable[int], texts: Sequence[str]) -> list[str]:
         """Return the spellings of special tokens that occur both in `tokens` and in `texts`."""
         special = {self._text(token) for token in set(tokens) if self._is_special(token)}
-        return sorted(each for each in special if any(each in text for text in texts))
+        return sorted(spelling for spelling in special if any(spelling in text for text in texts))
 
     def tokens(self, text: str, marks: dict[str, str]) -> list[int]:
         """Replace each placeholder in a prompt with its plain text, and tokenize the result.
@@ -29,14 +29,14 @@ class SpecialTokens:
         As in llama.cpp, text between two special tokens is tokenized as one piece.
         """
         restored = str.maketrans(marks)
-        found: list[int] = []
+        all_tokens: list[int] = []
         at, is_stripped = 0, False
 
         def add(end: int, until_text: bool) -> None:
             part = text[at:end]
             part = part.lstrip(_SPACES) if is_stripped else part
             part = part.rstrip(_SPACES) if until_text else part
-            found.extend(
+            all_tokens.extend(
                 self._context.vocabulary.tokenize(part.translate(restored)) if part else ()
             )
 
@@ -47,11 +47,11 @@ class SpecialTokens:
                 continue
             attributes = self._attributes(token)
             add(start, bool(attributes & self._api.LLAMA_TOKEN_ATTR_LSTRIP))
-            found.append(token)
+            all_tokens.append(token)
             at = start + len(special)
             is_stripped = bool(attributes & self._api.LLAMA_TOKEN_ATTR_RSTRIP)
         add(len(text), False)
-        return found
+        return all_tokens
 
     def _attributes(self, token: int) -> int:
         return int(self._api.llama_vocab_get_attr(self._context.vocabulary.pointer, token))

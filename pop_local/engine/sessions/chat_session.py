@@ -271,10 +271,10 @@ def _session_path(path: str | os.PathLike[str]) -> Path:
     return given.with_name(given.name.removesuffix(SUFFIX) + SUFFIX)
 
 
-def _documents(given: Sequence[str | Document]) -> tuple[Document, ...]:
-    if isinstance(given, str):  # a sequence of characters
+def _documents(documents: Sequence[str | Document]) -> tuple[Document, ...]:
+    if isinstance(documents, str):  # a sequence of characters
         raise PopError("documents must be a list, not a string", "use documents=[text]")
-    return tuple(each if isinstance(each, Document) else Document("a text", each) for each in given)
+    return tuple(Document("a text", text) if isinstance(text, str) else text for text in documents)
 
 
 def _pictures(given: Sequence[GivenImage]) -> tuple[Picture, ...]:

@@ -67,16 +67,16 @@ def render(
         "parallel": several,
         "tool_choice": "auto",
     }
-    made = _chat.call("render", request)
-    grammar, form = made["grammar"], made["format"]
+    rendered = _chat.call("render", request)
+    grammar, form = rendered["grammar"], rendered["format"]
     if not grammar:  # without triggers, `auto` has no grammar
         grammar = _chat.call("render", {**request, "tool_choice": "required"})["grammar"]
         grammar = grammar and _with_root(grammar, "tool-call")
     elif _SEVERAL in grammar:  # this root also matches white space alone
         grammar = _with_root(grammar, "tool-call (space tool-call)*" if several else "tool-call")
     form = {**form, "key": sha256(repr(form).encode()).hexdigest()}
-    made |= {"grammar": grammar, "format": form}
-    return Rendered(**{each.name: made[each.name] for each in fields(Rendered)})
+    rendered |= {"grammar": grammar, "format": form}
+    return Rendered(**{field.name: rendered[field.name] for field in fields(Rendered)})
 
 
 def _with_root(grammar: str, rule: str) -> str:
@@ -91,10 +91,10 @@ def parse(form: dict[str, Any], text: str, *, partial: bool) -> Parsed:
     """
     request = {"key": form["key"], "text": text, "partial": partial}
     try:
-        read = _chat.call("parse", request)
+        parsed = _chat.call("parse", request)
     except ValueError as error:
         if str(error) != _UNKNOWN:
             raise
-        read = _chat.call("parse", {**request, "format": form})
-    calls = tuple((call["name"], call["arguments"]) for call in read["calls"])
-    return Parsed(read["content"], read["reasoning"], calls)
+        parsed = _chat.call("parse", {**request, "format": form})
+    calls = tuple((call["name"], call["arguments"]) for call in parsed["calls"])
+    return Parsed(parsed["content"], parsed["reasoning"], calls)

@@ -61,27 +61,27 @@ class _Native:
         self._prompter, self._messages, self._tools = prompter, _numbered(messages), tools
         self._rendered: Rendered | None = None
         with suppress(ValueError):  # the template may accept calls as plain text
-            self._rendered = self._render([each.content for each in messages], str)
+            self._rendered = self._render([message.content for message in messages], str)
 
     @property
     def is_known(self) -> bool:
         """Return True if the template renders tools and llama.cpp provides a grammar for calls."""
-        made, tools = self._rendered, self._tools.all
-        if made is None or not made.takes_tools:
+        rendered, tools = self._rendered, self._tools.all
+        if rendered is None or not rendered.takes_tools:
             return False
         # A tool's rule must not replace one of llama.cpp's rules.
         is_clear = all(f"tool-{tool.rule}" not in _RESERVED_RULES for tool in tools)
-        return not tools or (bool(made.grammar) and is_clear)
+        return not tools or (bool(rendered.grammar) and is_clear)
 
     def prompt(self) -> Prompt:
         """Render the conversation, treating special tokens in its strings as plain text."""
         others = _texts([_calls(message) for message in self._messages])
         others += _texts([tool.openai for tool in self._tools.all])
-        made = self._prompter.render(
+        prompt = self._prompter.render(
             self._messages, others, lambda *arguments: self._render(*arguments).prompt
         )
         assert self._rendered is not None
-        return replace(made, stops=(*made.stops, *self._rendered.stops))
+        return replace(prompt, stops=(*prompt.stops, *self._rendered.stops))
 
     def _render(
         self, contents: list[str], marked: Callable[[str], str], only: Sequence[Tool] = ()
@@ -98,33 +98,41 @@ class _Native:
 
     def form(self, rules: dict[str, JsonRule], answer: JsonRule | None) -> CallForm:
         """Return the call format. `answer`: the rule for answers with no call (None: any text)."""
-        tools, made = self._tools, self._rendered
-        assert made is not None
+        tools, rendered = self._tools, self._rendered
+        assert rendered is not None
         if tools.callable_ != tools.all:
-            contents = [each.content for each in self._messages]
-            made = self._render(contents, str, tools.callable_)
+            contents = [message.content for message in self._messages]
+            rendered = self._render(contents, str, tools.callable_)
         instead = {f"tool-{tool.rule}-schema": rules[tool.name] for tool in tools.callable_}
-        thinks = tools.must_call and made.prompt.rstrip().endswith(THINK)
-        gbnf = _ROOT.sub(r"root ::= [ \\n]{0,4} (\1)", made.grammar) if thinks else made.grammar
+        thinks = tools.must_call and rendered.prompt.rstrip().endswith(THINK)
+        gbnf = (
+            _ROOT.sub(r"root ::= [ \\n]{0,4} (\1)", rendered.grammar)
+            if thinks
+            else rendered.grammar
+        )
         if answer is not None:
             gbnf = _ROOT.sub(rf"root ::= (\1) | {_ANSWER}", gbnf) + f'\n{_ANSWER} ::= ""'
             instead[_ANSWER] = answer
         grammar = Grammar.of_gbnf(gbnf, instead)
-        shown = frozenset(self._shown(made))
+        special_tokens = frozenset(self._shown(rendered))
         if answer is not None:
             triggers: tuple[Trigger, ...] = ()
         elif not tools.must_call:
-            triggers = tuple(Trigger(_pattern(each), {"": grammar}) for each in made.triggers)
+            triggers = tuple(
+                Trigger(_pattern(trigger), {"": grammar}) for trigger in rendered.triggers
+            )
             triggers += (_in_json(tools, rules),)
         else:
             triggers = (Trigger(_THOUGHT, {"": grammar}),) if thinks else ()
-        return CallForm(tools.callable_, tools.must_call, triggers, grammar, shown, made.format)
+        return CallForm(
+            tools.callable_, tools.must_call, triggers, grammar, special_tokens, rendered.format
+        )
 
-    def _shown(self, made: Rendered) -> Iterator[int]:
+    def _shown(self, rendered: Rendered) -> Iterator[int]:
         """Yield the format's special tokens, except visible tokens and end tokens."""
         context = self._prompter.context
         pieces = Pieces(context.vocabulary)
-        for text in made.shown:
+        for text in rendered.shown:
             for token in context.vocabulary.tokenize(text, special=True):
                 if not pieces[token] and not context.vocabulary.is_end(token):
                     yield token
@@ -154,8 +162,8 @@ def _in_json(tools: Tools, rules: dict[str, JsonRule]) -> Trigger:
 def _pattern(trigger: dict[str, str]) -> re.Pattern[str]:
     """Convert a common_grammar_trigger from llama.cpp to a pattern with a group."""
     value, is_pattern = trigger["value"], trigger["type"].startswith("pattern")
-    found = re.compile(value if is_pattern else re.escape(value))
-    return found if found.groups else re.compile(f"({found.pattern})")
+    pattern = re.compile(value if is_pattern else re.escape(value))
+    return pattern if pattern.groups else re.compile(f"({pattern.pattern})")
 
 
 def _numbered(messages: Sequence[Message]) -> list[Message]:
@@ -163,7 +171,7 @@ def _numbered(messages: Sequence[Message]) -> list[Message]:
 
     Ollama clients send results without IDs. Each one is assigned to the first unanswered call.
     """
-    found: list[Message] = []
+    numbered: list[Message] = []
     open_: dict[str, str] = {}
     n_calls = 0
     for message in messages:
@@ -177,8 +185,8 @@ def _numbered(messages: Sequence[Message]) -> list[Message]:
         if message.role == "tool":
             call_id = answered if answered in open_ else next(iter(open_), answered)
             answered = open_.pop(call_id, call_id)
-        found.append(replace(message, calls=tuple(calls), call_id=answered))
-    return found
+        numbered.append(replace(message, calls=tuple(calls), call_id=answered))
+    return numbered
 
 
 def _calls(message: Message) -> dict[str, Any]:
@@ -201,11 +209,11 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {change(name): _mapped(each, change) for name, each in value.items()}
-    return [_mapped(each, change) for each in value] if isinstance(value, list) else value
+        return {change(name): _mapped(item, change) for name, item in value.items()}
+    return [_mapped(item, change) for item in value] if isinstance(value, list) else value
 
 
 def _texts(value: Any) -> list[str]:
-    found: list[str] = []
-    _mapped(value, lambda text: found.append(text) or text)  # type: ignore[func-returns-value]
-    return found
+    texts: list[str] = []
+    _mapped(value, lambda text: texts.append(text) or text)  # type: ignore[func-returns-value]
+    return texts

@@ -52,29 +52,29 @@ class CallReader:
 
     def _parsed(self, *, partial: bool) -> Parsed:
         """Parse the text so far. If llama.cpp finds no calls, search for plain-text calls."""
-        found: Parsed | None = None
+        parsed: Parsed | None = None
         if self._native is not None:
             try:
-                found = native.parse(self._native, self._text, partial=partial)
+                parsed = native.parse(self._native, self._text, partial=partial)
             except ValueError:
-                found = self._last if partial else None
+                parsed = self._last if partial else None
             except PopError:  # beyond the limits, for example with thousands of brackets
                 self._native = None
-        if found is None or not found.calls:
+        if parsed is None or not parsed.calls:
             names = [tool.name for tool in self._form.tools]
             as_text = text_form.parse(self._text, names, partial=partial)
-            found = as_text if found is None or as_text.calls else found
-        is_lost = not (partial or found.calls or found.reasoning)
-        if is_lost and self._text.startswith(found.content):  # llama.cpp dropped an incomplete tag
-            found = Parsed(self._text)
-        if not (partial or found.calls):
-            calls, self.no_call = last_calls(found.content, self._form.tools)
-            found = replace(found, calls=calls)
-        return found
+            parsed = as_text if parsed is None or as_text.calls else parsed
+        is_lost = not (partial or parsed.calls or parsed.reasoning)
+        if is_lost and self._text.startswith(parsed.content):  # llama.cpp dropped an incomplete tag
+            parsed = Parsed(self._text)
+        if not (partial or parsed.calls):
+            calls, self.no_call = last_calls(parsed.content, self._form.tools)
+            parsed = replace(parsed, calls=calls)
+        return parsed
 
     def _added(self, now: Parsed) -> list[Piece]:
         last, self._last = self._last, now
-        found = [
+        pieces = [
             Piece(reasoning=_more(last.reasoning, now.reasoning)),
             Piece(content=_more(last.content, now.content)),
         ]
@@ -82,11 +82,11 @@ class CallReader:
             if index >= self.n_calls:
                 self.n_calls += 1
                 call = ToolCall("".join(secrets.choice(_LETTERS) for _ in range(9)), name, "")
-                found.append(Piece(call=call, index=index))
+                pieces.append(Piece(call=call, index=index))
             before = last.calls[index][1] if index < len(last.calls) else ""
             if more := _more(before, arguments):
-                found.append(Piece(call=ToolCall("", "", more), index=index))
-        return [piece for piece in found if piece != Piece()]
+                pieces.append(Piece(call=ToolCall("", "", more), index=index))
+        return [piece for piece in pieces if piece != Piece()]
 
 
 def calls_of(pieces: Iterable[Piece]) -> list[ToolCall]:

@@ -39,16 +39,16 @@ _BEGUN = re.compile(
 def with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
     """Convert tools, calls, and results to plain text, which any template can render."""
     listed = "\n".join(json.dumps(tool.openai["function"], ensure_ascii=False) for tool in tools)
-    found: list[Message] = []
+    output: list[Message] = []
     for message in messages:
         content = message.content
         if message.role == "tool":
             result = f"<tool_response>\n{content}\n</tool_response>"
-            last = found[-1] if found else None
+            last = output[-1] if output else None
             if last is not None and last.call_id:
-                found[-1] = replace(last, content=f"{last.content}\n{result}")
+                output[-1] = replace(last, content=f"{last.content}\n{result}")
             else:
-                found.append(Message("user", result, message.pictures, call_id=message.call_id))
+                output.append(Message("user", result, message.pictures, call_id=message.call_id))
         else:
             calls = (
                 f'{_CALL}\n{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}\n'
@@ -56,13 +56,13 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Messa
                 for call in message.calls
             )
             text = "\n".join([content] * bool(content) + [*calls])
-            found.append(replace(message, content=text, calls=()))
+            output.append(replace(message, content=text, calls=()))
     if not tools:
-        return found
+        return output
     system = _SYSTEM_PROMPT.format(tools=listed)
-    if found and found[0].role == "system":
-        return [replace(found[0], content=f"{found[0].content}\n\n{system}"), *found[1:]]
-    return [Message("system", system), *found]
+    if output and output[0].role == "system":
+        return [replace(output[0], content=f"{output[0].content}\n\n{system}"), *output[1:]]
+    return [Message("system", system), *output]
 
 
 def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:

@@ -28,9 +28,9 @@ class Tool:
     @property
     def schema(self) -> dict[str, Any]:
         """Return the arguments' schema, with `additionalProperties` set to false by default."""
-        given = self.parameters or _NO_ARGUMENTS
-        is_plain = "properties" in given and not given.keys() & _COMBINED
-        return {"additionalProperties": False, **given} if is_plain else given
+        parameters = self.parameters or _NO_ARGUMENTS
+        is_plain = "properties" in parameters and not parameters.keys() & _COMBINED
+        return {"additionalProperties": False, **parameters} if is_plain else parameters
 
     @property
     def openai(self) -> dict[str, Any]:
