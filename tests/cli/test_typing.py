@@ -87,14 +87,6 @@ def test_several_lines(terminal):
     terminal.line("")
     terminal.expect("7 characters in 2 lines: one")
     terminal.expect_prompt()
-    for line in ('"""three', "/four", 'five"""'):
-        terminal.line(line)
-    terminal.expect("16 characters in 3 lines: three")
-    terminal.expect_prompt()
-    terminal.line('/system """Be brief.')
-    terminal.line('Be kind."""')
-    terminal.expect("System prompt set")
-    terminal.expect_prompt()
 
 
 def test_a_long_line_is_wrapped_without_marks(history):

@@ -44,7 +44,7 @@ class EchoModel(ScriptedModel):
 def main(history: str) -> None:
     chat = scripted_chat(EchoModel(n_ctx=1_000_000), Screen())
     words = {name: command.words for name, command in COMMANDS.items()}
-    converse(chat, line_reader(Path(history), words, str))
+    converse(chat, line_reader(Path(history), words))
 
 
 if __name__ == "__main__":

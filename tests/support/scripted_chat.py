@@ -171,10 +171,10 @@ class Transcript(Screen):
     def error(self, error: PopError) -> None:
         self.shown += f"! {error.message}; {hint_of(error)}\n"
 
-    def choose(self, question: str, choices: Mapping[str, str], enter: str = "") -> str | None:
+    def choose(self, question: str, choices: Mapping[str, str]) -> str | None:
         self.shown += f"? {question}\n"
         self.shown += "".join(f"?   {key}  {words}\n" for key, words in choices.items())
-        return (self.read_line() or enter or None) if self.lines else None
+        return self.read_line() if self.lines else None
 
     @contextmanager
     def reading(self) -> Iterator[Any]:

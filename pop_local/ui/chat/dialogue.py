@@ -1,6 +1,5 @@
 """A chat in the terminal: the conversation, its model, attachments, and streamed answers."""
 
-import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -9,7 +8,6 @@ from typing import Any
 
 from pop_base.errors import PopError
 from pop_local.engine.answer import ContextFullError
-from pop_local.engine.chat_messages import TurnStats
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
@@ -19,12 +17,6 @@ from pop_local.ui.chat.overflow import answer_reserve, ask_for_room
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.ctrl_c import CtrlC, deferred_interrupt
 from pop_local.ui.views.stats import stats_line
-
-WARN_SHARE = 0.8
-# Strings that must be exact: four or more characters with a digit, e-mail addresses, paths.
-_EXACT_STRING = re.compile(r"\d[\w.,:/-]{3,}|\w{3,}\d|\w@\w|/\w+/\w")
-_OFFER = "Fast reading may alter numbers, names, and paths. To read prompts in full, type /full on."
-
 
 # Opens a model by name (None: the current model) with a context in tokens (None: the default).
 ModelOpener = Callable[[str | None, int | None], PopModel]
@@ -60,7 +52,6 @@ class Dialogue:
         self.saved_as = ""
         self._open_model = open_model
         self._name: str | None = None
-        self._is_warned = self._is_offered = False
 
     # The model
 
@@ -87,7 +78,6 @@ class Dialogue:
                 opened.engine.sequences[0].states.restore(state)
         before.close()
         self.model.engine.set_refill(self.refill != "off")
-        self._is_warned = False
 
     def enlarge(self, n_ctx: int) -> bool:
         """Reopen the model with a larger context. Return False if the model cannot be reopened."""
@@ -110,7 +100,6 @@ class Dialogue:
         self.documents.clear()
         self.pictures.clear()
         self.saved_as = ""
-        self._is_warned = False
 
     def ask(self, question: str) -> None:
         documents, self.documents = self.documents, []
@@ -137,9 +126,7 @@ class Dialogue:
             self.has_failed = True
         except PopError as error:
             self.fail(error)
-        if self.session.dropped is None:
-            self._warn_when_full()
-        else:
+        if self.session.dropped is not None:
             self.screen.note(
                 "The question and its attachments were dropped. To ask again, type /retry."
             )
@@ -172,22 +159,8 @@ class Dialogue:
         finally:
             if stream.text:
                 self.screen.end_answer()
-        stats = stream.stats
-        if stats is None:
-            return
-        self.screen.note(stats_line(stats))
-        self._offer_full(stream.text, stats)
-
-    def _offer_full(self, answer: str, stats: TurnStats) -> None:
-        """Suggest /full the first time that pruning may have changed exact strings in an answer."""
-        meta = self.model.engine.context.files.meta
-        measured = meta and meta.measured
-        is_lossless = bool(measured and measured.lookups_n and not measured.lookups_lost)
-        settings = self.model.engine.sequences[0].settings
-        is_exact = not settings.boundary or stats.n_exact >= stats.n_prompt
-        if not (is_exact or is_lossless or self._is_offered) and _EXACT_STRING.search(answer):
-            self._is_offered = True
-            self.screen.note(_OFFER)
+        if stream.stats is not None:
+            self.screen.note(stats_line(stream.stats))
 
     def _make_room(self, error: ContextFullError) -> bool:
         n_dropped, n_ctx = ask_for_room(self.screen, self.session, error)
@@ -197,19 +170,6 @@ class Dialogue:
             self.session.forget_oldest(n_dropped)
             self.saved_as = ""
         return n_dropped > 0
-
-    def _warn_when_full(self) -> None:
-        if not self.session.answer_stats:
-            return
-        last, n_ctx = self.session.answer_stats[-1], self.model.engine.context.n_ctx
-        n_used = last.n_prompt + last.n_decoded
-        is_full = n_used >= WARN_SHARE * n_ctx
-        if is_full and not self._is_warned:
-            self.screen.warn(
-                f"The context is {n_used / n_ctx:.0%} full ({n_used:,} of {n_ctx:,} tokens). Type"
-                " /clear or /undo, or restart with a larger context (--ctx N)."
-            )
-        self._is_warned = is_full
 
 
 def pruning_state(model: PopModel) -> str:

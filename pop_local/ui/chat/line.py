@@ -2,7 +2,7 @@
 
 import codecs
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output.defaults import create_output
 from prompt_toolkit.output.plain_text import PlainTextOutput
 from prompt_toolkit.shortcuts import CompleteStyle
-from prompt_toolkit.styles import Style
 from prompt_toolkit.utils import is_dumb_terminal
 
 from pop_base.errors import PopError
@@ -25,11 +24,8 @@ from pop_base.output_file import make_private
 PROMPT = "> "
 CONTINUATION = ". "
 WRAPPED = "  "
-QUOTES = '"""'
 # The history omits longer lines, which are mostly pasted texts.
 _MAX_REMEMBERED = 10_000
-# Update interval of the status below the line.
-_REFRESH_S = 0.5
 PATH_COMMANDS = ("/file", "/image", "/model")
 
 Words = Callable[[], Iterable[str]]
@@ -37,13 +33,10 @@ Words = Callable[[], Iterable[str]]
 LineReader = Callable[[], str]
 
 
-def line_reader(
-    history: Path, commands: Mapping[str, Words], status: Callable[[], str]
-) -> LineReader:
+def line_reader(history: Path, commands: Mapping[str, Words]) -> LineReader:
     """Return a function that reads a line from stdin.
 
-    `commands` maps slash commands to functions that complete their arguments. `status` returns the
-    text to show below the line ("" for no text).
+    `commands` maps slash commands to functions that complete their arguments.
     """
     if not sys.stdin.isatty():
         return piped_line
@@ -57,15 +50,8 @@ def line_reader(
         prompt_continuation=lambda width, line, n_wraps: WRAPPED if n_wraps else CONTINUATION,
         enable_open_in_editor=True,
         key_bindings=_bindings(),
-        refresh_interval=_REFRESH_S,
-        style=Style.from_dict({"bottom-toolbar": "noreverse"}),
     )
-
-    def read() -> str:
-        below = status if status() else None
-        return unquoted(_utf8(session.prompt(PROMPT, bottom_toolbar=below)))
-
-    return read
+    return lambda: _utf8(session.prompt(PROMPT))
 
 
 def piped_line() -> str:
@@ -85,24 +71,6 @@ def _utf8(line: str) -> str:
     return line
 
 
-def chosen_key(keys: Sequence[str], enter: str = "") -> str | None:
-    """Ask the user to choose one of the keys. Return None for Ctrl-C or Ctrl-D.
-
-    For an empty line, return `enter`, or None if `enter` is empty.
-    """
-    session = _session()
-    choices = "/".join(keys) + (f" (Enter: {enter})" if enter else "")
-    question = choices
-    while True:
-        try:
-            typed = session.prompt(f"{question}? ").strip().lower() or enter
-        except (KeyboardInterrupt, EOFError):
-            return None
-        if not typed or typed in keys:
-            return typed or None
-        question = f"Invalid choice. Type {choices}"
-
-
 def _session(**options: Any) -> PromptSession[str]:
     # Prompts must stay visible if stdout is a file.
     stream = sys.stdout if sys.stdout.isatty() else sys.stderr
@@ -112,37 +80,12 @@ def _session(**options: Any) -> PromptSession[str]:
         return PromptSession(**options)
 
 
-def is_open(text: str) -> bool:
-    """Return True if the text contains an unclosed triple-quoted block."""
-    body = _body(text)
-    return body.startswith(QUOTES) and (not body.endswith(QUOTES) or body.count(QUOTES) % 2 == 1)
-
-
-def unquoted(text: str) -> str:
-    body = _body(text)
-    if not body.startswith(QUOTES) or is_open(text):
-        return text
-    head = text[: text.index(QUOTES)]
-    inner = body.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")
-    # A leading slash in a block is text, not a command.
-    return head + inner if head.startswith("/") else " " + inner
-
-
-def _body(text: str) -> str:
-    stripped = text.strip()
-    return stripped.partition(" ")[2].strip() if stripped.startswith("/") else stripped
-
-
 def _bindings() -> KeyBindings:
     bindings = KeyBindings()
 
     @bindings.add("enter")
     def send(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if is_open(buffer.text):
-            buffer.insert_text("\n")
-        else:
-            buffer.validate_and_handle()
+        event.current_buffer.validate_and_handle()
 
     @bindings.add("escape", "enter")
     def new_line(event: KeyPressEvent) -> None:

@@ -47,14 +47,6 @@ def _join(thread: threading.Thread) -> None:
         raise KeyboardInterrupt
 
 
-def status_bar(chat: Dialogue) -> str:
-    """Return the catch-up progress as text, or "" if all cached tokens are exact."""
-    cache = chat.model.engine.sequences[0].cache
-    if cache.n_exact == cache.n_tokens or not status(chat):
-        return ""
-    return f"Catching up: {cache.n_exact:,} of {cache.n_tokens:,} tokens have exact values"
-
-
 def status(chat: Dialogue) -> str:
     """State how many of the conversation's cached tokens are exact.
 

@@ -7,8 +7,8 @@ from pop_base.errors import PopError
 from pop_local.config.settings import state_dir
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader, line_reader
-from pop_local.ui.chat.refill import idling, status_bar
-from pop_local.ui.chat.sessions import Unsaved
+from pop_local.ui.chat.refill import idling
+from pop_local.ui.chat.sessions import Autosave, note_unsaved
 from pop_local.ui.chat.slash import ALIASES, COMMANDS, run_command
 from pop_local.ui.error_output import as_pop_error
 
@@ -18,11 +18,15 @@ LEAVE_HINT = "To quit, type /bye or press Ctrl-D."
 def talk(chat: Dialogue) -> None:
     """Chat until the user quits or the piped input ends."""
     words = {name: command.words for name, command in COMMANDS.items()}
-    with Unsaved(state_dir() / "unsaved") as unsaved:
-        if sys.stdin.isatty():
-            unsaved.offer(chat)
-        read_line = line_reader(state_dir() / "history", words, lambda: status_bar(chat))
-        converse(chat, read_line, unsaved.keep)
+    autosave = Autosave()
+    if sys.stdin.isatty():
+        note_unsaved(chat)
+    try:
+        converse(chat, line_reader(state_dir() / "history", words), autosave.keep)
+    except KeyboardInterrupt:  # the usual end of a chat with piped input
+        autosave.remove()
+        raise
+    autosave.remove()
 
 
 def converse(

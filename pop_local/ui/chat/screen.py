@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TextIO
 
+from rich.prompt import Prompt
+
 from pop_base.errors import PopError
 from pop_local.ui import error_output
-from pop_local.ui.console import note, warn
+from pop_local.ui.console import err, note, warn
 from pop_local.ui.progress_bars import Advance, prefill_progress
 
 # A terminal gets no control characters, which could move the cursor or change colors.
@@ -67,17 +69,18 @@ class Screen:
         """Return True if the input comes from a user who can answer questions."""
         return sys.stdin.isatty()
 
-    def choose(self, question: str, choices: Mapping[str, str], enter: str = "") -> str | None:
+    def choose(self, question: str, choices: Mapping[str, str]) -> str | None:
         """Return the key that the user chooses, or None if the user cannot or does not choose.
 
         `choices` maps keys to descriptions. The last choice must be the one that does nothing. If
-        only one choice exists, the user is not asked. For an empty line, the result is `enter`.
+        only one choice exists, the user is not asked.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:
             return None
         for key, words in choices.items():
             note(f"  {key}  {words}")
-        from pop_local.ui.chat.line import chosen_key
-
-        return chosen_key([*choices], enter)
+        try:
+            return Prompt.ask(console=err, choices=[*choices])
+        except (KeyboardInterrupt, EOFError):
+            return None

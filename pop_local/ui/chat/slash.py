@@ -19,7 +19,6 @@ from pop_local.ui.views.stats import session_lines
 
 HELP_NOTES = (
     "Ctrl-C stops an answer. Alt-Enter starts a new line.",
-    'Inside triple quotes ("""), Enter also starts a new line.',
     "To ask a question that starts with /, type a space before the slash.",
 )
 # Names that Ollama and shells use for these commands.

@@ -53,7 +53,6 @@ def test_rows_are_refilled_while_the_user_types(dialogue):
     assert first_of(dialogue.model).cache.n_exact == n_tokens > 200
     assert first_of(dialogue.model).states.key == FULL
     assert refill.status(dialogue) == f"Cache: {n_tokens} of {n_tokens} tokens have exact values"
-    assert refill.status_bar(dialogue) == ""
 
 
 @pytest.mark.parametrize("pause_s", [0, 0.002, 0.01, 0.03])
@@ -120,12 +119,12 @@ def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(dialogue):
     assert dialogue.screen.shown.count(caught_up) == 2
 
 
-def test_the_status_bar_shows_the_tokens_of_this_conversation(dialogue):
+def test_the_status_counts_the_tokens_of_this_conversation(dialogue):
     dialogue.ask(WORDS)
     n_tokens = first_of(dialogue.model).cache.n_tokens
-    assert refill.status_bar(dialogue) == f"Catching up: 0 of {n_tokens} tokens have exact values"
+    assert refill.status(dialogue) == f"Cache: 0 of {n_tokens} tokens have exact values"
     dialogue.forget()
-    assert refill.status_bar(dialogue) == ""
+    assert refill.status(dialogue) == ""
 
 
 def test_full_off_keeps_a_cache_that_is_exact(chat):

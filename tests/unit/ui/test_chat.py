@@ -1,12 +1,10 @@
 """Test the chat loop by whole transcripts of scripted lines and a scripted model."""
 
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 
 from pop_base.errors import PopError
-from pop_converter.popfile.format import Measured, PopMeta
 from pop_local.engine.chat_messages import Message, TurnStats
 from pop_local.engine.llama.backend import Mode
 from pop_local.ui.chat import dialogue
@@ -216,39 +214,3 @@ def test_refused_line_counts_as_a_failure(line):
 
 def test_interrupt_at_the_prompt_explains_how_to_quit():
     assert talk(ScriptedModel(), KeyboardInterrupt(), "/exit") == [f"# {LEAVE_HINT}", "> /exit"]
-
-
-@pytest.mark.parametrize(
-    ("answer", "n_exact", "lookups", "is_offered"),
-    [
-        ("It is 9f3a77c0.", 217, None, True),
-        ("Write to ann@mail.example.", 217, None, True),
-        ("It costs 1,204.50.", 217, None, True),
-        ("See /var/lib/data.", 217, None, True),
-        ("It is blue, says page 12.", 217, None, False),
-        ("It is 9f3a77c0.", 1200, None, False),
-        ("It is 9f3a77c0.", 217, (200, 1), True),
-        ("It is 9f3a77c0.", 217, (200, 0), False),
-        ("It is 9f3a77c0.", 217, (0, 0), True),
-    ],
-)
-def test_full_is_offered_once_after_an_exact_string(answer, n_exact, lookups, is_offered):
-    stats = replace(STATS, n_exact=n_exact)
-    model = ScriptedModel([answer, stats], [answer, stats])
-    if lookups:
-        figures = Measured(lookups_n=lookups[0], lookups_lost=lookups[1])
-        model.engine.context.files.meta = PopMeta("FS", measured=figures)
-    offers = [line for line in talk(model, "which?", "again?") if "/full on" in line]
-    assert len(offers) == is_offered
-    assert all("may alter numbers" in line for line in offers)
-
-
-def test_full_context_is_reported_once():
-    filling = TurnStats(3200, 0, 3183, 17, 0.5, 0.25, 96, 0.5, "length")
-    transcript = talk(ScriptedModel(["And so", filling], ["on", filling]), "tell", "more")
-    assert transcript[3].endswith("· cut off at the token limit")
-    assert transcript[4] == (
-        "* The context is 80% full (3,296 of 4,096 tokens)."
-        " Type /clear or /undo, or restart with a larger context (--ctx N)."
-    )
-    assert sum(line.startswith("* ") for line in transcript) == 1

@@ -164,22 +164,17 @@ def test_file_goes_with_the_next_question_alone(report):
     assert model.asked[1][-1] == Message("user", "sure?")
 
 
-def test_file_that_is_too_large_is_not_attached(report):
-    # The answer gets 20 tokens (an eighth of the context), the question 64.
-    model = ScriptedModel(["Hm.", STATS], n_ctx=98)
-    model.engine.context.files.n_ctx_train = 98
-    transcript = talk(model, f"/file {report}", "s", "what is it?", sampling={})
-    assert (
-        transcript[2]
-        == "? The attachment is 28 tokens too long (the context has room for 22 tokens)."
-    )
-    assert "# Nothing was attached." in transcript
-    assert model.asked[0][0].content == "what is it?"
+def test_file_that_is_too_large_is_dropped_with_its_question(report):
+    model = ScriptedModel(["Hm.", STATS], n_ctx=40)
+    model.engine.context.files.n_ctx_train = 40
+    transcript = talk(model, f"/file {report}", "what is it?", "x", "and you?", sampling={})
+    assert transcript[4].startswith("? The context is 18 tokens too small: the prompt has 53")
+    assert model.asked[0][0].content == "and you?"
 
 
 def test_larger_context_makes_room_for_a_file(report):
-    model, larger = ScriptedModel(n_ctx=98), ScriptedModel(["Hm.", STATS])
-    transcript = talk(model, f"/file {report}", "l", "what?", sampling={}, others={1024: larger})
+    model, larger = ScriptedModel(n_ctx=40), ScriptedModel(["Hm.", STATS])
+    transcript = talk(model, f"/file {report}", "what?", "l", sampling={}, others={1024: larger})
     assert "?   l  use a larger context (--ctx 1024)" in transcript
     assert "# The context length is now 4,096 tokens." in transcript
     assert len(larger.asked[0][0].content.split()) == 51
