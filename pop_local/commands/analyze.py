@@ -11,7 +11,6 @@ from pop_local.ui.watch import stoppable_watch
 def analyze(
     model: opt.Model,
     *,
-    markdown: opt.Markdown = False,
     json: opt.Json = False,
     processors: opt.HardwareOptions,
 ) -> None:
@@ -20,4 +19,4 @@ def analyze(
 
     with stoppable_watch() as watch:
         analysis = workflow.analyze(model, hardware=processors.hardware, watch=watch)
-    print_json(as_json(analysis)) if json else show(analysis, as_markdown=markdown)
+    print_json(as_json(analysis)) if json else show(analysis)

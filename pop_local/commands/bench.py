@@ -22,7 +22,6 @@ class PromptOptions(Group):
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default="512,1024,2048")
     repeat: int = option("Number of full and fast runs for each prompt length.", min=1, default=5)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
-    markdown: bool = option(opt.MARKDOWN, default=False)
 
 
 @expand_options
@@ -52,7 +51,7 @@ def bench(
         )
     with stoppable_watch() as watch:
         speed = workflow.bench(model, measured.sidecar, options, watch)
-    print_json(speed) if json else show_speed(speed, as_markdown=read.markdown)
+    print_json(speed) if json else show_speed(speed)
     if read.repeat < 2:
         warn("One pair of runs does not show how much the times vary. Set --repeat to at least 3.")
 

@@ -20,7 +20,6 @@ class GreedyOptions(Group):
         "Maximum answer length in tokens.", flag="--max-tokens", min=1, default=256
     )
     mmproj: Path | None = option(opt.MMPROJ, "FILE")
-    markdown: bool = option(opt.MARKDOWN, default=False)
 
 
 @expand_options
@@ -59,6 +58,4 @@ def compare(
             hardware=measured.hardware,
             watch=watch,
         )
-    print_json(comparison_json(comparison)) if json else show_comparison(
-        comparison, as_markdown=how.markdown
-    )
+    print_json(comparison_json(comparison)) if json else show_comparison(comparison)

@@ -63,7 +63,6 @@ class HowOptions(Group):
     )
     sidecar: bool = option("Write a small sidecar file instead of a copy.", default=False)
     dry_run: bool = option("Print the plan without writing anything.", default=False)
-    markdown: bool = option(opt.MARKDOWN, default=False)
     force: bool = option(
         "Replace an existing output file. With --boundary and no quality limit, write"
         " the model even if it can no longer copy from its prompt.",
@@ -191,12 +190,12 @@ def convert(
             done = run_conversion(planned, force=how.force, watch=watch)
     except OverBudgetError as error:
         if not json:
-            view.show_trials(error.trials, as_markdown=how.markdown)
+            view.show_trials(error.trials)
         raise
     if json:
         print_json(view.converted_json(planned, done))
     else:
-        view.show_converted(planned, done, as_markdown=how.markdown)
+        view.show_converted(planned, done)
 
 
 def _goal(quality: QualityName | None, limits: Mapping[str, float], at: Boundary | None) -> Goal:

@@ -1,7 +1,7 @@
 """`pop-local list`: list the local models."""
 
 from pop_base.numbers import size
-from pop_local.commands.shared_options import Json, Markdown
+from pop_local.commands.shared_options import Json
 from pop_local.models.model_files import StoredModel, stock
 from pop_local.models.model_names import load_catalog, models_dirs, not_fetched
 from pop_local.ui.console import note
@@ -22,7 +22,7 @@ def _short_name(model: StoredModel) -> str | None:
     return next((entry.short_name for entry in load_catalog() if entry.file == file), None)
 
 
-def list(json: Json = False, markdown: Markdown = False) -> None:  # noqa: A001
+def list(json: Json = False) -> None:  # noqa: A001
     """List the local models, any problems with them, and the models that you can download by name.
 
     Commands with a MODEL argument accept these names. `chat` and `run` download missing models.
@@ -43,6 +43,6 @@ def list(json: Json = False, markdown: Markdown = False) -> None:  # noqa: A001
     columns = [column for column in _COLUMNS if {*map(column.cell, rows)} - {None, ""}]
     if len({model.name for model in models}) < len(models):
         columns.insert(1, _FOLDER)
-    print_table(columns, rows, as_markdown=markdown)
+    print_table(columns, rows)
     if absent:
         note(f"To download a model, pass its name, for example: pop-local pull {absent[0].name}")

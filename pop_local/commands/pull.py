@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from pop_base.numbers import size
-from pop_local.commands.shared_options import Markdown
 from pop_local.models.model_names import CatalogModel, hub_names, load_catalog, models_dir
 from pop_local.models.sidecars import SHIPPED, SUFFIX
 from pop_local.ui.console import note, say
@@ -41,16 +40,15 @@ def pull(
         typer.Option("--dir", metavar="DIR", help="Target folder (default: the models folder)."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
-    markdown: Markdown = False,
 ) -> None:
     """Download a model, check its hash, and print its path.
 
     After an interruption, the download resumes if the server supports resuming.
     """
     if model is None:
-        print_table(_CATALOG, load_catalog(), as_markdown=markdown)
+        print_table(_CATALOG, load_catalog())
         print_sentence("")
-        print_table(_HUB, [*hub_names().items()], as_markdown=markdown)
+        print_table(_HUB, [*hub_names().items()])
         note("Before downloading a model from the hub, `pull` shows the model's size and license.")
         return
     try:

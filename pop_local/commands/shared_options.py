@@ -33,7 +33,6 @@ _SIDECAR = (
     " your prompts or shipped with pop-local)."
 )
 MMPROJ = "Multimodal projector for images (default: mmproj*.gguf in the model's folder)."
-MARKDOWN = "Print tables as Markdown."
 DEEP_ROWS = "Rule that selects words to run through all layers (default: the file's rule)."
 _MODEL = "A GGUF file, a name listed by `pop-local pull`, or hf:OWNER/REPO"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL}.")]
@@ -47,7 +46,6 @@ Converted = Annotated[
     str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or a model with a sidecar.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-Markdown = Annotated[bool, typer.Option("--markdown", help=MARKDOWN)]
 Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
 System = Annotated[str, typer.Option("--system", metavar="TEXT", help="System prompt.")]
 

@@ -1,4 +1,4 @@
-"""Print tables (as text or Markdown), labeled values, and JSON."""
+"""Print tables, labeled values, and JSON."""
 
 from __future__ import annotations
 
@@ -32,33 +32,25 @@ class Column:
     numeric: bool = False
 
 
-def _texts(columns: Sequence[Column], rows: Sequence[Any]) -> list[list[str]]:
-    cells = [[column.cell(row) for column in columns] for row in rows]
-    return [["" if cell is None else printable(str(cell)) for cell in row] for row in cells]
-
-
 def rich_table(columns: Sequence[Column], rows: Sequence[Any]) -> RichTable:
     drawn = RichTable(
         header_style="title", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
     )
-    body = _texts(columns, rows)
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    texts = [["" if cell is None else printable(str(cell)) for cell in row] for row in cells]
     for i, column in enumerate(columns):
         justify: Literal["left", "right"] = "right" if column.numeric else "left"
         # Numbers are never wrapped. Long names are folded instead of cut, so users can copy them.
-        width = max((len(texts[i]) for texts in body), default=0) if column.numeric else None
+        width = max((len(row[i]) for row in texts), default=0) if column.numeric else None
         drawn.add_column(column.title, justify=justify, overflow="fold", min_width=width)
-    for texts in body:
-        drawn.add_row(*map(Text, texts))
+    for row in texts:
+        drawn.add_row(*map(Text, row))
     return drawn
 
 
-def print_table(
-    columns: Sequence[Column], rows: Sequence[Any], *, as_markdown: bool = False
-) -> None:
+def print_table(columns: Sequence[Column], rows: Sequence[Any]) -> None:
     """Print a table to stdout. In a terminal, the table is no wider than the window."""
-    if as_markdown:
-        out.file.write(markdown(columns, rows) + "\n")
-    elif out.is_terminal:
+    if out.is_terminal:
         out.print(rich_table(columns, rows))
     else:
         wide = Console(file=out.file, width=_UNLIMITED, color_system=None, theme=THEME)
@@ -66,20 +58,6 @@ def print_table(
             wide.print(rich_table(columns, rows))
         lines = captured.get().splitlines()
         out.file.writelines(f"{line.rstrip()}\n" for line in lines)
-
-
-def markdown(columns: Sequence[Column], rows: Sequence[Any]) -> str:
-    """Return a Markdown table with padded cells."""
-    head = [column.title for column in columns]
-    body = [[text.replace("|", "\\|") for text in texts] for texts in _texts(columns, rows)]
-    widths = [max(3, *(len(row[i]) for row in [head, *body])) for i in range(len(head))]
-    rules = [
-        "-" * (width - 1) + ":" if column.numeric else "-" * width
-        for column, width in zip(columns, widths, strict=True)
-    ]
-    sides = [">" if column.numeric else "<" for column in columns]
-    line = "| " + " | ".join(f"{{:{s}{w}}}" for s, w in zip(sides, widths, strict=True)) + " |"
-    return "\n".join(line.format(*row) for row in [head, rules, *body])
 
 
 def print_json(value: Any) -> None:

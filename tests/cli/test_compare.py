@@ -63,7 +63,7 @@ def test_both_answers_are_compared(pop_file, mine):
 
 
 def test_a_table_shows_what_differs(pop_file, mine):
-    done = answered(pop_file, mine, "--markdown")
+    done = answered(pop_file, mine)
     assert done.exit_code == 0, done.stderr
     assert done.stdout.endswith(" Use --full to avoid any loss.\n")
     facts = " ".join(done.stdout.split())
@@ -75,9 +75,9 @@ def test_a_table_shows_what_differs(pop_file, mine):
     assert "Read in full 2 of 3 prompts. Short or mostly cached prompts" in facts
     assert re.search(r"fast reading: [\d.]+ s \(\d+\.\d\dx\)\. Each prompt was timed once\.", facts)
     report = compared(pop_file, mine)
-    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    table = done.stdout.partition("\n\n")[0].splitlines()
     assert report["n_same"] < 3
-    assert len(rows) == 2 + 3 - report["n_same"]
+    assert len(table) == 2 + 3 - report["n_same"]
 
 
 def test_prompts_that_do_not_fit_are_named(pop_file, mine):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -61,18 +62,19 @@ def pop_local(*arguments: str) -> Result:
 
 
 def rows(output: str) -> list[list[str]]:
-    lines = [line for line in output.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    """Split a table's lines into cells, without the line below the titles and empty cells."""
+    return [re.split(r" {2,}", line.strip()) for line in output.splitlines() if "──" not in line]
 
 
 def test_the_folder_is_shown_with_damaged_files(store):
-    done = pop_local("list", "--markdown")
+    done = pop_local("list")
     assert done.exit_code == 0
-    head, _, *body = rows(done.stdout)
+    head, *body = rows(done.stdout)
     assert head == ["Model", "Size", "Fast reading", "Problem"]
-    shown = {row[0]: row[2] for row in body if not row[3]}
-    assert shown == {"parted": "", "Tiny.Q8_0": "", "Tiny.Q8_0.pop": "yes"}
-    problems = {row[0]: row[3] for row in body if row[3] and row[3] != "not downloaded"}
+    cells = {row[0]: row[2:] for row in body if row[-1] != "not downloaded"}
+    usable = {name: cells.pop(name) for name in ("parted", "Tiny.Q8_0", "Tiny.Q8_0.pop")}
+    assert usable == {"parted": [], "Tiny.Q8_0": [], "Tiny.Q8_0.pop": ["yes"]}
+    problems = {name: problem for name, (problem,) in cells.items()}
     assert list(problems) == ["cut", "new.gguf.partial", "page"]
     assert problems["cut"].startswith("is truncated")
     assert "download is incomplete" in problems["new.gguf.partial"]
@@ -97,11 +99,11 @@ def test_a_pipe_is_a_problem_and_is_not_read(store):
 def test_the_catalogs_models_are_shown_that_are_not_here(store):
     (store / models.find("gemma3").file).touch()
     absent = ["smollm2", "qwen-0.5b", "qwen-1.5b"]
-    body = [row for row in rows(pop_local("list", "--markdown").stdout) if "not downloaded" in row]
+    table = rows(pop_local("list").stdout)
+    body = [row for row in table if "not downloaded" in row]
     assert [row[0] for row in body] == absent
-    assert body[0][2] == "98.4 MB"
-    names = [row[0] for row in rows(pop_local("list", "--markdown").stdout)]
-    assert "gemma-3-270m.Q4_K_M" in names
+    assert body[0][-2:] == ["98.4 MB", "not downloaded"]
+    assert "gemma-3-270m.Q4_K_M" in [row[0] for row in table]
     report = json.loads(pop_local("list", "--json").stdout)["not_fetched"]
     assert [model["name"] for model in report] == absent
     assert report[0]["size_bytes"] == models.find("smollm2").size_bytes
@@ -113,7 +115,7 @@ def test_the_folder_is_shown_if_two_models_are_alike(tmp_path, monkeypatch):
         folder.mkdir()
         make_gguf(folder / "same.gguf", "llama")
     monkeypatch.setattr("pop_local.commands.list.models_dirs", lambda: folders)
-    head, _, *body = rows(pop_local("list", "--markdown").stdout)
+    head, *body = rows(pop_local("list").stdout)
     assert head[1] == "Folder"
     assert [row[1] for row in body[:2]] == [str(folder) for folder in folders]
 
@@ -184,9 +186,9 @@ def test_an_empty_folder_suggests_a_command(tmp_path, monkeypatch, exists):
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path / "none"))
     if exists:
         (tmp_path / "none").mkdir()
-    done = pop_local("list", "--markdown")
+    done = pop_local("list")
     assert done.exit_code == 0
-    assert {row[-1] for row in rows(done.stdout)[2:]} == {"not downloaded"}
+    assert {row[-1] for row in rows(done.stdout)[1:]} == {"not downloaded"}
     assert "pop-local pull" in done.stderr
     assert json.loads(pop_local("list", "--json").stdout)["models"] == []
 

@@ -39,9 +39,9 @@ def _depth_json(depth: DepthCost) -> dict[str, Any]:
     }
 
 
-def show(analysis: Analysis, *, as_markdown: bool = False) -> None:
+def show(analysis: Analysis) -> None:
     layers = sorted(depth.boundary for depth in analysis.depths)
-    print_table([*_columns(analysis)], layers, as_markdown=as_markdown)
+    print_table([*_columns(analysis)], layers)
     print_sentence("")
     if (calibration := analysis.calibration) is not None:
         print_facts([("Fitted on", f"{calibration.name}: {calibration.n_tokens:,} tokens")])

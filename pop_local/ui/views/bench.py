@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pop_local.workflows.bench import Speed
 
 
-def show_speed(speed: Speed, *, as_markdown: bool = False) -> None:
+def show_speed(speed: Speed) -> None:
     layers = f"{speed.boundary} to {speed.n_layer - 1} of {speed.n_layer}"
     layers += ", exactly" if speed.is_exact else ""
     print_sentence(f"{speed.model}: prompt tokens skip layers {layers}")
@@ -20,7 +20,7 @@ def show_speed(speed: Speed, *, as_markdown: bool = False) -> None:
         kernels = f"{speed.kernels}, compared with llama.cpp's ({speed.upstream})"
         print_sentence(f"Prompt kernels: {kernels}")
     print_sentence("")
-    print_table([*_columns(speed)], speed.rows, as_markdown=as_markdown)
+    print_table([*_columns(speed)], speed.rows)
     print_sentence("")
     print_sentence(speed.rows[-1].in_words)
 

@@ -17,9 +17,9 @@ _N_SHOWN = 60
 _N_SHARED = 15
 
 
-def show_comparison(comparison: Comparison, *, as_markdown: bool = False) -> None:
+def show_comparison(comparison: Comparison) -> None:
     if comparison.different:
-        print_table(_COLUMNS, comparison.different, as_markdown=as_markdown)
+        print_table(_COLUMNS, comparison.different)
         print_sentence("")
     n = len(comparison.answers)
     facts: list[Fact] = [

@@ -55,8 +55,8 @@ def budget_fact(budget: Budget) -> Fact:
     return "Budget", f"{budget.quality} allows {limits_in_words(budget)}"
 
 
-def show_trials(trials: Sequence[Trial], *, as_markdown: bool = False) -> None:
-    print_table(_COLUMNS, trials, as_markdown=as_markdown)
+def show_trials(trials: Sequence[Trial]) -> None:
+    print_table(_COLUMNS, trials)
     out.file.write("\n")
 
 
@@ -98,9 +98,9 @@ def _planned_facts(conversion: Conversion) -> list[Fact]:
     return [*_facts(conversion, plan, layers, where, output, limit), *fits]
 
 
-def show_converted(conversion: Conversion, done: Converted, *, as_markdown: bool = False) -> None:
+def show_converted(conversion: Conversion, done: Converted) -> None:
     if done.trials:
-        show_trials(done.trials, as_markdown=as_markdown)
+        show_trials(done.trials)
     planned = _planned_facts(conversion)
     new = [fact for fact in _plan_facts(conversion, done.plan, done.sizes) if fact not in planned]
     print_facts([*new, *measured_facts(done.meta), ("Written", str(done.path))])

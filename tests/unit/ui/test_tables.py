@@ -9,21 +9,12 @@ import pytest
 
 from pop_base.numbers import size
 from pop_local.ui import console, tables
-from pop_local.ui.tables import Column, markdown, print_facts, print_json
+from pop_local.ui.tables import Column, print_facts, print_json
 
 SPEEDS = (
     (Column("Name", itemgetter(0)), Column("Speedup", lambda row: f"{row[1]:.2f}x", numeric=True)),
     (("a|b", 1.4142), ("longer name", 12.0)),
 )
-
-
-def test_markdown_is_aligned_and_escaped():
-    assert markdown(*SPEEDS).splitlines() == [
-        "| Name        | Speedup |",
-        "| ----------- | ------: |",
-        "| a\\|b        |   1.41x |",
-        "| longer name |  12.00x |",
-    ]
 
 
 def test_json_takes_dataclasses_and_paths(capsys):
@@ -74,7 +65,6 @@ HARMLESS = r"\x1b]0;owned\x07a\nb\u202e\udcff é語"
 
 def test_terminal_control_characters_are_escaped(monkeypatch, capsys):
     table = ((Column("Name", itemgetter(0)),), ((NASTY,),))
-    assert HARMLESS in markdown(*table)
     for is_terminal in (False, True):
         monkeypatch.setattr(console.out, "_force_terminal", is_terminal)
         print_facts([("Name", NASTY)])
