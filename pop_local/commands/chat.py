@@ -4,7 +4,7 @@ import socket
 import sys
 import threading
 import webbrowser
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Annotated
 
 import typer
@@ -24,10 +24,13 @@ from pop_local.ui.error_output import EXIT_FAILED
 _PORT = 8081
 
 
-def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) -> None:
-    no_effect = asked & {"system", *(field.name for field in fields(opt.SamplingOptions))}
-    if no_effect:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(no_effect))
+def _in_browser(call: typer.Context, model: str | None, opened: opt.ModelOptions) -> None:
+    names = ("system", *(field.name for field in fields(opt.SamplingOptions)))
+    sources = {name: call.get_parameter_source(name) for name in names}
+    # Settings also supply values, which the page ignores.
+    typed = [name for name in names if (source := sources[name]) and source.name == "COMMANDLINE"]
+    if typed:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
         raise typer.BadParameter(f"the web page does not support {flags}", param_hint="--web")
 
     def show(root: str) -> None:
@@ -40,7 +43,7 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
     except OSError:
         note(f"Port {port} is in use. The page uses another port and does not show earlier chats.")
         port = 0
-    serve_named(model, ServerOptions(port=port), opened, asked, show)
+    serve_named(model, ServerOptions(port=port), opened, show)
 
 
 @expand_options
@@ -59,26 +62,24 @@ def chat(
 
     In the chat, /help lists the commands. If you pipe text to `chat`, each line is one question.
     """
-    asked = opt.given_names(call)
     if web:
-        _in_browser(model, opened, asked)
+        _in_browser(call, model, opened)
         return
-    screen = Screen()
     # A pipe delivers its next line immediately, without idle time.
-    if not sys.stdin.isatty() and opened.refill == "idle":
-        opened = opening.without_refill(opened, "a chat with piped input is never idle", asked)
+    if not sys.stdin.isatty():
+        opened = replace(opened, refill="off")
     prompts = opening.open_prompt_cache(opened)
     name = model or opening.default_model()
-    open_named = opening.Opener(name, opened, asked, prompt_cache=prompts)
+    open_named = opening.Opener(name, opened, prompt_cache=prompts)
     begun = Dialogue(
         open_named(),
         open_named,
-        screen,
+        Screen(),
         system=system,
         sampling=sampling.given,
         refill=opened.refill,
     )
-    warn_of_base_model(screen, begun.model)
+    warn_of_base_model(begun.screen, begun.model)
     if sys.stdin.isatty():
         engine = begun.model.engine
         note(pruning_state(begun.model))

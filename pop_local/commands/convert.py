@@ -1,6 +1,5 @@
 """`pop-local convert IN.gguf [OUT.gguf]`: write a prunable copy of a model."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,10 +170,6 @@ def convert(
             "Fast reading already works with this model: pop-local ships the sidecar"
             f" {sidecar.name}."
         )
-        if not how.dry_run and not sys.stdin.isatty():
-            note("Converting the model with the given options.")
-        elif not how.dry_run and not typer.confirm("Convert it again anyway?", err=True):
-            raise typer.Exit
     # A dry run writes nothing, so an existing output is not an error.
     force = how.force or how.dry_run
     check_target(planned.path, planned.target, planned.sizes, force=force)

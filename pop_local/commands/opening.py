@@ -1,9 +1,7 @@
 """Open models for commands and chats."""
 
-import os
-from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -35,24 +33,15 @@ def warn_if_busy(n_threads: int | None) -> None:
         warn(f"Other programs are using {n_busy:.1f} CPUs, so the times are unreliable.")
 
 
-def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> ModelOptions:
-    """Turn refilling off. Warn the user if --refill was passed on the command line."""
-    if options.refill != "off" and "refill" in asked:
-        warn(f"--refill {options.refill} has no effect: {why}")
-    return replace(options, refill="off")
-
-
 @dataclass(frozen=True)
 class Opener:
     """A callable that opens models with a command's options.
 
-    A call that names a different model ignores --sidecar and --mmproj. `asked`: names of the
-    options given on the command line.
+    A call that names a different model ignores --sidecar and --mmproj.
     """
 
     model: str
     options: ModelOptions
-    asked: Collection[str] = ()
     n_parallel: int | None = 1
     prompt_cache: PromptCache | None = None
 
@@ -79,27 +68,10 @@ class Opener:
             opened = open_model(engine_options, watch)
         if engine_options.mmproj:
             opened.engine.prompter.open_vision()  # reports a wrong mmproj at load time
-        self._warn(opened)
         files = opened.engine.context.files
         if files.meta is None and not options.full:
             note_conversion(files.path)
         return opened
-
-    def _warn(self, opened: PopModel) -> None:
-        """Warn about command-line options that have no effect on the opened model."""
-        options, engine = self.options, opened.engine
-        n_cpus = os.cpu_count() or engine.context.n_threads
-        if engine.context.n_threads > n_cpus:
-            warn(
-                f"{engine.context.n_threads} threads share this machine's {n_cpus} CPUs, which"
-                " slows down reading. Pass a lower --threads value."
-            )
-        is_off = not engine.sequences[0].refiller.is_on
-        if options.refill != "off" and "refill" in self.asked and is_off:
-            why = engine.context.files.no_refill or "this model does not support fast reading"
-            warn(f"--refill has no effect: {why}")
-        if options.image_tokens and engine.vision is None:
-            warn("--image-tokens has no effect: this model has no mmproj")
 
 
 @cache

@@ -2,13 +2,12 @@
 
 import errno
 import os
-import stat
 import sys
-import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +17,6 @@ from pop_local.commands.opening import (
     default_model,
     open_prompt_cache,
     store_prompts,
-    without_refill,
 )
 from pop_local.commands.option_expansion import expand_options
 from pop_local.engine.answer import ContextFullError
@@ -30,18 +28,13 @@ from pop_local.texts.document_readers import Document, decoded, read_document, r
 from pop_local.ui.chat.dialogue import warn_of_base_model
 from pop_local.ui.chat.overflow import answer_reserve, too_long
 from pop_local.ui.chat.screen import Screen
-from pop_local.ui.console import note, warn
 from pop_local.ui.ctrl_c import deferred_interrupt
 from pop_local.ui.tables import print_json
 from pop_local.ui.views.stats import counted_line, picture_line, stats_line
 
-# Seconds to wait for piped text before a note explains the wait.
-_PATIENCE_S = 5.0
-
 
 @expand_options
 def run(
-    call: typer.Context,
     model: opt.OptionalModel = None,
     question: Annotated[
         str, typer.Argument(metavar="QUESTION", help="The question (optional if you pipe in text).")
@@ -73,12 +66,8 @@ def run(
         raise typer.BadParameter("pass a question, a --file, or piped text")
     messages = Conversation(system, (turn,)).messages
     screen = Screen()
-    asked = opt.given_names(call)
-    if how.full or how.refill == "idle":
-        why = "--full turns fast reading off" if how.full else "`run` exits after one answer"
-        how = without_refill(how, why, asked)
-    name = model or default_model()
-    opened = Opener(name, how, asked, prompt_cache=open_prompt_cache(how))()
+    how = replace(how, refill="off")  # the command exits after one answer
+    opened = Opener(model or default_model(), how, prompt_cache=open_prompt_cache(how))()
     warn_of_base_model(screen, opened)
     engine = opened.engine
     n_ctx = engine.context.n_ctx
@@ -120,31 +109,15 @@ def _documents(files: list[Path]) -> Iterator[Document]:
         piped = decoded(_piped(), "the piped text")
         if piped.strip():
             yield Document("the piped text", piped)
-        elif not files and _is_pipe(sys.stdin):
-            warn("The piped text is empty.")
 
 
 def _piped() -> bytes:
-    timer = threading.Timer(
-        _PATIENCE_S, note, ["Waiting for piped text. To run without piped text, add < /dev/null."]
-    )
-    timer.daemon = True
-    timer.start()
     try:
         return read_limited(sys.stdin.buffer, "the piped text")
     except OSError as error:
         if error.errno != errno.EBADF:  # nohup closes stdin
             raise
         return b""
-    finally:
-        timer.cancel()
-
-
-def _is_pipe(stream: TextIO) -> bool:
-    try:
-        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
-    except OSError:
-        return False
 
 
 def _show(screen: Screen, chunks: Iterator[Chunk]) -> None:

@@ -1,6 +1,6 @@
 """`pop-local serve MODEL`: serve models over HTTP."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -83,7 +83,6 @@ class ServerOptions(Group):
 
 @expand_options
 def serve(
-    call: typer.Context,
     model: opt.OptionalModel = None,
     *,
     to: ServerOptions,
@@ -95,20 +94,16 @@ def serve(
     reading off for a request, send "pop": false. /health and /metrics (Prometheus) report the
     server's state.
     """
-    serve_named(model, to, how, opt.given_names(call))
+    serve_named(model, to, how)
 
 
 def serve_named(
     model: str | None,
     to: ServerOptions,
     how: opt.ModelOptions,
-    asked: Collection[str],
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve models until a signal arrives. Calls `on_ready` with the URL once clients can connect.
-
-    `asked`: names of the options given on the command line.
-    """
+    """Serve models until a signal arrives. Pass the URL to `on_ready` once clients can connect."""
     n_parallel = _require_usage(to, how)
     try:
         from pop_local.server import app
@@ -124,7 +119,7 @@ def serve_named(
         if to.models is None:
             model = model or default_model()
         prompts = open_prompt_cache(how, to.cache_ram * 2**20)
-        pool = _pool(to, Opener(model or "", how, asked, n_parallel), prompts)
+        pool = _pool(to, Opener(model or "", how, n_parallel), prompts)
     except BaseException:
         listening.close()
         raise

@@ -160,10 +160,3 @@ class SamplingOptions(Group):
 def given(**options: Any) -> dict[str, Any]:
     """Return the options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def given_names(call: typer.Context) -> set[str]:
-    """Return the names of the options that the user typed on the command line."""
-    names = (option.name or "" for option in call.command.params)
-    sources = {name: call.get_parameter_source(name) for name in names}
-    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}

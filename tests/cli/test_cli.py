@@ -20,7 +20,6 @@ from pop_local.commands.shared_options import finite, positive
 from pop_local.ui import error_output
 from pop_local.ui.hints import hints_for
 from pop_local.ui.lazy import imported
-from support.converted import tiny
 from support.import_blocker import BLOCKER
 from support.program import called, run
 from support.synthetic import make_gguf
@@ -194,44 +193,11 @@ def test_special_tokens_in_a_question_are_text_by_default(tmp_path):
     assert n_prompt == [2 + len("</s></s></s>"), 1 + 3]  # SentencePiece adds a leading space
 
 
-def test_options_without_effect_get_a_word(tmp_path):
+def test_context_length_is_rounded_up(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
-    given = ("--ctx", 9, "--refill", "idle", "--image-tokens", 64, "--max-tokens", 1)
-    done = called("run", path, "hi", *given, "--threads", 1)
+    done = called("run", path, "hi", "--ctx", 9, "--max-tokens", 1, "--threads", 1)
     assert done.returncode == 0
-    for words in (
-        "llama.cpp rounds the context length up to 256 tokens",
-        "--refill idle has no effect: `run` exits after one answer",
-        "--image-tokens has no effect: this model has no mmproj",
-    ):
-        assert words in done.stderr
-
-
-PLAIN, ONCE = "this model does not support fast reading", "`run` exits after one answer"
-PIPED = "a chat with piped input is never idle"
-
-
-@pytest.mark.parametrize(
-    ("file", "words", "why"),
-    [
-        ("llama.gguf", "chat --refill idle", PIPED),
-        ("llama.gguf", "serve --refill idle", PLAIN),
-        ("llama.pop.gguf", "serve --refill idle", ""),
-        ("llama.pop.gguf", "run hi --refill idle", ONCE),
-        ("llama.pop.gguf", "run hi --refill idle --full", "--full turns fast reading off"),
-        ("llama.pop.gguf", "chat", ""),
-    ],
-)
-def test_refilling_without_effect_is_explained(tmp_path, monkeypatch, file, words, why):
-    tiny(tmp_path, boundary=4)
-    monkeypatch.setattr("pop_local.server.app.run_app", lambda app, listening: None)
-    command, *options = words.split()
-    options += ["--port", "0"] if command == "serve" else ["--max-tokens", "1"]
-    done = called(command, tmp_path / file, *options, "--threads", 1, "--ctx", 1024, text="")
-    assert done.returncode == 0, done.stderr
-    warned = [line for line in done.stderr.splitlines() if "has no effect" in line]
-    assert len(warned) == bool(why), warned
-    assert not why or warned[0].endswith(f" has no effect: {why}")
+    assert "llama.cpp rounds the context length up to 256 tokens" in done.stderr
 
 
 def test_debug_shows_the_trace_before_the_two_lines():

@@ -201,13 +201,12 @@ def test_a_dry_run_of_a_model_with_a_shipped_sidecar_prints_the_plan(smollm2):
 
 
 @pytest.mark.slow
-def test_a_model_with_a_shipped_sidecar_is_converted_without_a_terminal(smollm2, monkeypatch):
+def test_a_model_with_a_shipped_sidecar_is_converted(smollm2, monkeypatch):
     def stop(*args: object, **options: object) -> None:
         raise PopError("stopped")
 
     monkeypatch.setattr("pop_local.commands.convert.run_conversion", stop)
     done = convert(smollm2, "--sidecar", "--force")
-    assert "Converting the model with the given options." in " ".join(done.stderr.split())
     assert "stopped" in done.stderr
 
 

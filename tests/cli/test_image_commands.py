@@ -102,10 +102,9 @@ def test_a_chat_with_pictures_is_saved_and_loaded(path):
 def test_a_picture_larger_than_the_context(path):
     big = path.parent / "big.png"
     big.write_bytes(png(5, 300, 300))
-    lines = (f"/image {big}", "s", f"/image {big}", "l", "what?")
-    shown = chatted(path, *lines, n_ctx=256)
-    assert "tokens too long (" in shown
-    assert "# Nothing was attached.\n> /image " in shown
+    shown = chatted(path, f"/image {big}", "what?", "x", "/retry", "l", n_ctx=256)
+    assert shown.count("tokens too small: the prompt has") == 2
+    assert "# The question and its attachments were dropped." in shown
     assert "images 361 tokens" in shown
 
 
