@@ -1,24 +1,5 @@
 """Error types for both packages."""
 
-import zlib
-from tokenize import TokenError
-from zipfile import BadZipFile
-
-# Errors that numpy.load raises for a damaged archive. RuntimeError: the zip is encrypted or uses an
-# unknown compression method. TokenError: numpy parses array headers as Python.
-DAMAGED_ARCHIVE = (
-    OSError,
-    ValueError,
-    LookupError,
-    EOFError,
-    TypeError,
-    MemoryError,
-    RuntimeError,
-    BadZipFile,
-    TokenError,
-    zlib.error,
-)
-
 
 class PopError(Exception):
     """An error with a message for users.

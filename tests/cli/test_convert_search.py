@@ -11,21 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from pop_base.errors import PopError, StoppedError
-from pop_base.progress import Progress, Unit, Watch
+from pop_base.errors import PopError
+from pop_base.progress import Watch
 from pop_converter.popfile.format import DeepRows
 from pop_local.calibration import needs
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.measure import budget
 from pop_local.measure.budget import BALANCED
-from pop_local.workflows.conversion import convert_model, fits
+from pop_local.workflows.conversion import convert_model
 from pop_local.workflows.conversion import search as searching
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions, Within
 from pop_local.workflows.hardware import Hardware
 from support.conversion_runs import FEW, LOOSE, convert
 from support.converted import names
 from support.shapes import read_pop_meta
-from support.synthetic import make_gguf
 
 TRADE_ROWS = searching.Search.trade_rows
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
@@ -268,64 +267,8 @@ def test_a_stop_leaves_no_file(tiny, letters, tmp_path):
     finally:
         child.kill()
         child.communicate()
-    assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf.fits", "temporary"}
+    assert names(tmp_path) == {"tiny.gguf", "temporary"}
     assert not names(temporary)
-
-
-@pytest.mark.parametrize("own_text", [True, False])
-def test_a_stopped_search_keeps_its_fits_for_the_next_run(
-    tiny, letters, tmp_path, monkeypatch, own_text
-):
-    arguments = (*([] if own_text else ["--text", letters]), *FEW, *LOOSE)
-    calibrated: list[int] = []
-
-    def calibrate(plans, *rest, real=fits.calibrate):
-        calibrated.extend(plan.boundary for plan in plans)
-        return real(plans, *rest)
-
-    def stop(*_: object) -> None:
-        raise StoppedError
-
-    monkeypatch.setattr(fits, "calibrate", calibrate)
-    measure = searching.measure_against
-    monkeypatch.setattr(searching, "measure_against", stop)
-    stopped = convert(tiny, *arguments)
-    assert stopped.exit_code == 130
-    assert "The fit is saved in" in stopped.stderr
-    assert "run the same command again to continue." in stopped.stderr
-    assert len(calibrated) > 1
-    monkeypatch.setattr(searching, "measure_against", measure)
-    n_fitted = len(calibrated)
-    done = convert(tiny, *arguments)
-    assert done.exit_code == 0, done.stderr
-    assert len(calibrated) == n_fitted
-    assert f"Reusing {n_fitted} fits from" in done.stderr
-    assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
-    continued = (tmp_path / "tiny.pop.gguf").read_bytes()
-    whole = convert(tiny, *arguments, "--force")
-    assert whole.exit_code == 0 and len(calibrated) > n_fitted
-    assert (tmp_path / "tiny.pop.gguf").read_bytes() == continued
-
-
-def test_another_models_fits_are_not_used(tiny, tmp_path, monkeypatch):
-    def stop(*_: object) -> None:
-        raise StoppedError
-
-    other, out = make_gguf(tmp_path / "other.gguf", "llama", n_ff=96), tmp_path / "out.gguf"
-    with monkeypatch.context() as patched:
-        patched.setattr(searching, "measure_against", stop)
-        assert convert(other, out, *FEW, *LOOSE).exit_code == 130
-    assert {path.suffix for path in (tmp_path / "out.gguf.fits").iterdir()} == {".npy", ".fit"}
-    started: list[str] = []
-    stage = Watch.stage
-
-    def begin(watch: Watch, name: str, *unit: Unit) -> Progress:
-        started.append(name)
-        return stage(watch, name, *unit)
-
-    monkeypatch.setattr(Watch, "stage", begin)
-    assert convert(tiny, out, *FEW, *LOOSE).exit_code == 0
-    assert started[:2] == ["Sampling text", "Fitting"]
 
 
 @pytest.mark.parametrize("limit", ["is_inside", "keeps_lookups"])

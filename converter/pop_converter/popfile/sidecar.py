@@ -10,7 +10,7 @@ from typing import Any
 from pop_base.errors import FormatError
 from pop_base.output_file import replacing
 from pop_converter.fit.least_squares import KvType
-from pop_converter.gguf.content import Content, NewTensor, with_tensors
+from pop_converter.gguf.content import Content, with_tensors
 from pop_converter.gguf.header import Header, read_header
 from pop_converter.gguf.source import Source, is_sidecar
 from pop_converter.popfile.format import (
@@ -32,7 +32,7 @@ from pop_converter.popfile.rewrite import (
     stored_bytes,
     unconverted,
 )
-from pop_converter.projection import TENSOR_MARK, Projection
+from pop_converter.projection import Projection
 
 SUFFIX = ".pop-sidecar.gguf"
 _EMPTY = Content()
@@ -90,22 +90,6 @@ def sidecar_meta(header: Header) -> PopMeta:
             "pass this file as the model, without a sidecar",
         )
     return meta
-
-
-def fitted_tensors(path: Path) -> dict[str, NewTensor]:
-    """Return a dict of the fitted tensors in a converted file or sidecar. Raises FormatError."""
-    header = read_header(path)
-    try:
-        with path.open("rb") as file:
-            tensors = {}
-            for tensor in header.tensors:
-                if TENSOR_MARK in tensor.name:
-                    file.seek(header.data_start + tensor.offset)
-                    data = file.read(tensor.size_bytes)
-                    tensors[tensor.name] = NewTensor(tensor.name, tensor.dims, tensor.type, data)
-            return tensors
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror}") from error
 
 
 def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:

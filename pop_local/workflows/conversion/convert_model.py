@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from pop_base.errors import PopError, StoppedError
+from pop_base.errors import PopError
 from pop_base.progress import Unit, Watch
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.popfile.format import Budget, Measured
@@ -89,12 +89,7 @@ def run_conversion(
         conversion.source, conversion.options.hardware, replace(watch, on_warning=warned)
     )
     run = ConversionRun(conversion, runner, force=force)
-    try:
-        done = run.named() if conversion.budget is None else run.within(conversion.budget)
-    except StoppedError:
-        run.fitter.keep()
-        raise
-    run.fitter.forget()
+    done = run.named() if conversion.budget is None else run.within(conversion.budget)
     return replace(done, warnings=tuple(warnings))
 
 
@@ -111,9 +106,7 @@ class ConversionRun:
         runner, fit = self.runner, self.conversion.fit or FitOptions()
         make = self.conversion.options.distiller
         distiller = make and make(runner.source, fit, runner.hardware, runner.watch)
-        target = self.conversion.target
-        folder = target.with_name(f"{target.name}.fits")
-        return PlanFitter(runner, fit, distiller=distiller, folder=folder)
+        return PlanFitter(runner, fit, distiller)
 
     def within(self, budget: Budget) -> Converted:
         """Find the fastest plan within the budget, and write the converted file.
