@@ -145,7 +145,6 @@ test-aarch64: $(VENV)/.tools | $(SMOLLM2).gguf
 	$(BIN)/python tests/try_aarch64.py $(AARCH64) $(PACKAGE)/build/aarch64 $(SMOLLM2).gguf
 
 DISTILL_TESTS := tests/unit/research tests/unit/calibration/test_needs.py tests/cli/test_convert_distill.py \
-	tests/cli/test_convert_fit.py::test_a_named_boundary_is_distilled \
 	tests/real/test_real_quality.py::test_torch_logits_of_a_real_model_equal_the_backends
 test-distill: $(VENV)/.tools | $(SMOLLM2).gguf $(GEMMA).gguf
 	$(BIN)/python -m pip install --quiet --no-compile ".[distill]"
