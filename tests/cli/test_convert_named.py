@@ -118,6 +118,7 @@ def test_own_projections_are_written_without_a_backend(tiny, tmp_path):
     assert (tmp_path / "tiny.pop.gguf").exists()
     command = [sys.executable, "-c", code, "convert", str(tiny), "--boundary", "7", "--dry-run"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["speedup_limit"] is None
+    [plan] = json.loads(done.stdout)["plans"]
+    assert plan["speedup_limit"] is None
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "unknown: pop-local-llama-cpp cannot be imported" in done.stdout

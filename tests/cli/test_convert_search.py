@@ -132,7 +132,8 @@ def test_a_named_boundary_must_be_within_a_given_budget(tiny, letters, tmp_path)
     assert ") exceeds the budget (KL 0.0001," in shown
     assert names(tmp_path) == {"tiny.gguf"}
     planned = json.loads(convert(tiny, *named, *LOOSE, "--dry-run").stdout)
-    assert (planned["boundary"], planned["budget"]["max_kl"]) == (4, 50)
+    assert [plan["boundary"] for plan in planned["plans"]] == [4]
+    assert planned["budget"]["max_kl"] == 50
     done = convert(tiny, *named, *LOOSE)
     assert done.exit_code == 0, done.stderr
     [trial] = json.loads(done.stdout)["tried"]
@@ -213,9 +214,9 @@ def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_model, "Search", None)
     done = convert(tiny, "--dry-run", "--quality", "near-lossless")
     assert done.exit_code == 0
-    assert "from 7 down to 2" in done.stdout
+    assert "7, 6, 5, 4, 3, 2" in done.stdout
     facts = " ".join(done.stdout.split())
-    limits = r"up to \d\.\d\dx \(the limit is 1\.\d\dx if as few layers as possible are skipped\)"
+    limits = r"up to \d\.\d\dx \(1\.\d\dx with the fewest skipped layers\)"
     assert re.search(rf"{limits} for [\d,]+ prompt tokens without deep rows", facts)
     assert "16,384 tokens in one pass" in facts
     assert re.search(
@@ -226,10 +227,11 @@ def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     assert "up to 15 passes" in " ".join(short_of_memory.split())
     assert "near-lossless allows KL 0.015, perplexity ratio 1.01" in facts
     planned = json.loads(convert(tiny, "--dry-run", "--max-kl", 0.2, "--json").stdout)
-    assert planned["boundaries"] == [7, 6, 5, 4, 3, 2]
-    assert (planned["distilled"], planned["budget"]["max_kl"]) == (False, 0.2)
+    assert [plan["boundary"] for plan in planned["plans"]] == [7, 6, 5, 4, 3, 2]
+    assert (planned["distills"], planned["budget"]["max_kl"]) == (False, 0.2)
     assert planned["budget"]["max_copy_ratio"] == 1.1
-    assert 1 < planned["least_speedup_limit"] < 1.2 < planned["most_speedup_limit"]
+    speedups = [plan["speedup_limit"] for plan in planned["plans"]]
+    assert 1 < speedups[0] < 1.2 < speedups[-1] and speedups == sorted(speedups)
     assert f"{planned['memory_bytes'] / 1e6:.1f} MB in addition to" in facts
     assert names(tmp_path) == {"tiny.gguf"}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pop_base.numbers import duration, size
@@ -40,11 +39,6 @@ _COLUMNS = (
     ),
     Column("Inside", lambda trial: "yes" if trial.in_budget else "no"),
 )
-# Names in `figures` of the values that a budget limits.
-_JUDGED = (
-    *("n_windows", "kl_mean", "kl_se", "ppl_ratio", "ppl_ratio_se", "copy_ppl_ratio"),
-    "copy_ppl_ratio_se",
-)
 
 
 def _kind(plan: Plan) -> str:
@@ -60,19 +54,6 @@ def show_trials(trials: Sequence[Trial]) -> None:
     out.file.write("\n")
 
 
-def trial_json(trial: Trial) -> dict[str, Any]:
-    """Return a candidate as a JSON object, including all metrics that a budget can limit."""
-    plan, quality = trial.plan, figures(trial.quality)
-    return {
-        **fields_of(plan, "boundary", "n_skipped", "projection"),
-        "distilled": plan.is_distilled,
-        **fields_of(plan, "deep_rows", "deep_share", "speedup_limit"),
-        **{name: quality[name] for name in _JUDGED},
-        "lookups": trial.lookups and figures(trial.lookups),
-        "in_budget": trial.in_budget,
-    }
-
-
 def show_plan(conversion: Conversion) -> None:
     facts = _planned_facts(conversion)
     if conversion.seconds is not None:
@@ -80,29 +61,12 @@ def show_plan(conversion: Conversion) -> None:
     print_facts(facts)
 
 
-def _planned_facts(conversion: Conversion) -> list[Fact]:
-    plan, first, limits = conversion.deepest, conversion.plans[0], conversion.budget
-    budget = [] if limits is None else [budget_fact(limits)]
-    fits = fit_facts(conversion)
-    if conversion.is_named:
-        return [*_plan_facts(conversion, plan, conversion.sizes), *budget, *fits]
-    past = f"from {first.boundary} down to {plan.boundary}"
-    if len(conversion.tried) < len(conversion.plans):
-        past = ", ".join(str(candidate.boundary) for candidate in conversion.tried)
-    where = [*budget, ("Boundaries", past)]
-    if fewer := " and ".join(first.deep_rows.fewer):
-        where.append(("Deep rows", f"'{first.deep_rows}' (the search may also try {fewer})"))
-    limit = _limit(conversion, first, conversion.limit(plan))
-    layers = f"up to {plan.n_skipped} layers if the budget allows"
-    output = f"up to {size(conversion.sizes.output_bytes)}"
-    return [*_facts(conversion, plan, layers, where, output, limit), *fits]
-
-
 def show_converted(conversion: Conversion, done: Converted) -> None:
     if done.trials:
         show_trials(done.trials)
     planned = _planned_facts(conversion)
-    new = [fact for fact in _plan_facts(conversion, done.plan, done.sizes) if fact not in planned]
+    facts = _facts(conversion, done.plan, done.sizes, is_final=True)
+    new = [fact for fact in facts if fact not in planned]
     print_facts([*new, *measured_facts(done.meta), ("Written", str(done.path))])
     if (measured := done.meta.measured) is not None:
         print_sentence(with_advice(verdict_in_words(measured)))
@@ -111,104 +75,100 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
-    """Return a plan, including all boundaries that a search may try, as a JSON object."""
-    plans, limits = conversion.plans, conversion.budget
-    distills = conversion.options.distiller is not None
-    wished = replace(conversion.deepest, is_distilled=distills)
-    budget = {"seconds": conversion.seconds} | ({} if limits is None else {"budget": limits})
-    if conversion.is_named:
-        return _object(conversion, wished, conversion.sizes, None) | budget
-    plan = _common(conversion, wished) | {"most_output_bytes": conversion.sizes.output_bytes}
-    return plan | {
-        "boundaries": [plan.boundary for plan in conversion.tried],
-        "least_speedup_limit": conversion.limit(plans[0]),
-        "most_speedup_limit": conversion.limit(conversion.deepest),
-        **budget,
+    """Return a conversion's plans as a JSON object. A search tries one or more of the plans."""
+    return _common(conversion, conversion.sizes) | {
+        "distills": conversion.options.distiller is not None,
+        "budget": conversion.budget,
+        "seconds": conversion.seconds,
+        "memory_bytes": conversion.needs and conversion.needs.total_bytes,
+        "plans": [_plan_json(conversion, plan) for plan in conversion.tried],
     }
 
 
 def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
-    """Return a result as a JSON object that lists every boundary tried."""
-    tried = [trial_json(trial) for trial in done.trials]
-    result = _object(conversion, done.plan, done.sizes, done.meta)
-    return result | {"tried": tried}
-
-
-def _object(
-    conversion: Conversion, plan: Plan, sizes: FileSizes, meta: PopMeta | None
-) -> dict[str, Any]:
-    return _common(conversion, plan) | {
-        **fields_of(plan, "boundary", "n_skipped", "schedule"),
-        "output_bytes": sizes.output_bytes,
-        "speedup_limit": conversion.limit(plan),
-        "source_sha256": meta and meta.source_sha256,
-        "calibration": meta and meta.calibration,
-        "measured": meta and meta.measured,
-        "verdict": meta and meta.measured and with_advice(verdict_in_words(meta.measured)),
-        "budget": plan.budget,
-        "tried": (),
+    """Return a result as a JSON object. `tried` contains all metrics of the measured candidates."""
+    measured = done.meta.measured
+    return {
+        **_common(conversion, done.sizes),
+        **_plan_json(conversion, done.plan),
+        **fields_of(done.meta, "source_sha256", "calibration", "measured"),
+        "verdict": measured and with_advice(verdict_in_words(measured)),
+        "budget": done.plan.budget,
+        "tried": [
+            {
+                **_plan_json(conversion, trial.plan),
+                **figures(trial.quality),
+                "lookups": trial.lookups and figures(trial.lookups),
+                "in_budget": trial.in_budget,
+            }
+            for trial in done.trials
+        ],
     }
 
 
-def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
-    """Return the fields that all plans share. The memory estimate excludes distillation."""
-    needs = conversion.needs
+def _common(conversion: Conversion, sizes: FileSizes) -> dict[str, Any]:
+    shape = conversion.deepest.shape
     return {
         "source": str(conversion.path),
         "output": str(conversion.target),
         "form": conversion.options.output,
-        "architecture": plan.shape.arch,
-        "n_layer": plan.shape.n_layer,
-        "projection": plan.projection,
-        "distilled": plan.is_distilled,
-        **fields_of(plan, "sink_tokens", "tail_tokens", "min_prompt", "deep_rows", "deep_share"),
-        "source_bytes": conversion.sizes.source_bytes,
+        "architecture": shape.arch,
+        "n_layer": shape.n_layer,
+        **fields_of(sizes, "source_bytes", "output_bytes"),
         "limit_n_prompt": LIMIT_PROMPT,
-        "memory_bytes": needs.total_bytes if needs else None,
     }
 
 
-def _plan_facts(conversion: Conversion, plan: Plan, sizes: FileSizes) -> list[Fact]:
-    where = [("Boundary", f"layer {plan.boundary}"), ("Schedule", plan.schedule)]
-    output = size(sizes.output_bytes)
-    return _facts(conversion, plan, str(plan.n_skipped), where, output, _limit(conversion, plan))
+def _plan_json(conversion: Conversion, plan: Plan) -> dict[str, Any]:
+    return {
+        **fields_of(plan, "boundary", "n_skipped", "schedule", "projection"),
+        "distilled": plan.is_distilled,
+        **fields_of(plan, "sink_tokens", "tail_tokens", "min_prompt", "deep_rows", "deep_share"),
+        "speedup_limit": conversion.limit(plan),
+    }
 
 
-def _limit(conversion: Conversion, plan: Plan, most: float | None = None) -> str:
-    """Describe a speedup limit. `most`: the limit when the most layers are skipped."""
-    if conversion.not_counted:
-        return f"unknown: {conversion.not_counted}"
-    limit = f"up to {plan.speedup_limit:.2f}x"
-    if most:
-        least = f"the limit is {plan.speedup_limit:.2f}x if as few layers as possible are skipped"
-        limit = f"up to {most:.2f}x ({least})"
-    limit += f" for {LIMIT_PROMPT:,} prompt tokens"
-    if plan.deep_rows is not DeepRows.NONE and not plan.deep_share:
-        limit += " without deep rows"
-    return limit
+def _planned_facts(conversion: Conversion) -> list[Fact]:
+    budget = [] if conversion.budget is None else [budget_fact(conversion.budget)]
+    plan = _facts(conversion, conversion.deepest, conversion.sizes, is_final=conversion.is_named)
+    return [*plan, *budget, *fit_facts(conversion)]
 
 
 def _facts(
-    conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
-) -> list[Fact]:
-    """Describe a plan as labeled values. `where`: values to insert after the layer count."""
-    form, read = conversion.options.output, size(conversion.sizes.source_bytes)
+    conversion: Conversion, plan: Plan, sizes: FileSizes, *, is_final: bool
+) -> Iterator[Fact]:
+    """Describe a plan as labeled values. If it is not final, a search may skip fewer layers."""
+    form, first = conversion.options.output, conversion.plans[0]
+    up_to = "" if is_final else "up to "
+    yield "Model", str(conversion.path)
+    yield "Architecture", plan.shape.arch
+    yield "Layers", f"{plan.shape.n_layer} (prompt tokens skip {up_to}{plan.n_skipped})"
+    if is_final:
+        yield "Boundary", f"layer {plan.boundary}"
+        yield "Schedule", plan.schedule
+    else:
+        yield "Boundaries", ", ".join(str(plan.boundary) for plan in conversion.tried)
+        if fewer := " and ".join(first.deep_rows.fewer):
+            yield "Deep rows", f"'{first.deep_rows}' (the search may also try {fewer})"
     opened_by = "stock llama.cpp can also open the copy"
     if form == "sidecar":
         opened_by = "the model file stays unchanged"
     elif plan.projection != Projection.OWN:
         opened_by = "only pop-local can open the copy"
-    return [
-        ("Model", str(conversion.path)),
-        ("Architecture", plan.shape.arch),
-        ("Layers", f"{plan.shape.n_layer} (prompt tokens skip {layers})"),
-        *where,
-        ("Skipped layers", f"K and V from {plan.projection} projections; {opened_by}"),
-        *skipping_facts(skipping_of(plan.shape))[1:],
-        full_fact(plan),
-        ("Size", f"{read}, {form} {output}"),
-        ("Speedup", limit),
-    ]
+    yield "Skipped layers", f"K and V from {plan.projection} projections; {opened_by}"
+    yield from skipping_facts(skipping_of(plan.shape))[1:]
+    yield full_fact(plan)
+    yield "Size", f"{size(sizes.source_bytes)}, {form} {up_to}{size(sizes.output_bytes)}"
+    if conversion.not_counted:
+        yield "Speedup", f"unknown: {conversion.not_counted}"
+        return
+    least = "" if is_final else f" ({first.speedup_limit:.2f}x with the fewest skipped layers)"
+    no_deep = plan.deep_rows is not DeepRows.NONE and not plan.deep_share
+    yield (
+        "Speedup",
+        f"up to {plan.speedup_limit:.2f}x{least} for {LIMIT_PROMPT:,} prompt tokens"
+        f"{' without deep rows' if no_deep else ''}",
+    )
 
 
 def fit_facts(conversion: Conversion) -> Iterator[Fact]:
