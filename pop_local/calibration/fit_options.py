@@ -24,8 +24,8 @@ class FitOptions:
     """Options for fitting the K/V projections of skipped layers.
 
     `projection`: kind of fit (None: wide if it costs little speed, otherwise plain). `tokens`:
-    number of tokens to fit on (None: depends on the model's size). `texts`: files and folders to
-    fit on (empty: default text). `memory_bytes`: limit for one pass's sums (None: half of free
+    number of tokens to fit on (None: depends on the model's size). `texts`: files to fit on (empty:
+    default text). `memory_bytes`: limit for one pass's sums (None: half of free
     memory).
     """
 

@@ -4,7 +4,6 @@ import hashlib
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from pop_local.calibration.samples import sample_windows
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
 from pop_local.engine.prompt.prompter import Prompter
-from pop_local.texts.document_readers import decoded, read_kinds
+from pop_local.texts.document_readers import decoded, read_text
 
 Windows = NDArray[np.int32]
 
@@ -76,7 +75,7 @@ def own_text(context: Context, count: int, on_progress: Progress) -> Calibration
     """
     n_sampled = n_sampled_of(count)
     carriers = carrier_windows(context, count // SHARE, N_WINDOW, _topics(), SEED).windows
-    cut = _spread(context, [_texts()], count - n_sampled - len(carriers))
+    cut = _spread(context, _texts(), count - n_sampled - len(carriers))
     chat = context.vocabulary.tokenize(Prompter(context).before_question(), special=True)[:N_WINDOW]
     n_chat = n_sampled // 2 if chat else 0
     starts = [chat] * n_chat + [[first_token(context)]] * (n_sampled - n_chat)
@@ -105,12 +104,12 @@ def distill_text(
 ) -> DistillText:
     """Return the calibration windows, additional windows from the same text, and look-up windows.
 
-    `paths`: the calibration's files and folders (empty: the default text). The result has
+    `paths`: the calibration's files (empty: the default text). The result has
     `n_windows` windows, or fewer if the text is too short.
     """
-    groups = _grouped_texts(paths, n_windows) if paths else [_texts()]
-    carriers = carrier_windows(context, n_windows // SHARE, N_WINDOW, groups[0][0], SEED + 1)
-    every = np.concatenate([text.windows, _spread(context, groups, n_windows)])
+    parts = [read_text(path) for path in paths] or _texts()
+    carriers = carrier_windows(context, n_windows // SHARE, N_WINDOW, parts[0], SEED + 1)
+    every = np.concatenate([text.windows, _spread(context, parts, n_windows)])
     _, first = np.unique(every, axis=0, return_index=True)
     distinct = every[np.sort(first)[: n_windows - len(carriers.windows)]]
     windows = np.concatenate([distinct, carriers.windows])
@@ -121,16 +120,16 @@ def distill_text(
 
 
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
-    """Choose the same number of windows from each path and, in a folder, from each kind of file.
+    """Choose the same number of windows from each file.
 
-    If a piece of text is too short to fill its share, longer pieces make up the difference.
-    Windows are spread evenly over each piece. One in every SHARE windows contains look-ups. Raises
-    PopError if the text is empty, binary, too short, or too repetitive.
+    If a file is too short to fill its share, longer files make up the difference. Windows are
+    spread evenly over each file. One in every SHARE windows contains look-ups. Raises PopError if
+    the text is empty, binary, too short, or too repetitive.
     """
-    groups = _grouped_texts(paths, count)
+    parts = [read_text(path) for path in paths]
     least = least_tokens(n_embd)
-    carriers = carrier_windows(context, count // SHARE, N_WINDOW, groups[0][0], SEED).windows
-    windows = np.concatenate([carriers, _spread(context, groups, count - len(carriers))])
+    carriers = carrier_windows(context, count // SHARE, N_WINDOW, parts[0], SEED).windows
+    windows = np.concatenate([carriers, _spread(context, parts, count - len(carriers))])
     if windows.size < least:
         amount = f"{windows.size:,} tokens in complete {N_WINDOW}-token windows"
         raise _too_short(paths, amount, least)
@@ -139,21 +138,20 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
             f"{_names(paths)} contains fewer than {_LEAST_DISTINCT} distinct tokens",
             "use more varied text, or the default text",
         )
-    whole = "\n\n".join(chain.from_iterable(groups))
+    whole = "\n\n".join(parts)
     return CalibrationText(_names(paths), hashlib.sha256(whole.encode()).hexdigest(), windows)
 
 
 def require_text(paths: Sequence[Path], n_embd: int) -> None:
     """Raise PopError if a path is unusable or if the text is too short, whatever the tokenizer."""
     for path in paths:
-        if path.exists() and not (path.is_file() or path.is_dir()):
+        if path.exists() and not path.is_file():
             raise CalibrationError(
-                f"{path} is neither a file nor a folder",
+                f"{path} is a folder, a pipe, or a device, not a file",
                 "save the text to a file first: pop-local reads it twice",
             )
     least = least_tokens(n_embd)
-    texts = chain.from_iterable(_grouped_texts(paths, least // N_WINDOW))
-    n_bytes = sum(len(text.encode()) for text in texts)
+    n_bytes = sum(len(read_text(path).encode()) for path in paths)
     if n_bytes < least:
         raise _too_short(paths, f"{n_bytes:,} bytes", least)
 
@@ -169,23 +167,15 @@ def _names(paths: Sequence[Path]) -> str:
     return ", ".join(path.name or str(path) for path in paths)
 
 
-def _grouped_texts(paths: Sequence[Path], count: int) -> list[list[str]]:
-    """For each kind of file in `paths`, read text for up to `count` windows (see `read_kinds`)."""
-    return read_kinds(paths, count * N_WINDOW * _MAX_CHARS_PER_TOKEN)
-
-
-def _spread(context: Context, parts: Sequence[str | Sequence[str]], count: int) -> Windows:
-    """Choose the same number of windows from each part (a string or a group of strings).
+def _spread(context: Context, parts: Sequence[str], count: int) -> Windows:
+    """Choose the same number of windows from each part.
 
     If a part is too short to fill its share, longer parts make up the difference.
     """
-    sizes = [len(part) if isinstance(part, str) else sum(map(len, part)) for part in parts]
     groups: list[Windows] = []
-    for n_done, number in enumerate(np.argsort(sizes, kind="stable")):
-        part, n = parts[number], count // (len(parts) - n_done)
-        windows = _cut(context, part, n) if isinstance(part, str) else _spread(context, part, n)
-        groups.append(windows)
-        count -= len(windows)
+    for n_done, part in enumerate(sorted(parts, key=len)):
+        groups.append(_cut(context, part, count // (len(parts) - n_done)))
+        count -= len(groups[-1])
     return np.concatenate(groups)
 
 

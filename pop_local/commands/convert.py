@@ -50,9 +50,9 @@ class HowOptions(Group):
         "KIND",
     )
     text: list[Path] | None = option(
-        "Text file or folder for the fit (default: look-ups, documentation, code, and text sampled"
+        "Text file for the fit (default: look-ups, documentation, code, and text sampled"
         " from the model). Repeat this option to mix equal shares of several texts.",
-        "FILE|DIR",
+        "FILE",
     )
     distill: bool = option(
         "Also train the fitted projections end to end to improve copying. Training takes several"

@@ -1,18 +1,14 @@
-"""Read documents: plain text (UTF-8, or UTF-16 with a byte order mark), email, PDF, and DOCX.
+"""Read documents: plain text (UTF-8, or UTF-16 with a byte order mark), PDF, and DOCX.
 
 PDF and DOCX require the optional dependencies in the `documents` extra.
 """
 
 import codecs
-import hashlib
 import io
 import logging
 import os
 import zipfile
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,7 +58,7 @@ def read_text(path: Path) -> str:
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:
-    """Read a plain-text, email, PDF, or DOCX file.
+    """Read a plain-text, PDF, or DOCX file.
 
     Raises OSError if reading fails, and PopError if the file is binary, too large, or empty.
     """
@@ -140,15 +136,6 @@ def _docx(path: Path, content: bytes) -> str:
     return "\n\n".join(text for text in texts if text.strip())
 
 
-def _mail(path: Path, content: bytes) -> str:
-    import email.policy
-
-    message = email.message_from_bytes(content, policy=email.policy.default)
-    head = [f"{name}: {message[name]}" for name in ("From", "To", "Date", "Subject")]
-    body = message.get_body(("plain", "html"))
-    return "\n".join([*head, "", body.get_content() if body else ""])
-
-
 def _table(table: Any) -> str:
     """Return a table's text. A cell that spans several columns appears only once."""
     rows = []
@@ -158,62 +145,7 @@ def _table(table: Any) -> str:
     return "\n".join(rows)
 
 
-def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
-    """Return one list of strings per path. A folder's list contains one string per kind of file.
-
-    Files of the same kind share a top-level subfolder and a suffix. They are read in a fixed
-    pseudorandom order until their text reaches `most_chars` characters. Binary files, duplicates,
-    and hidden files are skipped. Raises PopError if an input cannot be read or has no new text.
-    """
-    seen: set[str] = set()
-    groups: list[list[str]] = []
-    for path in paths:
-        is_folder = path.is_dir()
-        texts = _in_folder(path, most_chars, seen) if is_folder else _new(read_text(path), seen)
-        groups.append(texts)
-        if not texts:
-            raise PopError(
-                f"{path} contains no text other than copies of files that were already read",
-                "pass another file, or a folder of text files",
-            )
-    return groups
-
-
-def _in_folder(folder: Path, most_chars: int, seen: set[str]) -> list[str]:
-    def kind(file: Path) -> tuple[str, str]:
-        return "" if len(file.parts) == 1 else file.parts[0], file.suffix.lower()
-
-    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    visible = [file for file in files if not any(part.startswith(".") for part in file.parts)]
-    visible.sort(key=lambda file: (kind(file), _sha256(file.as_posix())))
-    texts = []
-    for _, group in groupby(visible, kind):
-        parts: list[str] = []
-        for file in group:
-            with suppress(PopError):
-                parts += _new(read_text(folder / file), seen)
-            if sum(map(len, parts)) >= most_chars:
-                break
-        if parts:
-            texts.append("\n\n".join(parts))
-    return texts
-
-
-def _new(text: str, seen: set[str]) -> list[str]:
-    """Return `[text]`, or an empty list if the text is a duplicate."""
-    sha256 = _sha256(text)
-    if sha256 in seen:
-        return []
-    seen.add(sha256)
-    return [text]
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
-
-
 _READERS = {
     ".pdf": ("PDF", "pypdf", _pdf),
-    ".eml": ("mail", "", _mail),
     ".docx": ("DOCX", "python-docx", _docx),
 }

@@ -178,7 +178,7 @@ def test_contradictions_are_wrong_usage(tiny, tmp_path, options):
             ("--text", "short.txt"),
             "short.txt contains only 10 bytes, but this model needs at least 2,048 tokens",
         ),
-        (("--text", os.devnull), "neither a file nor a folder"),
+        (("--text", os.devnull), "not a file"),
         (("--tokens", 100), "100 tokens are too few"),
     ],
 )

@@ -43,25 +43,19 @@ def test_repetitive_text_is_refused(llama: Path, tmp_path: Path):
         fitted(llama, settings(path))
 
 
-def test_folders_have_equal_shares(llama: Path, tmp_path: Path):
-    """Expect equal shares for all paths, and for all kinds of files in a folder."""
-    code, notes = tmp_path / "code", tmp_path / "notes.md"
-    for folder, n in (("large", 400), ("small", 2)):
-        (code / folder).mkdir(parents=True)
-        for i in range(n):
-            words = " ".join(f"{folder}{i}of{word}" for word in range(300))
-            (code / folder / f"{i}.py").write_text(words)
-    notes.write_text(" ".join(f"note{word}" for word in range(2000)))
+def test_files_have_equal_shares(llama: Path, tmp_path: Path):
+    """Expect longer files to make up for a file that is too short."""
+    paths = []
+    for name, n_words in (("short", 1500), ("long", 9000), ("other", 6000)):
+        paths.append(tmp_path / f"{name}.txt")
+        paths[-1].write_text(" ".join(f"{name}{word}" for word in range(n_words)))
     with loaded(llama, n_threads=1) as context:
-        text = given_text(context, (code, notes), 12, 128)
-        marks = {name: context.vocabulary.tokenize(name) for name in ("large", "small", "note")}
-        windows = ["".join(map(chr, row)) for row in text.windows.tolist()]
-        counts = {
-            name: sum("".join(map(chr, mark)) in row for row in windows)
-            for name, mark in marks.items()
-        }
-    assert text.name == "code, notes.md" and len(text.windows) == 12
-    assert counts == {"large": 3, "small": 3, "note": 6}
+        text = given_text(context, paths, 16, 128)
+        rows = [context.vocabulary.detokenize(row) for row in text.windows[4:].tolist()]
+    n_short, n_long, n_other = (sum(path.stem in row for row in rows) for path in paths)
+    assert text.name == "short.txt, long.txt, other.txt" and len(text.windows) == 16
+    assert 0 < n_short < 4 and n_other == (12 - n_short) // 2
+    assert n_short + n_other + n_long == 12
 
 
 def test_distilling_text_has_distinct_windows(llama: Path, tmp_path: Path):

@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from pop_base import files
 from pop_base.errors import PopError
-from pop_local.engine.images.pictures import read_picture
 from pop_local.texts import document_readers
 from pop_local.texts.document_readers import EXTRA_HINT, MAX_BYTES, read_document
 
@@ -170,20 +168,6 @@ def test_shared_page_content_is_limited(tmp_path, monkeypatch):
     path.write_bytes(text.replace(b"[3 0 R]", b"[" + b"3 0 R " * 60 + b"]"))
     with pytest.raises(PopError, match="is too large when decompressed"):
         read_document(path)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="devices and pipes of POSIX")
-@pytest.mark.parametrize("read", [read_document, read_picture])
-def test_pipe_without_writer_is_refused(tmp_path, monkeypatch, read):
-    monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
-    # If the thread blocks anyway, this test must still end.
-    rescue = threading.Timer(10, path.write_bytes, (b"",))
-    rescue.start()
-    with pytest.raises(PopError, match="no process is writing to the pipe"):
-        read(path)
-    rescue.cancel()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="devices and pipes of POSIX")
