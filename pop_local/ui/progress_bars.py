@@ -1,6 +1,5 @@
 """Show progress on stderr, as bars in a terminal and as occasional lines elsewhere."""
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -54,46 +53,33 @@ def prefill_progress(what: str) -> Iterator[Advance]:
         yield advance
 
 
-def _in_words(what: str) -> Advance:
-    begun: tuple[int, float] | None = None
-    printed_s = time.monotonic()
-
-    def advance(done: int, total: int) -> None:
-        nonlocal begun, printed_s
-        now_s = time.monotonic()
-        # The rate excludes work that was already done before the first call.
-        first_done, first_s = begun = begun or (done, now_s)
-        if now_s - printed_s < _LINE_EVERY_S or not first_done < done < total:
-            return
-        printed_s = now_s
-        left_s = (now_s - first_s) * (total - done) / (done - first_done)
-        minutes, seconds = divmod(math.ceil(left_s), 60)
-        note(f"{what}: {done / total:.0%}, {minutes}:{seconds:02} left")
-
-    return advance
-
-
 @contextmanager
 def _bar(what: str, *wide: ProgressColumn) -> Iterator[Advance]:
-    if not (err.is_interactive and sys.stderr.isatty()):
-        yield _in_words(what)
-        return
+    is_drawn = err.is_interactive and sys.stderr.isatty()
     columns = (TaskProgressColumn(),) if err.width < _NARROW_COLUMNS else wide
     label = TextColumn("{task.description}", markup=False)
     progress = Progress(
         *(label, BarColumn(bar_width=None), *columns, TimeRemainingColumn(compact=True)),
         console=err,
+        disable=not is_drawn,
         transient=True,
         expand=True,
+        get_time=time.monotonic,
         refresh_per_second=_DRAWN_PER_S,
         speed_estimate_period=_RATE_PERIOD_S,
     )
     with progress:
-        task = progress.add_task(printable(what), total=None, rate="")
+        task_id = progress.add_task(printable(what), total=None, rate="")
+        task, printed_s = progress.tasks[0], progress.get_time()
 
         def advance(done: int, total: int) -> None:
-            taken_s = max(progress.tasks[0].elapsed or 0.0, 1e-6)
-            rate = f"{done / taken_s:,.0f} tokens/s" if done else ""
-            progress.update(task, completed=done, total=total or None, rate=rate)
+            nonlocal printed_s
+            rate = f"{done / max(task.elapsed or 0.0, 1e-6):,.0f} tokens/s" if done else ""
+            progress.update(task_id, completed=done, total=total or None, rate=rate)
+            is_due = progress.get_time() - printed_s >= _LINE_EVERY_S
+            if not is_drawn and is_due and done < total and task.time_remaining is not None:
+                printed_s = progress.get_time()
+                minutes, seconds = divmod(round(task.time_remaining), 60)
+                note(f"{what}: {done / total:.0%}, {minutes}:{seconds:02} left")
 
         yield advance

@@ -50,14 +50,17 @@ def rich_table(columns: Sequence[Column], rows: Sequence[Any]) -> RichTable:
 
 def print_table(columns: Sequence[Column], rows: Sequence[Any]) -> None:
     """Print a table to stdout. In a terminal, the table is no wider than the window."""
+    _print(rich_table(columns, rows))
+
+
+def _print(table: RichTable) -> None:
     if out.is_terminal:
-        out.print(rich_table(columns, rows))
-    else:
-        wide = Console(file=out.file, width=_UNLIMITED, color_system=None, theme=THEME)
-        with wide.capture() as captured:
-            wide.print(rich_table(columns, rows))
-        lines = captured.get().splitlines()
-        out.file.writelines(f"{line.rstrip()}\n" for line in lines)
+        out.print(table)
+        return
+    wide = Console(file=out.file, width=_UNLIMITED, color_system=None, theme=THEME)
+    with wide.capture() as captured:
+        wide.print(table)
+    out.file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def print_json(value: Any) -> None:
@@ -90,14 +93,9 @@ def print_sentence(text: str) -> None:
 
 def print_facts(facts: Sequence[Fact]) -> None:
     """Print labels and values to stdout in two columns. In a terminal, wrap long values."""
-    facts = [(label, printable(value)) for label, value in facts]
-    if not out.is_terminal:
-        width = max(len(label) for label, _ in facts)
-        out.file.writelines(f"{label.ljust(width)}  {value}\n" for label, value in facts)
-        return
     grid = RichTable.grid(padding=(0, 2))
     grid.add_column(style="note", no_wrap=True)
     grid.add_column(overflow="fold")
     for label, value in facts:
-        grid.add_row(label, Text(value))
-    out.print(grid)
+        grid.add_row(label, Text(printable(value)))
+    _print(grid)

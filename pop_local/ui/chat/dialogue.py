@@ -13,7 +13,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.chat_session import ChatSession, Stream
 from pop_local.texts.document_readers import Document
-from pop_local.ui.chat.overflow import answer_reserve, ask_for_room
+from pop_local.ui.chat.overflow import answer_reserve, larger_ctx
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.ctrl_c import CtrlC, deferred_interrupt
 from pop_local.ui.views.stats import stats_line
@@ -163,13 +163,35 @@ class Dialogue:
             self.screen.note(stats_line(stream.stats))
 
     def _make_room(self, error: ContextFullError) -> bool:
-        n_dropped, n_ctx = ask_for_room(self.screen, self.session, error)
-        if n_ctx:
-            return self.enlarge(n_ctx)
-        if n_dropped:
-            self.session.forget_oldest(n_dropped)
+        """Let the user choose how to make room for the prompt. Return False if nothing changed."""
+        n_turns = len(self.session.conversation.turns)
+        n_drop = next((n for n in range(1, n_turns + 1) if self._fits(n, error)), 0)
+        n_larger = larger_ctx(self.model.engine, error.n_prompt + error.n_answer)
+        choices = {}
+        if n_drop:
+            choices["d"] = f"drop the oldest {'turn' if n_drop == 1 else f'{n_drop} turns'}"
+        if n_larger:
+            choices["l"] = f"use a larger context (--ctx {n_larger})"
+        choices["x"] = "drop this question"
+        choice = self.screen.choose(
+            f"The context is {error.n_short:,} tokens too small: the prompt has"
+            f" {error.n_prompt:,} tokens, an answer needs {error.n_answer:,} or more, and the"
+            f" context has {error.n_ctx:,}.",
+            choices,
+        )
+        if choice == "l" and n_larger:
+            return self.enlarge(n_larger)
+        if choice == "d":
+            self.session.forget_oldest(n_drop)
             self.saved_as = ""
-        return n_dropped > 0
+        return choice == "d"
+
+    def _fits(self, n_dropped: int, error: ContextFullError) -> bool:
+        """Return True if the prompt fits without the oldest `n_dropped` turns."""
+        shorter = self.session.conversation.without_oldest(n_dropped)
+        question = [] if self.session.dropped is None else self.session.dropped.messages
+        n_prompt = len(self.model.engine.prompter.conversation([*shorter.messages, *question]))
+        return n_prompt + error.n_answer <= error.n_ctx
 
 
 def pruning_state(model: PopModel) -> str:

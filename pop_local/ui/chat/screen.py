@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TextIO
 
 from rich.prompt import Prompt
 
@@ -16,40 +15,24 @@ from pop_local.ui.progress_bars import Advance, prefill_progress
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
-class AnswerWriter:
-    """A writer for an answer's text. If the output is a terminal, removes control characters."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._controls = _CONTROLS if stream.isatty() else {}
-        self._last = ""
-
-    def push(self, piece: str) -> None:
-        piece = piece.translate(self._controls)
-        self._stream.write(piece)
-        self._stream.flush()
-        self._last = piece or self._last
-
-    def end(self) -> None:
-        if not self._last.endswith("\n"):
-            self._stream.write("\n")
-            self._stream.flush()
-
-
 class Screen:
     """The output of a chat: answers, notes, errors, and multiple-choice questions."""
 
     def __init__(self) -> None:
-        self._answer: AnswerWriter | None = None
+        self._last = ""
 
     def text(self, piece: str) -> None:
-        self._answer = self._answer or AnswerWriter(sys.stdout)
-        self._answer.push(piece)
+        if sys.stdout.isatty():
+            piece = piece.translate(_CONTROLS)
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        self._last = piece or self._last
 
     def end_answer(self) -> None:
-        if self._answer is not None:
-            self._answer.end()
-        self._answer = None
+        if self._last and not self._last.endswith("\n"):
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        self._last = ""
 
     def note(self, line: str) -> None:
         note(line)

@@ -1,8 +1,11 @@
 """Test how answers are written to a terminal and to a pipe."""
 
 import io
+import sys
 
-from pop_local.ui.chat.screen import AnswerWriter
+import pytest
+
+from pop_local.ui.chat.screen import Screen
 
 
 class Terminal(io.StringIO):
@@ -12,21 +15,27 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_model_cannot_move_the_cursor():
-    escapes = "a\x1b[2Jb\x07\x9b1m\tc\n"
-    for stream, written in ((Terminal(), "a[2Jb1m\tc\n"), (io.StringIO(), escapes)):
-        answer = AnswerWriter(stream)
-        for piece in ("a\x1b[2Jb", "\x07\x9b1m\tc"):
-            answer.push(piece)
-        answer.end()
-        assert stream.getvalue() == written
+@pytest.fixture
+def write(monkeypatch):
+    """Return a function that writes an answer to a stream and returns the output."""
 
-
-def test_answers_end_their_line_once():
-    for pieces, written in ((["a", "b"], "ab\n"), (["a\n"], "a\n"), (["a\n", ""], "a\n")):
-        stream = io.StringIO()
-        answer = AnswerWriter(stream)
+    def write(stream: io.StringIO, *pieces: str) -> str:
+        monkeypatch.setattr(sys, "stdout", stream)
+        screen = Screen()
         for piece in pieces:
-            answer.push(piece)
-        answer.end()
-        assert stream.getvalue() == written
+            screen.text(piece)
+        screen.end_answer()
+        return stream.getvalue()
+
+    return write
+
+
+def test_model_cannot_move_the_cursor(write):
+    pieces = "a\x1b[2Jb", "\x07\x9b1m\tc"
+    assert write(Terminal(), *pieces) == "a[2Jb1m\tc\n"
+    assert write(io.StringIO(), *pieces) == "".join(pieces) + "\n"
+
+
+def test_answers_end_their_line_once(write):
+    for pieces, output in ((["a", "b"], "ab\n"), (["a\n"], "a\n"), (["a\n", ""], "a\n")):
+        assert write(io.StringIO(), *pieces) == output

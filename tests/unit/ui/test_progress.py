@@ -23,9 +23,8 @@ def shown(monkeypatch):
         file = io.StringIO()
         nonlocal now_s
         now_s = 0.0
-        console = Console(
-            file=file, force_terminal=True, width=width, theme=THEME, get_time=lambda: now_s
-        )
+        console = Console(file=file, force_terminal=True, width=width, theme=THEME)
+        monkeypatch.setattr(progress_bars, "time", SimpleNamespace(monotonic=lambda: now_s))
         monkeypatch.setattr(progress_bars, "err", console)
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
         with progress_bars.prefill_progress("Reading") as advance:

@@ -208,15 +208,16 @@ def test_question_that_does_not_fit_offers_choices():
         "? The context is 2 tokens too small: the prompt has 37 tokens, an answer needs 5 or more,"
         " and the context has 40.",
         "?   d  drop the oldest turn",
-        "?   n  start a new conversation with this question",
         "?   x  drop this question",
         "# The question and its attachments were dropped. To ask again, type /retry.",
     ]
 
 
-@pytest.mark.parametrize(("key", "n_messages"), [("d", 3), ("n", 1), ("x", 0)])
-def test_dropping_turns_makes_room(key, n_messages):
-    model, _ = conversation(key)
+@pytest.mark.parametrize(
+    ("key", "n_ctx", "n_messages"), [("d", 40, 3), ("d", 34, 3), ("d", 20, 1), ("x", 40, 0)]
+)
+def test_dropping_turns_makes_room(key, n_ctx, n_messages):
+    model, _ = conversation(key, n_ctx=n_ctx)
     assert [len(messages) for messages in model.asked[2:]] == [n_messages] * bool(n_messages)
 
 
