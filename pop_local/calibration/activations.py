@@ -43,7 +43,7 @@ class WindowReader:
 
         Raises PopError if llama.cpp fails. Propagates exceptions from signal handlers (Ctrl-C).
         """
-        self._slot.cells.clear()
+        self._slot.clear()
         with self._slot.interruptible():
             self._slot.decode(tokens, 0, Outputs.NONE)
             self._slot.raise_if_stopped()

@@ -133,7 +133,7 @@ def _turns(rng: random.Random, model: PopModel, fresh: PopModel, n_vocab: int) -
         first_of(fresh).cache.clear()
         expected = _logits_after(fresh, tokens)
         assert np.abs(logits - expected).max() < NOISE * expected.std()
-        assert first_of(model).cache.slot.cells.end == len(tokens)
+        assert first_of(model).cache.slot.end_position == len(tokens)
     return n_stopped
 
 
@@ -226,6 +226,6 @@ def test_stored_states(tmp_path, arch):
             finally:
                 model.read(Prompt(OLD[: rng.randrange(1, 700)]))
                 cache = first_of(model).cache
-                assert cache.slot.cells.end == cache.n_tokens
+                assert cache.slot.end_position == cache.n_tokens
 
         campaign(attempt)

@@ -61,7 +61,7 @@ class Operations:
             [step] = self._rng.choices(steps, [8, 2, 6, 1, 1, 1])
             step()
             cache = first_of(self._model).cache
-            assert cache.slot.cells.end == cache.n_tokens
+            assert cache.slot.end_position == cache.n_tokens
             assert cache.n_exact <= cache.rows.first_stale
             if 0 < cache.n_exact == cache.n_tokens:
                 self._check(cache.tokens.tolist())

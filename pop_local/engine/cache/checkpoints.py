@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from pop_local.engine.llama.cells import Cells
-from pop_local.engine.llama.context import Context
+from pop_local.engine.llama.slot import Slot
 
 # If a prompt diverges from the cache, up to this many matching rows (two batches) are read again.
 EVERY = 1024
@@ -23,9 +22,9 @@ class Checkpoints:
     `is_needed`: whether the model has recurrent layers or windows that drop rows.
     """
 
-    def __init__(self, context: Context, cells: Cells) -> None:
-        self.is_needed = context.is_recurrent or context.window > 0
-        self._cells = cells
+    def __init__(self, slot: Slot) -> None:
+        self.is_needed = slot.context.is_recurrent or slot.context.window > 0
+        self._slot = slot
         self._states: dict[int, np.ndarray] = {}  # by the number of rows that precede them
 
     def __len__(self) -> int:
@@ -48,7 +47,7 @@ class Checkpoints:
         """Save a checkpoint after `n_rows` rows, unless one already exists."""
         if not self.is_needed or n_rows <= self.last:
             return
-        state = self._cells.checkpoint(MAX_BYTES)
+        state = self._slot.checkpoint(MAX_BYTES)
         if state is None:
             return
         self._states[n_rows] = state
@@ -63,7 +62,7 @@ class Checkpoints:
 
         If this method returns False, the cells' contents are undefined.
         """
-        return self._cells.return_to(self._states[n_rows], position)
+        return self._slot.return_to(self._states[n_rows], position)
 
     def drop_after(self, n_rows: int) -> None:
         """Drop all checkpoints beyond the first `n_rows` rows, because later rows will change."""

@@ -29,7 +29,7 @@ class KvCache:
         self.context, self.slot = context, slot
         self.settings = SequenceSettings.of(slot)
         self.rows = CachedRows(context.n_ctx)
-        self.checkpoints = Checkpoints(context, slot.cells)
+        self.checkpoints = Checkpoints(slot)
         self.images: dict[int, str] = {}
         self.n_tokens = 0
         self.has_logits = False
@@ -60,7 +60,7 @@ class KvCache:
             self.has_logits = False
             self.rows.forget_from(0)
             self.checkpoints.drop_after(0)
-            self.slot.cells.clear()
+            self.slot.clear()
             self.epoch += 1
 
     def truncate(self, n_rows: int) -> bool:
@@ -99,7 +99,7 @@ class KvCache:
             )
 
     def _forget_from(self, row: int) -> bool:
-        return self.slot.cells.truncate(int(self.rows.positions[row]))
+        return self.slot.truncate(int(self.rows.positions[row]))
 
     def _lacks_rows_before(self, row: int) -> bool:
         """Return whether a sliding window has dropped rows that `row` attends to.
@@ -109,7 +109,7 @@ class KvCache:
         """
         window = 0 if self.context.is_recurrent else self.context.window
         seen_from = max(0, int(self.rows.positions[row]) - window + 1)
-        return row > 0 and bool(window) and self.slot.cells.first > seen_from
+        return row > 0 and bool(window) and self.slot.first_position > seen_from
 
     # Replacing
 
@@ -117,7 +117,7 @@ class KvCache:
         """Replace the rows with another sequence's first rows. The caller must lock the cells."""
         self.clear()
         tokens, n_positions = other.tokens[:n_rows], int(other.rows.positions[n_rows])
-        is_copied = self.slot.cells.share(other.slot.cells, n_positions, tokens)
+        is_copied = self.slot.share(other.slot, n_positions, tokens)
         self._tokens[:n_rows] = tokens
         self.images = {start: key for start, key in other.images.items() if start < n_rows}
         self.rows.share(other.rows, n_rows, (tokens != NO_TOKEN) if is_copied else None)
@@ -131,7 +131,7 @@ class KvCache:
         self.clear()
         n = state.n_tokens
         end = int(state.positions[n - 1]) + 1 if n else 0
-        if not self.slot.cells.restore(state.cells) or self.slot.cells.end != end:
+        if not self.slot.restore(state.cells) or self.slot.end_position != end:
             self.clear()
             raise PopError(
                 "the saved state does not match this model and context", "submit the prompt again"
@@ -214,7 +214,7 @@ class KvCache:
             yield
             return
         first, sources = int(self.rows.positions[self.n_tokens]), np.full(len(tokens), -1, np.int32)
-        self.slot.cells.move(first, sources, np.asarray(tokens, np.int32))
+        self.slot.move_rows(first, sources, np.asarray(tokens, np.int32))
         with self.slot.overwriting():
             yield
 
@@ -239,7 +239,7 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
     start = n_leading(sources == np.arange(len(sources)))
     with cache.slot.locked():
         try:
-            cache.slot.cells.move(start, sources[start:], tokens[start:])
+            cache.slot.move_rows(start, sources[start:], tokens[start:])
         except PopError as error:
             has_invalid_rows = error.fields.get("status") == backend.INVALID_ROWS
             if has_invalid_rows and not cache.truncate(start):

@@ -81,7 +81,7 @@ class SavedStates:
                 tokens=cache.tokens.copy(),
                 is_full=cache.rows.is_full[:n].copy(),
                 positions=cache.rows.positions[: n + 1].copy(),
-                cells=cache.slot.cells.state(),
+                cells=cache.slot.state(),
                 images=dict(cache.images),
                 first_stale=cache.rows.first_stale,
                 n_exact=cache.n_exact,
@@ -122,7 +122,7 @@ class SavedStates:
         """Store the rows in the prompt cache if one exists and the state is not too large."""
         if self.prompts is None or not self.cache.n_tokens:
             return
-        if self.prompts.accepts(self.cache.slot.cells.state_size()):
+        if self.prompts.accepts(self.cache.slot.state_size()):
             with suppress(PopError):  # the recurrent state is ahead of the tokens
                 self.prompts.add(self._prompts_key, self.save())
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,6 @@ from pop_base.errors import PopError, StoppedError
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Counters, Mode, Reading
 from pop_local.engine.llama.batch import Outputs
-from pop_local.engine.llama.cells import SequenceCells
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.interrupt import current_should_stop
 from pop_local.engine.llama.prefill_throttle import PrefillThrottle
@@ -226,9 +226,10 @@ class BatchedSlot(Slot):
     Prefill uses either the context's mode or OFF, in which every row runs through all layers.
     """
 
+    _starts_with_size = False
+
     def __init__(self, batcher: Batcher, context: Context, sequence: int) -> None:
         super().__init__(context, sequence)
-        self.cells = SequenceCells(context, sequence, batcher.locked)
         self._batcher = batcher
         self._mode = backend.get_mode(context.ctx)
         self._is_prefilling = False
@@ -334,6 +335,13 @@ class BatchedSlot(Slot):
     def run_deep(self, positions: np.ndarray) -> bool:
         with self.locked(), super().interruptible():
             return super().run_deep(positions)
+
+    def clear(self) -> None:
+        self.truncate(0)
+
+    def _state(self, action: str, *values: Any) -> int:
+        call = getattr(self._api, f"llama_state_seq_{action}")
+        return int(call(self.context.ctx, *values, self.sequence))
 
 
 def batched_slots(context: Context, n: int) -> list[BatchedSlot]:

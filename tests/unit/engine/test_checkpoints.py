@@ -14,8 +14,8 @@ from pop_base.errors import StoppedError
 from pop_local.engine.cache import checkpoints as checkpoints_module
 from pop_local.engine.cache.checkpoints import Checkpoints
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.llama.cells import Cells
 from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.llama.slot import Slot
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import read as read_module
 from pop_local.engine.prompt.prompt import Prompt
@@ -201,7 +201,7 @@ def test_random_conversations_equal_fresh_readings(open_model, monkeypatch):
         found = logits_after(model, tokens)
         first_of(fresh).cache.clear()
         assert_near(found, logits_after(fresh, tokens))
-        assert first_of(model).cache.slot.cells.end == len(tokens)
+        assert first_of(model).cache.slot.end_position == len(tokens)
         assert len(first_of(model).cache.checkpoints) <= 5
         if chance.random() < 0.6:
             tokens += greedy(model, tokens, chance.randrange(1, 12))
@@ -251,7 +251,7 @@ def test_a_saved_state_does_not_replace_a_better_checkpoint(name, path_of):
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_other_models_copy_nothing(tmp_path, monkeypatch, arch):
-    monkeypatch.setattr(Cells, "checkpoint", None)
+    monkeypatch.setattr(Slot, "checkpoint", None)
     model, sizes = opened(tiny(tmp_path, arch)), []
     append = first_of(model).cache.append
 
@@ -266,15 +266,16 @@ def test_other_models_copy_nothing(tmp_path, monkeypatch, arch):
     assert len(sizes) == 4  # a tail that fits one chunk is not split
 
 
-class _FakeCells:
+class _FakeSlot:
+    context = SimpleNamespace(is_recurrent=True, window=0)
+
     def checkpoint(self, max_bytes: int) -> np.ndarray:
         return np.zeros(10, np.uint8)
 
 
 def fake_checkpoints() -> Checkpoints:
-    context: Any = SimpleNamespace(is_recurrent=True, window=0)
-    cells: Any = _FakeCells()
-    return Checkpoints(context, cells)
+    slot: Any = _FakeSlot()
+    return Checkpoints(slot)
 
 
 def test_the_best_checkpoint_is_the_last_one_before_a_difference():

@@ -70,7 +70,7 @@ def test_an_edit_decodes_only_new_rows_and_a_refill_makes_the_cache_exact(arch_f
         assert reading.counters.n_rows < 200
         assert MIN_REUSED < reading.n_stale <= reading.n_cached
         assert cache.rows.n_stale(len(tokens)) >= reading.n_stale
-        assert cache.slot.cells.end == len(tokens)
+        assert cache.slot.end_position == len(tokens)
         repaired_state, repaired_logits = repaired(model)
     assert repaired_state == state
     np.testing.assert_allclose(repaired_logits, logits, rtol=0, atol=NOISE)  # a batch of one row
@@ -166,7 +166,7 @@ def test_all_rows_are_dropped_if_invalid_ones_cannot_be_removed(tmp_path, aborte
         cache = first_of(model).cache
         assert not move_rows(cache, np.array(old, np.int32)[sources], sources)
         assert len(n_moves) == 1
-        assert cache.n_tokens == cache.slot.cells.end == 0
+        assert cache.n_tokens == cache.slot.end_position == 0
 
 
 def test_small_changes_of_the_logits_show_that_stale_rows_are_used(model):
@@ -212,7 +212,7 @@ def test_a_stopped_read_keeps_the_rows_after_its_gap(model, pop_file, after):
     cache = first_of(model).cache
     assert n_decoded == min(150, -(-after // 64) * 64)
     assert cache.tokens.tolist() == OLD[:200] + NEW[:n_decoded] + OLD[200:-125]
-    assert cache.slot.cells.end == cache.n_tokens == n_decoded + stopped.value.read.n_cached
+    assert cache.slot.end_position == cache.n_tokens == n_decoded + stopped.value.read.n_cached
     reading = model.read(Prompt(tokens))
     assert reading.counters.n_rows == 150 - n_decoded + 125
     assert reading.n_stale == 500 - 125 == stopped.value.read.n_stale

@@ -97,7 +97,7 @@ def read_raw(model: PopModel, tokens: Prompt) -> None:
     """Decode a prompt like the engine, but its images like libmtmd."""
     context = model.engine.context
     plan = plan_prefill(0, len(tokens), first_of(model).rule, context.n_batch, tokens.spans)
-    first_of(model).cache.slot.cells.clear()
+    first_of(model).cache.slot.clear()
     batch = TokenBatch(context.n_batch)
     pos = 0
     backend.set_reading(context.ctx, backend.Reading.SOME)
@@ -180,7 +180,7 @@ def test_rows_of_a_stopped_picture_are_not_saved(smol):
             with stopped_by(partial(next, left, True)), pytest.raises(StoppedError):
                 append(model, tokens)
             cache = first_of(model).cache
-            n_left += cache.slot.cells.end > cache.rows.positions[cache.n_tokens]
+            n_left += cache.slot.end_position > cache.rows.positions[cache.n_tokens]
             first_of(model).states.restore(first_of(model).states.save())
         assert n_left, "the stop came between two ubatches"
 

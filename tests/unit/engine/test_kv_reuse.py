@@ -192,7 +192,7 @@ def test_a_longer_prompt_replaces_its_prefix(model):
 
 def test_an_excess_state_evicts_the_oldest(model):
     n_read(model, prompt(100))
-    cache = PromptCache(3 * len(first_of(model).cache.slot.cells.state()))
+    cache = PromptCache(3 * len(first_of(model).cache.slot.state()))
     first_of(model).states.prompts = cache
     for seed in range(1, 6):
         n_read(model, prompt(100, seed))
@@ -242,7 +242,7 @@ def test_a_state_that_cannot_be_truncated_is_dropped(model, monkeypatch):
     for use in (lambda: append(model, [1]), first_of(model).states.save):
         read(model, prompt(100))
         with monkeypatch.context() as patched, pytest.raises(PopError, match="ahead of the cached"):
-            patched.setattr(first_of(model).cache.slot.cells, "truncate", lambda position: False)
+            patched.setattr(first_of(model).cache.slot, "truncate", lambda position: False)
             use()
         assert first_of(model).cache.n_tokens == 0
 

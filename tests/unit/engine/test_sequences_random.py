@@ -55,7 +55,7 @@ class Work:
         rule = replace(first_of(self._model).rule, reuse=self._rng.choice(list(Reuse)))
         read(sequence.states, asked, rule)
         assert cache.tokens.tolist() == asked.tokens
-        assert cache.slot.cells.end == len(asked)
+        assert cache.slot.end_position == len(asked)
         if cache.settings.mode is Mode.OFF:
             self._check(cache)
 

@@ -10,9 +10,9 @@ from pop_base.errors import PopError, StoppedError
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
-from pop_local.engine.llama.cells import Cells
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.llama.slot import Slot
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import FULL, Pruning, forced
 from pop_local.measure.probes import pick_passage, random_tokens
@@ -103,7 +103,7 @@ def test_continuation_with_pruned_rows_is_an_error(model, monkeypatch):
 
 def test_recurrent_state_that_cannot_be_restored_is_an_error(model, monkeypatch):
     monkeypatch.setattr(Context, "is_recurrent", property(lambda _: True))
-    monkeypatch.setattr(Cells, "restore", lambda *_: False)
+    monkeypatch.setattr(Slot, "restore", lambda *_: False)
     with forced(model) as reader, pytest.raises(PopError, match="the saved state does not match"):
         reader.read(text(60), FULL)
         reader.predict(text(20))
