@@ -7,11 +7,13 @@ import typer
 
 from pop_converter.popfile.format import DeepRows
 from pop_local.commands import shared_options as opt
+from pop_local.commands.opening import warn_if_busy
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.console import note, warn
 from pop_local.ui.tables import print_json
 from pop_local.ui.views.bench import show_speed
 from pop_local.ui.watch import stoppable_watch
+from pop_local.workflows import bench as workflow
 
 # Number of tokens per kernel whose reading takes minutes.
 _N_LONG = 4096
@@ -33,9 +35,6 @@ def bench(
     measured: opt.MeasureOptions,
 ) -> None:
     """Measure the time to first token with and without fast reading, in alternating runs."""
-    from pop_local.commands.opening import warn_if_busy
-    from pop_local.workflows import bench as workflow
-
     options = workflow.BenchOptions(
         _lengths(read.prompt),
         n_pairs=read.repeat,

@@ -11,6 +11,7 @@ from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.tables import print_json
 from pop_local.ui.views.compare import comparison_json, show_comparison
 from pop_local.ui.watch import stoppable_watch
+from pop_local.workflows.compare import compare_answers
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,6 @@ def compare(
     are answered correctly with and without fast reading. The command also tests whether the
     difference between the two counts could be due to chance.
     """
-    from pop_local.workflows.compare import compare_answers
-
     with stoppable_watch() as watch:
         comparison = compare_answers(
             model,

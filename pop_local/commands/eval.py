@@ -6,9 +6,11 @@ from pathlib import Path
 from pop_converter.popfile.format import DeepRows
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, expert, option
+from pop_local.measure.quality import QualitySettings
 from pop_local.ui.tables import print_json
 from pop_local.ui.views.eval import evaluation_json, show_evaluation
 from pop_local.ui.watch import stoppable_watch
+from pop_local.workflows.eval import EvaluateOptions, evaluate
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,6 @@ def eval(  # noqa: A001
     model: opt.Converted, *, on: WindowOptions, json: opt.Json = False, measured: opt.MeasureOptions
 ) -> None:
     """Measure fast reading's quality loss: KL divergence, perplexity, copying, and look-ups."""
-    from pop_local.measure.quality import QualitySettings
-    from pop_local.workflows.eval import EvaluateOptions, evaluate
-
     options = EvaluateOptions(
         text=on.text,
         settings=QualitySettings(on.windows, on.context, on.continuation, on.seed),

@@ -1,7 +1,5 @@
 """Print tables, labeled values, and JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,14 +1,10 @@
 """The output of `bench`: a table of medians and a summary."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pop_local.ui.tables import Column, print_sentence, print_table
-
-if TYPE_CHECKING:
-    from pop_local.workflows.bench import Speed
+from pop_local.workflows.bench import Speed
 
 
 def show_speed(speed: Speed) -> None:

@@ -1,17 +1,13 @@
 """The output of `compare`: a JSON object, or a report with a table, details, and a verdict."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pop_local.measure.compare import Compared, Comparison
 from pop_local.measure.verdict import comparison_in_words
 from pop_local.ui.tables import Column, Fact, fields_of, print_facts, print_sentence, print_table
 from pop_local.ui.views.eval import with_advice
-
-if TYPE_CHECKING:
-    from pop_local.measure.compare import Compared, Comparison
 
 _N_SHOWN = 60
 _N_SHARED = 15

@@ -1,14 +1,14 @@
 """The output of `convert` as text and JSON: the plan, the candidates, and the result."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pop_base.numbers import duration, size
-from pop_converter.architecture.skipping import skipping_of
+from pop_converter.architecture.skipping import SkippableLayers, skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT
-from pop_converter.popfile.format import DeepRows
+from pop_converter.popfile.format import Budget, DeepRows, PopMeta
+from pop_converter.popfile.pruning_plan import Plan
+from pop_converter.popfile.rewrite import FileSizes
 from pop_converter.popfile.sidecar import sidecar_path
 from pop_converter.projection import Projection
 from pop_local.measure.budget import FAST, limits_in_words
@@ -16,14 +16,7 @@ from pop_local.measure.verdict import verdict_in_words
 from pop_local.ui.console import note, out
 from pop_local.ui.tables import Column, Fact, fields_of, print_facts, print_sentence, print_table
 from pop_local.ui.views.eval import bare, figures, with_advice
-
-if TYPE_CHECKING:
-    from pop_converter.architecture.skipping import SkippableLayers
-    from pop_converter.popfile.format import Budget, PopMeta
-    from pop_converter.popfile.pruning_plan import Plan
-    from pop_converter.popfile.rewrite import FileSizes
-    from pop_local.workflows.conversion.conversion_plan import Conversion, Converted, Trial
-
+from pop_local.workflows.conversion.conversion_plan import Conversion, Converted, Trial
 
 _COLUMNS = (
     Column("Layer", lambda trial: trial.plan.boundary, numeric=True),

@@ -1,19 +1,15 @@
 """Format the measured quality of pruned models as a table or as JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pop_converter.popfile.format import DeepRows
+from pop_local.measure.estimate import Estimate
+from pop_local.measure.lookups import Lookups
+from pop_local.measure.quality import Quality
 from pop_local.ui.tables import Fact, fields_of, print_facts
-
-if TYPE_CHECKING:
-    from pop_local.measure.estimate import Estimate
-    from pop_local.measure.lookups import Lookups
-    from pop_local.measure.quality import Quality
-    from pop_local.workflows.eval import Evaluation
+from pop_local.workflows.eval import Evaluation
 
 
 def with_se(estimate: Estimate | None, spec: str) -> str:
