@@ -25,9 +25,9 @@ class SamplerOption:
     aliases: tuple[str, ...] = ()
     # Value of requests that turns the option off, as 0 does.
     off: float | None = None
-    # The sampler is llama_sampler_init_NAME(value, *arguments).
+    # The sampler is llama_sampler_init_NAME(value, *arguments). A string names another option.
     sampler: str = ""
-    arguments: tuple[int, ...] = ()
+    arguments: tuple[int | str, ...] = ()
     is_expert: bool = True
     is_setting: bool = False
 

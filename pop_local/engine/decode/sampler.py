@@ -64,11 +64,13 @@ class Sampler:
         if self._is_greedy:
             samplers.append(api.llama_sampler_init_greedy())
         else:
+            seed = api.LLAMA_DEFAULT_SEED if options.seed is None else options.seed
+            values = {name: getattr(options, name) for name in SAMPLER_OPTIONS} | {"seed": seed}
             for name, option in SAMPLER_OPTIONS.items():
                 if option.sampler:
                     create = getattr(api, f"llama_sampler_init_{option.sampler}")
-                    samplers.append(create(getattr(options, name), *option.arguments))
-            seed = api.LLAMA_DEFAULT_SEED if options.seed is None else options.seed
+                    arguments = (values.get(word, word) for word in option.arguments)
+                    samplers.append(create(values[name], *arguments))
             samplers += [
                 api.llama_sampler_init_temp(options.temperature),
                 api.llama_sampler_init_dist(seed),
