@@ -12,6 +12,7 @@ from pop_converter.popfile.sidecar import pop_of
 from pop_local.engine.answer import Answering, answer
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.saved_states import SavedStates
+from pop_local.engine.cache.sequence_settings import SequenceSettings
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.decode.grammar_mask import Constraint, TokenTries
 from pop_local.engine.decode.sampler import Sampler, recommended
@@ -84,7 +85,7 @@ class Engine:
         n = options.context.n_sequences
         slots: Iterable[Slot] = batched_slots(context, n) if n > 1 else [Slot(context)]
         for slot in slots:
-            cache = KvCache(slot, vision)
+            cache = KvCache(slot, SequenceSettings.of(slot), vision)
             states = SavedStates(cache, options.prompt_cache, vision)
             sequences.append(Sequence(states, Refiller(cache), rule))
         engine = cls(

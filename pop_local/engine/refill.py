@@ -7,8 +7,8 @@ from contextlib import suppress
 import numpy as np
 
 from pop_base.errors import StoppedError
-from pop_local.engine.cache.kv_cache import KvCache, decode_again
-from pop_local.engine.cache.rows import n_leading
+from pop_local.engine.cache.align import n_leading
+from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import stopped_by
 
@@ -41,10 +41,12 @@ class Refiller:
     def n_refillable(self) -> int:
         """The number of rows that `refill` would make exact."""
         cache = self._cache
-        redo = cache.rows.can_be_redone(cache.n_tokens)
         # Images are decoded from pixels, which the cache does not keep.
-        redo = redo and not any(start >= cache.rows.first_stale for start in cache.images)
-        return cache.n_tokens - cache.n_exact if redo else 0
+        if any(start >= cache.first_stale for start in cache.images):
+            return 0
+        rows = slice(cache.n_exact, min(cache.n_tokens, cache.first_stale))
+        can_redo = (cache.has_state | cache.is_copied)[rows].all()
+        return cache.n_tokens - cache.n_exact if can_redo else 0
 
     def refill(
         self,
@@ -78,7 +80,7 @@ class Refiller:
     def _run_chunk(self) -> None:
         cache = self._cache
         first = cache.n_exact
-        has_state = cache.rows.has_state[first : cache.n_tokens]
+        has_state = cache.has_state[first : cache.n_tokens]
         end = first + n_leading(has_state == has_state[0])
         rows = range(first, min(first + self._chunk, end))
         started_s = time.perf_counter()
@@ -88,7 +90,7 @@ class Refiller:
             if not has_state[0]:
                 self._decode_again(rows)
             elif cache.slot.run_deep(np.asarray(rows, np.int32)):
-                cache.rows.record_deep_pass(rows)
+                cache.record_deep_pass(rows)
             cache.slot.raise_if_stopped()
         self._adapt(len(rows), time.perf_counter() - started_s)
 
@@ -99,7 +101,7 @@ class Refiller:
         slot.set_full(0, 0)
         with slot.overwriting():
             tokens = self._cache.tokens[rows.start : rows.stop]
-            decode_again(self._cache, rows.start, tokens, Outputs.NONE, np.ones(len(rows), bool))
+            self._cache.decode_again(rows.start, tokens, Outputs.NONE, np.ones(len(rows), bool))
 
     def _adapt(self, n_rows: int, took_s: float) -> None:
         n_target = int(n_rows * self._chunk_s / max(took_s, 1e-6))

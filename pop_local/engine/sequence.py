@@ -67,7 +67,8 @@ class Sequence:
                 self.states.store()
             # By default, full rows are dropped before pruning, so that callers can compare modes.
             is_reusable = (mode is Mode.OFF or keeps_exact) and cache.n_exact == cache.n_tokens
-            cache.settings = settings.with_mode(cache.slot, mode)
+            cache.slot.set_mode(mode)
+            cache.settings = replace(settings, mode=cache.slot.mode)
             if not (is_reusable or settings.exact):
                 cache.clear()
 
@@ -76,7 +77,9 @@ class Sequence:
         cache = self.cache
         with cache.context.locked():
             cache.slot.require_idle()
-            cache.settings = cache.settings.with_boundary(cache.slot, layer)
+            backend.set_boundary(cache.context.ctx, layer)
+            settings = SequenceSettings.of(cache.slot)
+            cache.settings = replace(settings, keeps_states=cache.settings.keeps_states)
             cache.clear()
 
     def keep_states(self, keep: bool) -> None:
@@ -85,7 +88,7 @@ class Sequence:
         backend.call("llama_pop_set_snapshots", cache.context.ctx, keep)
         cache.settings = replace(cache.settings, keeps_states=keep)
         if not keep:
-            cache.rows.has_state[:] = False
+            cache.has_state[:] = False
 
     @contextmanager
     def preserved(self) -> Iterator[None]:

@@ -62,7 +62,7 @@ class Operations:
             step()
             cache = first_of(self._model).cache
             assert cache.slot.end_position == cache.n_tokens
-            assert cache.n_exact <= cache.rows.first_stale
+            assert cache.n_exact <= cache.first_stale
             if 0 < cache.n_exact == cache.n_tokens:
                 self._check(cache.tokens.tolist())
 

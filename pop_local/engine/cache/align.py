@@ -24,6 +24,11 @@ class TokenRun:
     n: int
 
 
+def n_leading(flags: np.ndarray) -> int:
+    """Return the number of leading True values."""
+    return int(np.append(~flags, True).argmax())
+
+
 def window_hashes(tokens: np.ndarray, n: int) -> NDArray[np.uint64]:
     """Return the hash of each window of `n` tokens: uint64 [max(0, n_tokens - n + 1)]."""
     if len(tokens) < n:

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pop_local.engine.cache.rows import NO_STALE
 from pop_local.engine.images.mmproj import NO_TOKEN
 
+NO_STALE = 2**31 - 1  # beyond all rows
 # Key of rows whose K/V are identical to the full model's (see SavedStates.key).
 FULL = "mode OFF"
 # Errors raised for a damaged or foreign archive. RuntimeError covers encrypted archives and deeply
@@ -42,8 +42,8 @@ CountReusable = Callable[[np.ndarray, Mapping[int, str]], int]
 class SavedState:
     """A sequence's used cells, with each row's token, position, and depth.
 
-    `tokens`: int32 [n]. `is_full`: bool [n]. `positions`: int32 [n + 1] (see CachedRows). `images`:
-    see Prompt.n_equal. `key`: SavedStates.key. `model`: SavedStates.model_key. CachedRows describes
+    `tokens`: int32 [n]. `is_full`: bool [n]. `positions`: int32 [n + 1] (see KvCache). `images`:
+    see Prompt.n_equal. `key`: SavedStates.key. `model`: SavedStates.model_key. KvCache describes
     the other fields.
     """
 

@@ -79,11 +79,11 @@ class SavedStates:
                 key=self.key,
                 model=self.model_key,
                 tokens=cache.tokens.copy(),
-                is_full=cache.rows.is_full[:n].copy(),
-                positions=cache.rows.positions[: n + 1].copy(),
+                is_full=cache.is_full[:n].copy(),
+                positions=cache.positions[: n + 1].copy(),
                 cells=cache.slot.state(),
                 images=dict(cache.images),
-                first_stale=cache.rows.first_stale,
+                first_stale=cache.first_stale,
                 n_exact=cache.n_exact,
             )
 

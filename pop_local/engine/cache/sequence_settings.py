@@ -1,6 +1,6 @@
 """A sequence's settings for prompt rows: mode, boundary, and whether to store boundary states."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -21,16 +21,6 @@ class SequenceSettings:
         boundary = backend.get_boundary(slot.context.ctx)
         exact = backend.model_exact(slot.context.model)
         return cls(slot.mode, boundary, exact=0 if 0 < boundary < exact else exact)
-
-    def with_mode(self, slot: Slot, mode: Mode) -> "SequenceSettings":
-        """Switch a slot's mode. Raises PopError if the model does not support the mode."""
-        slot.set_mode(mode)
-        return replace(self, mode=slot.mode)
-
-    def with_boundary(self, slot: Slot, layer: int) -> "SequenceSettings":
-        """Set the first layer to prune (see backend.set_boundary)."""
-        backend.set_boundary(slot.context.ctx, layer)
-        return replace(self.of(slot), keeps_states=self.keeps_states)
 
     @property
     def can_switch(self) -> bool:

@@ -12,9 +12,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_local.engine.cache.align import MIN_RUN, find_runs, in_order, window_hashes
+from pop_local.engine.cache.align import MIN_RUN, find_runs, in_order, n_leading, window_hashes
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.cache.rows import n_leading
 from pop_local.engine.llama.shifting import can_shift
 from pop_local.engine.prefill.plan import Reuse, RowRule
 from pop_local.engine.prompt.prompt import Prompt
@@ -76,7 +75,7 @@ class ReusableRows:
             return None
         sources = self._sources(cache.tokens).copy()
         last_from = self._last_from(sources)
-        is_approximate = _follows_a_move(sources) | ~cache.rows.is_full[sources]
+        is_approximate = _follows_a_move(sources) | ~cache.is_full[sources]
         sources[must_be_full & is_approximate] = -1
         n_matched = int((sources >= 0).sum())
         sources[last_from:] = -1

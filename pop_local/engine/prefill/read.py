@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from pop_base.errors import PopError
 from pop_converter.popfile.format import DeepRows
+from pop_local.engine.cache.align import n_leading
 from pop_local.engine.cache.checkpoints import END_ROWS, EVERY
-from pop_local.engine.cache.kv_cache import KvCache, move_rows
-from pop_local.engine.cache.rows import n_leading
+from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.saved_states import SavedStates
 from pop_local.engine.llama.backend import Counters
 from pop_local.engine.llama.batch import Outputs
@@ -43,7 +43,7 @@ def read(
     n_usable, sources = _find_reusable(states, prompt, rule, deep)
     if sources is not None:
         cache.make_room(len(prompt) - cache.n_tokens)
-        if move_rows(cache, tokens, sources):
+        if cache.edit(tokens, sources):
             return EditedReading(cache, tokens, sources, deep, rule, on_prefill).complete()
         # The memory cannot move rows. The second search stashes the rows that will be replaced.
         prefix_only = replace(rule, reuse=Reuse.EXACT)
@@ -54,7 +54,7 @@ def read(
             n_usable,
             Counters(0, 0),
             n_exact=cache.n_exact,
-            n_stale=cache.rows.n_stale(len(prompt)),
+            n_stale=cache.n_stale(len(prompt)),
             is_short=cache.settings.is_pruning,
         )
     n_kept = prompt.whole(min(n_usable, len(prompt) - 1))
@@ -83,7 +83,7 @@ def _find_reusable(
     must_be_full[: rule.sink_tokens] = True
     must_be_full[max(prompt.text_from, len(prompt) - rule.tail_tokens) :] = True
     n_same = states.n_same(prompt)
-    n_usable = n_leading(~must_be_full[:n_same] | cache.rows.is_full[:n_same])
+    n_usable = n_leading(~must_be_full[:n_same] | cache.is_full[:n_same])
     return n_usable, reusable.edit(cache, n_usable, must_be_full)
 
 
@@ -174,7 +174,7 @@ class _PlannedReading(PromptReading):
             counters=counters,
             encode_s=self._encode_s,
             n_exact=cache.n_exact,
-            n_stale=cache.rows.n_stale(self._n_cached),
+            n_stale=cache.n_stale(self._n_cached),
             is_short=cache.settings.is_pruning and self._plan.n_pruned == 0,
         )
 
@@ -216,4 +216,4 @@ class _PlannedReading(PromptReading):
 
     @property
     def _next(self) -> int:
-        return int(self._cache.rows.positions[self._cache.n_tokens])
+        return int(self._cache.positions[self._cache.n_tokens])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_local.engine.cache.kv_cache import KvCache, decode_again, move_rows
+from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.prefill.edit import gaps
 from pop_local.engine.prefill.plan import RowRule
@@ -14,7 +14,7 @@ from pop_local.engine.prefill.reading import OnPrefill, PromptReading, Read
 
 
 class EditedReading(PromptReading):
-    """A PromptReading that decodes only the rows that `move_rows` left empty.
+    """A PromptReading that decodes only the rows that `KvCache.edit` left empty.
 
     `run` raises PopError if the rows cannot be decoded. If reading fails or is stopped, the cache
     keeps all decoded and reused rows for the next prompt.
@@ -29,7 +29,7 @@ class EditedReading(PromptReading):
         rule: RowRule,
         on_prefill: OnPrefill | None,
     ) -> None:
-        """`tokens`, `sources`: int32 [n_prompt] (see `move_rows`).
+        """`tokens`, `sources`: int32 [n_prompt] (see `KvCache.edit`).
 
         `deep`: a mask of the deep rows, bool [n_prompt].
         """
@@ -51,7 +51,7 @@ class EditedReading(PromptReading):
                     outputs = Outputs.LAST if stop == end[0] else Outputs.NONE
                     deep = self._deep[start:stop]
                     full = self._full_rows(np.arange(start, stop), deep, self._full_from, outputs)
-                    decode_again(cache, start, self._tokens[start:stop], outputs, full)
+                    cache.decode_again(start, self._tokens[start:stop], outputs, full)
                     cache.n_tokens = next_start
                     cache.slot.raise_if_stopped()
                     n_done += stop - start
@@ -68,8 +68,8 @@ class EditedReading(PromptReading):
         is_kept[: cache.n_tokens] = True
         rows = np.flatnonzero(is_kept).astype(np.int32)
         self._tokens, self._sources = self._tokens[rows], self._sources[rows]
-        if not move_rows(cache, self._tokens, rows):
-            cache.rows.forget_from(cache.n_tokens)
+        if not cache.edit(self._tokens, rows):
+            cache.forget_from(cache.n_tokens)
             cache.forget_unfinished()
 
     def result(self) -> Read:
@@ -80,7 +80,7 @@ class EditedReading(PromptReading):
             n_cached=max(0, cache.n_tokens - counters.n_rows),
             counters=counters,
             n_exact=cache.n_exact,
-            n_stale=int((self._sources[cache.rows.first_stale : cache.n_tokens] >= 0).sum()),
+            n_stale=int((self._sources[cache.first_stale : cache.n_tokens] >= 0).sum()),
             is_short=self._full_from == 0,
         )
 

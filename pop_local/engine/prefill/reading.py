@@ -24,7 +24,7 @@ class Read:
 
     `n_cached`: the number of reused rows, of which `n_stale` are stale. `counters`: row counts.
     `encode_s`: image encoding time in seconds. `n_exact`: the number of leading rows that are exact
-    after reading (see CachedRows). `is_short`: whether the prompt is too short to prune.
+    after reading (see KvCache). `is_short`: whether the prompt is too short to prune.
     """
 
     n_prompt: int

@@ -1,19 +1,36 @@
 """Exact rows of a KV cache."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from pop_local.engine.cache.rows import CachedRows
+from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.sequence_settings import SequenceSettings
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.batch import Outputs
 
 
-def rows_read(*batches):
-    """Return the rows after batches: strings with F for a full row, else context."""
-    rows, start = CachedRows(100), 0
+def cache_with(*batches: str) -> KvCache:
+    """Return a cache after batches: strings with F for a full row, else context."""
+    slot: Any = SimpleNamespace(
+        context=SimpleNamespace(n_ctx=100, is_recurrent=False, window=0),
+        locked=nullcontext,
+        require_idle=lambda: None,
+        decode=lambda tokens, first_position, outputs: None,
+        truncate=lambda position: True,
+    )
+    cache = KvCache(slot, SequenceSettings(Mode.CONTEXT, 4, exact=0, keeps_states=True))
     for batch in batches:
-        full = np.array([letter == "F" for letter in batch])
-        rows.read(start, full, np.arange(start, start + len(full) + 1), keeps_states=True)
-        start += len(batch)
-    return rows
+        append(cache, batch)
+    return cache
+
+
+def append(cache: KvCache, batch: str) -> None:
+    full = np.array([letter == "F" for letter in batch])
+    cache.append([1] * len(batch), Outputs.NONE, full)
 
 
 @pytest.mark.parametrize(
@@ -26,33 +43,33 @@ def rows_read(*batches):
         (("FF", "FFc"), 2),
     ],
 )
-def test_rows_are_exact_as_far_as_nothing_was_pruned(batches, n_exact):
-    assert rows_read(*batches).n_exact == n_exact
+def test_rows_before_first_pruned_batch_are_exact(batches, n_exact):
+    assert cache_with(*batches).n_exact == n_exact
 
 
 @pytest.mark.parametrize(
     ("passes", "n_exact"),
     [
-        (((0, 1, 2),), 3),
-        (((0, 1), (2, 3, 4)), 5),
-        (((1, 2, 3),), 0),  # the first row is missing
-        (((0, 1, 3),), 0),  # a gap: the last row attended to a projected one
-        (((3, 4), (0, 1, 2)), 3),  # rows 3 and 4 ran deep too early
-        (((0, 1, 2), (1, 2, 3)), 4),
-        (((0, 1, 2), (0, 1)), 3),
+        ((range(3),), 3),
+        ((range(2), range(2, 5)), 5),
+        ((range(1, 4),), 0),  # the first row is missing
+        ((range(3, 5), range(3)), 3),  # rows 3 and 4 ran deep too early
+        ((range(3), range(1, 4)), 4),
+        ((range(3), range(2)), 3),
     ],
 )
-def test_deep_rows_are_exact_in_order_only(passes, n_exact):
-    rows = rows_read("cccccc")
-    for positions in passes:
-        rows.record_deep_pass(positions)
-    assert rows.n_exact == n_exact
+def test_deep_passes_make_rows_exact_only_in_order(passes, n_exact):
+    cache = cache_with("cccccc")
+    for rows in passes:
+        cache.record_deep_pass(rows)
+    assert cache.n_exact == n_exact
 
 
-def test_removed_and_reread_rows_are_not_exact():
-    rows = rows_read("FFFFFF")
-    rows.forget_from(4)
-    assert (rows.n_exact, rows.has_state[:6].tolist()) == (4, [True] * 4 + [False] * 2)
-    rows.read(2, np.array([False, True]), np.arange(2, 5), keeps_states=True)
-    assert rows.n_exact == 2
-    assert not rows.is_full[4:].any()
+def test_truncated_and_reread_rows_are_not_exact():
+    cache = cache_with("FFFFFF")
+    cache.truncate(4)
+    assert (cache.n_exact, cache.has_state[:6].tolist()) == (4, [True] * 4 + [False] * 2)
+    cache.truncate(2)
+    append(cache, "cF")
+    assert cache.n_exact == 2
+    assert not cache.is_full[4:].any()

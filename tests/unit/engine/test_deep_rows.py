@@ -37,7 +37,7 @@ def deep_rows(model):
 
 
 def full_rows(cache):
-    return np.flatnonzero(cache.rows.is_full[: cache.n_tokens])
+    return np.flatnonzero(cache.is_full[: cache.n_tokens])
 
 
 def test_words_that_must_be_spelled_are_deep(model):

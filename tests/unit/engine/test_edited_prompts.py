@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pop_local.engine.cache.kv_cache import move_rows
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -49,7 +48,7 @@ def repaired(model: PopModel) -> tuple[bytes, np.ndarray]:
     cache = first_of(model).cache
     first_of(model).refiller.refill()
     assert cache.n_exact == cache.n_tokens
-    assert cache.rows.n_stale(cache.n_tokens) == 0
+    assert cache.n_stale(cache.n_tokens) == 0
     state = kv_bytes(model)
     model.engine.set_mode(Mode.OFF)
     logits = read(model, cache.tokens.tolist())
@@ -69,7 +68,7 @@ def test_an_edit_decodes_only_new_rows_and_a_refill_makes_the_cache_exact(arch_f
         assert reading.counters.n_rows == len(tokens) - reading.n_cached
         assert reading.counters.n_rows < 200
         assert MIN_REUSED < reading.n_stale <= reading.n_cached
-        assert cache.rows.n_stale(len(tokens)) >= reading.n_stale
+        assert cache.n_stale(len(tokens)) >= reading.n_stale
         assert cache.slot.end_position == len(tokens)
         repaired_state, repaired_logits = repaired(model)
     assert repaired_state == state
@@ -164,7 +163,7 @@ def test_all_rows_are_dropped_if_invalid_ones_cannot_be_removed(tmp_path, aborte
         assert can_shift(model.engine.context)
         abort()
         cache = first_of(model).cache
-        assert not move_rows(cache, np.array(old, np.int32)[sources], sources)
+        assert not cache.edit(np.array(old, np.int32)[sources], sources)
         assert len(n_moves) == 1
         assert cache.n_tokens == cache.slot.end_position == 0
 
@@ -280,7 +279,7 @@ def test_full_rows_that_move_close_to_a_change_are_decoded_again(model, name, re
     must_be_full = np.zeros(len(tokens), bool)
     must_be_full[[100, 105, 200, 541, 542]] = True
     cache, rule = first_of(model).cache, first_of(model).rule
-    cache.rows.is_full[:] = True
+    cache.is_full[:] = True
     reusable = edit.ReusableRows(cache, Prompt(tokens), rule)
     without = reusable.edit(cache, 0, np.zeros(len(tokens), bool))
     sources = reusable.edit(cache, 0, must_be_full)

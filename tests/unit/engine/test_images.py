@@ -180,7 +180,7 @@ def test_rows_of_a_stopped_picture_are_not_saved(smol):
             with stopped_by(partial(next, left, True)), pytest.raises(StoppedError):
                 append(model, tokens)
             cache = first_of(model).cache
-            n_left += cache.slot.end_position > cache.rows.positions[cache.n_tokens]
+            n_left += cache.slot.end_position > cache.positions[cache.n_tokens]
             first_of(model).states.restore(first_of(model).states.save())
         assert n_left, "the stop came between two ubatches"
 

@@ -217,19 +217,19 @@ def test_another_sequences_prefix_is_shared(model, alone):
 def test_a_row_is_visible_only_when_complete(model, monkeypatch):
     """Another thread looks up the row while the truncated token is still stored."""
     sequence = model.engine.sequences[0]
-    states, rows = sequence.states, sequence.cache.rows
+    states, cache = sequence.states, sequence.cache
     read_in(model, 0, LONG)
-    sequence.cache.truncate(150)
-    note, found = rows.read, []
+    cache.truncate(150)
+    forget_from, counts = cache.forget_from, []
 
-    def looked_for(*given, **how):
-        found.append(states.n_same(Prompt(LONG)))
-        note(*given, **how)
-        found.append(states.n_same(Prompt(LONG)))
+    def look_up(n_rows):
+        counts.append(states.n_same(Prompt(LONG)))
+        forget_from(n_rows)
+        counts.append(states.n_same(Prompt(LONG)))
 
-    monkeypatch.setattr(rows, "read", looked_for)
+    monkeypatch.setattr(cache, "forget_from", look_up)
     sequence.step([LONG[150]])
-    assert found == [150, 150]
+    assert counts == [150, 150]
     assert states.n_same(Prompt(LONG)) == 151
 
 
