@@ -7,7 +7,8 @@ from support.paths import ROOT
 
 MAX_PARAMETERS = 8
 MAX_MEMBERS = 20
-MAX_MEMBERS_OF = {"PopModel": 15}
+# A slot holds a sequence's cells and a KvCache its rows, so both have more members than others.
+MAX_MEMBERS_OF = {"PopModel": 15, "KvCache": 28, "Slot": 30, "BatchedSlot": 30}
 TREES = {
     path: ast.parse(path.read_text(encoding="utf-8"))
     for folder in ("converter/pop_base", "converter/pop_converter", "pop_local")
