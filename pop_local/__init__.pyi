@@ -32,7 +32,6 @@ from pop_local.workflows.conversion.conversion_plan import Converted as Converte
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions as ConvertOptions
 from pop_local.workflows.conversion.conversion_plan import CopyingBrokenError as CopyingBrokenError
 from pop_local.workflows.conversion.conversion_plan import OverBudgetError as OverBudgetError
-from pop_local.workflows.conversion.conversion_plan import RowOptions as RowOptions
 from pop_local.workflows.conversion.conversion_plan import Within as Within
 from pop_local.workflows.conversion.convert_model import convert as convert
 from pop_local.workflows.eval import EvaluateOptions as EvaluateOptions

@@ -50,7 +50,7 @@ def calibrate(
         kinds.setdefault(plan.boundary, []).append(plan.projection)
     sums = _Sums(source, shape, kinds)
     tensors: dict[tuple[int, Projection], list[NewTensor]] = {}
-    groups, n_read = plan_needs(plans, source, options).groups, 0
+    groups, n_read = plan_needs(plans, options).groups, 0
     advance = watch.stage("Fitting")
     for pairs in groups:
         wide = {b for b, _ in pairs if Projection.WIDE in kinds[b]} - sums.wides.keys()

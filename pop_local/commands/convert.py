@@ -25,7 +25,6 @@ from pop_local.workflows.conversion.conversion_plan import (
     ConvertOptions,
     Goal,
     OverBudgetError,
-    RowOptions,
     Within,
     plan_conversion,
 )
@@ -88,7 +87,7 @@ class FittingOptions(Group):
     panel: ClassVar[str] = EXPERT
 
     deep_rows: DeepRows = option(
-        "Rule that selects words to run through all layers.", default=RowOptions.deep_rows
+        "Rule that selects words to run through all layers.", default=ConvertOptions.deep_rows
     )
     tokens: int | None = option(
         "Number of tokens for the fit (default: 24 per embedding dimension, but at least 16384)."
@@ -157,7 +156,7 @@ def convert(
     options = ConvertOptions(
         goal=_goal(how.quality, own, named),
         fit=None if how.projection is Projection.OWN else fit,
-        rows=RowOptions(deep_rows=fitting.deep_rows),
+        deep_rows=fitting.deep_rows,
         output="sidecar" if how.sidecar else "copy",
         distiller=distiller,
         hardware=processors.hardware,

@@ -88,10 +88,9 @@ def test_a_cheap_wide_fit_is_the_default(tmp_path, words, short_examination):
     assert meta is not None and meta.projection == "fitted-wide"
 
 
-def test_texts_may_be_files_and_folders(tiny, tmp_path, words, short_examination):
-    notes = tmp_path.parent / f"{tmp_path.name}-notes"
-    notes.mkdir()
-    (notes / "note.md").write_text(" ".join(f"note{number}" for number in range(3000)))
+def test_fits_on_several_files(tiny, tmp_path, words, short_examination):
+    notes = tmp_path.parent / f"{tmp_path.name}-notes.md"
+    notes.write_text(" ".join(f"note{number}" for number in range(3000)))
     done = convert(tiny, "--text", words, "--text", notes, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["calibration"]["name"] == f"words.txt, {notes.name}"

@@ -1,8 +1,5 @@
 """Test `convert` at a named boundary: measurements, warnings, refusals."""
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -10,30 +7,16 @@ from unittest.mock import Mock
 import pytest
 from typer.testing import CliRunner, Result
 
-import pop_local
-from pop_base.errors import PopError
 from pop_converter.fit import weights
-from pop_local.calibration.fit_options import FitOptions
 from pop_local.cli import app
 from pop_local.measure import budget
 from pop_local.workflows.conversion import convert_model as examining
-from pop_local.workflows.conversion import fits
-from pop_local.workflows.conversion.conversion_plan import (
-    Boundary,
-    ConvertOptions,
-    RowOptions,
-    Within,
-)
-from pop_local.workflows.hardware import Hardware
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_examination")]
 
 ANYTHING = replace(budget.BALANCED, max_kl=50.0, max_ppl_ratio=1000.0, max_copy_ratio=1000.0)
-
-
-UNMEASURABLE = r"the fit could not be measured: a context of \d+ tokens is too short"
 
 
 def convert(*arguments: object) -> Result:
@@ -74,20 +57,6 @@ def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, words, tmp_pat
     assert (tmp_path / "tiny.pop.gguf").exists()
 
 
-@pytest.mark.parametrize(
-    "goal", [Boundary(5), Within(budget.FAST), Within(budget.FAST, Boundary(5))]
-)
-def test_rejects_an_unmeasurable_fit_before_fitting(tiny, words, tmp_path, monkeypatch, goal):
-    """The file's full rows leave no context rows in a window."""
-    monkeypatch.setattr(fits, "calibrate", None)
-    rows = RowOptions(tail_tokens=600)
-    options = ConvertOptions(goal, FitOptions(2048, (words,)), rows, hardware=Hardware(1))
-    with pytest.raises(PopError, match=UNMEASURABLE) as failure:
-        pop_local.convert(tiny, options=options)
-    assert "lower sink_tokens and tail_tokens" in failure.value.hint
-    assert not (tmp_path / "tiny.pop.gguf").exists()
-
-
 def test_a_trained_context_shorter_than_a_window_is_a_warning(tmp_path):
     path = make_gguf(tmp_path / "short.gguf", "llama", n_ctx_train=256)
     done = convert(path, "--projection", "own", "--boundary", 5)
@@ -108,17 +77,3 @@ def test_a_dry_run_refuses_weights_that_a_fit_cannot_read(tiny, monkeypatch):
     refused = convert(tiny, "--dry-run")
     assert refused.exit_code == 1
     assert "contains data after its last tensor" in " ".join(refused.stderr.split())
-
-
-def test_own_projections_are_written_without_a_backend(tiny, tmp_path):
-    code = "import sys; sys.modules['llama_cpp'] = None; from pop_local.cli import main; main()"
-    arguments = ["convert", str(tiny), "--boundary", "7", "--projection", "own"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "tiny.pop.gguf").exists()
-    command = [sys.executable, "-c", code, "convert", str(tiny), "--boundary", "7", "--dry-run"]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
-    [plan] = json.loads(done.stdout)["plans"]
-    assert plan["speedup_limit"] is None
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "unknown: pop-local-llama-cpp cannot be imported" in done.stdout

@@ -139,7 +139,6 @@ def a_machine(monkeypatch, tmp_path):
     folder.mkdir()
     make_gguf(folder / "model.gguf", "llama", n_layer=12, n_embd=64)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(needs, "has_kernels", lambda: True)
     monkeypatch.setattr(needs, "free_bytes", lambda: 8 * 10**9)
 
 

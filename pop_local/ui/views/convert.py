@@ -73,7 +73,7 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
         "distills": conversion.options.distiller is not None,
         "budget": conversion.budget,
         "seconds": conversion.seconds,
-        "memory_bytes": conversion.needs and conversion.needs.total_bytes,
+        "memory_bytes": conversion.needs and conversion.needs.sums_bytes,
         "plans": [_plan_json(conversion, plan) for plan in conversion.tried],
     }
 
@@ -117,7 +117,7 @@ def _plan_json(conversion: Conversion, plan: Plan) -> dict[str, Any]:
         **fields_of(plan, "boundary", "n_skipped", "schedule", "projection"),
         "distilled": plan.is_distilled,
         **fields_of(plan, "sink_tokens", "tail_tokens", "min_prompt", "deep_rows", "deep_share"),
-        "speedup_limit": conversion.limit(plan),
+        "speedup_limit": plan.speedup_limit,
     }
 
 
@@ -152,9 +152,6 @@ def _facts(
     yield from skipping_facts(skipping_of(plan.shape))[1:]
     yield full_fact(plan)
     yield "Size", f"{size(sizes.source_bytes)}, {form} {up_to}{size(sizes.output_bytes)}"
-    if conversion.not_counted:
-        yield "Speedup", f"unknown: {conversion.not_counted}"
-        return
     least = "" if is_final else f" ({first.speedup_limit:.2f}x with the fewest skipped layers)"
     no_deep = plan.deep_rows is not DeepRows.NONE and not plan.deep_share
     yield (
@@ -174,9 +171,7 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
     passes = "one pass" if n == 1 else f"{at_most}{n} passes"
     distilled = ", then distilled" if conversion.options.distiller else ""
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
-    more = " without distilling" if conversion.options.distiller else ""
-    total, sums = size(needs.total_bytes), size(needs.sums_bytes)
-    yield "Memory", f"{total} in addition to the model file. {sums} of this is for the fit{more}."
+    yield "Memory", f"{size(needs.sums_bytes)} for the fit's statistics"
 
 
 def skipping_facts(skippable: SkippableLayers) -> list[Fact]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pop_base.errors import PopError
 from pop_base.progress import Watch
@@ -15,7 +15,7 @@ from pop_converter.architecture.shape import source_shape
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Budget, DeepRows, PopMeta
-from pop_converter.popfile.pruning_plan import TAIL_TOKENS, Plan, make_plan, require_fit
+from pop_converter.popfile.pruning_plan import Plan, make_plan, require_fit
 from pop_converter.popfile.rewrite import FileSizes
 from pop_converter.popfile.rewrite import measure as measure_copy
 from pop_converter.popfile.sidecar import measure_sidecar, sidecar_path
@@ -56,31 +56,18 @@ Goal = Boundary | Within
 
 
 @dataclass(frozen=True)
-class RowOptions:
-    """Options for selecting the prompt tokens that run through all layers.
-
-    Words selected by `deep_rows` run through all layers. Prompts with fewer than `min_prompt`
-    tokens are not pruned (default: twice the number of sink and tail tokens).
-    """
-
-    sink_tokens: int = PopMeta.sink_tokens
-    tail_tokens: int = TAIL_TOKENS
-    min_prompt: int | None = None
-    deep_rows: DeepRows = DeepRows.NAMES
-
-
-@dataclass(frozen=True)
 class ConvertOptions:
     """Options for a conversion.
 
     `goal` is either a named boundary (`Boundary`) or a budget for a search (`Within`). If
-    `fit` is None, the skipped layers keep their own projections. `distiller` creates the trainer
-    that distills the fit (None: no distillation).
+    `fit` is None, the skipped layers keep their own projections. Words selected by `deep_rows` run
+    through all layers. `distiller` creates the trainer that distills the fit (None: no
+    distillation).
     """
 
     goal: Goal = Within(BALANCED)
     fit: FitOptions | None = FitOptions()
-    rows: RowOptions = RowOptions()
+    deep_rows: DeepRows = DeepRows.NAMES
     output: Literal["copy", "sidecar"] = "copy"
     distiller: MakeDistiller | None = None
     hardware: Hardware = Hardware()
@@ -122,21 +109,12 @@ class Conversion:
         return self.plans[-1]
 
     @cached_property
-    def not_counted(self) -> str:
-        """Return the error message if the compute cost cannot be calculated, or "" otherwise."""
-        try:
-            _ = self.deepest.speedup_limit
-        except PopError as error:
-            return error.message
-        return ""
-
-    @cached_property
     def needs(self) -> costs.FitNeeds | None:
-        """Return the total cost of the fits, or None if there are none or the cost is unknown."""
+        """Return the passes of the fits, or None if nothing is fitted."""
         fitted = [plan for plan in self.tried if plan.projection != Projection.OWN]
-        if self.fit is None or not fitted or self.not_counted:
+        if self.fit is None or not fitted:
             return None
-        return costs.fit_needs(fitted, self.source, self.fit)
+        return costs.fit_needs(fitted, self.fit)
 
     @cached_property
     def seconds(self) -> float | None:
@@ -145,16 +123,12 @@ class Conversion:
             return None
         return sidecar_seconds(self.source)
 
-    def limit(self, plan: Plan) -> float | None:
-        """Return a plan's maximum speedup, or None if the plan's compute cost is unknown."""
-        return None if self.not_counted else plan.speedup_limit
-
     @cached_property
     def tried(self) -> Sequence[Plan]:
         """Return the plans that a search may try. If fits need too much memory, omit some plans."""
-        if self.fit is None or self.budget is None or self.not_counted:
+        if self.fit is None or self.budget is None:
             return self.plans
-        return costs.thin_out(self.plans, self.source, self.fit)
+        return costs.thin_out(self.plans, self.fit)
 
     @cached_property
     def sizes(self) -> FileSizes:
@@ -191,9 +165,11 @@ def plan_conversion(
     projection = Projection.OWN if fit is None else fit.projection or Projection.FITTED
     named = options.goal.at if isinstance(options.goal, Within) else options.goal
     layers = boundaries(shape, LEAST_DIVISOR) if named is None else (named.layer,)
-    rows: dict[str, Any] = {"projection": projection, **vars(options.rows)}
-    macs = GraphMacs(source.first.path)
-    plans = tuple(make_plan(shape, boundary=layer, macs=macs, **rows) for layer in layers)
+    rows, macs = options.deep_rows, GraphMacs(source.first.path)
+    plans = tuple(
+        make_plan(shape, boundary=layer, projection=projection, deep_rows=rows, macs=macs)
+        for layer in layers
+    )
     if fit is not None:
         if fit.projection is not None:
             require_fit(plans)

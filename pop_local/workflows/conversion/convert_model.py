@@ -114,8 +114,6 @@ class ConversionRun:
         Raises OverBudgetError, PopError, or StoppedError.
         """
         planned = self.conversion
-        if any(plan.projection != Projection.OWN for plan in planned.plans):
-            self.runner.require_windows(planned.deepest)
         full = FullModel(self.runner, planned.plans[0])
         search = Search(self.runner, budget, self.fitter, full, planned.tried)
         best = search.run()
@@ -137,7 +135,6 @@ class ConversionRun:
             return self._write(plan, None, None)
         share = FullModel(self.runner, plan).deep_share(plan.deep_rows)
         plan = replace(plan, deep_share=share)
-        self.runner.require_windows(plan)
         [fitted] = self.fitter.fit((plan,))
         if self.fitter.distiller is not None:
             fitted = self.fitter.distill(replace(plan, projection=fitted.projection), fitted)

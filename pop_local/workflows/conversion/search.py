@@ -271,7 +271,7 @@ class Search:
         plans: list[Plan] = []
         for candidate in missing:
             more = [*plans, candidate.plan]
-            needs = fit_needs(more, self.runner.source, self.fitter.options)
+            needs = fit_needs(more, self.fitter.options)
             if plans and len(needs.groups) > 1:
                 break
             plans = more

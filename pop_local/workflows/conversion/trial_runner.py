@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from pop_base.errors import PopError
 from pop_base.progress import Watch
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.source import Source
@@ -21,13 +20,11 @@ from pop_converter.popfile.rewrite import Fitted, check_target
 from pop_converter.popfile.sidecar import bind, measure_sidecar, write_trial
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.deep_rows import find_deep_rows
-from pop_local.measure.forced import forced
 from pop_local.measure.heldout import shipped_text, tokenize
 from pop_local.measure.lookups import LookupReference, LookupSettings
 from pop_local.measure.quality import (
     QualityReference,
     QualitySettings,
-    choose_windows,
     read_reference,
 )
 from pop_local.models.model_files import ModelFiles
@@ -88,18 +85,6 @@ class TrialRunner:
             for plan in plans:
                 sizes = measure_sidecar(plan, self.path, kv_type)
                 check_target(self.path, Path(folder) / _NAME, sizes, force=False)
-
-    def require_windows(self, plan: Plan) -> None:
-        """Raise PopError if the plan's sink and tail rows make the loss impossible to measure."""
-        try:
-            with self.opened(plan) as model, forced(model) as reader:
-                choose_windows(reader, tokenize(model, shipped_text()), QualitySettings(1))
-        except PopError as error:
-            raise PopError(
-                f"the fit could not be measured: {error.message}",
-                "lower sink_tokens and tail_tokens, or convert without fitting or measuring",
-                cause="fit-not-measurable",
-            ) from error
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,5 @@
-"""Compare the estimated memory of fits with the measured memory and a laptop's memory."""
+"""Test that the sums of a large model's fits fit in a laptop's memory."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +10,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from pop_local.calibration import needs
 from pop_local.measure.budget import BALANCED
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions, Within, plan_conversion
-from support.calibrating import words
-from support.synthetic import Recipe, add_header, make_gguf
+from support.synthetic import Recipe, add_header
 
 pytestmark = pytest.mark.slow
 Q8_0 = GGMLQuantizationType.Q8_0
@@ -31,41 +27,6 @@ LLAMA_8B = Recipe(
     n_ctx_train=131_072,
     rope_base=500_000.0,
 )
-
-# Prints the estimated and the measured memory of two wide fits, without the modules' memory.
-FITTING = """
-import re, sys, threading, time
-from contextlib import suppress
-from pathlib import Path
-
-with suppress(ImportError):
-    import torch  # its builds differ by 140 MB
-
-from pop_converter.gguf.source import read_source
-from pop_local.calibration.needs import _BASE_BYTES, plan_needs
-from support.calibrating import WIDE, fitted_at, planned, settings
-
-path, text = map(Path, sys.argv[1:])
-most = 0
-
-def taken():
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status)[1])
-
-def watch():
-    global most
-    while True:
-        most = max(most, taken())
-        time.sleep(0.005)
-
-base = taken()
-
-threading.Thread(target=watch, daemon=True).start()
-options = settings(text, tokens=2048)
-fitted_at((1, 2), path, options, projections=(WIDE,))
-plans = [planned(path, boundary, WIDE) for boundary in (1, 2)]
-print(plan_needs(plans, read_source(path), options).total_bytes - _BASE_BYTES, most - base)
-"""
 
 
 def llama_shapes(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -120,18 +81,7 @@ def test_no_flags_are_needed_to_fit_8b_on_a_laptop(llama_8b, monkeypatch):
     assert planned.needs is not None
     assert len(planned.plans) == 22
     assert len(planned.needs.groups) == 1
-    assert planned.needs.total_bytes < FREE_BYTES
+    assert planned.needs.sums_bytes < FREE_BYTES // 2
     fitted = {pair.boundary for pair in planned.needs.groups[0]}
     assert fitted == {plan.boundary for plan in planned.tried[1:]} and len(fitted) == 4
     assert min(fitted) <= 32 // 2 - 2
-
-
-def test_estimated_memory_of_a_fit_matches_measurement(tmp_path):
-    shape = {"n_layer": 4, "n_embd": 768, "n_ff": 2112, "n_head": 6, "head_dim": 128}
-    path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=3, type=Q8_0, **shape)
-    command = [sys.executable, "-c", FITTING, str(path), str(words(tmp_path))]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, done.stderr
-    announced, took = map(int, done.stdout.split())
-    assert 0.8 * took < announced < 1.3 * took

@@ -13,7 +13,7 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.ui.views.stats import stats_line
-from pop_local.workflows.conversion.conversion_plan import Boundary, ConvertOptions, RowOptions
+from pop_local.workflows.conversion.conversion_plan import Boundary, ConvertOptions
 from pop_local.workflows.conversion.convert_model import convert
 from pop_local.workflows.hardware import Hardware
 from support.calls import first_of, opened
@@ -33,12 +33,8 @@ def min_prompt_of(path: Path) -> int:
 
 def test_convert_writes_twice_the_full_rows_by_default(tmp_path):
     source = make_gguf(tmp_path / "m.gguf", "llama")
-    for rows, name in ((RowOptions(), "a.gguf"), (RowOptions(min_prompt=7), "b.gguf")):
-        options = ConvertOptions(Boundary(5), None, rows, hardware=Hardware(1))
-        convert(source, tmp_path / name, options)
-    plan = make_plan(read_shape(source))
-    assert min_prompt_of(tmp_path / "a.gguf") == plan.min_prompt == 66
-    assert min_prompt_of(tmp_path / "b.gguf") == 7
+    convert(source, tmp_path / "a.gguf", ConvertOptions(Boundary(5), None, hardware=Hardware(1)))
+    assert min_prompt_of(tmp_path / "a.gguf") == make_plan(read_shape(source)).min_prompt == 66
 
 
 # --- reports about short prompts
