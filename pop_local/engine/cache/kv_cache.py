@@ -69,7 +69,7 @@ class KvCache:
     # Forgetting
 
     def forget_from(self, n_rows: int) -> None:
-        """Drop what is known of the rows after the first `n_rows`, but not their cells."""
+        """Clear the flags of all rows after the first `n_rows`, but keep their cells."""
         self._n_exact = min(self._n_exact, n_rows)
         for flags in (self.is_full, self.has_state, self.is_copied):
             flags[n_rows:] = False
