@@ -36,7 +36,7 @@ def test_json_has_all_boundaries(model):
     assert {"speedup_limit", "induction_retention"} <= set(last)
 
 
-def test_a_pipe_gets_one_table_and_the_findings(model):
+def test_pipe_gets_one_table_and_the_findings(model):
     done = analyze(model)
     assert done.exit_code == 0, done.output
     head, rule, *rows = done.stdout.partition("\n\n")[0].splitlines()
@@ -70,12 +70,12 @@ def test_rejects_a_converted_file(tmp_path):
 
 
 @pytest.mark.parametrize(("n_layer", "deepest"), [(2, 1), (3, 1), (18, 9), (30, 15)])
-def test_the_deeper_half_is_probed(n_layer, deepest):
+def test_deeper_half_is_probed(n_layer, deepest):
     found = boundaries(SimpleNamespace(n_layer=n_layer, n_deepstack=0))  # type: ignore[arg-type]
     assert (found[0], found[-1]) == (n_layer - 1, deepest)
 
 
-def test_a_single_layer_has_nothing_to_skip():
+def test_single_layer_has_nothing_to_skip():
     with pytest.raises(PlanError):
         boundaries(SimpleNamespace(n_layer=1))  # type: ignore[arg-type]
 
@@ -103,7 +103,7 @@ def test_each_boundary_is_fitted_and_one_is_chosen(model):
 
 
 @pytest.mark.usefixtures("balanced")
-def test_the_choice_is_named_an_estimate(model):
+def test_choice_is_named_an_estimate(model):
     done = analyze(model)
     assert done.exit_code == 0, done.output
     [row] = [line for line in done.stdout.splitlines() if line.endswith("balanced")]
@@ -137,7 +137,7 @@ def test_prose_is_measured_down_to_one_boundary_past_hope():
     assert _boundaries([replace(d, retention=None) for d in depths]) == [9, 8, 7, 6, 5, 4]
 
 
-def test_the_deepest_within_is_among_those_measured_on_prose():
+def test_deepest_within_is_among_those_measured_on_prose():
     depths = [made(9), made(8), made(7), made(6)]
     assert deepest_within(budget.BALANCED, depths) is None
     kls = {9: 0.0, 8: 0.03, 7: 0.1}

@@ -67,7 +67,7 @@ def test_reports_a_busy_machine(pop_file, monkeypatch):
     assert re.match(r"Other programs are using [\d.]+ CPUs, so the times are", done.stderr)
 
 
-def test_a_prompt_may_be_too_short_to_be_pruned(tmp_path):
+def test_prompt_may_be_too_short_to_be_pruned(tmp_path):
     path = converted(make_gguf(tmp_path / "model.gguf", "llama"), tmp_path, min_prompt=200)
     short, long = report(path, "--prompt", "199,200", "--repeat", 1)["rows"]
     assert (short["n_pruned"], long["n_pruned"]) == (0, 200 - 17)
@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_an_error_with_exit_1(pop_file, arguments, said):
     assert "Traceback" not in done.stderr
 
 
-def test_the_setting_of_the_context_is_for_conversations(pop_file, monkeypatch):
+def test_setting_of_the_context_is_for_conversations(pop_file, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CTX", "64")
     assert bench(pop_file, "--prompt", "100", "--repeat", 1).returncode == 0
 
@@ -122,7 +122,7 @@ def model(pop_file):
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
-def test_a_cached_prefix_is_never_reported(model, mode, monkeypatch):
+def test_cached_prefix_is_never_reported(model, mode, monkeypatch):
     tokens = text_prompt(model, 100)
     speed.run(model, mode, tokens)
     monkeypatch.setattr(first_of(model).cache, "clear", lambda: None)
@@ -155,7 +155,7 @@ def test_each_row_but_the_last_is_shown_once_it_is_measured(pop_file):
     assert "pop-local reads a prompt of 300 tokens" in done.stdout
 
 
-def test_a_long_measurement_states_its_duration_first(pop_file):
+def test_long_measurement_states_its_duration_first(pop_file):
     done = bench(pop_file, "--prompt", "100,1000", "--repeat", 3)
     first, *_ = done.stderr.split(". ")
     assert first.startswith("With a catalog model, bench usually takes 4 to 15 minutes")
@@ -171,7 +171,7 @@ def test_bench_measures_upstream_where_our_kernels_compute(pop_file, monkeypatch
     assert set(result["rows"][0]["upstream_ttft_s"]) == SPREAD
 
 
-def test_a_model_that_rows_leave_exactly_needs_no_conversion(tmp_path):
+def test_model_that_rows_leave_exactly_needs_no_conversion(tmp_path):
     model = make_shared(tmp_path / "shared.gguf", "gemma4")
     result = report(model, "--prompt", "100", "--repeat", 1)
     [row] = result["rows"]

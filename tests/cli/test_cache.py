@@ -33,7 +33,7 @@ def ask(model: Path, question: str, *options: str) -> dict[str, int]:
     return report
 
 
-def test_a_prompt_is_stored_on_request_and_found_by_the_next_command(model):
+def test_prompt_is_stored_on_request_and_found_by_the_next_command(model):
     first = ask(model, TEXT, "--cache-disk", "1")
     second = ask(model, TEXT + "and more", "--cache-disk", "1")
     assert first["n_cached"] == 0
@@ -56,13 +56,13 @@ def test_nothing_is_stored_without_the_option(model):
     assert not settings.prompts_dir().exists()
 
 
-def test_the_setting_stores_prompts(model, monkeypatch):
+def test_setting_stores_prompts(model, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CACHE_DISK", "1")
     ask(model, TEXT)
     assert len(list(settings.prompts_dir().iterdir())) == 1
 
 
-def test_the_reuse_option_reads_a_changed_prompt_again(model):
+def test_reuse_option_reads_a_changed_prompt_again(model):
     ask(model, "Monday. " + TEXT, "--cache-disk", "1")
     edited = ask(model, "Tuesday morning. " + TEXT, "--cache-disk", "1")
     exact = ask(model, "Friday noon. " + TEXT, "--cache-disk", "1", "--reuse", "exact")
@@ -71,7 +71,7 @@ def test_the_reuse_option_reads_a_changed_prompt_again(model):
     assert exact["n_cached"] < 5
 
 
-def test_a_quantized_cache_is_smaller_and_stored_under_its_own_key(model):
+def test_quantized_cache_is_smaller_and_stored_under_its_own_key(model):
     types = ("--cache-type-k", "q8_0", "--cache-type-v", "q8_0")
     ask(model, TEXT, "--cache-disk", "1")
     assert ask(model, TEXT, "--cache-disk", "1", *types)["n_cached"] == 0

@@ -56,7 +56,7 @@ def test_help_imports_neither_torch_nor_llama_cpp(command, help_without_heavy):
 
 
 @pytest.mark.parametrize(("word", "hint"), hints_for("commands").items())
-def test_a_command_of_another_program_names_ours(word, hint):
+def test_command_of_another_program_names_ours(word, hint):
     done = called(word, "model.gguf", COLUMNS="300")
     assert done.returncode == 2
     assert f"No such command '{word}': {hint}" in done.stderr
@@ -131,7 +131,7 @@ say(str(config_path()))
         ("latin-1", "→é", b"\\u2192\xe9"),
     ],
 )
-def test_a_pipe_takes_any_name(encoding, name, written):
+def test_pipe_takes_any_name(encoding, name, written):
     environment = os.environ | {"POP_LOCAL_CONFIG": name, "PYTHONIOENCODING": encoding}
     done = subprocess.run(
         [sys.executable, "-c", PRINT_NAME], capture_output=True, env=environment, timeout=60
@@ -141,14 +141,14 @@ def test_a_pipe_takes_any_name(encoding, name, written):
 
 @posix
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_a_closed_stream_is_the_null_device(closed):
+def test_closed_stream_is_the_null_device(closed):
     command = f"{shlex.quote(sys.executable)} -m pop_local config {closed}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert (done.returncode, "error" in done.stderr) == (0, False)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_has_an_example_that_the_command_accepts(command, help_without_heavy):
+def test_help_has_an_example_that_the_command_accepts(command, help_without_heavy):
     words = ["pop-local", command, *shlex.split(COMMANDS[command].example)]
     shown = " ".join(help_without_heavy[command][1].split())
     assert f"Example: pop-local {command} {COMMANDS[command].example}" in shown
@@ -177,7 +177,7 @@ def test_wrong_usage_is_exit_2(arguments):
 
 
 @pytest.mark.parametrize("template", ["", "{{ messages[0]['content'] }}"])
-def test_a_question_that_is_not_utf8_is_an_ordinary_error(tmp_path, template):
+def test_question_that_is_not_utf8_is_an_ordinary_error(tmp_path, template):
     model = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=template)
     done = called("run", model, os.fsdecode(b"caf\xe9"), "--threads", 1)
     assert (done.returncode, done.stdout) == (1, "")
@@ -264,7 +264,7 @@ def test_sigterm_unwinds(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX pipe")
-def test_a_reader_that_left_is_no_error(tmp_path):
+def test_reader_that_left_is_no_error(tmp_path):
     model = make_gguf(tmp_path / "tiny.gguf", "llama")
     reader, writer = os.pipe()
     os.close(reader)

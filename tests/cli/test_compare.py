@@ -62,7 +62,7 @@ def test_both_answers_are_compared(pop_file, mine):
         assert second[mode]["n_cached"] > 100, "a common prefix is read once"
 
 
-def test_a_table_shows_what_differs(pop_file, mine):
+def test_table_shows_what_differs(pop_file, mine):
     done = answered(pop_file, mine)
     assert done.exit_code == 0, done.stderr
     assert done.stdout.endswith(" Use --full to avoid any loss.\n")

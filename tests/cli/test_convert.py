@@ -33,13 +33,13 @@ def command(*arguments: object):
 
 
 @pytest.mark.parametrize(("n_layer", "boundary"), [(30, 20), (18, 12), (8, 5), (2, 1)])
-def test_a_third_of_the_layers_is_skipped_by_default(tiny, n_layer, boundary):
+def test_third_of_the_layers_is_skipped_by_default(tiny, n_layer, boundary):
     plan = make_plan(read_shape(make_gguf(tiny, "llama", n_layer=n_layer, n_embd=64, n_ff=64)))
     assert plan.schedule == "F" * boundary + "S" * (n_layer - boundary)
 
 
 @pytest.mark.parametrize("boundary", [0, 8])
-def test_a_boundary_must_leave_both_kinds_of_layers(tiny, boundary):
+def test_boundary_must_leave_both_kinds_of_layers(tiny, boundary):
     with pytest.raises(
         PlanError, match=f"boundary {boundary} is invalid for a model with 8 layers"
     ):
@@ -86,7 +86,7 @@ def test_only_keys_are_added(tmp_path, arch):
 
 
 @pytest.mark.parametrize("arch", sorted(DEFAULTS))
-def test_the_unpatched_library_computes_the_same_logits(tmp_path, arch, unpatched_lib):
+def test_unpatched_library_computes_the_same_logits(tmp_path, arch, unpatched_lib):
     src = make_gguf(tmp_path / "model.gguf", arch)
     dst = tmp_path / "out.gguf"
     convert_default(src, dst)
@@ -114,7 +114,7 @@ def test_chunks_smaller_than_tensors_change_nothing(tiny, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("empty_first", [False, True])
-def test_a_split_model_becomes_one_file(tmp_path, unpatched_lib, empty_first):
+def test_split_model_becomes_one_file(tmp_path, unpatched_lib, empty_first):
     whole = make_gguf(tmp_path / "whole.gguf", "qwen2")
     parts = make_split(tmp_path / "model.gguf", "qwen2", max_tensors=30, empty_first=empty_first)
     assert len(parts) > 2
@@ -130,7 +130,7 @@ def test_a_split_model_becomes_one_file(tmp_path, unpatched_lib, empty_first):
 
 
 @pytest.mark.parametrize("empty_first", [False, True])
-def test_a_split_model_is_fitted(tmp_path, letters, empty_first):
+def test_split_model_is_fitted(tmp_path, letters, empty_first):
     whole = make_gguf(tmp_path / "whole.gguf", "qwen2")
     parts = make_split(tmp_path / "model.gguf", "qwen2", max_tensors=30, empty_first=empty_first)
     few = ("--text", str(letters), "--tokens", "2048", "--threads", "1", "--force")
@@ -144,7 +144,7 @@ def test_a_split_model_is_fitted(tmp_path, letters, empty_first):
         assert (old.name, old.data.tobytes()) == (new.name, new.data.tobytes())
 
 
-def test_the_default_name_of_a_split_model_has_no_number(tmp_path):
+def test_default_name_of_a_split_model_has_no_number(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=40)
     assert command(parts[0]).exit_code == 0
     assert (tmp_path / "model.pop.gguf").is_file()
@@ -179,7 +179,7 @@ def test_rejects_wrong_parts(tmp_path):
 # --- the command
 
 
-def test_the_command_prints_its_plan_and_writes_next_to_the_model(tiny, tmp_path):
+def test_command_prints_its_plan_and_writes_next_to_the_model(tiny, tmp_path):
     done = command(tiny, "--boundary", 6)
     assert done.exit_code == 0
     assert "FFFFFFSS" in done.stdout
@@ -189,14 +189,14 @@ def test_the_command_prints_its_plan_and_writes_next_to_the_model(tiny, tmp_path
     assert meta.boundary == 6
 
 
-def test_a_dry_run_refuses_the_same_outputs_as_a_conversion(tiny, tmp_path):
+def test_dry_run_refuses_the_same_outputs_as_a_conversion(tiny, tmp_path):
     for target, reason in ((tiny, "input file"), (tmp_path / "no" / "out.gguf", "not exist")):
         refused = command(str(tiny), str(target), "--dry-run")
         assert refused.exit_code == 1
         assert reason in " ".join(refused.stderr.split())
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
     report = json.loads(command(tiny, "--boundary", 3, "--dry-run", "--json").stdout)
     assert names(tmp_path) == {"tiny.gguf"}
     assert (report["budget"], report["seconds"]) == (None, None)

@@ -46,7 +46,7 @@ main()
 # --- refusals before writing
 
 
-def test_an_existing_output_stays(tiny, tmp_path):
+def test_existing_output_stays(tiny, tmp_path):
     dst = tmp_path / "out.gguf"
     dst.write_text("mine")
     copied: list[int] = []
@@ -58,7 +58,7 @@ def test_an_existing_output_stays(tiny, tmp_path):
     assert read_pop_meta(dst) is not None
 
 
-def test_an_output_that_appears_during_the_copy_stays(tiny, tmp_path):
+def test_output_that_appears_during_the_copy_stays(tiny, tmp_path):
     dst = tmp_path / "out.gguf"
     with pytest.raises(OutputExistsError):
         convert_default(tiny, dst, progress=lambda *both: dst.write_text("mine"))
@@ -154,7 +154,7 @@ def unknown_usage(folder: Path, real=shutil.disk_usage):
 
 
 @pytest.mark.parametrize("room_is_checked", [True, False])
-def test_a_full_disk_keeps_the_old_output(tiny, mount, monkeypatch, room_is_checked):
+def test_full_disk_keeps_the_old_output(tiny, mount, monkeypatch, room_is_checked):
     folder = mount("size=1m")
     (folder / "out.gguf").write_text("mine")
     if not room_is_checked:
@@ -219,7 +219,7 @@ def stopped(tiny, tmp_path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_no_file(tmp_path, stopped, number):
+def test_signal_leaves_no_file(tmp_path, stopped, number):
     stopped.send_signal(number)
     _, stderr = stopped.communicate(timeout=30)
     assert stopped.returncode == 128 + number
@@ -227,13 +227,13 @@ def test_a_signal_leaves_no_file(tmp_path, stopped, number):
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-def test_a_second_process_keeps_the_first_file(tiny, tmp_path, stopped):
+def test_second_process_keeps_the_first_file(tiny, tmp_path, stopped):
     (theirs,) = names(tmp_path) - {"tiny.gguf"}
     convert_default(tiny, tmp_path / "out.gguf")
     assert names(tmp_path) == {"tiny.gguf", "out.gguf", theirs}
 
 
-def test_the_next_conversion_deletes_the_file_of_a_killed_one(tiny, tmp_path, stopped):
+def test_next_conversion_deletes_the_file_of_a_killed_one(tiny, tmp_path, stopped):
     stopped.kill()
     stopped.wait(timeout=30)
     (left,) = names(tmp_path) - {"tiny.gguf"}

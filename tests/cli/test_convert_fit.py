@@ -35,7 +35,7 @@ def convert(*arguments: object):
     return CliRunner().invoke(app, ["convert", *map(str, arguments), *depth, *FEW])
 
 
-def test_the_default_is_a_measured_fit(tiny, tmp_path, short_examination):
+def test_default_is_a_measured_fit(tiny, tmp_path, short_examination):
     done = convert(tiny, "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
@@ -48,7 +48,7 @@ def test_the_default_is_a_measured_fit(tiny, tmp_path, short_examination):
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
 
 
-def test_the_shown_figures_are_those_stored(tiny, tmp_path, words, monkeypatch):
+def test_shown_figures_are_those_stored(tiny, tmp_path, words, monkeypatch):
     monkeypatch.setattr(examining, "N_WINDOWS", 2)
     done = convert(tiny, "--text", words)
     shown = " ".join(done.stdout.split())
@@ -60,7 +60,7 @@ def test_the_shown_figures_are_those_stored(tiny, tmp_path, words, monkeypatch):
     assert shown.count("only pop-local can open") == 1
 
 
-def test_the_cost_of_a_wide_fit_is_in_each_limit(tiny, tmp_path, words, short_examination):
+def test_cost_of_a_wide_fit_is_in_each_limit(tiny, tmp_path, words, short_examination):
     done = convert(
         tiny, "--projection", "fitted-wide", "--deep-rows", "none", "--text", words, "--json"
     )
@@ -79,7 +79,7 @@ def test_the_cost_of_a_wide_fit_is_in_each_limit(tiny, tmp_path, words, short_ex
     assert "fitted-wide" in done.stdout
 
 
-def test_a_cheap_wide_fit_is_the_default(tmp_path, words, short_examination):
+def test_cheap_wide_fit_is_the_default(tmp_path, words, short_examination):
     """Use a model with few K/V heads and a wide FFN."""
     model = make_gguf(tmp_path / "cheap.gguf", "llama", n_head_kv=1, n_ff=1024)
     done = convert(model, "--boundary", 6, "--text", words)

@@ -48,9 +48,7 @@ main()
 """
 
 
-def test_the_deepest_boundary_inside_is_written_with_its_figures(
-    tiny, letters, tmp_path, monkeypatch
-):
+def test_deepest_boundary_inside_is_written_with_its_figures(tiny, letters, tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
@@ -108,7 +106,7 @@ def test_each_stage_ends_at_100_percent(tiny, tmp_path):
     assert {"Sampling text", "Fitting", "Writing and verifying"} < last.keys()
 
 
-def test_a_strict_budget_skips_one_layer(tiny, tmp_path):
+def test_strict_budget_skips_one_layer(tiny, tmp_path):
     """Expect one skipped layer: in a random model, only the last layer's projections are exact."""
     done = convert(tiny, *FEW, "--max-kl", 0.0001)
     assert done.exit_code == 0, done.stderr
@@ -124,7 +122,7 @@ def test_a_strict_budget_skips_one_layer(tiny, tmp_path):
     assert "custom allows KL 0.0001" in done.stdout
 
 
-def test_a_named_boundary_must_be_within_a_given_budget(tiny, letters, tmp_path):
+def test_named_boundary_must_be_within_a_given_budget(tiny, letters, tmp_path):
     named = ("--text", letters, "--projection", "fitted", *FEW, "--boundary", 4, "--json")
     refused = convert(tiny, *named, "--max-kl", 0.0001)
     assert (refused.exit_code, refused.stdout) == (1, "")
@@ -193,7 +191,7 @@ def test_rejects_unusable_texts_before_measuring(tiny, tmp_path, monkeypatch, op
 
 
 @pytest.mark.slow
-def test_a_dry_run_of_a_model_with_a_shipped_sidecar_prints_the_plan(smollm2):
+def test_dry_run_of_a_model_with_a_shipped_sidecar_prints_the_plan(smollm2):
     done = convert(smollm2, "--dry-run")
     assert done.exit_code == 0, done.stderr
     assert "Fast reading already works with this model" in " ".join(done.stderr.split())
@@ -201,7 +199,7 @@ def test_a_dry_run_of_a_model_with_a_shipped_sidecar_prints_the_plan(smollm2):
 
 
 @pytest.mark.slow
-def test_a_model_with_a_shipped_sidecar_is_converted(smollm2, monkeypatch):
+def test_model_with_a_shipped_sidecar_is_converted(smollm2, monkeypatch):
     def stop(*args: object, **options: object) -> None:
         raise PopError("stopped")
 
@@ -210,7 +208,7 @@ def test_a_model_with_a_shipped_sidecar_is_converted(smollm2, monkeypatch):
     assert "stopped" in done.stderr
 
 
-def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
+def test_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_model, "Search", None)
     done = convert(tiny, "--dry-run", "--quality", "near-lossless")
     assert done.exit_code == 0
@@ -246,7 +244,7 @@ def test_fits_few_boundaries_with_little_memory(tiny, letters, monkeypatch):
     assert (report["boundary"], report["projection"]) == (3, "fitted")
 
 
-def test_a_stop_leaves_no_file(tiny, letters, tmp_path):
+def test_stop_leaves_no_file(tiny, letters, tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     child = subprocess.Popen(
@@ -271,7 +269,7 @@ def test_a_stop_leaves_no_file(tiny, letters, tmp_path):
 
 
 @pytest.mark.parametrize("limit", ["is_inside", "keeps_lookups"])
-def test_a_search_without_a_candidate_inside_leaves_no_file(
+def test_search_without_a_candidate_inside_leaves_no_file(
     tiny, letters, tmp_path, monkeypatch, limit
 ):
     monkeypatch.setattr(budget, limit, lambda *_: False)

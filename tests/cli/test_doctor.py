@@ -116,7 +116,7 @@ def test_what_an_uninstall_of_llama_cpp_python_leaves_is_explained(monkeypatch):
     assert "uninstalling llama-cpp-python also removes" in checks()["backend"]["to_do"]
 
 
-def test_the_variant_of_the_cpu_is_named(install):
+def test_variant_of_the_cpu_is_named(install):
     install(variant=devices._cpu_variant(LOG))
     assert checks()["cpu_features"]["found"] == "zen4: SSE3 AVX OPENMP REPACK"
     assert devices._cpu_variant(LOG.replace("-zen4", "")) == ""
@@ -137,7 +137,7 @@ def test_the_variant_of_the_cpu_is_named(install):
         ("none", None, "this build has no pop-local kernels for this CPU, so it uses", "ok"),
     ],
 )
-def test_the_kernels_are_named(install, monkeypatch, kernels, asked, found, status):
+def test_kernels_are_named(install, monkeypatch, kernels, asked, found, status):
     monkeypatch.delenv("GGML_POP_KERNELS", raising=False)
     if asked is not None:
         monkeypatch.setenv("GGML_POP_KERNELS", asked)
@@ -196,7 +196,7 @@ def test_threads_that_wait_for_each_other_sleep_soon(given, spins):
     ("name", "hint"),
     [("Vulkan", "GGML_VK_VISIBLE_DEVICES=0"), ("CUDA", "nvidia-smi"), ("SYCL", "driver")],
 )
-def test_a_backend_without_a_device_is_noted(install, name, hint):
+def test_backend_without_a_device_is_noted(install, name, hint):
     install(built_in=((name, 0), ("RPC", 0), ("CPU", 1)))
     assert checks()["built_in"]["found"] == f"{name}, RPC, CPU"
     assert checks()["gpu"]["found"] == f"this build supports {name}, but no {name} device was found"
@@ -205,7 +205,7 @@ def test_a_backend_without_a_device_is_noted(install, name, hint):
 
 
 @pytest.mark.parametrize("file", ["libggml-cuda.so", "ggml-cuda.dll", "libggml-cuda.dylib"])
-def test_a_backend_that_cannot_be_loaded_is_one_note(install, tmp_path, file):
+def test_backend_that_cannot_be_loaded_is_one_note(install, tmp_path, file):
     """A wheel with CUDA falls back to the CPU without a driver, and states why."""
     (tmp_path / file).touch()
     install(library=tmp_path / "libllama.so")
@@ -240,7 +240,7 @@ def report(*arguments: str) -> str:
     return doctor("--report", *arguments).stdout
 
 
-def test_a_report_adds_what_the_checks_lack(install, monkeypatch):
+def test_report_adds_what_the_checks_lack(install, monkeypatch):
     install(found=(GPU, CPU))
     monkeypatch.setattr(devices, "devices", lambda: (GPU, CPU))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
@@ -255,7 +255,7 @@ def test_a_report_adds_what_the_checks_lack(install, monkeypatch):
 
 
 @pytest.mark.parametrize("is_installed", [True, False])
-def test_a_report_hides_folders_and_secrets(install, monkeypatch, tmp_path, is_installed):
+def test_report_hides_folders_and_secrets(install, monkeypatch, tmp_path, is_installed):
     install()
     if not is_installed:
 
@@ -295,13 +295,13 @@ def test_a_report_hides_folders_and_secrets(install, monkeypatch, tmp_path, is_i
         ("see https://example.org/a/b/c, 3/4/5 GB", "see https://example.org/a/b/c, 3/4/5 GB"),
     ],
 )
-def test_a_report_hides_names_of_folders(monkeypatch, text, shown):
+def test_report_hides_names_of_folders(monkeypatch, text, shown):
     monkeypatch.setenv("HOME", "/home/anna")
     monkeypatch.delenv("USERPROFILE", raising=False)
     assert _public(text) == shown
 
 
-def test_a_report_of_invalid_settings_names_the_error_once(install, monkeypatch):
+def test_report_of_invalid_settings_names_the_error_once(install, monkeypatch):
     install()
     monkeypatch.setenv("POP_LOCAL_CTX", "many")
     done = doctor("--report")

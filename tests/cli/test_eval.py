@@ -48,7 +48,7 @@ def test_json_has_the_keys_of_one_depth(pop_file, text):
     assert report["projection"] == "own"
 
 
-def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
+def test_switch_without_effect_fails_instead_of_measuring_the_full_model(
     pop_file, text, monkeypatch
 ):
     """Make all rows full without the command's knowledge, which only the counters reveal."""
@@ -60,7 +60,7 @@ def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
     assert done.stdout == ""
 
 
-def test_a_deeper_boundary_loses_less_and_wins_less(tmp_path, text):
+def test_deeper_boundary_loses_less_and_wins_less(tmp_path, text):
     models = [make_gguf(tmp_path / f"{number}.gguf", "llama") for number in (6, 2)]
     deep, early = (
         measured(converted(model, tmp_path, boundary=int(model.stem)), "--text", text)
@@ -71,14 +71,14 @@ def test_a_deeper_boundary_loses_less_and_wins_less(tmp_path, text):
     assert deep["speedup_limit"] < early["speedup_limit"]
 
 
-def test_a_model_without_keys_has_no_boundary_to_measure(tmp_path, text):
+def test_model_without_keys_has_no_boundary_to_measure(tmp_path, text):
     plain = make_gguf(tmp_path / "plain.gguf", "gemma3")
     refused = evaluate(plain, "--text", text, *SHORT)
     assert refused.exit_code == 1
     assert "pop-local analyze" in refused.stderr
 
 
-def test_a_model_that_rows_leave_exactly_is_measured_at_an_earlier_depth(tmp_path, text):
+def test_model_that_rows_leave_exactly_is_measured_at_an_earlier_depth(tmp_path, text):
     model = converted(make_shared(tmp_path / "g.gguf", "gemma4"), tmp_path, boundary=2)
     report = measured(model, "--text", text)
     assert (report["boundary"], report["n_pruned"]) == (2, 2 * (60 - 1 - 16))

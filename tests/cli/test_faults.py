@@ -123,7 +123,7 @@ def refusal(call: Callable[[], object]) -> str:
     return ""
 
 
-def test_a_session(model, tmp_path, number):
+def test_session(model, tmp_path, number):
     said = Conversation("Be brief.", (Turn("who?"),))
     with opened(model, n_ctx=64) as asked:
         check(

@@ -92,14 +92,14 @@ def test_chat_refuses_files_that_are_no_pictures(path):
     assert "--mmproj FILE" in shown
 
 
-def test_a_chat_with_pictures_is_saved_and_loaded(path):
+def test_chat_with_pictures_is_saved_and_loaded(path):
     a = path.parent / "a.png"
     shown = chatted(path, f"/image {a}", "what?", "/save seen", "/clear", "/load seen", "and?")
     assert shown.count("images 48 tokens") == 2
     assert shown.count("encoded in") == 1
 
 
-def test_a_picture_larger_than_the_context(path):
+def test_picture_larger_than_the_context(path):
     big = path.parent / "big.png"
     big.write_bytes(png(5, 300, 300))
     shown = chatted(path, f"/image {big}", "what?", "x", "/retry", "l", n_ctx=256)
@@ -108,7 +108,7 @@ def test_a_picture_larger_than_the_context(path):
     assert "images 361 tokens" in shown
 
 
-def test_a_model_that_cannot_see_what_was_shown(path):
+def test_model_that_cannot_see_what_was_shown(path):
     a = path.parent / "a.png"
     shown = chatted(path, f"/image {a}", "what?", "/save shown", "/model blind", "more?", "/undo")
     blind = "* This model has no mmproj, so it cannot read the conversation's images"

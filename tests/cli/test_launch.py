@@ -98,7 +98,7 @@ def test_agent_reaches_a_server_that_ends_with_it(name, agent, tiny, monkeypatch
     [(os.killpg, signal.SIGINT, 7), (os.kill, signal.SIGTERM, 128 + signal.SIGTERM)],
     ids=["ctrl-c", "termination"],
 )
-def test_a_signal_ends_the_agent_and_the_server(agent, tiny, send, number, status):
+def test_signal_ends_the_agent_and_the_server(agent, tiny, send, number, status):
     """Ctrl-C in a terminal reaches both processes, and the agent handles it."""
     process = launching(tiny, "wait")
     report = report_of(agent, process)
@@ -150,7 +150,7 @@ def test_opencode_settings_are_json():
 
 
 @pytest.mark.parametrize("name", ["codex", "qwen-code"])
-def test_an_agent_with_an_idle_limit_waits_an_hour_for_an_event(name):
+def test_agent_with_an_idle_limit_waits_an_hour_for_an_event(name):
     words = AGENTS[name].command((), url="http://h/v1", key="k", model="m", n_ctx=4096)
     assert re.search(r"(?i)idle_timeout_ms=3600000\b", " ".join(words))
 

@@ -66,7 +66,7 @@ def rows(output: str) -> list[list[str]]:
     return [re.split(r" {2,}", line.strip()) for line in output.splitlines() if "──" not in line]
 
 
-def test_the_folder_is_shown_with_damaged_files(store):
+def test_folder_is_shown_with_damaged_files(store):
     done = pop_local("list")
     assert done.exit_code == 0
     head, *body = rows(done.stdout)
@@ -83,7 +83,7 @@ def test_the_folder_is_shown_with_damaged_files(store):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
-def test_a_pipe_is_a_problem_and_is_not_read(store):
+def test_pipe_is_a_problem_and_is_not_read(store):
     path = store / "pipe.gguf"
     os.mkfifo(path)
     # Reading the pipe must not block.
@@ -96,7 +96,7 @@ def test_a_pipe_is_a_problem_and_is_not_read(store):
     assert problem == "is a pipe or a device, not a file"
 
 
-def test_the_catalogs_models_are_shown_that_are_not_here(store):
+def test_catalogs_models_are_shown_that_are_not_here(store):
     (store / models.find("gemma3").file).touch()
     absent = ["smollm2", "qwen-0.5b", "qwen-1.5b"]
     table = rows(pop_local("list").stdout)
@@ -109,7 +109,7 @@ def test_the_catalogs_models_are_shown_that_are_not_here(store):
     assert report[0]["size_bytes"] == models.find("smollm2").size_bytes
 
 
-def test_the_folder_is_shown_if_two_models_are_alike(tmp_path, monkeypatch):
+def test_folder_is_shown_if_two_models_are_alike(tmp_path, monkeypatch):
     folders = tmp_path / "one", tmp_path / "two"
     for folder in folders:
         folder.mkdir()
@@ -120,7 +120,7 @@ def test_the_folder_is_shown_if_two_models_are_alike(tmp_path, monkeypatch):
     assert [row[1] for row in body[:2]] == [str(folder) for folder in folders]
 
 
-def test_a_model_of_the_user_is_listed_and_removed_in_a_clone(store, monkeypatch):
+def test_model_of_the_user_is_listed_and_removed_in_a_clone(store, monkeypatch):
     for part in models._CLONE:
         (store.parent / part).mkdir(parents=True)
     users = store.rename(store.parent / "models" / "models")
@@ -147,7 +147,7 @@ def test_json_has_files_and_sizes(store):
     assert by_name["cut"]["problem"]
 
 
-def test_a_sidecar_belongs_to_its_model(store):
+def test_sidecar_belongs_to_its_model(store):
     path = sidecar(store)
     model = the("Tiny.Q8_0", store)
     assert model.sidecar == path
@@ -158,7 +158,7 @@ def test_a_sidecar_belongs_to_its_model(store):
 
 
 @pytest.mark.parametrize("damage", ["cut", "other"])
-def test_a_sidecar_that_does_not_fit_is_a_problem_of_its_model(store, damage):
+def test_sidecar_that_does_not_fit_is_a_problem_of_its_model(store, damage):
     path = sidecar(store)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:100])
@@ -175,14 +175,14 @@ def test_reports_a_sidecar_without_its_model(store):
     assert "model is missing" in the("Tiny.Q8_0.pop-sidecar", store).problem
 
 
-def test_an_incomplete_split_model_names_its_missing_parts(store):
+def test_incomplete_split_model_names_its_missing_parts(store):
     missing = sorted(store.glob("parted-*.gguf"))[1]
     missing.unlink()
     assert missing.name in the("parted", store).problem
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_an_empty_folder_suggests_a_command(tmp_path, monkeypatch, exists):
+def test_empty_folder_suggests_a_command(tmp_path, monkeypatch, exists):
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path / "none"))
     if exists:
         (tmp_path / "none").mkdir()
@@ -217,7 +217,7 @@ def test_names_shown_are_taken_by_the_commands(store, name, file):
         ("qwen9-7b", "qwen3-1.7b, qwen2.5-7b or qwen3-8b"),
     ],
 )
-def test_the_nearest_name_is_suggested(store, name, nearest):
+def test_nearest_name_is_suggested(store, name, nearest):
     with pytest.raises(PopError, match=name) as failure:
         resolve(name)
     assert f"did you mean {nearest}?" in failure.value.hint

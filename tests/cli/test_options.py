@@ -39,7 +39,7 @@ def called(*arguments: str):
     return CliRunner().invoke(program, [*arguments])
 
 
-def test_a_group_is_one_object_with_the_defaults_of_its_parameter():
+def test_group_is_one_object_with_the_defaults_of_its_parameter():
     plain = called("box")
     assert json.loads(plain.stdout) == ["box", {"width": 3, "n_rows": 7, "is_bold": False}]
     given = called("box", "--width", "4", "-r", "2", "--bold")
@@ -51,7 +51,7 @@ def test_its_limits_and_names_are_the_options(wrong):
     assert called("box", *wrong).exit_code == 2
 
 
-def test_the_help_shows_options_under_their_heading():
+def test_help_shows_options_under_their_heading():
     shown = called("--help").stdout
     assert shown.index("Options") < shown.index("How large") < shown.index("From left to right.")
 
@@ -73,7 +73,7 @@ def test_few_options_precede_those_for_experts(name):
     assert options.count(False) < MOST_IN_SIGHT
 
 
-def test_the_help_shows_each_default_once():
+def test_help_shows_each_default_once():
     shown = run_here("chat", "--help", COLUMNS="200").stdout
     assert "(default: edited)" in shown and "[default: edited]" not in shown
     assert "[default: -1]" in shown

@@ -66,7 +66,7 @@ def test_json_holds_it_and_shows_nothing_of_it(capsys):
     assert json.loads(shown) == [EVIL, "\udcff", "a\x85"]
 
 
-def test_the_label_of_a_bar(monkeypatch, capsys):
+def test_label_of_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(console.err, "_force_terminal", True)
     monkeypatch.setattr(console.err, "is_interactive", True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

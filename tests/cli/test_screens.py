@@ -156,7 +156,7 @@ def test_tables(on_screen, request, view, width):
     check(f"{request.node.callspec.id.split('-')[0]}-{width or 'pipe'}", shown)
 
 
-def test_a_table_in_color(on_screen):
+def test_table_in_color(on_screen):
     """Check that styles are bold or colors of the terminal's palette, light or dark."""
     shown = on_screen(bench, 80, "truecolor")
     assert "38;2" not in shown and "48;" not in shown

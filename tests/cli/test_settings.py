@@ -104,7 +104,7 @@ def test_reports_an_unreadable_file(file):
         load()
 
 
-def test_the_null_device_is_an_empty_file(monkeypatch):
+def test_null_device_is_an_empty_file(monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CONFIG", os.devnull)
     monkeypatch.delenv("POP_LOCAL_STATE_DIR")
     assert given() == {}

@@ -60,7 +60,7 @@ def fitted(tmp_path) -> Pair:
 # --- convert
 
 
-def test_the_sidecar_is_next_to_the_unchanged_model(base):
+def test_sidecar_is_next_to_the_unchanged_model(base):
     before = base.read_bytes()
     done = convert(base, "--boundary", 4, "--json")
     report = json.loads(done.stdout)
@@ -89,7 +89,7 @@ def test_parts_have_one_sidecar(tmp_path):
 # --- finding it
 
 
-def test_a_sidecar_next_to_the_model_is_found_and_named(base, sidecar, capsys):
+def test_sidecar_next_to_the_model_is_found_and_named(base, sidecar, capsys):
     assert model_files(str(base)) == ModelFiles(base, sidecar)
     said = capsys.readouterr()
     assert said.out == ""
@@ -105,12 +105,12 @@ def test_it_can_be_named(base, sidecar, capsys):
         model_files(str(base), sidecar)
 
 
-def test_a_converted_model_has_none(fitted):
+def test_converted_model_has_none(fitted):
     shutil.copy(fitted.sidecar, fitted.single.with_name("single.pop-sidecar.gguf"))
     assert model_files(str(fitted.single)) == ModelFiles(fitted.single)
 
 
-def test_a_model_of_the_catalog(base, sidecar, monkeypatch, tmp_path):
+def test_model_of_the_catalog(base, sidecar, monkeypatch, tmp_path):
     """Open the base and its sidecar by the catalog name, even if a converted copy exists."""
     entry = replace(find(DEFAULT_MODEL), file=base.name)
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path))
@@ -139,7 +139,7 @@ def test_run(base, sidecar):
     assert json.loads(command(*arguments, "--sidecar", elsewhere).stdout)["boundary"] == 4
 
 
-def test_a_stale_sidecar_does_not_matter_in_full(base, sidecar):
+def test_stale_sidecar_does_not_matter_in_full(base, sidecar):
     make_gguf(base, "llama", chat_template="{{ messages[-1].content }}!")
     ask = ("run", base, "hi", "--max-tokens", 2, "--threads", 1)
     assert command(*ask).exit_code == 1

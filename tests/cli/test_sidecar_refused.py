@@ -145,7 +145,7 @@ def test_another_model_of_the_same_shape(fitted, tmp_path):
         PopModel(EngineOptions.of(other, sidecar=fitted.sidecar))
 
 
-def test_a_converted_base(fitted):
+def test_converted_base(fitted):
     with pytest.raises(FormatError, match="is a converted model"):
         PopModel(EngineOptions.of(fitted.single, sidecar=fitted.sidecar))
     with pytest.raises(RuntimeError, match="already has POP keys"):
@@ -162,7 +162,7 @@ def test_files_that_are_no_sidecar(fitted):
             run(Job(str(fitted.base), steps=(), further=(str(further),)))
 
 
-def test_a_sidecar_is_not_a_model(fitted):
+def test_sidecar_is_not_a_model(fitted):
     with pytest.raises(FormatError, match="is a sidecar, not a model"):
         PopModel(EngineOptions.of(fitted.sidecar))
     with pytest.raises(RuntimeError, match="unknown model architecture: 'pop-sidecar'"):

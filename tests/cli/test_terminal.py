@@ -53,7 +53,7 @@ def hub(model, tmp_path) -> Iterator[dict[str, str]]:
         yield hub.environment() | {MODELS_VARIABLE: str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
 
 
-def test_a_model_of_a_hub_is_fetched_once_a_person_agrees(hub):
+def test_model_of_a_hub_is_fetched_once_a_person_agrees(hub):
     words = ("run", "hf:acme/tiny-GGUF", "hello", "--max-tokens", "3", *ANSWER_OPTIONS)
     asked = terminal(*words, **hub)
     asked.expect(r"Fetch .* MB from acme/tiny-GGUF\? \[Y/n\]")
@@ -109,7 +109,7 @@ def test_ctrl_c_in_run_is_exit_130(model):
     assert run.expect_end() == 130
 
 
-def test_a_prompt_longer_than_the_context_offers_choices(model, tmp_path):
+def test_prompt_longer_than_the_context_offers_choices(model, tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("a word " * 1000)
     chat = terminal("chat", str(model), "--ctx", "256", "--max-tokens", "3", *ANSWER_OPTIONS)
@@ -174,7 +174,7 @@ def test_run_prints_the_same_answer_with_and_without_json(model):
     assert re.search(STATS, plain.stderr)
 
 
-def test_a_context_beyond_the_trained_one_is_warned_of(model):
+def test_context_beyond_the_trained_one_is_warned_of(model):
     arguments = ("run", model, "hi", "--max-tokens", 2, *ANSWER_OPTIONS)
     warned = called(*arguments, "--ctx", 5000)
     assert warned.returncode == 0
@@ -230,7 +230,7 @@ def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path)
     )
 
 
-def test_a_real_conversation(smollm2_pop):
+def test_real_conversation(smollm2_pop):
     """Check that the second turn reads little more than its question, and that `run` agrees."""
     question = "Name three animals that live in the sea, and say one thing about each of them."
     options = ("--max-tokens", "24", "--temperature", "0")

@@ -89,7 +89,7 @@ def test_several_lines(terminal):
     terminal.expect_prompt()
 
 
-def test_a_long_line_is_wrapped_without_marks(history):
+def test_long_line_is_wrapped_without_marks(history):
     terminal = chat(history, width=40)
     terminal.send("0123456789" * 7 + ALT_ENTER + "next")
     terminal.expect("next")
@@ -99,7 +99,7 @@ def test_a_long_line_is_wrapped_without_marks(history):
     leave(terminal)
 
 
-def test_a_pasted_document_is_one_question(history):
+def test_pasted_document_is_one_question(history):
     terminal = chat(history)
     document = "\n".join(f"line {n} of a document" for n in range(1000))
     terminal.send(PASTE.format(document.replace("\n", "\r")))
@@ -154,7 +154,7 @@ def test_ctrl_c_while_reading_while_answering_and_at_the_prompt(terminal):
     terminal.expect_prompt()
 
 
-def test_an_answer_while_the_terminal_is_resized(terminal):
+def test_answer_while_the_terminal_is_resized(terminal):
     terminal.line("speak slowly")
     terminal.expect("word9 ")
     terminal.resize(60, 20)

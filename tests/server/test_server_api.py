@@ -54,7 +54,7 @@ def test_next_request_reuses_cached_prefix(client):
     assert second["prompt_tokens_details"]["cached_tokens"] >= first["prompt_tokens"] - 17
 
 
-def test_an_edited_prompt_reports_its_stale_tokens(client):
+def test_edited_prompt_reports_its_stale_tokens(client):
     complete(client, "Monday. " + 2 * LONG)
     before = metric_values(client)
     usage = complete(client, "Tuesday morning. " + 2 * LONG).json()["usage"]

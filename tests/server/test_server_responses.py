@@ -138,7 +138,7 @@ def test_omitted_tools_are_named(client):
 
 
 @pytest.mark.parametrize("missing", [{}, {"call_id": None}])
-def test_a_result_without_call_id_belongs_to_the_open_call(client, missing):
+def test_result_without_call_id_belongs_to_the_open_call(client, missing):
     def items(named: Any, result: Any) -> list[Any]:
         call = {"type": "function_call", "name": "double", "arguments": '{"n": 4}'}
         output = {"type": "function_call_output", "output": "8"}

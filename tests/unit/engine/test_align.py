@@ -85,7 +85,7 @@ def test_short_inputs_have_no_runs():
         assert runs_of(tokens, prompt, 4) == []
 
 
-def test_the_largest_part_in_order_is_kept():
+def test_largest_part_in_order_is_kept():
     first, moved, last = TokenRun(0, 0, 100), TokenRun(300, 100, 50), TokenRun(100, 150, 200)
     assert in_order([first, moved, last]) == [first, last]
     assert in_order([moved]) == [moved]

@@ -54,7 +54,7 @@ def test_stopped_by_raises_unless_the_answer_has_should_stop(model):
     append(model, [1, 2])
 
 
-def test_an_answer_ends_at_its_limit_and_at_a_stop_string(model):
+def test_answer_ends_at_its_limit_and_at_a_stop_string(model):
     text, stats = ask(model, QUESTION, max_tokens=5)
     assert (stats.n_decoded, stats.finish_reason) == (5, "length")
     stop = text[2:4]
@@ -62,7 +62,7 @@ def test_an_answer_ends_at_its_limit_and_at_a_stop_string(model):
     assert (cut, stats.finish_reason) == (text[: text.index(stop)], "stop")
 
 
-def test_an_answer_ends_where_the_context_does(chat_model):
+def test_answer_ends_where_the_context_does(chat_model):
     small = opened(chat_model, n_ctx=256)
     _, stats = ask(small, Message("user", "Who?"), max_tokens=None)
     assert stats.finish_reason == "length"
@@ -72,7 +72,7 @@ def test_an_answer_ends_where_the_context_does(chat_model):
 # --- stopping
 
 
-def test_a_stopped_prefill_returns_stats_and_leaves_the_model_usable(model):
+def test_stopped_prefill_returns_stats_and_leaves_the_model_usable(model):
     expected, _ = ask(model, QUESTION)
     first_of(model).cache.clear()
     n_calls = 0
@@ -88,7 +88,7 @@ def test_a_stopped_prefill_returns_stats_and_leaves_the_model_usable(model):
     assert ask(model, QUESTION)[0] == expected
 
 
-def test_a_stopped_answer_keeps_its_text(model):
+def test_stopped_answer_keeps_its_text(model):
     expected, _ = ask(model, QUESTION)
     stops = iter([False] * 3)
     text, stats = ask(model, QUESTION, should_stop=lambda: next(stops, True))
@@ -96,7 +96,7 @@ def test_a_stopped_answer_keeps_its_text(model):
     assert expected.startswith(text) and text != expected
 
 
-def test_a_stop_right_after_the_last_batch_keeps_the_whole_prompt(model):
+def test_stop_right_after_the_last_batch_keeps_the_whole_prompt(model):
     expected, whole = ask(model, QUESTION)
     longer = [QUESTION, Message("assistant", expected), QUESTION]
     expected_later, later = ask(model, *longer)
@@ -110,7 +110,7 @@ def test_a_stop_right_after_the_last_batch_keeps_the_whole_prompt(model):
     assert (text, stats.n_cached) == (expected_later, later.n_cached)
 
 
-def test_an_answer_stops_after_its_cache_was_cleared(model):
+def test_answer_stops_after_its_cache_was_cleared(model):
     chunks = model.ask([QUESTION], temperature=0.0, max_tokens=12)
     next(chunks)
     model.engine.set_mode(Mode.OFF)

@@ -103,7 +103,7 @@ def assert_near(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", [*RECURRENT, *HYBRIDS_WITH_WINDOWS, *WINDOWED, SLOW])
-def test_the_second_turn_reads_only_new_tokens(open_model):
+def test_second_turn_reads_only_new_tokens(open_model):
     model, question = open_model(), prompt(256)
     conversation = question + greedy(model, question, 20)
     longer = conversation + prompt(128, seed=1)
@@ -113,7 +113,7 @@ def test_the_second_turn_reads_only_new_tokens(open_model):
     assert_near(found, logits_after(open_model(), longer))
 
 
-def test_an_answer_that_a_client_changes_is_read_again_alone(name, open_model):
+def test_answer_that_a_client_changes_is_read_again_alone(name, open_model):
     """The batches of a model that has read the first prompt alone have the same shapes."""
     model, question = open_model(), prompt(256)
     greedy(model, question, 20)
@@ -146,7 +146,7 @@ def test_undo_retry_and_an_edited_question_return_to_a_checkpoint(open_model):
     assert_near(model.engine.context.logits()[0], logits_after(other, undone))
 
 
-def test_a_repeated_question_equals_a_fresh_reading_bit_for_bit(name, open_model):
+def test_repeated_question_equals_a_fresh_reading_bit_for_bit(name, open_model):
     """The prompt's last chunk starts at a checkpoint and has the same rows in both readings."""
     model, question = open_model(), prompt(256)
     expected = logits_after(model, question)
@@ -168,7 +168,7 @@ def test_prompts_that_differ_in_the_middle_read_from_there(open_model, monkeypat
 
 
 @pytest.mark.parametrize("chunk", [0, 3])
-def test_a_stop_while_reading_leaves_a_valid_cache(open_model, monkeypatch, chunk):
+def test_stop_while_reading_leaves_a_valid_cache(open_model, monkeypatch, chunk):
     monkeypatch.setattr(read_module, "EVERY", N_BATCH)
     model, tokens = open_model(), prompt(320)
     n_calls = 0
@@ -233,7 +233,7 @@ def test_saved_states_contain_no_checkpoints(open_model):
 
 
 @pytest.mark.parametrize("name", ["mamba2", "qwen35"])
-def test_a_saved_state_does_not_replace_a_better_checkpoint(name, path_of):
+def test_saved_state_does_not_replace_a_better_checkpoint(name, path_of):
     if name not in NAMES:
         pytest.skip("the recipes are not built")
     model = opened(path_of(name), n_ctx=N_CTX, n_batch=N_BATCH)
@@ -278,7 +278,7 @@ def fake_checkpoints() -> Checkpoints:
     return Checkpoints(slot)
 
 
-def test_the_best_checkpoint_is_the_last_one_before_a_difference():
+def test_best_checkpoint_is_the_last_one_before_a_difference():
     chance = random.Random(1)
     for _ in range(200):
         rows = sorted(chance.sample(range(1, 5000), 10))
@@ -291,7 +291,7 @@ def test_the_best_checkpoint_is_the_last_one_before_a_difference():
         assert len(found) == sum(n <= wanted for n in rows)
 
 
-def test_the_newest_checkpoints_and_wide_gaps_survive():
+def test_newest_checkpoints_and_wide_gaps_survive():
     found = fake_checkpoints()
     for n in range(10, 5000, 10):
         found.add(n)

@@ -96,7 +96,7 @@ def test_closing_a_model_during_an_answers_prefill_is_an_error(pop_file, when, s
     ],
     ids=["clear", "append", "set_mode"],
 )
-def test_a_computing_model_refuses_other_calls(pop_file, use):
+def test_computing_model_refuses_other_calls(pop_file, use):
     model = opened(pop_file)
     expected = read(model, prompt(300))
     first_of(model).cache.clear()
@@ -109,7 +109,7 @@ def test_a_computing_model_refuses_other_calls(pop_file, use):
     np.testing.assert_allclose(read(model, prompt(300)), expected, atol=NOISE)
 
 
-def test_a_forked_model_refuses_to_compute(pop_file, monkeypatch):
+def test_forked_model_refuses_to_compute(pop_file, monkeypatch):
     model = opened(pop_file, keep_states=True)
     read(model, prompt(100))
     monkeypatch.setattr(os, "getpid", lambda: -1)
@@ -118,7 +118,7 @@ def test_a_forked_model_refuses_to_compute(pop_file, monkeypatch):
             use()
 
 
-def test_a_frozen_application_does_not_start_itself_as_a_child(monkeypatch):
+def test_frozen_application_does_not_start_itself_as_a_child(monkeypatch):
     """sys.executable is the application; multiprocessing.set_executable names Python."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     limits: Any = {"limit_s": 5.0, "limit_bytes": 2**29}
@@ -133,7 +133,7 @@ def test_a_frozen_application_does_not_start_itself_as_a_child(monkeypatch):
     child.close()
 
 
-def test_a_model_closed_between_two_chunks_of_refilling_stops_first(pop_file):
+def test_model_closed_between_two_chunks_of_refilling_stops_first(pop_file):
     model = opened(pop_file, keep_states=True)
     read(model, prompt(300))
     assert 0 < first_of(model).refiller.refill(on_progress=lambda done, total: model.close()) < 300
@@ -141,7 +141,7 @@ def test_a_model_closed_between_two_chunks_of_refilling_stops_first(pop_file):
         append(model, prompt(10))
 
 
-def test_a_state_is_saved_after_the_model_file_was_deleted(tmp_path):
+def test_state_is_saved_after_the_model_file_was_deleted(tmp_path):
     model = opened(tiny(tmp_path))
     read(model, prompt(50))
     for path in tmp_path.glob("*.gguf"):
@@ -149,7 +149,7 @@ def test_a_state_is_saved_after_the_model_file_was_deleted(tmp_path):
     assert first_of(model).states.save().n_tokens == 50
 
 
-def test_an_unreferenced_model_is_freed_immediately(pop_file):
+def test_unreferenced_model_is_freed_immediately(pop_file):
     model = opened(pop_file)
     model.chat("a b", max_tokens=2)
     reference = weakref.ref(model)

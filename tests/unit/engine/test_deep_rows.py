@@ -50,12 +50,12 @@ def test_names_are_capitalised_words_within_a_sentence(model):
     assert words(model, text) == []
 
 
-def test_a_long_word_takes_linear_time(model):
+def test_long_word_takes_linear_time(model):
     assert words(model, "a" * 200_000) == []
 
 
 @pytest.mark.parametrize("n_batch", [16, 64, 1024])
-def test_the_choice_does_not_depend_on_the_batch(pop_file, model, n_batch):
+def test_choice_does_not_depend_on_the_batch(pop_file, model, n_batch):
     tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     append(model, tokens)
     other = opened(pop_file, n_batch=n_batch, n_ubatch=n_batch)
@@ -69,7 +69,7 @@ def test_the_choice_does_not_depend_on_the_batch(pop_file, model, n_batch):
     )
 
 
-def test_a_prompt_that_continues_a_cached_one_has_the_same_deep_rows(pop_file, model):
+def test_prompt_that_continues_a_cached_one_has_the_same_deep_rows(pop_file, model):
     tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     append(model, tokens)
     whole = deep_rows(model)
@@ -90,7 +90,7 @@ def test_each_of_several_sequences_has_its_own_deep_rows(pop_file, model):
         np.testing.assert_array_equal(full_rows(cache), deep_rows(model))
 
 
-def test_a_restored_cache_is_reused_with_its_deep_rows(pop_file, model):
+def test_restored_cache_is_reused_with_its_deep_rows(pop_file, model):
     tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     model.read(Prompt(tokens))
     other = opened(pop_file)

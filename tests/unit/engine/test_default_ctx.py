@@ -26,7 +26,7 @@ def free_for(source, n_tokens: int) -> int:
     return 4 * kv_bytes(source_shape(source), n_tokens)
 
 
-def test_the_default_is_the_trained_length_if_a_quarter_of_memory_is_enough(source):
+def test_default_is_the_trained_length_if_a_quarter_of_memory_is_enough(source):
     assert default_ctx(source, 1, free_for(source, 40_000 + 256)) == 40_000
 
 
@@ -36,12 +36,12 @@ def test_little_memory_limits_the_default_length(source):
     assert default_ctx(source, 1, free_for(source, 10)) == 2_048
 
 
-def test_an_unknown_trained_length_gets_a_default(tmp_path):
+def test_unknown_trained_length_gets_a_default(tmp_path):
     unknown = read_source(make_gguf(tmp_path / "unknown.gguf", "llama", n_ctx_train=0))
     assert default_ctx(unknown, 1, 10**12) == 8_192
 
 
-def test_the_free_memory_counts_when_a_model_is_opened(source, monkeypatch):
+def test_free_memory_counts_when_a_model_is_opened(source, monkeypatch):
     memory = SimpleNamespace(available=free_for(source, 4_096))
     monkeypatch.setattr(
         loading,

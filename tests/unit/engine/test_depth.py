@@ -84,7 +84,7 @@ def test_rows_of_a_loaded_state_cannot_be_refilled(pop_file):
     assert first_of(model).refiller.refill() == 0
 
 
-def test_an_exact_state_equals_the_full_models(pop_file):
+def test_exact_state_equals_the_full_models(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
     first_of(model).refiller.refill()
@@ -123,7 +123,7 @@ def test_memory_stays_flat_over_many_turns(pop_file):
     assert resident_bytes() - before < 4 * 2**20
 
 
-def test_a_prompt_cache_separates_modes_even_of_exact_rows(pop_file):
+def test_prompt_cache_separates_modes_even_of_exact_rows(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
     first_of(model).refiller.refill()

@@ -56,7 +56,7 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*"))
 
 
-def test_a_prompt_is_found_after_a_restart(pop_file, folder):
+def test_prompt_is_found_after_a_restart(pop_file, folder):
     longer = [*OLD, 5, 6]
     cells = store_prompt(pop_file, folder)
     reading, logits, restored = restart(pop_file, folder, longer)
@@ -68,7 +68,7 @@ def test_a_prompt_is_found_after_a_restart(pop_file, folder):
         assert kv_bytes(model) == restored
 
 
-def test_an_edited_prompt_is_found_after_a_restart(pop_file, folder):
+def test_edited_prompt_is_found_after_a_restart(pop_file, folder):
     store_prompt(pop_file, folder)
     reading, *_ = restart(pop_file, folder, [*OLD[:40], 9, 9, *OLD[42:]])
     assert reading.n_stale > 500
@@ -81,7 +81,7 @@ def test_files_are_private(pop_file, folder):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_the_least_recently_used_states_are_removed(pop_file, folder):
+def test_least_recently_used_states_are_removed(pop_file, folder):
     store_prompt(pop_file, folder)
     [first] = files(folder)
     store_prompt(pop_file, folder, OTHER)
@@ -93,12 +93,12 @@ def test_the_least_recently_used_states_are_removed(pop_file, folder):
     assert sum(path.stat().st_size for path in files(folder)) <= room
 
 
-def test_a_state_above_the_capacity_is_not_written(pop_file, folder):
+def test_state_above_the_capacity_is_not_written(pop_file, folder):
     store_prompt(pop_file, folder, capacity_bytes=1000)
     assert files(folder) == []
 
 
-def test_a_longer_prompt_replaces_its_prefix(pop_file, folder):
+def test_longer_prompt_replaces_its_prefix(pop_file, folder):
     store_prompt(pop_file, folder)
     store_prompt(pop_file, folder, [*OLD, *OTHER[:50]])
     assert len(files(folder)) == 1
@@ -130,21 +130,21 @@ def test_removes_damaged_file_with_one_line(pop_file, folder, damage, caplog):
     np.testing.assert_array_equal(logits, restart(pop_file, folder)[1])
 
 
-def test_a_state_of_another_version_is_removed(pop_file, folder, monkeypatch):
+def test_state_of_another_version_is_removed(pop_file, folder, monkeypatch):
     store_prompt(pop_file, folder)
     monkeypatch.setattr(disk_store, "_FORMAT", 0)
     assert restart(pop_file, folder)[0].n_cached == 0
     assert files(folder) == []
 
 
-def test_a_state_of_another_model_is_kept_and_not_used(pop_file, folder, tmp_path):
+def test_state_of_another_model_is_kept_and_not_used(pop_file, folder, tmp_path):
     store_prompt(pop_file, folder)
     other = tiny(tmp_path, seed=3)
     assert restart(other, folder)[0].n_cached == 0
     assert len(files(folder)) == 1
 
 
-def test_a_full_disk_is_one_line_in_the_log(pop_file, folder, monkeypatch, caplog):
+def test_full_disk_is_one_line_in_the_log(pop_file, folder, monkeypatch, caplog):
     def full(*_: object, **__: object) -> None:
         raise WriteError("cannot write: no space left on device")
 
@@ -219,7 +219,7 @@ def test_nothing_is_written_without_a_store(pop_file, folder):
     assert not folder.exists()
 
 
-def test_a_state_that_reuses_fewer_rows_than_the_cache_stays_on_disk(pop_file, folder):
+def test_state_that_reuses_fewer_rows_than_the_cache_stays_on_disk(pop_file, folder):
     store_prompt(pop_file, folder, OLD[:50] + OTHER)
     [path] = files(folder)
     prompts = PromptCache(ROOM, DiskStore(folder, ROOM))
@@ -239,7 +239,7 @@ def test_a_state_that_reuses_fewer_rows_than_the_cache_stays_on_disk(pop_file, f
         {"tokens": np.full(len(OLD), -2, np.int32)},
     ],
 )
-def test_a_file_with_impossible_rows_is_removed(pop_file, folder, changes):
+def test_file_with_impossible_rows_is_removed(pop_file, folder, changes):
     with opened(pop_file, full=True) as model:
         read(model, OLD)
         state = replace(first_of(model).states.save(), **changes)

@@ -57,7 +57,7 @@ def repaired(model: PopModel) -> tuple[bytes, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_decodes_only_new_rows_and_a_refill_makes_the_cache_exact(arch_file, name):
+def test_edit_decodes_only_new_rows_and_a_refill_makes_the_cache_exact(arch_file, name):
     tokens = EDITS[name]
     state, logits = fresh(arch_file, tokens)
     with pruned(arch_file) as model:
@@ -88,7 +88,7 @@ def test_as_many_last_rows_are_decoded_again_as_tokens_changed(model, name, n_ro
     assert model.read(Prompt(EDITS[name])).counters.n_rows == n_rows
 
 
-def test_a_state_is_chosen_only_if_its_edit_pays(pop_file):
+def test_state_is_chosen_only_if_its_edit_pays(pop_file):
     """Reject a state that matches more rows if only its first 10 rows could be reused."""
     base = prompt(340, seed=3)
     tokens = base[:10] + prompt(170, seed=4) + base[10:]
@@ -98,7 +98,7 @@ def test_a_state_is_chosen_only_if_its_edit_pays(pop_file):
         assert model.read(Prompt(tokens)).n_cached == 100
 
 
-def test_a_prompt_may_repeat_its_beginning(model, pop_file):
+def test_prompt_may_repeat_its_beginning(model, pop_file):
     tokens = OLD[:150] + OLD
     assert model.read(Prompt(tokens)).counters.n_rows == 150
     assert repaired(model)[0] == fresh(pop_file, tokens)[0]
@@ -189,7 +189,7 @@ def test_random_operations_are_repaired(tmp_path, arch, seed):
         assert operations.n_equal > 0
 
 
-def test_a_repair_that_stops_at_every_chunk_completes_later(model, pop_file):
+def test_repair_that_stops_at_every_chunk_completes_later(model, pop_file):
     tokens = EDITS["an inserted passage"]
     read(model, tokens)
     refiller, cache = first_of(model).refiller, first_of(model).cache
@@ -203,7 +203,7 @@ def test_a_repair_that_stops_at_every_chunk_completes_later(model, pop_file):
 
 
 @pytest.mark.parametrize("after", [0, 20, 60, 100, 150])
-def test_a_stopped_read_keeps_the_rows_after_its_gap(model, pop_file, after):
+def test_stopped_read_keeps_the_rows_after_its_gap(model, pop_file, after):
     tokens = OLD[:200] + NEW[:150] + OLD[200:]
     with pytest.raises(PrefillStoppedError) as stopped:
         model.engine.sequences[0].read(Prompt(tokens), stopping(after))
@@ -247,7 +247,7 @@ def test_answers_continue_after_stale_rows(model, pop_file):
     assert repaired(model)[0] == fresh(pop_file, longer)[0]
 
 
-def test_the_prompt_cache_finds_the_state_that_an_edit_can_reuse(pop_file):
+def test_prompt_cache_finds_the_state_that_an_edit_can_reuse(pop_file):
     other = prompt(600, seed=7)
     tokens = EDITS["a shorter first line"]
     with pruned(pop_file, prompt_cache=PromptCache(2**24)) as model:
@@ -258,7 +258,7 @@ def test_the_prompt_cache_finds_the_state_that_an_edit_can_reuse(pop_file):
         assert reading.counters.n_rows == 5 + 45
 
 
-def test_a_restored_state_catches_up_from_its_exact_rows(model, pop_file, tmp_path):
+def test_restored_state_catches_up_from_its_exact_rows(model, pop_file, tmp_path):
     tokens = EDITS["an inserted passage"]
     first_of(model).refiller.refill()
     read(model, tokens)

@@ -34,7 +34,7 @@ def test_several_sequences_reuse_and_repair_edited_prompts(pop_file):
             np.testing.assert_allclose(sequence.cache.slot.logits[-1], expected, atol=0.03, rtol=0)
 
 
-def test_an_edited_prompt_gets_the_sequence_that_it_can_reuse(pop_file):
+def test_edited_prompt_gets_the_sequence_that_it_can_reuse(pop_file):
     with pruned(pop_file, n_parallel=2) as model:
         scheduler = SlotScheduler(model.engine)
         for index, tokens in enumerate([OLD, prompt(650, seed=3)]):
@@ -44,7 +44,7 @@ def test_an_edited_prompt_gets_the_sequence_that_it_can_reuse(pop_file):
         assert scheduler.take(edited) == 1
 
 
-def test_a_short_prefix_of_another_sequence_does_not_replace_an_edited_prompt(pop_file):
+def test_short_prefix_of_another_sequence_does_not_replace_an_edited_prompt(pop_file):
     edited = Prompt(NEW[:30] + OLD[10:])
     with pruned(pop_file, n_parallel=2) as model:
         scheduler = SlotScheduler(model.engine)
@@ -57,7 +57,7 @@ def test_a_short_prefix_of_another_sequence_does_not_replace_an_edited_prompt(po
 
 
 @pytest.mark.parametrize("n_parallel", [1, 2])
-def test_an_edited_prompt_must_fit_the_context(pop_file, n_parallel):
+def test_edited_prompt_must_fit_the_context(pop_file, n_parallel):
     old = prompt(1000)
     with opened(pop_file, keep_states=True, n_parallel=n_parallel) as model:
         sequence = model.engine.sequences[0]
@@ -113,7 +113,7 @@ def test_other_sequences_share_only_decoded_rows_of_an_edited_prompt(pop_file):
         assert n_shared == [60, 124, 188, 252, 790, 854, 918, 950]
 
 
-def test_a_model_can_be_closed_while_an_edited_prompt_is_read(pop_file):
+def test_model_can_be_closed_while_an_edited_prompt_is_read(pop_file):
     with pruned(pop_file) as model:
 
         def close(done: int, total: int) -> None:

@@ -43,7 +43,7 @@ def test_embeddings_are_pooled_by_the_files_type(path, tmp_path):
         assert np.allclose(vector, own(file, pooling), atol=5e-3)
 
 
-def test_a_pruned_model_embeds_in_full_and_answers_afterwards(path, tmp_path):
+def test_pruned_model_embeds_in_full_and_answers_afterwards(path, tmp_path):
     converted = tiny(tmp_path)
     with opened(converted, n_ctx=1024) as model, opened(path, n_ctx=1024) as full:
         model.pruning = False

@@ -58,7 +58,7 @@ def test_parts_of_gemma4_keep_its_kv_sizes(part: dict, tmp_path: Path) -> None:
     assert (other.n_k, other.n_v) == (plain.n_k, plain.n_v)
 
 
-def test_a_gemma4_can_be_pruned_before_the_layers_that_share(tmp_path: Path) -> None:
+def test_gemma4_can_be_pruned_before_the_layers_that_share(tmp_path: Path) -> None:
     shape = read_shape(make_shared(tmp_path / "m.gguf", "gemma4"))
     assert make_plan(shape, boundary=2, projection=FITTED).projection == OWN
     with pytest.raises(UnsupportedArchitectureError, match="without any loss") as raised:
@@ -103,7 +103,7 @@ def test_all_rows_except_the_last_skip_exactly(shared: Path) -> None:
     assert evaluated(model, prompt(200)) == Counters(0, 200)
 
 
-def test_a_switch_keeps_the_cache(shared: Path) -> None:
+def test_switch_keeps_the_cache(shared: Path) -> None:
     model = opened(shared)
     greedy(model, prompt(100), 5)
     # Both modes now read the last token alone: equal shapes give equal bits.
@@ -116,7 +116,7 @@ def test_a_switch_keeps_the_cache(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
-def test_a_state_of_either_mode_loads_in_the_other(mode: Mode, shared: Path) -> None:
+def test_state_of_either_mode_loads_in_the_other(mode: Mode, shared: Path) -> None:
     model = opened(shared)
     model.engine.set_mode(mode)
     first = greedy(model, prompt(100), 5)
@@ -138,7 +138,7 @@ def test_stats_count_exactly_skipped_tokens(shared: Path) -> None:
     assert stats.prefill_tokens_per_s == pytest.approx(stats.n_prompt / stats.prefill_s)
 
 
-def test_a_boundary_in_the_sharing_layers_is_refused(shared: Path) -> None:
+def test_boundary_in_the_sharing_layers_is_refused(shared: Path) -> None:
     model = opened(shared)
     with pytest.raises(PopError, match="store no K/V"):
         model.engine.sequences[0].set_boundary(first_of(model).settings.exact)
@@ -149,7 +149,7 @@ def test_a_boundary_in_the_sharing_layers_is_refused(shared: Path) -> None:
 # --- reports
 
 
-def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
+def test_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     model = ScriptedModel(["One.", figures(n_pruned=0, n_skipped_exact=983, exact_layer=15)])
     model.settings.boundary, model.settings.exact = 0, 15
     lines = talk(model, "/full", "hello", "/stats", "/full on", "/full")
@@ -163,7 +163,7 @@ def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
 
 
 @pytest.mark.parametrize("pop", [None, True, False])
-def test_the_server_skips_exactly_by_default(pop: bool | None, shared: Path) -> None:
+def test_server_skips_exactly_by_default(pop: bool | None, shared: Path) -> None:
     tasks = TaskFactory(opened(shared))
     body = CompletionBody.model_validate({"model": "m", "prompt": "a b c", "pop": pop})
     is_full = tasks.completions(body)[0].reason is not None

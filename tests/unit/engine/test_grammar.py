@@ -45,7 +45,7 @@ def answer(model, **options) -> str:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_a_schema_holds(model, temperature):
+def test_schema_holds(model, temperature):
     grammar = Grammar.of_schema(SCHEMA)
     for seed in range(3):
         value = json.loads(answer(model, grammar=grammar, temperature=temperature, seed=seed))
@@ -54,7 +54,7 @@ def test_a_schema_holds(model, temperature):
         assert len(value["name"]) <= 5
 
 
-def test_the_seed_affects_answers_with_a_grammar(model):
+def test_seed_affects_answers_with_a_grammar(model):
     options = {"grammar": "root ::= [a-z]{30}", "temperature": 1.5}
     text = answer(model, seed=1, **options)
     assert text.isalpha() and len(text) == 30
@@ -107,7 +107,7 @@ def test_gbnf_has_llama_cpps_semantics(trie, gbnf, right, wrong):
         *('root ::= "a"\nroot ::= "b"', 'root ::= "\ud800"', "root ::= " + "(" * 9000),
     ],
 )
-def test_an_invalid_grammar_is_refused(model, text):
+def test_invalid_grammar_is_refused(model, text):
     with pytest.raises(GrammarError, match="not valid"):
         Grammar.of_gbnf(text)
     with pytest.raises(GrammarError, match="not valid"):
@@ -161,7 +161,7 @@ def test_large_grammar_takes_seconds_at_most(model, trie, text):
     assert answer(model, grammar='root ::= "ab"') == "ab"
 
 
-def test_a_dead_end_is_an_error_and_leaves_the_model_usable(model):
+def test_dead_end_is_an_error_and_leaves_the_model_usable(model):
     with pytest.raises(GrammarError, match="no token"):
         answer(model, grammar=DEAD_END)
     assert answer(model, grammar='root ::= "ab"') == "ab"
@@ -170,7 +170,7 @@ def test_a_dead_end_is_an_error_and_leaves_the_model_usable(model):
 # --- the vocabulary
 
 
-def test_the_tries_tokens_have_their_pieces_bytes(model, trie):
+def test_tries_tokens_have_their_pieces_bytes(model, trie):
     pieces = Pieces(model.engine.context.vocabulary)
     ends = {token for token in range(N_VOCAB) if not pieces[token]}
     # UTF-8 never contains the byte FF.
@@ -192,7 +192,7 @@ def test_characters_of_several_tokens_are_accepted_whole(trie):
     assert {trie.decode_bytes([token]) for token in constraint.allowed()} == {b"x"}
 
 
-def test_the_vocabulary_is_read_once_and_outlives_the_model(pop_file):
+def test_vocabulary_is_read_once_and_outlives_the_model(pop_file):
     with opened(pop_file) as model:
         trie = model.engine.token_tries.get()
         assert model.engine.token_tries.get() is trie

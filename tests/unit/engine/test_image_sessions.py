@@ -7,7 +7,7 @@ from support.calls import first_of
 from support.vision_models import LONG, image_start, png, prompt
 
 
-def test_a_session_with_pictures_round_trips(vision_model, tmp_path):
+def test_session_with_pictures_round_trips(vision_model, tmp_path):
     options = {"temperature": 0.0, "max_tokens": 4}
     with vision_model.opened() as model:
         session = model.session()

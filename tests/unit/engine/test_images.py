@@ -39,7 +39,7 @@ from support.vision_models import (
 )
 
 
-def test_a_cached_picture_is_reused_and_another_one_is_read(vision_model):
+def test_cached_picture_is_reused_and_another_one_is_read(vision_model):
     with vision_model.opened() as model, vision_model.opened() as fresh:
         # A longer tail than the text after the picture.
         set_rule(model, tail_tokens=32)
@@ -80,7 +80,7 @@ def test_conversation_reuses_pictures(vision_model):
         assert third.n_image == second.n_image and third.encode_s == 0
 
 
-def test_an_image_has_libmtmds_rows(vision_model):
+def test_image_has_libmtmds_rows(vision_model):
     with vision_model.opened() as model:
         tokens = prompt(model, "a b c d", 3)
         append(model, tokens)
@@ -161,7 +161,7 @@ def test_ctrl_c_stops_encoding(smol, how):
         assert answered(model, tokens)[0] == expected
 
 
-def test_an_incomplete_encoding_is_not_reused(smol):
+def test_incomplete_encoding_is_not_reused(smol):
     with smol.opened() as model:
         tokens = prompt(model, "a b", 3)
         image = next(iter(tokens.images.values()))
@@ -221,7 +221,7 @@ def test_frees_picture_chunks_and_mmproj(smol):
     assert (n_held, n_freed) == (0, 1)
 
 
-def test_a_closed_model_refuses_pictures(smol):
+def test_closed_model_refuses_pictures(smol):
     model = smol.opened()
     vision = model.engine.vision
     prompt(model, "a", 3)
@@ -242,7 +242,7 @@ def test_rows_of_another_mmproj_are_not_reused(smol, tmp_path):
         assert not keys[0] & keys[1]
 
 
-def test_a_picture_that_exceeds_the_context_is_refused(vision_model):
+def test_picture_that_exceeds_the_context_is_refused(vision_model):
     with vision_model.opened(n_ctx=256) as model:
         with pytest.raises(ContextFullError, match="too many"):
             model.chat(LONG, images=[png(seed) for seed in range(6)], max_tokens=4)
@@ -268,7 +268,7 @@ def test_refills_causal_pictures(vision_model):
         assert answered(model, tokens)[0] == refilled
 
 
-def test_a_picture_is_never_split(smol):
+def test_picture_is_never_split(smol):
     """Rereading only the last token of a prompt would split a picture at its end."""
     with smol.opened() as model:
         tokens = prompt(model, LONG, 3)
@@ -279,7 +279,7 @@ def test_a_picture_is_never_split(smol):
         assert answered(model, tokens)[0] == expected
 
 
-def test_a_prompt_with_a_picture_is_not_short(smol):
+def test_prompt_with_a_picture_is_not_short(smol):
     with smol.opened() as model:
         set_rule(model, tail_tokens=256)
         stats = model.chat("a b", images=[png(3)], max_tokens=1).stats
@@ -340,7 +340,7 @@ def test_rejects_template_that_drops_pictures(tmp_path):
 # Plans
 
 
-def test_a_tail_does_not_reach_into_an_image():
+def test_tail_does_not_reach_into_an_image():
     rule = RowRule(sink_tokens=1, tail_tokens=16)
     plan = plan_prefill(0, 100, rule, 64, [(10, 95)])
     assert plan.chunks == ((0, 10), (10, 95), (95, 100))

@@ -7,7 +7,7 @@ import pytest
 from pop_local.ui.ctrl_c import deferred_interrupt
 
 
-def test_the_first_signal_is_recorded_and_the_second_raises():
+def test_first_signal_is_recorded_and_the_second_raises():
     with deferred_interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
         assert interrupt.asked
@@ -15,7 +15,7 @@ def test_the_first_signal_is_recorded_and_the_second_raises():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_an_ignored_signal_stays_ignored():
+def test_ignored_signal_stays_ignored():
     """Background jobs of a shell script ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

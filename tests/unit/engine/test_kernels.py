@@ -82,7 +82,7 @@ def test_prompts_of_any_size_use_the_kernels_and_steps_do_not(watched):
     assert watched.decoded(1) == step
 
 
-def test_a_deep_pass_uses_the_kernels(pop_file):
+def test_deep_pass_uses_the_kernels(pop_file):
     with Watched(pop_file) as watched:
         backend.call("llama_pop_set_snapshots", watched.ctx, True)
         watched.decoded(40)
@@ -115,7 +115,7 @@ def quantised(request, tmp_path_factory):
 
 @needs_kernels
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
-def test_a_prompts_results_do_not_depend_on_its_chunks(quantised, mode):
+def test_prompts_results_do_not_depend_on_its_chunks(quantised, mode):
     results = set()
     for n_batch, n_threads in ((64, 1), (64, 2), (7, 1), (1, 1)):
         model = opened(quantised, n_batch=n_batch, n_ubatch=n_batch, n_threads=n_threads)
@@ -126,7 +126,7 @@ def test_a_prompts_results_do_not_depend_on_its_chunks(quantised, mode):
 
 
 @needs_kernels
-def test_a_refilled_cache_does_not_depend_on_its_chunks(quantised):
+def test_refilled_cache_does_not_depend_on_its_chunks(quantised):
     tokens = prompt(150)
     full = opened(quantised, full=True)
     append(full, tokens)
@@ -139,7 +139,7 @@ def test_a_refilled_cache_does_not_depend_on_its_chunks(quantised):
 
 
 @needs_kernels
-def test_a_context_with_kernels_off_computes_without_them(quantised):
+def test_context_with_kernels_off_computes_without_them(quantised):
     on, off = (opened(quantised, kernels=is_on, flash_attn=False) for is_on in (True, False))
     assert read(on, prompt(60)).tobytes() != read(off, prompt(60)).tobytes()
 

@@ -77,7 +77,7 @@ def test_noise_is_above_that_of_the_unpatched_library(pop_file, unpatched_lib):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_beginning_of_a_prompt_is_reused(model, pop_file, mode):
+def test_beginning_of_a_prompt_is_reused(model, pop_file, mode):
     model.engine.set_mode(mode)
     answered = prompt(100) + greedy(model, prompt(100))
     longer = answered + prompt(40, seed=1)
@@ -97,7 +97,7 @@ def test_the_beginning_of_a_prompt_is_reused(model, pop_file, mode):
     assert at_once < NOISE if mode is Mode.OFF else at_once > NOISE
 
 
-def test_a_cached_context_token_does_not_end_up_in_a_prompts_tail(model, pop_file):
+def test_cached_context_token_does_not_end_up_in_a_prompts_tail(model, pop_file):
     tokens = prompt(200)
     read(model, tokens)
     shorter = tokens[:150]
@@ -107,14 +107,14 @@ def test_a_cached_context_token_does_not_end_up_in_a_prompts_tail(model, pop_fil
     np.testing.assert_allclose(reused, expected, atol=NOISE)
 
 
-def test_the_same_prompt_again_evaluates_nothing(model):
+def test_same_prompt_again_evaluates_nothing(model):
     first = read(model, prompt(100))
     assert evaluated(model, prompt(100)) == Counters(0, 0)
     np.testing.assert_array_equal(last_logits(model), first)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_saved_state_is_restored(model, mode):
+def test_saved_state_is_restored(model, mode):
     model.engine.set_mode(mode)
     read(model, prompt(100))
     state = first_of(model).states.save()
@@ -127,7 +127,7 @@ def test_a_saved_state_is_restored(model, mode):
     assert counters.n_context + counters.n_full == 30
 
 
-def test_a_saved_state_of_another_mode_or_boundary_is_refused(model):
+def test_saved_state_of_another_mode_or_boundary_is_refused(model):
     read(model, prompt(100))
     state = first_of(model).states.save()
     model.engine.set_mode(Mode.OFF)
@@ -169,7 +169,7 @@ def test_new_rows_do_not_replace_a_restored_windows_rows(tmp_path):
         np.testing.assert_allclose(logits, read(model, later), rtol=0, atol=NOISE)
 
 
-def test_a_restored_prompt_has_the_same_answer(model):
+def test_restored_prompt_has_the_same_answer(model):
     longer = prompt(100) + prompt(40, seed=1)
     read(model, prompt(100))
     expected = read(model, longer)
@@ -181,7 +181,7 @@ def test_a_restored_prompt_has_the_same_answer(model):
     np.testing.assert_array_equal(last_logits(model), expected)
 
 
-def test_a_longer_prompt_replaces_its_prefix(model):
+def test_longer_prompt_replaces_its_prefix(model):
     cache = PromptCache(2**24)
     first_of(model).states.prompts = cache
     for n_tokens in (100, 120, 140):
@@ -190,7 +190,7 @@ def test_a_longer_prompt_replaces_its_prefix(model):
     assert len(cache) == 2
 
 
-def test_an_excess_state_evicts_the_oldest(model):
+def test_excess_state_evicts_the_oldest(model):
     n_read(model, prompt(100))
     cache = PromptCache(3 * len(first_of(model).cache.slot.state()))
     first_of(model).states.prompts = cache
@@ -218,7 +218,7 @@ def test_models_in_several_threads_share_a_cache():
     assert len(cache) == 100
 
 
-def test_a_prompt_cache_finds_only_states_of_its_own_mode(model):
+def test_prompt_cache_finds_only_states_of_its_own_mode(model):
     first_of(model).states.prompts = PromptCache(2**24)
     tokens = prompt(100)
     expected = {}
@@ -237,7 +237,7 @@ def test_a_prompt_cache_finds_only_states_of_its_own_mode(model):
         assert counters.n_full < 30
 
 
-def test_a_state_that_cannot_be_truncated_is_dropped(model, monkeypatch):
+def test_state_that_cannot_be_truncated_is_dropped(model, monkeypatch):
     """Recurrent states are like this after an interrupted prefill."""
     for use in (lambda: append(model, [1]), first_of(model).states.save):
         read(model, prompt(100))
@@ -247,7 +247,7 @@ def test_a_state_that_cannot_be_truncated_is_dropped(model, monkeypatch):
         assert first_of(model).cache.n_tokens == 0
 
 
-def test_a_prompt_cache_does_not_mix_models(pop_file, tmp_path):
+def test_prompt_cache_does_not_mix_models(pop_file, tmp_path):
     cache, tokens = PromptCache(2**24), Prompt(prompt(100))
     paths = [make_gguf(tmp_path / f"{seed}.gguf", "llama", seed=seed) for seed in (0, 1)]
     first, other, again = map(opened, (*paths, paths[0]))
@@ -261,7 +261,7 @@ def test_a_prompt_cache_does_not_mix_models(pop_file, tmp_path):
     assert again.read(tokens).n_cached == 99
 
 
-def test_a_cached_prompt_of_a_larger_context_is_read_again(pop_file):
+def test_cached_prompt_of_a_larger_context_is_read_again(pop_file):
     """Models can share a prompt cache."""
     large, small = opened(pop_file), opened(pop_file, n_ctx=256)
     first_of(large).states.prompts = first_of(small).states.prompts = PromptCache(2**24)
@@ -270,6 +270,6 @@ def test_a_cached_prompt_of_a_larger_context_is_read_again(pop_file):
     assert n_read(small, prompt(200)) == 200
 
 
-def test_an_empty_prompt_is_an_error(model):
+def test_empty_prompt_is_an_error(model):
     with pytest.raises(PopError, match="the prompt is empty"):
         model.read(Prompt([]))

@@ -53,7 +53,7 @@ def test_rejects_invalid_mmproj(smol, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["attn_k", "attn_out", "ffn_down"])
-def test_an_mmproj_layer_without_a_tensor_is_refused(part, smol, tmp_path):
+def test_mmproj_layer_without_a_tensor_is_refused(part, smol, tmp_path):
     bad, name = tmp_path / "bad.gguf", f"v.blk.1.{part}.weight"
     content = make_mmproj(bad, MMPROJS["llama"]).read_bytes()
     bad.write_bytes(content.replace(name.encode(), b"x" + name[1:].encode()))
@@ -76,7 +76,7 @@ def test_an_mmproj_layer_without_a_tensor_is_refused(part, smol, tmp_path):
         ("mmproj-Gone-8B.gguf", ("Other-8B.gguf",), ()),
     ],
 )
-def test_the_only_mmproj_of_a_folder_needs_a_matching_name(smol, tmp_path, name, models, matching):
+def test_only_mmproj_of_a_folder_needs_a_matching_name(smol, tmp_path, name, models, matching):
     (tmp_path / name).write_bytes((smol.path.parent / "mmproj.gguf").read_bytes())
     for model in models:
         (tmp_path / model).touch()
@@ -131,14 +131,14 @@ def test_decoding_a_picture_does_not_block_others(smol, monkeypatch):
     assert not is_held
 
 
-def test_the_library_starts_no_programs(smol):
+def test_library_starts_no_programs(smol):
     """Videos would start ffmpeg on a client's data."""
     with smol.opened() as model:
         vision = model.engine.prompter.open_vision()
         assert not vision._mtmd.mtmd_helper_support_video(vision._ctx)
 
 
-def test_an_mmproj_path_may_be_invalid_utf8(smol, tmp_path):
+def test_mmproj_path_may_be_invalid_utf8(smol, tmp_path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mm\xff.gguf"))
     path.write_bytes((smol.path.parent / "mmproj.gguf").read_bytes())
     with smol.opened(mmproj=path) as model:
@@ -170,7 +170,7 @@ def decoded(monkeypatch) -> list[tuple[str, int, int]]:
     return pictures
 
 
-def test_a_picture_is_decoded_once_for_tokens_and_rows(smol, decoded):
+def test_picture_is_decoded_once_for_tokens_and_rows(smol, decoded):
     images = [picture_of(png(seed), str(seed)) for seed in range(4)]
     with smol.opened() as model:
         for image in images:
@@ -183,7 +183,7 @@ def test_a_picture_is_decoded_once_for_tokens_and_rows(smol, decoded):
     ("size", "decoded_size"),
     [((1000, 500), (512, 256)), ((256, 2000), (256, 2000)), ((100, 90), (100, 90))],
 )
-def test_a_picture_is_decoded_at_the_encoders_size(tmp_path, decoded, size, decoded_size):
+def test_picture_is_decoded_at_the_encoders_size(tmp_path, decoded, size, decoded_size):
     """The shorter side becomes twice the encoder's 128 pixels."""
     vision_model = VisionModel("gemma3", make_vision_model(tmp_path, "gemma3"))
     with vision_model.opened() as model:

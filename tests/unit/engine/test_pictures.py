@@ -136,7 +136,7 @@ def webp(width: int, height: int) -> bytes:
     return b"RIFF\x18\0\0\0WEBPVP8L\x0c\0\0\0" + data
 
 
-def test_a_large_webp_is_decoded_in_another_process(monkeypatch):
+def test_large_webp_is_decoded_in_another_process(monkeypatch):
     picture = picture_of(webp(4000, 3900), "a")
     monkeypatch.setattr(Image.Image, "load", None)
     width, height, rgb = picture.rgb()
@@ -144,7 +144,7 @@ def test_a_large_webp_is_decoded_in_another_process(monkeypatch):
     assert set(rgb) == {9}
 
 
-def test_a_webp_that_would_be_decoded_far_larger_than_it_is_shown_is_refused():
+def test_webp_that_would_be_decoded_far_larger_than_it_is_shown_is_refused():
     with pytest.raises(PopError, match="a WebP, has more than 16 million pixels"):
         picture_of(webp(7000, 7000), "a")
 

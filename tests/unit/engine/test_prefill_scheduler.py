@@ -65,7 +65,7 @@ def test_reads_prompt_with_fewest_rows_left(arrivals, order):
     assert [(arrival[prompt], end) for prompt, end in ends.items()] == order
 
 
-def test_a_question_is_not_overtaken_by_shorter_ones():
+def test_question_is_not_overtaken_by_shorter_ones():
     """Shorter questions arrive as fast as they are read."""
     long, question = queued(4000), queued(49, 10_000)
     arrivals = {0: long, 300: question}
@@ -73,7 +73,7 @@ def test_a_question_is_not_overtaken_by_shorter_ones():
     assert simulated(arrivals)[question] == 2 * CHUNK + 49
 
 
-def test_a_long_prompt_is_never_starved():
+def test_long_prompt_is_never_starved():
     """Short prompts arrive as fast as they are read."""
     long = queued(4000)
     arrivals = {0: long} | {100 * n + 1: queued(100, 10_000 * n) for n in range(1, 600)}
@@ -103,7 +103,7 @@ def test_ageing_starts_anew_with_the_next_oldest_prompt():
     assert scheduler.next() is third
 
 
-def test_an_estimate_of_cached_rows_does_not_count_as_reading():
+def test_estimate_of_cached_rows_does_not_count_as_reading():
     scheduler = PrefillScheduler()
     long, cached = queued(7000), queued(6900, 10_000)
     scheduler.add(long)
@@ -160,7 +160,7 @@ def test_threads_take_turns():
     assert events == ["short", "long"]
 
 
-def test_a_stopped_prompt_stops_waiting():
+def test_stopped_prompt_stops_waiting():
     turns = PrefillTurns()
     turns.begin(queued(10), lambda: False)
     turns.begin(queued(5, 10_000), lambda: True)

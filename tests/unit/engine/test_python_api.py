@@ -45,7 +45,7 @@ convert_model.N_WINDOWS = convert_model.N_DOCUMENTS = probes.N_DRAWS = 1
 """
 
 
-def test_the_documented_example_runs(chat_model, tmp_path):
+def test_documented_example_runs(chat_model, tmp_path):
     (tmp_path / "model.pop.gguf").hardlink_to(chat_model)
     make_gguf(tmp_path / "model.gguf", "llama")
     (tmp_path / "report.txt").write_text(REPORT)
@@ -69,7 +69,7 @@ def test_the_documented_example_runs(chat_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_documented_example_is_typed(tmp_path):
+def test_documented_example_is_typed(tmp_path):
     """Use the settings of `make lint`, and its cache for speed."""
     assert Path(pop_local.__file__).with_name("py.typed").is_file()
     example = tmp_path / "example.py"
@@ -131,7 +131,7 @@ def test_session_accepts_sampling(chat_model):
 # --- opening
 
 
-def test_a_model_is_opened_by_name_with_its_sidecar(tmp_path, monkeypatch):
+def test_model_is_opened_by_name_with_its_sidecar(tmp_path, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_MODELS_DIR", str(tmp_path))
     base = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=TEMPLATE)
     pair = paired(base, tmp_path, "fitted", boundary=4)
@@ -154,13 +154,13 @@ def test_a_model_is_opened_by_name_with_its_sidecar(tmp_path, monkeypatch):
     assert "did you mean tiny?" in caught.value.hint
 
 
-def test_the_constructor_takes_a_path(chat_model):
+def test_constructor_takes_a_path(chat_model):
     with PopModel(EngineOptions.of(str(chat_model), n_ctx=256)) as model:
         assert model.engine.context.n_ctx == 256
         assert (first_of(model).settings.boundary, model.pruning) == (5, True)
 
 
-def test_a_closed_model_is_an_error(chat_model):
+def test_closed_model_is_an_error(chat_model):
     model = opened(chat_model)
     session = model.session()
     session.chat(QUESTION, **GREEDY)
@@ -189,7 +189,7 @@ def test_chat_and_stream_agree_and_keep_no_history(model):
     assert model.chat(QUESTION, **GREEDY).stats.n_prompt < stats.n_prompt
 
 
-def test_a_session_keeps_history_and_sums(model):
+def test_session_keeps_history_and_sums(model):
     session = model.session(system="Be brief.")
     first = session.chat(QUESTION, **GREEDY)
     second = session.chat("and now?", **GREEDY)

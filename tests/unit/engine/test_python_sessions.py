@@ -49,7 +49,7 @@ def press_at(pieces: list[str], n: int) -> bool:
 
 
 @pytest.mark.parametrize("callback", ["on_prefill", "should_stop"])
-def test_a_stream_may_be_closed_by_its_own_callbacks(model, callback):
+def test_stream_may_be_closed_by_its_own_callbacks(model, callback):
     session = model.session()
     n_refused = 0
 
@@ -85,7 +85,7 @@ def test_two_answers_at_once_are_refused(model):
 
 
 @pytest.mark.parametrize("displace", ["clear", "chat"])
-def test_a_prompt_displaced_while_it_is_read_is_refused(model, displace):
+def test_prompt_displaced_while_it_is_read_is_refused(model, displace):
     def on_prefill(done: int, total: int) -> None:
         if done == total:  # inside the interruptible part
             first_of(model).cache.clear() if displace == "clear" else model.chat("a b", **GREEDY)
@@ -108,7 +108,7 @@ def questions(session: ChatSession) -> list[str]:
     return [turn.question for turn in session.conversation.turns]
 
 
-def test_the_last_question_is_asked_again_or_in_other_words(model):
+def test_last_question_is_asked_again_or_in_other_words(model):
     session = model.session(system="Be brief.")
     first = session.chat(QUESTION, documents=["i j k"], **GREEDY)
     session.chat("and now?", **GREEDY)
@@ -123,7 +123,7 @@ def test_the_last_question_is_asked_again_or_in_other_words(model):
     assert session.stats.n_answers == len(session.answer_stats) == 4
 
 
-def test_a_question_without_an_answer_is_dropped_until_it_gets_one(model):
+def test_question_without_an_answer_is_dropped_until_it_gets_one(model):
     session = model.session()
     session.chat(QUESTION, **GREEDY)
     with pytest.raises(ContextFullError):
@@ -140,7 +140,7 @@ def test_a_question_without_an_answer_is_dropped_until_it_gets_one(model):
     assert questions(session) == ["much more"]
 
 
-def test_a_forgotten_conversation_leaves_the_system_prompt(model):
+def test_forgotten_conversation_leaves_the_system_prompt(model):
     session = model.session()
     session.system = "Be brief."
     session.chat(QUESTION, **GREEDY)
@@ -151,7 +151,7 @@ def test_a_forgotten_conversation_leaves_the_system_prompt(model):
         session.retry()
 
 
-def test_a_conversation_continues_with_another_model(chat_model, model):
+def test_conversation_continues_with_another_model(chat_model, model):
     session = model.session()
     session.chat(QUESTION, **GREEDY)
     first = session.chat("and now?", **GREEDY).stats
@@ -165,7 +165,7 @@ def test_a_conversation_continues_with_another_model(chat_model, model):
 # --- saving
 
 
-def test_a_saved_session_continues(chat_model, model, tmp_path):
+def test_saved_session_continues(chat_model, model, tmp_path):
     session = model.session(system="Be brief.")
     session.chat(QUESTION, **GREEDY)
     path = session.save(tmp_path / "new folder" / "talk")

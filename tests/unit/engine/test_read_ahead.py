@@ -40,7 +40,7 @@ def read_ahead(monkeypatch):
 
 
 @on_linux
-def test_a_mapped_model_is_read_ahead_in_pieces(pop_file, read_ahead, monkeypatch):
+def test_mapped_model_is_read_ahead_in_pieces(pop_file, read_ahead, monkeypatch):
     monkeypatch.setattr(loading, "_PIECE_BYTES", 1 << 16)
     opened(pop_file).close()
     sizes = [size for _, _, size in read_ahead]
@@ -49,12 +49,12 @@ def test_a_mapped_model_is_read_ahead_in_pieces(pop_file, read_ahead, monkeypatc
     assert [start for _, start, _ in read_ahead] == list(range(0, sum(sizes), 1 << 16))
 
 
-def test_a_copied_model_is_not_read_ahead(pop_file, read_ahead):
+def test_copied_model_is_not_read_ahead(pop_file, read_ahead):
     opened(pop_file, use_mmap=False).close()
     assert read_ahead == []
 
 
-def test_a_model_larger_than_the_free_memory_is_not_read_ahead(read_ahead, pop_file, monkeypatch):
+def test_model_larger_than_the_free_memory_is_not_read_ahead(read_ahead, pop_file, monkeypatch):
     monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: Memory(1000))
     loading.read_ahead(read_source(pop_file))
     assert read_ahead == []

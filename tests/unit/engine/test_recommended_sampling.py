@@ -13,7 +13,7 @@ from support.pop_files import Keys, add_to
 from support.synthetic import make_gguf
 
 
-def test_the_keys_of_newer_files_become_options(tmp_path):
+def test_keys_of_newer_files_become_options(tmp_path):
     keys = {"temp": 0.5, "top_k": 20, "penalty_repeat": 1.25, "mirostat": 2}
     file_keys: Keys = {f"general.sampling.{name}": value for name, value in keys.items()}
     plain = make_gguf(tmp_path / "plain.gguf", "llama")
@@ -23,13 +23,13 @@ def test_the_keys_of_newer_files_become_options(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, -1.0, 10.5, math.inf, "warm"])
-def test_an_invalid_number_is_ignored(tmp_path, value):
+def test_invalid_number_is_ignored(tmp_path, value):
     plain = make_gguf(tmp_path / "plain.gguf", "llama")
     path = add_to(plain, tmp_path / "keyed.gguf", {"general.sampling.temp": value})
     assert recommended(read_header(path)) == {}
 
 
-def test_the_model_answers_as_its_file_recommends(tmp_path):
+def test_model_answers_as_its_file_recommends(tmp_path):
     model = opened(tiny(tmp_path, chat_template="{{ messages[0]['content'] }}"))
     question = [Message("user", "a b c d")]
 

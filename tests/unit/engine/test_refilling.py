@@ -56,7 +56,7 @@ def test_rows_are_refilled_while_the_user_types(dialogue):
 
 
 @pytest.mark.parametrize("pause_s", [0, 0.002, 0.01, 0.03])
-def test_an_early_line_stops_refilling(dialogue, pause_s):
+def test_early_line_stops_refilling(dialogue, pause_s):
     dialogue.ask(WORDS)
     with refill.idling(dialogue):
         time.sleep(pause_s)
@@ -86,7 +86,7 @@ def talked(dialogue):
 @pytest.mark.parametrize(
     "lines", [("/clear",), ("/full on",), ("/full on", "/full off"), ("/retry",), ("/undo",), ()]
 )
-def test_the_rest_is_refilled_after_other_commands(chat, lines):
+def test_rest_is_refilled_after_other_commands(chat, lines):
     dialogue = chat(WORDS, *lines, WORDS[::-1])
     assert "!" not in talked(dialogue)
     model = dialogue.model
@@ -119,7 +119,7 @@ def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(dialogue):
     assert dialogue.screen.shown.count(caught_up) == 2
 
 
-def test_the_status_counts_the_tokens_of_this_conversation(dialogue):
+def test_status_counts_the_tokens_of_this_conversation(dialogue):
     dialogue.ask(WORDS)
     n_tokens = first_of(dialogue.model).cache.n_tokens
     assert refill.status(dialogue) == f"Cache: 0 of {n_tokens} tokens have exact values"
@@ -136,7 +136,7 @@ def test_full_off_keeps_a_cache_that_is_exact(chat):
 
 
 @pytest.mark.parametrize("switch", ["on", "off"])
-def test_a_larger_context_keeps_the_cached_rows(pop_file, switch):
+def test_larger_context_keeps_the_cached_rows(pop_file, switch):
     models = [opened(pop_file, n_ctx=n_ctx) for n_ctx in (512, 1024)]
     screen = Transcript(f"/full {switch}", WORDS)
     sampling = {"temperature": 0.0, "max_tokens": 4}
@@ -163,7 +163,7 @@ def test_ctrl_c_during_the_end_stops_refilling(dialogue, monkeypatch):
     assert not any(thread.name == "pop-local idle" for thread in threading.enumerate())
 
 
-def test_a_server_refills_between_requests(pop_file):
+def test_server_refills_between_requests(pop_file):
     model = opened(pop_file, keep_states=True)
     with app_client(app_of(model, "tiny")) as client:
         body = {"model": "tiny", "prompt": WORDS, "max_tokens": 2, "temperature": 0}
@@ -179,7 +179,7 @@ def test_a_server_refills_between_requests(pop_file):
 
 
 @pytest.mark.parametrize("by", ["request", "server"])
-def test_a_repeatable_answer_equals_the_first_one(pop_file, by):
+def test_repeatable_answer_equals_the_first_one(pop_file, by):
     model = opened(pop_file, keep_states=True)
     first_of(model).states.prompts = PromptCache(1 << 26)
     with app_client(app_of(model, "tiny", repeatable=by == "server")) as client:
@@ -199,7 +199,7 @@ def test_a_repeatable_answer_equals_the_first_one(pop_file, by):
         assert n_cached > 0 and answer != first
 
 
-def test_a_server_answers_after_an_error_in_refilling(pop_file, monkeypatch):
+def test_server_answers_after_an_error_in_refilling(pop_file, monkeypatch):
     model = opened(pop_file, keep_states=True)
 
     def refill(*_):

@@ -30,7 +30,7 @@ def cut(path, other):
 
 @pytest.mark.parametrize("change", [over, renamed, cut])
 @pytest.mark.parametrize("which", ["model", "sidecar"])
-def test_a_file_that_was_replaced_is_refused(pair, tmp_path, change, which):
+def test_file_that_was_replaced_is_refused(pair, tmp_path, change, which):
     base = tmp_path / "llama.gguf"
     path = base if which == "model" else pair.sidecar
     with opened(base, sidecar=pair.sidecar) as model:
@@ -41,7 +41,7 @@ def test_a_file_that_was_replaced_is_refused(pair, tmp_path, change, which):
                 greedy(model, tokens)
 
 
-def test_a_deleted_or_unmapped_file_keeps_working(tmp_path):
+def test_deleted_or_unmapped_file_keeps_working(tmp_path):
     path = make_gguf(tmp_path / "llama.gguf", "llama", n_layer=4)
     with opened(path, use_mmap=False) as copied, opened(path) as mapped:
         expected = greedy(mapped, prompt(40))

@@ -214,7 +214,7 @@ def test_another_sequences_prefix_is_shared(model, alone):
     assert model.engine.sequences[0].cache.n_tokens == 200
 
 
-def test_a_row_is_visible_only_when_complete(model, monkeypatch):
+def test_row_is_visible_only_when_complete(model, monkeypatch):
     """Another thread looks up the row while the truncated token is still stored."""
     sequence = model.engine.sequences[0]
     states, cache = sequence.states, sequence.cache
@@ -270,7 +270,7 @@ def test_copied_rows_remain_when_their_source_changes(model):
     np.testing.assert_allclose(logits(model, 2), expected, atol=NOISE)
 
 
-def test_a_refilled_sequence_equals_the_full_models_next_to_others(model, pop_file):
+def test_refilled_sequence_equals_the_full_models_next_to_others(model, pop_file):
     full = opened(pop_file)
     full.engine.set_mode(Mode.OFF)
     read_in(model, 0, prompt(90, seed=5))
@@ -283,7 +283,7 @@ def test_a_refilled_sequence_equals_the_full_models_next_to_others(model, pop_fi
 
 
 @pytest.mark.parametrize("tail_tokens", [0, 16])
-def test_a_row_with_logits_is_a_full_row_of_the_prompt(tmp_path, monkeypatch, tail_tokens):
+def test_row_with_logits_is_a_full_row_of_the_prompt(tmp_path, monkeypatch, tail_tokens):
     """The backend runs full rows in a context batch with the decode kernels."""
     plan = {"boundary": 4, "tail_tokens": tail_tokens, "min_prompt": 0}
     path = converted(make_gguf(tmp_path / "llama.gguf", "llama"), tmp_path, **plan)
@@ -324,7 +324,7 @@ def test_stopping_one_sequence_leaves_the_others(model, alone):
     np.testing.assert_allclose(logits(model, 0), logits_of(alone, LONG), atol=NOISE)
 
 
-def test_an_exception_of_should_stop_reaches_only_its_sequence(model):
+def test_exception_of_should_stop_reaches_only_its_sequence(model):
     def broken() -> bool:
         raise ZeroDivisionError
 
@@ -333,7 +333,7 @@ def test_an_exception_of_should_stop_reaches_only_its_sequence(model):
     assert read_in(model, 1, LONG).n_prompt == 200
 
 
-def test_a_failed_batch_fails_for_all_its_sequences(model, monkeypatch):
+def test_failed_batch_fails_for_all_its_sequences(model, monkeypatch):
     read_in(model, 1, LONG[:50])
     monkeypatch.setattr(model.engine.context.batch, "run", lambda *_: 1)
     with pytest.raises(PopError):
@@ -441,7 +441,7 @@ def test_prefill_continues_after_the_process_was_suspended():
     assert n_alone * 0.05 < 1
 
 
-def test_a_picture_is_read_in_any_sequence(tmp_path):
+def test_picture_is_read_in_any_sequence(tmp_path):
     vision_model = VisionModel("qwen2vl", make_vision_model(tmp_path, "qwen2vl"))
     with vision_model.opened() as one, vision_model.opened(n_parallel=2) as model:
         made = picture_prompt(one, "a b c d", 3)

@@ -67,7 +67,7 @@ def path(tmp_path) -> Path:
     return tmp_path / "sessions" / "talk.popsession"
 
 
-def test_a_conversation_round_trips(model, path):
+def test_conversation_round_trips(model, path):
     write_session(path, model.engine, TALK)
     assert json.loads(path.read_text()) == FIELDS | {"model": str(model.engine.context.files.path)}
     session = read_session(path)
@@ -77,7 +77,7 @@ def test_a_conversation_round_trips(model, path):
 
 
 @pytest.mark.parametrize("has_cache", [False, True])
-def test_an_archive_of_format_3_is_read_without_its_kv_cache(path, has_cache):
+def test_archive_of_format_3_is_read_without_its_kv_cache(path, has_cache):
     turns = [{**FIELDS["turns"][0], "pictures": [{"name": "dot.png", "sha256": PICTURE.sha256}]}]
     conversation = {"system": "Be brief.", "turns": [*turns, FIELDS["turns"][1]]}
     path.parent.mkdir()
@@ -93,7 +93,7 @@ def test_an_archive_of_format_3_is_read_without_its_kv_cache(path, has_cache):
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
-def test_a_loaded_session_restores_its_mode(chat_model, model, path, mode):
+def test_loaded_session_restores_its_mode(chat_model, model, path, mode):
     model.engine.set_mode(mode)
     write_session(path, model.engine, TALK)
     model.engine.set_mode(Mode.CONTEXT)
@@ -103,7 +103,7 @@ def test_a_loaded_session_restores_its_mode(chat_model, model, path, mode):
     assert first_of(other).settings.mode is mode
 
 
-def test_a_session_of_an_unconverted_model_keeps_the_mode(model, path, tmp_path):
+def test_session_of_an_unconverted_model_keeps_the_mode(model, path, tmp_path):
     plain = opened(make_gguf(tmp_path / "olmo.gguf", "olmo2", chat_template=TEMPLATE))
     write_session(path, plain.engine, TALK)
     model.load_session(path)
@@ -112,7 +112,7 @@ def test_a_session_of_an_unconverted_model_keeps_the_mode(model, path, tmp_path)
     assert plain.load_session(path).conversation == TALK
 
 
-def test_the_disk_store_keeps_a_sessions_kv_cache(chat_model, tmp_path):
+def test_disk_store_keeps_a_sessions_kv_cache(chat_model, tmp_path):
     options: Any = {"temperature": 0.0, "max_tokens": 8}
 
     def opened_with_store() -> tuple[PopModel, PromptCache]:
@@ -130,13 +130,13 @@ def test_the_disk_store_keeps_a_sessions_kv_cache(chat_model, tmp_path):
     assert stats.n_cached >= expected.stats.n_cached > 100
 
 
-def test_a_file_name_with_lone_surrogates_is_saved(model, path):
+def test_file_name_with_lone_surrogates_is_saved(model, path):
     conversation = Conversation("", (Turn("What?", (Document("\udcff.txt", "Words."),), "Words."),))
     write_session(path, model.engine, conversation)
     assert read_session(path).conversation.turns[0].documents == (Document("?.txt", "Words."),)
 
 
-def test_a_failed_save_leaves_the_old_session(model, path, monkeypatch):
+def test_failed_save_leaves_the_old_session(model, path, monkeypatch):
     write_session(path, model.engine, TALK)
 
     def fail(*_: object) -> None:
@@ -181,7 +181,7 @@ def damaged(place: str, value: object) -> bytes:
         damaged("turns.1.pictures", [{"name": "a", "content": "%"}]),
     ],
 )
-def test_a_damaged_file_is_one_error(path, content, sessions):
+def test_damaged_file_is_one_error(path, content, sessions):
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(PopError, match="damaged or is not a session file"):
@@ -190,7 +190,7 @@ def test_a_damaged_file_is_one_error(path, content, sessions):
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_foreign_archive_is_one_error(path, compression):
+def test_foreign_archive_is_one_error(path, compression):
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("session.json", b" " * 1_000_000)
@@ -236,7 +236,7 @@ def test_chat_saves_and_loads_sessions(chat_model, monkeypatch, tmp_path):
     assert any(line.startswith("! '../one' is not a valid session name") for line in lines)
 
 
-def test_the_chat_works_without_pruning(tmp_path):
+def test_chat_works_without_pruning(tmp_path):
     model = opened(make_gguf(tmp_path / "olmo.gguf", "olmo2", chat_template=TEMPLATE))
     _, lines = screen_lines(model, "a b c d", "/stats")
     assert any(line.startswith("# Answers: 1 (") for line in lines)

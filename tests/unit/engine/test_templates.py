@@ -60,7 +60,7 @@ def vocab(tmp_path_factory):
 
 
 @pytest.mark.parametrize("template", FAIR)
-def test_the_prompt_equals_llama_cpps(template, vocab):
+def test_prompt_equals_llama_cpps(template, vocab):
     ours = Template(template, vocab)
     theirs = Jinja2ChatFormatter(template, ours.eos, ours.bos)
     assert ours.render(MESSAGES) == theirs(messages=MESSAGES).prompt != ""  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def in_a_hurry():
 
 
 @pytest.mark.parametrize("template", WILD, ids=lambda template: template[:30])
-def test_a_runaway_template_is_an_error_only_for_its_model(in_a_hurry, tmp_path, template, vocab):
+def test_runaway_template_is_an_error_only_for_its_model(in_a_hurry, tmp_path, template, vocab):
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=template)
     with pytest.raises(PopError, match=f"chat template .*{WILD[template]}"):
         opened(path, n_ctx=128).chat("hello")
@@ -111,7 +111,7 @@ def test_pictures_move_with_the_text_after_the_system_prompt():
     assert [offset for offset, _ in joined.pictures] == [3, 5]
 
 
-def test_an_interrupted_render_is_not_the_next_ones_result(vocab):
+def test_interrupted_render_is_not_the_next_ones_result(vocab):
     template = Template("{{ messages[0].content }}", vocab)
     endless = Template(ENDLESS, vocab)
     press = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
@@ -122,7 +122,7 @@ def test_an_interrupted_render_is_not_the_next_ones_result(vocab):
     assert template.render([{"role": "user", "content": "three"}]) == "three"
 
 
-def test_a_script_without_a_guard_runs_once(tmp_path):
+def test_script_without_a_guard_runs_once(tmp_path):
     (tmp_path / "script.py").write_text(
         "from pop_local.engine.prompt.templates import renderer\n"
         "print('started')\n"

@@ -66,7 +66,7 @@ print(*(len(vocabulary.tokenize(letter * 200_000)) for letter in "a! "))
 """
 
 
-def test_a_long_run_of_letters_does_not_overflow_the_stack(tmp_path):
+def test_long_run_of_letters_does_not_overflow_the_stack(tmp_path):
     """llama.cpp runs the regular expressions of Mistral's tokenizer with std::regex."""
     path = tmp_path / "bpe.gguf"
     writer = gguf.GGUFWriter(path, "llama")

@@ -193,7 +193,7 @@ AS_TEXT = {
 
 
 @pytest.mark.parametrize("name", [name for name in TRIED if name != REFUSED])
-def test_the_prompt_describes_each_tool(model, name):
+def test_prompt_describes_each_tool(model, name):
     prompter = prompter_of(model, name)
     _, form = prompt_with_tools(prompter, [ASKED], Tools(TOOLS, TOOLS))
     assert form is not None and (form.native is None) == (name in AS_TEXT)
@@ -201,7 +201,7 @@ def test_the_prompt_describes_each_tool(model, name):
 
 
 @pytest.mark.parametrize("name", [name for name in TRIED if name != REFUSED])
-def test_an_answer_does_not_end_before_a_call_that_must_come(model, name):
+def test_answer_does_not_end_before_a_call_that_must_come(model, name):
     prompter = prompter_of(model, name)
     for several in (True, False):
         tools = Tools(TOOLS, TOOLS, must_call=True, several=several)

@@ -69,7 +69,7 @@ def read(form: CallForm, text: str) -> tuple[str, list[tuple[str, str]]]:
     return content, [(call.name, call.arguments) for call in calls_of(pieces)]
 
 
-def test_a_required_call_has_no_text_before_it(model):
+def test_required_call_has_no_text_before_it(model):
     form = form_of(model, Tools(BOTH, BOTH, must_call=True))
     assert allowed(model, form, NATIVE) == NATIVE
     assert allowed(model, form, "It") == ""
@@ -87,7 +87,7 @@ def test_arguments_of_an_optional_call_follow_the_schema(model, call):
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_a_call_is_parsed_and_other_json_is_content(model, call):
+def test_call_is_parsed_and_other_json_is_content(model, call):
     form = form_of(model, Tools(BOTH, BOTH))
     content, calls = read(form, call)
     assert content == "" and [name for name, _ in calls] == ["get_weather"]
@@ -105,7 +105,7 @@ def test_content_before_a_call_is_not_delayed(model):
     assert [call.name for call in calls_of(pieces)] == ["get_weather"]
 
 
-def test_a_truncated_call_has_partial_arguments(model):
+def test_truncated_call_has_partial_arguments(model):
     form = form_of(model, Tools(BOTH, BOTH))
     content, calls = read(form, FENCED[: FENCED.index("ome")])
     assert content == "" and calls == [("get_weather", '{"city": "R')]
@@ -131,7 +131,7 @@ def test_several_calls_need_the_option(model):
         assert allowed(model, form, NATIVE) == NATIVE
 
 
-def test_a_call_follows_reasoning_that_the_prompt_opened(tmp_path):
+def test_call_follows_reasoning_that_the_prompt_opened(tmp_path):
     template = TEMPLATES["Qwen-QwQ-32B"].read_text()
     with opened(tiny(tmp_path, chat_template=template), n_ctx=4096) as model:
         form = form_of(model, Tools(BOTH, BOTH, must_call=True))
@@ -158,13 +158,13 @@ def test_tools_of_equal_names_are_refused(names):
         Tools(tools, tools)
 
 
-def test_an_invalid_tool_schema_is_refused(model):
+def test_invalid_tool_schema_is_refused(model):
     tool = replace(WEATHER, parameters={"type": "object", "properties": {"a": {"type": "any"}}})
     with pytest.raises(GrammarError):
         prompt_with_tools(model.engine.prompter, [ASKED], Tools((tool,), (tool,)))
 
 
-def test_a_model_without_a_template_refuses_tools(tmp_path):
+def test_model_without_a_template_refuses_tools(tmp_path):
     with opened(tiny(tmp_path)) as model, pytest.raises(PopError, match="no chat template"):
         prompt_with_tools(model.engine.prompter, [ASKED], Tools(BOTH, BOTH))
 
@@ -197,7 +197,7 @@ def test_special_tokens_in_descriptions_arguments_and_results_are_text(tmp_path,
         assert sum(n_special(model, "Rome")) > 0
 
 
-def test_the_text_form_puts_calls_and_results_into_the_messages():
+def test_text_form_puts_calls_and_results_into_the_messages():
     messages = [
         Message("system", "Be brief."),
         ASKED,
@@ -214,7 +214,7 @@ def test_the_text_form_puts_calls_and_results_into_the_messages():
     assert text_form.with_tools([ASKED], ()) == [ASKED]
 
 
-def test_the_same_call_twice_in_a_row_ends_the_answer(model):
+def test_same_call_twice_in_a_row_ends_the_answer(model):
     form = form_of(model, Tools(BOTH, BOTH))
     other = NATIVE.replace("Rome", "Paris")
     for calls in ([NATIVE, other, NATIVE], [NATIVE, other, other, NATIVE]):
@@ -227,7 +227,7 @@ JSON = '```json\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n```'
 
 
 @pytest.mark.parametrize("fence", [PYTHON, JSON, PYTHON[:-4], JSON.replace("json", "")])
-def test_a_fence_at_the_end_is_a_call(model, fence):
+def test_fence_at_the_end_is_a_call(model, fence):
     form = form_of(model, Tools(BOTH, BOTH))
     text = f"Let me see.\n\n{fence}\n"
     content, calls = read(form, text)

@@ -68,14 +68,14 @@ def test_another_boundary_prunes_other_layers(pop_file):
 
 
 @pytest.mark.parametrize("layer", [-1, 8, 100])
-def test_a_boundary_outside_the_model_is_refused(pop_file, layer):
+def test_boundary_outside_the_model_is_refused(pop_file, layer):
     model = opened(pop_file)
     with pytest.raises(PopError, match="boundary"):
         model.engine.sequences[0].set_boundary(layer)
     assert first_of(model).settings.boundary == 4
 
 
-def test_an_unconverted_model_runs_full_and_suggests_convert(tmp_path):
+def test_unconverted_model_runs_full_and_suggests_convert(tmp_path):
     model = opened(make_gguf(tmp_path / "m.gguf", "llama"))
     assert first_of(model).settings.mode is Mode.OFF
     assert evaluated(model, prompt(100)) == Counters(0, 100)
@@ -101,7 +101,7 @@ def test_greedy_takes_the_token_that_llama_cpps_samplers_take(pop_file):
 # --- errors
 
 
-def test_an_oversized_prompt_reports_the_counts_and_changes_nothing(pop_file):
+def test_oversized_prompt_reports_the_counts_and_changes_nothing(pop_file):
     model = opened(pop_file, n_ctx=256)
     before = read(model, prompt(100))
     with pytest.raises(PopError, match=r"300 .*256"):
@@ -121,7 +121,7 @@ def set_free_memory(monkeypatch):
     return set_free_memory
 
 
-def test_a_context_must_fit_next_to_other_programs(pop_file, set_free_memory):
+def test_context_must_fit_next_to_other_programs(pop_file, set_free_memory):
     """Otherwise the system would kill the process."""
     set_free_memory(2_000_000)
     opened(pop_file, n_ctx=512)
@@ -134,7 +134,7 @@ def test_a_context_must_fit_next_to_other_programs(pop_file, set_free_memory):
     opened(pop_file, n_ctx=n_fits)
 
 
-def test_a_window_saves_memory_only_without_swa_full(tmp_path, set_free_memory):
+def test_window_saves_memory_only_without_swa_full(tmp_path, set_free_memory):
     path = make_gguf(tmp_path / "model.gguf", "gemma3")
     set_free_memory(1 << 20)
     opened(path, n_ctx=1024, swa_full=False)
@@ -142,7 +142,7 @@ def test_a_window_saves_memory_only_without_swa_full(tmp_path, set_free_memory):
         opened(path, n_ctx=1024)
 
 
-def test_an_unpatched_library_is_refused_with_a_hint(pop_file, unpatched_lib):
+def test_unpatched_library_is_refused_with_a_hint(pop_file, unpatched_lib):
     done = subprocess.run(
         [sys.executable, "-m", "pop_local", "run", str(pop_file), "hello"],
         env=os.environ | {"LLAMA_CPP_LIB_PATH": str(unpatched_lib)},
@@ -156,7 +156,7 @@ def test_an_unpatched_library_is_refused_with_a_hint(pop_file, unpatched_lib):
     assert "Traceback" not in done.stderr
 
 
-def test_an_architecture_that_cannot_be_pruned_is_named(tmp_path):
+def test_architecture_that_cannot_be_pruned_is_named(tmp_path):
     plain = renamed(make_gguf(tmp_path / "model.gguf", "qwen2"), tmp_path, "dream")
     keyed = tmp_path / "dream.pop.gguf"
     add_keys(plain, keyed, pop__version=1, pop__schedule="FFFFSSSS", pop__projection="own")
@@ -164,7 +164,7 @@ def test_an_architecture_that_cannot_be_pruned_is_named(tmp_path):
         opened(keyed)
 
 
-def test_a_file_cut_short_is_an_error_with_a_reason(pop_file, tmp_path):
+def test_file_cut_short_is_an_error_with_a_reason(pop_file, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(pop_file.read_bytes()[:-100_000])
     with pytest.raises(PopError) as caught:
@@ -172,7 +172,7 @@ def test_a_file_cut_short_is_an_error_with_a_reason(pop_file, tmp_path):
     assert str(cut) in caught.value.message
 
 
-def test_a_failed_context_is_an_error_with_llama_cpps_reason(pop_file):
+def test_failed_context_is_an_error_with_llama_cpps_reason(pop_file):
     with pytest.raises(PopError, match="V cache"):
         opened(pop_file, type_v=8, flash_attn=False)
 
@@ -182,7 +182,7 @@ def test_opening_and_answering_write_nothing(pop_file, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_backend_describes_itself():
+def test_backend_describes_itself():
     info = devices.describe_backend()
     assert info.abi == backend.ABI
     assert dict(info.built_in)["CPU"] == 1
@@ -202,6 +202,6 @@ def test_states_need_room_too(pop_file, tmp_path, set_free_memory):
     opened(make_gguf(tmp_path / "plain.gguf", "llama"), n_ctx=n_cells, keep_states=True)
 
 
-def test_an_unknown_option_is_an_error(pop_file):
+def test_unknown_option_is_an_error(pop_file):
     with pytest.raises(TypeError, match="'threads'"):
         opened(pop_file, threads=1)
