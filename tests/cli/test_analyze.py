@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 # --- output
 
 
-def test_json_has_all_boundaries(model):
+def test_json_contains_all_boundaries(model):
     found = report(model)
     assert found == report(model)
     assert [row["boundary"] for row in found["boundaries"]] == [5, 4, 3]
@@ -36,7 +36,7 @@ def test_json_has_all_boundaries(model):
     assert {"speedup_limit", "induction_retention"} <= set(last)
 
 
-def test_pipe_gets_one_table_and_the_findings(model):
+def test_prints_one_table_and_findings_to_a_pipe(model):
     done = analyze(model)
     assert done.exit_code == 0, done.output
     head, rule, *rows = done.stdout.partition("\n\n")[0].splitlines()
@@ -45,7 +45,7 @@ def test_pipe_gets_one_table_and_the_findings(model):
     assert "budget" in done.stdout.splitlines()[-1]
 
 
-def test_where_copying_is_lost_nothing_else_is_measured(model, monkeypatch):
+def test_stops_measuring_after_copying_is_lost(model, monkeypatch):
     monkeypatch.setattr(research, "may_copy", lambda retention: False)
     first, *others = report(model)["boundaries"]
     assert first["quality"] is not None
@@ -57,7 +57,7 @@ def test_where_copying_is_lost_nothing_else_is_measured(model, monkeypatch):
 # --- refusals
 
 
-def test_rejects_a_converted_file(tmp_path):
+def test_rejects_converted_file(tmp_path):
     base = make_gguf(tmp_path / "base.gguf", "llama", n_layer=6)
     done = analyze(paired(base, tmp_path, "fitted", boundary=3).single)
     assert done.exit_code == 1
@@ -70,12 +70,12 @@ def test_rejects_a_converted_file(tmp_path):
 
 
 @pytest.mark.parametrize(("n_layer", "deepest"), [(2, 1), (3, 1), (18, 9), (30, 15)])
-def test_deeper_half_is_probed(n_layer, deepest):
+def test_probes_deeper_half(n_layer, deepest):
     found = boundaries(SimpleNamespace(n_layer=n_layer, n_deepstack=0))  # type: ignore[arg-type]
     assert (found[0], found[-1]) == (n_layer - 1, deepest)
 
 
-def test_single_layer_has_nothing_to_skip():
+def test_rejects_model_of_one_layer():
     with pytest.raises(PlanError):
         boundaries(SimpleNamespace(n_layer=1))  # type: ignore[arg-type]
 
@@ -90,7 +90,7 @@ def balanced(monkeypatch):
 
 
 @pytest.mark.usefixtures("balanced")
-def test_each_boundary_is_fitted_and_one_is_chosen(model):
+def test_fits_each_boundary_and_selects_one(model):
     found = report(model)
     deepest = found["boundaries"][-1]
     assert [row["projection"] for row in found["boundaries"]] == ["own", "fitted", "fitted"]
@@ -103,7 +103,7 @@ def test_each_boundary_is_fitted_and_one_is_chosen(model):
 
 
 @pytest.mark.usefixtures("balanced")
-def test_choice_is_named_an_estimate(model):
+def test_describes_selection_as_estimate(model):
     done = analyze(model)
     assert done.exit_code == 0, done.output
     [row] = [line for line in done.stdout.splitlines() if line.endswith("balanced")]
@@ -114,7 +114,7 @@ def test_choice_is_named_an_estimate(model):
 
 
 @pytest.mark.usefixtures("balanced")
-def test_no_boundary_is_chosen_outside_the_budget(model, monkeypatch):
+def test_selects_no_boundary_outside_budget(model, monkeypatch):
     monkeypatch.setattr(budget, "BALANCED", replace(budget.BALANCED, max_kl=-1.0))
     assert report(model)["chosen"]["boundary"] is None
     done = analyze(model)
@@ -125,7 +125,7 @@ def _boundaries(depths: list[DepthCost]) -> list[int]:
     return [depth.boundary for depth in worth_measuring(depths)]
 
 
-def test_prose_is_measured_down_to_one_boundary_past_hope():
+def test_measures_prose_until_first_boundary_outside_budget():
     retentions = (1, 0.99, 0.95, 0.9, 0.3, 0.1)
     depths = [made(9 - n, retention=kept) for n, kept in enumerate(retentions)]
     # Boundary 6 is the deepest within the balanced budget. Boundary 5 ends the measurements.
@@ -137,7 +137,7 @@ def test_prose_is_measured_down_to_one_boundary_past_hope():
     assert _boundaries([replace(d, retention=None) for d in depths]) == [9, 8, 7, 6, 5, 4]
 
 
-def test_deepest_within_is_among_those_measured_on_prose():
+def test_deepest_within_requires_measured_prose():
     depths = [made(9), made(8), made(7), made(6)]
     assert deepest_within(budget.BALANCED, depths) is None
     kls = {9: 0.0, 8: 0.03, 7: 0.1}

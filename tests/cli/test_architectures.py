@@ -27,7 +27,7 @@ def done(*args: object) -> str:
 
 
 @pytest.mark.parametrize("name", [RECURRENT, LATENT, NORMS_BEHIND], ids=str)
-def test_model_of_any_kind_is_converted_and_answers(name: recipes.Name, tmp_path: Path) -> None:
+def test_converted_model_of_each_architecture_answers(name: recipes.Name, tmp_path: Path) -> None:
     raw = recipes.make(
         name, tmp_path / "raw.gguf", ["context_length=2048", "attention.head_count=2"]
     )

@@ -42,7 +42,7 @@ def report(*arguments: object) -> dict:
     return json.loads(done.stdout)
 
 
-def test_json_is_one_object_of_the_agreed_shape(pop_file):
+def test_json_has_documented_shape(pop_file):
     result = report(pop_file, "--prompt", "100,200", "--repeat", 2)
     where = {"boundary", "n_layer", "is_exact", "min_prompt"}
     how = {"backend", "kernels", "upstream"}
@@ -67,13 +67,13 @@ def test_reports_a_busy_machine(pop_file, monkeypatch):
     assert re.match(r"Other programs are using [\d.]+ CPUs, so the times are", done.stderr)
 
 
-def test_prompt_may_be_too_short_to_be_pruned(tmp_path):
+def test_measures_prompt_too_short_for_pruning(tmp_path):
     path = converted(make_gguf(tmp_path / "model.gguf", "llama"), tmp_path, min_prompt=200)
     short, long = report(path, "--prompt", "199,200", "--repeat", 1)["rows"]
     assert (short["n_pruned"], long["n_pruned"]) == (0, 200 - 17)
 
 
-def test_deep_rows(pop_file):
+def test_counts_deep_rows(pop_file):
     arguments = (pop_file, "--prompt", "800", "--repeat", 1, "--deep-rows", "spelling")
     [row] = report(*arguments)["rows"]
     assert 0 < row["n_deep"] < 800 - 17
@@ -88,7 +88,7 @@ def test_deep_rows(pop_file):
         (("--prompt", "5000"), "but the limit is 4096"),
     ],
 )
-def test_what_does_not_fit_is_an_error_with_exit_1(pop_file, arguments, said):
+def test_rejects_prompt_larger_than_context(pop_file, arguments, said):
     done = bench(pop_file, *arguments)
     assert done.returncode == 1
     assert said in done.stderr
@@ -96,17 +96,17 @@ def test_what_does_not_fit_is_an_error_with_exit_1(pop_file, arguments, said):
     assert "Traceback" not in done.stderr
 
 
-def test_setting_of_the_context_is_for_conversations(pop_file, monkeypatch):
+def test_ignores_context_setting(pop_file, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CTX", "64")
     assert bench(pop_file, "--prompt", "100", "--repeat", 1).returncode == 0
 
 
 @pytest.mark.parametrize("lengths", ["", "0", "100,", "100,x", "-5", "9" * 5000])
-def test_lengths_that_are_none_are_wrong_usage(pop_file, lengths):
+def test_rejects_invalid_lengths(pop_file, lengths):
     assert bench(pop_file, "--prompt", lengths).returncode == 2
 
 
-def test_rejects_an_unconverted_model_with_the_way_to_convert_it(tmp_path):
+def test_rejects_unconverted_model_with_hint(tmp_path):
     done = bench(make_gguf(tmp_path / "plain.gguf", "llama"))
     assert done.returncode == 1
     assert "has not been converted" in done.stderr
@@ -122,7 +122,7 @@ def model(pop_file):
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
-def test_cached_prefix_is_never_reported(model, mode, monkeypatch):
+def test_rejects_cached_prefix(model, mode, monkeypatch):
     tokens = text_prompt(model, 100)
     speed.run(model, mode, tokens)
     monkeypatch.setattr(first_of(model).cache, "clear", lambda: None)
@@ -130,13 +130,13 @@ def test_cached_prefix_is_never_reported(model, mode, monkeypatch):
         speed.run(model, mode, tokens)
 
 
-def test_pruning_that_did_not_happen_is_never_reported(model):
+def test_rejects_run_without_pruning(model):
     require_rows(model, Mode.CONTEXT, Prompt(range(100)), Counters(83, 17))
     with pytest.raises(PopError, match="is invalid"):
         require_rows(model, Mode.CONTEXT, Prompt(range(100)), Counters(0, 100))
 
 
-def test_rounds_change_their_order_and_the_first_one_is_not_counted():
+def test_rounds_alternate_and_first_is_discarded():
     order: list[Run] = []
 
     def way(seconds: float) -> Run:
@@ -148,21 +148,21 @@ def test_rounds_change_their_order_and_the_first_one_is_not_counted():
     assert full == [order[2], order[5]] and pop == [order[3], order[4]]
 
 
-def test_each_row_but_the_last_is_shown_once_it_is_measured(pop_file):
+def test_shows_each_row_when_measured(pop_file):
     done = bench(pop_file, "--prompt", "100,200,300", "--repeat", 2)
     shown = re.findall(r"pop-local reads a prompt of (\d+) tokens in [\d.]+ s", done.stderr)
     assert shown == ["100", "200"]
     assert "pop-local reads a prompt of 300 tokens" in done.stdout
 
 
-def test_long_measurement_states_its_duration_first(pop_file):
+def test_long_measurement_announces_its_duration(pop_file):
     done = bench(pop_file, "--prompt", "100,1000", "--repeat", 3)
     first, *_ = done.stderr.split(". ")
     assert first.startswith("With a catalog model, bench usually takes 4 to 15 minutes")
     assert "usually takes" not in bench(pop_file, "--prompt", "512", "--repeat", 1).stderr
 
 
-def test_bench_measures_upstream_where_our_kernels_compute(pop_file, monkeypatch):
+def test_measures_upstream_kernels_for_comparison(pop_file, monkeypatch):
     monkeypatch.setattr(workflow, "cpu_kernels", lambda: "some")
     monkeypatch.setattr(workflow, "has_kernels", lambda: True)
     result = report(pop_file, "--prompt", "100", "--repeat", 1, "--gpu-layers", 0)
@@ -171,7 +171,7 @@ def test_bench_measures_upstream_where_our_kernels_compute(pop_file, monkeypatch
     assert set(result["rows"][0]["upstream_ttft_s"]) == SPREAD
 
 
-def test_model_that_rows_leave_exactly_needs_no_conversion(tmp_path):
+def test_measures_exactly_skipping_model_without_conversion(tmp_path):
     model = make_shared(tmp_path / "shared.gguf", "gemma4")
     result = report(model, "--prompt", "100", "--repeat", 1)
     [row] = result["rows"]

@@ -33,7 +33,7 @@ def ask(model: Path, question: str, *options: str) -> dict[str, int]:
     return report
 
 
-def test_prompt_is_stored_on_request_and_found_by_the_next_command(model):
+def test_next_command_reuses_stored_prompt(model):
     first = ask(model, TEXT, "--cache-disk", "1")
     second = ask(model, TEXT + "and more", "--cache-disk", "1")
     assert first["n_cached"] == 0
@@ -51,18 +51,18 @@ def test_clear_removes_files_of_another_version():
     assert list(settings.prompts_dir().iterdir()) == []
 
 
-def test_nothing_is_stored_without_the_option(model):
+def test_stores_nothing_without_the_option(model):
     ask(model, TEXT)
     assert not settings.prompts_dir().exists()
 
 
-def test_setting_stores_prompts(model, monkeypatch):
+def test_setting_enables_disk_store(model, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CACHE_DISK", "1")
     ask(model, TEXT)
     assert len(list(settings.prompts_dir().iterdir())) == 1
 
 
-def test_reuse_option_reads_a_changed_prompt_again(model):
+def test_reuse_option_rereads_changed_prompt(model):
     ask(model, "Monday. " + TEXT, "--cache-disk", "1")
     edited = ask(model, "Tuesday morning. " + TEXT, "--cache-disk", "1")
     exact = ask(model, "Friday noon. " + TEXT, "--cache-disk", "1", "--reuse", "exact")
@@ -71,7 +71,7 @@ def test_reuse_option_reads_a_changed_prompt_again(model):
     assert exact["n_cached"] < 5
 
 
-def test_quantized_cache_is_smaller_and_stored_under_its_own_key(model):
+def test_quantized_cache_has_separate_smaller_entries(model):
     types = ("--cache-type-k", "q8_0", "--cache-type-v", "q8_0")
     ask(model, TEXT, "--cache-disk", "1")
     assert ask(model, TEXT, "--cache-disk", "1", *types)["n_cached"] == 0

@@ -56,20 +56,20 @@ def test_help_imports_neither_torch_nor_llama_cpp(command, help_without_heavy):
 
 
 @pytest.mark.parametrize(("word", "hint"), hints_for("commands").items())
-def test_command_of_another_program_names_ours(word, hint):
+def test_command_of_another_program_gets_a_hint(word, hint):
     done = called(word, "model.gguf", COLUMNS="300")
     assert done.returncode == 2
     assert f"No such command '{word}': {hint}" in done.stderr
 
 
-def test_commands_of_ollama_work(tiny):
+def test_accepts_ollama_commands(tiny):
     assert called("ls", "--json").stdout == called("list", "--json").stdout
     assert called("show", tiny).stdout == called("inspect", tiny).stdout
     assert called("help", "run").stdout == called("run", "--help").stdout
     assert called("help").stdout.strip() == called("--help").stdout.strip()
 
 
-def test_options_of_llama_cpp_work(tiny):
+def test_accepts_llama_cpp_options(tiny):
     """Check that the options reach `run`, although the help does not list them."""
     limits = ("-c", 64, "-n", 3, "-t", 1, "-ngl", 0, "--temp", 0, "-ctk", "q8_0", "-sys", "Hi")
     done = called("run", "-m", tiny, "-p", "hello", *limits, "--json")
@@ -97,7 +97,7 @@ def test_top_help_imports_no_command():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_ctrl_c_before_the_command_has_begun_is_quiet():
+def test_ctrl_c_during_startup_prints_nothing():
     code = """
 import runpy, sys
 class Typed:
@@ -131,7 +131,7 @@ say(str(config_path()))
         ("latin-1", "→é", b"\\u2192\xe9"),
     ],
 )
-def test_pipe_takes_any_name(encoding, name, written):
+def test_prints_any_name_to_a_pipe(encoding, name, written):
     environment = os.environ | {"POP_LOCAL_CONFIG": name, "PYTHONIOENCODING": encoding}
     done = subprocess.run(
         [sys.executable, "-c", PRINT_NAME], capture_output=True, env=environment, timeout=60
@@ -141,14 +141,14 @@ def test_pipe_takes_any_name(encoding, name, written):
 
 @posix
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_stream_is_the_null_device(closed):
+def test_closed_stream_becomes_the_null_device(closed):
     command = f"{shlex.quote(sys.executable)} -m pop_local config {closed}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert (done.returncode, "error" in done.stderr) == (0, False)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example_that_the_command_accepts(command, help_without_heavy):
+def test_help_shows_an_accepted_example(command, help_without_heavy):
     words = ["pop-local", command, *shlex.split(COMMANDS[command].example)]
     shown = " ".join(help_without_heavy[command][1].split())
     assert f"Example: pop-local {command} {COMMANDS[command].example}" in shown
@@ -160,7 +160,7 @@ def test_help_has_an_example_that_the_command_accepts(command, help_without_heav
         found.resolve_command(context, given)
 
 
-def test_version():
+def test_version_option_prints_version():
     done = run("--version")
     assert (done.returncode, done.stdout.strip()) == (0, f"pop-local {__version__}")
 
@@ -169,7 +169,7 @@ def test_version():
     "arguments",
     [["nonsense"], ["rm"], ["pull", "--nonsense"], ["run"], ["run", "x", "hi", "--threads", 513]],
 )
-def test_wrong_usage_is_exit_2(arguments):
+def test_wrong_usage_exits_with_2(arguments):
     done = called(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -177,14 +177,14 @@ def test_wrong_usage_is_exit_2(arguments):
 
 
 @pytest.mark.parametrize("template", ["", "{{ messages[0]['content'] }}"])
-def test_question_that_is_not_utf8_is_an_ordinary_error(tmp_path, template):
+def test_rejects_question_that_is_not_utf8(tmp_path, template):
     model = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=template)
     done = called("run", model, os.fsdecode(b"caf\xe9"), "--threads", 1)
     assert (done.returncode, done.stdout) == (1, "")
     assert "error: the prompt is not UTF-8 text\n" in done.stderr
 
 
-def test_special_tokens_in_a_question_are_text_by_default(tmp_path):
+def test_special_tokens_in_question_are_text_by_default(tmp_path):
     template = "{{ messages[0]['content'] }}"
     model = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=template)
     words = ("run", model, "</s></s></s>", "--json", "--max-tokens", 1, "--threads", 1)
@@ -200,7 +200,7 @@ def test_context_length_is_rounded_up(tmp_path):
     assert "llama.cpp rounds the context length up to 256 tokens" in done.stderr
 
 
-def test_debug_shows_the_trace_before_the_two_lines():
+def test_debug_prints_traceback_before_error():
     done = run("--debug", "inspect", "smolm2")
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
@@ -226,7 +226,7 @@ def test_debug_shows_the_trace_before_the_two_lines():
         ),
     ],
 )
-def test_guard_turns_failures_into_two_lines(capsys, error, line, hint):
+def test_guard_reports_failures_in_two_lines(capsys, error, line, hint):
     with pytest.raises(typer.Exit) as leaving, error_output.guard(debug=False):
         raise error
     assert leaving.value.exit_code == 1
@@ -251,7 +251,7 @@ def test_guard_exits_with_the_status(capsys, error, status, shown):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs POSIX signals")
-def test_sigterm_unwinds(tmp_path):
+def test_sigterm_runs_cleanup(tmp_path):
     code = (
         "import os, signal\nfrom pathlib import Path\nfrom pop_local.ui.error_output import guard\n"
         "with guard(debug=False):\n"
@@ -264,7 +264,7 @@ def test_sigterm_unwinds(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX pipe")
-def test_reader_that_left_is_no_error(tmp_path):
+def test_closed_output_pipe_is_no_error(tmp_path):
     model = make_gguf(tmp_path / "tiny.gguf", "llama")
     reader, writer = os.pipe()
     os.close(reader)
@@ -285,7 +285,7 @@ def test_reader_that_left_is_no_error(tmp_path):
         ("pop-local cache c", ["clear"]),
     ],
 )
-def test_shell_completion(tmp_path, words, expected):
+def test_shell_completes_commands(tmp_path, words, expected):
     (tmp_path / "config.toml").write_text("broken")
     done = run(
         _POP_LOCAL_COMPLETE="complete_bash",
@@ -315,13 +315,13 @@ def test_shell_completion_is_installed(tmp_path):
         ("run", "m.gguf", "hi", "--top-p", "nan"),
     ],
 )
-def test_numbers_without_end_are_wrong_usage(arguments):
+def test_rejects_infinite_numbers(arguments):
     done = CliRunner().invoke(app, [*arguments])
     assert done.exit_code == 2
     assert arguments[-2] in done.stderr
 
 
-def test_every_option_that_is_a_float_is_checked():
+def test_checks_every_float_option():
     floats = [
         (f"{command} {name}", hint.__metadata__[0])
         for command in COMMANDS

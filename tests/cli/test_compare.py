@@ -62,7 +62,7 @@ def test_both_answers_are_compared(pop_file, mine):
         assert second[mode]["n_cached"] > 100, "a common prefix is read once"
 
 
-def test_table_shows_what_differs(pop_file, mine):
+def test_table_shows_differing_answers(pop_file, mine):
     done = answered(pop_file, mine)
     assert done.exit_code == 0, done.stderr
     assert done.stdout.endswith(" Use --full to avoid any loss.\n")
@@ -80,7 +80,7 @@ def test_table_shows_what_differs(pop_file, mine):
     assert len(table) == 2 + 3 - report["n_same"]
 
 
-def test_prompts_that_do_not_fit_are_named(pop_file, mine):
+def test_reports_oversized_prompts(pop_file, mine):
     mine.write_text(json.dumps({"prompt": SHARED * 10}))
     refused = answered(pop_file, mine)
     assert refused.exit_code == 1
@@ -88,7 +88,7 @@ def test_prompts_that_do_not_fit_are_named(pop_file, mine):
     assert "--ctx" in refused.stderr
 
 
-def test_rejects_a_model_that_prunes_nothing(mine, tmp_path):
+def test_rejects_model_that_prunes_nothing(mine, tmp_path):
     refused = answered(make_gguf(tmp_path / "plain.gguf", "llama"), mine)
     assert refused.exit_code == 1
     assert "so there is nothing to compare" in refused.stderr

@@ -33,20 +33,20 @@ def command(*arguments: object):
 
 
 @pytest.mark.parametrize(("n_layer", "boundary"), [(30, 20), (18, 12), (8, 5), (2, 1)])
-def test_third_of_the_layers_is_skipped_by_default(tiny, n_layer, boundary):
+def test_skips_a_third_of_the_layers_by_default(tiny, n_layer, boundary):
     plan = make_plan(read_shape(make_gguf(tiny, "llama", n_layer=n_layer, n_embd=64, n_ff=64)))
     assert plan.schedule == "F" * boundary + "S" * (n_layer - boundary)
 
 
 @pytest.mark.parametrize("boundary", [0, 8])
-def test_boundary_must_leave_both_kinds_of_layers(tiny, boundary):
+def test_rejects_boundary_without_full_or_skipped_layers(tiny, boundary):
     with pytest.raises(
         PlanError, match=f"boundary {boundary} is invalid for a model with 8 layers"
     ):
         make_plan(read_shape(tiny), boundary=boundary)
 
 
-def test_rejects_a_plan_for_another_model(tiny, tmp_path):
+def test_rejects_plan_for_another_model(tiny, tmp_path):
     other = make_gguf(tmp_path / "other.gguf", "llama", n_layer=6)
     with pytest.raises(PlanError, match="a model other than"):
         convert(make_plan(read_shape(other)), tiny, tmp_path / "out.gguf")
@@ -56,7 +56,7 @@ def test_rejects_a_plan_for_another_model(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("arch", sorted(DEFAULTS))
-def test_only_keys_are_added(tmp_path, arch):
+def test_adds_only_keys(tmp_path, arch):
     src = make_gguf(tmp_path / "model.gguf", arch)
     dst = tmp_path / "out.gguf"
     plan = make_plan(read_shape(src), boundary=5, sink_tokens=2, tail_tokens=9, min_prompt=50)
@@ -103,7 +103,7 @@ def test_progress_increases_to_its_total(tiny, tmp_path, monkeypatch):
     assert {total for _, total in seen} == {done[-1]}
 
 
-def test_chunks_smaller_than_tensors_change_nothing(tiny, tmp_path, monkeypatch):
+def test_small_chunks_do_not_change_output(tiny, tmp_path, monkeypatch):
     convert_default(tiny, tmp_path / "one.gguf")
     monkeypatch.setattr(content, "CHUNK_BYTES", 1013)
     convert_default(tiny, tmp_path / "other.gguf")
@@ -144,7 +144,7 @@ def test_split_model_is_fitted(tmp_path, letters, empty_first):
         assert (old.name, old.data.tobytes()) == (new.name, new.data.tobytes())
 
 
-def test_default_name_of_a_split_model_has_no_number(tmp_path):
+def test_default_output_name_omits_part_number(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=40)
     assert command(parts[0]).exit_code == 0
     assert (tmp_path / "model.pop.gguf").is_file()
@@ -179,7 +179,7 @@ def test_rejects_wrong_parts(tmp_path):
 # --- the command
 
 
-def test_command_prints_its_plan_and_writes_next_to_the_model(tiny, tmp_path):
+def test_prints_plan_and_writes_next_to_model(tiny, tmp_path):
     done = command(tiny, "--boundary", 6)
     assert done.exit_code == 0
     assert "FFFFFFSS" in done.stdout
@@ -189,14 +189,14 @@ def test_command_prints_its_plan_and_writes_next_to_the_model(tiny, tmp_path):
     assert meta.boundary == 6
 
 
-def test_dry_run_refuses_the_same_outputs_as_a_conversion(tiny, tmp_path):
+def test_dry_run_rejects_invalid_outputs(tiny, tmp_path):
     for target, reason in ((tiny, "input file"), (tmp_path / "no" / "out.gguf", "not exist")):
         refused = command(str(tiny), str(target), "--dry-run")
         assert refused.exit_code == 1
         assert reason in " ".join(refused.stderr.split())
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
+def test_dry_run_prints_plan_without_writing(tiny, tmp_path):
     report = json.loads(command(tiny, "--boundary", 3, "--dry-run", "--json").stdout)
     assert names(tmp_path) == {"tiny.gguf"}
     assert (report["budget"], report["seconds"]) == (None, None)
@@ -228,7 +228,7 @@ def test_wrong_usage_exits_with_two(tiny, tmp_path, options):
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-def test_failures_are_two_lines_and_exit_with_one(tmp_path):
+def test_failures_print_two_lines_and_exit_with_one(tmp_path):
     src = renamed(make_gguf(tmp_path / "model.gguf", "llama"), tmp_path, "bert")
     failed = command(src)
     assert failed.exit_code == 1

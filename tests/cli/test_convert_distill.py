@@ -54,7 +54,7 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
     return read, trained
 
 
-def test_distilled_fits_are_tried_from_the_fastest_candidate(tiny, letters, tmp_path, monkeypatch):
+def test_tries_distilled_fits_from_fastest_candidate(tiny, letters, tmp_path, monkeypatch):
     """Set the losses, since the training has too little text for meaningful losses."""
     read, trained = followed(monkeypatch)
 
@@ -81,9 +81,7 @@ def test_distilled_fits_are_tried_from_the_fastest_candidate(tiny, letters, tmp_
     assert [trial["distilled"] for trial in report["tried"][-5:]] == [False, *[True] * 4]
 
 
-def test_named_boundary_is_distilled_if_its_plain_fit_is_outside(
-    tiny, letters, tmp_path, monkeypatch
-):
+def test_distills_named_boundary_if_plain_fit_exceeds_budget(tiny, letters, tmp_path, monkeypatch):
     read, trained = followed(monkeypatch)
 
     def scripted(*arguments):
@@ -103,7 +101,7 @@ def test_named_boundary_is_distilled_if_its_plain_fit_is_outside(
 
 
 @pytest.mark.parametrize(("more", "is_taken"), [(-0.001, True), (0.0004, True), (0.001, False)])
-def test_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_taken, tiny):
+def test_prefers_distilled_fit_unless_kl_is_larger(more, is_taken, tiny):
     """Let windows differ from each other more than the two fits differ on one window."""
     given: Any = {"projection": Projection.FITTED, "macs": GraphMacs(tiny)}
     plan = make_plan(source_shape(read_source(tiny)), boundary=4, **given)
@@ -159,7 +157,7 @@ def test_distilling_requires_torch(tiny, monkeypatch):
     assert convert(tiny, "--distill", "--projection", "own").exit_code == 2
 
 
-def test_failed_distilling_keeps_the_plain_fit(tiny, letters, tmp_path, monkeypatch):
+def test_failed_distilling_keeps_plain_fit(tiny, letters, tmp_path, monkeypatch):
     pytest.importorskip("torch")
 
     def fail(*args):

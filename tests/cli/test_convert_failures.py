@@ -46,7 +46,7 @@ main()
 # --- refusals before writing
 
 
-def test_existing_output_stays(tiny, tmp_path):
+def test_keeps_existing_output(tiny, tmp_path):
     dst = tmp_path / "out.gguf"
     dst.write_text("mine")
     copied: list[int] = []
@@ -58,7 +58,7 @@ def test_existing_output_stays(tiny, tmp_path):
     assert read_pop_meta(dst) is not None
 
 
-def test_output_that_appears_during_the_copy_stays(tiny, tmp_path):
+def test_keeps_output_created_during_copy(tiny, tmp_path):
     dst = tmp_path / "out.gguf"
     with pytest.raises(OutputExistsError):
         convert_default(tiny, dst, progress=lambda *both: dst.write_text("mine"))
@@ -66,7 +66,7 @@ def test_output_that_appears_during_the_copy_stays(tiny, tmp_path):
     assert names(tmp_path) == {"tiny.gguf", "out.gguf"}
 
 
-def test_rejects_the_input_as_output(tmp_path):
+def test_rejects_input_as_output(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=40)
     (tmp_path / "symlink.gguf").symlink_to(parts[0])
     (tmp_path / "hardlink.gguf").hardlink_to(parts[0])
@@ -77,14 +77,14 @@ def test_rejects_the_input_as_output(tmp_path):
     assert [part.read_bytes() for part in parts] == before
 
 
-def test_rejects_a_converted_file_as_input(tiny, tmp_path):
+def test_rejects_converted_file_as_input(tiny, tmp_path):
     convert_default(tiny, tmp_path / "out.gguf")
     with pytest.raises(FormatError, match="already converted") as raised:
         convert_default(tmp_path / "out.gguf", tmp_path / "twice.gguf")
     assert "original" in raised.value.hint
 
 
-def test_rejects_padding_that_strip_could_not_restore(tiny, tmp_path):
+def test_rejects_padding_that_strip_cannot_restore(tiny, tmp_path):
     add_keys(tiny, tmp_path / "odd.gguf", some__key="text of odd length")
     odd = tmp_path / "odd.gguf"
     header = read_header(odd)
@@ -97,13 +97,13 @@ def test_rejects_padding_that_strip_could_not_restore(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["nowhere/out.gguf", "tiny.gguf/out.gguf", "folder"])
-def test_rejects_an_impossible_output_path(tiny, tmp_path, where):
+def test_rejects_impossible_output_path(tiny, tmp_path, where):
     (tmp_path / "folder").mkdir()
     with pytest.raises(WriteError):
         convert_default(tiny, tmp_path / where)
 
 
-def test_detects_a_disk_that_is_too_small_before_writing(tiny, tmp_path, monkeypatch):
+def test_detects_full_disk_before_writing(tiny, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(WriteError, match="1,000,000 are free"):
@@ -115,7 +115,7 @@ def test_detects_a_disk_that_is_too_small_before_writing(tiny, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("at", [0, 1_000_000, -1])
-def test_detects_a_damaged_output(tiny, tmp_path, monkeypatch, at):
+def test_detects_damaged_output(tiny, tmp_path, monkeypatch, at):
     """Flip a bit of the written file, which is then verified and deleted."""
     real = rewrite.same_data
 
@@ -154,7 +154,7 @@ def unknown_usage(folder: Path, real=shutil.disk_usage):
 
 
 @pytest.mark.parametrize("room_is_checked", [True, False])
-def test_full_disk_keeps_the_old_output(tiny, mount, monkeypatch, room_is_checked):
+def test_full_disk_keeps_old_output(tiny, mount, monkeypatch, room_is_checked):
     folder = mount("size=1m")
     (folder / "out.gguf").write_text("mine")
     if not room_is_checked:
@@ -179,7 +179,7 @@ def unprivileged() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_rejects_a_folder_without_permission(unprivileged):
+def test_rejects_folder_without_permission(unprivileged):
     source = make_gguf(unprivileged / "tiny.gguf", "llama")
     locked = unprivileged / "locked"
     locked.mkdir(mode=0o555)
@@ -189,7 +189,7 @@ def test_rejects_a_folder_without_permission(unprivileged):
     assert not names(locked)
 
 
-def test_rejects_a_source_that_shrinks_during_the_copy(tiny, tmp_path, monkeypatch):
+def test_rejects_source_that_shrinks_during_copy(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("pop_converter.gguf.content.CHUNK_BYTES", 100_000)
     with pytest.raises(FormatError, match="was truncated"):
         convert_default(
@@ -227,13 +227,13 @@ def test_signal_leaves_no_file(tmp_path, stopped, number):
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-def test_second_process_keeps_the_first_file(tiny, tmp_path, stopped):
+def test_second_process_keeps_first_file(tiny, tmp_path, stopped):
     (theirs,) = names(tmp_path) - {"tiny.gguf"}
     convert_default(tiny, tmp_path / "out.gguf")
     assert names(tmp_path) == {"tiny.gguf", "out.gguf", theirs}
 
 
-def test_next_conversion_deletes_the_file_of_a_killed_one(tiny, tmp_path, stopped):
+def test_next_conversion_deletes_partial_file_of_killed_one(tiny, tmp_path, stopped):
     stopped.kill()
     stopped.wait(timeout=30)
     (left,) = names(tmp_path) - {"tiny.gguf"}

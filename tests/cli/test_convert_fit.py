@@ -35,7 +35,7 @@ def convert(*arguments: object):
     return CliRunner().invoke(app, ["convert", *map(str, arguments), *depth, *FEW])
 
 
-def test_default_is_a_measured_fit(tiny, tmp_path, short_examination):
+def test_default_is_measured_fit(tiny, tmp_path, short_examination):
     done = convert(tiny, "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
@@ -48,7 +48,7 @@ def test_default_is_a_measured_fit(tiny, tmp_path, short_examination):
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
 
 
-def test_shown_figures_are_those_stored(tiny, tmp_path, words, monkeypatch):
+def test_prints_stored_figures(tiny, tmp_path, words, monkeypatch):
     monkeypatch.setattr(examining, "N_WINDOWS", 2)
     done = convert(tiny, "--text", words)
     shown = " ".join(done.stdout.split())
@@ -60,7 +60,7 @@ def test_shown_figures_are_those_stored(tiny, tmp_path, words, monkeypatch):
     assert shown.count("only pop-local can open") == 1
 
 
-def test_cost_of_a_wide_fit_is_in_each_limit(tiny, tmp_path, words, short_examination):
+def test_speedup_limits_include_cost_of_wide_fit(tiny, tmp_path, words, short_examination):
     done = convert(
         tiny, "--projection", "fitted-wide", "--deep-rows", "none", "--text", words, "--json"
     )
@@ -103,7 +103,7 @@ def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):
     assert (meta.projection, meta.calibration) == ("own", None)
 
 
-def test_force_writes_a_fit_that_cannot_copy(tiny, tmp_path, words, monkeypatch, short_examination):
+def test_force_writes_fit_that_cannot_copy(tiny, tmp_path, words, monkeypatch, short_examination):
     monkeypatch.setattr(budget, "FAST", replace(budget.FAST, max_copy_ratio=0.0))
     refused = convert(tiny, "--text", words)
     assert refused.exit_code == 1
@@ -141,7 +141,7 @@ def test_rejects_unusable_texts(tiny, tmp_path, tmp_path_factory, content, reaso
     assert_refused(convert(tiny, "--text", path), tmp_path, reason)
 
 
-def test_rejects_a_singular_gram_matrix(tmp_path, words):
+def test_rejects_singular_gram_matrix(tmp_path, words):
     """Fit N inputs to fewer than N tokens, since a window's first token does not count."""
     wide = make_gguf(tmp_path / "wide.gguf", "llama", n_embd=2048, n_layer=3, n_ff=64)
     fit = FitOptions(2048, (words,), ridge=0.0, projection=Projection.FITTED)
@@ -150,7 +150,7 @@ def test_rejects_a_singular_gram_matrix(tmp_path, words):
 
 
 @pytest.mark.parametrize("own_text", [True, False])
-def test_rejects_activations_that_are_not_finite(tiny, tmp_path, words, own_text):
+def test_rejects_non_finite_activations(tiny, tmp_path, words, own_text):
     with tiny.open("r+b") as file:
         norm = next(t for t in gguf.GGUFReader(tiny).tensors if t.name == "blk.1.attn_norm.weight")
         file.seek(norm.data_offset)
@@ -159,5 +159,5 @@ def test_rejects_activations_that_are_not_finite(tiny, tmp_path, words, own_text
     assert_refused(done, tmp_path, "NaN logits" if own_text else "contains NaN or infinity")
 
 
-def test_fit_options_with_own_projections_are_wrong_usage(tiny):
+def test_rejects_fit_options_with_own_projections(tiny):
     assert convert(tiny, "--projection", "own").exit_code == 2  # because of --tokens

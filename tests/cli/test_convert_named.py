@@ -34,7 +34,7 @@ def shown(model: Path) -> str:
     return CliRunner().invoke(app, ["inspect", str(model)]).stdout
 
 
-def test_own_projections_are_measured_if_a_quality_is_given(tiny, tmp_path, monkeypatch):
+def test_measures_own_projections_if_budget_is_set(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as unmeasured:
         unmeasured.setattr(examining, "measure_pruning", None)
         done = convert(tiny, "--projection", "own", "--boundary", 5)
@@ -49,7 +49,7 @@ def test_own_projections_are_measured_if_a_quality_is_given(tiny, tmp_path, monk
     assert meta is not None and meta.measured is not None
 
 
-def test_fit_outside_the_budget_is_written_with_a_warning(tiny, words, tmp_path, monkeypatch):
+def test_writes_fit_outside_budget_with_warning(tiny, words, tmp_path, monkeypatch):
     allow(monkeypatch, replace(ANYTHING, max_kl=1e-6), ANYTHING)
     done = convert(tiny, "--boundary", 5, "--text", words, "--tokens", 2048)
     assert done.exit_code == 0, done.stderr
@@ -57,7 +57,7 @@ def test_fit_outside_the_budget_is_written_with_a_warning(tiny, words, tmp_path,
     assert (tmp_path / "tiny.pop.gguf").exists()
 
 
-def test_trained_context_shorter_than_a_window_is_a_warning(tmp_path):
+def test_warns_if_trained_context_is_shorter_than_window(tmp_path):
     path = make_gguf(tmp_path / "short.gguf", "llama", n_ctx_train=256)
     done = convert(path, "--projection", "own", "--boundary", 5)
     assert done.exit_code == 0, done.stderr
@@ -65,7 +65,7 @@ def test_trained_context_shorter_than_a_window_is_a_warning(tmp_path):
     assert "trained on contexts of 256 tokens, but the measurement uses windows of 512" in warned
 
 
-def test_dry_run_refuses_weights_that_a_fit_cannot_read(tiny, monkeypatch):
+def test_dry_run_rejects_unreadable_weights(tiny, monkeypatch):
     with monkeypatch.context() as unknown:
         unknown.setattr(weights, "dequantize", Mock(side_effect=NotImplementedError))
         refused = convert(tiny, "--dry-run")

@@ -48,7 +48,7 @@ main()
 """
 
 
-def test_deepest_boundary_inside_is_written_with_its_figures(tiny, letters, tmp_path, monkeypatch):
+def test_writes_deepest_boundary_within_budget(tiny, letters, tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
@@ -74,7 +74,7 @@ def test_deepest_boundary_inside_is_written_with_its_figures(tiny, letters, tmp_
     assert report["verdict"].endswith("Use --full to avoid any loss.")
 
 
-def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monkeypatch):
+def test_tries_fewer_deep_rows_if_budget_allows(tiny, letters, tmp_path, monkeypatch):
     """Expect the candidate without deep rows, the fastest, since all are within the budget."""
     monkeypatch.setattr(searching.Search, "trade_rows", TRADE_ROWS)
     done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
@@ -122,7 +122,7 @@ def test_strict_budget_skips_one_layer(tiny, tmp_path):
     assert "custom allows KL 0.0001" in done.stdout
 
 
-def test_named_boundary_must_be_within_a_given_budget(tiny, letters, tmp_path):
+def test_rejects_named_boundary_outside_budget(tiny, letters, tmp_path):
     named = ("--text", letters, "--projection", "fitted", *FEW, "--boundary", 4, "--json")
     refused = convert(tiny, *named, "--max-kl", 0.0001)
     assert (refused.exit_code, refused.stdout) == (1, "")
@@ -163,7 +163,7 @@ def test_own_projections_need_no_fit(tiny, tmp_path, monkeypatch):
         ("--max-copy-ratio", 0),
     ],
 )
-def test_contradictions_are_wrong_usage(tiny, tmp_path, options):
+def test_rejects_contradictory_options(tiny, tmp_path, options):
     assert convert(tiny, *options).exit_code == 2
     assert names(tmp_path) == {"tiny.gguf"}
 
@@ -191,7 +191,7 @@ def test_rejects_unusable_texts_before_measuring(tiny, tmp_path, monkeypatch, op
 
 
 @pytest.mark.slow
-def test_dry_run_of_a_model_with_a_shipped_sidecar_prints_the_plan(smollm2):
+def test_dry_run_prints_plan_of_model_with_shipped_sidecar(smollm2):
     done = convert(smollm2, "--dry-run")
     assert done.exit_code == 0, done.stderr
     assert "Fast reading already works with this model" in " ".join(done.stderr.split())
@@ -199,7 +199,7 @@ def test_dry_run_of_a_model_with_a_shipped_sidecar_prints_the_plan(smollm2):
 
 
 @pytest.mark.slow
-def test_model_with_a_shipped_sidecar_is_converted(smollm2, monkeypatch):
+def test_converts_model_with_shipped_sidecar(smollm2, monkeypatch):
     def stop(*args: object, **options: object) -> None:
         raise PopError("stopped")
 
@@ -208,7 +208,7 @@ def test_model_with_a_shipped_sidecar_is_converted(smollm2, monkeypatch):
     assert "stopped" in done.stderr
 
 
-def test_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
+def test_dry_run_shows_range_of_candidates(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_model, "Search", None)
     done = convert(tiny, "--dry-run", "--quality", "near-lossless")
     assert done.exit_code == 0
@@ -244,7 +244,7 @@ def test_fits_few_boundaries_with_little_memory(tiny, letters, monkeypatch):
     assert (report["boundary"], report["projection"]) == (3, "fitted")
 
 
-def test_stop_leaves_no_file(tiny, letters, tmp_path):
+def test_interrupted_conversion_leaves_no_file(tiny, letters, tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     child = subprocess.Popen(
@@ -269,9 +269,7 @@ def test_stop_leaves_no_file(tiny, letters, tmp_path):
 
 
 @pytest.mark.parametrize("limit", ["is_inside", "keeps_lookups"])
-def test_search_without_a_candidate_inside_leaves_no_file(
-    tiny, letters, tmp_path, monkeypatch, limit
-):
+def test_failed_search_leaves_no_file(tiny, letters, tmp_path, monkeypatch, limit):
     monkeypatch.setattr(budget, limit, lambda *_: False)
     done = convert(tiny, "--text", letters, *FEW, *LOOSE)
     assert done.exit_code == 1

@@ -29,7 +29,7 @@ def tiny_file(tmp_path_factory):
     return converted(source, folder, boundary=2)
 
 
-def test_real_model_answers_twice_and_the_program_leaves(smollm2):
+def test_real_model_answers_twice(smollm2):
     """Run the command of `make demo`, with the shipped sidecar."""
     done = run("demo", "--threads", 1, smollm2, "--pairs", 1)
     assert done.returncode == 0, done.stderr
@@ -48,7 +48,7 @@ def short(monkeypatch):
     monkeypatch.setattr(workflow, "_text", lambda name, real=workflow._text: real(name)[:1000])
 
 
-def test_json_has_all_figures_and_the_counters_add_up(tiny_file, short):
+def test_json_contains_all_figures_and_counters_add_up(tiny_file, short):
     report = json.loads(demo(tiny_file, *WIDE, "--pairs", 1, "--json").stdout)
     full, pop = report["full"], report["pop"]
     assert (full["n_pruned"], full["n_full"]) == (0, report["n_prompt"])
@@ -58,7 +58,7 @@ def test_json_has_all_figures_and_the_counters_add_up(tiny_file, short):
     assert full["text"] and pop["text"]
 
 
-def test_speed_up_is_of_several_pairs(tiny_file, short):
+def test_speedup_is_median_of_pairs(tiny_file, short):
     done = demo(tiny_file, *WIDE, "--pairs", 2)
     pairs = r"Speedup: (.+)x \(median of 2, range (.+)-(.+)\)\. .+ predicts a speedup of 1\."
     said = re.search(pairs, done.stdout)

@@ -63,7 +63,7 @@ def install(monkeypatch, tmp_path):
     return pretend
 
 
-def test_all_is_well(install):
+def test_reports_no_problem_after_install(install):
     install()
     done = doctor()
     assert done.exit_code == 0
@@ -72,7 +72,7 @@ def test_all_is_well(install):
     assert "FIX" not in done.stdout
 
 
-def test_unpatched_backend_must_be_fixed(install):
+def test_reports_unpatched_backend(install):
     install(abi=None)
     done = doctor()
     assert done.exit_code == 1
@@ -85,7 +85,7 @@ def test_unpatched_backend_must_be_fixed(install):
 
 
 @pytest.mark.parametrize("is_ours", [True, False])
-def test_llama_cpp_python_next_to_ours_is_a_problem(tmp_path, monkeypatch, is_ours):
+def test_reports_conflicting_llama_cpp_python(tmp_path, monkeypatch, is_ours):
     """Accept a system package that the virtual environment hides."""
     folder = tmp_path / "llama_cpp"
     if is_ours:
@@ -107,7 +107,7 @@ def test_llama_cpp_python_next_to_ours_is_a_problem(tmp_path, monkeypatch, is_ou
     assert "pip uninstall llama-cpp-python" in found["to_do"]
 
 
-def test_what_an_uninstall_of_llama_cpp_python_leaves_is_explained(monkeypatch):
+def test_explains_missing_backend_after_uninstall(monkeypatch):
     monkeypatch.delattr("llama_cpp.llama_cpp")
     monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
     backend.bindings.cache_clear()
@@ -116,7 +116,7 @@ def test_what_an_uninstall_of_llama_cpp_python_leaves_is_explained(monkeypatch):
     assert "uninstalling llama-cpp-python also removes" in checks()["backend"]["to_do"]
 
 
-def test_variant_of_the_cpu_is_named(install):
+def test_shows_cpu_variant(install):
     install(variant=devices._cpu_variant(LOG))
     assert checks()["cpu_features"]["found"] == "zen4: SSE3 AVX OPENMP REPACK"
     assert devices._cpu_variant(LOG.replace("-zen4", "")) == ""
@@ -137,7 +137,7 @@ def test_variant_of_the_cpu_is_named(install):
         ("none", None, "this build has no pop-local kernels for this CPU, so it uses", "ok"),
     ],
 )
-def test_kernels_are_named(install, monkeypatch, kernels, asked, found, status):
+def test_shows_kernels(install, monkeypatch, kernels, asked, found, status):
     monkeypatch.delenv("GGML_POP_KERNELS", raising=False)
     if asked is not None:
         monkeypatch.setenv("GGML_POP_KERNELS", asked)
@@ -147,7 +147,7 @@ def test_kernels_are_named(install, monkeypatch, kernels, asked, found, status):
     assert check["status"] == status
 
 
-def test_removed_option_measure_gets_a_hint():
+def test_removed_measure_option_gets_a_hint():
     result = doctor("--measure")
     assert result.exit_code == 2
     words = " ".join(result.output.replace("│", " ").split())
@@ -155,7 +155,7 @@ def test_removed_option_measure_gets_a_hint():
 
 
 @pytest.mark.parametrize("name", ["i8mm", "dotprod"])
-def test_names_of_removed_kernels_are_rejected(monkeypatch, name):
+def test_rejects_names_of_removed_kernels(monkeypatch, name):
     monkeypatch.setenv("GGML_POP_KERNELS", name)
     check = checks()["backend"]
     assert check["status"] == "fix"
@@ -163,7 +163,7 @@ def test_names_of_removed_kernels_are_rejected(monkeypatch, name):
     assert check["to_do"].startswith("unset GGML_POP_KERNELS")
 
 
-def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
+def test_notes_threads_without_a_free_core(install, monkeypatch):
     install()
     assert checks()["threads"]["status"] == "ok"
     monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 60.0)
@@ -180,7 +180,7 @@ def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
     ("given", "spins"),
     [({}, backend.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
 )
-def test_threads_that_wait_for_each_other_sleep_soon(given, spins):
+def test_waiting_threads_sleep_soon(given, spins):
     """Check the spin count that libgomp reports in a process that loads it."""
     given = given | {"OMP_DISPLAY_ENV": "VERBOSE"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(SPINNING)}
@@ -196,7 +196,7 @@ def test_threads_that_wait_for_each_other_sleep_soon(given, spins):
     ("name", "hint"),
     [("Vulkan", "GGML_VK_VISIBLE_DEVICES=0"), ("CUDA", "nvidia-smi"), ("SYCL", "driver")],
 )
-def test_backend_without_a_device_is_noted(install, name, hint):
+def test_notes_backend_without_device(install, name, hint):
     install(built_in=((name, 0), ("RPC", 0), ("CPU", 1)))
     assert checks()["built_in"]["found"] == f"{name}, RPC, CPU"
     assert checks()["gpu"]["found"] == f"this build supports {name}, but no {name} device was found"
@@ -205,7 +205,7 @@ def test_backend_without_a_device_is_noted(install, name, hint):
 
 
 @pytest.mark.parametrize("file", ["libggml-cuda.so", "ggml-cuda.dll", "libggml-cuda.dylib"])
-def test_backend_that_cannot_be_loaded_is_one_note(install, tmp_path, file):
+def test_notes_backend_that_cannot_be_loaded(install, tmp_path, file):
     """A wheel with CUDA falls back to the CPU without a driver, and states why."""
     (tmp_path / file).touch()
     install(library=tmp_path / "libllama.so")
@@ -220,7 +220,7 @@ def test_backend_that_cannot_be_loaded_is_one_note(install, tmp_path, file):
     assert checks()["gpu"]["status"] == "ok"
 
 
-def test_gpu_without_a_build_for_it_is_noted(install, monkeypatch):
+def test_notes_gpu_without_gpu_build(install, monkeypatch):
     install()
     monkeypatch.setattr("pop_local.commands.doctor.shutil.which", lambda name: "/bin/" + name)
     assert checks()["gpu"]["status"] == "note"
@@ -228,7 +228,7 @@ def test_gpu_without_a_build_for_it_is_noted(install, monkeypatch):
     assert doctor().exit_code == 0
 
 
-def test_default_model_is_looked_for(install, tmp_path):
+def test_checks_default_model(install, tmp_path):
     install()
     assert "pop-local pull" in checks()["model"]["to_do"]
     file = tmp_path / best_model().file
@@ -240,7 +240,7 @@ def report(*arguments: str) -> str:
     return doctor("--report", *arguments).stdout
 
 
-def test_report_adds_what_the_checks_lack(install, monkeypatch):
+def test_report_contains_system_details(install, monkeypatch):
     install(found=(GPU, CPU))
     monkeypatch.setattr(devices, "devices", lambda: (GPU, CPU))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
@@ -301,7 +301,7 @@ def test_report_hides_names_of_folders(monkeypatch, text, shown):
     assert _public(text) == shown
 
 
-def test_report_of_invalid_settings_names_the_error_once(install, monkeypatch):
+def test_report_contains_settings_error_once(install, monkeypatch):
     install()
     monkeypatch.setenv("POP_LOCAL_CTX", "many")
     done = doctor("--report")

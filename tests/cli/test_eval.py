@@ -40,7 +40,7 @@ def measured(*arguments):
     return json.loads(done.stdout)
 
 
-def test_json_has_the_keys_of_one_depth(pop_file, text):
+def test_json_contains_keys_of_one_depth(pop_file, text):
     report = measured(pop_file, "--text", text)
     assert set(report) >= KEYS
     assert (report["n_pruned"], report["n_windows"], report["n_skipped"]) == (2 * 43, 2, 4)
@@ -48,9 +48,7 @@ def test_json_has_the_keys_of_one_depth(pop_file, text):
     assert report["projection"] == "own"
 
 
-def test_switch_without_effect_fails_instead_of_measuring_the_full_model(
-    pop_file, text, monkeypatch
-):
+def test_rejects_switch_without_effect(pop_file, text, monkeypatch):
     """Make all rows full without the command's knowledge, which only the counters reveal."""
     real = backend.set_full_from
     monkeypatch.setattr(backend, "set_full_from", lambda ctx, sequence, _: real(ctx, sequence, 0))
@@ -60,7 +58,7 @@ def test_switch_without_effect_fails_instead_of_measuring_the_full_model(
     assert done.stdout == ""
 
 
-def test_deeper_boundary_loses_less_and_wins_less(tmp_path, text):
+def test_deeper_boundary_loses_and_gains_less(tmp_path, text):
     models = [make_gguf(tmp_path / f"{number}.gguf", "llama") for number in (6, 2)]
     deep, early = (
         measured(converted(model, tmp_path, boundary=int(model.stem)), "--text", text)
@@ -71,14 +69,14 @@ def test_deeper_boundary_loses_less_and_wins_less(tmp_path, text):
     assert deep["speedup_limit"] < early["speedup_limit"]
 
 
-def test_model_without_keys_has_no_boundary_to_measure(tmp_path, text):
+def test_rejects_model_without_keys(tmp_path, text):
     plain = make_gguf(tmp_path / "plain.gguf", "gemma3")
     refused = evaluate(plain, "--text", text, *SHORT)
     assert refused.exit_code == 1
     assert "pop-local analyze" in refused.stderr
 
 
-def test_model_that_rows_leave_exactly_is_measured_at_an_earlier_depth(tmp_path, text):
+def test_measures_exactly_skipping_model_at_earlier_depth(tmp_path, text):
     model = converted(make_shared(tmp_path / "g.gguf", "gemma4"), tmp_path, boundary=2)
     report = measured(model, "--text", text)
     assert (report["boundary"], report["n_pruned"]) == (2, 2 * (60 - 1 - 16))
@@ -93,7 +91,7 @@ def test_model_that_rows_leave_exactly_is_measured_at_an_earlier_depth(tmp_path,
         ["--context", "1"],
     ],
 )
-def test_contradictions_and_nonsense_are_wrong_usage(pop_file, options):
+def test_rejects_invalid_options(pop_file, options):
     assert evaluate(pop_file, *options).exit_code == 2
 
 
@@ -106,7 +104,7 @@ def test_contradictions_and_nonsense_are_wrong_usage(pop_file, options):
         (["--text", "nowhere.txt"], "nowhere.txt"),
     ],
 )
-def test_what_cannot_be_measured_is_one_clear_error(pop_file, text, options, reason):
+def test_reports_impossible_measurement_in_one_error(pop_file, text, options, reason):
     given = [pop_file, "--text", text, *SHORT, "--lookups", 0, *options]
     done = evaluate(*given)
     assert done.exit_code == 1
@@ -118,7 +116,7 @@ def test_what_cannot_be_measured_is_one_clear_error(pop_file, text, options, rea
 
 
 @pytest.mark.slow
-def test_reports_look_ups_in_full_and_pruned(pop_file, text):
+def test_reports_full_and_pruned_lookups(pop_file, text):
     options = (pop_file, "--text", text, *SHORT, "--lookups", 3)
     done = evaluate(*options, "--json")
     assert done.exit_code == 0, done.output
@@ -133,7 +131,7 @@ def test_reports_look_ups_in_full_and_pruned(pop_file, text):
     assert report["verdict"] in said
 
 
-def test_without_look_ups_the_verdict_mentions_it(pop_file, text):
+def test_verdict_mentions_missing_lookups(pop_file, text):
     report = measured(pop_file, "--text", text)
     assert report["lookups"] is None
     assert "Exact strings: not measured." in report["verdict"]

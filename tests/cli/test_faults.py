@@ -87,7 +87,7 @@ def command(*words: object) -> str:
 
 
 @pytest.mark.parametrize("form", ["copy", "sidecar"])
-def test_convert(model, tmp_path, number, form, monkeypatch):
+def test_convert_survives_file_errors(model, tmp_path, number, form, monkeypatch):
     options = ["--boundary", 1, "--projection", "own", "--force"]
     options += ["--sidecar"] if form == "sidecar" else []
     assert not command("convert", model, tmp_path / NAME, *options)
@@ -100,7 +100,7 @@ def test_convert(model, tmp_path, number, form, monkeypatch):
     )
 
 
-def test_pull(model, tmp_path, number, monkeypatch):
+def test_pull_survives_file_errors(model, tmp_path, number, monkeypatch):
     content = model.read_bytes()
     monkeypatch.setattr(resumable_download, "_PAUSE_S", 0.0)
     with serving(Hub(repos={"a/b": Repo({NAME: content})})) as hub:
@@ -123,7 +123,7 @@ def refusal(call: Callable[[], object]) -> str:
     return ""
 
 
-def test_session(model, tmp_path, number):
+def test_saving_session_survives_file_errors(model, tmp_path, number):
     said = Conversation("Be brief.", (Turn("who?"),))
     with opened(model, n_ctx=64) as asked:
         check(

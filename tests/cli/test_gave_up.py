@@ -44,7 +44,7 @@ def path(tmp_path) -> Path:
         (b"<0x", "the text cannot be tokenized: the vocabulary is damaged"),
     ],
 )
-def test_damaged_vocabulary_is_an_error(tmp_path, name, reason):
+def test_reports_damaged_vocabulary(tmp_path, name, reason):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     path.write_bytes(path.read_bytes().replace(name, b"<1x" if name == b"<0x" else b"<0x42>"))
     done = called("run", path, "☃", "--threads", 1, "--ctx", 64, "--max-tokens", 2)
@@ -56,7 +56,7 @@ def test_damaged_vocabulary_is_an_error(tmp_path, name, reason):
     [("run",), ("serve", "--port", 0)],
     ids=lambda command: "-".join(map(str, command)),
 )
-def test_every_command_reports_the_reason(tmp_path, path, command):
+def test_every_command_reports_abort_reason(tmp_path, path, command):
     name, *options = command
     program = f"{UNCHECKED}\nfrom pop_local.__main__ import main; main()"
     words = [sys.executable, "-c", program, name, path, *options, "--threads", 1]
@@ -67,7 +67,7 @@ def test_every_command_reports_the_reason(tmp_path, path, command):
     assert names(tmp_path) == {path.name}
 
 
-def test_request_to_the_server(tmp_path):
+def test_server_exits_after_abort(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     with served(path, "--ctx", 64, changed=ABORT) as server:
         with pytest.raises(httpx2.TransportError):
@@ -77,7 +77,7 @@ def test_request_to_the_server(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the exit status of POSIX")
-def test_program_receives_the_reason(path):
+def test_python_program_receives_abort_reason(path):
     opens = "import sys; from pop_local import PopModel; PopModel.open(sys.argv[1], n_threads=1)"
     program = UNCHECKED + opens
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)

@@ -72,7 +72,7 @@ def fields(words: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: "/".join(path.parts[-2:]))
-def test_library_names_no_option_and_no_command(path):
+def test_library_messages_name_no_option_or_command(path):
     texts = [
         node.value
         for node in nodes(path)
@@ -83,11 +83,11 @@ def test_library_names_no_option_and_no_command(path):
     assert [text for text in texts if in_command_line_words(text)] == []
 
 
-def test_every_cause_has_words_and_all_words_have_a_cause():
+def test_each_cause_has_exactly_one_hint():
     assert {cause for cause, _ in causes()} == set(BY_CAUSE)
 
 
-def test_words_use_fields_that_every_error_of_the_cause_has():
+def test_hints_use_only_fields_of_every_error():
     missing = [
         (cause, fields(BY_CAUSE[cause]) - names - {"hint"})
         for cause, names in causes()
@@ -96,14 +96,14 @@ def test_words_use_fields_that_every_error_of_the_cause_has():
     assert missing == []
 
 
-def test_cause_is_shown_in_the_words_of_the_command_line(capsys):
+def test_hint_uses_command_line_options(capsys):
     error_output.show(
         PopError("too few", "give 512 tokens", cause="too-few-tokens", n_least=512, n_default=9)
     )
     assert "hint: use --tokens 512 or more (default: 9)\n" in capsys.readouterr().err
 
 
-def test_narrow_terminal_breaks_errors_and_hints_between_words(monkeypatch):
+def test_errors_and_hints_wrap_between_words(monkeypatch):
     stream = io.StringIO()
     narrow = Console(file=stream, theme=THEME, width=60, force_terminal=True, color_system=None)
     monkeypatch.setattr(error_output, "err", narrow)
@@ -113,11 +113,11 @@ def test_narrow_terminal_breaks_errors_and_hints_between_words(monkeypatch):
     assert stream.getvalue().split() == ["error:", *error.split(), "hint:", *hint.split()]
 
 
-def test_without_a_cause_the_library_has_the_word():
+def test_error_without_cause_uses_library_hint():
     assert hint_of(PopError("it broke", "mend {it}")) == "mend {it}"
     assert hint_of(PopError("it broke")) == ""
 
 
-def test_hint_that_ends_with_a_question_gets_no_period():
+def test_question_hint_gets_no_period():
     error = PopError("unknown", "did you mean smollm2?", cause="unknown-model")
     assert hint_of(error).startswith("did you mean smollm2? `pop-local list`")

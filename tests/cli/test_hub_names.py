@@ -27,7 +27,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
         yield hub
 
 
-def test_user_confirms_once_and_the_name_stays_bound_to_the_file(hub, tmp_path):
+def test_user_confirms_only_the_first_download(hub, tmp_path):
     may = Mock(return_value=True)
     watch = Watch(may=may)
     path = base_file(TINY, watch)
@@ -39,13 +39,13 @@ def test_user_confirms_once_and_the_name_stays_bound_to_the_file(hub, tmp_path):
     assert may.call_count == 1 and not hub.requests
 
 
-def test_existing_file_of_another_name_needs_no_confirmation(hub):
+def test_existing_file_needs_no_confirmation(hub):
     path = base_file(TINY, Watch(may=lambda question: True))
     assert base_file("hf:acme/tiny-GGUF", Watch()) == path
 
 
 @pytest.mark.parametrize("command", ["run", "serve", "bench", "convert", "analyze", "inspect"])
-def test_without_a_terminal_each_command_names_the_pull_command(hub, command):
+def test_commands_suggest_pull_without_a_terminal(hub, command):
     done = called(command, TINY, *["hi"] * (command == "run"))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-2:] == [
@@ -62,7 +62,7 @@ def test_convert_asks_for_confirmation(hub, tmp_path, monkeypatch):
     assert (tmp_path / "store" / "tiny-Q4_0.gguf").exists()
 
 
-def test_names_of_the_table(hub, tmp_path, monkeypatch):
+def test_table_maps_names_to_hub_files(hub, tmp_path, monkeypatch):
     table = {"model": [], "hub": {"tiny-3.2-1b": "acme/tiny-GGUF:Q8_0"}}
     monkeypatch.setattr(model_names, "_toml", lambda: table)
     for name in ("tiny-3.2-1b", "Tiny3.2:1b"):
@@ -73,7 +73,7 @@ def test_names_of_the_table(hub, tmp_path, monkeypatch):
     assert resolve("tiny-3.2-1b").name == "tiny-Q8_0.gguf"
 
 
-def test_table_has_no_name_of_the_catalog_and_each_is_one_of_a_hub():
+def test_table_contains_only_hub_names():
     known = hub_names()
     assert len({model_names.plain(name) for name in known}) == len(known) >= 30
     for entry in load_catalog():
@@ -81,7 +81,7 @@ def test_table_has_no_name_of_the_catalog_and_each_is_one_of_a_hub():
     assert all(repo.count("/") == 1 for repo in known.values())
 
 
-def test_unknown_name_gets_the_nearest_name():
+def test_unknown_name_suggests_the_nearest():
     done = called("pull", "qwen3-8c")
     assert (done.returncode, done.stdout) == (1, "")
     error, _ = done.stderr.splitlines()

@@ -29,7 +29,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OPTIONS = ("--threads", 1, "--temperature", 0, "--max-tokens", 3)
 
 
-def test_run_with_pictures(path):
+def test_run_reads_images(path):
     a, b = path.parent / "a.png", path.parent / "b.png"
     done = called("run", path, "--image", a, "--image", b, "what differs?", *OPTIONS)
     assert done.returncode == 0, done.stderr
@@ -42,7 +42,7 @@ def test_run_with_pictures(path):
     assert 0 < json.loads(done.stdout)["stats"]["n_image"] <= 16
 
 
-def test_run_refuses_in_one_line(path, tmp_path):
+def test_run_rejects_images_in_one_line(path, tmp_path):
     done = called("run", path, "--image", path.parent / "no.png", "what?")
     assert done.returncode == 1
     assert "no.png is not a readable image" in done.stderr
@@ -73,7 +73,7 @@ def chatted(path: Path, *lines: str, mmproj: str | None = "mmproj.gguf", n_ctx: 
         return screen.shown
 
 
-def test_chat_attaches_pictures(path):
+def test_chat_attaches_images(path):
     a, b = path.parent / "a.png", path.parent / "b.png"
     shown = chatted(path, "/image", f"/image '{a}'", "what?", f"/image {b}", "and?")
     assert "# /image needs a path." in shown
@@ -83,7 +83,7 @@ def test_chat_attaches_pictures(path):
     assert "images 96 tokens encoded in" in shown
 
 
-def test_chat_refuses_files_that_are_no_pictures(path):
+def test_chat_rejects_files_that_are_not_images(path):
     folder = path.parent
     shown = chatted(path, f"/image {folder / 'no.png'}", f"/image {folder / 'absent.png'}", "a")
     assert f"! {folder / 'no.png'} is not a readable image; use a PNG" in shown
@@ -92,14 +92,14 @@ def test_chat_refuses_files_that_are_no_pictures(path):
     assert "--mmproj FILE" in shown
 
 
-def test_chat_with_pictures_is_saved_and_loaded(path):
+def test_saves_and_loads_chat_with_images(path):
     a = path.parent / "a.png"
     shown = chatted(path, f"/image {a}", "what?", "/save seen", "/clear", "/load seen", "and?")
     assert shown.count("images 48 tokens") == 2
     assert shown.count("encoded in") == 1
 
 
-def test_picture_larger_than_the_context(path):
+def test_image_larger_than_context_is_dropped(path):
     big = path.parent / "big.png"
     big.write_bytes(png(5, 300, 300))
     shown = chatted(path, f"/image {big}", "what?", "x", "/retry", "l", n_ctx=256)
@@ -108,7 +108,7 @@ def test_picture_larger_than_the_context(path):
     assert "images 361 tokens" in shown
 
 
-def test_model_that_cannot_see_what_was_shown(path):
+def test_warns_if_new_model_cannot_read_images(path):
     a = path.parent / "a.png"
     shown = chatted(path, f"/image {a}", "what?", "/save shown", "/model blind", "more?", "/undo")
     blind = "* This model has no mmproj, so it cannot read the conversation's images"
@@ -119,7 +119,7 @@ def test_model_that_cannot_see_what_was_shown(path):
     assert blind in shown and "# shown: 1 turn" in shown
 
 
-def test_compare_prompts_with_pictures(path, tmp_path):
+def test_compares_prompts_with_images(path, tmp_path):
     lines = [{"prompt": "what? " * 20, "images": [str(path.parent / name)]} for name in ("a.png",)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     given = (tmp_path / "mine.jsonl", "--max-tokens", 2, "--threads", 1, "--json")
@@ -133,7 +133,7 @@ def test_compare_prompts_with_pictures(path, tmp_path):
     assert done.returncode == 1 and "no.png is not a readable image" in done.stderr
 
 
-def test_inspect_names_it(path):
+def test_inspect_shows_mmproj(path):
     done = called("inspect", path, "--json")
     assert json.loads(done.stdout)["mmproj"] == str(path.parent / "mmproj.gguf")
     assert "mmproj.gguf" in called("inspect", path).stdout
@@ -141,7 +141,7 @@ def test_inspect_names_it(path):
     assert "multimodal projector" in found.stdout
 
 
-def test_pull_brings_it(tmp_path):
+def test_pull_fetches_mmproj(tmp_path):
     files = {
         "tiny-Q4_K_M-00001-of-00001.gguf": b"GGUF model",
         "mmproj-F16.gguf": b"GGUF half",

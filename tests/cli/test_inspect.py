@@ -27,7 +27,7 @@ def converted(tiny: Path) -> Path:
     return target
 
 
-def test_unconverted_file(tiny):
+def test_describes_unconverted_file(tiny):
     report = json.loads(inspect(tiny, "--json").stdout)
     assert report["architecture"] == "llama"
     assert report["skipping"]["fits_from"] == 1
@@ -38,7 +38,7 @@ def test_unconverted_file(tiny):
     assert report["size_bytes"] == tiny.stat().st_size
 
 
-def test_converted_file(tiny, converted):
+def test_describes_converted_file(tiny, converted):
     report = json.loads(inspect(converted, "--json").stdout)
     assert (report["boundary"], report["n_skipped"]) == (5, 3)
     assert report["pop"]["schedule"] == "FFFFFSSS"
@@ -50,7 +50,7 @@ def test_converted_file(tiny, converted):
     assert report["pop"]["source_sha256"] == sha256
 
 
-def test_converted_file_for_people(converted):
+def test_prints_summary_of_converted_file(converted):
     shown = inspect(converted).stdout
     assert "Prompt tokens skip layer 5 and all later layers (3 of 8 layers)." in shown
     assert "the first token and the last 7 tokens" in shown
@@ -62,7 +62,7 @@ def test_converted_file_for_people(converted):
 
 
 @pytest.mark.slow
-def test_summary_names_the_kind_of_model_and_loose_limits(smollm2, gemma):
+def test_summary_shows_model_kind_and_limits(smollm2, gemma):
     shown = {model: " ".join(inspect(model).stdout.split()) for model in (smollm2, gemma)}
     assert "Kind chat model, trained on contexts of up to 8,192 tokens" in shown[smollm2]
     assert (
@@ -75,7 +75,7 @@ def test_summary_names_the_kind_of_model_and_loose_limits(smollm2, gemma):
     assert "'fast' quality limits, which allow more loss than the default limits" in shown[gemma]
 
 
-def test_unsupported_architecture_is_shown_as_such(tmp_path):
+def test_shows_unsupported_architecture(tmp_path):
     path = renamed(make_gguf(tmp_path / "other.gguf", "llama"), tmp_path, "dream")
     done = inspect(path)
     assert done.exit_code == 0
@@ -85,14 +85,14 @@ def test_unsupported_architecture_is_shown_as_such(tmp_path):
 
 
 @pytest.mark.parametrize(("arch", "projections"), [("llama", "fitted or own"), ("olmo2", "own")])
-def test_layers_that_can_be_skipped_are_shown(tmp_path, arch, projections):
+def test_shows_layers_that_can_be_skipped(tmp_path, arch, projections):
     done = inspect(make_gguf(tmp_path / "model.gguf", arch))
     told = " ".join(done.stdout.split())
     assert "Can be skipped layers 1 to 7" in told
     assert f"Projections {projections}" in told
 
 
-def test_bad_files_are_one_error(tmp_path, tiny):
+def test_reports_bad_file_in_one_error(tmp_path, tiny):
     text = tmp_path / "notes.gguf"
     text.write_text("not a model")
     short = tmp_path / "short.gguf"

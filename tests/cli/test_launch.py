@@ -79,7 +79,7 @@ def assert_ended(report: Any) -> None:
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_agent_reaches_a_server_that_ends_with_it(name, agent, tiny, monkeypatch):
+def test_server_stops_with_agent(name, agent, tiny, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_API_KEY", "the user's key")
     done = called("launch", name, tiny, "--ctx", 4096, "--threads", 1, "--", "do", "--it well")
     assert done.returncode == 3, done.stderr
@@ -98,7 +98,7 @@ def test_agent_reaches_a_server_that_ends_with_it(name, agent, tiny, monkeypatch
     [(os.killpg, signal.SIGINT, 7), (os.kill, signal.SIGTERM, 128 + signal.SIGTERM)],
     ids=["ctrl-c", "termination"],
 )
-def test_signal_ends_the_agent_and_the_server(agent, tiny, send, number, status):
+def test_signal_stops_agent_and_server(agent, tiny, send, number, status):
     """Ctrl-C in a terminal reaches both processes, and the agent handles it."""
     process = launching(tiny, "wait")
     report = report_of(agent, process)
@@ -107,7 +107,7 @@ def test_signal_ends_the_agent_and_the_server(agent, tiny, send, number, status)
     assert_ended(report)
 
 
-def test_reports_a_server_that_cannot_start(agent, tmp_path):
+def test_reports_server_that_cannot_start(agent, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(100))
     done = run("launch", "aider", broken)
@@ -117,7 +117,7 @@ def test_reports_a_server_that_cannot_start(agent, tmp_path):
     assert done.returncode == 1 and done.stderr.count("error: ") == 1
 
 
-def test_missing_agent_is_named_with_its_install_command(tiny, monkeypatch, tmp_path):
+def test_missing_agent_error_contains_install_command(tiny, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     done = called("launch", "qwen-code", tiny)
     assert (done.returncode, done.stdout) == (1, "")
@@ -128,7 +128,7 @@ def test_missing_agent_is_named_with_its_install_command(tiny, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_print_shows_commands_for_a_shell_and_starts_nothing(name, tmp_path):
+def test_print_option_only_prints_shell_commands(name, tmp_path):
     model = tmp_path / 'odd "name" $x.gguf'
     done = called("launch", name, model, "--print", "--threads", 1, "--", "two words")
     assert (done.returncode, done.stderr) == (0, "")
@@ -150,11 +150,11 @@ def test_opencode_settings_are_json():
 
 
 @pytest.mark.parametrize("name", ["codex", "qwen-code"])
-def test_agent_with_an_idle_limit_waits_an_hour_for_an_event(name):
+def test_idle_limit_of_agents_is_one_hour(name):
     words = AGENTS[name].command((), url="http://h/v1", key="k", model="m", n_ctx=4096)
     assert re.search(r"(?i)idle_timeout_ms=3600000\b", " ".join(words))
 
 
-def test_arguments_without_a_model_are_wrong_usage():
+def test_rejects_arguments_without_model():
     done = called("launch", "codex", "--", "--help")
     assert done.returncode == 2 and "pass a model before" in done.stderr

@@ -66,7 +66,7 @@ def rows(output: str) -> list[list[str]]:
     return [re.split(r" {2,}", line.strip()) for line in output.splitlines() if "──" not in line]
 
 
-def test_folder_is_shown_with_damaged_files(store):
+def test_lists_damaged_files(store):
     done = pop_local("list")
     assert done.exit_code == 0
     head, *body = rows(done.stdout)
@@ -83,7 +83,7 @@ def test_folder_is_shown_with_damaged_files(store):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
-def test_pipe_is_a_problem_and_is_not_read(store):
+def test_reports_named_pipe_without_reading_it(store):
     path = store / "pipe.gguf"
     os.mkfifo(path)
     # Reading the pipe must not block.
@@ -96,7 +96,7 @@ def test_pipe_is_a_problem_and_is_not_read(store):
     assert problem == "is a pipe or a device, not a file"
 
 
-def test_catalogs_models_are_shown_that_are_not_here(store):
+def test_lists_catalog_models_not_downloaded(store):
     (store / models.find("gemma3").file).touch()
     absent = ["smollm2", "qwen-0.5b", "qwen-1.5b"]
     table = rows(pop_local("list").stdout)
@@ -109,7 +109,7 @@ def test_catalogs_models_are_shown_that_are_not_here(store):
     assert report[0]["size_bytes"] == models.find("smollm2").size_bytes
 
 
-def test_folder_is_shown_if_two_models_are_alike(tmp_path, monkeypatch):
+def test_shows_folder_of_models_with_equal_names(tmp_path, monkeypatch):
     folders = tmp_path / "one", tmp_path / "two"
     for folder in folders:
         folder.mkdir()
@@ -120,7 +120,7 @@ def test_folder_is_shown_if_two_models_are_alike(tmp_path, monkeypatch):
     assert [row[1] for row in body[:2]] == [str(folder) for folder in folders]
 
 
-def test_model_of_the_user_is_listed_and_removed_in_a_clone(store, monkeypatch):
+def test_clone_lists_and_removes_users_models(store, monkeypatch):
     for part in models._CLONE:
         (store.parent / part).mkdir(parents=True)
     users = store.rename(store.parent / "models" / "models")
@@ -134,7 +134,7 @@ def test_model_of_the_user_is_listed_and_removed_in_a_clone(store, monkeypatch):
     )
 
 
-def test_json_has_files_and_sizes(store):
+def test_json_contains_files_and_sizes(store):
     report = json.loads(pop_local("list", "--json").stdout)
     assert report["folder"] == str(store)
     by_name = {model["name"]: model for model in report["models"]}
@@ -158,7 +158,7 @@ def test_sidecar_belongs_to_its_model(store):
 
 
 @pytest.mark.parametrize("damage", ["cut", "other"])
-def test_sidecar_that_does_not_fit_is_a_problem_of_its_model(store, damage):
+def test_reports_mismatched_sidecar(store, damage):
     path = sidecar(store)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:100])
@@ -169,13 +169,13 @@ def test_sidecar_that_does_not_fit_is_a_problem_of_its_model(store, damage):
     assert ("truncated" if damage == "cut" else "was created for") in model.problem
 
 
-def test_reports_a_sidecar_without_its_model(store):
+def test_reports_sidecar_without_model(store):
     sidecar(store)
     (store / "Tiny.Q8_0.gguf").unlink()
     assert "model is missing" in the("Tiny.Q8_0.pop-sidecar", store).problem
 
 
-def test_incomplete_split_model_names_its_missing_parts(store):
+def test_reports_missing_parts_of_split_model(store):
     missing = sorted(store.glob("parted-*.gguf"))[1]
     missing.unlink()
     assert missing.name in the("parted", store).problem
@@ -201,7 +201,7 @@ def test_empty_folder_suggests_a_command(tmp_path, monkeypatch, exists):
         ("Tiny.Q8_0.gguf", "Tiny.Q8_0.gguf"),
     ],
 )
-def test_names_shown_are_taken_by_the_commands(store, name, file):
+def test_commands_accept_listed_names(store, name, file):
     assert resolve(name) == store / file
     done = pop_local("inspect", name, "--json")
     assert json.loads(done.stdout)["file"] == str(store / file)
@@ -217,13 +217,13 @@ def test_names_shown_are_taken_by_the_commands(store, name, file):
         ("qwen9-7b", "qwen3-1.7b, qwen2.5-7b or qwen3-8b"),
     ],
 )
-def test_nearest_name_is_suggested(store, name, nearest):
+def test_suggests_nearest_name(store, name, nearest):
     with pytest.raises(PopError, match=name) as failure:
         resolve(name)
     assert f"did you mean {nearest}?" in failure.value.hint
 
 
-def test_rm_removes_one_model_and_reports_the_freed_space(store):
+def test_rm_removes_model_and_reports_freed_space(store):
     before = set(store.iterdir())
     freed = (store / "Tiny.Q8_0.gguf").stat().st_size
     done = pop_local("rm", "tiny.q8_0", "--yes", "--json")
@@ -234,7 +234,7 @@ def test_rm_removes_one_model_and_reports_the_freed_space(store):
     assert before - set(store.iterdir()) == {store / "Tiny.Q8_0.gguf"}
 
 
-def test_rm_takes_parts_sidecars_and_unfinished_downloads(store):
+def test_rm_removes_parts_sidecars_and_partial_downloads(store):
     sidecar(store)
     done = pop_local("rm", "parted", "Tiny.Q8_0", "new.gguf.partial", "tiny.q8_0", "--yes")
     assert done.exit_code == 0
@@ -243,7 +243,7 @@ def test_rm_takes_parts_sidecars_and_unfinished_downloads(store):
     assert done.stdout.splitlines()[-1].startswith("Freed ")
 
 
-def test_rm_takes_a_name_of_the_catalog_for_what_it_fetched(store):
+def test_rm_accepts_catalog_name(store):
     entry = models.find("gemma-3-270m")
     for file in (entry.file, entry.pop_file):
         make_gguf(store / file, "gemma3")
@@ -259,7 +259,7 @@ def test_rm_takes_a_name_of_the_catalog_for_what_it_fetched(store):
 
 
 @pytest.mark.parametrize("name", ["gemma-3-270m", "gemma-3-270m.Q4_K_M.gguf.parts"])
-def test_parts_of_the_catalog_are_shown_and_removed(store, name):
+def test_lists_and_removes_catalog_parts(store, name):
     parts = parts_folder(store / models.find("gemma-3-270m").file)
     (parts / "pip-x").mkdir(parents=True)
     (parts / "one.whl").write_bytes(bytes(700))
@@ -274,7 +274,7 @@ def test_parts_of_the_catalog_are_shown_and_removed(store, name):
     assert not parts.exists()
 
 
-def test_rm_prefers_a_stored_name_to_one_of_the_catalog(store):
+def test_rm_prefers_stored_name_to_catalog_name(store):
     entry = models.find("gemma-3-270m")
     own, fetched = store / "gemma-3-270m.gguf", store / entry.file
     for path in (own, fetched):
@@ -283,7 +283,7 @@ def test_rm_prefers_a_stored_name_to_one_of_the_catalog(store):
     assert (own.exists(), fetched.exists()) == (False, True)
 
 
-def test_rm_takes_the_mmproj_that_has_a_models_name(store):
+def test_rm_removes_mmproj_with_models_name(store):
     named, other = store / "mmproj-Tiny.Q8_0.gguf", store / "mmproj-Other.gguf"
     for path in (named, other):
         make_mmproj(path, MMPROJS["llama"])
@@ -295,13 +295,13 @@ def test_rm_takes_the_mmproj_that_has_a_models_name(store):
 
 
 @pytest.mark.parametrize("also", [(), ("mmproj-Tiny.Q8_0",)])
-def test_rm_of_a_model_and_its_copy_leaves_no_mmproj(store, also):
+def test_rm_of_model_and_copy_removes_mmproj(store, also):
     named = make_mmproj(store / "mmproj-Tiny.Q8_0.gguf", MMPROJS["llama"])
     assert pop_local("rm", "Tiny.Q8_0", "Tiny.Q8_0.pop", *also, "--yes").exit_code == 0
     assert not named.exists()
 
 
-def test_rm_leaves_the_mmproj_that_another_quantisation_has(store):
+def test_rm_keeps_mmproj_of_another_quantisation(store):
     for name in ("See-Q4_K_M.gguf", "See-Q8_0.gguf"):
         make_gguf(store / name, "llama")
     named = make_mmproj(store / "mmproj-See-Q4_K_M.gguf", MMPROJS["llama"])
@@ -310,7 +310,7 @@ def test_rm_leaves_the_mmproj_that_another_quantisation_has(store):
     assert find_mmproj(store / "See-Q8_0.gguf") == named
 
 
-def test_rm_takes_nothing_when_one_name_is_unknown(store):
+def test_rm_removes_nothing_if_a_name_is_unknown(store):
     before = set(store.iterdir())
     done = pop_local("rm", "Tiny.Q8_0", "partet", "--yes")
     assert done.exit_code == 1
@@ -320,7 +320,7 @@ def test_rm_takes_nothing_when_one_name_is_unknown(store):
 
 
 @pytest.mark.parametrize("name", ["../outside.gguf", "/etc/passwd", "store/../outside.gguf"])
-def test_rm_refuses_files_elsewhere(store, name):
+def test_rm_rejects_files_in_other_folders(store, name):
     outside = store.parent / "outside.gguf"
     outside.touch()
     done = pop_local("rm", name, "--yes")
@@ -329,7 +329,7 @@ def test_rm_refuses_files_elsewhere(store, name):
     assert outside.exists()
 
 
-def test_rm_removes_a_link_and_not_what_it_points_to(store):
+def test_rm_removes_link_but_not_its_target(store):
     real = (store / "Tiny.Q8_0.gguf").rename(store.parent / "real.gguf")
     (store / "Tiny.Q8_0.gguf").symlink_to(real)
     assert the("Tiny.Q8_0", store).size_bytes == real.stat().st_size
@@ -343,11 +343,11 @@ def test_rm_removes_a_link_and_not_what_it_points_to(store):
     ("name", "found"),
     [("foo.gguf", "foo"), ("foo", "foo"), ("Foo", "Foo"), ("BAR.GGUF", "Bar"), ("other", None)],
 )
-def test_of_names_that_differ_in_case_the_exact_one_is_meant(name, found):
+def test_exact_case_takes_precedence(name, found):
     assert known_name(name, ["Foo", "foo", "Bar"]) == found
 
 
-def test_rm_without_a_terminal_wants_yes(store):
+def test_rm_without_terminal_requires_yes(store):
     done = pop_local("rm", "Tiny.Q8_0")
     assert (done.exit_code, done.stdout) == (1, "")
     assert "--yes" in done.stderr
@@ -356,7 +356,7 @@ def test_rm_without_a_terminal_wants_yes(store):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
 @pytest.mark.parametrize("answer", ["y", "n", "\x03"])
-def test_rm_asks_in_a_terminal(store, answer):
+def test_rm_requires_confirmation_in_terminal(store, answer):
     child = pexpect.spawn(
         sys.executable,
         ["-m", "pop_local", "rm", "Tiny.Q8_0"],

@@ -73,7 +73,7 @@ def shipped(store, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("name", [DEFAULT_MODEL, "smollm2"])
-def test_first_time_it_is_fetched_and_opened_with_the_shipped_sidecar(store, shipped, capsys, name):
+def test_first_use_fetches_model_and_opens_shipped_sidecar(store, shipped, capsys, name):
     assert files(name) == ModelFiles(store / "tiny.gguf", shipped)
     said = capsys.readouterr()
     assert said.out == ""
@@ -103,7 +103,7 @@ def test_name_refers_to_the_converted_copy(store, tmp_path, monkeypatch):
     ("free_gb", "best"),
     [(1.9, DEFAULT_MODEL), (2, "qwen-0.5b"), (3.9, "qwen-0.5b"), (4, "qwen-1.5b")],
 )
-def test_default_model_of_the_chat_is_the_best_for_the_memory(monkeypatch, free_gb, best):
+def test_default_model_depends_on_free_memory(monkeypatch, free_gb, best):
     def open_model(options: EngineOptions, *_: object) -> None:
         raise PopError(f"it would be {options.model}")
 
@@ -128,7 +128,7 @@ def test_default_model_of_the_chat_is_the_best_for_the_memory(monkeypatch, free_
         (7.9, {"n_parallel": 3}, 3),
     ],
 )
-def test_how_many_are_answered_at_once(tmp_path, monkeypatch, free_gb, how, n):
+def test_number_of_parallel_answers_depends_on_memory(tmp_path, monkeypatch, free_gb, how, n):
     monkeypatch.setattr(opening, "free_bytes", lambda: free_gb * 10**9)
     wanted: dict[str, Any] = {"n_ctx": 256, "n_parallel": None, "n_threads": 1}
     options = EngineOptions.of(tiny(tmp_path), **(wanted | how))
@@ -136,7 +136,7 @@ def test_how_many_are_answered_at_once(tmp_path, monkeypatch, free_gb, how, n):
         assert len(model.engine.sequences) == n
 
 
-def test_user_confirms_each_large_download(store, monkeypatch):
+def test_asks_before_large_download(store, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Mock(available=0))
     monkeypatch.setattr("sys.stdin", Mock(isatty=lambda: True))
     asked = Mock(return_value=False)
@@ -151,7 +151,7 @@ def test_user_confirms_each_large_download(store, monkeypatch):
     assert asked.call_count == 3
 
 
-def test_copy_of_any_name_is_known_by_its_hash(shipped, tmp_path):
+def test_renamed_copy_is_recognized_by_hash(shipped, tmp_path):
     copy, other = tmp_path / "copy.gguf", tmp_path / "other.gguf"
     shutil.copy(tmp_path / "tiny.gguf", copy)
     assert files(str(copy)) == ModelFiles(copy, shipped)
@@ -164,20 +164,20 @@ def test_copy_of_any_name_is_known_by_its_hash(shipped, tmp_path):
     assert files(str(other)) == ModelFiles(other)
 
 
-def test_conversion_mentions_a_shipped_sidecar(shipped, tmp_path):
+def test_convert_mentions_shipped_sidecar(shipped, tmp_path):
     given = ["convert", str(tmp_path / "tiny.gguf"), "--dry-run", "--json"]
     planned = CliRunner().invoke(app, given)
     assert planned.exit_code == 0 and json.loads(planned.stdout)
     assert f"pop-local ships the sidecar {shipped.name}" in " ".join(planned.stderr.split())
 
 
-def test_sidecar_next_to_the_model_comes_first(shipped, tmp_path):
+def test_prefers_sidecar_next_to_model(shipped, tmp_path):
     base = tmp_path / "tiny.gguf"
     own = Path(shutil.copy(shipped, tmp_path / "tiny.pop-sidecar.gguf"))
     assert files(str(base)) == ModelFiles(base, own)
 
 
-def test_every_model_of_the_catalog_has_one():
+def test_every_catalog_model_has_a_shipped_sidecar():
     found = {}
     for path in sidecars.SHIPPED.glob("*.gguf"):
         header = read_header(path)
@@ -188,21 +188,21 @@ def test_every_model_of_the_catalog_has_one():
     assert found == {entry.sha256: entry.size_bytes for entry in models.load_catalog()}
 
 
-def test_unconverted_file_of_a_name(store, tmp_path):
+def test_finds_unconverted_file_by_name(store, tmp_path):
     path = tmp_path / "tiny.gguf"
     assert base("smollm2") == store / "tiny.gguf"
     assert base(str(path)) == path
     assert files(str(path)) == ModelFiles(path)
 
 
-def test_stored_models_precede_the_catalog(store, capsys):
+def test_stored_models_take_precedence_over_catalog(store, capsys):
     own = make_gguf(store / "smollm2.gguf", "llama", n_layer=4)
     assert files("smollm2") == ModelFiles(own)
     assert base("smollm2") == own
     assert capsys.readouterr().err == ""
 
 
-def test_folder_does_not_hide_a_name_of_the_catalog(store, shipped, tmp_path, monkeypatch):
+def test_folder_does_not_hide_catalog_name(store, shipped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("smollm2").mkdir()
     assert files("smollm2") == ModelFiles(store / "tiny.gguf", shipped)

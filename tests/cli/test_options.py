@@ -39,7 +39,7 @@ def called(*arguments: str):
     return CliRunner().invoke(program, [*arguments])
 
 
-def test_group_is_one_object_with_the_defaults_of_its_parameter():
+def test_option_group_becomes_one_object():
     plain = called("box")
     assert json.loads(plain.stdout) == ["box", {"width": 3, "n_rows": 7, "is_bold": False}]
     given = called("box", "--width", "4", "-r", "2", "--bold")
@@ -47,17 +47,17 @@ def test_group_is_one_object_with_the_defaults_of_its_parameter():
 
 
 @pytest.mark.parametrize("wrong", [("--width", "0"), ("--n-rows", "2"), ("--no-bold",)])
-def test_its_limits_and_names_are_the_options(wrong):
+def test_option_group_checks_limits_and_names(wrong):
     assert called("box", *wrong).exit_code == 2
 
 
-def test_help_shows_options_under_their_heading():
+def test_help_groups_options_by_heading():
     shown = called("--help").stdout
     assert shown.index("Options") < shown.index("How large") < shown.index("From left to right.")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_few_options_precede_those_for_experts(name):
+def test_shows_few_options_before_advanced_ones(name):
     """Count --help, too."""
     function = imported("pop_local.commands", name)
     if isinstance(function, typer.Typer):
@@ -79,7 +79,7 @@ def test_help_shows_each_default_once():
     assert "[default: -1]" in shown
 
 
-def test_of_the_one_likeliest_token_no_temperature_takes_another(tiny):
+def test_top_k_of_one_ignores_temperature(tiny):
     def answer(*options: object) -> str:
         done = run_here("run", tiny, "hello", *options, "--max-tokens", 6, "--threads", 1)
         assert done.returncode == 0, done.stderr

@@ -25,7 +25,7 @@ def is_harmless(text: str) -> bool:
     return not any(char in text for char in STEERING)
 
 
-def test_what_steers_is_escaped_and_the_rest_stays():
+def test_escapes_only_control_characters():
     assert printable(EVIL) == SHOWN
     assert printable("für 日本 \N{GRINNING FACE}") == "für 日本 \N{GRINNING FACE}"
     assert printable("a\nb\tc", kept="\n") == "a\nb\\tc"
@@ -43,7 +43,7 @@ def test_what_steers_is_escaped_and_the_rest_stays():
         ),
     ],
 )
-def test_messages(tell, capsys):
+def test_messages_escape_control_characters(tell, capsys):
     tell(f"{EVIL} :boom: [bold]")
     shown = capsys.readouterr().err
     assert SHOWN in shown.replace("\n", "")
@@ -51,7 +51,7 @@ def test_messages(tell, capsys):
     assert is_harmless(shown)
 
 
-def test_data_is_escaped_in_a_terminal_and_unchanged_in_a_pipe(monkeypatch, capsys):
+def test_data_is_escaped_only_in_terminal(monkeypatch, capsys):
     console.say(EVIL)
     assert capsys.readouterr().out == EVIL + "\n"
     monkeypatch.setattr(console.out, "_force_terminal", True)
@@ -59,14 +59,14 @@ def test_data_is_escaped_in_a_terminal_and_unchanged_in_a_pipe(monkeypatch, caps
     assert capsys.readouterr().out == f"{SHOWN}\nnext\n"
 
 
-def test_json_holds_it_and_shows_nothing_of_it(capsys):
+def test_json_escapes_control_characters(capsys):
     print_json([EVIL, "\udcff", Path("a\x85")])
     shown = capsys.readouterr().out
     assert is_harmless(shown.replace("\u202e", ""))
     assert json.loads(shown) == [EVIL, "\udcff", "a\x85"]
 
 
-def test_label_of_a_bar(monkeypatch, capsys):
+def test_progress_label_escapes_control_characters(monkeypatch, capsys):
     monkeypatch.setattr(console.err, "_force_terminal", True)
     monkeypatch.setattr(console.err, "is_interactive", True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -89,14 +89,14 @@ def test_label_of_a_bar(monkeypatch, capsys):
     ],
     ids=lambda arguments: " ".join(arguments).replace(EVIL, "EVIL"),
 )
-def test_commands_that_fail(arguments):
+def test_error_messages_escape_arguments(arguments):
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code in (1, 2)
     assert is_harmless(done.output)
     assert "owned" in done.output
 
 
-def test_doctor(monkeypatch):
+def test_doctor_escapes_control_characters(monkeypatch):
     def missing():
         raise PopError(EVIL, EVIL)
 
@@ -107,7 +107,7 @@ def test_doctor(monkeypatch):
     assert is_harmless(done.output)
 
 
-def test_what_a_model_is_called(tmp_path):
+def test_model_name_is_escaped(tmp_path):
     file = make_gguf(tmp_path / f"{EVIL}.gguf", "llama")
     done = CliRunner().invoke(app, ["chat", str(file)], input="/model\n")
     assert done.exit_code == 0

@@ -29,7 +29,7 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-def test_rejects_a_url_of_another_site(tmp_path):
+def test_rejects_url_of_another_site(tmp_path):
     done = pull("https://example.org/tiny.gguf", "--dir", str(tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
@@ -39,7 +39,7 @@ def test_rejects_a_url_of_another_site(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_ctrl_c_keeps_the_download_and_mentions_how_to_resume(hub, tmp_path):
+def test_ctrl_c_keeps_partial_download_and_explains_resuming(hub, tmp_path):
     hub.stall = STALL
     partial = tmp_path / "tiny.gguf.partial"
     with subprocess.Popen(

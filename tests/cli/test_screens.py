@@ -51,7 +51,7 @@ def helps(width: int, commands: Iterable[str] = ("", *COMMANDS)) -> str:
     return f"Typer {TYPER}\n" + "".join(done.stdout for done in shown)
 
 
-def test_help_of_a_command_with_all_kinds_of_options():
+def test_help_matches_recorded_screen():
     shown = helps(80, ["run"])
     recorded = SCREENS / "help-80.txt"
     is_same = recorded.exists() and recorded.read_text("utf-8").startswith(f"Typer {TYPER}\n")
@@ -60,7 +60,7 @@ def test_help_of_a_command_with_all_kinds_of_options():
     check("help-80", shown)
 
 
-def test_helps_of_all_widths_have_the_same_words():
+def test_help_contains_same_words_at_every_width():
     shown = {width: helps(width) for width in (70, 80, 120)}
     for width, text in shown.items():
         assert max(map(len, text.splitlines())) <= width
@@ -149,14 +149,14 @@ VIEWS = [list_models, pull, bench, compare, analyze, convert]
 @pytest.mark.parametrize(
     "view", VIEWS, ids=["list", "pull", "bench", "compare", "analyze", "convert"]
 )
-def test_tables(on_screen, request, view, width):
+def test_tables_match_recorded_screens(on_screen, request, view, width):
     shown = on_screen(view, width)
     assert not width or max(map(len, shown.splitlines())) <= width
     assert "\x1b" not in shown
     check(f"{request.node.callspec.id.split('-')[0]}-{width or 'pipe'}", shown)
 
 
-def test_table_in_color(on_screen):
+def test_colored_table_matches_recorded_screen(on_screen):
     """Check that styles are bold or colors of the terminal's palette, light or dark."""
     shown = on_screen(bench, 80, "truecolor")
     assert "38;2" not in shown and "48;" not in shown

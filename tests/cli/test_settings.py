@@ -49,7 +49,7 @@ def test_environment_overrides_the_file(file, monkeypatch):
     assert value("system") == SettingValue("system", "Be brief.", "file", str(file))
 
 
-def test_variable_names_the_file(monkeypatch):
+def test_variable_selects_the_file(monkeypatch):
     monkeypatch.delenv("POP_LOCAL_CONFIG")
     assert config_path().parts[-2:] == ("pop-local", "config.toml")
     monkeypatch.setenv("POP_LOCAL_CONFIG", "~/mine.toml")
@@ -85,7 +85,7 @@ def test_models_dir_is_relative_to_the_file(file, tmp_path, monkeypatch):
         ("ctx = 1\nthreads = = 4", "Unexpected character", "threads = 4"),
     ],
 )
-def test_reports_an_invalid_file(file, text, message, hint):
+def test_reports_invalid_file(file, text, message, hint):
     file.write_text(text)
     done = pop_local("config")
     assert (done.exit_code, done.stdout) == (1, "")
@@ -94,7 +94,7 @@ def test_reports_an_invalid_file(file, text, message, hint):
     assert hint in advice
 
 
-def test_reports_an_unreadable_file(file):
+def test_reports_unreadable_file(file):
     file.write_bytes(b"system = '\xff'")
     with pytest.raises(PopError, match=r"cannot read the settings file .*config\.toml: 'utf-8'"):
         load()
@@ -104,26 +104,26 @@ def test_reports_an_unreadable_file(file):
         load()
 
 
-def test_null_device_is_an_empty_file(monkeypatch):
+def test_null_device_means_no_settings(monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CONFIG", os.devnull)
     monkeypatch.delenv("POP_LOCAL_STATE_DIR")
     assert given() == {}
 
 
-def test_accepts_a_byte_order_mark(file):
+def test_accepts_byte_order_mark(file):
     """Windows' editor writes a byte order mark."""
     file.write_text("threads = 4", encoding="utf-8-sig")
     assert given() == {"threads": 4}
 
 
-def test_rejects_the_file_of_an_unknown_user(monkeypatch):
+def test_rejects_file_of_unknown_user(monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CONFIG", "~nobody-at-all/config.toml")
     with pytest.raises(PopError, match=r"no home folder was found for ~nobody-at-all"):
         load()
 
 
 @pytest.mark.parametrize("text", ["many", "0", "1.5", "nan", "9" * 400])
-def test_reports_an_invalid_variable(file, monkeypatch, text):
+def test_reports_invalid_variable(file, monkeypatch, text):
     monkeypatch.setenv("POP_LOCAL_THREADS", text)
     with pytest.raises(PopError, match=r"POP_LOCAL_THREADS: .* is not a whole number from 1"):
         load()
@@ -162,7 +162,7 @@ def probe(tmp_path, monkeypatch) -> typer.Typer:
     return program
 
 
-def test_settings_become_the_defaults_of_a_commands_parameters(file, probe, monkeypatch):
+def test_settings_become_command_defaults(file, probe, monkeypatch):
     def printed(*arguments: str) -> object:
         return json.loads(CliRunner().invoke(probe, ["probe", *arguments]).stdout)
 
@@ -213,7 +213,7 @@ def test_config_shows_values_and_sources(file, monkeypatch):
     assert str(file) in done.stderr
 
 
-def test_config_as_json(file, monkeypatch):
+def test_config_prints_json(file, monkeypatch):
     file.write_text("threads = 4\n")
     monkeypatch.setenv("POP_LOCAL_CTX", "2048")
     report = json.loads(pop_local("config", "--json").stdout)
@@ -224,7 +224,7 @@ def test_config_as_json(file, monkeypatch):
     assert by_key["system"] == {"value": None, "origin": "default", "where": ""}
 
 
-def test_doctor_reports_an_invalid_file(file):
+def test_doctor_reports_invalid_file(file):
     file.write_text("nonsense")
     done = pop_local("doctor", "--json")
     checks = {check["key"]: check for check in json.loads(done.stdout)["checks"]}
@@ -233,7 +233,7 @@ def test_doctor_reports_an_invalid_file(file):
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_doctor_checks_the_configured_model(file, tmp_path, exists):
+def test_doctor_checks_configured_model(file, tmp_path, exists):
     model = tmp_path / "mine.gguf"
     file.write_text(f'model = "{model}"\n')
     if exists:

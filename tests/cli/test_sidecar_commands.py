@@ -60,7 +60,7 @@ def fitted(tmp_path) -> Pair:
 # --- convert
 
 
-def test_sidecar_is_next_to_the_unchanged_model(base):
+def test_convert_writes_sidecar_next_to_unchanged_model(base):
     before = base.read_bytes()
     done = convert(base, "--boundary", 4, "--json")
     report = json.loads(done.stdout)
@@ -72,14 +72,14 @@ def test_sidecar_is_next_to_the_unchanged_model(base):
     assert written.stat().st_size < 2048
 
 
-def test_elsewhere_it_has_to_be_named(base, tmp_path):
+def test_explains_sidecar_option_for_other_path(base, tmp_path):
     done = convert(base, tmp_path / "other.gguf")
     assert done.exit_code == 0
     assert f"pass it with --sidecar {tmp_path / 'other.gguf'}" in " ".join(done.stderr.split())
     assert "--sidecar" not in convert(base).stderr
 
 
-def test_parts_have_one_sidecar(tmp_path):
+def test_split_model_gets_one_sidecar(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
     assert convert(parts[0]).exit_code == 0
     written = tmp_path / "model.pop-sidecar.gguf"
@@ -89,14 +89,14 @@ def test_parts_have_one_sidecar(tmp_path):
 # --- finding it
 
 
-def test_sidecar_next_to_the_model_is_found_and_named(base, sidecar, capsys):
+def test_opens_and_reports_sidecar_next_to_model(base, sidecar, capsys):
     assert model_files(str(base)) == ModelFiles(base, sidecar)
     said = capsys.readouterr()
     assert said.out == ""
     assert f"Sidecar: {sidecar}." in said.err.replace("\n", "")
 
 
-def test_it_can_be_named(base, sidecar, capsys):
+def test_sidecar_option_selects_file(base, sidecar, capsys):
     elsewhere = sidecar.rename(base.with_name("other.gguf"))
     assert model_files(str(base)) == ModelFiles(base)
     assert model_files(str(base), elsewhere) == ModelFiles(base, elsewhere)
@@ -105,12 +105,12 @@ def test_it_can_be_named(base, sidecar, capsys):
         model_files(str(base), sidecar)
 
 
-def test_converted_model_has_none(fitted):
+def test_converted_model_ignores_sidecar(fitted):
     shutil.copy(fitted.sidecar, fitted.single.with_name("single.pop-sidecar.gguf"))
     assert model_files(str(fitted.single)) == ModelFiles(fitted.single)
 
 
-def test_model_of_the_catalog(base, sidecar, monkeypatch, tmp_path):
+def test_catalog_name_opens_base_and_sidecar(base, sidecar, monkeypatch, tmp_path):
     """Open the base and its sidecar by the catalog name, even if a converted copy exists."""
     entry = replace(find(DEFAULT_MODEL), file=base.name)
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path))
@@ -125,7 +125,7 @@ def test_model_of_the_catalog(base, sidecar, monkeypatch, tmp_path):
 # --- the commands
 
 
-def test_run(base, sidecar):
+def test_run_uses_sidecar(base, sidecar):
     arguments = ("run", base, "word " * 40, "--json", "--max-tokens", 2, "--threads", 1)
     report = json.loads(command(*arguments).stdout)
     assert (report["boundary"], report["full"]) == (4, False)
@@ -139,7 +139,7 @@ def test_run(base, sidecar):
     assert json.loads(command(*arguments, "--sidecar", elsewhere).stdout)["boundary"] == 4
 
 
-def test_stale_sidecar_does_not_matter_in_full(base, sidecar):
+def test_full_mode_ignores_stale_sidecar(base, sidecar):
     make_gguf(base, "llama", chat_template="{{ messages[-1].content }}!")
     ask = ("run", base, "hi", "--max-tokens", 2, "--threads", 1)
     assert command(*ask).exit_code == 1
@@ -149,7 +149,7 @@ def test_stale_sidecar_does_not_matter_in_full(base, sidecar):
     assert command(*ask, "--full", "--sidecar", sidecar).exit_code == 1
 
 
-def test_eval(fitted, tmp_path):
+def test_eval_measures_sidecar(fitted, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abc wow def " * 200)
     windows = ("--text", text, "--windows", 2, "--context", 64, "--continuation", 8)
@@ -160,7 +160,7 @@ def test_eval(fitted, tmp_path):
     assert report["kl_mean"] == json.loads(alone.stdout)["kl_mean"]
 
 
-def test_inspect_of_the_model(base, sidecar):
+def test_inspect_shows_sidecar(base, sidecar):
     report = json.loads(command("inspect", base, "--json").stdout)
     assert report["sidecar"] == str(sidecar)
     assert report["boundary"] == 4

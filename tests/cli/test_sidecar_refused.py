@@ -110,7 +110,7 @@ BARE = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_edited(name, fitted, tmp_path):
+def test_edited_sidecar_is_refused(name, fitted, tmp_path):
     edit, reason = EDITS[name]
     sidecar = edited(fitted.sidecar, tmp_path / "edited.gguf", edit)
     with pytest.raises(PopError, match=reason):
@@ -119,14 +119,14 @@ def test_edited(name, fitted, tmp_path):
         run(Job(str(fitted.base), steps=(), further=(str(sidecar),)))
 
 
-def test_unedited(fitted, tmp_path):
+def test_unedited_sidecar_is_accepted(fitted, tmp_path):
     sidecar = edited(fitted.sidecar, tmp_path / "same.gguf", lambda keys, tensors: None)
     model = PopModel(EngineOptions.of(fitted.base, sidecar=sidecar, n_ctx=256, n_threads=1))
     assert first_of(model).settings.boundary == 4
 
 
 @pytest.mark.parametrize("n_bytes", [0, 3, 7, 100, 900, -4096, -1])
-def test_cut_short(n_bytes, fitted, tmp_path):
+def test_truncated_sidecar_is_refused(n_bytes, fitted, tmp_path):
     sidecar = tmp_path / "cut.gguf"
     sidecar.write_bytes(fitted.sidecar.read_bytes()[:n_bytes])
     with pytest.raises(FormatError):
@@ -135,7 +135,7 @@ def test_cut_short(n_bytes, fitted, tmp_path):
         run(Job(str(fitted.base), steps=(), further=(str(sidecar),)))
 
 
-def test_another_model_of_the_same_shape(fitted, tmp_path):
+def test_sidecar_of_another_model_is_refused(fitted, tmp_path):
     """Change keys but not the size, so that only the hash differs."""
     other = tmp_path / "other.gguf"
     other.write_bytes(
@@ -145,14 +145,14 @@ def test_another_model_of_the_same_shape(fitted, tmp_path):
         PopModel(EngineOptions.of(other, sidecar=fitted.sidecar))
 
 
-def test_converted_base(fitted):
+def test_converted_base_is_refused(fitted):
     with pytest.raises(FormatError, match="is a converted model"):
         PopModel(EngineOptions.of(fitted.single, sidecar=fitted.sidecar))
     with pytest.raises(RuntimeError, match="already has POP keys"):
         run(Job(str(fitted.single), steps=(), further=(str(fitted.sidecar),)))
 
 
-def test_files_that_are_no_sidecar(fitted):
+def test_models_are_refused_as_sidecars(fitted):
     with pytest.raises(FormatError, match="not a sidecar"):
         PopModel(EngineOptions.of(fitted.base, sidecar=fitted.single))
     with pytest.raises(FormatError, match="not a sidecar"):
@@ -162,14 +162,14 @@ def test_files_that_are_no_sidecar(fitted):
             run(Job(str(fitted.base), steps=(), further=(str(further),)))
 
 
-def test_sidecar_is_not_a_model(fitted):
+def test_sidecar_is_refused_as_model(fitted):
     with pytest.raises(FormatError, match="is a sidecar, not a model"):
         PopModel(EngineOptions.of(fitted.sidecar))
     with pytest.raises(RuntimeError, match="unknown model architecture: 'pop-sidecar'"):
         run(Job(str(fitted.sidecar), steps=()))
 
 
-def test_two_sidecars(fitted, tmp_path):
+def test_second_sidecar_is_refused(fitted, tmp_path):
     again = shutil.copy(fitted.sidecar, tmp_path / "again.gguf")
     with pytest.raises(RuntimeError, match="there are 3 files for a model of 1 and one sidecar"):
         run(Job(str(fitted.base), steps=(), further=(str(fitted.sidecar), str(again))))
@@ -196,7 +196,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_commands_refuse_in_two_lines_with_exit_1(name, tmp_path, monkeypatch):
+def test_commands_report_refusal_in_two_lines(name, tmp_path, monkeypatch):
     paired(make_gguf(tmp_path / "tiny.gguf", "llama"), tmp_path, "fitted", boundary=4)
     make_gguf(tmp_path / "other.gguf", "llama", seed=1, n_layer=9)
     before = sorted(tmp_path.iterdir())

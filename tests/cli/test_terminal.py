@@ -53,7 +53,7 @@ def hub(model, tmp_path) -> Iterator[dict[str, str]]:
         yield hub.environment() | {MODELS_VARIABLE: str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
 
 
-def test_model_of_a_hub_is_fetched_once_a_person_agrees(hub):
+def test_fetches_hub_model_after_confirmation(hub):
     words = ("run", "hf:acme/tiny-GGUF", "hello", "--max-tokens", "3", *ANSWER_OPTIONS)
     asked = terminal(*words, **hub)
     asked.expect(r"Fetch .* MB from acme/tiny-GGUF\? \[Y/n\]")
@@ -66,7 +66,7 @@ def test_model_of_a_hub_is_fetched_once_a_person_agrees(hub):
     assert asked.expect_end() == 0, asked.text
 
 
-def test_ctrl_c_ends_the_question_of_a_command_that_defers_it(hub):
+def test_ctrl_c_cancels_confirmation(hub):
     asked = terminal("bench", "hf:acme/tiny-GGUF", **hub)
     asked.expect(r"\[Y/n\]")
     asked.interrupt_question()
@@ -101,7 +101,7 @@ def test_second_turn_reuses_the_first(model):
     assert COLOURS.search(chat.raw)
 
 
-def test_ctrl_c_in_run_is_exit_130(model):
+def test_ctrl_c_in_run_exits_with_130(model):
     run = terminal("run", str(model), "hello there", *ANSWER_OPTIONS)
     run.expect(r"\S{3}")
     run.interrupt()
@@ -109,7 +109,7 @@ def test_ctrl_c_in_run_is_exit_130(model):
     assert run.expect_end() == 130
 
 
-def test_prompt_longer_than_the_context_offers_choices(model, tmp_path):
+def test_oversized_prompt_offers_choices(model, tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("a word " * 1000)
     chat = terminal("chat", str(model), "--ctx", "256", "--max-tokens", "3", *ANSWER_OPTIONS)
@@ -134,7 +134,7 @@ def test_prompt_longer_than_the_context_offers_choices(model, tmp_path):
     assert chat.expect_end() == 0
 
 
-def test_piped_chat_prints_answers_alone(model):
+def test_piped_chat_prints_only_answers(model):
     done = run("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS, text="hi\n/full on\nho\n")
     assert done.returncode == 0
     assert "> " not in done.stdout
@@ -157,7 +157,7 @@ def test_run_reads_files_and_pipes_before_the_question(model, tmp_path):
     assert (full["full"], full["stats"]["n_pruned"]) == (True, 0)
 
 
-def test_run_warns_of_a_base_model(model, tmp_path):
+def test_run_warns_about_base_model(model, tmp_path):
     base = make_gguf(tmp_path / "base.gguf", "llama")
     shown = [
         called("run", file, "Once upon", "--max-tokens", "2", *ANSWER_OPTIONS).stderr
@@ -174,7 +174,7 @@ def test_run_prints_the_same_answer_with_and_without_json(model):
     assert re.search(STATS, plain.stderr)
 
 
-def test_context_beyond_the_trained_one_is_warned_of(model):
+def test_warns_about_context_beyond_training(model):
     arguments = ("run", model, "hi", "--max-tokens", 2, *ANSWER_OPTIONS)
     warned = called(*arguments, "--ctx", 5000)
     assert warned.returncode == 0
@@ -205,7 +205,7 @@ def test_run_refuses_binary_input(model, tmp_path):
     assert "absent.txt: No such file" in absent.stderr
 
 
-def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path):
+def test_run_reports_oversized_text_in_one_error(model, tmp_path):
     file = tmp_path / "book.txt"
     file.write_text("a word " * 100)
     arguments = ("run", str(model), "Why?", "--file", str(file), *ANSWER_OPTIONS)
@@ -230,7 +230,7 @@ def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path)
     )
 
 
-def test_real_conversation(smollm2_pop):
+def test_second_turn_reads_few_tokens(smollm2_pop):
     """Check that the second turn reads little more than its question, and that `run` agrees."""
     question = "Name three animals that live in the sea, and say one thing about each of them."
     options = ("--max-tokens", "24", "--temperature", "0")

@@ -56,7 +56,7 @@ def terminal(open_chat) -> Iterator[Terminal]:
     open_chat.resize(80, 24)
 
 
-def test_history_is_kept_across_runs(history):
+def test_history_persists_across_runs(history):
     first = chat(history)
     first.line("the first question")
     first.expect("18 characters in 1 lines: the first question")
@@ -71,7 +71,7 @@ def test_history_is_kept_across_runs(history):
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o777])
-def test_only_the_owner_may_read_what_was_typed(tmp_path, umask):
+def test_only_owner_can_read_history(tmp_path, umask):
     folder = tmp_path / "new" / "state"
     before = os.umask(umask)
     try:
@@ -82,14 +82,14 @@ def test_only_the_owner_may_read_what_was_typed(tmp_path, umask):
     assert modes == [0o700, 0o700, 0o600]
 
 
-def test_several_lines(terminal):
+def test_alt_enter_adds_a_line(terminal):
     terminal.send("one" + ALT_ENTER + "two")
     terminal.line("")
     terminal.expect("7 characters in 2 lines: one")
     terminal.expect_prompt()
 
 
-def test_long_line_is_wrapped_without_marks(history):
+def test_long_line_wraps_without_marks(history):
     terminal = chat(history, width=40)
     terminal.send("0123456789" * 7 + ALT_ENTER + "next")
     terminal.expect("next")
@@ -128,7 +128,7 @@ def test_commands_and_paths_are_completed(history, tmp_path):
     leave(terminal)
 
 
-def test_ctrl_c_while_reading_while_answering_and_at_the_prompt(terminal):
+def test_ctrl_c_stops_reading_answer_and_prompt(terminal):
     terminal.line("an answer")
     terminal.expect_prompt()
     terminal.line("/stats")
@@ -154,7 +154,7 @@ def test_ctrl_c_while_reading_while_answering_and_at_the_prompt(terminal):
     terminal.expect_prompt()
 
 
-def test_answer_while_the_terminal_is_resized(terminal):
+def test_answer_fits_resized_terminal(terminal):
     terminal.line("speak slowly")
     terminal.expect("word9 ")
     terminal.resize(60, 20)
@@ -166,7 +166,7 @@ def test_answer_while_the_terminal_is_resized(terminal):
     terminal.expect_prompt()
 
 
-def test_keys_typed_during_an_answer_wait_for_the_prompt(terminal):
+def test_keys_typed_during_answer_reach_the_prompt(terminal):
     terminal.line("speak slowly, briefly")
     terminal.expect("word2")
     terminal.line("typed")

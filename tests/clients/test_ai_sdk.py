@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_tool_call_and_stream(server, tmp_path):
+def test_ai_sdk_calls_tool_and_streams(server, tmp_path):
     script = shutil.copy(Path(__file__).with_name("ai_sdk.mjs"), tmp_path)
     (tmp_path / "node_modules").symlink_to(MODULES.resolve())
     parameters = json.dumps(DOUBLE["function"]["parameters"])

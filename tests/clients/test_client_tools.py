@@ -20,7 +20,7 @@ def client(server):
         yield client
 
 
-def test_openai_chat_tool_turn(client):
+def test_openai_chat_client_calls_tool(client):
     forced = OPENAI | {"tools": [DOUBLE], "parallel_tool_calls": False, "max_tokens": 600}
     with client.chat.completions.stream(**forced, messages=ASKED, tool_choice="required") as stream:
         said = stream.get_final_completion().choices[0]
@@ -36,7 +36,7 @@ def test_openai_chat_tool_turn(client):
     assert cached > answer.usage.prompt_tokens / 2
 
 
-def test_openai_response_tool_turn(client):
+def test_openai_responses_client_calls_tool(client):
     forced = OPENAI | {"tools": [FUNCTION], "parallel_tool_calls": False}
     with client.responses.stream(
         **forced, input=ASKED, tool_choice="required", max_output_tokens=600
@@ -51,7 +51,7 @@ def test_openai_response_tool_turn(client):
     assert second.output_text and second.usage.input_tokens_details.cached_tokens > 0
 
 
-def test_anthropic_message_tool_turn(server):
+def test_anthropic_client_calls_tool(server):
     import anthropic  # here, since the import takes seconds
 
     request: dict[str, Any] = {"model": "tiny", "tools": [TOOL], "extra_body": {"temperature": 0}}

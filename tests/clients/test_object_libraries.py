@@ -20,7 +20,7 @@ class Doubled(BaseModel):
     n: int = Field(ge=0, le=9)
 
 
-def test_instructor_gets_an_object(server):
+def test_instructor_returns_object(server):
     instructor = pytest.importorskip("instructor", reason="pip install '.[clients]'")
     with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0) as plain:
         client = instructor.from_openai(plain, mode=instructor.Mode.TOOLS)
@@ -35,7 +35,7 @@ def test_instructor_gets_an_object(server):
     assert result.n in range(10)
 
 
-def test_llama_index_chats_and_calls(server):
+def test_llama_index_chats_and_calls_tool(server):
     os.environ["LLAMA_INDEX_CACHE_DIR"] = os.devnull  # no model or data is downloaded
     package = "llama-index-llms-openai-like"
     like = pytest.importorskip("llama_index.llms.openai_like", reason=f"pip install {package}")

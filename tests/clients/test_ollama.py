@@ -28,7 +28,7 @@ def client(server):
         yield client
 
 
-def test_chats_whole_and_streamed(client, server):
+def test_client_chats_with_and_without_streaming(client, server):
     whole = client.chat("tiny", SAID, options=EIGHT, keep_alive="5m", think=False)
     assert (whole.done, whole.done_reason, whole.eval_count) == (True, "length", 8)
     assert whole.total_duration > whole.prompt_eval_duration > 0
@@ -45,7 +45,7 @@ def test_chats_whole_and_streamed(client, server):
     assert asyncio.run(ask()) == whole.message.content
 
 
-def test_generates(client):
+def test_client_generates_text(client):
     whole = client.generate("tiny", LONG, system="be brief", options=EIGHT)
     streamed = client.generate("tiny", LONG, system="be brief", options=EIGHT, stream=True)
     assert "".join(piece.response for piece in streamed) == whole.response
@@ -55,7 +55,7 @@ def test_generates(client):
     assert client.generate("tiny").done_reason == "load"
 
 
-def test_lists_and_shows(client):
+def test_client_lists_and_describes_models(client):
     (model,) = client.list().models
     assert (model.model, model.details.family) == ("tiny:latest", "llama")
     assert int(model.size) > 0
@@ -67,7 +67,7 @@ def test_lists_and_shows(client):
     assert details.modified_at == model.modified_at
 
 
-def test_log_probabilities(client):
+def test_client_receives_log_probabilities(client):
     answer = client.chat("tiny", SAID, options=EIGHT, logprobs=True, top_logprobs=2)
     assert len(answer.logprobs) == 8
     assert answer.logprobs[0].top_logprobs[0].logprob >= answer.logprobs[0].logprob
@@ -84,7 +84,7 @@ def test_errors_raise_response_error(client):
         client.pull("tiny")
 
 
-def test_embeds(client):
+def test_client_computes_embeddings(client):
     one, two = client.embed("tiny", ["a", "b"]).embeddings
     assert len(one) == len(two) == 128 and one != two
     assert client.embeddings("tiny", "a").embedding == pytest.approx(one, abs=1e-5)

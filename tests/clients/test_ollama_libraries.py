@@ -23,7 +23,7 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.parametrize("provider", ["ollama_chat", "ollama"])
-def test_litellm(root, provider):
+def test_litellm_completes_and_streams(root, provider):
     request = {"api_base": root, "messages": SAID, "max_tokens": 8, "temperature": 0}
     whole = litellm.completion(model=f"{provider}/any", **request)
     assert whole.usage.completion_tokens == 8
@@ -32,7 +32,7 @@ def test_litellm(root, provider):
     assert "".join(texts) == whole.choices[0].message.content != ""
 
 
-def test_langchain(root):
+def test_langchain_invokes_and_streams(root):
     request = {"model": "any", "base_url": root, "num_predict": 8, "temperature": 0}
     model = langchain_ollama.ChatOllama(**request)
     whole = model.invoke("the quick brown fox")

@@ -34,7 +34,7 @@ def test_langchain_binds_tools(server):
     assert said is not None and said.tool_calls[0]["args"] == call["args"]
 
 
-def test_litellm_calls(server):
+def test_litellm_calls_tool(server):
     answer = litellm.completion(
         model="openai/tiny",
         api_base=server.api,

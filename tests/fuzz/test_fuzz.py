@@ -55,7 +55,7 @@ def others(folder: Path) -> list[Path]:
     ]
 
 
-def test_headers_and_pop_keys(tmp_path):
+def test_damaged_headers_are_refused_or_read(tmp_path):
     models = [
         make_gguf(tmp_path / f"{arch}.gguf", arch, head_arrays=True, **SMALL)
         for arch in ("llama", "gemma3", "qwen3moe")
@@ -87,7 +87,7 @@ def test_headers_and_pop_keys(tmp_path):
     campaign(attempt)
 
 
-def test_sidecars(tmp_path):
+def test_damaged_sidecars_are_refused_or_read(tmp_path):
     base = make_gguf(tmp_path / "llama.gguf", "llama")
     pair = paired(base, tmp_path, "fitted-wide", boundary=5)
     source, content = read_source(base), pair.sidecar.read_bytes()
@@ -104,7 +104,7 @@ def test_sidecars(tmp_path):
     campaign(attempt)
 
 
-def test_sessions(tmp_path):
+def test_damaged_sessions_are_refused_or_read(tmp_path):
     path = tmp_path / "talk.popsession"
     turn: dict[str, Any] = {"question": "what?", "answer": "this", "pictures": []}
     turn["documents"] = [{"name": "a.txt", "text": "text"}]

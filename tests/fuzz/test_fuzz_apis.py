@@ -103,7 +103,7 @@ def client(tmp_path_factory):
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_requests(client, caplog, api):
+def test_damaged_requests_cause_no_server_error(client, caplog, api):
     def attempt(rng: random.Random) -> None:
         path, body = rng.choice(APIS[api])
         content = json.dumps(mutated_json(rng, body)).encode()

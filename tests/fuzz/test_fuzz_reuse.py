@@ -49,7 +49,7 @@ def few_warnings(caplog):
         yield
 
 
-def test_alignment():
+def test_alignment_of_random_edits_is_valid():
     """A few distinct tokens give many repeated runs."""
 
     def attempt(rng: random.Random) -> None:
@@ -81,7 +81,7 @@ def test_alignment():
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_edited_states(tmp_path, arch):
+def test_edited_states_equal_fresh_readings(tmp_path, arch):
     """Operations compares every exact cache with a fresh full reading."""
     path = tiny(tmp_path, arch, **ARCHS[arch], boundary=1)
     with pruned(path, prompt_cache=PromptCache(2**24)) as model, pruned(path, full=True) as full:
@@ -97,7 +97,7 @@ def test_edited_states(tmp_path, arch):
         campaign(attempt)
 
 
-def test_deep_rows(tmp_path):
+def test_deep_rows_ignore_tokens_after_separator(tmp_path):
     """Deep rows depend on all tokens' spellings, but not on the tokens after a separator."""
     with opened(tiny(tmp_path, **SMALL, boundary=1)) as model:
         context = model.engine.context
@@ -148,7 +148,7 @@ def _logits_after(model: PopModel, tokens: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mamba2", "lfm2"])
-def test_checkpoints(tmp_path, monkeypatch, name):
+def test_checkpoints_equal_fresh_readings(tmp_path, monkeypatch, name):
     if name != "gemma3" and SECONDS <= 1:
         pytest.skip("an attempt takes seconds: make fuzz runs it")
     monkeypatch.setattr(read_module, "EVERY", N_BATCH)
@@ -205,7 +205,7 @@ def _damaged(rng: random.Random, content: bytes, target: Path, scratch: Path) ->
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_stored_states(tmp_path, arch):
+def test_damaged_states_are_removed_or_restored(tmp_path, arch):
     """A damaged state is removed or restored; the model then reads any prompt."""
     path = tiny(tmp_path, arch, **ARCHS[arch], boundary=1)
     contents, folder = _stored_states(path, tmp_path / "made"), tmp_path / "store"

@@ -130,7 +130,7 @@ OTHER: dict[str, Make] = {
 
 
 @pytest.mark.parametrize("name", COVERED | OTHER)
-def test_errors_are_those_of_16_bits(name: str, rng: np.random.Generator) -> None:
+def test_errors_match_16_bit_precision(name: str, rng: np.random.Generator) -> None:
     op = (COVERED | OTHER)[name](rng)
     assert is_covered(op) == (name in COVERED)
     actual = compute(op)
@@ -219,7 +219,7 @@ BROKEN: dict[str, Make] = {
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["k", "v"])
 @pytest.mark.parametrize("make", BROKEN.values(), ids=BROKEN.keys())
-def test_broken_cells_break_the_rows_that_see_them(
+def test_nan_cells_affect_only_rows_that_attend_to_them(
     make: Make, name: str, value: float, rng: np.random.Generator
 ) -> None:
     """Also where upstream's result happens to be finite, because a score is infinite."""
@@ -241,7 +241,7 @@ def test_broken_cells_break_the_rows_that_see_them(
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_broken_first_cells_change_no_row_of_another_sequence(
+def test_nan_first_cells_change_no_other_sequence(
     softcap: float, value: float, rng: np.random.Generator
 ) -> None:
     """The bias of K is read from the first two cells."""

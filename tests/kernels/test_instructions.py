@@ -22,7 +22,7 @@ LESSER = ("avx512vnni", "avxvnni", "avx2")
 
 
 @pytest.mark.parametrize("name", LESSER)
-def test_lesser_kernels_have_the_same_errors(
+def test_older_instruction_sets_have_the_same_errors(
     name: str, kernels: str, rng: np.random.Generator
 ) -> None:
     if name == kernels:
@@ -63,7 +63,9 @@ def test_lesser_kernels_have_the_same_errors(
 
 
 @pytest.mark.parametrize("name", LESSER)
-def test_lesser_kernels_compute_few_rows(name: str, kernels: str, rng: np.random.Generator) -> None:
+def test_older_instruction_sets_compute_few_rows(
+    name: str, kernels: str, rng: np.random.Generator
+) -> None:
     if name == kernels:
         pytest.skip("the other tests cover these kernels")
     ops: list[Op] = [

@@ -40,7 +40,7 @@ def widths(type_: Type) -> tuple[int, ...]:
 
 
 @each_type
-def test_errors_are_those_of_the_activations_in_int8(type_: Type, rng: np.random.Generator) -> None:
+def test_errors_match_int8_activations(type_: Type, rng: np.random.Generator) -> None:
     for n_in in widths(type_):
         for n_out in (1, 31, 77):
             op = mul_mat(rng, type_, 40, n_out, n_in)
@@ -50,7 +50,7 @@ def test_errors_are_those_of_the_activations_in_int8(type_: Type, rng: np.random
 
 
 @each_type
-def test_result_of_a_row_does_not_depend_on_the_others(
+def test_result_of_a_row_does_not_depend_on_other_rows(
     type_: Type, rng: np.random.Generator
 ) -> None:
     op = mul_mat(rng, type_, 40, n_out=77, n_in=768)
@@ -68,7 +68,7 @@ def test_result_of_a_row_does_not_depend_on_the_others(
 
 
 @each_type
-def test_number_of_threads_changes_nothing(type_: Type, rng: np.random.Generator) -> None:
+def test_number_of_threads_changes_no_result(type_: Type, rng: np.random.Generator) -> None:
     for n_out in (40, 300):
         op = mul_mat(rng, type_, 70, n_out)
         require_covered(op)
@@ -92,7 +92,7 @@ def test_few_rows_have_the_same_errors(type_: Type, rng: np.random.Generator) ->
 
 
 @each_quantised
-def test_result_of_a_row_does_not_depend_on_a_few_others(
+def test_result_of_a_row_does_not_depend_on_few_other_rows(
     type_: Type, rng: np.random.Generator
 ) -> None:
     """On all processors, four rows are computed by a kernel for few rows."""
@@ -112,7 +112,7 @@ def test_result_of_a_row_does_not_depend_on_a_few_others(
 
 
 @pytest.mark.parametrize("type_", FLOATS, ids=lambda type_: type_.name)
-def test_few_rows_of_floats_get_one_of_two_results(type_: Type, rng: np.random.Generator) -> None:
+def test_few_float_rows_equal_one_of_two_results(type_: Type, rng: np.random.Generator) -> None:
     op = mul_mat(rng, type_, 40, n_out=77, n_in=768)
     for n_rows in (1, 5, 8, 24, 40):
         part = first_rows(op, n_rows)
@@ -149,7 +149,7 @@ def test_blocks_of_zeros_give_zeros(type_: Type, rng: np.random.Generator) -> No
 
 
 @each_quantised
-def test_scales_may_be_tiny_and_activations_large(
+def test_supports_tiny_scales_and_large_activations(
     type_: Type, kernels: str, rng: np.random.Generator
 ) -> None:
     stored = weights(rng, type_, 40, 256)
@@ -172,7 +172,7 @@ def test_rows_may_have_gaps(type_: Type, rng: np.random.Generator) -> None:
 
 
 @each_quantised
-def test_broken_weights_change_no_other_output(type_: Type, rng: np.random.Generator) -> None:
+def test_nan_weights_change_no_other_output(type_: Type, rng: np.random.Generator) -> None:
     """For few rows, the kernel reads groups of blocks that may belong to two outputs."""
     if not SCALES[type_]:
         pytest.skip("this type's scales cannot be NaN")

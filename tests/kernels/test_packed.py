@@ -38,7 +38,7 @@ def test_results_equal_separate_computations(
         assert_alone(ops, compute_all(ops, rows, n_threads, between=between), rows)
 
 
-def test_other_rows_are_packed_again(rng: np.random.Generator) -> None:
+def test_different_rows_are_packed_again(rng: np.random.Generator) -> None:
     some, others = (products(rng, activations(rng, 40, 512)) for _ in range(2))
     ops = [op for pair in zip(some, others, strict=True) for op in pair]
     assert_alone(ops, compute_all(ops))

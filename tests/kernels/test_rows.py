@@ -58,7 +58,7 @@ def reference(op: Glu | RmsNormMul) -> np.ndarray:
 
 @every_kind
 @pytest.mark.parametrize("shape", [(1, 16), (7, 48), (40, 1152), (3, 2, 5, 64)])
-def test_errors_are_those_of_float32(
+def test_errors_match_float32_precision(
     make: Make, shape: tuple[int, ...], rng: np.random.Generator
 ) -> None:
     op = make(rng, *shape)
@@ -68,7 +68,7 @@ def test_errors_are_those_of_float32(
 
 @every_kind
 @pytest.mark.parametrize("n_values", [1, 15, 20, 100])
-def test_rows_with_an_incomplete_vector_are_right(
+def test_rows_with_an_incomplete_vector_are_correct(
     make: Make, n_values: int, rng: np.random.Generator
 ) -> None:
     """Upstream's gelu uses a table in float16."""
@@ -87,7 +87,7 @@ def test_our_kernels_compute_any_number_of_rows(make: Make, rng: np.random.Gener
 
 
 @every_kind
-def test_result_of_a_row_does_not_depend_on_the_others(
+def test_result_of_a_row_does_not_depend_on_other_rows(
     make: Make, rng: np.random.Generator
 ) -> None:
     op = make(rng, 41, 208)
@@ -145,7 +145,7 @@ def test_epsilon_of_the_norm_is_used(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (5, 6, 96), (7, 100), (2, 3, 5, 64)])
-def test_rows_times_factors_have_upstreams_bits(
+def test_rows_times_factors_equal_upstream(
     shape: tuple[int, ...], rng: np.random.Generator
 ) -> None:
     op = mul_rows(rng, *shape)

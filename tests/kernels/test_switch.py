@@ -64,7 +64,7 @@ def test_our_kernels_compute_attention(type_: Type, kernels: str, rng: np.random
     np.testing.assert_array_equal(actual, compute(op, Rows.ALL))
 
 
-def test_rows_none_gives_upstreams_bits(unpatched_lib: Path) -> None:
+def test_disabled_row_kernels_equal_upstream(unpatched_lib: Path) -> None:
     theirs = in_child(samples(), lib=unpatched_lib, rows=Rows.NONE)
     assert_same([compute(op, Rows.NONE) for op in samples()], theirs.results)
 
@@ -84,7 +84,7 @@ def test_unknown_name_disables_no_kernels(kernels: str) -> None:
     assert kernels_with("off") == "off"
 
 
-def test_name_of_missing_kernels_selects_lesser_ones(kernels: str) -> None:
+def test_unsupported_kernel_name_selects_smaller_set(kernels: str) -> None:
     assert kernels_with("avxvnni") in ("avxvnni", "avx2")
 
 

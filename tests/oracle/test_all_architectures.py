@@ -329,7 +329,7 @@ def test_models_other_than_decoders_are_refused_by_name(name: recipes.Name, tmp_
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.arch in NO_RECIPE], ids=str)
-def test_recipe_is_still_missing(name: recipes.Name, tmp_path: Path) -> None:
+def test_missing_recipe_raises_error(name: recipes.Name, tmp_path: Path) -> None:
     with pytest.raises(recipes.NoModelError):
         make(name, tmp_path / "model.gguf")
 

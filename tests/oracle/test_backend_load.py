@@ -133,7 +133,7 @@ REFUSED_CALLS = {
 
 
 @pytest.mark.parametrize("step, keys", REFUSED_CALLS.values(), ids=REFUSED_CALLS)
-def test_wrong_calls_are_refused(step: Step, keys: Keys, llama: Path, tmp_path: Path) -> None:
+def test_invalid_calls_are_refused(step: Step, keys: Keys, llama: Path, tmp_path: Path) -> None:
     model = add_to(llama, tmp_path / "model.gguf", keys)
     with pytest.raises(RuntimeError, match="was refused"):
         run(Job(str(model), (step,)))

@@ -120,7 +120,7 @@ def test_one_token_more_than_whole_ubatches_is_exact(
 
 
 @pytest.mark.parametrize(("model", "options"), CASES, indirect=["model"])
-def test_rows_that_share_a_ubatch_are_within_the_unpatched_noise(
+def test_rows_sharing_a_ubatch_have_unpatched_noise(
     options: dict, model: Path, tmp_path: Path, job: Job
 ) -> None:
     """All rows but one leave in the same ubatch; their K/V are equal bit for bit."""
@@ -205,7 +205,7 @@ def test_evaluation_callback_sees_every_row(plain: Path, job: Job) -> None:
     assert rows(counted(replace(job, watched=True), plain, step)) == (0, 40, 0)
 
 
-def test_outputs_in_the_middle_of_a_batch(plain: Path, tmp_path: Path, job: Job) -> None:
+def test_batch_may_request_outputs_in_the_middle(plain: Path, tmp_path: Path, job: Job) -> None:
     tokens = random_tokens(150, N_VOCAB)
     parts = tuple((0, start, tokens[start : start + 25]) for start in range(25, 150, 25))
     six = Step("decode", "six", tokens=tokens[:25], more=parts)

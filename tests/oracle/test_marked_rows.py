@@ -72,7 +72,7 @@ def test_marked_rows_equal_rows_of_a_deep_pass(tiny: Trio, tmp_path: Path) -> No
     assert marked != state(tiny, tmp_path / "plain")[0]
 
 
-def test_marks_of_an_earlier_call_are_replaced(tiny: Trio, tmp_path: Path) -> None:
+def test_marks_of_earlier_calls_are_replaced(tiny: Trio, tmp_path: Path) -> None:
     some = Step("deep_rows", tokens=SCATTERED)
     none = Step("deep_rows")
     assert state(tiny, tmp_path / "a", some, none)[0] == state(tiny, tmp_path / "b")[0]

@@ -82,7 +82,7 @@ def test_split_model_equals_the_single_file(projection, tmp_path):
     np.testing.assert_array_equal(read(model, prompt(100)), want)
 
 
-def test_unpatched_library_opens_the_base(pair, unpatched_lib):
+def test_unpatched_library_opens_base_model(pair, unpatched_lib):
     run(Job(str(pair.base), steps=(), lib=str(unpatched_lib)))
 
 
@@ -188,7 +188,7 @@ def test_written_sidecar_has_expected_keys_and_tensors(pair):
     assert header.size_bytes < pair.base.stat().st_size / 4
 
 
-def test_size_is_predicted(pair):
+def test_predicted_size_equals_file_size(pair):
     projection = meta_of(pair.sidecar).projection
     plan = make_plan(read_shape(pair.base), boundary=4, projection=projection)
     sizes = measure_sidecar(plan, pair.base)

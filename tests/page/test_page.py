@@ -87,7 +87,7 @@ def test_compare_shows_both_readings(page):
     shot(page, "compare")
 
 
-def test_compare_shows_each_time_at_once_and_why_an_answer_ended(fed):
+def test_compare_shows_times_and_stop_reasons(fed):
     fed.fill("#question", "Hi")
     fed.click("#compare")
     done = "data: [DONE]\n\n"
@@ -210,7 +210,7 @@ def test_streamed_markdown_and_progress_bar(fed):
     assert fed.text_content(".body strong") == "bold"
 
 
-def test_edit_and_retry(fed):
+def test_question_can_be_edited_and_retried(fed):
     ask(fed, "One")
     answer(fed, "1")
     ask(fed, "Two")
@@ -237,7 +237,7 @@ def test_edit_and_retry(fed):
     assert fed.evaluate("navigator.clipboard.readText()") == "4"
 
 
-def test_keyboard_reaches_everything(fed):
+def test_keyboard_reaches_every_control(fed):
     fed.keyboard.type("a")
     fed.keyboard.press("Shift+Enter")
     fed.keyboard.type("b")
@@ -303,7 +303,7 @@ def test_reload_keeps_the_question(fed):
     assert fed.text_content(".user .body") == "One"
 
 
-def test_oversized_document_is_refused_unread(page, tmp_path):
+def test_oversized_document_is_refused_before_reading(page, tmp_path):
     path = tmp_path / "huge.txt"
     with path.open("wb") as file:
         file.truncate(500_000_000)
@@ -360,7 +360,7 @@ def _with_vision(route: Any) -> None:
     route.fulfill(response=response, json=body)
 
 
-def test_page_asks_for_the_key(browser, tmp_path):
+def test_page_requests_the_api_key(browser, tmp_path):
     model = tiny(tmp_path, chat_template=TEMPLATE)
     with served(model, "--api-key", "secret") as server:
         context = browser.new_context()

@@ -212,7 +212,7 @@ BAD_CHATS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_foreign_files_are_refused(fed, tmp_path):
+def test_files_of_other_programs_are_refused(fed, tmp_path):
     ask(fed, "One")
     answer(fed, "1")
     before = stored(fed)

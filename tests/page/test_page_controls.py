@@ -45,7 +45,7 @@ def asked(page: Any) -> dict[str, Any]:
     return request
 
 
-def test_settings_reach_the_server_and_stay_with_the_chat(fed):
+def test_settings_are_sent_and_saved_with_the_chat(fed):
     ask(fed, "One")
     answer(fed, "1")
     assert "temperature" not in asked(fed) and "max_tokens" not in asked(fed)
@@ -75,7 +75,7 @@ def test_settings_reach_the_server_and_stay_with_the_chat(fed):
     shot(fed, "settings")
 
 
-def test_settings_refuse_invalid_values_and_escape_closes_them(fed):
+def test_settings_reject_invalid_values_and_close_on_escape(fed):
     fed.click("#settings")
     fed.wait_for_selector("#temperature[placeholder='Default: 0.8']")
     fed.fill("#temperature", "11")
@@ -110,7 +110,7 @@ def test_settings_limit_a_real_answer(page):
     page.wait_for_selector(".note:text('length limit')")
 
 
-def test_context_meter(fed, server):
+def test_context_meter_shows_used_tokens(fed, server):
     assert fed.text_content("#context").strip() == "Context: 0 of 4,096 tokens"
     ask(fed, "One")
     answer(fed, "1", usage(3800, 90))
@@ -150,7 +150,7 @@ def test_reading_estimate_precedes_the_answer(fed):
     answer(fed, "2")
 
 
-def test_catching_up_counts_only_own_tokens(fed):
+def test_catching_up_counts_only_tokens_of_the_chat(fed):
     behind = {"own": 900, "other": 5000}
 
     def slots(route: Any) -> None:
@@ -167,7 +167,7 @@ def test_catching_up_counts_only_own_tokens(fed):
     fed.wait_for_selector("#refilling", state="hidden")
 
 
-def test_hints_on_hover_and_focus(fed):
+def test_hints_appear_on_hover_and_focus(fed):
     fed.hover("#compare")
     fed.wait_for_selector("#hint:text('Answers twice')")
     shot(fed, "hint")
@@ -190,7 +190,7 @@ def test_hints_on_hover_and_focus(fed):
     assert fed.get_attribute("#attach", "aria-describedby") is None
 
 
-def test_examples_fill_the_question(page):
+def test_examples_fill_the_question_field(page):
     page.click("text=Ask about a sample story")
     page.wait_for_selector("#files :text('lighthouse.md')")
     assert page.input_value("#question") == "What rule was painted above the lamp-room door?"
@@ -204,7 +204,7 @@ def test_examples_fill_the_question(page):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_sizes_and_themes(fed, theme):
+def test_page_fits_each_size_and_theme(fed, theme):
     fed.emulate_media(color_scheme=theme)
     text = "# A title\n\nWords and `code`.\n\n```\n" + "x" * 200 + "\n```\n"
     for width, height in SIZES:
@@ -229,7 +229,7 @@ def test_sizes_and_themes(fed, theme):
         assert fed.evaluate(UNNAMED) == []
 
 
-def test_list_of_chats_on_a_phone(fed):
+def test_phone_shows_chat_list_on_request(fed):
     fed.set_viewport_size({"width": 360, "height": 740})
     ask(fed, "One")
     answer(fed, "1")

@@ -83,7 +83,7 @@ def test_chat_of_the_guide_answers():
     assert len(answers) == 1 and QUOTED in answers[0]
 
 
-def test_both_ways_of_reading_in_the_guide_answer():
+def test_full_and_fast_reading_of_the_guide_answer():
     fast, full = commands_in(GUIDE.split("## 4. ")[1].split("\n## ")[0])
     assert "--full" in full and [word for word in full if word != "--full"] == fast
     for words in (fast, full):
@@ -91,7 +91,7 @@ def test_both_ways_of_reading_in_the_guide_answer():
 
 
 @pytest.mark.parametrize("words", OWN_MODEL, ids=" ".join)
-def test_own_model_of_the_guide(words, folder):
+def test_commands_for_own_model_run(words, folder):
     kind = GGMLQuantizationType.Q4_0
     model = make_gguf(folder / "MODEL.gguf", "llama", type=kind, chat_template=TEMPLATE)
     if "MODEL.pop.gguf" in words:

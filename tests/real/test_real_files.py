@@ -11,7 +11,7 @@ from support.shapes import read_shape
 pytestmark = pytest.mark.slow
 
 
-def test_shapes_of_real_models(smollm2, gemma):
+def test_reads_shapes_of_real_models(smollm2, gemma):
     shape = read_shape(smollm2)
     assert (shape.arch, shape.n_layer, shape.n_embd, shape.n_vocab) == ("llama", 30, 576, 49152)
     assert (shape.n_q[0], shape.n_k[0], shape.n_v[0]) == (9 * 64, 3 * 64, 3 * 64)
@@ -29,7 +29,7 @@ def test_shapes_of_real_models(smollm2, gemma):
         ("gemma", {(None, 1): 238_556_545_024, (12, 33): 169_773_727_744}),
     ],
 )
-def test_macs_of_real_models_match_a_count_by_hand(request, name, n_macs):
+def test_macs_of_real_models_equal_manual_count(request, name, n_macs):
     """The count covers projections, FFN, windows, and the last row's LM head and last FFN."""
     macs = GraphMacs(request.getfixturevalue(name))
     assert {key: macs(2048, *key) for key in n_macs} == n_macs

@@ -23,7 +23,7 @@ from support.conversion_runs import FEW, convert
 pytestmark = pytest.mark.slow
 
 
-def test_real_model_has_the_known_losses(smollm2_q4_0, tmp_path, monkeypatch):
+def test_real_model_has_expected_losses(smollm2_q4_0, tmp_path, monkeypatch):
     """SmolLM2 loses its copying between boundaries 20 and 16, although prose hardly changes.
 
     At 20, a fit on eight windows recovers most of the loss.

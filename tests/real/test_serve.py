@@ -67,7 +67,7 @@ def test_catalog_model_keeps_the_requested_name(smollm2, monkeypatch):
     assert card["id"] == "SmolLM2"
 
 
-def test_openai_chat(client):
+def test_openai_client_chats(client):
     assert [model.id for model in client.models.list()] == ["smol"]
     whole = ask(client)
     assert whole.usage.pop["n_pruned"] > 20
@@ -81,7 +81,7 @@ def test_openai_chat(client):
     assert again[0] == again[1]
 
 
-def test_openai_completions(client):
+def test_openai_client_completes(client):
     fixed = {"model": "smol", "temperature": 0, "max_tokens": 12}
     request = fixed | {"prompt": "A, B, C, D, E,", "stop": " H"}
     (choice,) = client.completions.create(logprobs=2, **request).choices
@@ -91,7 +91,7 @@ def test_openai_completions(client):
     assert "".join(piece.choices[0].text for piece in pieces) == choice.text
 
 
-def test_openai_logprobs_and_schemas(client):
+def test_openai_client_receives_logprobs_and_schemas(client):
     content = ask(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
     assert all(token.top_logprobs[0].token == token.token for token in content)
     schema = {
@@ -108,7 +108,7 @@ def test_openai_logprobs_and_schemas(client):
     assert sorted(json.loads(answer)) == ["asleep", "seller"]
 
 
-def test_openai_errors(client, server):
+def test_openai_client_raises_errors(client, server):
     with pytest.raises(openai.BadRequestError, match="the prompt has 40"):
         ask(client, messages=[{"role": "user", "content": "word " * 4000}])
     with pytest.raises(openai.NotFoundError, match="this server serves 'smol'"):
@@ -124,7 +124,7 @@ def test_openai_errors(client, server):
 # --- The llm program
 
 
-def test_llm_program(server, client, tmp_path):
+def test_llm_program_answers(server, client, tmp_path):
     config = f"""
 - model_id: pop
   model_name: smol

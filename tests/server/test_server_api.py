@@ -17,7 +17,7 @@ from support.synthetic import TEMPLATE, make_gguf
 # --- endpoints and answers
 
 
-def test_health_models_and_metrics(client):
+def test_health_models_and_metrics_respond(client):
     assert client.get("/health").json() == {"status": "ok"}
     (model,) = client.get("/v1/models").json()["data"]
     assert model["id"] == NAME
@@ -54,7 +54,7 @@ def test_next_request_reuses_cached_prefix(client):
     assert second["prompt_tokens_details"]["cached_tokens"] >= first["prompt_tokens"] - 17
 
 
-def test_edited_prompt_reports_its_stale_tokens(client):
+def test_edited_prompt_reports_stale_tokens(client):
     complete(client, "Monday. " + 2 * LONG)
     before = metric_values(client)
     usage = complete(client, "Tuesday morning. " + 2 * LONG).json()["usage"]
@@ -93,7 +93,7 @@ def test_stream_sends_progress_comments(client, monkeypatch):
     assert len(events(response)) >= 2
 
 
-def test_stop_strings_and_token_limit(client):
+def test_answer_ends_at_stop_string_or_token_limit(client):
     whole = complete(client).json()["choices"][0]
     assert whole["finish_reason"] == "length"
     part = whole["text"][3:5]
@@ -206,7 +206,7 @@ def test_usage_and_log_report_reading(client, caplog, prompt, pop, reading):
     assert re.search(notes[reading], caplog.messages[-1])
 
 
-def test_chat_logprobs(client):
+def test_chat_returns_logprobs(client):
     fields = {"logprobs": True, "top_logprobs": 2}
     (choice,) = chat(client, **fields).json()["choices"]
     content = choice["logprobs"]["content"]
@@ -244,7 +244,7 @@ def test_default_values_of_unsupported_fields_are_accepted(client):
 
 @pytest.mark.parametrize("ask", [chat, complete])
 @pytest.mark.parametrize("limits", [{"n_predict": 3}, {"max_completion_tokens": 3}])
-def test_newer_limits_override_max_tokens(client, ask, limits):
+def test_max_completion_tokens_overrides_max_tokens(client, ask, limits):
     assert ask(client, max_tokens=9, **limits).json()["usage"]["completion_tokens"] == 3
 
 
@@ -281,7 +281,7 @@ def test_stop_string_removes_logprobs_of_cut_text(client):
     assert len(cut["logprobs"]["tokens"]) < len(whole["logprobs"]["tokens"])
 
 
-def test_logprobs_false_is_none(client):
+def test_logprobs_false_omits_logprobs(client):
     assert complete(client, logprobs=False).json()["choices"][0]["logprobs"] is None
     logprobs = complete(client, logprobs=True).json()["choices"][0]["logprobs"]
     assert len(logprobs["top_logprobs"][0]) >= 1

@@ -40,7 +40,7 @@ async def _hold(limiter: ClientLimiter, client: str, began: list[str], ends: asy
         await ends.wait()
 
 
-def test_waiting_clients_take_turns():
+def test_queued_clients_alternate():
     async def run() -> list[str]:
         limiter = ClientLimiter(1, 1, 8)
         began: list[str] = []
@@ -55,7 +55,7 @@ def test_waiting_clients_take_turns():
     assert asyncio.run(run()) == ["a", "b", "c", "a", "b", "a", "a"]
 
 
-def test_repeatable_requests_of_a_client_let_others_in(path):
+def test_repeatable_requests_do_not_block_other_clients(path):
     """Each of them runs alone, so several in a row would stop all other answers."""
     with (
         opened(path, n_ctx=N_CTX, n_parallel=2) as model,
@@ -73,7 +73,7 @@ def test_repeatable_requests_of_a_client_let_others_in(path):
         assert all(request.result().status_code == 200 for request in alone)
 
 
-def test_client_cannot_fill_all_places():
+def test_client_cannot_fill_the_queue():
     async def run() -> None:
         limiter, ends = ClientLimiter(3, 2, 2), asyncio.Event()
         began: list[str] = []
@@ -159,7 +159,7 @@ def test_cached_tokens_reveal_no_other_clients_prompt(path, n_parallel):
         (AccessRules(host="0.0.0.0", shares_cache=True), ("10.0.0.8", "10.0.0.9"), True),
     ],
 )
-def test_clients_that_share_a_cache(path, rules, addresses, is_shared):
+def test_shared_cache_serves_all_clients(path, rules, addresses, is_shared):
     model = opened(path, n_ctx=N_CTX)
     with app_client(app_of(model, NAME, rules=rules)) as server:
         counts = []
@@ -201,7 +201,7 @@ def test_slots_hide_other_clients_prompt_lengths(model):
     assert other["is_processing"]
 
 
-def test_single_key_shares_the_commands_cache():
+def test_single_key_shares_cache_with_commands():
     rules = AccessRules(api_keys=("alice",))
     assert {rules.cache_scope(name) for name in ("0123", "4567")} == {""}
 

@@ -12,7 +12,7 @@ from support.server_requests import LONG, N_CTX, NAME, chat
 from support.serving import app_client, app_of
 
 
-def test_embeddings(client, full):
+def test_embeddings_equal_the_models(client, full):
     texts = ["one", "two words", LONG]
     fields = {"model": NAME, "input": texts}
     answer = client.post("/v1/embeddings", json=fields).json()

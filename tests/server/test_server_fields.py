@@ -11,7 +11,7 @@ SAID = {"messages": [{"role": "user", "content": LONG}], "temperature": 0, "max_
 MESSAGE = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
 
 
-def test_models_without_version(client):
+def test_models_route_works_without_version(client):
     assert client.get("/models").json() == client.get("/v1/models").json()
     assert client.get(f"/models/{NAME}").json()["id"] == NAME
 
@@ -21,7 +21,7 @@ def test_counts_equal_usage(client):
     assert n_counted == chat(client).json()["usage"]["prompt_tokens"]
 
 
-def test_slots(client):
+def test_slots_describe_each_sequence(client):
     job = chat(client).json()["usage"]["pop"]["job"]
     [slot] = client.get("/slots").json()
     assert slot == {
@@ -45,13 +45,13 @@ def test_final_message_is_continued(client):
     assert text_of(chat(client, **(fields | {"max_tokens": 4}))) == text_of(by_hand)
 
 
-def test_schema_at_the_top(client):
+def test_top_level_schema_is_enforced(client):
     assert text_of(chat(client, json_schema={"enum": [57]}, max_tokens=20)) == "57"
 
 
 @pytest.mark.parametrize("form", [dict, list])
 @pytest.mark.parametrize("ask", [chat, complete])
-def test_logit_bias(client, ask, form):
+def test_logit_bias_changes_answer(client, ask, form):
     letter = client.post("/tokenize", json={"content": "q"}).json()["tokens"][-1]
     bias = {str(letter): 100} if form is dict else [[letter, 100]]
     assert set(text_of(ask(client, logit_bias=bias)).replace(" ", "")) == {"q"}
@@ -65,7 +65,7 @@ def test_logit_bias_forbids_tokens(client):
         assert tokens and not set(tokens) & set(usual)
 
 
-def test_logit_bias_of_text_and_within_grammar(client):
+def test_logit_bias_accepts_text_and_respects_grammar(client):
     assert set(text_of(complete(client, logit_bias={"q": 100})).replace(" ", "")) == {"q"}
     grammar = 'root ::= "a" | "b"'
     for letter in "ab":
@@ -74,13 +74,13 @@ def test_logit_bias_of_text_and_within_grammar(client):
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_forbidden_tokens_that_a_grammar_requires(client, temperature):
+def test_grammar_requiring_forbidden_tokens_is_an_error(client, temperature):
     never = [[token, False] for token in range(384)]
     fields = {"grammar": 'root ::= "a"', "logit_bias": never, "temperature": temperature}
     assert text_of(complete(client, **fields)) == "a"
 
 
-def test_fingerprint_ids_and_timings(client):
+def test_answers_contain_fingerprint_ids_and_timings(client):
     answer = chat(client).json()
     assert answer["id"].startswith("chatcmpl-") and answer["system_fingerprint"].startswith("b")
     assert answer["timings"]["predicted_n"] == answer["usage"]["completion_tokens"]
@@ -92,7 +92,7 @@ def test_fingerprint_ids_and_timings(client):
     assert (timings["predicted_n"], timings["predicted_per_second"]) == (1, 0.0)
 
 
-def test_mixed_prompts(client):
+def test_prompts_may_mix_text_and_tokens(client):
     tokens = client.post("/tokenize", json={"content": LONG, "add_special": True}).json()["tokens"]
     expected = text_of(complete(client))
     for prompt in ({"prompt_string": LONG}, {"content": [{"type": "text", "text": LONG}]}):
@@ -105,7 +105,7 @@ def test_mixed_prompts(client):
     assert mixed.json()["usage"]["prompt_tokens"] == pytest.approx(len(tokens), abs=2)
 
 
-def test_embeddings_of_empty_texts_and_content(client):
+def test_embeddings_accept_empty_text_and_content(client):
     def vectors(path="/v1/embeddings", **body):
         response = client.post(path, json=body)
         assert response.status_code == 200, response.text
@@ -121,7 +121,7 @@ def test_embeddings_of_empty_texts_and_content(client):
     assert len(of_ollama["embeddings"]) == 2
 
 
-def test_token_ids(client):
+def test_answers_contain_token_ids(client):
     fields = {"prompt": LONG, "n_predict": 4, "temperature": 0, "return_tokens": True}
     answer = client.post("/completion", json=fields).json()
     assert "completion_probabilities" not in answer
@@ -132,7 +132,7 @@ def test_token_ids(client):
     assert ids == [entry["top_logprobs"][0]["id"] for entry in probable["completion_probabilities"]]
 
 
-def test_each_answer_reports_its_own_new_lines(client):
+def test_has_new_line_belongs_to_each_answer(client):
     forms = {"prompt": "a", "n_predict": 4, "temperature": 1.9, "n_cmpl": 12, "seed": 1}
     answers = client.post("/completion", json=forms | {"grammar": r'root ::= "a" [\nb] "c"'}).json()
     flags = [answer["has_new_line"] for answer in answers]
@@ -148,7 +148,7 @@ def test_each_answer_reports_its_own_new_lines(client):
         ("/completion", {"prompt": LONG, "n_predict": 2}),
     ],
 )
-def test_progress_events(client, endpoint, body):
+def test_stream_contains_progress_events(client, endpoint, body):
     def progress(**more):
         new = json.loads(json.dumps(body).replace("quick", f"slow {endpoint}"))
         text = client.post(endpoint, json=new | {"stream": True, **more}).text
@@ -164,7 +164,7 @@ def test_progress_events(client, endpoint, body):
     assert progress() == []
 
 
-def test_ollama_stream_shows_that_it_reads(client, monkeypatch):
+def test_ollama_stream_reports_prefill(client, monkeypatch):
     monkeypatch.setattr(ollama, "_QUIET_S", 0.0)
     monkeypatch.setattr("pop_local.server.job_responses._PROGRESS_S", 0.0)
     body = {"messages": [{"role": "user", "content": LONG[::-1] * 2}]}
@@ -174,7 +174,7 @@ def test_ollama_stream_shows_that_it_reads(client, monkeypatch):
     assert "" not in lines[:-1]
 
 
-def test_text_documents_in_messages(client):
+def test_messages_may_contain_text_documents(client):
     def n_tokens(*content):
         body = {"messages": [{"role": "user", "content": [*content]}]}
         response = client.post("/v1/messages/count_tokens", json=body)
@@ -191,7 +191,7 @@ def test_text_documents_in_messages(client):
     assert client.post("/v1/messages", json=body).status_code == 400
 
 
-def test_stored_responses(client):
+def test_stored_responses_can_be_read_and_deleted(client):
     fields = {"input": LONG, "max_output_tokens": 2, "instructions": "Be brief."}
     response = client.post("/v1/responses", json=fields).json()
     path = f"/v1/responses/{response['id']}"

@@ -22,7 +22,7 @@ from support.server_requests import LONG, N_CTX, chat, complete, text_of
 from support.serving import LOCAL, app_client, app_of, served
 
 
-def test_damaged_file_closes_no_model(folder, tmp_path, expected):
+def test_damaged_file_leaves_other_models_open(folder, tmp_path, expected):
     shutil.copy(folder / "one.gguf", tmp_path)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
     library = Library(tmp_path)
@@ -69,7 +69,7 @@ def test_loading_error_reaches_every_waiting_request(library, expected, caplog):
         assert text_of(complete(client, model="two")) == expected["two"]
 
 
-def test_unknown_names_get_the_default_model(library, expected):
+def test_unknown_names_select_the_default_model(library, expected):
     with library_client(library) as client:
         answer = complete(client)
         assert answer.json()["model"] == "one"  # initially the first
@@ -233,7 +233,7 @@ def test_file_replaced_during_an_answer_is_reopened(folder, tmp_path, expected):
 
 
 @pytest.mark.parametrize("is_damaged", [True, False])
-def test_health_reports_an_only_model_that_cannot_be_reopened(
+def test_health_reports_single_model_that_cannot_be_reopened(
     folder, tmp_path, expected, is_damaged
 ):
     shutil.copy(folder / "one.gguf", tmp_path)
@@ -262,7 +262,7 @@ def test_new_sidecar_changes_the_listing(folder, tmp_path):
         assert client.get(f"/v1/models/{sidecar.stem}").json()["pop"]["boundary"] == 4
 
 
-def test_replaced_file_of_a_lone_model_is_reopened(folder, tmp_path, expected):
+def test_replaced_file_of_single_model_is_reopened(folder, tmp_path, expected):
     path = Path(shutil.copy(folder / "one.gguf", tmp_path))
     app = app_of(opened(path, n_ctx=N_CTX), "mine")
     with app_client(app) as client:
@@ -276,7 +276,7 @@ def test_replaced_file_of_a_lone_model_is_reopened(folder, tmp_path, expected):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names")
-def test_names_that_are_not_utf_8_are_all_served(folder, tmp_path, expected):
+def test_serves_models_with_names_that_are_not_utf8(folder, tmp_path, expected):
     for name in (b"a\xfe", b"a\xff"):
         shutil.copy(folder / "one.gguf", os.fsdecode(bytes(tmp_path) + b"/" + name + b".gguf"))
     Path(os.fsdecode(bytes(tmp_path) + b"/b\xff.gguf")).write_bytes(b"GGUF" + bytes(100))

@@ -60,7 +60,7 @@ def usage_of(client: TestClient, *parts: dict[str, Any]) -> dict[str, Any]:
     return usage
 
 
-def test_image_counters(client):
+def test_usage_counts_images(client):
     usage = usage_of(client, image(data_url(png(3))), text(LONG))
     assert usage["pop"]["n_image"] > 0
     assert usage["pop"]["encode_s"] > 0
@@ -165,7 +165,7 @@ def test_image_allowance_covers_only_images(client):
     assert client.post("/v1/chat/completions", content=many).status_code == 413
 
 
-def test_oversized_image_request_is_413(client, monkeypatch):
+def test_oversized_image_request_returns_413(client, monkeypatch):
     response = post(client, image("data:image/png;base64," + "A" * (50 * 2**20)), text("a"))
     assert response.status_code == 413
     assert "images in a request are limited to a total of 32 MiB" in response.text
@@ -175,7 +175,7 @@ def test_oversized_image_request_is_413(client, monkeypatch):
     )
 
 
-def test_base64_with_line_breaks(client):
+def test_base64_may_contain_line_breaks(client):
     lines = base64.encodebytes(png(3)).decode()
     for ends in ("\n", "\r\n"):
         url = "data:image/png;base64," + lines.replace("\n", ends)

@@ -155,7 +155,7 @@ def test_incomplete_request_does_not_block_shutdown(path):
         assert "Traceback" not in log
 
 
-def test_oversized_body_gets_413_rather_than_a_reset(path):
+def test_oversized_body_returns_413(path):
     head = "POST {} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 120000000"
     with running(path, "") as (_, port):
         for route in ("/page/file?name=a.txt", "/v1/completions"):

@@ -14,7 +14,7 @@ def ask(client, path="completion", **body):
     return response.json()
 
 
-def test_health_and_props(client):
+def test_health_and_props_describe_the_server(client):
     assert client.get("/v1/health").json() == {"status": "ok"}
     props = client.get("/props").json()
     assert props["default_generation_settings"]["n_ctx"] == N_CTX
@@ -25,7 +25,7 @@ def test_health_and_props(client):
     assert props["modalities"] == {"vision": False, "audio": False}
 
 
-def test_tokenize_and_detokenize(client, full):
+def test_detokenize_reverses_tokenize(client, full):
     text = "a €uro </s>"
     tokens = ask(client, "tokenize", content=text)["tokens"]
     assert tokens == full.engine.context.vocabulary.tokenize(text, special=True)
@@ -69,7 +69,7 @@ def test_stream_ends_with_counters(client):
     assert (last["stop"], last["content"], last["tokens_predicted"]) == (True, "", 8)
 
 
-def test_llama_cpp_field_names(client):
+def test_accepts_llama_cpp_field_names(client):
     answer = ask(client, prompt="a", json_schema={"enum": [57]}, n_predict=-1)
     assert (answer["content"], answer["stop_type"]) == ("57", "eos")
     several = ask(client, prompt=["a", LONG], n_cmpl=2)
@@ -82,7 +82,7 @@ def test_llama_cpp_field_names(client):
     assert (endless["content"], endless["generation_settings"]["n_predict"]) == ("b", -1)
 
 
-def test_editor_infill_requests(filler):
+def test_answers_infill_requests_of_editors(filler):
     model, client = filler
     hints = {"samplers": ["top_k", "infill"], "n_indent": 4, "t_max_predict_ms": 500}
     fields = {"input_prefix": "def f(", "input_suffix": "):", "prompt": "a, "}

@@ -85,7 +85,7 @@ def test_stream_builds_the_complete_answer(client):
     assert streamed[0].message.usage.input_tokens > 0
 
 
-def test_tool_call_and_result(client):
+def test_tool_call_accepts_result(client):
     body = FORCED | {"max_tokens": 600}
     message = whole(create(client, **body))
     [use] = message.content
@@ -124,14 +124,14 @@ def test_matched_stop_sequence_is_reported(client):
     assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", block.text[2:4])
 
 
-def test_count_tokens(client):
+def test_counts_tokens_of_messages(client):
     body = {"messages": [ASKED], "tools": [TOOL]}
     counted = client.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
     usage = whole(create(client, tools=[TOOL])).usage
     assert counted == usage.input_tokens + (usage.cache_read_input_tokens or 0)
 
 
-def test_log_estimates_the_time_left_once_rows_are_read(client, monkeypatch, caplog):
+def test_log_estimates_remaining_time_during_prefill(client, monkeypatch, caplog):
     monkeypatch.setattr(worker, "_LOG_S", 0.0)
     with caplog.at_level("INFO", "pop_local.server"):
         whole(create(client, system="".join(map(str, range(700))), max_tokens=1))

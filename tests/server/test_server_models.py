@@ -48,7 +48,7 @@ def test_one_model_is_open_at_a_time(library, expected):
         assert names.count("pop-local model") == 1
 
 
-def test_get_requests_open_and_close_no_model(library):
+def test_get_requests_leave_models_unchanged(library):
     paths = ("props", "v1/models", "v1/models/two", "api/tags", "api/ps", "health", "metrics")
     with library_client(library) as client:
         complete(client, model="one", max_tokens=1)
@@ -91,7 +91,7 @@ def test_models_stay_open_within_ram(library, expected):
         assert figures["pop_models_open"] == 2 and figures["pop_queue_length"] == 0
 
 
-def test_model_beyond_ram_is_open_alone(library, expected, caplog):
+def test_model_beyond_ram_closes_other_models(library, expected, caplog):
     with library_client(library, ram_bytes=1000) as client:
         for name in ("one", "two"):
             assert text_of(complete(client, model=name)) == expected[name]
@@ -100,7 +100,7 @@ def test_model_beyond_ram_is_open_alone(library, expected, caplog):
 
 
 @pytest.mark.parametrize(("ram_bytes", "n_parallel"), [(0, 1), (0, 2), (1 << 40, 1)])
-def test_concurrent_requests_for_two_models(library, expected, ram_bytes, n_parallel):
+def test_concurrent_requests_for_two_models_complete(library, expected, ram_bytes, n_parallel):
     library.n_parallel = n_parallel
 
     def ask(number: int) -> list[bool]:

@@ -31,13 +31,13 @@ def said(response) -> str:
     return answer["message"]["content"] if "message" in answer else answer["response"]
 
 
-def test_root_and_version(client):
+def test_root_and_version_respond(client):
     assert client.get("/").text == "Ollama is running"
     assert client.head("/").status_code == 200
     assert client.get("/api/version").json()["version"].count(".") == 2
 
 
-def test_listings_and_description(client, path):
+def test_models_are_listed_and_described(client, path):
     (model,) = client.get("/api/tags").json()["models"]
     assert model["name"] == model["model"] == f"{NAME}:latest"
     assert model["size"] == path.stat().st_size
@@ -91,7 +91,7 @@ def test_generate_applies_the_template(client):
     assert said(raw) == text_of(complete(client)) != expected
 
 
-def test_options_by_name(client):
+def test_accepts_options_by_name(client):
     whole = said(ask(client))
     stopped = ask(client, options=EIGHT | {"stop": [whole[3:5]]}).json()
     assert stopped["message"]["content"] == whole[: whole.index(whole[3:5])]
@@ -120,7 +120,7 @@ def test_format_is_enforced(client):
     assert said(ask(client, format="")) == said(ask(client))
 
 
-def test_log_probabilities(client):
+def test_answers_contain_log_probabilities(client):
     logprobs = ask(client, logprobs=True, top_logprobs=2).json()["logprobs"]
     expected = chat(client, logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]
     assert [token["bytes"] for token in logprobs] == [
@@ -142,7 +142,7 @@ def test_access_errors_have_ollama_shape(client):
     assert (foreign.status_code, foreign.json().keys()) == (403, {"error"})
 
 
-def test_stream_error_is_a_line(client, monkeypatch):
+def test_stream_error_is_sent_as_line(client, monkeypatch):
     def broken(*_):
         raise ValueError("on purpose")
 

@@ -62,11 +62,11 @@ def test_files_have_type_and_policy(client, file):
 @pytest.mark.parametrize(
     "name", ["", "none.js", "../page_routes.py", "%2e%2e/page_routes.py", "vendor"]
 )
-def test_unknown_files_are_404(client, name):
+def test_unknown_files_return_404(client, name):
     assert client.get(f"/page/{name}").status_code == 404
 
 
-def test_page_has_the_reader_limits():
+def test_page_and_reader_share_limits():
     limits = re.search(r"document: ([\d_]+), image: (\d+) \* 2 \*\* (\d+)", _part("composer.js"))
     assert limits is not None
     assert int(limits[1]) == MAX_DOCUMENT_BYTES
@@ -120,7 +120,7 @@ def test_page_needs_no_key(path):
     assert sent(client, b"text", Authorization="Bearer secret").json()["text"] == "text"
 
 
-def test_document_upload(client):
+def test_uploaded_document_is_converted_to_text(client):
     assert sent(client, "Grüße\n".encode()).json() == {"name": "a.txt", "text": "Grüße\n"}
     mail = b"Subject: Lamps\nFrom: a@b.example\n\nLit at six.\n"
     assert "Lit at six." in sent(client, mail, "note.EML").json()["text"]
@@ -148,13 +148,13 @@ def test_image_upload_returns_data_url(client):
         (b"\x80", "", "the file is not UTF-8 text"),
     ],
 )
-def test_unreadable_file_errors(client, content, name, words):
+def test_unreadable_file_returns_an_error(client, content, name, words):
     message = refusal(sent(client, content, name), 400)
     assert message.startswith(words)
     assert tempfile.gettempdir() not in message
 
 
-def test_oversized_upload_is_refused_unread(client):
+def test_oversized_upload_is_refused_before_reading(client):
     read = []
 
     def body():

@@ -56,7 +56,7 @@ def begun(lines) -> None:
     next(filter(is_text, lines))
 
 
-def test_short_request_during_long_answer(several):
+def test_short_request_completes_during_long_answer(several):
     with endless(several) as lines:
         begun(lines)
         for number in range(3):
@@ -66,7 +66,7 @@ def test_short_request_during_long_answer(several):
         assert metric_values(several)["pop_queue_length"] == 0
 
 
-def test_concurrent_answers_equal_lone_answers(several, client):
+def test_concurrent_answers_equal_single_answers(several, client):
     """Check greedy answers of different lengths, with a unique mark in each."""
     prompts = [f"{LONG}{LONG[: 40 * number]} number {number}" for number in range(N_CLIENTS)]
 
@@ -116,7 +116,7 @@ def test_short_prompt_is_answered_while_a_long_one_is_read(several):
         begun(lines)
 
 
-def test_disconnect_ends_a_prompt_that_waits_for_its_turn(several):
+def test_disconnect_cancels_queued_prompt(several):
     with endless(several, LONG * 40) as lines:
         next(line for line in lines if line.startswith(": read"))
         with endless(several, "longer. " + LONG * 50) as waiting:
@@ -134,7 +134,7 @@ def test_disconnect_releases_the_slot(several):
         assert text_of(chat(several, "a", grammar='root ::= "yes"')) == "yes"
 
 
-def test_full_request_during_pruned_answer(several):
+def test_full_request_completes_during_pruned_answer(several):
     with endless(several) as lines:
         begun(lines)
         full = chat(several, "in full. " + LONG, pop=False).json()["usage"]["pop"]
@@ -142,7 +142,7 @@ def test_full_request_during_pruned_answer(several):
     assert (full["reading"], full["n_pruned"], again["reading"]) == ("full", 0, "pruned")
 
 
-def test_embeddings_during_answer(several, client):
+def test_embeddings_complete_during_answer(several, client):
     with endless(several) as lines:
         begun(lines)
         vector = several.post("/v1/embeddings", json={"input": "one two"}).json()["data"][0]
@@ -150,7 +150,7 @@ def test_embeddings_during_answer(several, client):
     assert vector["embedding"] == pytest.approx(expected["embedding"], abs=1e-3)
 
 
-def test_concurrent_tool_calls(several):
+def test_concurrent_requests_call_tools(several):
     def ask(number: int) -> str:
         sent = {"tools": [function("look")], "tool_choice": "required", "max_tokens": 512}
         message, reason = message_of(chat(several, f"{number} look", **sent))
@@ -177,7 +177,7 @@ def test_idle_server_refills_every_sequence(path):
     model.close()
 
 
-def test_slots_count_the_rows_of_each_answer_that_can_catch_up(path, monkeypatch):
+def test_slots_report_rows_that_can_catch_up(path, monkeypatch):
     def refill_nothing(self, should_stop):
         time.sleep(0.01)
         return 0
@@ -196,7 +196,7 @@ def test_slots_count_the_rows_of_each_answer_that_can_catch_up(path, monkeypatch
     assert sorted(jobs) == sorted([pops[0]["job"], third["job"]])
 
 
-def test_repeatable_answers_beside_other_requests(several):
+def test_repeatable_answers_ignore_concurrent_requests(several):
     """Other answers occupy other cells in each round, which changes roundings."""
 
     def ask(number: int) -> str:
@@ -232,7 +232,7 @@ def test_waiting_repeatable_answer_stops_without_changing_others(path, ends):
     model.close()
 
 
-def test_lone_client_always_gets_the_same_slot(path, monkeypatch):
+def test_single_client_keeps_its_slot(path, monkeypatch):
     """Its next request arrives when the last event of an answer has been sent."""
     put = Job.put
 
@@ -278,7 +278,7 @@ def test_props_report_number_of_slots(several):
     assert several.get("/props").json()["total_slots"] == SLOTS
 
 
-def test_cache_prompt_false_reads_again(several):
+def test_cache_prompt_false_rereads_prompt(several):
     chat(several, "anew. " + LONG)
     again = chat(several, "anew. " + LONG, cache_prompt=False).json()["usage"]
     assert again["prompt_tokens_details"]["cached_tokens"] == 0

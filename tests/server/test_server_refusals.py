@@ -107,7 +107,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"grammar": 'root ::= "ab" x\nx ::= x "c"'}, "no token"),
     ],
 )
-def test_invalid_chats_are_400(client, body, reason):
+def test_invalid_chats_return_400(client, body, reason):
     response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400
     error = response.json()["error"]
@@ -137,7 +137,7 @@ def test_invalid_chats_are_400(client, body, reason):
         ({"prompt": "x", "add_special_tokens": False}, "add_special_tokens must be true"),
     ],
 )
-def test_invalid_completions_are_400(client, body, reason):
+def test_invalid_completions_return_400(client, body, reason):
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 400
     assert reason in response.json()["error"]["message"]
@@ -165,14 +165,14 @@ def test_validation_stops_at_first_error(kind, body):
     assert caught.value.error_count() <= 4  # a union has four types
 
 
-def test_stream_error_is_an_event(client):
+def test_stream_error_is_sent_as_event(client):
     response = complete(client, grammar='root ::= "ab" x\nx ::= x "c"', stream=True)
     error = json.loads(response.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
     assert "no token" in error["message"]
     assert text_of(complete(client))
 
 
-def test_error_beyond_context_states_tokens(client):
+def test_oversized_prompt_error_contains_token_counts(client):
     response = complete(client, "x" * 5000)
     assert response.status_code == 400
     error = response.json()["error"]
@@ -201,7 +201,7 @@ def test_header_encodes_model_name(model):
     assert other.headers["x-model"] == "a%0Ab %E2%82%AC"
 
 
-def test_grammar_bomb_is_400(path):
+def test_grammar_bomb_returns_400(path):
     model = opened(path, n_ctx=N_CTX)
     with app_client(app_of(model, NAME)) as client:
         response = complete(client, grammar=f'root ::= a0 "z"\n{BOMB[:-2]}"a"')
@@ -215,7 +215,7 @@ def test_grammar_bomb_is_400(path):
     model.close()
 
 
-def test_full_queue_is_503(path):
+def test_full_queue_returns_503(path):
     with app_client(app_of(opened(path), NAME, max_waiting=0)) as client:
         response = complete(client)
         assert response.status_code == 503

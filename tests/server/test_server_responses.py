@@ -85,7 +85,7 @@ def test_stream_builds_the_complete_answer(client):
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "double"}])
-def test_tool_call(client, choice):
+def test_response_calls_tool(client, choice):
     body = FORCED | {"tool_choice": choice, "max_output_tokens": 600}
     [call] = whole(create(client, **body)).output
     assert call.type == "function_call" and call.name == "double"

@@ -116,7 +116,7 @@ def test_prompt_beyond_context_is_refused(client, filler, route):
 
 
 @pytest.mark.parametrize("route", [route for route in BODIES if f"/v1{route}" in BODIES])
-def test_paths_without_version(client, route):
+def test_routes_work_without_version(client, route):
     short, long = (
         client.post(version + route, json=body_for(route, LONG)) for version in ("", "/v1")
     )
@@ -138,14 +138,14 @@ def test_paths_without_version(client, route):
         ("/v1/messages", {"tools": [{"name": "a", "input_schema": DEEP}]}),
     ],
 )
-def test_memory_bomb_in_schema_is_refused(client, route, field):
+def test_schema_that_exhausts_memory_is_refused(client, route, field):
     response = client.post(route, json=body_for(route) | field)
     assert response.status_code == 400, response.text
     assert error_of(response)
     assert text_of(chat(client, "hello", max_tokens=1)) is not None
 
 
-def test_unknown_path_names_a_near_one(client):
+def test_unknown_path_suggests_the_nearest(client):
     unknown = client.post("/v1/chat/completion", json={})
     assert unknown.status_code == 404
     assert "did you mean /v1/chat/completions?" in error_of(unknown)

@@ -36,7 +36,7 @@ def test_each_prompt_of_a_list_is_answered(client):
     assert usage["pop"]["reason"] is None
 
 
-def test_n_answers_have_different_seeds(client):
+def test_each_of_n_answers_has_its_own_seed(client):
     warm = {"temperature": 1.5, "max_tokens": 12}
     several = texts(complete(client, PROMPTS[:2], n=2, seed=5, **warm))
     alone = [
@@ -48,14 +48,14 @@ def test_n_answers_have_different_seeds(client):
     assert several[0] != several[1]
 
 
-def test_chat_with_several_answers(client):
+def test_chat_returns_several_answers(client):
     warm = {"temperature": 1.5, "seed": 5}
     choices = chat(client, n=2, **warm).json()["choices"]
     contents = [choice["message"]["content"] for choice in choices]
     assert contents == [text_of(chat(client, **warm | {"seed": seed})) for seed in (5, 6)]
 
 
-def test_stream_of_several_answers(client):
+def test_several_answers_are_streamed(client):
     fields = {"stream": True, "stream_options": {"include_usage": True}}
     *pieces, figures = events(complete(client, PROMPTS, **fields))
     streamed = ["", "", ""]
@@ -91,7 +91,7 @@ def test_disconnect_skips_remaining_answers():
     asyncio.run(asyncio.wait_for(hang_up(), timeout=20))
 
 
-def test_suffix_infills(filler):
+def test_suffix_requests_infill(filler):
     model, client = filler
     before, after = "def f(", "): <|fim_middle|>"  # plain text here
     tokens = by_hand(model, before, after)

@@ -160,7 +160,7 @@ def test_tool_beyond_limits_is_refused(client):
     assert refused.status_code == 400, refused.text
 
 
-def test_schema_bombs_are_400(client):
+def test_schema_bombs_return_400(client):
     nested: list[Any] = [TURN[0], {**TURN[1], "content": "[" * 20_000}, TURN[2]]
     hostile: list[dict[str, Any]] = [
         {"tools": [function("a", b=NESTED)]},
@@ -217,7 +217,7 @@ def test_stop_string_does_not_cut_a_call(client):
     assert called(message) == called(whole) and reason == "tool_calls"
 
 
-def test_required_call_at_high_temperature(client):
+def test_high_temperature_keeps_required_call(client):
     for seed in range(3):
         body = FORCED | {"temperature": 10, "seed": seed, "max_tokens": 400}
         message, _ = message_of(chat(client, **body))
@@ -232,7 +232,7 @@ def test_required_call_at_high_temperature(client):
         {"allOf": [SEALED], "required": ["city"]},
     ],
 )
-def test_tool_schema_with_references(client, schema):
+def test_tool_schema_may_contain_references(client, schema):
     tool = {"type": "function", "function": {"name": "look", "parameters": schema}}
     body = FORCED | {"tools": [tool], "parallel_tool_calls": False, "max_tokens": 600}
     [(_, arguments)] = called(message_of(chat(client, **body))[0])
@@ -240,14 +240,14 @@ def test_tool_schema_with_references(client, schema):
 
 
 @pytest.mark.parametrize("name", ["call", "calls"])
-def test_tool_named_like_a_grammar_rule(client, name):
+def test_tool_may_have_name_of_grammar_rule(client, name):
     body = FORCED | {"tools": [function(name, n={"enum": [1, 2]})], "parallel_tool_calls": False}
     [(function_name, arguments)] = called(message_of(chat(client, **body))[0])
     assert (function_name, arguments["n"] in (1, 2)) == (name, True)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_answer_beside_tools_matches_the_schema(client, stream):
+def test_answer_matches_schema_despite_tools(client, stream):
     form = {"type": "json_object", "schema": {"enum": ["57", "58"]}}
     fields = {"tools": TOOLS, "response_format": form, "max_tokens": 600, "stream": stream}
     # A bias makes the random model choose the schema's first character.
@@ -257,14 +257,14 @@ def test_answer_beside_tools_matches_the_schema(client, stream):
     assert content in ('"57"', '"58"')
 
 
-def test_calls_stay_possible_beside_schema(client):
+def test_tool_calls_are_allowed_with_schema(client):
     form = {"type": "json_object", "schema": {"enum": ["57"]}}
     fields = {"tools": TOOLS, "parallel_tool_calls": False, "max_tokens": 600}
     message, reason = message_of(chat(client, **fields, response_format=form))
     assert called(message) and reason == "tool_calls"
 
 
-def test_required_call_beside_schema(client):
+def test_required_call_takes_precedence_over_schema(client):
     form = {"type": "json_object", "schema": {"enum": ["57"]}}
     message, reason = message_of(chat(client, **FORCED, response_format=form))
     assert called(message) and reason == "tool_calls"

@@ -70,7 +70,7 @@ def test_distilling_text_has_distinct_windows(llama: Path, tmp_path: Path):
     assert few[:4].tolist() == text.windows.tolist() and len(few) == 6
 
 
-def test_number_of_distilled_windows():
+def test_number_of_distilled_windows_follows_options():
     assert FitOptions().n_distilled(576) == 128
     assert FitOptions(tokens=200 * 512).n_distilled(576) == 200
 

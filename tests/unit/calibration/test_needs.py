@@ -75,7 +75,7 @@ def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_no_flags_are_needed_to_fit_8b_on_a_laptop(llama_8b, monkeypatch):
+def test_default_fit_of_8b_model_fits_laptop_memory(llama_8b, monkeypatch):
     monkeypatch.setattr(needs, "free_bytes", lambda: FREE_BYTES)
     planned = plan_conversion(llama_8b, None, ConvertOptions(Within(BALANCED)))
     assert planned.needs is not None

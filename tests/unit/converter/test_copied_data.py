@@ -21,7 +21,7 @@ def parts_of(path: Path) -> tuple[list[bytes], bytes, bytes]:
 
 
 @pytest.mark.parametrize("arch", sorted(DEFAULTS))
-def test_every_architecture(tmp_path, arch):
+def test_copies_tensors_of_every_architecture(tmp_path, arch):
     src, copy = make_gguf(tmp_path / "model.gguf", arch), tmp_path / "pop.gguf"
     convert(make_plan(read_shape(src)), src, copy)
     assert parts_of(copy) == parts_of(src)
@@ -29,7 +29,7 @@ def test_every_architecture(tmp_path, arch):
 
 @pytest.mark.parametrize("alignment", [64, 4096])
 @pytest.mark.parametrize("n_odd", range(5))
-def test_odd_headers_and_ends(tmp_path, alignment, n_odd):
+def test_copies_data_after_odd_headers(tmp_path, alignment, n_odd):
     """Vary the header's length modulo the alignment, and append bytes after the last tensor."""
     src = make_gguf(tmp_path / "model.gguf", "llama", alignment=alignment)
     odd, copy = tmp_path / "odd.gguf", tmp_path / "pop.gguf"

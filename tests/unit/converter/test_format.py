@@ -79,7 +79,7 @@ def _damaged(path: Path, tmp_path: Path, at: int, raw: bytes) -> Path:
         (16, struct.pack("<Q", 2**60), "truncated|not a valid"),
     ],
 )
-def test_bad_start(tiny, tmp_path, at, raw, says):
+def test_invalid_file_headers_are_refused(tiny, tmp_path, at, raw, says):
     with pytest.raises(FormatError, match=says):
         read_header(_damaged(tiny, tmp_path, at, raw))
 
@@ -138,7 +138,7 @@ def test_duplicate_keys_and_odd_alignments_are_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("alignment", [1, 8, 16, 1 << 21, "32"])
-def test_alignments_that_llama_cpp_cannot_read(tiny, tmp_path, alignment):
+def test_unsupported_alignments_are_refused(tiny, tmp_path, alignment):
     with pytest.raises(FormatError, match="alignment"):
         read_header(add_keys(tiny, tmp_path / "bad.gguf", general__alignment=alignment))
 
@@ -153,7 +153,7 @@ def test_header_size_is_limited(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("at", [8, 16], ids=["tensors", "keys"])
-def test_sparse_file_is_not_read_to_its_end(tiny, tmp_path, at):
+def test_sparse_file_is_not_read_completely(tiny, tmp_path, at):
     bad = _damaged(tiny, tmp_path, at, struct.pack("<Q", 2**40))
     with bad.open("r+b") as file:
         file.truncate(1 << 40)

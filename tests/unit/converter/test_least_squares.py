@@ -92,7 +92,7 @@ def test_singular_gram_needs_a_ridge():
     fit.fit_layer(1, gram, own)
 
 
-def test_token_weights():
+def test_token_weights_are_bounded():
     mass = np.array([0, 1, 1, 2], np.float32)
     np.testing.assert_allclose(fit.token_weights(mass), [0.2, 1, 1, 1.8])
     np.testing.assert_array_equal(fit.token_weights(0 * mass), 1)

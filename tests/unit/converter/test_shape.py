@@ -19,7 +19,7 @@ from support.synthetic import DEFAULTS, add_keys, make_gguf, make_split, renamed
 
 @pytest.mark.parametrize("arch", sorted(DEFAULTS))
 @pytest.mark.parametrize("overrides", [{}, {"fused_qkv": True}, {"tied_output": True}])
-def test_shape(tmp_path, arch, overrides):
+def test_reads_sizes_of_each_architecture(tmp_path, arch, overrides):
     recipe = replace(DEFAULTS[arch], **overrides)
     shape = read_shape(make_gguf(tmp_path / "model.gguf", arch, **overrides))
     n_q, n_kv = recipe.n_head * recipe.head_dim, recipe.n_head_kv * recipe.head_dim
@@ -54,14 +54,14 @@ def test_shape(tmp_path, arch, overrides):
         ("phi3", 0, set(range(8))),
     ],
 )
-def test_sliding_windows(tmp_path, arch, period, full_layers):
+def test_reads_sliding_window_pattern(tmp_path, arch, period, full_layers):
     path = make_gguf(tmp_path / "model.gguf", arch, swa_period=period, swa_window=16)
     windows = read_shape(path).windows
     assert {layer for layer, window in enumerate(windows) if window == 0} == full_layers
     assert set(windows) <= {0, 16}
 
 
-def test_sliding_window_flag_for_each_layer(tmp_path):
+def test_reads_sliding_window_of_each_layer(tmp_path):
     pattern = [True, False, False, True, True, True, True, False]
     path = make_gguf(tmp_path / "model.gguf", "gemma3", swa_pattern=pattern)
     assert read_shape(path).windows == tuple(16 * flag for flag in pattern)
@@ -83,12 +83,12 @@ def test_too_many_deepstack_layers_are_refused(tmp_path):
         read_shape(path)
 
 
-def test_head_counts_for_each_layer(tmp_path):
+def test_reads_head_counts_of_each_layer(tmp_path):
     plain = read_shape(make_gguf(tmp_path / "plain.gguf", "llama"))
     assert read_shape(make_gguf(tmp_path / "arrays.gguf", "llama", head_arrays=True)) == plain
 
 
-def test_split_model_has_the_shape_of_the_whole(tmp_path):
+def test_split_model_has_the_same_shape(tmp_path):
     whole = make_gguf(tmp_path / "whole.gguf", "qwen3moe")
     parts = make_split(tmp_path / "split.gguf", "qwen3moe", max_tensors=20, empty_first=True)
     assert len(parts) > 2

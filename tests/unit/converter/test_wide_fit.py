@@ -142,7 +142,7 @@ def test_strongest_neurons_are_chosen_and_scaled(tmp_path):
     )
 
 
-def test_work_of_a_wide_fit_equals_its_weights(llama):
+def test_operation_count_of_wide_fit_equals_its_weights(llama):
     shape, plan = read_shape(llama), planned(llama, projection=WIDE)
     result = made_up(plan)
     n_wide = sum(

@@ -62,7 +62,7 @@ def test_answer_ends_at_its_limit_and_at_a_stop_string(model):
     assert (cut, stats.finish_reason) == (text[: text.index(stop)], "stop")
 
 
-def test_answer_ends_where_the_context_does(chat_model):
+def test_answer_ends_at_context_limit(chat_model):
     small = opened(chat_model, n_ctx=256)
     _, stats = ask(small, Message("user", "Who?"), max_tokens=None)
     assert stats.finish_reason == "length"
@@ -72,7 +72,7 @@ def test_answer_ends_where_the_context_does(chat_model):
 # --- stopping
 
 
-def test_stopped_prefill_returns_stats_and_leaves_the_model_usable(model):
+def test_stopped_prefill_returns_stats(model):
     expected, _ = ask(model, QUESTION)
     first_of(model).cache.clear()
     n_calls = 0
@@ -96,7 +96,7 @@ def test_stopped_answer_keeps_its_text(model):
     assert expected.startswith(text) and text != expected
 
 
-def test_stop_right_after_the_last_batch_keeps_the_whole_prompt(model):
+def test_stop_after_last_batch_keeps_whole_prompt(model):
     expected, whole = ask(model, QUESTION)
     longer = [QUESTION, Message("assistant", expected), QUESTION]
     expected_later, later = ask(model, *longer)

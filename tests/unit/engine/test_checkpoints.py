@@ -113,7 +113,7 @@ def test_second_turn_reads_only_new_tokens(open_model):
     assert_near(found, logits_after(open_model(), longer))
 
 
-def test_answer_that_a_client_changes_is_read_again_alone(name, open_model):
+def test_rereads_only_changed_answer(name, open_model):
     """The batches of a model that has read the first prompt alone have the same shapes."""
     model, question = open_model(), prompt(256)
     greedy(model, question, 20)
@@ -126,7 +126,7 @@ def test_answer_that_a_client_changes_is_read_again_alone(name, open_model):
     assert_near(found, logits_after(open_model(), changed))
 
 
-def test_undo_retry_and_an_edited_question_return_to_a_checkpoint(open_model):
+def test_undo_retry_and_edits_return_to_a_checkpoint(open_model):
     model, other, first = open_model(), open_model(), prompt(256)
     conversation = first + greedy(model, first, 20)
     # More rows than a window's cells (256), so that rows of the first turn are dropped.
@@ -146,7 +146,7 @@ def test_undo_retry_and_an_edited_question_return_to_a_checkpoint(open_model):
     assert_near(model.engine.context.logits()[0], logits_after(other, undone))
 
 
-def test_repeated_question_equals_a_fresh_reading_bit_for_bit(name, open_model):
+def test_repeated_question_equals_fresh_reading_exactly(name, open_model):
     """The prompt's last chunk starts at a checkpoint and has the same rows in both readings."""
     model, question = open_model(), prompt(256)
     expected = logits_after(model, question)
@@ -157,7 +157,7 @@ def test_repeated_question_equals_a_fresh_reading_bit_for_bit(name, open_model):
     assert_same(name, model.engine.context.logits()[0], expected)
 
 
-def test_prompts_that_differ_in_the_middle_read_from_there(open_model, monkeypatch):
+def test_prompts_are_reread_from_the_first_difference(open_model, monkeypatch):
     monkeypatch.setattr(read_module, "EVERY", N_BATCH)
     model, long = open_model(), prompt(640)
     model.read(Prompt(long))
@@ -168,7 +168,7 @@ def test_prompts_that_differ_in_the_middle_read_from_there(open_model, monkeypat
 
 
 @pytest.mark.parametrize("chunk", [0, 3])
-def test_stop_while_reading_leaves_a_valid_cache(open_model, monkeypatch, chunk):
+def test_stopped_prefill_leaves_valid_cache(open_model, monkeypatch, chunk):
     monkeypatch.setattr(read_module, "EVERY", N_BATCH)
     model, tokens = open_model(), prompt(320)
     n_calls = 0

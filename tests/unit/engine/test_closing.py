@@ -118,7 +118,7 @@ def test_forked_model_refuses_to_compute(pop_file, monkeypatch):
             use()
 
 
-def test_frozen_application_does_not_start_itself_as_a_child(monkeypatch):
+def test_frozen_application_requires_set_executable(monkeypatch):
     """sys.executable is the application; multiprocessing.set_executable names Python."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     limits: Any = {"limit_s": 5.0, "limit_bytes": 2**29}

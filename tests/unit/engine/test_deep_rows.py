@@ -40,7 +40,7 @@ def full_rows(cache):
     return np.flatnonzero(cache.is_full[: cache.n_tokens])
 
 
-def test_words_that_must_be_spelled_are_deep(model):
+def test_identifiers_and_numbers_are_deep(model):
     assert words(model, TEXT) == ["9f3a77c1", "parseHeader", "src/io_utils", ":8080"]
 
 
@@ -55,7 +55,7 @@ def test_long_word_takes_linear_time(model):
 
 
 @pytest.mark.parametrize("n_batch", [16, 64, 1024])
-def test_choice_does_not_depend_on_the_batch(pop_file, model, n_batch):
+def test_selection_does_not_depend_on_the_batch(pop_file, model, n_batch):
     tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     append(model, tokens)
     other = opened(pop_file, n_batch=n_batch, n_ubatch=n_batch)
@@ -69,7 +69,7 @@ def test_choice_does_not_depend_on_the_batch(pop_file, model, n_batch):
     )
 
 
-def test_prompt_that_continues_a_cached_one_has_the_same_deep_rows(pop_file, model):
+def test_continued_prompt_keeps_deep_rows(pop_file, model):
     tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     append(model, tokens)
     whole = deep_rows(model)
@@ -81,7 +81,7 @@ def test_prompt_that_continues_a_cached_one_has_the_same_deep_rows(pop_file, mod
         assert set(whole) - set(deep_rows(other)) <= set(range(len(tokens) - 32, len(tokens)))
 
 
-def test_each_of_several_sequences_has_its_own_deep_rows(pop_file, model):
+def test_each_sequence_has_its_own_deep_rows(pop_file, model):
     tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     append(model, tokens)
     several = opened(pop_file, n_parallel=2)
@@ -99,7 +99,7 @@ def test_restored_cache_is_reused_with_its_deep_rows(pop_file, model):
     assert other.read(Prompt([*tokens, *tokens[:40]])).n_cached == len(tokens)
 
 
-def test_rows_that_another_rule_left_pruned_are_read_again(model):
+def test_new_rule_rereads_pruned_rows(model):
     tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     set_rule(model, deep_rows=DeepRows.NONE)
     model.read(Prompt(tokens))
@@ -109,7 +109,7 @@ def test_rows_that_another_rule_left_pruned_are_read_again(model):
     assert model.read(Prompt([*tokens, *tokens])).n_cached == first
 
 
-def test_in_full_no_row_is_counted_as_deep(model):
+def test_full_mode_counts_no_deep_rows(model):
     model.engine.set_mode(Mode.OFF)
     append(model, model.engine.context.vocabulary.tokenize(TEXT))
     assert first_of(model).cache.slot.counters.n_deep == 0

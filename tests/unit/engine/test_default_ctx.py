@@ -26,7 +26,7 @@ def free_for(source, n_tokens: int) -> int:
     return 4 * kv_bytes(source_shape(source), n_tokens)
 
 
-def test_default_is_the_trained_length_if_a_quarter_of_memory_is_enough(source):
+def test_default_is_trained_length_if_memory_suffices(source):
     assert default_ctx(source, 1, free_for(source, 40_000 + 256)) == 40_000
 
 
@@ -41,7 +41,7 @@ def test_unknown_trained_length_gets_a_default(tmp_path):
     assert default_ctx(unknown, 1, 10**12) == 8_192
 
 
-def test_free_memory_counts_when_a_model_is_opened(source, monkeypatch):
+def test_opening_a_model_checks_free_memory(source, monkeypatch):
     memory = SimpleNamespace(available=free_for(source, 4_096))
     monkeypatch.setattr(
         loading,

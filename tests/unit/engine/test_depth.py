@@ -123,7 +123,7 @@ def test_memory_stays_flat_over_many_turns(pop_file):
     assert resident_bytes() - before < 4 * 2**20
 
 
-def test_prompt_cache_separates_modes_even_of_exact_rows(pop_file):
+def test_prompt_cache_separates_modes_of_exact_rows(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
     first_of(model).refiller.refill()

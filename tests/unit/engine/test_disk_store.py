@@ -56,7 +56,7 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*"))
 
 
-def test_prompt_is_found_after_a_restart(pop_file, folder):
+def test_prompt_is_restored_after_restart(pop_file, folder):
     longer = [*OLD, 5, 6]
     cells = store_prompt(pop_file, folder)
     reading, logits, restored = restart(pop_file, folder, longer)
@@ -68,7 +68,7 @@ def test_prompt_is_found_after_a_restart(pop_file, folder):
         assert kv_bytes(model) == restored
 
 
-def test_edited_prompt_is_found_after_a_restart(pop_file, folder):
+def test_edited_prompt_is_restored_after_restart(pop_file, folder):
     store_prompt(pop_file, folder)
     reading, *_ = restart(pop_file, folder, [*OLD[:40], 9, 9, *OLD[42:]])
     assert reading.n_stale > 500
@@ -137,14 +137,14 @@ def test_state_of_another_version_is_removed(pop_file, folder, monkeypatch):
     assert files(folder) == []
 
 
-def test_state_of_another_model_is_kept_and_not_used(pop_file, folder, tmp_path):
+def test_state_of_another_model_is_kept_but_unused(pop_file, folder, tmp_path):
     store_prompt(pop_file, folder)
     other = tiny(tmp_path, seed=3)
     assert restart(other, folder)[0].n_cached == 0
     assert len(files(folder)) == 1
 
 
-def test_full_disk_is_one_line_in_the_log(pop_file, folder, monkeypatch, caplog):
+def test_full_disk_is_logged_in_one_line(pop_file, folder, monkeypatch, caplog):
     def full(*_: object, **__: object) -> None:
         raise WriteError("cannot write: no space left on device")
 
@@ -179,7 +179,7 @@ while True:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 @pytest.mark.parametrize("after_s", [0.0, 0.05, 0.13, 0.3])
-def test_kill_leaves_no_half_state(folder, after_s, caplog):
+def test_killed_process_leaves_no_partial_state(folder, after_s, caplog):
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE
     ) as child:

@@ -56,7 +56,7 @@ def test_edit_after_a_picture_reuses_rows(vision_model):
 
 
 @pytest.mark.parametrize("seed", [3, 4], ids=["before the picture", "another picture"])
-def test_edit_before_the_end_of_a_picture_is_read_from_the_first_change(vision_model, seed):
+def test_rereads_edited_image_from_first_change(vision_model, seed):
     before = words(5, seed=2) + BEFORE[9:] if seed == 3 else BEFORE
     with opened(vision_model) as model, opened(vision_model) as fresh:
         old = prompt_of(model, BEFORE, AFTER, 3)

@@ -17,7 +17,7 @@ from support.edited_prompts import EDITS, NEW, OLD, pruned
     [({"full": True}, {}), ({}, {"reuse": Reuse.EXACT}), ({}, {"reuse": Reuse.OFF})],
     ids=["full", "exact", "off"],
 )
-def test_full_mode_and_the_options_prevent_stale_rows(pop_file, options, rule):
+def test_full_mode_and_options_prevent_stale_rows(pop_file, options, rule):
     tokens = EDITS["a changed line"]
     with pruned(pop_file, **options) as model:
         set_rule(model, **rule)
@@ -47,7 +47,7 @@ def test_edits_that_save_little_are_read_normally(pop_file, tokens):
         assert model.read(Prompt(tokens)).n_stale == 0
 
 
-def test_prompt_whose_rows_cannot_move_stays_in_the_prompt_cache(tmp_path):
+def test_prompt_with_fixed_rows_stays_in_prompt_cache(tmp_path):
     path = tiny(tmp_path, "qwen2vl")
     with pruned(path, prompt_cache=PromptCache(2**24)) as model:
         read(model, OLD)
@@ -56,7 +56,7 @@ def test_prompt_whose_rows_cannot_move_stays_in_the_prompt_cache(tmp_path):
 
 
 @pytest.mark.parametrize("reuse", [Reuse.EXACT, Reuse.EDITED])
-def test_new_conversation_does_not_replace_the_last_rows_of_another(pop_file, reuse):
+def test_new_conversation_keeps_rows_of_previous_one(pop_file, reuse):
     """The new prompts reuse more than half of the rows, but not the other conversation's end."""
     new_line = NEW[:20] if reuse is Reuse.EDITED else OLD[:20]
     first = OLD + prompt(300, seed=2)

@@ -57,7 +57,7 @@ def repaired(model: PopModel) -> tuple[bytes, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_edit_decodes_only_new_rows_and_a_refill_makes_the_cache_exact(arch_file, name):
+def test_refill_after_edit_makes_cache_exact(arch_file, name):
     tokens = EDITS[name]
     state, logits = fresh(arch_file, tokens)
     with pruned(arch_file) as model:
@@ -84,11 +84,11 @@ def test_edit_decodes_only_new_rows_and_a_refill_makes_the_cache_exact(arch_file
         ("the oldest quarter removed", 520 // 4),
     ],
 )
-def test_as_many_last_rows_are_decoded_again_as_tokens_changed(model, name, n_rows):
+def test_decodes_one_last_row_again_per_changed_token(model, name, n_rows):
     assert model.read(Prompt(EDITS[name])).counters.n_rows == n_rows
 
 
-def test_state_is_chosen_only_if_its_edit_pays(pop_file):
+def test_state_is_edited_only_if_it_saves_work(pop_file):
     """Reject a state that matches more rows if only its first 10 rows could be reused."""
     base = prompt(340, seed=3)
     tokens = base[:10] + prompt(170, seed=4) + base[10:]
@@ -168,7 +168,7 @@ def test_all_rows_are_dropped_if_invalid_ones_cannot_be_removed(tmp_path, aborte
         assert cache.n_tokens == cache.slot.end_position == 0
 
 
-def test_small_changes_of_the_logits_show_that_stale_rows_are_used(model):
+def test_stale_rows_change_logits_slightly(model):
     """Stale rows are approximate: other logits than a fresh pruned reading's, but close ones."""
     tokens = EDITS["a changed line"]
     edited = read(model, tokens)
@@ -189,7 +189,7 @@ def test_random_operations_are_repaired(tmp_path, arch, seed):
         assert operations.n_equal > 0
 
 
-def test_repair_that_stops_at_every_chunk_completes_later(model, pop_file):
+def test_interrupted_repair_completes_later(model, pop_file):
     tokens = EDITS["an inserted passage"]
     read(model, tokens)
     refiller, cache = first_of(model).refiller, first_of(model).cache
@@ -247,7 +247,7 @@ def test_answers_continue_after_stale_rows(model, pop_file):
     assert repaired(model)[0] == fresh(pop_file, longer)[0]
 
 
-def test_prompt_cache_finds_the_state_that_an_edit_can_reuse(pop_file):
+def test_prompt_cache_returns_state_reusable_by_edit(pop_file):
     other = prompt(600, seed=7)
     tokens = EDITS["a shorter first line"]
     with pruned(pop_file, prompt_cache=PromptCache(2**24)) as model:
@@ -274,7 +274,7 @@ def test_restored_state_catches_up_from_its_exact_rows(model, pop_file, tmp_path
 
 
 @pytest.mark.parametrize(("name", "redone"), [("a longer first line", 8), ("a changed line", 0)])
-def test_full_rows_that_move_close_to_a_change_are_decoded_again(model, name, redone):
+def test_moved_full_rows_near_a_change_are_decoded_again(model, name, redone):
     tokens = EDITS[name]
     must_be_full = np.zeros(len(tokens), bool)
     must_be_full[[100, 105, 200, 541, 542]] = True

@@ -34,7 +34,7 @@ def test_several_sequences_reuse_and_repair_edited_prompts(pop_file):
             np.testing.assert_allclose(sequence.cache.slot.logits[-1], expected, atol=0.03, rtol=0)
 
 
-def test_edited_prompt_gets_the_sequence_that_it_can_reuse(pop_file):
+def test_edited_prompt_selects_reusable_sequence(pop_file):
     with pruned(pop_file, n_parallel=2) as model:
         scheduler = SlotScheduler(model.engine)
         for index, tokens in enumerate([OLD, prompt(650, seed=3)]):
@@ -44,7 +44,7 @@ def test_edited_prompt_gets_the_sequence_that_it_can_reuse(pop_file):
         assert scheduler.take(edited) == 1
 
 
-def test_short_prefix_of_another_sequence_does_not_replace_an_edited_prompt(pop_file):
+def test_edited_prompt_precedes_short_shared_prefix(pop_file):
     edited = Prompt(NEW[:30] + OLD[10:])
     with pruned(pop_file, n_parallel=2) as model:
         scheduler = SlotScheduler(model.engine)
@@ -99,7 +99,7 @@ def test_other_answers_continue_while_an_edited_prompt_is_read(pop_file):
         assert second.cache.tokens.tolist() == NEW[:50] + steps
 
 
-def test_other_sequences_share_only_decoded_rows_of_an_edited_prompt(pop_file):
+def test_sequences_share_only_decoded_rows_of_edited_prompt(pop_file):
     with pruned(pop_file, n_parallel=2) as model:
         scheduler = SlotScheduler(model.engine)
         n_shared: list[int] = []

@@ -58,7 +58,7 @@ def test_parts_of_gemma4_keep_its_kv_sizes(part: dict, tmp_path: Path) -> None:
     assert (other.n_k, other.n_v) == (plain.n_k, plain.n_v)
 
 
-def test_gemma4_can_be_pruned_before_the_layers_that_share(tmp_path: Path) -> None:
+def test_gemma4_can_be_pruned_before_sharing_layers(tmp_path: Path) -> None:
     shape = read_shape(make_shared(tmp_path / "m.gguf", "gemma4"))
     assert make_plan(shape, boundary=2, projection=FITTED).projection == OWN
     with pytest.raises(UnsupportedArchitectureError, match="without any loss") as raised:
@@ -103,7 +103,7 @@ def test_all_rows_except_the_last_skip_exactly(shared: Path) -> None:
     assert evaluated(model, prompt(200)) == Counters(0, 200)
 
 
-def test_switch_keeps_the_cache(shared: Path) -> None:
+def test_switching_modes_keeps_the_cache(shared: Path) -> None:
     model = opened(shared)
     greedy(model, prompt(100), 5)
     # Both modes now read the last token alone: equal shapes give equal bits.

@@ -45,7 +45,7 @@ def answer(model, **options) -> str:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_schema_holds(model, temperature):
+def test_schema_is_enforced(model, temperature):
     grammar = Grammar.of_schema(SCHEMA)
     for seed in range(3):
         value = json.loads(answer(model, grammar=grammar, temperature=temperature, seed=seed))
@@ -120,7 +120,7 @@ def chained(n_rules: int) -> str:
 
 
 @pytest.mark.parametrize("n_rules", [4_000, 20_000])
-def test_long_chain_of_rules_costs_this_process_little(n_rules):
+def test_long_chain_of_rules_is_translated_quickly(n_rules):
     """Translation took 6 s for 4,000 rules, and 91 s for 20,000."""
     started_s = time.process_time()
     with suppress(GrammarError):
@@ -156,12 +156,12 @@ def test_number_of_rules_and_size_are_limited():
     ],
     ids=range(9),
 )
-def test_large_grammar_takes_seconds_at_most(model, trie, text):
+def test_large_grammar_is_compiled_in_seconds(model, trie, text):
     require_cheap(trie, partial(Grammar.of_gbnf, text))
     assert answer(model, grammar='root ::= "ab"') == "ab"
 
 
-def test_dead_end_is_an_error_and_leaves_the_model_usable(model):
+def test_grammar_dead_end_leaves_model_usable(model):
     with pytest.raises(GrammarError, match="no token"):
         answer(model, grammar=DEAD_END)
     assert answer(model, grammar='root ::= "ab"') == "ab"
@@ -170,7 +170,7 @@ def test_dead_end_is_an_error_and_leaves_the_model_usable(model):
 # --- the vocabulary
 
 
-def test_tries_tokens_have_their_pieces_bytes(model, trie):
+def test_trie_tokens_equal_their_bytes(model, trie):
     pieces = Pieces(model.engine.context.vocabulary)
     ends = {token for token in range(N_VOCAB) if not pieces[token]}
     # UTF-8 never contains the byte FF.
@@ -192,7 +192,7 @@ def test_characters_of_several_tokens_are_accepted_whole(trie):
     assert {trie.decode_bytes([token]) for token in constraint.allowed()} == {b"x"}
 
 
-def test_vocabulary_is_read_once_and_outlives_the_model(pop_file):
+def test_vocabulary_is_cached_after_closing_the_model(pop_file):
     with opened(pop_file) as model:
         trie = model.engine.token_tries.get()
         assert model.engine.token_tries.get() is trie

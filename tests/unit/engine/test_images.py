@@ -39,7 +39,7 @@ from support.vision_models import (
 )
 
 
-def test_cached_picture_is_reused_and_another_one_is_read(vision_model):
+def test_reuses_cached_image_and_reads_new_one(vision_model):
     with vision_model.opened() as model, vision_model.opened() as fresh:
         # A longer tail than the text after the picture.
         set_rule(model, tail_tokens=32)
@@ -185,7 +185,7 @@ def test_rows_of_a_stopped_picture_are_not_saved(smol):
         assert n_left, "the stop came between two ubatches"
 
 
-def test_frees_picture_chunks_and_mmproj(smol):
+def test_frees_image_chunks_and_mmproj(smol):
     """Chunks take megabytes each, so the model keeps only one, despite prompts with its ids."""
     n_held, n_freed = 0, 0
 
@@ -287,7 +287,7 @@ def test_prompt_with_a_picture_is_not_short(smol):
         assert model.chat("a b", max_tokens=1).stats.is_short
 
 
-def test_rejects_mutual_image_larger_than_ubatch(tmp_path):
+def test_rejects_non_causal_image_larger_than_ubatch(tmp_path):
     vision_model = VisionModel("gemma3", make_vision_model(tmp_path, "gemma3"))
     with vision_model.opened(n_ubatch=32) as model:
         with pytest.raises(PopError, match="64 tokens must fit in one ubatch"):
@@ -299,7 +299,7 @@ def test_rejects_mutual_image_larger_than_ubatch(tmp_path):
 # Templates and image markers in messages
 
 
-def test_templates_take_parts_or_strings(smol, tmp_path):
+def test_templates_accept_parts_or_strings(smol, tmp_path):
     parts = VisionModel("llama", make_vision_model(tmp_path, "llama", template=PARTS_TEMPLATE))
     with smol.opened() as model, parts.opened() as other:
         assert prompt(model, "a b", 3, 4) == prompt(other, "a b", 3, 4)
@@ -340,7 +340,7 @@ def test_rejects_template_that_drops_pictures(tmp_path):
 # Plans
 
 
-def test_tail_does_not_reach_into_an_image():
+def test_tail_never_splits_an_image():
     rule = RowRule(sink_tokens=1, tail_tokens=16)
     plan = plan_prefill(0, 100, rule, 64, [(10, 95)])
     assert plan.chunks == ((0, 10), (10, 95), (95, 100))

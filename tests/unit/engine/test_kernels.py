@@ -70,7 +70,7 @@ def watched(request, tmp_path) -> Iterator[Watched]:
         yield context
 
 
-def test_prompts_of_any_size_use_the_kernels_and_steps_do_not(watched):
+def test_only_prompts_use_prefill_kernels(watched):
     step = watched.decoded(1)
     assert {mark for _, mark in step} == {FAST}
     assert MARKED - {"MUL_MAT_ID"} <= {name for name, _ in step}
@@ -89,7 +89,7 @@ def test_deep_pass_uses_the_kernels(pop_file):
         assert {mark for _, mark in watched.deepened(range(2))} == {ALL}
 
 
-def test_no_operation_uses_disabled_kernels(pop_file):
+def test_disabled_kernels_are_never_used(pop_file):
     with Watched(pop_file) as watched:
         backend.call("llama_pop_set_kernels", watched.ctx, False)
         backend.call("llama_pop_set_snapshots", watched.ctx, True)
@@ -157,13 +157,13 @@ def test_context_with_kernels_off_computes_without_them(quantised):
         (False, {"flash_attn": True}, 1),
     ],
 )
-def test_flash_attention_follows_the_kernels(pop_file, monkeypatch, has_kernels, options, expected):
+def test_kernels_enable_flash_attention(pop_file, monkeypatch, has_kernels, options, expected):
     monkeypatch.setattr(context, "has_kernels", lambda: has_kernels)
     model = opened(pop_file, **options)
     assert model.engine.context.settings.flash_attn_type == expected
 
 
-def test_on_a_gpu_flash_attention_is_llama_cpps_choice(pop_file, monkeypatch):
+def test_gpu_leaves_flash_attention_to_llama_cpp(pop_file, monkeypatch):
     gpu = Device("GPU0", "Some GPU", True, 10**9, 10**9)
     monkeypatch.setattr(context, "devices", lambda: (gpu,))
     auto = backend.bindings().LLAMA_FLASH_ATTN_TYPE_AUTO
@@ -184,7 +184,7 @@ def test_kv_of_another_attention_are_refused(pop_file):
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_weights_are_repacked_only_for_upstreams_kernels(tmp_path, kernels):
+def test_only_upstream_kernels_repack_weights(tmp_path, kernels):
     path = tiny(tmp_path, type=Type.Q4_0)
     model, other = (opened(path, repack=repack, kernels=kernels) for repack in (None, False))
     results = read(model, prompt(60)), read(other, prompt(60))

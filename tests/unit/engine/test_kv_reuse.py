@@ -38,7 +38,7 @@ def model(pop_file):
 
 
 @pytest.mark.parametrize("first", MODES)
-def test_switching_never_reuses_the_other_modes_cache(pop_file, first):
+def test_modes_never_share_cached_rows(pop_file, first):
     (second,) = (mode for mode in MODES if mode is not first)
     tokens = prompt(200)
     expected = {}
@@ -54,7 +54,7 @@ def test_switching_never_reuses_the_other_modes_cache(pop_file, first):
 
 
 @pytest.mark.parametrize("is_declared", [True, False])
-def test_reads_rows_again_that_a_window_dropped(tmp_path, is_declared):
+def test_rereads_rows_dropped_by_window(tmp_path, is_declared):
     path = tiny(tmp_path, "gemma3")
     if not is_declared:
         base = make_gguf(tmp_path / "base.gguf", "olmo2")
@@ -66,7 +66,7 @@ def test_reads_rows_again_that_a_window_dropped(tmp_path, is_declared):
     np.testing.assert_allclose(read(model, tokens), expected, atol=NOISE)
 
 
-def test_noise_is_above_that_of_the_unpatched_library(pop_file, unpatched_lib):
+def test_noise_tolerance_exceeds_unpatched_noise(pop_file, unpatched_lib):
     """NOISE is the tests' tolerance for other batch shapes."""
     last = Step("decode", "last", tokens=tuple(prompt(200)))
     first, *others = (
@@ -77,7 +77,7 @@ def test_noise_is_above_that_of_the_unpatched_library(pop_file, unpatched_lib):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_beginning_of_a_prompt_is_reused(model, pop_file, mode):
+def test_prompt_prefix_is_reused(model, pop_file, mode):
     model.engine.set_mode(mode)
     answered = prompt(100) + greedy(model, prompt(100))
     longer = answered + prompt(40, seed=1)
@@ -97,7 +97,7 @@ def test_beginning_of_a_prompt_is_reused(model, pop_file, mode):
     assert at_once < NOISE if mode is Mode.OFF else at_once > NOISE
 
 
-def test_cached_context_token_does_not_end_up_in_a_prompts_tail(model, pop_file):
+def test_prompt_tail_contains_no_cached_context_token(model, pop_file):
     tokens = prompt(200)
     read(model, tokens)
     shorter = tokens[:150]
@@ -107,7 +107,7 @@ def test_cached_context_token_does_not_end_up_in_a_prompts_tail(model, pop_file)
     np.testing.assert_allclose(reused, expected, atol=NOISE)
 
 
-def test_same_prompt_again_evaluates_nothing(model):
+def test_repeated_prompt_evaluates_no_tokens(model):
     first = read(model, prompt(100))
     assert evaluated(model, prompt(100)) == Counters(0, 0)
     np.testing.assert_array_equal(last_logits(model), first)
@@ -190,7 +190,7 @@ def test_longer_prompt_replaces_its_prefix(model):
     assert len(cache) == 2
 
 
-def test_excess_state_evicts_the_oldest(model):
+def test_full_prompt_cache_evicts_oldest_state(model):
     n_read(model, prompt(100))
     cache = PromptCache(3 * len(first_of(model).cache.slot.state()))
     first_of(model).states.prompts = cache
@@ -218,7 +218,7 @@ def test_models_in_several_threads_share_a_cache():
     assert len(cache) == 100
 
 
-def test_prompt_cache_finds_only_states_of_its_own_mode(model):
+def test_prompt_cache_returns_only_states_of_same_mode(model):
     first_of(model).states.prompts = PromptCache(2**24)
     tokens = prompt(100)
     expected = {}

@@ -41,7 +41,7 @@ def test_photographs_are_rotated_and_transparency_is_white():
     assert set(clear.rgb()[2]) == {255}
 
 
-def test_grey_of_16_bits_is_scaled_not_cut_off():
+def test_scales_16_bit_grayscale():
     ramp = np.linspace(0, 65535, 64 * 16).astype(np.uint16).reshape(16, 64)
     picture = picture_of(encoded(Image.fromarray(ramp), "PNG"), "a")
     grey = np.frombuffer(picture.rgb()[2], np.uint8)[::3].reshape(16, 64)
@@ -52,7 +52,7 @@ def test_grey_of_16_bits_is_scaled_not_cut_off():
     ("kind", "mode"),
     [*(("PNG", mode) for mode in ("1", "P", "L", "RGB", "RGBA")), ("JPEG", "L"), ("JPEG", "RGB")],
 )
-def test_large_pictures_are_scaled_down_before_all_else(kind, mode):
+def test_large_images_are_scaled_down_first(kind, mode):
     image = Image.new("L", (160, 120), 0)
     image.paste(255, (0, 0, 160, 40))
     exif = Image.Exif()
@@ -72,7 +72,7 @@ def test_only_headers_are_read(monkeypatch):
         assert picture_of(content, "a").width == 40
 
 
-def test_rejects_jpeg_of_many_passes(monkeypatch):
+def test_rejects_jpeg_with_many_passes(monkeypatch):
     image = Image.effect_noise((64, 64), 80)
     usual = encoded(image, "JPEG", progressive=True)
     last = usual[usual.rindex(b"\xff\xda") : -2]
@@ -114,7 +114,7 @@ def test_large_pictures_of_few_colours_are_scaled_smoothly(mode):
 
 
 @pytest.mark.parametrize("kind", pictures.FORMATS)
-def test_damaged_files_are_errors_or_pictures(kind):
+def test_damaged_files_are_decoded_or_rejected(kind):
     rng = random.Random(kind)
     whole = encoded(Image.effect_noise((48, 32), 80).convert("RGB"), kind)
     for _ in range(100):
@@ -144,7 +144,7 @@ def test_large_webp_is_decoded_in_another_process(monkeypatch):
     assert set(rgb) == {9}
 
 
-def test_webp_that_would_be_decoded_far_larger_than_it_is_shown_is_refused():
+def test_webp_with_oversized_canvas_is_refused():
     with pytest.raises(PopError, match="a WebP, has more than 16 million pixels"):
         picture_of(webp(7000, 7000), "a")
 

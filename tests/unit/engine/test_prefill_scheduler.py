@@ -65,7 +65,7 @@ def test_reads_prompt_with_fewest_rows_left(arrivals, order):
     assert [(arrival[prompt], end) for prompt, end in ends.items()] == order
 
 
-def test_question_is_not_overtaken_by_shorter_ones():
+def test_questions_are_not_overtaken_by_shorter_questions():
     """Shorter questions arrive as fast as they are read."""
     long, question = queued(4000), queued(49, 10_000)
     arrivals = {0: long, 300: question}
@@ -90,7 +90,7 @@ def test_ageing_delays_short_prompts_by_one_chunk_only():
     assert max(waits) <= 2 * CHUNK + AGE_CHUNKS * 100
 
 
-def test_ageing_starts_anew_with_the_next_oldest_prompt():
+def test_ageing_restarts_with_next_oldest_prompt():
     scheduler = PrefillScheduler()
     first, second, third = queued(2000), queued(2000, 10_000), queued(2000, 20_000)
     for prompt in (first, second, third):

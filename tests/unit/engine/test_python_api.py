@@ -69,7 +69,7 @@ def test_documented_example_runs(chat_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_documented_example_is_typed(tmp_path):
+def test_documented_example_passes_mypy(tmp_path):
     """Use the settings of `make lint`, and its cache for speed."""
     assert Path(pop_local.__file__).with_name("py.typed").is_file()
     example = tmp_path / "example.py"
@@ -88,7 +88,7 @@ def test_documented_example_is_typed(tmp_path):
 # --- exports
 
 
-def test_importing_the_package_imports_nothing_heavy():
+def test_import_loads_no_heavy_package():
     code = BLOCKER + (
         "import pop_local\n"
         "print(set(pop_local.__all__) <= set(dir(pop_local)), hasattr(pop_local, 'PopModell'))\n"
@@ -154,7 +154,7 @@ def test_model_is_opened_by_name_with_its_sidecar(tmp_path, monkeypatch):
     assert "did you mean tiny?" in caught.value.hint
 
 
-def test_constructor_takes_a_path(chat_model):
+def test_constructor_accepts_path(chat_model):
     with PopModel(EngineOptions.of(str(chat_model), n_ctx=256)) as model:
         assert model.engine.context.n_ctx == 256
         assert (first_of(model).settings.boundary, model.pruning) == (5, True)
@@ -189,7 +189,7 @@ def test_chat_and_stream_agree_and_keep_no_history(model):
     assert model.chat(QUESTION, **GREEDY).stats.n_prompt < stats.n_prompt
 
 
-def test_session_keeps_history_and_sums(model):
+def test_session_stores_history_and_totals(model):
     session = model.session(system="Be brief.")
     first = session.chat(QUESTION, **GREEDY)
     second = session.chat("and now?", **GREEDY)

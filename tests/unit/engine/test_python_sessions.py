@@ -14,7 +14,7 @@ from support.programs import GREEDY, QUESTION, opened
 # --- answers that end early
 
 
-def test_leaving_a_stream_keeps_its_text(model):
+def test_closed_stream_keeps_its_text(model):
     session = model.session()
     seen = []
     for piece in session.stream(QUESTION, **GREEDY):
@@ -49,7 +49,7 @@ def press_at(pieces: list[str], n: int) -> bool:
 
 
 @pytest.mark.parametrize("callback", ["on_prefill", "should_stop"])
-def test_stream_may_be_closed_by_its_own_callbacks(model, callback):
+def test_callbacks_may_close_their_stream(model, callback):
     session = model.session()
     n_refused = 0
 
@@ -71,7 +71,7 @@ def test_stream_may_be_closed_by_its_own_callbacks(model, callback):
     assert session.chat(QUESTION, **GREEDY).stats.n_decoded == 8
 
 
-def test_two_answers_at_once_are_refused(model):
+def test_concurrent_answers_are_refused(model):
     first = model.stream(QUESTION, **GREEDY)
     next(first)
     second = model.stream("a b", **GREEDY)
@@ -85,7 +85,7 @@ def test_two_answers_at_once_are_refused(model):
 
 
 @pytest.mark.parametrize("displace", ["clear", "chat"])
-def test_prompt_displaced_while_it_is_read_is_refused(model, displace):
+def test_prompt_displaced_during_prefill_is_refused(model, displace):
     def on_prefill(done: int, total: int) -> None:
         if done == total:  # inside the interruptible part
             first_of(model).cache.clear() if displace == "clear" else model.chat("a b", **GREEDY)
@@ -108,7 +108,7 @@ def questions(session: ChatSession) -> list[str]:
     return [turn.question for turn in session.conversation.turns]
 
 
-def test_last_question_is_asked_again_or_in_other_words(model):
+def test_last_question_can_be_repeated_or_changed(model):
     session = model.session(system="Be brief.")
     first = session.chat(QUESTION, documents=["i j k"], **GREEDY)
     session.chat("and now?", **GREEDY)
@@ -123,7 +123,7 @@ def test_last_question_is_asked_again_or_in_other_words(model):
     assert session.stats.n_answers == len(session.answer_stats) == 4
 
 
-def test_question_without_an_answer_is_dropped_until_it_gets_one(model):
+def test_unanswered_question_is_dropped(model):
     session = model.session()
     session.chat(QUESTION, **GREEDY)
     with pytest.raises(ContextFullError):
@@ -140,7 +140,7 @@ def test_question_without_an_answer_is_dropped_until_it_gets_one(model):
     assert questions(session) == ["much more"]
 
 
-def test_forgotten_conversation_leaves_the_system_prompt(model):
+def test_clear_keeps_the_system_prompt(model):
     session = model.session()
     session.system = "Be brief."
     session.chat(QUESTION, **GREEDY)
@@ -178,7 +178,7 @@ def test_saved_session_continues(chat_model, model, tmp_path):
         assert resumed.chat("and now?", **GREEDY).text == first.text
 
 
-def test_rejects_paths_that_cannot_be_saved_or_loaded(model, tmp_path):
+def test_rejects_invalid_session_paths(model, tmp_path):
     session = model.session()
     session.chat(QUESTION, **GREEDY)
     path = session.save(tmp_path / "talk.popsession")

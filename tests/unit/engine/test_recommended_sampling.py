@@ -13,7 +13,7 @@ from support.pop_files import Keys, add_to
 from support.synthetic import make_gguf
 
 
-def test_keys_of_newer_files_become_options(tmp_path):
+def test_sampling_keys_become_options(tmp_path):
     keys = {"temp": 0.5, "top_k": 20, "penalty_repeat": 1.25, "mirostat": 2}
     file_keys: Keys = {f"general.sampling.{name}": value for name, value in keys.items()}
     plain = make_gguf(tmp_path / "plain.gguf", "llama")

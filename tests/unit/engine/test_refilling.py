@@ -43,7 +43,7 @@ def dialogue(chat):
     return chat()
 
 
-def test_rows_are_refilled_while_the_user_types(dialogue):
+def test_refills_rows_while_the_user_types(dialogue):
     assert refill.status(dialogue) == ""
     dialogue.ask(WORDS)
     assert first_of(dialogue.model).cache.n_exact == 0
@@ -56,7 +56,7 @@ def test_rows_are_refilled_while_the_user_types(dialogue):
 
 
 @pytest.mark.parametrize("pause_s", [0, 0.002, 0.01, 0.03])
-def test_early_line_stops_refilling(dialogue, pause_s):
+def test_input_stops_refilling(dialogue, pause_s):
     dialogue.ask(WORDS)
     with refill.idling(dialogue):
         time.sleep(pause_s)
@@ -86,7 +86,7 @@ def talked(dialogue):
 @pytest.mark.parametrize(
     "lines", [("/clear",), ("/full on",), ("/full on", "/full off"), ("/retry",), ("/undo",), ()]
 )
-def test_rest_is_refilled_after_other_commands(chat, lines):
+def test_refilling_continues_after_other_commands(chat, lines):
     dialogue = chat(WORDS, *lines, WORDS[::-1])
     assert "!" not in talked(dialogue)
     model = dialogue.model
@@ -106,7 +106,7 @@ def test_rows_whose_states_were_dropped_stay_pruned(dialogue):
     assert first_of(dialogue.model).cache.n_exact < 200
 
 
-def test_stats_count_the_tokens_that_caught_up_since_the_last_answer(dialogue):
+def test_stats_count_refilled_tokens_since_last_answer(dialogue):
     dialogue.ask(WORDS)
     with refill.idling(dialogue):
         wait_for(lambda: first_of(dialogue.model).refiller.n_refillable == 0)
@@ -127,7 +127,7 @@ def test_status_counts_the_tokens_of_this_conversation(dialogue):
     assert refill.status(dialogue) == ""
 
 
-def test_full_off_keeps_a_cache_that_is_exact(chat):
+def test_full_off_keeps_exact_cache(chat):
     dialogue = chat("/full on", WORDS, "/full off")
     talked(dialogue)
     cache = first_of(dialogue.model).cache
@@ -148,7 +148,7 @@ def test_larger_context_keeps_the_cached_rows(pop_file, switch):
     assert len(before) > 200
 
 
-def test_ctrl_c_during_the_end_stops_refilling(dialogue, monkeypatch):
+def test_ctrl_c_after_input_ends_stops_refilling(dialogue, monkeypatch):
     dialogue.ask(WORDS)
     joined = threading.Thread.join
     pressed = iter([True])
@@ -179,7 +179,7 @@ def test_server_refills_between_requests(pop_file):
 
 
 @pytest.mark.parametrize("by", ["request", "server"])
-def test_repeatable_answer_equals_the_first_one(pop_file, by):
+def test_repeatable_answers_are_equal(pop_file, by):
     model = opened(pop_file, keep_states=True)
     first_of(model).states.prompts = PromptCache(1 << 26)
     with app_client(app_of(model, "tiny", repeatable=by == "server")) as client:

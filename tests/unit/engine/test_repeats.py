@@ -33,7 +33,7 @@ def n_before(text: str) -> int | None:
         ("", SENTENCE * 4),
     ],
 )
-def test_sentence_that_repeats_ends_the_answer(begun, sentence):
+def test_repeating_sentence_ends_the_answer(begun, sentence):
     n_tokens = n_before(begun + sentence * 60)
     assert n_tokens is not None and 128 < n_tokens < 300
 
@@ -53,7 +53,7 @@ def test_sentence_that_repeats_ends_the_answer(begun, sentence):
         "=" * 200,
     ],
 )
-def test_legitimate_repetition_is_not_ended(text):
+def test_legitimate_repetition_continues(text):
     assert n_before(text) is None
 
 
@@ -63,7 +63,7 @@ def test_any_repetition_ends_eventually():
 
 
 @pytest.mark.parametrize(("command", "text"), [("run", "Go on"), ("chat", "Go on\n")])
-def test_command_ends_a_repeating_answer_and_reports_it(smollm2_pop, monkeypatch, command, text):
+def test_command_reports_repeating_answer(smollm2_pop, monkeypatch, command, text):
     with opened(smollm2_pop) as model:
         tokens = iter(model.engine.context.vocabulary.tokenize(SENTENCE * 40))
     monkeypatch.setattr(Sampler, "sample", lambda self, logits: next(tokens))

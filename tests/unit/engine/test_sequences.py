@@ -141,7 +141,7 @@ def test_rows_in_one_step_equal_single_steps(pop_file, n_parallel):
     assert sequence.cache.tokens.tolist() == [*LONG, *tokens]
 
 
-def test_two_answers_step_by_several_rows_next_to_a_prompt(model, monkeypatch):
+def test_two_answers_decode_several_rows_during_prefill(model, monkeypatch):
     """Batches of 64 rows split the two steps of 40 rows."""
     answers = [prompt(40, seed) for seed in (5, 6)]
     expected = []
@@ -214,7 +214,7 @@ def test_another_sequences_prefix_is_shared(model, alone):
     assert model.engine.sequences[0].cache.n_tokens == 200
 
 
-def test_row_is_visible_only_when_complete(model, monkeypatch):
+def test_shared_rows_must_be_complete(model, monkeypatch):
     """Another thread looks up the row while the truncated token is still stored."""
     sequence = model.engine.sequences[0]
     states, cache = sequence.states, sequence.cache
@@ -270,7 +270,7 @@ def test_copied_rows_remain_when_their_source_changes(model):
     np.testing.assert_allclose(logits(model, 2), expected, atol=NOISE)
 
 
-def test_refilled_sequence_equals_the_full_models_next_to_others(model, pop_file):
+def test_refilled_sequence_equals_full_model_despite_other_sequences(model, pop_file):
     full = opened(pop_file)
     full.engine.set_mode(Mode.OFF)
     read_in(model, 0, prompt(90, seed=5))
@@ -283,7 +283,7 @@ def test_refilled_sequence_equals_the_full_models_next_to_others(model, pop_file
 
 
 @pytest.mark.parametrize("tail_tokens", [0, 16])
-def test_row_with_logits_is_a_full_row_of_the_prompt(tmp_path, monkeypatch, tail_tokens):
+def test_rows_with_logits_run_full(tmp_path, monkeypatch, tail_tokens):
     """The backend runs full rows in a context batch with the decode kernels."""
     plan = {"boundary": 4, "tail_tokens": tail_tokens, "min_prompt": 0}
     path = converted(make_gguf(tmp_path / "llama.gguf", "llama"), tmp_path, **plan)
@@ -333,7 +333,7 @@ def test_exception_of_should_stop_reaches_only_its_sequence(model):
     assert read_in(model, 1, LONG).n_prompt == 200
 
 
-def test_failed_batch_fails_for_all_its_sequences(model, monkeypatch):
+def test_failed_batch_raises_for_all_its_sequences(model, monkeypatch):
     read_in(model, 1, LONG[:50])
     monkeypatch.setattr(model.engine.context.batch, "run", lambda *_: 1)
     with pytest.raises(PopError):
@@ -351,7 +351,7 @@ def test_evicted_prompts_return_from_the_prompt_cache(model):
     assert found.n_cached >= 150
 
 
-def test_states_of_one_sequence_are_not_tried_on_several(model, pop_file, caplog):
+def test_single_sequence_states_are_not_restored_into_several(model, pop_file, caplog):
     """Their format differs, and a failed attempt would lose the cached rows."""
     prompts = PromptCache(2**24)
     with opened(pop_file) as one:
@@ -395,7 +395,7 @@ def test_logits_of_all_rows_come_from_one_sequence(model, alone):
 
 
 @pytest.mark.parametrize("step_s", [0.02, 0.06, 0.5])
-def test_answers_keep_half_of_their_speed(step_s):
+def test_prefill_leaves_answers_half_their_speed(step_s):
     pace = PrefillThrottle(512)
     assert pace.max_prompt_rows(0) == 512
     pace.record(0, 8, 0.500)  # too few rows for an estimate
@@ -417,7 +417,7 @@ def test_answers_keep_half_of_their_speed(step_s):
     assert max(each for _, each in taken[20:]) <= step_s + max(0.25, step_s) + 0.02
 
 
-def test_steps_without_prefill_pay_back_its_time():
+def test_prefill_time_is_repaid_by_decode_steps():
     pace = PrefillThrottle(512)
     pace.record(0, 512, 0.4)
     pace.record(1, 0, 0.05)
@@ -441,7 +441,7 @@ def test_prefill_continues_after_the_process_was_suspended():
     assert n_alone * 0.05 < 1
 
 
-def test_picture_is_read_in_any_sequence(tmp_path):
+def test_every_sequence_reads_images(tmp_path):
     vision_model = VisionModel("qwen2vl", make_vision_model(tmp_path, "qwen2vl"))
     with vision_model.opened() as one, vision_model.opened(n_parallel=2) as model:
         made = picture_prompt(one, "a b c d", 3)

@@ -77,7 +77,7 @@ def test_conversation_round_trips(model, path):
 
 
 @pytest.mark.parametrize("has_cache", [False, True])
-def test_archive_of_format_3_is_read_without_its_kv_cache(path, has_cache):
+def test_reads_format_3_without_its_kv_cache(path, has_cache):
     turns = [{**FIELDS["turns"][0], "pictures": [{"name": "dot.png", "sha256": PICTURE.sha256}]}]
     conversation = {"system": "Be brief.", "turns": [*turns, FIELDS["turns"][1]]}
     path.parent.mkdir()
@@ -103,7 +103,7 @@ def test_loaded_session_restores_its_mode(chat_model, model, path, mode):
     assert first_of(other).settings.mode is mode
 
 
-def test_session_of_an_unconverted_model_keeps_the_mode(model, path, tmp_path):
+def test_session_of_unconverted_model_keeps_the_mode(model, path, tmp_path):
     plain = opened(make_gguf(tmp_path / "olmo.gguf", "olmo2", chat_template=TEMPLATE))
     write_session(path, plain.engine, TALK)
     model.load_session(path)
@@ -181,7 +181,7 @@ def damaged(place: str, value: object) -> bytes:
         damaged("turns.1.pictures", [{"name": "a", "content": "%"}]),
     ],
 )
-def test_damaged_file_is_one_error(path, content, sessions):
+def test_damaged_file_is_reported(path, content, sessions):
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(PopError, match="damaged or is not a session file"):
@@ -190,7 +190,7 @@ def test_damaged_file_is_one_error(path, content, sessions):
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_foreign_archive_is_one_error(path, compression):
+def test_unrelated_archive_is_reported(path, compression):
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("session.json", b" " * 1_000_000)
@@ -258,7 +258,7 @@ def test_other_files_next_to_sessions_are_ignored(chat_model, monkeypatch, tmp_p
     assert lines[-1].startswith("! no session is named gone; ")
 
 
-def test_too_long_a_name_for_the_disk_is_one_error(chat_model, monkeypatch, tmp_path):
+def test_overlong_file_name_is_reported(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     _, lines = screen_lines(opened(chat_model), "a b c d", "/save " + "字" * 80, "/save talk")
     assert any(line.startswith("! cannot write ") and "too long" in line for line in lines)

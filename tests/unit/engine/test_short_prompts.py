@@ -69,7 +69,7 @@ def test_stats_report_the_prefill_kind(picky, mode, n_words, reading):
     assert ("too short for fast reading" in stats_line(last.stats)) is (reading == "short")
 
 
-def test_short_question_after_a_cached_document_is_short(picky):
+def test_question_after_cached_document_counts_as_short(picky):
     picky.engine.set_mode(Mode.CONTEXT)
     first_of(picky).cache.clear()
     document = [Message("user", "a " * 200)]

@@ -73,7 +73,7 @@ def in_a_hurry():
 
 
 @pytest.mark.parametrize("template", WILD, ids=lambda template: template[:30])
-def test_runaway_template_is_an_error_only_for_its_model(in_a_hurry, tmp_path, template, vocab):
+def test_endless_template_fails_only_for_its_model(in_a_hurry, tmp_path, template, vocab):
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=template)
     with pytest.raises(PopError, match=f"chat template .*{WILD[template]}"):
         opened(path, n_ctx=128).chat("hello")
@@ -81,7 +81,7 @@ def test_runaway_template_is_an_error_only_for_its_model(in_a_hurry, tmp_path, t
 
 
 @pytest.mark.parametrize("of_system", ["{{ raise_exception('no system') }}", "{% continue %}"])
-def test_without_a_system_role_the_user_message_has_the_system_prompt(tmp_path, of_system):
+def test_user_message_contains_system_prompt_without_system_role(tmp_path, of_system):
     template = (
         "{% for m in messages %}{% if m.role == 'system' %}" + of_system + "{% endif %}"
         "{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -103,7 +103,7 @@ def message(line: str) -> Message:
     return Message(role, content)  # type: ignore[arg-type]
 
 
-def test_pictures_move_with_the_text_after_the_system_prompt():
+def test_images_follow_system_prompt_with_their_text():
     picture = picture_of(png(3, 32, 32), "a.png")
     messages = [Message("system", "ab"), Message("user", "cd", ((0, picture), (2, picture)))]
     [joined] = _without_system(messages)
@@ -111,7 +111,7 @@ def test_pictures_move_with_the_text_after_the_system_prompt():
     assert [offset for offset, _ in joined.pictures] == [3, 5]
 
 
-def test_interrupted_render_is_not_the_next_ones_result(vocab):
+def test_next_render_ignores_interrupted_result(vocab):
     template = Template("{{ messages[0].content }}", vocab)
     endless = Template(ENDLESS, vocab)
     press = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))

@@ -43,7 +43,7 @@ def test_tokenization_takes_linear_time(model, piece, n_each):
     assert len(tokens) <= 100_000 * n_each + 1  # the leading space
 
 
-def test_control_tokens_are_found_in_a_long_text_as_in_a_short_one(model):
+def test_long_texts_keep_control_tokens(model):
     piece = "a <c1><c12> b<c1<c3>>."
     two, three, many = (
         model.engine.context.vocabulary.tokenize(piece * n, special=True) for n in (2, 3, 500)
@@ -91,7 +91,7 @@ def test_tokenization_can_be_stopped(model):
         assert len(model.engine.context.vocabulary.tokenize(UNKNOWN * 1000)) == 4001
 
 
-def test_short_texts_are_not_stopped_however_many_came_before(model):
+def test_short_texts_are_never_stopped(model):
     with stopped_by(lambda: True):
         for _ in range(5000):
             assert model.engine.context.vocabulary.tokenize("a short text")

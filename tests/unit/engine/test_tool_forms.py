@@ -173,7 +173,7 @@ REFUSED = "fireworks-ai-llama-3-firefunction-v2"  # its template needs fields of
 
 
 @pytest.mark.parametrize("name", [name for name in TRIED if name != REFUSED])
-def test_calls_are_parsed_whole_and_in_pieces(model, name):
+def test_calls_are_parsed_in_any_chunks(model, name):
     for calls, n_read in zip((CALLS[:1], CALLS), OTHERWISE.get(name, (1, 2)), strict=True):
         shown = written(model, name, calls)
         if name in BY_HAND:
@@ -201,7 +201,7 @@ def test_prompt_describes_each_tool(model, name):
 
 
 @pytest.mark.parametrize("name", [name for name in TRIED if name != REFUSED])
-def test_answer_does_not_end_before_a_call_that_must_come(model, name):
+def test_answer_continues_until_required_call(model, name):
     prompter = prompter_of(model, name)
     for several in (True, False):
         tools = Tools(TOOLS, TOOLS, must_call=True, several=several)
@@ -218,7 +218,7 @@ def test_answer_does_not_end_before_a_call_that_must_come(model, name):
 
 
 @pytest.mark.parametrize("id_", ["", "call_0123456789"])
-def test_mistrals_template_accepts_ids_of_other_servers(model, id_):
+def test_mistral_template_accepts_foreign_call_ids(model, id_):
     prompter = prompter_of(model, "mistralai-Mistral-Nemo-Instruct-2407")
     calls = tuple(replace(call, id=id_ and f"{id_}{n}") for n, call in enumerate(CALLS))
     results = [Message("tool", "rain", call_id=call.id) for call in calls]

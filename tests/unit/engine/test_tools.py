@@ -69,7 +69,7 @@ def read(form: CallForm, text: str) -> tuple[str, list[tuple[str, str]]]:
     return content, [(call.name, call.arguments) for call in calls_of(pieces)]
 
 
-def test_required_call_has_no_text_before_it(model):
+def test_no_text_precedes_required_call(model):
     form = form_of(model, Tools(BOTH, BOTH, must_call=True))
     assert allowed(model, form, NATIVE) == NATIVE
     assert allowed(model, form, "It") == ""
@@ -114,7 +114,7 @@ def test_truncated_call_has_partial_arguments(model):
         assert read(form, closed) == ("", [("get_weather", '{"city":"Rome"}')])
 
 
-def test_only_the_named_tool_may_be_called_and_all_are_described(model):
+def test_only_named_tool_may_be_called(model):
     prompt, form = prompt_with_tools(
         model.engine.prompter, [ASKED], Tools(BOTH, (DOUBLE,), must_call=True)
     )
@@ -131,7 +131,7 @@ def test_several_calls_need_the_option(model):
         assert allowed(model, form, NATIVE) == NATIVE
 
 
-def test_call_follows_reasoning_that_the_prompt_opened(tmp_path):
+def test_call_follows_open_reasoning(tmp_path):
     template = TEMPLATES["Qwen-QwQ-32B"].read_text()
     with opened(tiny(tmp_path, chat_template=template), n_ctx=4096) as model:
         form = form_of(model, Tools(BOTH, BOTH, must_call=True))
@@ -141,7 +141,7 @@ def test_call_follows_reasoning_that_the_prompt_opened(tmp_path):
         assert read(form, thought + NATIVE)[1] == [("get_weather", '{"city":"Rome"}')]
 
 
-def test_brackets_beyond_limits_end_nothing(model):
+def test_excess_brackets_do_not_end_arguments(model):
     form = form_of(model, Tools(BOTH, BOTH))
     text = '<tool_call>\n{"name": "get_weather", "arguments": ' + "[" * 100_000
     reader = CallReader(form)
@@ -197,7 +197,7 @@ def test_special_tokens_in_descriptions_arguments_and_results_are_text(tmp_path,
         assert sum(n_special(model, "Rome")) > 0
 
 
-def test_text_form_puts_calls_and_results_into_the_messages():
+def test_text_form_inserts_calls_and_results_into_messages():
     messages = [
         Message("system", "Be brief."),
         ASKED,
@@ -214,7 +214,7 @@ def test_text_form_puts_calls_and_results_into_the_messages():
     assert text_form.with_tools([ASKED], ()) == [ASKED]
 
 
-def test_same_call_twice_in_a_row_ends_the_answer(model):
+def test_repeated_call_ends_the_answer(model):
     form = form_of(model, Tools(BOTH, BOTH))
     other = NATIVE.replace("Rome", "Paris")
     for calls in ([NATIVE, other, NATIVE], [NATIVE, other, other, NATIVE]):
@@ -227,7 +227,7 @@ JSON = '```json\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n```'
 
 
 @pytest.mark.parametrize("fence", [PYTHON, JSON, PYTHON[:-4], JSON.replace("json", "")])
-def test_fence_at_the_end_is_a_call(model, fence):
+def test_code_fence_at_the_end_is_a_call(model, fence):
     form = form_of(model, Tools(BOTH, BOTH))
     text = f"Let me see.\n\n{fence}\n"
     content, calls = read(form, text)
@@ -236,7 +236,7 @@ def test_fence_at_the_end_is_a_call(model, fence):
     assert allowed(model, form, text) == text
 
 
-def test_python_calls_have_several_kinds_of_values(model):
+def test_python_calls_support_several_value_types(model):
     form = form_of(model, Tools(BOTH, BOTH))
     _, calls = read(form, '```py\nget_weather(city="Rome\\d")\n\ndouble(n=-3)\n```')
     assert calls == [("get_weather", '{"city": "Rome\\\\d"}'), ("double", '{"n": -3}')]
@@ -264,7 +264,7 @@ def test_python_calls_have_several_kinds_of_values(model):
         ("I have no use for get_weather.", ""),
     ],
 )
-def test_text_that_is_no_call_stays_whole_and_has_a_reason(model, text, reason, capfd):
+def test_text_without_call_is_returned_with_reason(model, text, reason, capfd):
     reader = CallReader(form_of(model, Tools(BOTH, BOTH)))
     pieces = [piece for char in text for piece in reader.push(char)] + reader.end()
     assert ("".join(piece.content for piece in pieces), reader.n_calls) == (text, 0)

@@ -24,7 +24,7 @@ from support.synthetic import add_keys, make_gguf, renamed
 
 
 @pytest.mark.parametrize("n_tokens", [17, 18, 64, 65, 80, 200])
-def test_only_sink_and_tail_are_full_whatever_the_batches(tmp_path, n_tokens):
+def test_only_sink_and_tail_are_full_in_any_batch(tmp_path, n_tokens):
     source = make_gguf(tmp_path / "m.gguf", "llama")
     model = opened(converted(source, tmp_path, boundary=4, min_prompt=0))
     assert evaluated(model, prompt(n_tokens)) == Counters(n_tokens - 17, 17)
@@ -87,7 +87,7 @@ def test_unconverted_model_runs_full_and_suggests_convert(tmp_path):
 # --- sampling
 
 
-def test_greedy_takes_the_token_that_llama_cpps_samplers_take(pop_file):
+def test_greedy_selects_same_token_as_llama_cpp(pop_file):
     model = opened(pop_file)
     ours = greedy(model, prompt(100), 20)
     # Mirostat runs in llama.cpp. With top_k=1 the chain is greedy.
@@ -101,7 +101,7 @@ def test_greedy_takes_the_token_that_llama_cpps_samplers_take(pop_file):
 # --- errors
 
 
-def test_oversized_prompt_reports_the_counts_and_changes_nothing(pop_file):
+def test_oversized_prompt_reports_counts_without_side_effects(pop_file):
     model = opened(pop_file, n_ctx=256)
     before = read(model, prompt(100))
     with pytest.raises(PopError, match=r"300 .*256"):
@@ -121,7 +121,7 @@ def set_free_memory(monkeypatch):
     return set_free_memory
 
 
-def test_context_must_fit_next_to_other_programs(pop_file, set_free_memory):
+def test_context_must_fit_free_memory(pop_file, set_free_memory):
     """Otherwise the system would kill the process."""
     set_free_memory(2_000_000)
     opened(pop_file, n_ctx=512)
@@ -142,7 +142,7 @@ def test_window_saves_memory_only_without_swa_full(tmp_path, set_free_memory):
         opened(path, n_ctx=1024)
 
 
-def test_unpatched_library_is_refused_with_a_hint(pop_file, unpatched_lib):
+def test_unpatched_library_is_refused_with_hint(pop_file, unpatched_lib):
     done = subprocess.run(
         [sys.executable, "-m", "pop_local", "run", str(pop_file), "hello"],
         env=os.environ | {"LLAMA_CPP_LIB_PATH": str(unpatched_lib)},
@@ -156,7 +156,7 @@ def test_unpatched_library_is_refused_with_a_hint(pop_file, unpatched_lib):
     assert "Traceback" not in done.stderr
 
 
-def test_architecture_that_cannot_be_pruned_is_named(tmp_path):
+def test_error_contains_unsupported_architecture(tmp_path):
     plain = renamed(make_gguf(tmp_path / "model.gguf", "qwen2"), tmp_path, "dream")
     keyed = tmp_path / "dream.pop.gguf"
     add_keys(plain, keyed, pop__version=1, pop__schedule="FFFFSSSS", pop__projection="own")
@@ -164,7 +164,7 @@ def test_architecture_that_cannot_be_pruned_is_named(tmp_path):
         opened(keyed)
 
 
-def test_file_cut_short_is_an_error_with_a_reason(pop_file, tmp_path):
+def test_truncated_file_is_reported_with_reason(pop_file, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(pop_file.read_bytes()[:-100_000])
     with pytest.raises(PopError) as caught:
@@ -172,17 +172,17 @@ def test_file_cut_short_is_an_error_with_a_reason(pop_file, tmp_path):
     assert str(cut) in caught.value.message
 
 
-def test_failed_context_is_an_error_with_llama_cpps_reason(pop_file):
+def test_failed_context_reports_llama_cpps_reason(pop_file):
     with pytest.raises(PopError, match="V cache"):
         opened(pop_file, type_v=8, flash_attn=False)
 
 
-def test_opening_and_answering_write_nothing(pop_file, capfd):
+def test_opening_and_answering_print_nothing(pop_file, capfd):
     greedy(opened(pop_file), prompt(100))
     assert capfd.readouterr() == ("", "")
 
 
-def test_backend_describes_itself():
+def test_backend_description_lists_features():
     info = devices.describe_backend()
     assert info.abi == backend.ABI
     assert dict(info.built_in)["CPU"] == 1
@@ -191,7 +191,7 @@ def test_backend_describes_itself():
     assert info.n_threads >= 1
 
 
-def test_states_need_room_too(pop_file, tmp_path, set_free_memory):
+def test_memory_check_includes_saved_states(pop_file, tmp_path, set_free_memory):
     shape = read_shape(pop_file)
     n_cells = 4096
     kv_bytes = 2 * n_cells * sum(shape.n_k + shape.n_v)

@@ -255,7 +255,7 @@ def test_resolve_accepts_paths(tmp_path):
         resolve(str(tmp_path))
 
 
-def test_models_dir_precedence(tmp_path, monkeypatch):
+def test_models_dir_follows_precedence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(models.MODELS_VARIABLE, raising=False)
     assert models_dir().parts[-2:] == ("pop-local", "models")

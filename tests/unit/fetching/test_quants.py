@@ -38,7 +38,7 @@ REPO = (
         ("mmproj-model-f16.gguf", ["mmproj-model-f16.gguf"]),
     ],
 )
-def test_file_for_a_name(name, files):
+def test_name_selects_files(name, files):
     assert list(choose("a/b", REPO, name).files) == files
 
 
@@ -59,7 +59,7 @@ def test_upper_case_suffix_is_part_of_the_same_model():
         (["x.q4_k_m.GGUF", "x.q8_0.GGUF"], "x.q4_k_m"),
     ],
 )
-def test_default_file(files, name):
+def test_default_file_prefers_q4_k_m(files, name):
     assert choose("a/b", files, "").name == name
 
 
@@ -117,5 +117,5 @@ def test_long_list_is_shortened():
         (["mmproj-Q8_0.gguf", "7B/mmproj-F32.gguf"], "7B/x-Q4_K_M.gguf", "7B/mmproj-F32.gguf"),
     ],
 )
-def test_mmproj_for_a_model(mmprojs, model, expected):
+def test_model_selects_mmproj(mmprojs, model, expected):
     assert choose_mmproj([*mmprojs, model, "README.md"], model) == expected

@@ -56,7 +56,7 @@ def searched(deepest: int) -> tuple[int | None, list[int]]:
         ({"retention": 0.1}, True),
     ],
 )
-def test_every_figure_must_be_inside(figures, inside):
+def test_every_figure_must_be_within_budget(figures, inside):
     assert is_inside(BALANCED, quality(**figures)) is inside
 
 
@@ -71,7 +71,7 @@ def test_every_figure_must_be_inside(figures, inside):
         ({"kl": 1.0, "ppl": 2.0}, True),
     ],
 )
-def test_model_copies_by_both_probes(figures, copied):
+def test_model_must_copy_in_both_probes(figures, copied):
     assert copies(quality(**figures)) is copied
 
 
@@ -95,7 +95,7 @@ def test_lost_look_ups_are_a_share_of_the_full_models(budget, counts, is_inside_
 
 
 @pytest.mark.parametrize("deepest", range(14, 31))
-def test_deepest_inside_is_found_in_few_steps(deepest):
+def test_deepest_candidate_needs_few_measurements(deepest):
     boundary, measured = searched(deepest)
     assert boundary == (max(deepest, 15) if deepest <= 29 else None)
     assert len(measured) <= (3 if 21 <= deepest <= 24 else 7)

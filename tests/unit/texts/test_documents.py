@@ -37,7 +37,7 @@ def pdf(drawing: bytes) -> bytes:
     return PDF % (len(drawing), drawing)
 
 
-def test_text_encodings(tmp_path):
+def test_reads_text_encodings(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         path = tmp_path / f"{encoding}.txt"
         path.write_bytes("Grüße\n".encode(encoding))
@@ -45,7 +45,7 @@ def test_text_encodings(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
-def test_undecodable_file_name(tmp_path):
+def test_accepts_undecodable_file_name(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")
     Path(path).write_text("Words.")
     assert read_document(path).name == f"{tmp_path}/\ufffd.txt"
@@ -70,7 +70,7 @@ def test_error_without_text_gets_a_reason(tmp_path, monkeypatch, error, words):
     assert refused.value.message == words.format(path)
 
 
-def test_pdf_text(tmp_path):
+def test_reads_text_of_pdf(tmp_path):
     path = tmp_path / "paper.PDF"
     path.write_bytes(pdf(b"BT /F1 12 Tf 20 100 Td (Hello from page one) Tj ET"))
     document = read_document(path)
@@ -78,7 +78,7 @@ def test_pdf_text(tmp_path):
     assert document.name == str(path)
 
 
-def test_docx_with_a_table_between_paragraphs(tmp_path):
+def test_reads_docx_table_between_paragraphs(tmp_path):
     docx = pytest.importorskip("docx")
     written = docx.Document()
     written.add_paragraph("Before.")

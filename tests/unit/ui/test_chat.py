@@ -50,7 +50,7 @@ def test_two_turns_keep_the_conversation():
     assert model.options.seed == 123456789
 
 
-def test_pop_is_switched_and_shown():
+def test_pop_command_switches_pruning():
     model = ScriptedModel()
     assert talk(model, "/full", "/full on", "/FULL OFF", "/full maybe") == [
         "> /full",
@@ -76,7 +76,7 @@ def test_full_is_refused_without_a_conversion():
     ]
 
 
-def test_clear_forgets_the_turns_but_not_the_system_prompt():
+def test_clear_keeps_the_system_prompt():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS])
     transcript = talk(model, "a", "/clear", "/stats", "b", system="Be brief.")
     assert "# Conversation cleared." in transcript
@@ -84,7 +84,7 @@ def test_clear_forgets_the_turns_but_not_the_system_prompt():
     assert model.asked[1] == [Message("system", "Be brief."), Message("user", "b")]
 
 
-def test_system_is_set_and_shown():
+def test_system_command_sets_system_prompt():
     model = ScriptedModel(["Aye.", STATS])
     transcript = talk(model, "/system", "/system Talk like a sailor.", "/system", "hi")
     assert transcript[:6] == [
@@ -98,7 +98,7 @@ def test_system_is_set_and_shown():
     assert model.asked[0][0] == Message("system", "Talk like a sailor.")
 
 
-def test_stats_add_up():
+def test_stats_sum_all_turns():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS])
     assert talk(model, "a", "b", "/stats")[-5:] == [
         FAST,
@@ -118,7 +118,7 @@ def test_help_lists_every_command():
 
 
 @pytest.mark.parametrize("word", ["/exit", "/bye", "/quit", "exit", "Quit "])
-def test_exit_leaves(word):
+def test_exit_commands_end_the_chat(word):
     assert talk(ScriptedModel(), word, "never read") == [f"> {word}"]
 
 
@@ -135,7 +135,7 @@ def test_unknown_command_suggests_the_nearest(line, answer):
 
 
 @pytest.mark.parametrize("line", ["/etc/hosts, what is it?", "exit"])
-def test_leading_space_makes_a_command_a_question(line):
+def test_leading_space_sends_command_as_question(line):
     model = ScriptedModel(["Fine.", STATS])
     talk(model, f" {line}")
     assert model.asked[0] == [Message("user", line)]
@@ -150,13 +150,13 @@ def test_leading_space_makes_a_command_a_question(line):
     ],
     ids=["in the answer", "before the answer", "failure"],
 )
-def test_only_a_turn_with_an_answer_is_kept(answer, lines, n_messages):
+def test_turn_without_answer_is_dropped(answer, lines, n_messages):
     model = ScriptedModel(answer, ["Yes.", STATS])
     assert talk(model, "tell", "again")[2:5] == [*lines, "> again"]
     assert len(model.asked[1]) == n_messages
 
 
-def test_answer_that_the_engine_stopped_has_its_figures():
+def test_stopped_answer_shows_statistics():
     stopped = TurnStats(100, 0, 83, 17, 0.5, 0.25, 3, 0.5, "interrupted")
     transcript = talk(ScriptedModel(["Once", stopped]), "tell")
     assert transcript[-2:] == ["Once", f"# {stats_line(stopped)}"]
@@ -212,5 +212,5 @@ def test_refused_line_counts_as_a_failure(line):
     assert begun.has_failed
 
 
-def test_interrupt_at_the_prompt_explains_how_to_quit():
+def test_interrupt_at_prompt_explains_how_to_quit():
     assert talk(ScriptedModel(), KeyboardInterrupt(), "/exit") == [f"# {LEAVE_HINT}", "> /exit"]

@@ -19,7 +19,7 @@ from support.scripted_chat import (
 ASKED = ["# reading 512 of 1000"]
 
 
-def test_retry_asks_the_last_question_again():
+def test_retry_repeats_the_last_question():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS], ["Three.", STATS])
     assert talk(model, "/retry", "hi", "/retry", "and?")[:9] == [
         "> /retry",
@@ -102,7 +102,7 @@ def test_set_refuses_invalid_values(line, answer):
     assert talk(ScriptedModel(), line) == [f"> {line}", f"# {answer}"]
 
 
-def test_model_is_shown_and_changed_in_mid_conversation():
+def test_model_can_be_changed_during_conversation():
     model, other = ScriptedModel(["One.", STATS]), ScriptedModel(["Two.", STATS], n_ctx=2048)
     other.engine.context.files.path = "other.gguf"
     transcript = talk(model, "hi", "/full on", "/model other", "go on", others={"other": other})
@@ -126,7 +126,7 @@ def test_model_accepts_quoted_paths_and_home(tmp_path, monkeypatch):
         assert transcript[1] == "# model.gguf (Scripted, llama)"
 
 
-def test_model_that_cannot_be_pruned_switches_nothing_off():
+def test_unprunable_model_keeps_pruning_enabled():
     plain, other = ScriptedModel(), ScriptedModel()
     plain.convert(boundary=0)
     talk(plain, "/model other", others={"other": other})
@@ -150,7 +150,7 @@ def report(tmp_path):
     return path
 
 
-def test_file_goes_with_the_next_question_alone(report):
+def test_file_is_attached_to_next_question_only(report):
     model = ScriptedModel(["A report.", STATS], ["Yes.", STATS])
     transcript = talk(model, f"/file '{report}'", "/file", "what is it?", "sure?")
     assert transcript[1:5] == [
@@ -200,7 +200,7 @@ def conversation(*keys: str, n_ctx: int = 40) -> tuple[ScriptedModel, list[str]]
     return model, talk(model, *questions, *keys, sampling={})
 
 
-def test_question_that_does_not_fit_offers_choices():
+def test_oversized_question_offers_choices():
     model, transcript = conversation()
     assert len(model.asked) == 2
     at = next(i for i, line in enumerate(transcript) if line.startswith("? "))
@@ -222,7 +222,7 @@ def test_dropping_turns_makes_room(key, n_ctx, n_messages):
 
 
 @pytest.mark.parametrize(("switch", "mode"), [("on", Mode.OFF), ("off", Mode.CONTEXT)])
-def test_switch_is_kept_by_a_larger_context(switch, mode):
+def test_larger_context_keeps_pruning_switch(switch, mode):
     """Open the larger context in the other mode, as --full does, and keep the mode."""
     model, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
     larger.settings.mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT

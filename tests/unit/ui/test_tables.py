@@ -17,7 +17,7 @@ SPEEDS = (
 )
 
 
-def test_json_takes_dataclasses_and_paths(capsys):
+def test_json_encodes_dataclasses_and_paths(capsys):
     @dataclass(frozen=True)
     class Inner:
         n: int
@@ -37,7 +37,7 @@ def test_json_refuses_nan_and_infinity():
         print_json({"ratio": float("nan")})
 
 
-def test_does_not_wrap_in_a_pipe(capsys):
+def test_table_does_not_wrap_in_a_pipe(capsys):
     tables.print_table((Column("Name", itemgetter(0)),), (("x" * 500,),))
     assert capsys.readouterr().out.splitlines()[2] == "x" * 500
     print_facts([("A", "x" * 200), ("Longer", "y")])
@@ -77,5 +77,5 @@ def test_terminal_control_characters_are_escaped(monkeypatch, capsys):
     ("n_bytes", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (98_362_432, "98.4 MB"), (4 * 10**9, "4.00 GB")],
 )
-def test_sizes_for_people(n_bytes, text):
+def test_sizes_have_decimal_units(n_bytes, text):
     assert size(n_bytes) == text

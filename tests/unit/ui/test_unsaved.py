@@ -64,7 +64,7 @@ def test_crashed_chat_without_turns_is_not_offered(talk, command):
     assert talk() == []
 
 
-def test_piped_lines_that_ctrl_c_ended_leave_nothing(talk, folder, monkeypatch):
+def test_interrupted_pipe_leaves_no_transcript(talk, folder, monkeypatch):
     monkeypatch.setattr(Transcript, "is_typed", False)
     with pytest.raises(KeyboardInterrupt):
         talk("my question", KeyboardInterrupt())

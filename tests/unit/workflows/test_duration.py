@@ -42,7 +42,7 @@ def test_counts_the_output_head(tmp_path, monkeypatch, tied):
         (7000, "2 hours"),
     ],
 )
-def test_duration_in_minutes_or_hours(seconds, words):
+def test_duration_has_minutes_or_hours(seconds, words):
     assert in_words(seconds) == words
 
 
@@ -56,7 +56,7 @@ def test_counts_only_the_experts_in_use(tmp_path, monkeypatch):
     assert 0 < two < four and eight - four == pytest.approx(2 * (four - two))
 
 
-def test_note_names_the_command_once(tmp_path, capsys):
+def test_note_contains_the_command_once(tmp_path, capsys):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     note_conversion(path)
     note_conversion(path)
@@ -67,7 +67,7 @@ def test_note_names_the_command_once(tmp_path, capsys):
     assert "about 1 minute on this machine" in text
 
 
-def test_no_note_if_the_model_cannot_be_converted(monkeypatch, tmp_path, capsys):
+def test_unconvertible_model_gets_no_note(monkeypatch, tmp_path, capsys):
     def fail(source):
         raise PopError("no layers")
 

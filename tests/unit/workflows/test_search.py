@@ -78,7 +78,7 @@ def searched(tmp_path, monkeypatch):
         ({NAMES: 4, SPELLING: 4, NONE: 4}, ["4 (spelling)", "4"], "4"),
     ],
 )
-def test_rows_are_traded_for_layers_while_that_is_faster(searched, least, settled, fastest):
+def test_trades_deep_rows_for_layers_while_faster(searched, least, settled, fastest):
     search, candidates = searched(least)
     before = search.fastest().plan.speedup_limit
     search.trade_rows()
@@ -94,19 +94,19 @@ def test_share_of_deep_rows_counts_in_the_speedup_limit(searched):
     assert limits == sorted(limits) and len(set(limits)) == 3
 
 
-def test_rules_with_fewer_rows_end_at_none():
+def test_last_deep_row_rule_is_none():
     assert NAMES.fewer == (SPELLING, NONE)
     assert NONE.fewer == ()
 
 
-def test_walk_ends_at_the_first_candidate_outside(searched):
+def test_search_ends_at_first_candidate_outside_budget(searched):
     search, candidates = searched({NAMES: 4})
     search.distilled = [Candidate(it.plan, it.fitted) for it in search.plain]
     search.distill()
     assert candidates == ["7 own (names)", *(f"{boundary} (names)" for boundary in (6, 5, 4, 3))]
 
 
-def test_walk_that_fails_keeps_the_earlier_results(searched, monkeypatch):
+def test_failed_search_keeps_earlier_results(searched, monkeypatch):
     search, _ = searched({NAMES: 4})
 
     def fail(self: Search, candidate: Candidate) -> bool:
@@ -121,7 +121,7 @@ def test_walk_that_fails_keeps_the_earlier_results(searched, monkeypatch):
     assert str(search.fastest()) == "4 (names)"
 
 
-def test_search_without_a_candidate_inside_is_over_budget(searched):
+def test_search_without_candidate_is_over_budget(searched):
     search, _ = searched({})
     for candidate in search.judged:
         figures: Any = candidate.quality
