@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from support.own_core import WORKER  # isort: skip
 from pop_local.engine.llama.backend import bindings
-from pop_local.fetching.wheel_download import fetch
+from pop_local.models.wheel_download import fetch
 from support.converted import converted, tiny
 from support.paths import MODELS, PACKAGE, TESTS
 from support.raw_jobs import Job

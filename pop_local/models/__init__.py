@@ -1,1 +1,1 @@
-"""Find model files, sidecars, and mmproj files by name or path."""
+"""Find, name, and download model files, sidecars, and mmproj files."""

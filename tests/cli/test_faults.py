@@ -13,7 +13,7 @@ import pytest
 from pop_base.errors import PopError
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import read_session, write_session
-from pop_local.fetching import resumable_download
+from pop_local.models import resumable_download
 from support.calls import opened
 from support.converted import names
 from support.faults import FAULTS, failing

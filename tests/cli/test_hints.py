@@ -24,7 +24,6 @@ ROOMS = (
     "engine",
     "measure",
     "calibration",
-    "fetching",
     "models",
     "texts",
     "config",
@@ -38,7 +37,7 @@ FOLDERS = (
 )
 LIBRARY = sorted(path for folder in FOLDERS for path in folder.rglob("*.py"))
 # This file runs pip, with options of pip.
-RUNS_PIP = "fetching/wheel_download.py"
+RUNS_PIP = "models/wheel_download.py"
 
 # An f-string's piece may end in "--", as in f"--{name}".
 OPTION = re.compile(r"(?<![\w-])--(?:[a-z]|$)")

@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 
 from pop_base.progress import Progress
-from pop_local.fetching import resumable_download
-from pop_local.fetching.resumable_download import RemoteFile, download
+from pop_local.models import resumable_download
+from pop_local.models.resumable_download import RemoteFile, download
 from support.calls import ignore
 from support.hub_server import Hub
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pop_local.fetching import resumable_download
+from pop_local.models import resumable_download
 from support.downloads import MODEL
 from support.hub_server import Hub, serving
 

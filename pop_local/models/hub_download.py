@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from pop_base.errors import PopError
 from pop_base.progress import Progress
-from pop_local.fetching.quants import choose, choose_mmproj, usual_ending
-from pop_local.fetching.resumable_download import RemoteFile, download, reason_of
-from pop_local.fetching.target import is_fetched, require_space, safe_name
 from pop_local.models.mmproj_files import mmproj_name
 from pop_local.models.model_files import PARTIAL_SUFFIX
+from pop_local.models.quants import choose, choose_mmproj, usual_ending
+from pop_local.models.resumable_download import RemoteFile, download, reason_of
+from pop_local.models.target import is_fetched, require_space, safe_name
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

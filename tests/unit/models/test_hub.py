@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_local.fetching import resumable_download
+from pop_local.models import resumable_download
 from support.hub_server import COMMIT, Hub, Repo, serving, use_hub
 from support.program import Done, called, run
 

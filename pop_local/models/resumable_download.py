@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from pop_base.errors import PopError
 from pop_base.progress import Progress
-from pop_local.fetching.target import download_lock, file_sha256
 from pop_local.models.model_files import PARTIAL_SUFFIX
+from pop_local.models.target import download_lock, file_sha256
 
 _CHUNK_BYTES = 1 << 16
 _TIMEOUT_S = 60  # to connect, and between chunks

@@ -8,8 +8,8 @@ import tracemalloc
 import pytest
 
 from pop_base.errors import PopError
-from pop_local.fetching import resumable_download
-from pop_local.fetching.resumable_download import reason_of
+from pop_local.models import resumable_download
+from pop_local.models.resumable_download import reason_of
 from support.downloads import CHUNK, HALF, MODEL, OTHER, SHA256, names, pull, reply
 from support.hub_server import Hub, serving
 

